@@ -1,0 +1,62 @@
+"""Errors a user can cause, and the collector that reports all of them at once.
+
+Every message names the operator as the user wrote it and the source line, what was given, the rule that was
+broken with its numbers, and one edit that fixes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class ShardwrightError(ValueError):
+    """Base of every error that a user's input can cause."""
+
+
+class LayoutError(ShardwrightError):
+    """A Layout, Mesh or shape that does not fit together."""
+
+
+class StrategyError(ShardwrightError):
+    """A strategy that an operator cannot follow. Carries one line per problem in ``problems``."""
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.problems = problems or (message,)
+
+
+class CaptureError(ShardwrightError):
+    """A callable that cannot be captured as a graph."""
+
+
+class WorldError(ShardwrightError):
+    """The set of ranks does not fit what it is asked to do."""
+
+
+class ArgumentTypeError(ShardwrightError, TypeError):
+    """An argument of the wrong type: both a ``TypeError`` and a :class:`ShardwrightError`."""
+
+
+@dataclass
+class Problems:
+    """Collects problems so that a user sees all of them, not just the first.
+
+    >>> problems = Problems()
+    >>> problems.add("matmul1: 3 strategies for 2 inputs")
+    >>> len(problems.lines)
+    1
+    """
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def raise_if_any(self, what: str) -> None:
+        """Raises one :class:`StrategyError` that lists every problem, or does nothing."""
+        if not self.lines:
+            return
+        count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
+        body = "\n".join(f"  {i}. {line}" for i, line in enumerate(self.lines, 1))
+        raise StrategyError(f"{what}: {count}, nothing was run\n{body}", tuple(self.lines))

@@ -1,0 +1,393 @@
+"""Layout: where every piece of a tensor is.
+
+For each dim of the tensor, the ordered axes that split it; the axes on which ranks hold partial values; every other
+axis of the mesh replicates.
+
+Invariants:
+
+- The axes of a dim are an ordered list, the first the most significant. A dim is split by its first axis as
+  ``torch.chunk`` would, each piece by the next axis, and so on: so that gathering the last axis of a dim always gives
+  the layout without it, and so that the pieces are those of ``torch.distributed.tensor``.
+- A dim may carry explicit piece sizes instead (zero allowed), one a piece, in that order.
+- An axis appears at most once in a layout.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Union
+
+from shardwright.errors import ArgumentTypeError, LayoutError
+from shardwright.mesh import Mesh
+
+DimSpec = Union[str, tuple[str, ...], list[str]]
+Dims = tuple[tuple[str, ...], ...]
+Sizes = tuple[Union[tuple[int, ...], None], ...]
+
+
+class Layout:
+    """Where every piece of a tensor is, over a device matrix with named axes.
+
+    Made in two steps, as a device matrix and then one entry a dim:
+
+    Args:
+        device_matrix: ranks along each axis, e.g. ``(2, 2, 2)``; the last axis varies fastest.
+        alias_name: one name an axis, e.g. ``("dp", "sp", "mp")``.
+        rank_list: the rank at each position of the device matrix, row-major; default ``0..n-1``.
+
+    Calling it with one entry a dim gives the layout of a tensor. An entry is an alias, ``"None"``, a tuple of aliases
+    that split the dim jointly (the leftmost axis of the device matrix is the most significant, in whatever order the
+    tuple lists them), or an explicit order such as ``"sp>dp"``.
+
+    Raises:
+        TypeError: a device matrix, alias or rank list of the wrong type.
+        LayoutError: lengths that differ, an unknown or repeated alias.
+
+    >>> layout = Layout((2, 2, 2), ("dp", "sp", "mp"))
+    >>> x = layout("mp", ("sp", "dp"))
+    >>> x.slices((32, 784))[2]
+    (slice(0, 16, None), slice(196, 392, None))
+    >>> x.local_shape((32, 784), rank=2)
+    (16, 196)
+    >>> Layout.parse(str(x)) == x
+    True
+    """
+
+    __slots__ = ("_hash", "dims", "mesh", "partial", "sizes")
+
+    mesh: Mesh
+    dims: Dims | None
+    partial: tuple[tuple[str, str], ...]
+    sizes: Sizes
+
+    def __init__(
+        self, device_matrix: Sequence[int], alias_name: Sequence[str], rank_list: Sequence[int] | None = None
+    ) -> None:
+        _check_device_matrix(device_matrix, alias_name, rank_list)
+        self._set(Mesh(tuple(alias_name), tuple(device_matrix), tuple(rank_list or ())), None, (), ())
+
+    def _set(self, mesh: Mesh, dims: Dims | None, partial: tuple[tuple[str, str], ...], sizes: Sizes) -> None:
+        self.mesh, self.dims, self.partial, self.sizes = mesh, dims, partial, sizes
+        self._hash = hash((mesh, dims, partial, sizes))
+
+    @staticmethod
+    def of(
+        mesh: Mesh,
+        dims: Sequence[Sequence[str]],
+        partial: Sequence[tuple[str, str]] = (),
+        sizes: Sequence[tuple[int, ...] | None] | None = None,
+    ) -> Layout:
+        """The layout with these ordered axes a dim; ``partial`` lists ``(axis, "sum" | "max" | "min")``."""
+        layout = object.__new__(Layout)
+        order = {a: i for i, a in enumerate(mesh.axes)}
+        layout._set(
+            mesh,
+            tuple(tuple(d) for d in dims),
+            tuple(sorted(partial, key=lambda p: order[p[0]])),
+            tuple(sizes) if sizes is not None else (None,) * len(dims),
+        )
+        return layout
+
+    @staticmethod
+    def replicated(mesh: Mesh, ndim: int) -> Layout:
+        """Every rank holds the whole tensor."""
+        return Layout.of(mesh, ((),) * ndim)
+
+    def __call__(self, *entries: DimSpec) -> Layout:
+        """The layout of a tensor with one entry a dim; see the class."""
+        dims = [self._parse_entry(entry, position) for position, entry in enumerate(entries)]
+        seen: dict[str, int] = {}
+        for position, axes in enumerate(dims):
+            for axis in axes:
+                if axis in seen:
+                    raise LayoutError(
+                        f"layout{_call_text(entries)}: alias {axis!r} is used for dim {seen[axis]} and again for dim "
+                        f"{position}; an axis can split one dim only: use 'None' or another alias for one of them"
+                    )
+                seen[axis] = position
+        return Layout.of(self.mesh, dims)
+
+    def _parse_entry(self, entry: DimSpec, position: int) -> tuple[str, ...]:
+        if isinstance(entry, str):
+            names = [part.strip() for part in entry.split(">")]
+            ordered = len(names) > 1
+        elif isinstance(entry, (tuple, list)):
+            names, ordered = list(entry), False
+        else:
+            raise ArgumentTypeError(
+                f"layout entry {position} is {entry!r}, a {type(entry).__name__}; give an alias, 'None' or a tuple of "
+                "aliases"
+            )
+        for name in names:
+            if not isinstance(name, str):
+                raise ArgumentTypeError(f"layout entry {position} holds {name!r}, a {type(name).__name__}, not an alias")
+            if name != "None" and name not in self.mesh.axes:
+                raise LayoutError(
+                    f"layout entry {position} names {name!r}, which is not an alias of this layout; the aliases are "
+                    f"{', '.join(self.mesh.axes)}"
+                )
+        names = [n for n in names if n != "None"]
+        if len(set(names)) != len(names):
+            raise LayoutError(f"layout entry {position} {entry!r} lists an alias twice; list each alias once")
+        return tuple(names) if ordered else self.mesh.ordered(names)
+
+    # -- where things are ---------------------------------------------------------------------------------------
+
+    @property
+    def bound(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of every dim; raises for a layout that has no dims yet."""
+        if self.dims is None:
+            raise LayoutError(f"this Layout ({self.mesh}) has no dims yet: call it with one entry a dim, layout('dp', 'None')")
+        return self.dims
+
+    @property
+    def ndim(self) -> int:
+        return len(self.bound)
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        """Every axis that splits a dim, in order of dims."""
+        return tuple(a for axes in self.bound for a in axes)
+
+    @property
+    def partial_axes(self) -> tuple[str, ...]:
+        return tuple(a for a, _ in self.partial)
+
+    @property
+    def is_replicated(self) -> bool:
+        return not self.partial and not any(self.bound)
+
+    def pieces(self, dim: int, size: int) -> tuple[int, ...]:
+        """Sizes of the pieces of ``dim`` of a tensor whose global size there is ``size``, most significant first."""
+        axes = self.bound[dim]
+        explicit = self.sizes[dim]
+        if explicit is not None:
+            if sum(explicit) != size:
+                raise LayoutError(f"piece sizes {explicit} add up to {sum(explicit)}, but dim {dim} has size {size}")
+            return explicit
+        return chunk_pieces(size, tuple(self.mesh.axis_size(a) for a in axes))
+
+    def slices(self, shape: Sequence[int]) -> dict[int, tuple[slice, ...]]:
+        """For every rank, the slice of each dim that it holds of a tensor of global ``shape``."""
+        return {rank: tuple(slice(a, b) for a, b in bounds) for rank, bounds in _bounds(self, tuple(shape)).items()}
+
+    def bounds(self, shape: Sequence[int]) -> dict[int, tuple[tuple[int, int], ...]]:
+        """For every rank, ``(start, stop)`` of each dim; the cached form of :meth:`slices`. Not to be changed."""
+        return _bounds(self, tuple(shape))
+
+    def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
+        """Shape of the piece that ``rank`` holds of a tensor of global ``shape``."""
+        bounds = _bounds(self, tuple(shape))
+        if rank not in bounds:
+            raise LayoutError(f"rank {rank} is not in this layout's ranks {sorted(bounds)}")
+        return tuple(b - a for a, b in bounds[rank])
+
+    # -- variations ---------------------------------------------------------------------------------------------
+
+    def without_partial(self) -> Layout:
+        """The same pieces with every pending reduction done."""
+        return self if not self.partial else Layout.of(self.mesh, self.bound, (), self.sizes)
+
+    def with_partial(self, axes: Sequence[str], op: str = "sum") -> Layout:
+        """The same pieces, partial over ``axes`` as well."""
+        have = dict(self.partial)
+        have.update({a: op for a in axes})
+        return Layout.of(self.mesh, self.bound, tuple(have.items()), self.sizes)
+
+    def normal(self, shape: Sequence[int]) -> Layout:
+        """The same placement with redundant notation dropped: explicit sizes equal to the chunks, axes of size 1."""
+        return _normal(self, tuple(shape))
+
+    # -- identity and text --------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return self is other or (
+            self._hash == other._hash
+            and self.dims == other.dims
+            and self.partial == other.partial
+            and self.sizes == other.sizes
+            and self.mesh == other.mesh
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"Layout({str(self)!r})"
+
+    def __str__(self) -> str:
+        """``mp,(dp,sp) @ dp=2,sp=2,mp=2``: entries a dim, pending reductions, then the mesh. Parses back."""
+        if self.dims is None:
+            return f"@ {self.mesh}"
+        return f"{self.short()} @ {self.mesh}"
+
+    def short(self) -> str:
+        """The text form without the mesh: ``mp,(dp,sp)``, ``None,tp +sum(dp)``."""
+        text = ",".join(self._entry_text(i) for i in range(self.ndim))
+        for op in ("sum", "max", "min"):
+            axes = [a for a, o in self.partial if o == op]
+            if axes:
+                text += f" +{op}({','.join(axes)})"
+        return text.strip()
+
+    def _entry_text(self, dim: int) -> str:
+        axes = self.bound[dim]
+        if not axes:
+            text = "None"
+        elif len(axes) == 1:
+            text = axes[0]
+        elif axes == self.mesh.ordered(axes):
+            text = f"({','.join(axes)})"
+        else:
+            text = ">".join(axes)
+        explicit = self.sizes[dim]
+        return text if explicit is None else f"{text}[{' '.join(map(str, explicit))}]"
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        """The layout that a text form describes; the inverse of ``str(layout)``."""
+        dims_text, found, mesh_text = text.partition("@")
+        if not found:
+            raise LayoutError(f"{text!r} has no mesh: write 'dp,None @ dp=2,mp=4'")
+        axes_text, _, ranks_text = mesh_text.partition(" ranks=")
+        try:
+            pairs = [part.strip().split("=") for part in axes_text.split(",")]
+            mesh = Mesh(
+                tuple(a for a, _ in pairs),
+                tuple(int(s) for _, s in pairs),
+                tuple(int(r) for r in ranks_text.split(",")) if ranks_text else (),
+            )
+        except (ValueError, TypeError) as error:
+            raise LayoutError(f"cannot read the mesh {mesh_text.strip()!r}: write 'dp=2,mp=4'") from error
+        base = Layout(mesh.sizes, mesh.axes, list(mesh.ranks))
+        dims_text, *reductions = dims_text.split("+")
+        if not dims_text.strip() and not reductions:
+            return base if text.lstrip().startswith("@") else base()
+        return base._bind_text(dims_text, reductions)
+
+    def _bind_text(self, dims_text: str, reductions: Sequence[str] = ()) -> Layout:
+        entries, sizes = [], []
+        for entry in re.findall(r"\([^)]*\)(?:\[[^\]]*\])?|[^,\[\s]+(?:\[[^\]]*\])?", dims_text):
+            name, _, explicit = entry.partition("[")
+            sizes.append(tuple(int(s) for s in explicit.rstrip("]").split()) if explicit else None)
+            entries.append(tuple(n.strip() for n in name[1:-1].split(",")) if name.startswith("(") else name)
+        partial = []
+        for reduction in reductions:
+            match = re.fullmatch(r"\s*(sum|max|min)\(([^)]*)\)\s*", reduction)
+            if not match:
+                raise LayoutError(f"cannot read the pending reduction {reduction.strip()!r}: write '+sum(dp,mp)'")
+            partial += [(axis.strip(), match[1]) for axis in match[2].split(",")]
+        bound = self(*entries)
+        for axis, _ in partial:
+            if axis not in self.mesh.axes or axis in bound.split_axes:
+                raise LayoutError(f"{axis!r} cannot be partial: it must be an alias of the layout that splits no dim")
+        return Layout.of(self.mesh, bound.bound, partial, sizes)
+
+
+def chunk_pieces(size: int, counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Piece sizes of a dim split by each count in turn, as ``torch.chunk`` splits (missing pieces are empty).
+
+    >>> chunk_pieces(5, (2, 2))
+    (2, 1, 1, 1)
+    >>> chunk_pieces(10, (4,))
+    (3, 3, 3, 1)
+    """
+    pieces = (size,)
+    for count in counts:
+        pieces = tuple(p for whole in pieces for p in _chunk(whole, count))
+    return pieces
+
+
+def _chunk(size: int, count: int) -> list[int]:
+    step = -(-size // count)
+    return [max(0, min(step, size - i * step)) for i in range(count)]
+
+
+@lru_cache(maxsize=65536)
+def _bounds(layout: Layout, shape: tuple[int, ...]) -> dict[int, tuple[tuple[int, int], ...]]:
+    mesh, dims = layout.mesh, layout.bound
+    if len(shape) != len(dims):
+        raise LayoutError(
+            f"layout {layout.short() or '()'} has {len(dims)} dims, the shape {tuple(shape)} has {len(shape)}: give one "
+            "entry a dim"
+        )
+    starts: list[list[tuple[int, int]]] = []
+    for dim, size in enumerate(shape):
+        ends, at = [], 0
+        for piece in layout.pieces(dim, size):
+            ends.append((at, at + piece))
+            at += piece
+        starts.append(ends)
+    result = {}
+    for rank in mesh.ranks:
+        coords = mesh.coordinates(rank)
+        bounds = []
+        for dim, axes in enumerate(dims):
+            index = 0
+            for axis in axes:
+                index = index * mesh.axis_size(axis) + coords[axis]
+            bounds.append(starts[dim][index])
+        result[rank] = tuple(bounds)
+    return result
+
+
+@lru_cache(maxsize=65536)
+def _normal(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    mesh = layout.mesh
+    dims = tuple(tuple(a for a in axes if mesh.axis_size(a) > 1) for axes in layout.bound)
+    sizes = []
+    for dim, axes in enumerate(dims):
+        explicit = layout.sizes[dim]
+        if explicit == chunk_pieces(shape[dim], tuple(mesh.axis_size(a) for a in axes)):
+            explicit = None
+        sizes.append(explicit)
+    partial = tuple(p for p in layout.partial if mesh.axis_size(p[0]) > 1)
+    if dims == layout.dims and tuple(sizes) == layout.sizes and partial == layout.partial:
+        return layout
+    return Layout.of(mesh, dims, partial, sizes)
+
+
+def _check_device_matrix(device_matrix: object, alias_name: object, rank_list: object) -> None:
+    if not isinstance(device_matrix, tuple):
+        raise ArgumentTypeError(f"device_matrix must be a tuple of ints, got {device_matrix!r}: write (2, 4)")
+    if not isinstance(alias_name, tuple):
+        raise ArgumentTypeError(f"alias_name must be a tuple of str, got {alias_name!r}: write ('dp', 'mp')")
+    for size in device_matrix:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ArgumentTypeError(f"device_matrix {device_matrix} holds {size!r}, a {type(size).__name__}, not an int")
+        if size < 1:
+            raise LayoutError(f"device_matrix {device_matrix} holds {size}; every axis needs at least one rank")
+    for alias in alias_name:
+        if not isinstance(alias, str):
+            raise ArgumentTypeError(f"alias_name {alias_name} holds {alias!r}, a {type(alias).__name__}, not a str")
+        if not re.fullmatch(r"[A-Za-z_][\w.]*", alias) or alias == "None":
+            raise LayoutError(f"alias {alias!r} is not usable: an alias is a word of its own and not 'None'")
+    if len(device_matrix) != len(alias_name):
+        raise LayoutError(
+            f"device_matrix {device_matrix} has {len(device_matrix)} axes, alias_name {alias_name} names "
+            f"{len(alias_name)}: give one alias an axis"
+        )
+    if len(set(alias_name)) != len(alias_name):
+        raise LayoutError(f"alias_name {alias_name} repeats an alias: every axis needs a name of its own")
+    if rank_list is not None:
+        _check_rank_list(rank_list, math.prod(device_matrix))
+
+
+def _check_rank_list(rank_list: object, count: int) -> None:
+    if not isinstance(rank_list, (list, tuple)):
+        raise ArgumentTypeError(f"rank_list must be a list of ints, got {rank_list!r}")
+    if any(not isinstance(r, int) or isinstance(r, bool) for r in rank_list):
+        raise ArgumentTypeError(f"rank_list {rank_list} holds something that is not an int")
+    if len(rank_list) != count:
+        raise LayoutError(f"rank_list has {len(rank_list)} ranks, the device matrix {count}: list every rank once")
+    if len(set(rank_list)) != len(rank_list) or min(rank_list, default=0) < 0:
+        raise LayoutError(f"rank_list {rank_list} repeats a rank or holds a negative one: list every rank once")
+
+
+def _call_text(entries: Sequence[DimSpec]) -> str:
+    return "(" + ", ".join(repr(e) for e in entries) + ")"

@@ -1,0 +1,106 @@
+"""Mesh: named axes with sizes over a list of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from shardwright.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named axes over a list of ranks; the last axis varies fastest.
+
+    Args:
+        axes: axis names, most significant first.
+        sizes: number of ranks along each axis.
+        ranks: global rank at each position, row-major; ``None`` means ``0..n-1``.
+
+    >>> mesh = Mesh(("dp", "mp"), (2, 2))
+    >>> mesh.coordinates(2)
+    {'dp': 1, 'mp': 0}
+    >>> mesh.groups(("mp",))
+    [[0, 1], [2, 3]]
+    """
+
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.sizes):
+            raise LayoutError(f"Mesh has {len(self.axes)} axis names for {len(self.sizes)} sizes: give one name a size")
+        if not self.ranks:
+            object.__setattr__(self, "ranks", tuple(range(math.prod(self.sizes))))
+        if len(self.ranks) != math.prod(self.sizes):
+            raise LayoutError(f"Mesh of sizes {self.sizes} needs {math.prod(self.sizes)} ranks, got {len(self.ranks)}")
+        object.__setattr__(self, "_hash", hash((self.axes, self.sizes, self.ranks)))
+        object.__setattr__(self, "_size_of", dict(zip(self.axes, self.sizes, strict=True)))
+        object.__setattr__(self, "_order", {a: i for i, a in enumerate(self.axes)})
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def axis_size(self, axis: str) -> int:
+        return self._size_of[axis]  # type: ignore[attr-defined,no-any-return]
+
+    def count(self, axes: Iterable[str]) -> int:
+        """Number of ranks spanned by ``axes``: the product of their sizes."""
+        return math.prod(self.axis_size(a) for a in axes)
+
+    def ordered(self, axes: Iterable[str]) -> tuple[str, ...]:
+        """The same axes in the mesh's order, most significant first."""
+        return tuple(sorted(axes, key=self._order.__getitem__))  # type: ignore[attr-defined]
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The rank's index along every axis."""
+        return dict(zip(self.axes, _coordinate_table(self)[self.ranks.index(rank)], strict=True))
+
+    def groups(self, axes: Sequence[str]) -> list[list[int]]:
+        """The groups of ranks that differ only along ``axes``, each in the order of ``axes`` (first most significant)."""
+        return [list(g) for g in _groups(self, tuple(axes))]
+
+    def group_of(self, rank: int, axes: Sequence[str]) -> list[int]:
+        """The group over ``axes`` that holds ``rank``."""
+        return list(_group_index(self, tuple(axes))[rank])
+
+    def __str__(self) -> str:
+        text = ",".join(f"{a}={s}" for a, s in zip(self.axes, self.sizes, strict=True))
+        if self.ranks != tuple(range(self.size)):
+            text += " ranks=" + ",".join(map(str, self.ranks))
+        return text
+
+
+@lru_cache(maxsize=None)
+def _coordinate_table(mesh: Mesh) -> list[tuple[int, ...]]:
+    table = []
+    for position in range(mesh.size):
+        coords, rest = [], position
+        for size in reversed(mesh.sizes):
+            coords.append(rest % size)
+            rest //= size
+        table.append(tuple(reversed(coords)))
+    return table
+
+
+@lru_cache(maxsize=None)
+def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    index = [mesh.axes.index(a) for a in axes]
+    groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = {}
+    for coords, rank in zip(_coordinate_table(mesh), mesh.ranks, strict=True):
+        rest = tuple(c for i, c in enumerate(coords) if i not in index)
+        groups.setdefault(rest, []).append((tuple(coords[i] for i in index), rank))
+    return tuple(tuple(rank for _, rank in sorted(members)) for members in groups.values())
+
+
+@lru_cache(maxsize=None)
+def _group_index(mesh: Mesh, axes: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
+    return {rank: group for group in _groups(mesh, axes) for rank in group}

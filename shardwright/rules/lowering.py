@@ -1,0 +1,95 @@
+"""Lowering: how an operator's call becomes local calls where the local computation differs from the global one.
+
+A lowering is a function of one argument, the :class:`Local` it writes to. It returns the local outputs, in order, with
+the layouts that the signature promised (pending sums included). Where there is no lowering, the same call runs on the
+local inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shardwright.layout import Layout
+from shardwright.mesh import Mesh
+from shardwright.rules.operator import Operator
+from shardwright.rules.signature import Signature, Split
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the local program, by name."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class PerRank:
+    """An argument that each rank computes for itself, such as a local size or an offset.
+
+    Args:
+        of: the value on a given rank.
+    """
+
+    def __init__(self, of: Callable[[int], Any]):
+        self.of = of
+
+
+class Local(Protocol):
+    """What a lowering reads and writes."""
+
+    op: Operator
+    signature: Signature
+    mesh: Mesh
+    split: Mapping[str, Split]  # factor -> (axes, explicit piece sizes or None), split factors only
+    inputs: tuple[Ref, ...]  # local tensors, laid out as input_layouts
+    input_layouts: tuple[Layout, ...]  # over global shapes op.inputs[i].shape
+    output_layouts: tuple[Layout, ...]  # as computed: pending sums included
+    settled_layouts: tuple[Layout, ...]  # after the operator's own reductions, for signatures with late inputs
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
+        """Emits a local call with one tensor output; arguments may hold Ref and PerRank at any depth."""
+        ...
+
+    def call_many(self, count: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ref, ...]:
+        """Emits a local call that returns a tuple or list of ``count`` tensors."""
+        ...
+
+    def same_call(self, **changes: Any) -> tuple[Ref, ...]:
+        """Emits the operator's own call on the local inputs, with arguments replaced by schema name."""
+        ...
+
+    def move(
+        self,
+        value: Ref,
+        shape: tuple[int, ...],
+        source: Layout,
+        target: Layout,
+        partial_gradient: tuple[str, ...] = (),
+        dtype: Any = None,
+    ) -> Ref:
+        """Emits a redistribution of ``value``, a tensor of global ``shape`` (dtype for the record; default float32)."""
+        ...
+
+    def settle(self, value: Ref, index: int = 0) -> Ref:
+        """Emits the reduction of output ``index`` from its computed layout to its settled one."""
+        ...
+
+    def axes_of(self, factor: str) -> tuple[str, ...]:
+        """The axes that split ``factor``; empty where it is whole."""
+        ...
+
+    def local_size(self, tensor_is_output: bool, index: int, dim: int) -> PerRank | int:
+        """Local size of a dim of an input or output: an int where all ranks agree."""
+        ...
+
+    def local_shape(self, tensor_is_output: bool, index: int) -> list[PerRank | int]:
+        """Local shape of an input or output, an int where all ranks agree."""
+        ...
+
+    def offset(self, tensor_is_output: bool, index: int, dim: int) -> PerRank:
+        """Global index at which the local piece of a dim starts."""
+        ...

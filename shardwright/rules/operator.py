@@ -1,0 +1,98 @@
+"""Operator: one call of a tensor operator, as rules see it: shapes and arguments, no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape, dtype and strides of a global tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def differentiable(self) -> bool:
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands, within an operator's arguments, for its ``index``-th tensor input."""
+
+    index: int
+
+    def __repr__(self) -> str:
+        return f"${self.index}"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One call of an operator on global tensors.
+
+    Args:
+        target: the ATen overload (or the Python function) that is called.
+        args, kwargs: its arguments, tensors replaced by :class:`Slot`.
+        inputs: the tensor inputs, in the order they stand in args and kwargs. The same tensor given twice is two inputs.
+        outputs: the tensor outputs.
+        returns_sequence: whether the outputs come as a tuple or list, even if there is one.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[TensorMeta, ...]
+    outputs: tuple[TensorMeta, ...]
+    returns_sequence: bool = False
+    _named: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """``aten.linear``: the overload's packet, without the overload."""
+        return operator_name(self.target)
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its schema name, whether given by position or keyword; the schema's default if not given."""
+        if not self._named:
+            self._named.update(_bind(self))
+        return self._named.get(name, default)
+
+
+@lru_cache(maxsize=None)
+def operator_name(target: Callable[..., Any]) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).rsplit(".", 1)[0]
+    return getattr(target, "__name__", str(target))
+
+
+def _bind(op: Operator) -> dict[str, Any]:
+    schema = getattr(op.target, "_schema", None)
+    if schema is None:
+        return dict(op.kwargs)
+    bound = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(op.args):
+            bound[argument.name] = op.args[index]
+        elif argument.name in op.kwargs:
+            bound[argument.name] = op.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
