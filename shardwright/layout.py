@@ -297,7 +297,7 @@ def chunk_pieces(size: int, counts: tuple[int, ...]) -> tuple[int, ...]:
     >>> chunk_pieces(10, (4,))
     (3, 3, 3, 1)
     """
-    pieces = (size,)
+    pieces: tuple[int, ...] = (size,)
     for count in counts:
         pieces = tuple(p for whole in pieces for p in _chunk(whole, count))
     return pieces

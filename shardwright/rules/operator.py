@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+OpOverload = type(torch.ops.aten.add.Tensor)
+
 
 @dataclass(frozen=True)
 class TensorMeta:
@@ -78,7 +80,7 @@ class Operator:
 
 @lru_cache(maxsize=None)
 def operator_name(target: Callable[..., Any]) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target).rsplit(".", 1)[0]
     return getattr(target, "__name__", str(target))
 

@@ -1,0 +1,579 @@
+"""Capture: a callable to a Graph, by ``torch.export`` without decomposition.
+
+Parameters and buffers are replaced by fake tensors of their global shape while the callable is traced, so that nothing
+is computed, models on the meta device and models whose parameters are already distributed capture alike.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from shardwright.capture.functionalise import (
+    Tracked,
+    functional_overload,
+    is_mutation,
+    scatter_back,
+)
+from shardwright.capture.graph import Constant, Graph, GraphInput, Node
+from shardwright.capture.marks import Mark
+from shardwright.capture.session import CALL, PIN, Session, marked_modules, session
+from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta
+from shardwright.errors import CaptureError
+from shardwright.rules.operator import Operator, Slot, TensorMeta
+
+_SKIPPED = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    marks: dict[nn.Module, Mark] | None = None,
+) -> Graph:
+    """The graph of ``module(*args, **kwargs)``; nothing is computed and the module is left as it was.
+
+    Args:
+        args, kwargs: tensors of global shape; only their shape, dtype and ``requires_grad`` are read.
+        device: device the program will run on.
+        marks: modules whose calls carry a strategy.
+
+    Raises:
+        CaptureError: the callable does something that a graph cannot hold.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+    fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
+    with session() as now, _fake_state(module, mode, device), marked_modules(module, marks or {}):
+        with warnings.catch_warnings(), preserve_node_meta():
+            warnings.simplefilter("ignore")
+            try:
+                exported = torch.export.export(module, tuple(fake_args), fake_kwargs, strict=False)
+            except Exception as error:
+                if isinstance(error, _PASS_THROUGH):
+                    raise
+                raise CaptureError(_capture_message(module, error)) from error
+        return _Converter(module, exported, now, flat).graph()
+
+
+class StepFound(BaseException):
+    """Raised within a capture by something only a train step does: a backward pass or an optimizer step."""
+
+
+_PASS_THROUGH = (CaptureError, StepFound)
+
+
+def _capture_message(module: nn.Module, error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (
+        f"{type(module).__name__} cannot be captured as a graph: {lines[0] if lines else type(error).__name__}\n"
+        "A captured callable may not branch on the values of tensors, call .item() or change Python state; "
+        "move that out of the callable or wrap the part that computes"
+    )
+
+
+def _fake(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
+    with mode:
+        made = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
+    return made.requires_grad_(tensor.requires_grad) if made.is_floating_point() or made.is_complex() else made
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.stride())
+
+
+@contextmanager
+def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
+    """Replaces every parameter and buffer by a fake one of its global shape, tied ones by the same."""
+    known: dict[int, Tensor] = {}
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for owner in module.modules():
+            for table in (owner._parameters, owner._buffers):
+                for name, value in table.items():
+                    if value is None:
+                        continue
+                    if id(value) not in known:
+                        made = _fake(mode, value.detach(), device)
+                        if isinstance(value, nn.Parameter):
+                            made = nn.Parameter(made, requires_grad=value.requires_grad)
+                        known[id(value)] = made
+                    changed.append((table, name, value))
+                    table[name] = known[id(value)]
+        yield
+    finally:
+        for table, name, value in changed:
+            table[name] = value
+
+
+class _Converter:
+    """Turns an exported program into a Graph: lifts inputs, inlines regions, makes in-place operators functional."""
+
+    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any]):
+        self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
+        self.module = module
+        self.inputs: list[GraphInput] = []
+        self.nodes: list[Node] = []
+        self.constants: dict[str, Any] = {}
+        self.env: dict[fx.Node, Any] = {}  # fx node -> Tracked, list of Tracked, or a plain value
+        self.names: set[str] = set()
+        self.metas: dict[str, Tensor] = {}
+        self.calls: dict[str, Any] = {}  # node name -> custom meta
+        self.context: tuple[Any, bool] = (None, True)
+
+    def graph(self) -> Graph:
+        graph_module = self.exported.graph_module
+        self._placeholders(graph_module.graph)
+        placeholders = dict(self.env)
+        result = self._run(graph_module)
+        outputs = self._outputs(result)
+        updates = tuple(
+            (tracked.first, self.read(node))
+            for node, tracked in ((n, t) for n, t in placeholders.items() if isinstance(t, _Placed))
+            if tracked.writes and self.read(node) != tracked.first
+        )
+        nodes = _resolve_marks(self.nodes, self.calls, self.session)
+        nodes, outputs = _drop_dead(nodes, outputs, updates)
+        return Graph(
+            tuple(self.inputs), tuple(nodes), tuple(outputs), updates, self.exported.call_spec.out_spec, self.constants
+        )
+
+    # -- inputs and outputs -----------------------------------------------------------------------------------------
+
+    def _placeholders(self, graph: fx.Graph) -> None:
+        specs = self.exported.graph_signature.input_specs
+        nodes = [n for n in graph.nodes if n.op == "placeholder"]
+        by_name = dict(self.module.named_parameters(remove_duplicate=False))
+        tied = {id(p): name for name, p in reversed(list(by_name.items()))}
+        position = 0
+        first: dict[str, _Placed] = {}
+        for node, spec in zip(nodes, specs, strict=True):
+            kind = spec.kind.name
+            value = node.meta.get("val")
+            user = position
+            if kind == "USER_INPUT":
+                position += 1
+            if not isinstance(value, Tensor):
+                self.env[node] = value
+                continue
+            target: Any = spec.target
+            requires = False
+            if kind == "PARAMETER":
+                target = tied.get(id(by_name.get(target)), target)
+                requires = by_name[target].requires_grad
+                if target in first:
+                    self.env[node] = first[target]
+                    continue
+            elif kind == "USER_INPUT":
+                target = user
+                requires = self.flat_inputs[user].requires_grad
+            elif kind == "CONSTANT_TENSOR":
+                self.constants[target] = self.exported.constants[target]
+            name = self.new_name(_input_name(kind, target, node.name))
+            named = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}.get(kind, "constant")
+            self.inputs.append(GraphInput(name, named, target, _meta(value), requires))
+            self.metas[name] = value
+            placed = _Placed(name, value, first=name)
+            self.env[node] = placed
+            if kind == "PARAMETER":
+                first[target] = placed
+
+    def _outputs(self, result: Any) -> list[Any]:
+        specs = self.exported.graph_signature.output_specs
+        outputs = []
+        for spec, value in zip(specs, result, strict=True):
+            if spec.kind.name != "USER_OUTPUT":
+                continue
+            outputs.append(value if isinstance(value, str) else Constant(value))
+        return outputs
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def _run(self, graph_module: fx.GraphModule) -> list[Any]:
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                self.env[node] = _attribute(graph_module, str(node.target))
+                if isinstance(self.env[node], Tensor):
+                    self.env[node] = self._constant(str(node.target), self.env[node])
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                return [self._value(a) for a in node.args[0]]
+        raise AssertionError("a graph without an output")
+
+    def _constant(self, name: str, value: Tensor) -> Tracked:
+        value_name = self.new_name(f"c_{name}")
+        self.constants[name] = value
+        self.inputs.append(GraphInput(value_name, "constant", name, _meta(value)))
+        self.metas[value_name] = value
+        return Tracked(value_name, value)
+
+    def _value(self, argument: Any) -> Any:
+        """A graph output: a value name, or a constant."""
+        if isinstance(argument, fx.Node):
+            entry = self.env[argument]
+            return self.read(argument) if isinstance(entry, Tracked) else entry
+        return argument
+
+    def _call(self, node: fx.Node) -> None:
+        target: Any = node.target
+        name = getattr(target, "__name__", str(target))
+        if name == "getitem":
+            whole, index = self.env[node.args[0]], node.args[1]  # type: ignore[index]
+            self.env[node] = whole[index]
+        elif "wrap_with_autocast" in str(target) or name == "wrap_with_autocast":
+            device, dtype, enabled, cache, body, *rest = node.args
+            self._inline(node, body, rest, ((device, dtype, enabled, cache), self.context[1]))
+        elif "wrap_with_set_grad_enabled" in str(target) or name == "wrap_with_set_grad_enabled":
+            enabled, body, *rest = node.args
+            self._inline(node, body, rest, (self.context[0], bool(enabled)))
+        elif not isinstance(target, type(torch.ops.aten.add.Tensor)):
+            self.env[node] = self._fold(node)
+        elif target.overloadpacket.__name__ in _SKIPPED:
+            self.env[node] = None
+        elif is_mutation(target):
+            self._mutate(node)
+        else:
+            self._operator(node)
+
+    def _fold(self, node: fx.Node) -> Any:
+        """A Python function of plain values, such as arithmetic on sizes."""
+        args, kwargs = pytree.tree_map(
+            lambda a: self.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+        )
+        if any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise CaptureError(
+                f"{node.target} at {_source(node)} cannot be sharded: only tensor operators can; "
+                "take it out of the callable"
+            )
+        return node.target(*args, **kwargs)  # type: ignore[operator,misc]
+
+    def _inline(self, node: fx.Node, body: Any, args: Any, context: tuple[Any, bool]) -> None:
+        submodule = self.env[body]
+        inner = [n for n in submodule.graph.nodes if n.op == "placeholder"]
+        for placeholder, argument in zip(inner, args, strict=True):
+            self.env[placeholder] = self.env[argument] if isinstance(argument, fx.Node) else argument
+        before, self.context = self.context, context
+        result: list[Any] = []
+        for n in submodule.graph.nodes:
+            if n.op == "call_function":
+                self._call(n)
+            elif n.op == "get_attr":
+                self.env[n] = _attribute(submodule, str(n.target))
+            elif n.op == "output":
+                result = [self.env[a] if isinstance(a, fx.Node) else a for a in n.args[0]]
+        self.context = before
+        self.env[node] = result
+
+    def _operator(self, node: fx.Node) -> None:
+        metas = node.meta["val"]
+        sequence = isinstance(metas, (tuple, list))
+        outputs = self.emit_node(node, node.target, node.args, node.kwargs, list(metas) if sequence else [metas])
+        parent = self._viewed(node, metas[0] if sequence and metas else metas)
+        tracked: list[Any] = []
+        for i, (value, meta) in enumerate(zip(outputs, metas if sequence else [metas], strict=True)):
+            entry = Tracked(value, meta)
+            if parent is not None:
+                entry.parent, entry.version = parent, self._tracked(parent).writes
+                entry.remake = (node, node.args, node.kwargs, i if sequence else None)
+            tracked.append(entry)
+        self.env[node] = tracked if sequence else tracked[0]
+
+    def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
+        """The input that an operator's output shares its memory with."""
+        if not isinstance(meta, Tensor):
+            return None
+        for argument in pytree.tree_leaves((node.args, node.kwargs)):
+            if isinstance(argument, fx.Node):
+                shares = isinstance(self.env.get(argument), (Tracked, _Alias))
+                if shares and _storage(self._tracked(argument).meta) == _storage(meta):
+                    return argument
+        return None
+
+    def _mutate(self, node: fx.Node) -> None:
+        """A write: computes the new value, then hands it to everything that shares the memory."""
+        target: Any = node.target
+        destination = node.args[0]
+        if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], Tracked):
+            raise CaptureError(f"{target} at {_source(node)} writes to something that is not a tensor of the graph")
+        tracked = self._tracked(destination)
+        meta = tracked.meta
+        if target.overloadpacket.__name__ == "copy_":
+            new = self._copied(node, meta)
+        else:
+            overload, _ = functional_overload(target)
+            new = self.emit_node(node, overload, node.args, node.kwargs, [meta])[0]
+            new = self._as_written(node, new, overload, meta)
+        self._write(node, destination, new)
+        self.env[node] = _Alias(self, destination)
+
+    def _as_written(self, node: fx.Node, new: str, overload: Any, meta: Tensor) -> str:
+        """A write keeps the dtype of what it writes to, where the functional operator would promote it."""
+        operands = [self._tracked(a).meta for a in node.args if isinstance(a, fx.Node) and a in self.env]
+        promotes = any(o.dtype != meta.dtype for o in operands[1:])
+        if not promotes or overload.overloadpacket.__name__ not in ("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp"):
+            return new
+        self.metas[new] = meta.to(torch.promote_types(meta.dtype, operands[1].dtype))
+        last = self.nodes[-1]
+        self.nodes[-1] = replace(last, op=replace(last.op, outputs=(_meta(self.metas[new]),)))
+        return self._emit_simple(node, torch.ops.aten.to.dtype, new, meta.dtype)
+
+    def _copied(self, node: fx.Node, meta: Tensor) -> str:
+        source = node.args[1]
+        if not isinstance(source, fx.Node):
+            return self.emit_node(node, torch.ops.aten.full_like.default, (node.args[0], source), {}, [meta])[0]
+        value = self.read(source)
+        have = self.metas[value]
+        if have.dtype != meta.dtype:
+            value = self._emit_simple(node, torch.ops.aten.to.dtype, value, meta.dtype)
+        if tuple(self.metas[value].shape) != tuple(meta.shape):
+            value = self._emit_simple(node, torch.ops.aten.expand.default, value, list(meta.shape))
+        return value
+
+    def _write(self, at: fx.Node, destination: fx.Node, new: str) -> None:
+        tracked = self._tracked(destination)
+        if tracked.parent is not None:
+            self.read(destination)
+            source, _, _, which = tracked.remake  # type: ignore[misc]
+            parent = self._tracked(tracked.parent)
+            back = scatter_back(source, which, parent.meta)
+            updated = back(lambda op, *a: self._emit_simple(at, op, *a), self.read(tracked.parent), new)
+            self._write(at, tracked.parent, updated)
+            tracked.version = self._tracked(tracked.parent).writes
+        tracked.value = new
+        tracked.writes += 1
+
+    def read(self, node: fx.Node) -> str:
+        """The current value of a tensor; a view of something written since is made again."""
+        tracked = self._tracked(node)
+        if tracked.parent is not None:
+            current = self.read(tracked.parent)
+            parent = self._tracked(tracked.parent)
+            if tracked.version != parent.writes:
+                source, args, kwargs, which = tracked.remake  # type: ignore[misc]
+                metas = source.meta["val"]
+                out = self.emit_node(
+                    source, source.target, args, kwargs, list(metas) if which is not None else [metas],
+                )  # fmt: skip
+                tracked.value = out[which or 0]
+                tracked.version = parent.writes
+                tracked.writes += 1
+                assert current
+        return tracked.value
+
+    def _tracked(self, node: fx.Node) -> Tracked:
+        entry = self.env[node]
+        while isinstance(entry, _Alias):
+            entry = self.env[entry.node]
+        assert isinstance(entry, Tracked), (node, entry)
+        return entry
+
+    # -- emitting ---------------------------------------------------------------------------------------------------
+
+    def _emit_simple(self, at: fx.Node, overload: Any, *args: Any) -> str:
+        """Emits an operator on values given by name; its output's shape is computed on the fly."""
+        fakes = [self.metas[a] if isinstance(a, str) else a for a in args]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mode = next(f for f in fakes if isinstance(f, Tensor))
+            with getattr(mode, "fake_mode", FakeTensorMode(allow_non_fake_inputs=True)):
+                meta = overload(*fakes)
+        inputs = [a for a in args if isinstance(a, str)]
+        slots = iter(range(len(inputs)))
+        arguments = tuple(Slot(next(slots)) if isinstance(a, str) else a for a in args)
+        return self._append(at, overload, arguments, {}, inputs, [meta], False)[0]
+
+    def emit_node(self, at: fx.Node, overload: Any, args: Any, kwargs: Any, metas: list[Any]) -> list[str]:
+        inputs: list[str] = []
+
+        def slot(argument: Any) -> Any:
+            if not isinstance(argument, fx.Node):
+                return argument
+            entry = self.env[argument]
+            if not isinstance(entry, (Tracked, _Alias)):
+                return entry
+            inputs.append(self.read(argument))
+            return Slot(len(inputs) - 1)
+
+        arguments, keywords = _map_arguments(slot, args), {k: _map_arguments(slot, v) for k, v in kwargs.items()}
+        sequence = len(getattr(overload._schema, "returns", ())) != 1 or isinstance(at.meta.get("val"), (tuple, list))
+        return self._append(at, overload, arguments, keywords, inputs, metas, sequence)
+
+    def _append(
+        self, at: fx.Node, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any], sequence: bool
+    ) -> list[str]:
+        base = overload.overloadpacket.__name__
+        name = self.new_name(base.strip("_"))
+        outputs = [name] if len(metas) == 1 else [self.new_name(f"{name}_o{i}") for i in range(len(metas))]
+        for value, meta in zip(outputs, metas, strict=True):
+            self.metas[value] = meta
+        operator = Operator(
+            overload, args, kwargs, tuple(_meta(self.metas[i]) for i in inputs), tuple(_meta(m) for m in metas), sequence
+        )
+        autocast, grad = self.context
+        self.nodes.append(
+            Node(name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), None, None, autocast, grad)
+        )
+        self.calls[name] = at.meta.get("custom") or {}
+        return outputs
+
+    def new_name(self, hint: str) -> str:
+        hint = "".join(c if c.isalnum() or c == "_" else "_" for c in hint) or "v"
+        name, count = hint, 0
+        while name in self.names:
+            count += 1
+            name = f"{hint}{'_' if hint[-1].isdigit() else ''}{count}"
+        self.names.add(name)
+        return name
+
+
+class _Placed(Tracked):
+    """A placeholder, which remembers the value it came in with."""
+
+    def __init__(self, value: str, meta: Tensor, first: str):
+        super().__init__(value, meta)
+        self.first = first
+
+
+class _Alias:
+    """The result of a write: the written tensor itself."""
+
+    def __init__(self, converter: _Converter, node: fx.Node):
+        entry = converter.env[node]
+        self.node: fx.Node = entry.node if isinstance(entry, _Alias) else node
+
+
+def _map_arguments(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        mapped = [_map_arguments(function, v) for v in value]
+        return tuple(mapped) if isinstance(value, tuple) else mapped
+    if isinstance(value, dict):
+        return {k: _map_arguments(function, v) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_map_arguments(function, v) for v in (value.start, value.stop, value.step)))
+    return function(value)
+
+
+def _meta(value: Any) -> TensorMeta:
+    return TensorMeta(tuple(int(s) for s in value.shape), value.dtype, tuple(int(s) for s in value.stride()))
+
+
+def _storage(value: Any) -> Any:
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(value)
+
+
+def _attribute(owner: Any, path: str) -> Any:
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _input_name(kind: str, target: Any, fallback: str) -> str:
+    if kind == "USER_INPUT":
+        return fallback
+    return str(target).replace(".", "_")
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    last: Any = list(stack.values())[-1] if stack else ("", "")
+    return str(last[0])
+
+
+_TORCH = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(os.path.dirname(__file__))
+
+
+def _source(node: fx.Node) -> str:
+    """``file:line: code`` of the user's line that called the operator."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = []
+    lines = trace.splitlines()
+    for i, line in enumerate(lines):
+        line = line.strip()
+        if line.startswith('File "'):
+            path, _, rest = line[6:].partition('", line ')
+            number = rest.partition(",")[0]
+            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            frames.append((path, number, code))
+    users = [f for f in frames if not f[0].startswith((_TORCH, _HERE))]
+    if not users:
+        return ""
+    path, number, code = users[-1]
+    return f"{os.path.basename(path)}:{number}: {code}"
+
+
+def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> list[Node]:
+    """Puts each marked call's mark on its one operator, or pins its inputs and outputs where it has several."""
+    if not now.calls:
+        return nodes
+    inside: dict[int, list[str]] = {}
+    for node in nodes:
+        meta = custom[node.name]
+        if PIN not in meta and CALL in meta:
+            inside.setdefault(meta[CALL], []).append(node.name)
+    single = {
+        call
+        for call, mark in enumerate(now.calls)
+        if len(inside.get(call, ())) == 1 and not mark.is_pin and mark.module_path is None
+        and mark.parameter_plan is None
+    }  # fmt: skip
+    result = []
+    renamed: dict[str, str] = {}
+    for node in nodes:
+        if renamed:
+            node = replace(node, inputs=tuple(renamed.get(v, v) for v in node.inputs))
+        meta = custom[node.name]
+        pin = meta.get(PIN)
+        if pin is not None:
+            call, side, position = pin
+            if call in single:
+                renamed[node.outputs[0]] = node.inputs[0]
+                continue
+            node = replace(node, mark=_pin_mark(now.calls[call], side, position), region=_outer(meta, call))
+        elif meta.get(CALL) in single:
+            node = replace(node, mark=now.calls[meta[CALL]])
+        elif CALL in meta:
+            node = replace(node, mark=None, region=now.calls[meta[CALL]])
+        result.append(node)
+    return result
+
+
+def _outer(meta: dict[str, Any], call: int) -> Any:
+    return None
+
+
+def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:
+    strategy = mark.in_strategy if side == "in" else mark.out_strategy
+    if strategy is None or position >= len(strategy) or strategy[position] is None:
+        return None
+    what = "input" if side == "in" else "output"
+    return replace(
+        mark, name=f"{mark.name} {what} {position}", in_strategy=(strategy[position],), out_strategy=None,
+        parameter_plan=None, is_pin=True,
+    )  # fmt: skip
+
+
+def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[list[Node], list[Any]]:
+    """Removes operators whose results nothing reads. Random ones stay: they advance the generator."""
+    needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
+    kept = []
+    for node in reversed(nodes):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
+        if random or any(v in needed for v in node.outputs) or not node.outputs:
+            kept.append(node)
+            needed.update(node.inputs)
+    return kept[::-1], outputs

@@ -1,0 +1,131 @@
+"""Closures: the modules and parameters that a function reads from outside, held by one module."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (list, tuple, set)
+
+
+class FunctionModule(nn.Module):
+    """A function as a module that owns what the function closes over.
+
+    Modules keep the name the function uses for them; so ``net.fc1.weight`` is the name of a parameter of ``net``.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.__dict__["function"] = function
+        for name, value in closed_over(function):
+            name = _free_name(self, name)
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
+            elif isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value, persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["function"](*args, **kwargs)
+
+
+def closed_over(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """The modules, parameters and tensors a function can reach through its closure, globals, defaults and self."""
+    found: list[tuple[str, Any]] = []
+    seen: set[int] = set()
+    for name, value in _reachable(function, seen):
+        if not any(value is v for _, v in found):
+            found.append((name, value))
+    return found
+
+
+def reaches(function: Callable[..., Any], wanted: tuple[type, ...]) -> bool:
+    """Whether a function can reach an object of one of the types."""
+    seen: set[int] = set()
+    return any(True for _ in _walk_function(function, seen, wanted))
+
+
+def _reachable(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    for name, value in _walk_function(function, seen, (nn.Module, Tensor)):
+        yield name, value
+
+
+def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    if id(function) in seen:
+        return
+    seen.add(id(function))
+    if isinstance(function, functools.partial):
+        yield from _walk_value("argument", function.args, seen, wanted)
+        yield from _walk_value("argument", dict(function.keywords), seen, wanted)
+        yield from _walk_function(function.func, seen, wanted)
+        return
+    if isinstance(function, types.MethodType):
+        yield from _walk_value(type(function.__self__).__name__.lower(), function.__self__, seen, wanted, deep=True)
+        function = function.__func__
+    if not isinstance(function, types.FunctionType):
+        yield from _walk_value("callable", function, seen, wanted, deep=not isinstance(function, nn.Module))
+        return
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield from _walk_value(name, cell.cell_contents, seen, wanted)
+        except ValueError:
+            continue  # a cell that is not filled yet
+    for name in _names(code):
+        if name in function.__globals__:
+            yield from _walk_value(name, function.__globals__[name], seen, wanted)
+    for value in function.__defaults__ or ():
+        yield from _walk_value("default", value, seen, wanted)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _walk_value(
+    name: str, value: Any, seen: set[int], wanted: tuple[type, ...], deep: bool = False
+) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, wanted):
+        yield name, value
+        return
+    if isinstance(value, (nn.Module, Tensor, type, types.ModuleType)) or id(value) in seen:
+        return
+    if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+        module = getattr(value, "__module__", "") or ""
+        if not module.startswith(("torch.", "shardwright.")) and module != "torch":
+            yield from _walk_function(value, seen, wanted)
+        return
+    seen.add(id(value))
+    if isinstance(value, _CONTAINERS):
+        for i, item in enumerate(value):
+            yield from _walk_value(f"{name}_{i}", item, seen, wanted)
+    elif isinstance(value, dict):
+        for key, item in list(value.items()):
+            yield from _walk_value(f"{name}_{key}", item, seen, wanted)
+    elif hasattr(value, "__wrapped_function__"):
+        yield from _walk_function(value.__wrapped_function__, seen, wanted)
+    elif (deep or type(value).__module__ == "__main__") and hasattr(value, "__dict__"):
+        for key, item in list(vars(value).items()):
+            yield from _walk_value(key, item, seen, wanted)
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in name) or "value"
+    base, count = name, 1
+    while hasattr(module, name):
+        count += 1
+        name = f"{base}_{count}"
+    return name
+
+
+def is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)

@@ -1,0 +1,121 @@
+"""Graph: what capture makes of a callable, an operator-level program on global tensors.
+
+Invariants: every value is made once and never changed (in-place operators have been rewritten); nodes stand in the
+order they run; the outputs and the buffer updates are values of the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.capture.marks import Mark
+from shardwright.rules.operator import Operator, TensorMeta
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """A tensor that comes from outside: ``kind`` is ``parameter``, ``buffer``, ``constant`` or ``input``.
+
+    ``target`` is the qualified name of a parameter, buffer or constant, or the position among the flat user inputs.
+    """
+
+    value: str
+    kind: str
+    target: str | int
+    meta: TensorMeta
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call. ``inputs`` and ``outputs`` name values; see :class:`Operator` for the arguments.
+
+    ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
+    """
+
+    name: str
+    op: Operator
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    module: str = ""
+    source: str = ""
+    mark: Mark | None = None
+    region: Mark | None = None
+    autocast: tuple[Any, ...] | None = None
+    grad: bool = True
+
+    @property
+    def where(self) -> str:
+        """The operator as the user would name it: its mark's name or module path, operator and source line."""
+        name = (self.mark.name if self.mark and self.mark.name else "") or self.module
+        text = f"{name} ({self.op.name})" if name else self.op.name
+        return f"{text} at {self.source}" if self.source else text
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An operator-level program on global tensors.
+
+    Args:
+        outputs: the flat outputs: value names, or constants wrapped in :class:`Constant`.
+        updates: ``(buffer name, value)`` pairs: buffers that the program leaves changed.
+    """
+
+    inputs: tuple[GraphInput, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    updates: tuple[tuple[str, str], ...] = ()
+    out_spec: Any = None
+    constants: dict[str, Any] = field(default_factory=dict, compare=False)
+    metas: dict[str, TensorMeta] = field(default_factory=dict, compare=False)
+    needs_grad: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for graph_input in self.inputs:
+            self.metas[graph_input.value] = graph_input.meta
+        for node in self.nodes:
+            self.metas.update(zip(node.outputs, node.op.outputs, strict=True))
+        object.__setattr__(self, "needs_grad", _needs_grad(self))
+
+    @property
+    def consumers(self) -> dict[str, list[tuple[Node, int]]]:
+        """For every value, the nodes that read it, with the position among their tensor inputs."""
+        result: dict[str, list[tuple[Node, int]]] = {name: [] for name in self.metas}
+        for node in self.nodes:
+            for position, value in enumerate(node.inputs):
+                result[value].append((node, position))
+        return result
+
+    def __str__(self) -> str:
+        lines = [f"{i.value}: {i.kind} {i.target} {list(i.meta.shape)}" for i in self.inputs]
+        for node in self.nodes:
+            args = ", ".join([*(repr(a) for a in node.op.args), *(f"{k}={v!r}" for k, v in node.op.kwargs.items())])
+            for i, value in reversed(list(enumerate(node.inputs))):
+                args = args.replace(f"${i}", value)
+            shapes = " ".join(str(list(m.shape)) for m in node.op.outputs)
+            lines.append(f"{', '.join(node.outputs)} = {node.op.name}({args})  # {shapes} {node.module}".rstrip())
+        lines.append(f"return {', '.join(str(o) for o in self.outputs)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An output of the captured callable that is not a tensor."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+def _needs_grad(graph: Graph) -> frozenset[str]:
+    result = {i.value for i in graph.inputs if i.requires_grad}
+    for node in graph.nodes:
+        if not node.grad or node.op.name in ("aten.detach", "aten.argmax", "aten.zeros_like", "aten.ones_like"):
+            continue
+        if any(value in result for value in node.inputs):
+            result.update(
+                v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable
+            )
+    return frozenset(result)

@@ -1,0 +1,33 @@
+"""Marks: what a user asked of an operator, a function or a module, carried through capture onto graph nodes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+_ids = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A user's request, made where an operator, function or module is defined.
+
+    Args:
+        name: how to name it to the user: ``MatMul``, ``matmul``, a module's class.
+        in_strategy, out_strategy: tuples of slice counts or Layouts, one a tensor input or output; ``None``: not given.
+        parameter_plan: parameter name (relative to the module) -> slice counts or a Layout.
+        attributes: operator attributes (``add_prim_attr``).
+        source: ``file:line`` where the request was made.
+        is_pin: a layout pinned onto a value in the middle of a model (``reshard``).
+    """
+
+    name: str
+    in_strategy: Any = None
+    out_strategy: Any = None
+    parameter_plan: dict[str, Any] | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    is_pin: bool = False
+    module_path: str | None = None
+    uid: int = field(default_factory=lambda: next(_ids))

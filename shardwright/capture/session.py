@@ -1,0 +1,94 @@
+"""A capture session: puts marks onto the operators that run while a callable is captured.
+
+Outside a session a marked operator is the plain operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardwright.capture.marks import Mark
+from shardwright.capture.torch_private import annotate
+
+CALL, PIN = "shardwright_call", "shardwright_pin"
+
+
+@dataclass
+class Session:
+    """The marked calls met during one capture; ``calls[i]`` is the mark of call ``i``."""
+
+    calls: list[Mark] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def run(self, mark: Mark, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs ``function`` with every tensor input and output pinned and every operator tagged."""
+        call = len(self.calls)
+        self.calls.append(mark)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.counts.append(len(tensors))
+        args, kwargs = self._pinned(call, "in", (args, kwargs))
+        with annotate({CALL: call}):
+            result = function(*args, **kwargs)
+        return self._pinned(call, "out", result)
+
+    def _pinned(self, call: int, side: str, value: Any) -> Any:
+        position = -1
+
+        def pin(leaf: Any) -> Any:
+            nonlocal position
+            if not isinstance(leaf, Tensor):
+                return leaf
+            position += 1
+            with annotate({PIN: (call, side, position)}):
+                return torch.ops.aten.alias.default(leaf)
+
+        return pytree.tree_map(pin, value)
+
+
+_current: list[Session] = []
+
+
+def current_session() -> Session | None:
+    """The session in progress, or ``None``."""
+    return _current[-1] if _current else None
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    new = Session()
+    _current.append(new)
+    try:
+        yield new
+    finally:
+        _current.remove(new)
+
+
+@contextmanager
+def marked_modules(root: nn.Module, marks: dict[nn.Module, Mark]) -> Iterator[None]:
+    """Within the block, calls of the marked modules run under their marks. The modules are left as they were."""
+    changed: list[tuple[nn.Module, bool, Any]] = []
+    try:
+        for module, mark in marks.items():
+            had = "forward" in module.__dict__
+            plain = module.forward
+
+            def run(*args: Any, _mark: Mark = mark, _plain: Any = plain, **kwargs: Any) -> Any:
+                now = current_session()
+                return now.run(_mark, _plain, args, kwargs) if now else _plain(*args, **kwargs)
+
+            changed.append((module, had, module.__dict__.get("forward")))
+            module.__dict__["forward"] = run
+        yield
+    finally:
+        for module, had, before in reversed(changed):
+            if had:
+                module.__dict__["forward"] = before
+            else:
+                del module.__dict__["forward"]

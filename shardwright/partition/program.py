@@ -1,0 +1,143 @@
+"""The local program: what one rank runs.
+
+A list of calls on local tensors and of moves (redistributions). It names collectives by axes, never by process groups,
+so the same program runs in every world. ``lanes`` says, for every value, which ranks hold the same tensor: two ranks
+in one lane compute the same thing. A distributed rank ignores it, the simulated world computes each lane once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch.utils import _pytree as pytree
+
+from shardwright.layout import Layout
+from shardwright.redistribute.steps import Redistribution
+from shardwright.rules.lowering import PerRank, Ref
+from shardwright.rules.operator import TensorMeta, operator_name
+
+Lanes = tuple[int, ...]
+Autocast = Union[tuple[Any, ...], None]
+
+
+@dataclass(frozen=True)
+class ProgramInput:
+    """A tensor handed to the program, already laid out as ``layout``."""
+
+    name: str
+    kind: str
+    target: str | int
+    meta: TensorMeta
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Call:
+    """A local call. ``cause`` is the name of the graph node it comes from."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[str, ...]
+    sequence: bool
+    cause: str
+    lanes: Lanes
+    autocast: Autocast = None
+    grad: bool = True
+
+
+@dataclass(frozen=True)
+class Move:
+    """A redistribution of one value; the source layout's pending sums and the gradient's are reduced on the way."""
+
+    source: str
+    output: str
+    redistribution: Redistribution
+    dtype: torch.dtype
+    cause: str
+    edge: str
+    lanes: Lanes
+    needs_grad: bool
+    grad: bool = True
+    autocast: Autocast = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.output,)
+
+
+Instruction = Union[Call, Move]
+
+
+@dataclass(frozen=True)
+class LocalProgram:
+    """What one rank runs. ``outputs`` are names of values held whole by every rank, or constants."""
+
+    world_size: int
+    inputs: tuple[ProgramInput, ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[Any, ...]
+    updates: tuple[tuple[str, str], ...]
+    lanes: dict[str, Lanes]
+    layouts: dict[str, Layout]
+
+    def text(self, rank: int = 0) -> str:
+        """The program of one rank as readable code."""
+        names = ", ".join(i.name for i in self.inputs)
+        lines = [f"def rank_{rank}({names}):"]
+        for i in self.inputs:
+            local = list(i.layout.local_shape(i.meta.shape, rank))
+            lines.append(f"    # {i.name}: {i.kind} {i.target} {local} of {list(i.meta.shape)}, {i.layout.short() or 'scalar'}")
+        for instruction in self.instructions:
+            lines.append(f"    {_instruction_text(instruction, rank)}")
+        lines.append(f"    return {', '.join(str(o) for o in self.outputs)}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text(0)
+
+    def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
+        if isinstance(instruction, Move):
+            return (instruction.source,)
+        leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
+        return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
+
+    def last_uses(self) -> list[tuple[str, ...]]:
+        """For every instruction, the values that nothing reads after it."""
+        kept = {o for o in self.outputs if isinstance(o, str)} | {v for _, v in self.updates}
+        seen: set[str] = set(kept)
+        result: list[tuple[str, ...]] = []
+        for instruction in reversed(self.instructions):
+            dying = []
+            for name in (*self.refs_of(instruction), *instruction.outputs):
+                if name not in seen:
+                    seen.add(name)
+                    dying.append(name)
+            result.append(tuple(dying))
+        return result[::-1]
+
+
+def resolve(argument: Any, rank: int) -> Any:
+    """The argument with every :class:`PerRank` replaced by its value on ``rank``."""
+    return pytree.tree_map(lambda leaf: leaf.of(rank) if isinstance(leaf, PerRank) else leaf, argument)
+
+
+def argument_text(argument: Any) -> str:
+    if isinstance(argument, (list, tuple)):
+        inner = ", ".join(argument_text(a) for a in argument)
+        return f"[{inner}]" if isinstance(argument, list) else f"({inner}{',' if len(argument) == 1 else ''})"
+    if isinstance(argument, slice):
+        return f"slice({argument.start}, {argument.stop})"
+    return repr(argument)
+
+
+def _instruction_text(instruction: Instruction, rank: int) -> str:
+    if isinstance(instruction, Move):
+        return f"{instruction.output} = move({instruction.source}, {str(instruction.redistribution)!r})  # {instruction.edge}"
+    args, kwargs = resolve((instruction.args, instruction.kwargs), rank)
+    parts = [*(argument_text(a) for a in args), *(f"{k}={argument_text(v)}" for k, v in kwargs.items())]
+    name = operator_name(instruction.function)
+    return f"{', '.join(instruction.outputs)} = {name}({', '.join(parts)})  # {instruction.cause}"

@@ -1,0 +1,78 @@
+"""Rules of pointwise operators: every dim of the output is free, and inputs broadcast against it.
+
+One rule serves them all: each dim of an input is the output's dim it lines up with from the right, or, where its size
+is 1 and the output's is not, a dim that every rank holds whole.
+"""
+
+from __future__ import annotations
+
+from shardwright.rules.operator import Operator, Slot
+from shardwright.rules.registry import rule_for
+from shardwright.rules.signature import Signature, parse
+
+UNARY = """
+    abs absolute acos acosh alias angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh bitwise_not
+    ceil celu clip clone contiguous cos cosh deg2rad detach digamma elu erf erfc erfinv exp exp2 expm1 fix floor frac
+    gelu hardshrink hardsigmoid hardswish hardtanh i0 isfinite isinf isnan isneginf isposinf isreal leaky_relu lgamma
+    lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg negative positive rad2deg
+    reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_erf
+    special_erfc special_erfcx special_expit special_expm1 special_log1p special_log_ndtr special_ndtr special_psi sqrt
+    square tan tanh threshold trunc to _to_copy zeros_like ones_like full_like empty_like
+""".split()
+
+BINARY = """
+    add arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor copy copysign div divide
+    eq fill float_power floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le less less_equal
+    logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter
+    not_equal pow remainder rsub special_xlog1py special_xlogy sub subtract true_divide type_as xlogy
+""".split()
+
+TERNARY = "addcdiv addcmul clamp clamp_max clamp_min lerp where".split()
+
+KEEPS_VALUES = frozenset(
+    f"aten.{name}"
+    for name in "alias clone contiguous detach neg negative positive to _to_copy lift_fresh_copy zeros_like".split()
+)
+SCALES = frozenset(f"aten.{name}" for name in "mul multiply div divide true_divide".split())
+ADDS = frozenset(f"aten.{name}" for name in "add sub subtract rsub".split())
+
+
+@rule_for(*(f"aten.{name}" for name in [*UNARY, *BINARY, *TERNARY]))
+def pointwise(op: Operator) -> Signature | None:
+    """The rule of a pointwise call with any number of tensor inputs."""
+    if not op.inputs or len(op.outputs) != 1:
+        return None
+    return parse(f"{', '.join(['...'] * len(op.inputs))} -> ...", op, None, _linear(op))
+
+
+def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
+    """The inputs in which the call is linear: no cast, no broadcasting, no constant term."""
+    output = op.outputs[0]
+    if any(meta.dtype != output.dtype or meta.shape != output.shape for meta in op.inputs):
+        return ()
+    if op.name in ADDS and len(op.inputs) == 2:
+        return ((0, 1),)
+    if len(op.inputs) != 1:
+        return ()
+    scales = op.name in SCALES and op.argument("rounding_mode") is None and isinstance(op.args[0], Slot)
+    return ((0,),) if scales or op.name in KEEPS_VALUES else ()
+
+
+@rule_for("aten.prelu")
+def _prelu(op: Operator) -> Signature:
+    """One slope for all, or one for each of the channels, which are dim 1."""
+    ndim, slope = len(op.inputs[0].shape), op.inputs[1]
+    dims = [f"d{i}" for i in range(ndim)]
+    shared = slope.numel == 1
+    weight = " ".join(("1" if shared else "d1") for _ in slope.shape)
+    return parse(f"{' '.join(dims)}, {weight} -> {' '.join(dims)}", op)
+
+
+@rule_for("aten.glu")
+def _glu(op: Operator) -> Signature:
+    """The halves of a dim meet elementwise, so that dim stays whole."""
+    ndim = len(op.inputs[0].shape)
+    dim = op.argument("dim", -1) % ndim
+    before = " ".join("both!" if i == dim else f"d{i}" for i in range(ndim))
+    after = " ".join("half!" if i == dim else f"d{i}" for i in range(ndim))
+    return parse(f"{before} -> {after}", op)

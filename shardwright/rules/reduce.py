@@ -1,0 +1,158 @@
+"""Rules of reductions, scans and sorts over dims: sums may be split, what is not linear keeps its dims whole.
+
+The dims that are not reduced are always free.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.layout import Layout
+from shardwright.rules.lowering import Local
+from shardwright.rules.operator import Operator
+from shardwright.rules.pointwise import pointwise
+from shardwright.rules.registry import rule_for
+from shardwright.rules.signature import Signature, parse
+
+aten = torch.ops.aten
+
+
+def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:
+    """The dims a call reduces: all of them where it names none."""
+    ndim = len(op.inputs[0].shape)
+    given = op.argument("dim")
+    if given is None or (given in ([], ()) and empty_means_all):
+        return frozenset(range(ndim))
+    dims = given if isinstance(given, (list, tuple)) else [given]
+    return frozenset(d % ndim for d in dims) if ndim else frozenset()
+
+
+def _reduction(op: Operator, mark: str, dims: frozenset[int]) -> str:
+    """The notation of a call that reduces ``dims`` to nothing, or to size 1."""
+    keepdim = bool(op.argument("keepdim", False))
+    ndim = len(op.inputs[0].shape)
+    before = " ".join(f"d{i}{mark if i in dims else ''}" for i in range(ndim))
+    after = " ".join("1" if i in dims else f"d{i}" for i in range(ndim) if keepdim or i not in dims)
+    return f"{before} -> {', '.join([after] * len(op.outputs))}"
+
+
+# -- sums ---------------------------------------------------------------------------------------------------------
+
+
+@rule_for("aten.sum", "aten.nansum", "aten.count_nonzero")
+def _sum(op: Operator) -> Signature:
+    plain = op.name == "aten.sum" and op.inputs[0].dtype == op.outputs[0].dtype
+    return parse(_reduction(op, "+", reduced_dims(op)), op, None, [[0]] if plain else ())
+
+
+@rule_for("aten.mean")
+def _mean(op: Operator) -> Signature:
+    plain = op.inputs[0].dtype == op.outputs[0].dtype
+    return parse(_reduction(op, "+", reduced_dims(op)), op, None, [[0]] if plain else (), _mean_of_split)
+
+
+def _mean_of_split(local: Local) -> Any:
+    """A mean over split dims: the local sum over the global count, a partial sum."""
+    if not any(local.axes_of(factor) for factor in local.signature.summed):
+        return local.same_call()
+    op = local.op
+    dims = sorted(reduced_dims(op))
+    count = op.inputs[0].numel // max(op.outputs[0].numel, 1)
+    keepdim = bool(op.argument("keepdim", False))
+    return (local.call(sum_over_count, local.inputs[0], dims, keepdim, count, op.outputs[0].dtype),)
+
+
+def sum_over_count(x: Tensor, dims: list[int], keepdim: bool, count: int, dtype: torch.dtype) -> Tensor:
+    """The sum over ``dims`` divided by ``count``; half precision is summed in single, where it cannot overflow."""
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return (x.sum(dims, keepdim=keepdim, dtype=wide) / count).to(dtype)
+
+
+# -- reductions that keep their dims whole ------------------------------------------------------------------------
+
+
+WHOLE = """
+    amax amin aminmax argmax argmin kthvalue linalg_norm linalg_vector_norm logsumexp median mode nanmean nanmedian norm
+    prod
+""".split()
+ALONG = """
+    _log_softmax _softmax argsort cummax cummin cumprod cumsum log_softmax logcumsumexp msort softmax sort
+""".split()
+
+
+@rule_for(*(f"aten.{name}" for name in WHOLE))
+def _whole_dims(op: Operator) -> Signature:
+    return parse(_reduction(op, "!", reduced_dims(op)), op)
+
+
+@rule_for("aten.max", "aten.min")
+def _extremum(op: Operator) -> Signature | None:
+    """Three operators in one name: over all dims, over one dim with its indices, or of two tensors."""
+    if len(op.inputs) == 2:
+        return pointwise(op)
+    return parse(_reduction(op, "!", reduced_dims(op)), op)
+
+
+@rule_for("aten.any", "aten.all")
+def _logical(op: Operator) -> Signature:
+    """Here an empty list of dims reduces none."""
+    return parse(_reduction(op, "!", reduced_dims(op, empty_means_all=False)), op)
+
+
+@rule_for("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
+def _spread(op: Operator) -> Signature:
+    return parse(_reduction(op, "!", reduced_dims(op)), op, None, (), _spread_unless_empty)
+
+
+def _spread_unless_empty(local: Local) -> Any:
+    """Of an empty piece torch gives the right result, with a warning; so there the sum stands in for it."""
+    if not has_empty_piece(local.input_layouts[0], local.op.inputs[0].shape):
+        return local.same_call()
+    dims, keepdim = sorted(reduced_dims(local.op)), bool(local.op.argument("keepdim", False))
+    correction = local.op.argument("correction", 1 if local.op.argument("unbiased", True) else 0)
+    function = variance if local.op.name in ("aten.var", "aten.var_mean") else deviation
+    spread = local.call(function, local.inputs[0], dims, keepdim, 1 if correction is None else correction)
+    if len(local.op.outputs) == 1:
+        return (spread,)
+    return spread, local.call(aten.mean.dim, local.inputs[0], dims, keepdim)
+
+
+def has_empty_piece(layout: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether some rank holds no element of a tensor that has some."""
+    return 0 not in shape and any(a == b for bounds in layout.bounds(shape).values() for a, b in bounds)
+
+
+def variance(x: Tensor, dims: list[int], keepdim: bool, correction: float) -> Tensor:
+    """``var``, without a warning for a tensor of no elements."""
+    return x.var(dims, correction=correction, keepdim=keepdim) if x.numel() else x.sum(dims, keepdim)
+
+
+def deviation(x: Tensor, dims: list[int], keepdim: bool, correction: float) -> Tensor:
+    """``std``, without a warning for a tensor of no elements."""
+    return x.std(dims, correction=correction, keepdim=keepdim) if x.numel() else x.sum(dims, keepdim)
+
+
+# -- along one dim, which stays --------------------------------------------------------------------------------------
+
+
+@rule_for(*(f"aten.{name}" for name in ALONG))
+def _along(op: Operator) -> Signature:
+    """Each position depends on others along one dim: that dim stays whole."""
+    dims = _with_one_dim(op, "d!")
+    return parse(f"{dims} -> {', '.join([dims] * len(op.outputs))}", op)
+
+
+@rule_for("aten.topk")
+def _topk(op: Operator) -> Signature:
+    kept = _with_one_dim(op, "k!")
+    return parse(f"{_with_one_dim(op, 'd!')} -> {kept}, {kept}", op)
+
+
+def _with_one_dim(op: Operator, factor: str) -> str:
+    """The notation of a tensor whose dim ``dim`` (default the operator's own) is ``factor``."""
+    ndim = len(op.inputs[0].shape)
+    dim = op.argument("dim", 0 if op.name == "aten.msort" else -1)
+    return " ".join(factor if ndim and i == dim % ndim else f"d{i}" for i in range(ndim))

@@ -1,0 +1,217 @@
+"""The simulated world: all ranks in lock step in one process, differentiable, with exact values.
+
+A value is a list of tensors, one a lane (see :mod:`shardwright.partition.lanes`): ranks that compute the same thing are
+computed once. Collectives are differentiable functions over such lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from shardwright.errors import WorldError
+from shardwright.layout import Layout
+from shardwright.partition import lanes as lane
+from shardwright.partition.program import Call, LocalProgram, Move
+from shardwright.redistribute.steps import Step
+from shardwright.rules.lowering import PerRank
+from shardwright.world import record
+from shardwright.world.source import SourceWriter
+from shardwright.world.simulated_steps import run_steps
+
+Lanes = lane.Lanes
+
+
+class SimulatedWorld:
+    """``size`` ranks in one process.
+
+    >>> SimulatedWorld(8).size
+    8
+    """
+
+    is_simulated = True
+    rank = 0
+
+    def __init__(self, size: int):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise WorldError(f"a simulated world needs at least one rank, got {size!r}: sw.init(devices=8)")
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"SimulatedWorld({self.size})"
+
+    def bind(self, program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+        """The program as a function of its inputs, given as global tensors.
+
+        Returns:
+            A function to ``(outputs, updated buffers)``, global tensors.
+        """
+        return _bind(program)
+
+
+class _SimulatedMove:
+    """One move of the program, over lanes."""
+
+    def __init__(self, move: Move, source_lanes: Lanes):
+        self.plan, self.dtype = move.redistribution, move.dtype
+        self.cause, self.edge = move.cause, move.edge
+        self.source_lanes, self.lanes = source_lanes, move.lanes
+        self.gradient_lanes = lane.of_layout(self.plan.source.without_partial())
+        self.representatives = _representatives(self.lanes)
+        self.source_representatives = _representatives(self.source_lanes)
+
+    def __call__(self, lanes: list[Tensor]) -> list[Tensor]:
+        return list(_MoveFunction.apply(self, *lanes))
+
+    def forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
+        record.emit(self.plan.forward, self.plan.shape, lanes[0].dtype, self.cause, self.edge, "forward")
+        values = run_steps([lanes[i] for i in self.source_lanes], self.plan.forward, self.plan.shape)
+        return _distinct([values[r] for r in self.representatives], lanes)
+
+    def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        record.emit(self.plan.backward, self.plan.shape, gradients[0].dtype, self.cause, self.edge, "backward")
+        values = run_steps([gradients[i] for i in self.lanes], self.plan.backward, self.plan.shape)
+        return [values[r] for r in self.source_representatives]
+
+
+class _MoveFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, move: _SimulatedMove, *lanes: Tensor) -> tuple[Tensor, ...]:
+        ctx.move = move
+        return tuple(move.forward(lanes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.move.backward(gradients))
+
+
+class _EnterFunction(torch.autograd.Function):
+    """Global tensor to the pieces of each lane; the gradient's pieces are put together again."""
+
+    @staticmethod
+    def forward(ctx: Any, pieces: list[tuple[slice, ...]], value: Tensor) -> tuple[Tensor, ...]:
+        ctx.pieces, ctx.shape = pieces, value.shape
+        return tuple(value[piece] for piece in pieces)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        whole = gradients[0].new_empty(ctx.shape)
+        for piece, gradient in zip(ctx.pieces, gradients, strict=True):
+            whole[piece] = gradient
+        return None, whole
+
+
+def enter(value: Tensor, layout: Layout, lanes: Lanes) -> list[Tensor]:
+    """The piece of a global tensor that each lane holds, differentiably."""
+    if max(lanes) == 0:
+        return [value]
+    slices = layout.slices(value.shape)
+    pieces = [slices[r] for r in _representatives(lanes)]
+    if value.requires_grad and torch.is_grad_enabled():
+        return list(_EnterFunction.apply(pieces, value))
+    return [value[piece] for piece in pieces]
+
+
+def _representatives(lanes: Lanes) -> list[int]:
+    """One rank of each lane."""
+    first: dict[int, int] = {}
+    for rank, own in enumerate(lanes):
+        first.setdefault(own, rank)
+    return [first[i] for i in range(len(first))]
+
+
+def _distinct(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, none of them twice and none of them an input: autograd forbids aliases."""
+    seen = {id(t) for t in inputs}
+    result = []
+    for value in values:
+        if id(value) in seen:
+            value = value.view_as(value)
+        seen.add(id(value))
+        result.append(value)
+    return result
+
+
+def _bind(program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+    writer = SourceWriter("simulated", [i.name for i in program.inputs])
+    dying = program.last_uses()
+    for item in program.inputs:
+        if max(program.lanes[item.name]) > 0:
+            call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.lanes[i.name]))
+            writer.line(f"{item.name} = {call}({item.name})")
+        else:
+            writer.line(f"{item.name} = [{item.name}]")
+    for instruction, dead in zip(program.instructions, dying, strict=True):
+        writer.context(instruction.autocast, instruction.grad)
+        if isinstance(instruction, Move):
+            move = writer.constant("move", _SimulatedMove(instruction, program.lanes[instruction.source]))
+            writer.line(f"{instruction.output} = {move}({instruction.source})")
+        else:
+            _write_call(writer, instruction, program)
+        writer.forget(dead)
+    writer.context(None, True)
+    outputs = [f"{o}[0]" if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
+    updates = [f"{name}[0]" for _, name in program.updates]
+    return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
+    """One comprehension over the lanes of the call; each input is read at the lane its own value has there."""
+    ranks = _representatives(call.lanes)
+    reads: dict[str, str] = {}  # text of the read -> loop variable
+    columns: list[list[Any]] = []
+    sources: list[str] = []
+
+    def column(key: str, source: str, values: list[Any]) -> str:
+        if key not in reads:
+            reads[key] = f"i{len(reads)}"
+            columns.append(values)
+            sources.append(source)
+        return reads[key]
+
+    def read(ref_name: str) -> str:
+        lanes = program.lanes[ref_name]
+        if max(lanes) == 0:
+            return f"{ref_name}[0]"
+        index = [lanes[r] for r in ranks]
+        return f"{ref_name}[{column('ref' + str(index), '', index)}]"
+
+    def per_rank(leaf: PerRank) -> str:
+        values = [leaf.of(r) for r in ranks]
+        if all(v == values[0] for v in values):
+            return writer.literal(values[0])
+        return column(f"rank{id(leaf)}", "", values)
+
+    arguments = writer.arguments(call.args, call.kwargs, read, per_rank)
+    text = f"{writer.callable(call.function)}({arguments})"
+    if not reads:
+        assert len(ranks) == 1, call
+        text = f"[{text}]"
+    else:
+        table = writer.constant("lanes", list(zip(*columns, strict=True)))
+        text = f"[{text} for {', '.join(reads.values())}, in {table}]"
+    if not call.sequence:
+        writer.line(f"{call.outputs[0]} = {text}")
+    else:
+        writer.line(f"many = {text}")
+        for position, name in enumerate(call.outputs):
+            writer.line(f"{name} = [each[{position}] for each in many]")
+
+
+def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: Lanes) -> Tensor:
+    """The global tensor that the lanes hold together, pending sums included."""
+    from shardwright.redistribute.steps import steps_between
+
+    steps: tuple[Step, ...] = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
+    return run_steps([values[i] for i in lanes], steps, shape)[0]
+
+
+def leaves_of(value: Any) -> list[Any]:
+    return list(pytree.tree_leaves(value))
