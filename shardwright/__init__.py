@@ -1,0 +1,13 @@
+"""shardwright trains a PyTorch model written for one device on many, without rewriting it."""
+
+import shardwright.rules.tables as _tables  # noqa: F401  (registers the rules)
+from shardwright import ops as ops
+from shardwright.api import AutoParallel as AutoParallel
+from shardwright.api import reshard as reshard
+from shardwright.api import shard as shard
+from shardwright.api import value_and_grad as value_and_grad
+from shardwright.layout import Layout as Layout
+from shardwright.mesh import Mesh as Mesh
+from shardwright.world.current import init as init
+from shardwright.world.delayed_init import no_init_parameters as no_init_parameters
+from shardwright.world.record import record_communication as record_communication

@@ -465,7 +465,8 @@ def _map_arguments(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _meta(value: Any) -> TensorMeta:
-    return TensorMeta(tuple(int(s) for s in value.shape), value.dtype, tuple(int(s) for s in value.stride()))
+    shape, stride = tuple(int(s) for s in value.shape), tuple(int(s) for s in value.stride())
+    return TensorMeta(shape, value.dtype, stride, value.device)
 
 
 def _storage(value: Any) -> Any:
@@ -533,7 +534,9 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> l
     }  # fmt: skip
     result = []
     renamed: dict[str, str] = {}
+    pinned: dict[str, int] = {}
     for node in nodes:
+        before = node.inputs
         if renamed:
             node = replace(node, inputs=tuple(renamed.get(v, v) for v in node.inputs))
         meta = custom[node.name]
@@ -542,18 +545,19 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> l
             call, side, position = pin
             if call in single:
                 renamed[node.outputs[0]] = node.inputs[0]
+                pinned[node.outputs[0]] = position
                 continue
-            node = replace(node, mark=_pin_mark(now.calls[call], side, position), region=_outer(meta, call))
+            pin_mark = _pin_mark(now.calls[call], side, position)
+            region = None if pin_mark else now.calls[call]
+            node = replace(node, mark=pin_mark, mark_positions=(0,), mark_count=1, region=region)
         elif meta.get(CALL) in single:
-            node = replace(node, mark=now.calls[meta[CALL]])
+            call = meta[CALL]
+            positions = tuple(pinned.get(v) for v in before)
+            node = replace(node, mark=now.calls[call], mark_positions=positions, mark_count=now.counts[call])
         elif CALL in meta:
             node = replace(node, mark=None, region=now.calls[meta[CALL]])
         result.append(node)
     return result
-
-
-def _outer(meta: dict[str, Any], call: int) -> Any:
-    return None
 
 
 def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:

@@ -32,6 +32,8 @@ class Node:
     """One operator call. ``inputs`` and ``outputs`` name values; see :class:`Operator` for the arguments.
 
     ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
+    ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
+    of the operator's ``i``-th input.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Node:
     module: str = ""
     source: str = ""
     mark: Mark | None = None
+    mark_positions: tuple[int | None, ...] = ()
+    mark_count: int = 0
     region: Mark | None = None
     autocast: tuple[Any, ...] | None = None
     grad: bool = True

@@ -38,6 +38,13 @@ class Session:
             result = function(*args, **kwargs)
         return self._pinned(call, "out", result)
 
+    def pin(self, mark: Mark, tensor: Tensor) -> Tensor:
+        """The tensor with a layout pinned onto it."""
+        self.calls.append(mark)
+        self.counts.append(1)
+        with annotate({PIN: (len(self.calls) - 1, "in", 0)}):
+            return torch.ops.aten.alias.default(tensor)
+
     def _pinned(self, call: int, side: str, value: Any) -> Any:
         position = -1
 

@@ -1,53 +1,166 @@
 """Rules of normalisations: the dims whose statistics are taken stay whole, all others are free.
 
-An exception is batch norm over the whole batch: it may be split along the batch too, its sums then meet in one
-all-reduce.
+Batch norm in training takes its statistics over the batch, which may be split all the same: each rank's mean and
+squared deviation are gathered and merged, so that they are those of the whole batch.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardwright.rules.lowering import Local
+from shardwright.layout import Layout
+from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator, Slot
-from shardwright.rules.reduce import has_empty_piece
+from shardwright.rules.pieces import call_unless_empty, guarded_same_call, local_arguments, of_sizes
+from shardwright.rules.reduce import wide
 from shardwright.rules.registry import rule_for
 from shardwright.rules.signature import Signature, parse
 
+# -- over the last dims -------------------------------------------------------------------------------------------
 
-@rule_for("aten.layer_norm", "aten.rms_norm")
+
+@rule_for("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm")
 def _last_dims(op: Operator) -> Signature:
-    """Over the last dims, which weight and bias have too."""
-    dims = " ".join(f"n{i}!" for i in range(len(op.argument("normalized_shape"))))
-    scales = "".join(f", {dims}" for _ in op.inputs[1:])
-    return parse(f"... {dims}{scales} -> ... {dims}", op)
-
-
-@rule_for("aten.native_layer_norm")
-def _native_layer_norm(op: Operator) -> Signature:
+    """Over the last dims, which weight and bias have too; mean and deviation, where returned, have size 1 there."""
     count = len(op.argument("normalized_shape"))
     dims = " ".join(f"n{i}!" for i in range(count))
-    scales = "".join(f", {dims}" for _ in op.inputs[1:])
-    statistics = " ".join(["..."] + ["1"] * count)
-    return parse(f"... {dims}{scales} -> ... {dims}, {statistics}, {statistics}", op)
+    scales = f", {dims}" * (len(op.inputs) - 1)
+    statistics = f", ... {' '.join(['1'] * count)}" * (len(op.outputs) - 1)
+    return parse(f"... {dims}{scales} -> ... {dims}{statistics}", op)
+
+
+# -- over groups of channels ----------------------------------------------------------------------------------------
 
 
 @rule_for("aten.group_norm")
 def _group_norm(op: Operator) -> Signature:
     """Channels are ``(g c)``: whole groups may be apart."""
-    groups, channels = op.argument("num_groups"), op.inputs[0].shape[1]
-    spatial = " ".join(f"s{i}!" for i in range(len(op.inputs[0].shape) - 2))
-    scales = ", (g c!)" * (len(op.inputs) - 1)
-    sizes = {"g": groups, "c": channels // groups}
-    return parse(f"n (g c!) {spatial}{scales} -> n (g c!) {spatial}", op, sizes, (), _local_groups)
+    groups, shape = op.argument("num_groups"), op.inputs[0].shape
+    dims = f"n (g c!) {_spatial(shape, '!')}"
+    sizes = {"g": groups, "c": shape[1] // groups}
+    return parse(f"{dims}{', (g c!)' * (len(op.inputs) - 1)} -> {dims}", op, sizes, (), _local_groups)
+
+
+def _spatial(shape: tuple[int, ...], mark: str) -> str:
+    """The dims after samples and channels."""
+    return " ".join(f"s{i}{mark}" for i in range(len(shape) - 2))
 
 
 def _local_groups(local: Local) -> Any:
-    channels = local.local_size(False, 0, 1)
-    each = local.signature.sizes["c"]
-    if not local.axes_of("g"):
-        return local.same_call()
-    ...
+    """As many groups as the local channels make; torch refuses none."""
+    args, kwargs = local_arguments(local)
+    args[1] = of_sizes(lambda channels: channels // local.signature.sizes["c"], local.local_size(False, 0, 1))
+    return call_unless_empty(local, args, kwargs)
+
+
+# -- over each channel of each sample -------------------------------------------------------------------------------
+
+
+@rule_for("aten.instance_norm")
+def _instance_norm(op: Operator) -> Signature | None:
+    """Each channel of each sample by itself, unless running statistics are to be updated."""
+    fixed = not op.argument("use_input_stats")
+    if isinstance(op.argument("running_mean"), Slot) and not fixed:
+        return None
+    dims = f"n c {_spatial(op.inputs[0].shape, '' if fixed else '!')}"
+    return parse(f"{dims}{', c' * (len(op.inputs) - 1)} -> {dims}", op, None, (), guarded_same_call)
+
+
+# -- over the whole batch -------------------------------------------------------------------------------------------
+
+
+@rule_for("aten.batch_norm")
+def _batch_norm(op: Operator) -> Signature:
+    """With given statistics everything is free. In training the batch may be split, by a lowering of its own.
+
+    Running statistics are updated in place: each rank then holds them whole, so channels stay whole.
+    """
+    training, running = op.argument("training"), isinstance(op.argument("running_mean"), Slot)
+    channel = "c!" if training and running else "c"
+    dims = f"n {channel} {_spatial(op.inputs[0].shape, '!' if training else '')}"
+    lowering = _whole_batch_statistics if training else guarded_same_call
+    return parse(f"{dims}{f', {channel}' * (len(op.inputs) - 1)} -> {dims}", op, None, (), lowering)
+
+
+def _whole_batch_statistics(local: Local) -> Any:
+    if not local.axes_of("n"):
+        return guarded_same_call(local)
+    op, x = local.op, local.inputs[0]
+    counts = _counts(local)
+    merged = local.call(merged_statistics, _gathered_statistics(local, x), counts)
+    weight, bias = _optional(local, "weight"), _optional(local, "bias")
+    mean, variance = _optional(local, "running_mean"), _optional(local, "running_var")
+    if mean is not None and variance is not None:
+        local.call(update_running, mean, variance, merged, op.argument("momentum"), sum(counts))
+    return (local.call(normalised, x, merged, weight, bias, op.argument("eps")),)
+
+
+def _optional(local: Local, name: str) -> Ref | None:
+    slot = local.op.argument(name)
+    return local.inputs[slot.index] if isinstance(slot, Slot) else None
+
+
+def _counts(local: Local) -> list[int]:
+    """How many elements of a channel each piece of the batch has, in the order of pieces."""
+    shape = local.op.inputs[0].shape
+    return [piece * math.prod(shape[2:]) for piece in local.input_layouts[0].pieces(0, shape[0])]
+
+
+def _gathered_statistics(local: Local, x: Ref) -> Ref:
+    """Mean and squared deviation of every piece of the batch, on every rank: of global shape ``(pieces, 2, C)``."""
+    layout, axes = local.input_layouts[0], local.axes_of("n")
+    pieces, channels = local.mesh.count(axes), local.op.inputs[0].shape[1]
+    source = Layout.of(local.mesh, (axes, (), layout.bound[1]), (), (None, None, layout.sizes[1]))
+    target = Layout.of(local.mesh, ((), (), layout.bound[1]), (), (None, None, layout.sizes[1]))
+    own = local.call(piece_statistics, x)
+    return local.move(own, (pieces, 2, channels), source, target, axes, wide(local.op.inputs[0].dtype))
+
+
+def piece_statistics(x: Tensor) -> Tensor:
+    """``(1, 2, C)``: mean and squared deviation of each channel; zeros for a piece of no elements."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    x = x.to(wide(x.dtype))
+    if not x.numel():
+        return torch.stack((x.sum(dims), x.sum(dims))).unsqueeze(0)
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    return torch.stack((mean, variance * (x.numel() // x.shape[1]))).unsqueeze(0)
+
+
+def merged_statistics(pieces: Tensor, counts: list[int]) -> Tensor:
+    """``(2, C)``: mean and variance of all pieces, ``counts`` elements each.
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+    means, deviations = pieces.unbind(1)
+    weights = torch.tensor(counts, dtype=pieces.dtype, device=pieces.device).unsqueeze(1)
+    mean = (means * weights).sum(0) / sum(counts)
+    deviation = deviations.sum(0) + ((means - mean).square() * weights).sum(0)
+    return torch.stack((mean, deviation / sum(counts)))
+
+
+def normalised(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from ``(2, C)`` statistics."""
+    mean, rate = statistics[0], (statistics[1] + eps).rsqrt()
+    result = (x.to(rate.dtype) - channels_of(mean, x)) * channels_of(rate, x)
+    if weight is not None:
+        result = result * channels_of(weight, x)
+    return (result if bias is None else result + channels_of(bias, x)).to(x.dtype)
+
+
+def channels_of(value: Tensor, x: Tensor) -> Tensor:
+    """A tensor of one element a channel, shaped to broadcast against ``x``."""
+    return value.view([1, x.shape[1]] + [1] * (x.ndim - 2))
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float, count: int
+) -> Tensor:
+    """Moves the running statistics in place, the variance unbiased, as ``batch_norm`` does; returns the mean."""
+    mean, variance = statistics.unbind(0)
+    running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+    return running_mean.lerp_(mean.to(running_mean.dtype), momentum)

@@ -14,11 +14,12 @@ OpOverload = type(torch.ops.aten.add.Tensor)
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """Shape, dtype and strides of a global tensor."""
+    """Shape, dtype, strides and device of a global tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     stride: tuple[int, ...] = ()
+    device: torch.device | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:

@@ -6,11 +6,23 @@ is 1 and the output's is not, a dim that every rank holds whole.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from shardwright.rules.operator import Operator, Slot
 from shardwright.rules.registry import rule_for
 from shardwright.rules.signature import Signature, parse
 
-UNARY = """
+
+def aten_names(text: str) -> tuple[str, ...]:
+    """The full names of ATen operators.
+
+    >>> aten_names("add mul")
+    ('aten.add', 'aten.mul')
+    """
+    return tuple(f"aten.{name}" for name in text.split())
+
+
+UNARY = aten_names("""
     abs absolute acos acosh alias angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh bitwise_not
     ceil celu clip clone contiguous cos cosh deg2rad detach digamma elu erf erfc erfinv exp exp2 expm1 fix floor frac
     gelu hardshrink hardsigmoid hardswish hardtanh i0 isfinite isinf isnan isneginf isposinf isreal leaky_relu lgamma
@@ -18,26 +30,23 @@ UNARY = """
     reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_erf
     special_erfc special_erfcx special_expit special_expm1 special_log1p special_log_ndtr special_ndtr special_psi sqrt
     square tan tanh threshold trunc to _to_copy zeros_like ones_like full_like empty_like
-""".split()
+""")
 
-BINARY = """
-    add arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor copy copysign div divide
+BINARY = aten_names("""
+    add arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor copysign div divide
     eq fill float_power floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le less less_equal
     logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter
     not_equal pow remainder rsub special_xlog1py special_xlogy sub subtract true_divide type_as xlogy
-""".split()
+""")
 
-TERNARY = "addcdiv addcmul clamp clamp_max clamp_min lerp where".split()
+TERNARY = aten_names("addcdiv addcmul clamp clamp_max clamp_min lerp where")
 
-KEEPS_VALUES = frozenset(
-    f"aten.{name}"
-    for name in "alias clone contiguous detach neg negative positive to _to_copy lift_fresh_copy zeros_like".split()
-)
-SCALES = frozenset(f"aten.{name}" for name in "mul multiply div divide true_divide".split())
-ADDS = frozenset(f"aten.{name}" for name in "add sub subtract rsub".split())
+KEEPS_VALUES = aten_names("alias clone contiguous detach neg negative positive to _to_copy lift_fresh_copy zeros_like")
+SCALES = aten_names("mul multiply div divide true_divide")
+ADDS = aten_names("add sub subtract rsub")
 
 
-@rule_for(*(f"aten.{name}" for name in [*UNARY, *BINARY, *TERNARY]))
+@rule_for(*UNARY, *BINARY, *TERNARY)
 def pointwise(op: Operator) -> Signature | None:
     """The rule of a pointwise call with any number of tensor inputs."""
     if not op.inputs or len(op.outputs) != 1:
@@ -56,6 +65,17 @@ def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
         return ()
     scales = op.name in SCALES and op.argument("rounding_mode") is None and isinstance(op.args[0], Slot)
     return ((0,),) if scales or op.name in KEEPS_VALUES else ()
+
+
+@rule_for("aten.copy")
+def _copy(op: Operator) -> Signature:
+    """What a write becomes; the operator itself has no gradient."""
+    return parse("..., ... -> ...", op, None, (), lambda local: (local.call(written, *local.inputs),))
+
+
+def written(x: Tensor, source: Tensor) -> Tensor:
+    """``source`` in the shape and dtype of ``x``, which gives up its values."""
+    return source.to(x.dtype).expand(x.shape).clone()
 
 
 @rule_for("aten.prelu")

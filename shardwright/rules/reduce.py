@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.layout import Layout
 from shardwright.rules.lowering import Local
 from shardwright.rules.operator import Operator
-from shardwright.rules.pointwise import pointwise
+from shardwright.rules.pieces import guarded_same_call
+from shardwright.rules.pointwise import aten_names, pointwise
 from shardwright.rules.registry import rule_for
 from shardwright.rules.signature import Signature, parse
-
-aten = torch.ops.aten
 
 
 def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:
@@ -66,24 +64,28 @@ def _mean_of_split(local: Local) -> Any:
 
 
 def sum_over_count(x: Tensor, dims: list[int], keepdim: bool, count: int, dtype: torch.dtype) -> Tensor:
-    """The sum over ``dims`` divided by ``count``; half precision is summed in single, where it cannot overflow."""
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    return (x.sum(dims, keepdim=keepdim, dtype=wide) / count).to(dtype)
+    """The sum over ``dims`` (none: over all) divided by ``count``."""
+    return (x.sum(dims, keepdim=keepdim, dtype=wide(dtype)) / count).to(dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to take sums in: single for half precision, where a sum may overflow though the mean does not."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 # -- reductions that keep their dims whole ------------------------------------------------------------------------
 
 
-WHOLE = """
+WHOLE = aten_names("""
     amax amin aminmax argmax argmin kthvalue linalg_norm linalg_vector_norm logsumexp median mode nanmean nanmedian norm
     prod
-""".split()
-ALONG = """
+""")
+ALONG = aten_names("""
     _log_softmax _softmax argsort cummax cummin cumprod cumsum log_softmax logcumsumexp msort softmax sort
-""".split()
+""")
 
 
-@rule_for(*(f"aten.{name}" for name in WHOLE))
+@rule_for(*WHOLE)
 def _whole_dims(op: Operator) -> Signature:
     return parse(_reduction(op, "!", reduced_dims(op)), op)
 
@@ -104,41 +106,14 @@ def _logical(op: Operator) -> Signature:
 
 @rule_for("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
 def _spread(op: Operator) -> Signature:
-    return parse(_reduction(op, "!", reduced_dims(op)), op, None, (), _spread_unless_empty)
-
-
-def _spread_unless_empty(local: Local) -> Any:
-    """Of an empty piece torch gives the right result, with a warning; so there the sum stands in for it."""
-    if not has_empty_piece(local.input_layouts[0], local.op.inputs[0].shape):
-        return local.same_call()
-    dims, keepdim = sorted(reduced_dims(local.op)), bool(local.op.argument("keepdim", False))
-    correction = local.op.argument("correction", 1 if local.op.argument("unbiased", True) else 0)
-    function = variance if local.op.name in ("aten.var", "aten.var_mean") else deviation
-    spread = local.call(function, local.inputs[0], dims, keepdim, 1 if correction is None else correction)
-    if len(local.op.outputs) == 1:
-        return (spread,)
-    return spread, local.call(aten.mean.dim, local.inputs[0], dims, keepdim)
-
-
-def has_empty_piece(layout: Layout, shape: tuple[int, ...]) -> bool:
-    """Whether some rank holds no element of a tensor that has some."""
-    return 0 not in shape and any(a == b for bounds in layout.bounds(shape).values() for a, b in bounds)
-
-
-def variance(x: Tensor, dims: list[int], keepdim: bool, correction: float) -> Tensor:
-    """``var``, without a warning for a tensor of no elements."""
-    return x.var(dims, correction=correction, keepdim=keepdim) if x.numel() else x.sum(dims, keepdim)
-
-
-def deviation(x: Tensor, dims: list[int], keepdim: bool, correction: float) -> Tensor:
-    """``std``, without a warning for a tensor of no elements."""
-    return x.std(dims, correction=correction, keepdim=keepdim) if x.numel() else x.sum(dims, keepdim)
+    """Of an empty piece torch would warn."""
+    return parse(_reduction(op, "!", reduced_dims(op)), op, None, (), guarded_same_call)
 
 
 # -- along one dim, which stays --------------------------------------------------------------------------------------
 
 
-@rule_for(*(f"aten.{name}" for name in ALONG))
+@rule_for(*ALONG)
 def _along(op: Operator) -> Signature:
     """Each position depends on others along one dim: that dim stays whole."""
     dims = _with_one_dim(op, "d!")

@@ -1,4 +1,13 @@
 """Every family of rules: importing this module registers them all."""
 
+import shardwright.rules.attention
+import shardwright.rules.conv
+import shardwright.rules.create
+import shardwright.rules.index
+import shardwright.rules.loss
 import shardwright.rules.matmul
-import shardwright.rules.pointwise  # noqa: F401
+import shardwright.rules.norm
+import shardwright.rules.pointwise
+import shardwright.rules.random
+import shardwright.rules.reduce
+import shardwright.rules.view  # noqa: F401

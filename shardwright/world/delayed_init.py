@@ -1,7 +1,7 @@
 """Delayed initialisation: build a model on the meta device now, make its values one parameter at a time later.
 
 While the context is open, a dispatch mode sends every new tensor to the meta device and writes down the operators that
-make or change its values. Replaying them gives, bit for bit, the values of an ordinary construction. Three facts make
+make or change its values. Replaying them gives, bit for bit, the values of an ordinary construction. Four facts make
 the record small and its replay cheap:
 
 - **A tensor is a view of a storage.** Only storages have values, so views, `nn.Parameter(t)`, `.data` and tied weights
@@ -10,11 +10,10 @@ the record small and its replay cheap:
 - **The state of a generator is a value too.** A draw names the draw before it, or the state that the program had set.
   While the context is open each generator holds a *token* that stands for "the state after step n"; thus reseeding and
   `fork_rng` inside the context mean what they mean outside. On leaving, the generator is as if nothing was drawn.
-- **A fill forgets.** `normal_` over a whole storage depends on nothing before it, so a value that is initialised twice
-  costs one. The first draw only advances the generator, into a temporary.
-
-Replay walks the draws in their order. A storage is built, whole, when its last draw comes up; its earlier draws are
-then repeated from saved states (5 KB each). So only one storage is real at any time, whatever the model did in between.
+- **A fill forgets.** `normal_` over a whole storage depends on nothing before it, so of a value that is initialised
+  twice the first draw only advances the generator, into a temporary.
+- **A storage is due at its last draw.** Replay walks the draws in their order and builds a storage, whole, when its
+  last draw comes up, repeating its earlier draws from saved states (5 KB each). So one storage is real at any time.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, FunctionType
 from typing import Any, TypeVar
@@ -39,33 +38,147 @@ T = TypeVar("T")
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
-_aten = torch.ops.aten
-# Write every element of their first argument without reading it.
-_FILLS = {
-    getattr(_aten, name)
-    for name in "uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_ zero_ fill_ copy_".split()
-}
-# Read the shape of their first argument, not its values.
-_LIKE = {
-    getattr(_aten, name)
-    for name in "empty_like zeros_like ones_like full_like rand_like randn_like randint_like "
-    "new_empty new_empty_strided new_zeros new_ones new_full".split()
-}
-_EMPTY = {
-    getattr(_aten, name)
-    for name in "empty empty_strided empty_permuted empty_like new_empty new_empty_strided".split()
-}
-_LIFTS = {_aten.lift_fresh, _aten.lift_fresh_copy, _aten.lift}
-
-_RECORD = "_shardwright_delayed"  # the attribute of a meta storage that holds its _Record
-_serials = itertools.count(1)
-
 
 class DelayedInitError(ShardwrightError):
-    """A construction that cannot be delayed, or a tensor whose value was not recorded."""
+    """A construction that cannot be delayed, or a tensor whose initialisation was not recorded."""
 
 
-# ---------------------------------------------------------------------------------------------------- the record
+@contextmanager
+def no_init_parameters() -> Iterator[None]:
+    """Builds modules and optimizers without their values: parameters and buffers live on the meta device.
+
+    Everything that PyTorch would compute is recorded and :func:`materialise` computes it later, one parameter at a
+    time, with the numbers that an ordinary construction draws from the generator's state at entry. Casts
+    (``net.bfloat16()``), ``torch.manual_seed``, ``fork_rng``, explicit generators and any initialiser made of PyTorch
+    operators are recorded. A nested context joins the outer one.
+
+    - The generator itself is not advanced: what is drawn after the context starts where the context started. Two
+      contexts in a row without a draw or a seed between them therefore give equal weights.
+    - Values that involve draws cannot be read inside (``.item()``, ``bool()``, ``tolist()``); others can, so
+      ``torch.linspace(0, rate, depth).tolist()`` works.
+    - A real tensor made outside (``torch.from_numpy(x)``) stays real; what is computed from it is delayed.
+    - Replay happens on the CPU, so draws on another device are refused. ``.to(device)`` inside keeps meta tensors.
+    - Python's and NumPy's own random numbers cannot be recorded: they are drawn at once, as ever.
+    - Model code that asks a delayed tensor for its ``device`` or ``is_meta`` from inside a module's method gets the
+      answer of an ordinary construction, since some models skip their initialisation on meta.
+
+    Raises:
+        DelayedInitError: an operator inside reads a random value, draws on another device than the CPU, or mixes
+            delayed tensors with meta tensors that the context does not know.
+
+    >>> with no_init_parameters():
+    ...     net = torch.nn.Linear(4, 2)
+    ...     optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    >>> net.weight.device
+    device(type='meta')
+    >>> values = materialise(dict(net.named_parameters()), lambda name, value: value)
+    >>> eager = torch.nn.Linear(4, 2)  # the generator is where it was
+    >>> torch.equal(values["weight"], eager.weight)
+    True
+    """
+    if any(isinstance(mode, _Recorder) for mode in _get_current_dispatch_mode_stack()):
+        yield
+        return
+    recorder = _Recorder()
+    try:
+        with _AsBuilt(recorder), recorder:
+            yield
+    finally:
+        recorder.restore_generators()
+
+
+def is_delayed(tensor: torch.Tensor) -> bool:
+    """Whether the tensor was made under :func:`no_init_parameters` and has no value yet.
+
+    Args:
+        tensor: any tensor. A view, ``.data`` and an ``nn.Parameter`` of a delayed tensor are delayed as well.
+
+    Returns:
+        ``False`` for real tensors, and for meta tensors from elsewhere: a conversion after the context makes those.
+
+    >>> with no_init_parameters():
+    ...     weight = torch.nn.Parameter(torch.zeros(2))
+    >>> is_delayed(weight), is_delayed(weight.data), is_delayed(weight.double()), is_delayed(torch.zeros(2))
+    (True, True, False, False)
+    """
+    return _record_of(tensor) is not None
+
+
+def materialise(wanted: Mapping[str, torch.Tensor], keep: Callable[[str, torch.Tensor], T]) -> dict[str, T]:
+    """Computes delayed tensors one at a time, with the values of an ordinary construction.
+
+    ``keep(name, value)`` is called once per name with the full tensor on the CPU, of the delayed tensor's shape, stride
+    and dtype, without gradient. The value is freed before the next is made, so ``keep`` clones the piece that it
+    returns (a slice shares the whole's memory). Tensors of one storage (tied weights, views) are built together; names
+    that are one tensor get one object. A tensor that is real already is handed on as it is. The order of calls follows
+    the draws and is the same on every rank that built the same model.
+
+    Memory beyond what ``keep`` returns: one storage, and the temporaries of the operators that fill it. Time: every
+    draw up to the last one wanted happens once, and once more for each value in which a later draw takes part. The
+    global generator and default dtype are as before afterwards.
+
+    Args:
+        wanted: delayed tensors by name, of one or several contexts; global shapes.
+        keep: takes a name and its full value, and returns what shall remain of it.
+
+    Returns:
+        What ``keep`` returned, in the order of ``wanted``.
+
+    Raises:
+        DelayedInitError: tensors without a recorded value, or changed after the context closed; nothing was computed.
+
+    >>> with no_init_parameters():
+    ...     net = torch.nn.Linear(4, 2).double()
+    >>> half = materialise(dict(net.named_parameters()), lambda name, value: value[:1].clone())
+    >>> {name: tuple(value.shape) for name, value in half.items()}
+    {'weight': (1, 4), 'bias': (1,)}
+    """
+    _check(wanted)
+    names: dict[int, list[str]] = defaultdict(list)  # of each slot
+    kept: dict[str, T] = {}
+    last: dict[int, _Step] = {}
+    for name, tensor in wanted.items():
+        record = _record_of(tensor)
+        if record is None:
+            kept[name] = keep(name, tensor.detach())
+        else:
+            names[record.slot].append(name)
+            last[record.slot] = record.last
+    refs = {name: _ref(wanted[name]) for group in names.values() for name in group}
+    with _replaying():
+        for slot, storage in _storages(last):
+            values: dict[_Ref, torch.Tensor] = {}
+            for name in names[slot]:
+                ref = refs[name]
+                values[ref] = value = values[ref] if ref in values else _view({slot: storage}, ref)
+                kept[name] = keep(name, value)
+            del values, value, storage
+    return {name: kept[name] for name in wanted}
+
+
+def _check(wanted: Mapping[str, torch.Tensor]) -> None:
+    problems = []
+    for name, tensor in wanted.items():
+        record = _record_of(tensor)
+        if record is None and tensor.device.type != "meta":
+            continue
+        what = f"'{name}' ({tuple(tensor.shape)}, {tensor.dtype})"
+        if record is None:
+            problems.append(
+                f"{what} is on the meta device without a record: it was converted or made outside the context. Do the "
+                "conversion (net.double(), net.to(...), copy.deepcopy(net)) inside `with no_init_parameters():`"
+            )
+        elif not tensor.is_inference() and tensor._version > record.version:
+            problems.append(
+                f"{what} was changed in place after no_init_parameters() closed ({tensor._version} changes, "
+                f"{record.version} recorded). Do that inside `with no_init_parameters():`"
+            )
+    if problems:
+        lines = "".join(f"\n  {i}. {line}" for i, line in enumerate(problems, 1))
+        raise DelayedInitError(f"{len(problems)} of {len(wanted)} tensors cannot be materialised, none was{lines}")
+
+
+# ---------------------------------------------------------------------------------------------------- what is recorded
 
 
 @dataclass(frozen=True)
@@ -87,7 +200,7 @@ class _Generator:
 
 @dataclass(eq=False)
 class _Step:
-    """One recorded operator. ``base`` wrote the storage that this step changes in part; ``inputs`` wrote what it reads."""
+    """One recorded operator: the steps whose values it reads, and what it makes of them."""
 
     serial: int
     call: Callable[..., Any]
@@ -95,11 +208,9 @@ class _Step:
     kwargs: dict[str, Any]
     default_dtype: torch.dtype
     inputs: tuple[_Step, ...]
-    base: _Step | None
-    outputs: list[_Ref | None] = field(default_factory=list)
-    zeroed: bool = False  # torch.empty: replayed as zeros, so that all ranks agree on them
-    after: _Step | torch.Tensor | None = None  # a draw: the draw before it, or the generator's state
-    own_generator: bool = False
+    base: _Step | None  # of a fill that covers a part of its storage: the step that wrote the rest
+    outputs: tuple[_Ref | None, ...] = ()
+    after: _Step | torch.Tensor | None = None  # of a draw: the draw before it, or the state of the generator
 
 
 @dataclass(eq=False)
@@ -108,53 +219,130 @@ class _Record:
 
     slot: int
     last: _Step
-    device: torch.device  # where the tensor would be without the context
+    device: torch.device  # where it would be without the context
     version: int = 0  # the highest version counter that recorded operators can have left on a tensor of this storage
 
 
+_RECORD = "_shardwright_record"
+_serials = itertools.count(1)
+_aten = torch.ops.aten
+
+
+def _packets(names: str) -> set[Any]:
+    return {getattr(_aten, name) for name in names.split()}
+
+
+# These write every element of their first argument without reading it.
+_FILLS = _packets("uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_ zero_ fill_ copy_")
+# These read the shape of their first argument, not its values.
+_LIKE = _packets(
+    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like "
+    "new_empty new_empty_strided new_zeros new_ones new_full"
+)
+# These have no values: zeros in the replay, so that all ranks agree on them.
+_EMPTY = _packets("empty empty_strided empty_permuted empty_like new_empty new_empty_strided")
+_LIFTS = _packets("lift lift_fresh lift_fresh_copy")  # torch.tensor(...) ends in one
+
+
 def _record_of(tensor: torch.Tensor) -> _Record | None:
-    if tensor.device.type != "meta" or tensor.layout != torch.strided:
+    try:
+        return getattr(tensor.untyped_storage(), _RECORD, None)
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
         return None
-    return getattr(tensor.untyped_storage(), _RECORD, None)
+
+
+def _known(tensor: torch.Tensor) -> _Record:
+    record = _record_of(tensor)
+    assert record is not None
+    return record
+
+
+def _ref(tensor: torch.Tensor) -> _Ref:
+    if tensor.is_neg():
+        raise DelayedInitError(f"a lazily negated view{_user_line()} cannot be recorded: call resolve_neg() on it")
+    nbytes, size, stride = tensor.untyped_storage().nbytes(), tuple(tensor.shape), tuple(tensor.stride())
+    return _Ref(_known(tensor).slot, nbytes, size, stride, tensor.storage_offset(), tensor.dtype, tensor.is_conj())
+
+
+def _covers(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is the whole of its storage, each element once."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape) if si != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _map(change: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)([_map(change, x) for x in tree])
     if isinstance(tree, dict):
-        return {k: _map(change, x) for k, x in tree.items()}
+        return {key: _map(change, x) for key, x in tree.items()}
     return change(tree)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _map(lambda x: found.append(x) if isinstance(x, torch.Tensor) else None, tree)
+def _leaves(kind: type[T], tree: Any) -> list[T]:
+    found: list[T] = []
+    _map(lambda x: found.append(x) if isinstance(x, kind) else None, tree)
     return found
 
 
-def _covers(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is the whole of its storage, each element once."""
-    if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
-        return False
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape) if si != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def _frozen(x: Any) -> Any:
+    """An argument as a step holds it: values of the user's own tensors are copied, as they may change."""
+    if isinstance(x, torch.Generator):
+        return _Generator
+    if isinstance(x, torch.Tensor) and _record_of(x):
+        return _ref(x)
+    return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
-def _name(call: Any) -> str:
-    return str(getattr(call, "overloadpacket", None) or getattr(call, "__name__", call))
+def _shape_only(x: Any) -> Any:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) if isinstance(x, torch.Tensor) else x
 
 
-def _user_line() -> str:
-    """The source line, outside torch and this file, that is running."""
+def _as_meta(x: Any) -> Any:
+    """An argument as the run on meta gets it."""
+    if isinstance(x, torch.Generator):
+        return None
+    return _shape_only(x) if isinstance(x, torch.Tensor) and not _record_of(x) else x
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The arguments that the operator's schema says it writes."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _leaves(torch.Tensor, args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def _user_line(call: Any = "") -> str:
+    """The operator and the source line, outside torch and this file, that runs it."""
     torch_folder = str(Path(torch.__file__).parent)
     frame: FrameType | None = sys._getframe()
     while frame and (frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(torch_folder)):
         frame = frame.f_back
-    return f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+    place = f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+    return f"{getattr(call, 'overloadpacket', call)}{place}"
+
+
+# A CPU generator's state: its seed (8 bytes), counters (16 bytes), the words of the Mersenne Twister (8 bytes each), …
+_TOKEN, _TOKEN_MARK = slice(24, 40), 0x5EED70CE
+
+
+def _token(state: torch.Tensor) -> int:
+    serial, mark = state[_TOKEN].clone().view(torch.int64).tolist()
+    return serial if mark == _TOKEN_MARK else 0
+
+
+def _with_token(state: torch.Tensor, serial: int) -> torch.Tensor:
+    state = state.clone()
+    state[_TOKEN] = torch.tensor([serial, _TOKEN_MARK], dtype=torch.int64, device=CPU).view(torch.uint8)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------- recording
 
 
 class _Recorder(TorchDispatchMode):
@@ -167,131 +355,119 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = _tensors((args, kwargs))
-        delayed = [t for t in tensors if _record_of(t)]
-        strange = [t for t in tensors if t.device.type == "meta" and not _record_of(t)]
-        if strange and not delayed:
-            return func(*args, **kwargs)  # a meta model of the user's own
-        if strange:
-            raise DelayedInitError(
-                f"{_name(func)}{_user_line()} reads a meta tensor of shape {tuple(strange[0].shape)} that was not made "
-                "under no_init_parameters(), so its value is unknown: make it inside the context"
-            )
+        tensors = _leaves(torch.Tensor, (args, kwargs))
         written = _written(func, args, kwargs)
-        if tensors and not delayed:
+        if tensors and not any(_record_of(t) for t in tensors):
+            if any(t.device.type == "meta" for t in tensors):
+                return func(*args, **kwargs)  # a meta model of the user's own
             if func.overloadpacket in _LIFTS:
-                return self._constant(args[0])
+                return self.constant(args[0])
             if written and torch.Tag.nondeterministic_seeded in func.tags:
                 raise DelayedInitError(
-                    f"{_name(func)}{_user_line()} draws into a tensor of shape {tuple(written[0].shape)} that was made "
-                    "outside no_init_parameters(), where draws do not happen: make the tensor inside the context"
+                    f"{_user_line(func)} draws into a tensor of shape {tuple(written[0].shape)} that was made outside "
+                    "no_init_parameters(), where draws are delayed: make the tensor inside the context"
                 )
             if written or func.is_view or torch.Tag.data_dependent_output in func.tags:
                 return func(*args, **kwargs)
+        for tensor in tensors:
+            if tensor.device.type == "meta" and not _record_of(tensor):
+                raise DelayedInitError(
+                    f"{_user_line(func)} reads a meta tensor of shape {tuple(tensor.shape)} that was made outside "
+                    "no_init_parameters(), so its value is unknown: make it inside the context"
+                )
         for tensor in written:
             if not _record_of(tensor):
                 raise DelayedInitError(
-                    f"{_name(func)}{_user_line()} writes a delayed value into a tensor of shape {tuple(tensor.shape)} "
-                    "that was made outside no_init_parameters(): make that tensor inside the context too"
+                    f"{_user_line(func)} writes a delayed value into a real tensor of shape {tuple(tensor.shape)} that "
+                    "was made outside no_init_parameters(): make that tensor inside the context"
                 )
         if torch.Tag.data_dependent_output in func.tags:
             return self._read(func, args, kwargs)
         return self._delay(func, args, kwargs, written)
 
-    def _delay(self, func: Any, args: Any, kwargs: dict[str, Any], written: list[torch.Tensor]) -> Any:
-        """Runs the operator on meta tensors and records it if it makes or changes values."""
-        places = any(a.name == "device" for a in func._schema.arguments)
-        device = self._device(args, kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags and device.type != "cpu":
-            raise DelayedInitError(
-                f"{_name(func)}{_user_line()} draws on device '{device}', and no_init_parameters() replays draws on the "
-                "CPU: build the model on the CPU inside the context, shardwright moves it"
-            )
+    def _delay(self, func: Any, args: Any, kwargs: dict[str, Any], written: Sequence[torch.Tensor]) -> Any:
+        """Runs the operator on meta tensors, and records it if it makes or changes values."""
+        device, draws = _device(args, kwargs), torch.Tag.nondeterministic_seeded in func.tags
+        if draws:
+            _check_draw(func, device)
         kwargs.pop("pin_memory", None)
-        meta_kwargs = {**kwargs, "device": META} if places else kwargs
+        meta_kwargs = kwargs
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            meta_kwargs, kwargs = {**kwargs, "device": META}, {**kwargs, "device": CPU}
         try:
             out = func(*_map(_as_meta, args), **_map(_as_meta, meta_kwargs))
-        except NotImplementedError:  # its shape depends on values, or it knows no meta tensors
+        except NotImplementedError:  # the shape of its result depends on values, or meta tensors are beyond it
             if written:
                 raise
             return self._read(func, args, kwargs)
-        fresh = [t for t in _tensors(out) if not _record_of(t)]
+        results = _leaves(torch.Tensor, out)
+        if any(t.layout != torch.strided for t in results):
+            raise DelayedInitError(f"{_user_line(func)} makes a sparse tensor: only dense tensors can be delayed")
+        fresh = [_record_of(t) is None for t in results]
         changed = [] if torch.Tag.inplace_view in func.tags else written
-        if fresh or changed:
-            step = self._step(func, args, {**kwargs, "device": CPU} if places else kwargs, changed)
-            if torch.Tag.nondeterministic_seeded in func.tags:
-                self._draw(step, (args, kwargs))
-            step.outputs = [_own(t, step, device) for t in _tensors(out)]
+        if any(fresh) or changed:
+            step = self._step(func, args, kwargs, changed, fills=func.overloadpacket in _FILLS)
+            if draws:
+                self._draw(step, _leaves(torch.Generator, (args, kwargs)))
+            for tensor in (t for t, new in zip(results, fresh) if new and not _record_of(t)):
+                setattr(tensor.untyped_storage(), _RECORD, _Record(next(_serials), step, device))
+            step.outputs = tuple(_ref(t) if new else None for t, new in zip(results, fresh))
         for tensor in written:
-            if not tensor.is_inference():  # the counter is raised after this call
-                record = _record_of(tensor)
-                assert record is not None
-                record.version = max(record.version, tensor._version + 1)
+            self.allow_version(tensor, 1)  # the counter is raised after this call
         return out
 
-    def record_call(self, call: Callable[..., Any], tensor: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Records a whole Python function that fills ``tensor``, one of its arguments, with draws."""
-        with _disable_current_modes():
-            self._draw(self._step(call, (), kwargs, [tensor], fills=True), kwargs)
-
-    def _step(
-        self, call: Any, args: Any, kwargs: dict[str, Any], changed: list[torch.Tensor], fills: bool = False
-    ) -> _Step:
-        packet = getattr(call, "overloadpacket", None)
-        reads = [t for t in _tensors((args, kwargs)) if _record_of(t)]
+    def _step(self, call: Any, args: Any, kwargs: Any, changed: Sequence[torch.Tensor], fills: bool) -> _Step:
+        reads = [t for t in _leaves(torch.Tensor, (args, kwargs)) if _record_of(t)]
         base = None
-        if fills or packet in _FILLS:
-            reads.remove(next(t for t in reads if t is changed[0]))
-            record = _record_of(changed[0])
-            base = None if record is None or _covers(changed[0]) else record.last
-        if packet in _LIKE:
-            args, reads = (_as_meta(torch.empty_like(args[0], device=META)), *args[1:]), []
-        step = _Step(
-            serial=next(_serials),
-            call=call,
-            args=_map(_freeze, args),
-            kwargs=_map(_freeze, kwargs),
-            default_dtype=torch.get_default_dtype(),
-            inputs=tuple({r.last: None for t in reads if (r := _record_of(t))}),
-            base=base,
-            zeroed=packet in _EMPTY,
-        )
+        if fills:
+            del reads[next(i for i, t in enumerate(reads) if t is changed[0])]
+            base = None if _covers(changed[0]) else _known(changed[0]).last
+        if getattr(call, "overloadpacket", None) in _LIKE:
+            frozen_args: Any = (_shape_only(args[0]), *_map(_frozen, args[1:]))
+            reads = []
+        else:
+            frozen_args = _map(_frozen, args)
+        inputs = tuple({_known(t).last: None for t in reads})
+        dtype = torch.get_default_dtype()
+        step = _Step(next(_serials), call, frozen_args, _map(_frozen, kwargs), dtype, inputs, base)
         for tensor in changed:
-            record = _record_of(tensor)
-            assert record is not None
-            record.last = step
+            _known(tensor).last = step
         return step
 
-    def _draw(self, step: _Step, arguments: Any) -> None:
-        """Puts the step behind the last draw of its generator."""
-        generators: list[torch.Generator] = []
-        _map(lambda x: generators.append(x) if isinstance(x, torch.Generator) else None, arguments)
+    def _draw(self, step: _Step, generators: Sequence[torch.Generator]) -> None:
+        """Puts the step behind the draw that came before it on its generator."""
         generator = generators[0] if generators else torch.default_generator
         state = generator.get_state()
-        self._generators[id(generator)] = generator
         step.after = self._draws.get(_token(state), state)
-        step.own_generator = bool(generators)
         self._draws[step.serial] = step
+        self._generators[id(generator)] = generator
         generator.set_state(_with_token(state, step.serial))
 
-    def _device(self, args: Any, kwargs: dict[str, Any]) -> torch.device:
-        """Where the result would be without the context."""
-        asked = kwargs.get("device")
-        if asked is not None and torch.device(asked).type != "meta":
-            return torch.device(asked)
-        generator = kwargs.get("generator")
-        devices = [r.device for t in _tensors((args, kwargs)) if (r := _record_of(t))]
-        devices += [generator.device] if generator is not None else []
-        return next((d for d in devices if d.type != "cpu"), CPU)
-
-    def _constant(self, value: torch.Tensor) -> torch.Tensor:
-        return self._delay(_aten.clone.default, (value,), {}, [])
-
     def _read(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs an operator whose result Python needs now, which only values without draws allow."""
-        read = "item() or bool()" if func is _aten._local_scalar_dense.default else _name(func)
-        out = func(*_map(lambda x: _value_now(x, read), args), **_map(lambda x: _value_now(x, read), kwargs))
-        return _map(lambda x: self._constant(x) if isinstance(x, torch.Tensor) else x, out)
+        """Runs an operator whose result Python needs now: possible where no draws are involved."""
+        what = ".item(), bool(), int() or float()" if func is _aten._local_scalar_dense.default else func
+
+        def now(x: Any) -> Any:
+            return _value_now(x, what) if isinstance(x, torch.Tensor) else x
+
+        out = func(*_map(now, args), **_map(now, kwargs))
+        return _map(lambda x: self.constant(x) if isinstance(x, torch.Tensor) else x, out)
+
+    def constant(self, value: torch.Tensor) -> torch.Tensor:
+        """A delayed copy of a real tensor."""
+        return self._delay(_aten.clone.default, (value,), {}, [])  # type: ignore[no-any-return]
+
+    def record_call(self, call: Callable[..., Any], tensor: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Records a whole Python function that fills ``tensor`` with draws."""
+        _check_draw(call.__name__, _known(tensor).device)
+        with _disable_current_modes():
+            self._draw(self._step(call, (), kwargs, [tensor], fills=True), _leaves(torch.Generator, kwargs))
+
+    def allow_version(self, tensor: torch.Tensor, more: int = 0) -> None:
+        """Notes a tensor's version counter, so that a later change shows."""
+        if not tensor.is_inference():
+            record = _known(tensor)
+            record.version = max(record.version, tensor._version + more)
 
     def restore_generators(self) -> None:
         """Takes the tokens out: each generator is as if nothing was drawn since the program last set it."""
@@ -303,74 +479,221 @@ class _Recorder(TorchDispatchMode):
                 generator.set_state(state)
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that the operator's schema says it writes."""
-    found: list[torch.Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
-    return found
+def _device(args: Any, kwargs: dict[str, Any]) -> torch.device:
+    """Where the result would be without the context."""
+    asked = kwargs.get("device")
+    if asked is not None and asked.type != "meta":
+        return asked  # type: ignore[no-any-return]
+    places = [record.device for t in _leaves(torch.Tensor, (args, kwargs)) if (record := _record_of(t))]
+    places += [generator.device for generator in _leaves(torch.Generator, (args, kwargs))]
+    return next((place for place in places if place.type != "cpu"), CPU)
 
 
-def _own(tensor: torch.Tensor, step: _Step, device: torch.device) -> _Ref | None:
-    """Makes ``step`` the maker of a storage that has none; ``None`` if the tensor is one of the step's arguments."""
-    storage = tensor.untyped_storage()
-    if not hasattr(storage, _RECORD):
-        setattr(storage, _RECORD, _Record(next(_serials), step, device))
-    elif getattr(storage, _RECORD).last is not step or not step.is_maker_of(tensor):
-        return None
-    return _ref(tensor)
-
-
-def _as_meta(x: Any) -> Any:
-    """An argument for the run on meta: real tensors lose their values, generators stay untouched."""
-    if isinstance(x, torch.Generator):
-        return None
-    if isinstance(x, torch.Tensor) and x.device.type != "meta":
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
-    return x
-
-
-def _ref(tensor: torch.Tensor) -> _Ref:
-    record = _record_of(tensor)
-    assert record is not None
-    if tensor.is_neg():
+def _check_draw(call: Any, device: torch.device) -> None:
+    if device.type != "cpu":
         raise DelayedInitError(
-            f"no_init_parameters() cannot record a lazily negated view{_user_line()}: call resolve_neg() on it first"
+            f"{_user_line(call)} draws on device '{device}', but no_init_parameters() replays draws on the CPU: build "
+            "the model on the CPU inside the context, shardwright moves it afterwards"
         )
-    nbytes = tensor.untyped_storage().nbytes()
-    return _Ref(
-        record.slot,
-        nbytes,
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.storage_offset(),
-        tensor.dtype,
-        tensor.is_conj(),
-    )
 
 
-def _freeze(x: Any) -> Any:
-    """An argument as a step keeps it."""
-    if isinstance(x, torch.Generator):
-        return _Generator
-    if isinstance(x, torch.Tensor):
-        if _record_of(x):
-            return _ref(x)
-        return x if x.device.type == "meta" else x.detach().clone()
-    return x
+class _AsBuilt(TorchFunctionMode):
+    """Answers where the dispatcher is not asked: attributes, conversions to Python, assignments to ``.data``."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        record = None if tensor is None else _record_of(tensor)
+        if tensor is None or record is None:
+            return func(*args, **kwargs)
+        if func in _READS:
+            with _disable_current_modes():
+                return func(_value_now(tensor, f".{func.__name__}()"), *args[1:], **kwargs)
+        if func in (torch.Tensor.to, torch.Tensor.cpu):  # where it would be already: no copy
+            args = (*args, CPU) if func is torch.Tensor.cpu else args
+            func = torch.Tensor.to
+            return func(tensor, *_map(lambda x: _stay(x, record), args[1:]), **_map(lambda x: _stay(x, record), kwargs))
+        if func == _SET_DATA:
+            value = args[1] if _record_of(args[1]) else self._recorder.constant(args[1])
+            func(tensor, value)
+            self._recorder.allow_version(tensor)
+            return None
+        return self._attribute(func, tensor, record, sys._getframe(1)) if func in _ATTRIBUTES else func(*args, **kwargs)
+
+    def _attribute(self, getter: Any, tensor: torch.Tensor, record: _Record, asker: FrameType) -> Any:
+        """``device``, ``is_cpu`` or ``is_meta`` as model code is to see it."""
+        if asker.f_code.co_filename == __file__:
+            return getter(tensor)
+        if _ATTRIBUTES[getter] == "is_meta" and asker.f_code.co_filename == torch.nn.init.__file__:
+            # torch.nn.init does nothing on meta, and elsewhere it may loop until its draws please it. Record the call.
+            code = asker.f_code
+            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            arguments = {name: asker.f_locals[name] for name in names}
+            self._recorder.record_call(FunctionType(code, asker.f_globals, code.co_name), tensor, arguments)
+            return True
+        frame: FrameType | None = asker
+        while frame and not isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
+            frame = frame.f_back
+        if frame is None:
+            return getter(tensor)
+        return {"device": record.device, "is_cpu": record.device.type == "cpu", "is_meta": False}[_ATTRIBUTES[getter]]
 
 
-# CPU generator states: the seed (8 bytes), two counters (16 bytes), then the words of the Mersenne Twister, 8 bytes each.
-_TOKEN_BYTES, _TOKEN_MARK = slice(24, 40), 0x5EED70CE
+_READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_ATTRIBUTES = {getattr(torch.Tensor, name).__get__: name for name in ("device", "is_cpu", "is_meta")}
 
 
-def _token(state: torch.Tensor) -> int:
-    serial, mark = state[_TOKEN_BYTES].clone().view(torch.int64).tolist()
-    return serial if mark == _TOKEN_MARK else 0
+def _stay(x: Any, record: _Record) -> Any:
+    """An argument of ``tensor.to``; the device where the tensor would be is the one where it is."""
+    if isinstance(x, str):
+        x = torch.device(x)
+    return META if isinstance(x, torch.device) and x == record.device else x
 
 
-def _with_token(state: torch.Tensor, serial: int) -> torch.Tensor:
-    state = state.clone()
-    state[_TOKEN_BYTES] = torch.tensor([serial, _TOKEN_MARK]).view(torch.uint8)
-    return state
+# ---------------------------------------------------------------------------------------------------- replaying
+
+
+@contextmanager
+def _replaying() -> Iterator[None]:
+    """Real tensors, whatever modes are on; the default generator and dtype come back."""
+    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_rng_state(state)
+
+
+def _closure(roots: Iterable[_Step]) -> list[_Step]:
+    """The steps that make the values of ``roots``, in their order."""
+    found: set[_Step] = set()
+    stack = list(roots)
+    while stack:
+        step = stack.pop()
+        if step not in found:
+            found.add(step)
+            stack += step.inputs if step.base is None else (*step.inputs, step.base)
+    return sorted(found, key=lambda step: step.serial)
+
+
+def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
+    """The draws that must happen so that the draws among ``steps`` get their numbers, in their order."""
+    found: set[_Step] = set()
+    stack = [step for step in steps if step.after is not None]
+    while stack:
+        draw = stack.pop()
+        if draw not in found:
+            found.add(draw)
+            stack += [step for step in _closure(draw.inputs) if step.after is not None]
+            stack += [draw.after] if isinstance(draw.after, _Step) else []
+    return sorted(found, key=lambda draw: draw.serial)
+
+
+def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, torch.UntypedStorage | None]]:
+    """Builds the storage of each slot, given the step that wrote it last; lets go of it when asked for the next."""
+    tasks: dict[_Step | None, list[tuple[list[_Step], int | None]]] = defaultdict(list)  # by last draw
+    for slot, step in last.items():
+        program = _closure([step])
+        tasks[next((step for step in reversed(program) if step.after is not None), None)].append((program, slot))
+    draws = _draws_behind(step for group in tasks.values() for program, _ in group for step in program)
+    followers: dict[_Step, list[_Step]] = defaultdict(list)
+    states: dict[_Step, torch.Tensor] = {}  # of the generator, before each draw that is to come or to be repeated
+    for draw in draws:
+        if draw not in tasks:  # it only advances the generator
+            tasks[draw].append((_closure([*draw.inputs, draw]), None))
+        if isinstance(draw.after, _Step):
+            followers[draw.after].append(draw)
+        elif draw.after is not None:
+            states[draw] = draw.after
+    uses = Counter(step for group in tasks.values() for program, _ in group for step in program)
+    for moment in (None, *draws):
+        for program, slot in tasks.pop(moment, ()):
+            storage, after = _run(program, states, slot)
+            uses.subtract(program)
+            for step in program:
+                if not uses[step]:
+                    states.pop(step, None)
+            if moment is not None and after is not None:
+                states.update({follower: after for follower in followers[moment]})
+            if slot is not None:
+                yield slot, storage
+            del storage
+
+
+def _run(
+    program: Sequence[_Step], states: Mapping[_Step, torch.Tensor], slot: int | None
+) -> tuple[torch.UntypedStorage | None, torch.Tensor | None]:
+    """Runs the steps on real storages, each freed after its last use; the slot's, and the generator's last state."""
+    last_use = {}
+    for i, step in enumerate(program):
+        for ref in _leaves(_Ref, (step.args, step.kwargs, step.outputs)):
+            last_use[ref.slot] = i
+    storages: dict[int, torch.UntypedStorage] = {}
+    after = None
+    for i, step in enumerate(program):
+        state = _run_step(step, storages, states.get(step))
+        after = after if state is None else state
+        for done in [s for s in storages if last_use[s] <= i and s != slot]:
+            del storages[done]
+    return None if slot is None else storages[slot], after
+
+
+def _run_step(
+    step: _Step, storages: dict[int, torch.UntypedStorage], state: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Runs one step; returns the state after it of the generator that it draws from."""
+    arguments = (step.args, step.kwargs)
+    generator = torch.Generator() if _Generator in _leaves(type, arguments) else torch.default_generator
+    if state is not None:
+        generator.set_state(state)
+    held = {storage.data_ptr() for storage in storages.values()}
+    held |= {t.data_ptr() for t in _leaves(torch.Tensor, arguments) if t.device.type == "cpu"}
+
+    def real(x: Any) -> Any:
+        if isinstance(x, _Ref):
+            return _view(storages, x)
+        return generator if x is _Generator else x
+
+    torch.set_default_dtype(step.default_dtype)
+    out = step.call(*_map(real, step.args), **_map(real, step.kwargs))
+    if getattr(step.call, "overloadpacket", None) in _EMPTY:
+        out.zero_()
+    for ref, value in zip(step.outputs, _leaves(torch.Tensor, out)):
+        if ref is None:
+            continue
+        same = (ref.size, ref.stride, ref.offset) == (tuple(value.shape), value.stride(), value.storage_offset())
+        if same and ref.slot not in storages and value.is_conj() == ref.conj and value.data_ptr() not in held:
+            storages[ref.slot] = value.untyped_storage()
+        else:  # this kernel lays its result out otherwise than the one for meta tensors
+            _view(storages, ref).copy_(value)
+    return None if state is None else generator.get_state()
+
+
+def _view(storages: dict[int, torch.UntypedStorage], ref: _Ref) -> torch.Tensor:
+    """The tensor; a storage that does not exist yet is about to be filled."""
+    if ref.slot not in storages:
+        storages[ref.slot] = torch.UntypedStorage(ref.nbytes)
+    tensor = torch.empty(0, dtype=ref.dtype, device=CPU).set_(storages[ref.slot], ref.offset, ref.size, ref.stride)
+    return tensor.conj() if ref.conj else tensor
+
+
+def _value_now(tensor: torch.Tensor, reader: Any) -> torch.Tensor:
+    """The real tensor behind a delayed one, if no draw is involved."""
+    record = _record_of(tensor)
+    if record is None:
+        return tensor
+    program = _closure([record.last])
+    if any(step.after is not None for step in program):
+        raise DelayedInitError(
+            f"{_user_line(reader)} needs the value of a tensor of shape {tuple(tensor.shape)} that holds random "
+            "numbers, and it is not available under no_init_parameters(): compute what depends on it outside"
+        )
+    with _replaying():
+        storage, _ = _run(program, {}, record.slot)
+        return _view({record.slot: storage} if storage else {}, _ref(tensor))

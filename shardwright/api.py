@@ -1,0 +1,356 @@
+"""The public API: capture, plan, partition, run.
+
+Read top to bottom: :class:`AutoParallel` looks up (or makes) a :class:`~shardwright.compiled.Compiled`, whose constructor
+is the four steps, and calls it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardwright import train_step
+from shardwright.capture.capture import StepFound
+from shardwright.capture.closure import FunctionModule
+from shardwright.capture.marks import Mark
+from shardwright.capture.session import current_session
+from shardwright.compiled import MARK, Compiled, Settings
+from shardwright.errors import ArgumentTypeError, ShardwrightError
+from shardwright.layout import Layout
+from shardwright.ops import check_strategies, user_line
+from shardwright.partition.program import LocalProgram
+from shardwright.plan.plan import Plan
+from shardwright.world.current import current_world
+
+logger = logging.getLogger("shardwright")
+
+MODES = ("semi_auto", "data_parallel", "stand_alone")
+LATER = ("sharding_propagation", "dynamic_programming", "recursive_programming", "auto", "hybrid_parallel")
+
+
+class AutoParallel:
+    """A single-device callable that runs on all ranks of the world.
+
+    Args:
+        target: an ``nn.Module``; a forward function, which may close over modules and parameters; or a train step,
+            which runs as it is while every module it calls and every :func:`value_and_grad` function in it is parallel.
+        parallel_mode: ``"semi_auto"`` (configured operators as told, the rest data parallel), ``"data_parallel"``
+            (strategies are ignored) or ``"stand_alone"`` (the target as it is).
+
+    The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global
+    value on every rank.
+
+    Raises:
+        ShardwrightError: an unknown mode, or a target that is not callable.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> net = AutoParallel(model)
+    >>> net(torch.ones(6, 4)).shape
+    torch.Size([6, 2])
+    """
+
+    def __init__(self, target: Callable[..., Any], parallel_mode: str = "semi_auto"):
+        if parallel_mode in LATER:
+            raise ShardwrightError(f"parallel_mode={parallel_mode!r} is not available yet; use one of {', '.join(MODES)}")
+        if parallel_mode not in MODES:
+            raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
+        if not callable(target):
+            raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
+        self.target = target
+        self.settings = Settings(mode=parallel_mode)
+        self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
+        self._is_step: bool | None = False if isinstance(target, nn.Module) else None
+        self._compiled: dict[Any, Compiled] = {}
+        self._latest: Compiled | None = None
+        self._step: train_step.StepContext | None = None
+        self._flags: tuple[list[nn.Module], list[Tensor]] | None = None
+        if not isinstance(target, nn.Module):
+            functools.update_wrapper(self, target, updated=())
+        self.__wrapped_function__ = target
+
+    # -- settings -------------------------------------------------------------------------------------------------
+
+    def dataset_strategy(self, config: Any) -> AutoParallel:
+        """Says how the tensors that a rank hands in are slices of the global ones.
+
+        Args:
+            config: ``"full_batch"`` (the default: every rank hands in the whole batch), ``"data_parallel"`` (its slice
+                of dim 0 of every input that has the batch there), or a tuple with slice counts or a Layout an input.
+                In the simulated world the caller hands in the whole batch in every case.
+
+        Raises:
+            ShardwrightError: no such strategy.
+        """
+        if config is None:
+            raise ShardwrightError("dataset_strategy(None): give 'full_batch', 'data_parallel' or a tuple")
+        if isinstance(config, str):
+            if config not in ("full_batch", "data_parallel"):
+                raise ShardwrightError(f"dataset_strategy({config!r}): give 'full_batch', 'data_parallel' or a tuple")
+        elif not isinstance(config, tuple):
+            raise ArgumentTypeError(f"dataset_strategy({config!r}): give a tuple, one entry an input")
+        else:
+            for entry in config:
+                if not isinstance(entry, (tuple, Layout)):
+                    raise ArgumentTypeError(f"dataset_strategy holds {entry!r}: give slice counts or a Layout")
+                if isinstance(entry, tuple) and any(not isinstance(c, int) or isinstance(c, bool) for c in entry):
+                    raise ArgumentTypeError(f"dataset_strategy holds {entry!r}: slice counts are ints")
+        self.settings.dataset_strategy = config
+        self._forget()
+        return self
+
+    def shard(self, strategies: dict[str, Any]) -> AutoParallel:
+        """Gives modules and parameters strategies by name, leaving the model as it is.
+
+        Args:
+            strategies: pattern (as in ``fnmatch``) -> for modules, an ``in_strategy`` tuple, or a dict with
+                ``in_strategy``, ``out_strategy`` and ``parameter_plan``; for parameters, slice counts or a Layout.
+                A pattern that matches nothing is an error at the first call.
+        """
+        if not isinstance(strategies, dict):
+            raise ArgumentTypeError(f"shard({strategies!r}): give a dict from name patterns to strategies")
+        self.settings.strategies = {**(self.settings.strategies or {}), **strategies}
+        self.settings.source = user_line()
+        self._forget()
+        return self
+
+    def _forget(self) -> None:
+        self._compiled.clear()
+        self._step = None
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if current_session() is not None or self.settings.mode == "stand_alone":
+            return self.target(*args, **kwargs)
+        if self._is_step is None:
+            self._is_step = train_step.looks_like_step(self.target)
+        if not self._is_step:
+            try:
+                leaves, compiled = self._find(args, kwargs)
+            except StepFound:
+                self._is_step = True
+            else:
+                return compiled(leaves)
+        return self._run_step(args, kwargs)
+
+    def _run_step(self, args: Any, kwargs: Any) -> Any:
+        if self._step is None:
+            self._step = train_step.StepContext(self._child)
+        with self._step.active():
+            return self.target(*args, **kwargs)
+
+    def _child(self, target: Callable[..., Any]) -> AutoParallel:
+        child = AutoParallel(target, self.settings.mode)
+        child.settings = self.settings
+        child._is_step = False
+        return child
+
+    def compile(self, *args: Any, **kwargs: Any) -> AutoParallel:
+        """Captures, plans and compiles for inputs like these, without running; the first call does it otherwise."""
+        if self._is_step is None:
+            self._is_step = train_step.looks_like_step(self.target)
+        if self._is_step:
+            raise ShardwrightError("a train step compiles what it calls at its first call; compile the module instead")
+        self._find(args, kwargs)
+        return self
+
+    def _find(self, args: Any, kwargs: Any) -> tuple[list[Any], Compiled]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (spec, tuple(map(_leaf_key, leaves)), self._state_key())
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compile(args, kwargs, leaves)
+            # parameters may have been replaced by distributed ones
+            self._flags = None
+            self._compiled[(spec, key[1], self._state_key())] = compiled
+        self._latest = compiled
+        return leaves, compiled
+
+    def _compile(self, args: Any, kwargs: Any, leaves: list[Any]) -> Compiled:
+        if self._compiled:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
+            logger.warning("planning again for new inputs (%s)", shapes)
+        if self._root is None:
+            self._root = FunctionModule(self.target)
+        with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
+            return Compiled(self._root, args, kwargs, current_world(), self.settings)
+
+    def _state_key(self) -> Any:
+        """What else the graph depends on: train or eval of every module, frozen parameters, autocast, the world."""
+        if self._flags is None:
+            root = self._root
+            if root is None:
+                root = self._root = FunctionModule(self.target)
+            self._flags = (list(root.modules()), list(root.parameters()))
+        modules, parameters = self._flags
+        autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+        dtype = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else None
+        return (
+            tuple(m.training for m in modules),
+            tuple(p.requires_grad for p in parameters),
+            autocast,
+            dtype,
+            current_world(),
+        )
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def latest(self) -> Compiled:
+        """What the latest call ran; of a train step, its largest part."""
+        if self._latest is not None:
+            return self._latest
+        if self._step is not None:
+            parts = [c._latest for c in self._step.children if c._latest is not None]
+            if parts:
+                return max(parts, key=lambda c: len(c.graph.nodes))
+        raise ShardwrightError("nothing is planned yet: call it once, or call compile(*inputs)")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the latest call; prints as a table."""
+        return self.latest.plan
+
+    @property
+    def program(self) -> LocalProgram:
+        """The local program of the latest call; prints as the readable code of rank 0, ``text(rank)`` of another."""
+        return self.latest.program
+
+    # -- what a module has ------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that owns the parameters: the target, or what the target function closes over."""
+        if self._root is None:
+            self._root = FunctionModule(self.target)
+        return self._root
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def __getattr__(self, name: str) -> Any:
+        target = self.__dict__.get("target")
+        if target is None:
+            raise AttributeError(name)
+        return getattr(target, name)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (leaf.shape, leaf.dtype, leaf.requires_grad, leaf.device)
+    try:
+        hash(leaf)
+    except TypeError:
+        return repr(leaf)
+    return (type(leaf), leaf)
+
+
+class ShardedFunction:
+    """A function with a strategy; made by :func:`shard`. Outside ``AutoParallel`` it is the plain function."""
+
+    def __init__(self, function: Callable[..., Any], mark: Mark):
+        self.__wrapped_function__ = function
+        self.mark = mark
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = current_session()
+        if now is not None:
+            return now.run(self.mark, self.__wrapped_function__, args, kwargs)
+        return self.__wrapped_function__(*args, **kwargs)
+
+
+def shard(
+    fn_or_module: Any,
+    in_strategy: Any,
+    out_strategy: Any = None,
+    parameter_plan: dict[str, Any] | None = None,
+) -> Any:
+    """Gives a function or a module a strategy.
+
+    A function that is one operator behaves as the primitive of :mod:`shardwright.ops` does. A module, or a function of
+    several operators, has its inputs laid out as told; what is inside follows from the inputs and ``parameter_plan``.
+
+    Args:
+        fn_or_module: any torch function, any function of tensors, or an ``nn.Module`` (marked in place).
+        in_strategy: one entry a tensor input: slice counts, a Layout, or (for modules and functions of several
+            operators) ``None`` to leave it where it is.
+        out_strategy: one entry a tensor output.
+        parameter_plan: parameter name -> slice counts or Layout; modules only.
+
+    Returns:
+        The module itself, or a function to call in place of the given one.
+
+    >>> import torch
+    >>> matmul = shard(torch.matmul, in_strategy=((2, 4), (4, 1)))
+    >>> matmul(torch.ones(4, 8), torch.ones(8, 2)).shape
+    torch.Size([4, 2])
+    """
+    check_strategies(in_strategy, out_strategy)
+    if parameter_plan is not None and not isinstance(parameter_plan, dict):
+        raise ArgumentTypeError(f"parameter_plan is a {type(parameter_plan).__name__}; give a dict of names")
+    if isinstance(fn_or_module, nn.Module):
+        name = type(fn_or_module).__name__
+        mark = Mark(name, in_strategy, out_strategy, parameter_plan, source=user_line(), module_path="")
+        fn_or_module.__dict__[MARK] = mark
+        return fn_or_module
+    if not callable(fn_or_module):
+        raise ArgumentTypeError(f"shard({fn_or_module!r}): give a function or a module")
+    if parameter_plan is not None:
+        raise ArgumentTypeError("parameter_plan needs a module: a function owns no parameters")
+    name = getattr(fn_or_module, "__name__", type(fn_or_module).__name__)
+    return ShardedFunction(fn_or_module, Mark(name, in_strategy, out_strategy, source=user_line()))
+
+
+def reshard(tensor: Tensor, layout: Layout) -> Tensor:
+    """Pins a layout onto a tensor in the middle of a model; the value is unchanged. Does nothing elsewhere.
+
+    >>> import torch
+    >>> x = torch.ones(4, 4)
+    >>> reshard(x, Layout((2,), ("dp",))("dp", "None")) is x
+    True
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"reshard: the first argument is a {type(tensor).__name__}, not a tensor")
+    if not isinstance(layout, Layout):
+        raise ArgumentTypeError(f"reshard: the second argument is {layout!r}; give a Layout")
+    now = current_session()
+    if now is None:
+        return tensor
+    return now.pin(Mark("reshard", (layout,), source=user_line(), is_pin=True), tensor)
+
+
+def value_and_grad(
+    fn: Callable[..., Any], grad_position: Any = 0, weights: Iterable[nn.Parameter] | None = None, has_aux: bool = False
+) -> train_step.GradFunction:
+    """A function that returns the value of ``fn`` and its gradients.
+
+    Args:
+        fn: returns the loss, a scalar; with ``has_aux``, a tuple whose first element is the loss.
+        grad_position: positions of the inputs to differentiate by: an int, a tuple of ints, or ``None``.
+        weights: parameters to differentiate by.
+        has_aux: whether ``fn`` returns more than the loss.
+
+    Returns:
+        A function to ``(value of fn, gradients)``: the gradients of the inputs, of the weights (a list, ``None`` where
+        unused), or a pair of both where both are asked for. Within a train step run by :class:`AutoParallel` it is
+        parallel.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(3, 1)
+    >>> step = value_and_grad(lambda x: layer(x).sum(), None, layer.parameters())
+    >>> loss, grads = step(torch.ones(2, 3))
+    >>> grads[1]
+    tensor([2.])
+    """
+    return train_step.GradFunction(fn, grad_position, weights, has_aux)

@@ -1,0 +1,215 @@
+"""One callable, captured, planned, partitioned and bound for one signature of inputs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardwright.capture.capture import capture
+from shardwright.capture.graph import Graph, GraphInput
+from shardwright.capture.marks import Mark
+from shardwright.errors import Problems
+from shardwright.layout import Layout
+from shardwright.partition.partitioner import partition
+from shardwright.partition.program import LocalProgram
+from shardwright.plan.plan import Plan
+from shardwright.plan.semi_auto import PlanRequest, plan_semi_auto
+from shardwright.world import parameters as distributed_parameters
+from shardwright.world.current import World
+from shardwright.world.delayed_init import is_delayed, materialise
+
+MARK = "_shardwright_mark"
+
+
+@dataclass
+class Settings:
+    """What a user asked of an ``AutoParallel``, apart from marks on operators."""
+
+    mode: str = "semi_auto"
+    dataset_strategy: Any = "full_batch"
+    strategies: dict[str, Any] | None = None
+    source: str = ""
+
+
+class Compiled:
+    """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
+
+    def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings):
+        self.root, self.world = root, world
+        device = _device(root, world)
+        args, kwargs = self._global_inputs(args, kwargs, settings)
+        marks, parameter_plan = gather_marks(root, settings)
+        with torch.enable_grad():
+            self.graph: Graph = capture(root, args, kwargs, device, marks)
+        request = PlanRequest(
+            world.size, settings.dataset_strategy, parameter_plan, settings.mode != "data_parallel", settings.mode
+        )
+        self.plan: Plan = plan_semi_auto(self.graph, request)
+        self.plan = replace(self.plan, input_layouts=self._stored(device))
+        self.program: LocalProgram = partition(self.graph, self.plan)
+        self.plan.attach(self.program)
+        self.run: Callable[..., Any] = world.bind(self.program)
+        self._read = [self._reader(i) for i in self.graph.inputs]
+        self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
+
+    def _global_inputs(self, args: Any, kwargs: Any, settings: Settings) -> Any:
+        """Inputs of global shape: those of ranks that hand in their own slices are as large as all slices together."""
+        strategy = settings.dataset_strategy
+        if self.world.is_simulated or strategy == "full_batch":
+            return args, kwargs
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        first = next((t.shape[0] for t in tensors if t.ndim), 0)
+        position = -1
+
+        def whole(leaf: Any) -> Any:
+            nonlocal position
+            if not isinstance(leaf, Tensor):
+                return leaf
+            position += 1
+            shape = list(leaf.shape)
+            if isinstance(strategy, str):
+                if shape and shape[0] == first:
+                    shape[0] *= self.world.size
+            elif position < len(strategy):
+                entry = strategy[position]
+                counts = [entry.mesh.count(a) for a in entry.bound] if isinstance(entry, Layout) else entry
+                shape = [s * c for s, c in zip(shape, counts, strict=False)]
+            made = torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+            return made.requires_grad_(leaf.requires_grad)
+
+        return pytree.tree_unflatten([whole(leaf) for leaf in leaves], spec)
+
+    def _stored(self, device: torch.device) -> dict[str, Layout]:
+        """Places the parameters as the plan stores them; returns the layouts they really have."""
+        layouts = dict(self.plan.input_layouts)
+        named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
+        if self.world.is_simulated:
+            materialise_whole(self.root)
+            return layouts
+        actual = distributed_parameters.distribute_parameters(self.root, self._all(named), device)
+        for i in self.graph.inputs:
+            if i.kind == "parameter":
+                layouts[i.value] = actual[str(i.target)]
+        return layouts
+
+    def _all(self, named: dict[str, Layout]) -> dict[str, Layout]:
+        """Layouts for every parameter of the root: those that no operator reads are replicated."""
+        result = dict(named)
+        for name, parameter in self.root.named_parameters():
+            result.setdefault(name, Layout.replicated(self.plan.mesh, parameter.ndim))
+        return result
+
+    def _reader(self, graph_input: GraphInput) -> Callable[[list[Any]], Any]:
+        target = graph_input.target
+        if graph_input.kind == "input":
+            return lambda leaves: leaves[target]
+        if graph_input.kind == "constant":
+            value = self.graph.constants[str(target)]
+            return lambda leaves: value
+        path, _, name = str(target).rpartition(".")
+        owner = self.root.get_submodule(path)
+        table = owner._parameters if graph_input.kind == "parameter" else owner._buffers
+        return lambda leaves: table[name]
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        """Runs the program on the flat inputs; returns what the callable returns, global."""
+        values = [read(leaves) for read in self._read]
+        if not self.world.is_simulated and self._parameters:
+            local = distributed_parameters.enter([values[n] for n in self._parameters])
+            for n, value in zip(self._parameters, local, strict=True):
+                values[n] = value
+        outputs, updates = self.run(*values)
+        if updates:
+            self._update(values, updates)
+        return pytree.tree_unflatten(outputs, self.graph.out_spec)
+
+    def _update(self, values: list[Any], updates: list[Tensor]) -> None:
+        """Writes back what the callable changed in place: buffers, or inputs."""
+        by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
+        with torch.no_grad():
+            for (name, _), new in zip(self.graph.updates, updates, strict=True):
+                values[by_name[name]].copy_(new)
+
+
+def _device(root: nn.Module, world: World) -> torch.device:
+    if not world.is_simulated:
+        return world.device  # type: ignore[union-attr]
+    devices = {p.device for p in root.parameters() if p.device.type != "meta"}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
+def materialise_whole(root: nn.Module) -> None:
+    """Gives delayed parameters and buffers their whole values: the simulated world holds global tensors."""
+    wanted = {n: t for n, t in [*root.named_parameters(), *root.named_buffers()] if is_delayed(t)}
+    if not wanted:
+        return
+    values = materialise(wanted, lambda name, value: value.clone())
+    for name, tensor in wanted.items():
+        if isinstance(tensor, nn.Parameter):
+            torch.utils.swap_tensors(tensor, nn.Parameter(values[name], requires_grad=tensor.requires_grad))
+        else:
+            torch.utils.swap_tensors(tensor, values[name])
+
+
+# -- strategies given to modules and parameters by name -------------------------------------------------------------------
+
+
+def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, Mark], dict[str, tuple[Any, str]]]:
+    """The marks on the root's modules and the layouts given to parameters, by qualified name."""
+    problems = Problems()
+    marks: dict[nn.Module, Mark] = {}
+    plan: dict[str, tuple[Any, str]] = {}
+    names = {id(p): n for n, p in reversed(list(root.named_parameters(remove_duplicate=False)))}
+    for path, module in root.named_modules():
+        mark = module.__dict__.get(MARK)
+        if mark is not None:
+            marks[module] = replace(mark, module_path=path)
+    for pattern, strategy in (settings.strategies or {}).items():
+        _match(root, pattern, strategy, settings.source, marks, plan, problems)
+    for module, mark in marks.items():
+        own = dict(module.named_parameters(remove_duplicate=False))
+        for name, entry in (mark.parameter_plan or {}).items():
+            name = name.removeprefix("self.")
+            what = f"{mark.name} {mark.module_path}".strip() + (f" at {mark.source}" if mark.source else "")
+            if name not in own:
+                close = ", ".join(list(own)[:6]) or "none"
+                problems.add(f"{what}: parameter_plan names {name!r}, which is not a parameter of it; it has {close}")
+            else:
+                plan[names[id(own[name])]] = (entry, what)
+    problems.raise_if_any("the strategies cannot be followed")
+    return marks, plan
+
+
+def _match(
+    root: nn.Module,
+    pattern: str,
+    strategy: Any,
+    source: str,
+    marks: dict[nn.Module, Mark],
+    plan: dict[str, tuple[Any, str]],
+    problems: Problems,
+) -> None:
+    modules = [(p, m) for p, m in root.named_modules() if p and fnmatch.fnmatchcase(p, pattern)]
+    parameters = [n for n, _ in root.named_parameters() if fnmatch.fnmatchcase(n, pattern)]
+    if not modules and not parameters:
+        known = ", ".join([p for p, _ in root.named_modules() if p][:6])
+        problems.add(f"strategies: {pattern!r} at {source} matches no module and no parameter; modules are {known}, ...")
+    for path, module in modules:
+        given = strategy if isinstance(strategy, dict) else {"in_strategy": strategy}
+        unknown = set(given) - {"in_strategy", "out_strategy", "parameter_plan"}
+        if unknown:
+            problems.add(f"strategies: {pattern!r} at {source} has the keys {sorted(unknown)}; use in_strategy, "
+                         "out_strategy, parameter_plan")  # fmt: skip
+            continue
+        marks[module] = Mark(type(module).__name__, **given, source=source, module_path=path)
+    if not modules:
+        for name in parameters:
+            plan[name] = (strategy, f"strategies {pattern!r} at {source}")
+

@@ -1,0 +1,316 @@
+"""Semi-auto: configured operators as told, the rest data parallel, anything in between redistributed.
+
+Three passes over the graph:
+
+1. *Data parallel*: what every operator would do if nothing were configured and the batch were split over all ranks.
+   Values that no batch reaches (parameters and what is made of them) are free: they may be wherever they are wanted.
+2. *Forward*: configured operators take their strategies; operators inside a marked function or module follow their
+   inputs; all others do what they do under data parallel.
+3. *Backward*: free values, last to first, are laid out as their readers want them; parameters are stored so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.capture.graph import Graph, GraphInput, Node
+from shardwright.errors import Problems
+from shardwright.layout import Layout
+from shardwright.plan.choice import Choice, make_choice
+from shardwright.plan.follow import choice_for_output, follow
+from shardwright.plan.plan import Plan
+from shardwright.plan.refine import Refinement
+from shardwright.plan.strategy import (
+    Checked,
+    check_counts,
+    check_form,
+    check_layout,
+    check_strategy,
+    flat_pieces,
+    reserve,
+    resolve_strategy,
+)
+from shardwright.rules.registry import replicated_signature, signature_of
+from shardwright.rules.signature import Signature
+
+Where = dict[str, "Layout | None"]
+
+
+@dataclass
+class PlanRequest:
+    """What a plan is asked for, besides the marks on the graph.
+
+    Args:
+        dataset_strategy: ``"full_batch"``, ``"data_parallel"``, or one tuple of slice counts or Layout an input.
+        parameter_plan: parameter name -> slice counts or Layout, with the mark's name and line for messages.
+        honour_marks: whether strategies are followed (not in ``data_parallel`` mode).
+    """
+
+    world_size: int
+    dataset_strategy: Any = "full_batch"
+    parameter_plan: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    honour_marks: bool = True
+    mode: str = "semi_auto"
+
+
+def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:
+    """The plan of a graph whose strategies are its marks.
+
+    Raises:
+        StrategyError: lists every problem of every strategy; nothing has been run.
+    """
+    return _Planner(graph, request).plan()
+
+
+class _Planner:
+    def __init__(self, graph: Graph, request: PlanRequest):
+        self.graph, self.request = graph, request
+        self.size = request.world_size
+        self.problems = Problems()
+        self.notes: list[str] = []
+        self.signatures: dict[str, Signature] = {}
+        self.choices: dict[str, Choice] = {}
+        self.where: Where = {}
+        self.batch: Where = {}
+        self.refinement = Refinement(self.size)
+        self.checked: dict[str, Checked] = {}
+        self.pins: dict[str, Any] = {}
+        self.needs = {n.name: [v in graph.needs_grad for v in n.inputs] for n in graph.nodes}
+
+    def plan(self) -> Plan:
+        self.find_rules()
+        self.check()
+        self.problems.raise_if_any("the strategies cannot be followed")
+        self.refinement.finish()
+        self.mesh = self.refinement.meshes[0]
+        self.data_parallel()
+        self.forward()
+        self.problems.raise_if_any("the strategies cannot be followed")
+        self.backward()
+        layouts = {i.value: self.input_layout(i) for i in self.graph.inputs}
+        return Plan(
+            self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode
+        )
+
+    # -- before: rules and strategies -----------------------------------------------------------------------------
+
+    def find_rules(self) -> None:
+        for node in self.graph.nodes:
+            signature = signature_of(node.op)
+            if signature is None:
+                signature = replicated_signature(node.op)
+                size = sum(m.bytes for m in node.op.inputs)
+                self.notes.append(f"{node.where} has no rule and runs whole on every rank ({size:,} bytes of input)")
+            self.signatures[node.name] = signature
+
+    def check(self) -> None:
+        if not self.request.honour_marks:
+            self.check_dataset()
+            return
+        for node in self.graph.nodes:
+            if node.mark is None or node.mark.in_strategy is None:
+                continue
+            if node.mark.is_pin:
+                self.check_pin(node)
+                continue
+            checked = check_strategy(node, self.signatures[node.name], self.size, self.problems)
+            if checked is not None:
+                self.checked[node.name] = checked
+                reserve(checked, self.signatures[node.name], self.refinement, self.size)
+        self.check_parameters()
+        self.check_dataset()
+
+    def check_pin(self, node: Node) -> None:
+        mark = node.mark
+        assert mark is not None
+        what = f"{node.module + '.' if node.module else ''}{mark.name}" + (f" at {mark.source}" if mark.source else "")
+        if check_form(mark.in_strategy, what, self.problems) is not None and self.fits(
+            mark.in_strategy[0], node.op.inputs[0].shape, what
+        ):
+            self.pins[node.name] = mark.in_strategy[0]
+
+    def fits(self, entry: Any, shape: Sequence[int], what: str) -> bool:
+        """Checks one layout or tuple of counts for a tensor, and makes room for it on the mesh."""
+        if isinstance(entry, Layout):
+            fine = check_layout(entry, len(shape), self.size, what, self.problems)
+            if fine:
+                self.refinement.add(entry.mesh.sizes, entry.mesh.axes, entry.mesh.ranks)
+            return fine
+        fine = check_counts(entry, len(shape), self.size, what, self.problems)
+        if fine:
+            self.refinement.add((*entry, self.size // math.prod(entry)))
+        return fine
+
+    def laid_out(self, entry: Any, shape: tuple[int, ...]) -> Layout:
+        """The layout that an entry checked by :meth:`fits` stands for."""
+        if isinstance(entry, Layout):
+            return self.refinement.refined(entry, shape)
+        mesh, axes = self.refinement.axes_of((*entry, self.size // math.prod(entry)))
+        dims = axes[: len(entry)]
+        sizes = [flat_pieces(size, mesh, a) if a else None for size, a in zip(shape, dims, strict=True)]
+        return Layout.of(mesh, dims, (), sizes).normal(shape)
+
+    def check_parameters(self) -> None:
+        by_name = {str(i.target): i for i in self.graph.inputs if i.kind in ("parameter", "buffer")}
+        for name, (entry, what) in self.request.parameter_plan.items():
+            if name not in by_name:
+                self.problems.add(f"{what}: parameter_plan names {name!r}, which no operator reads; remove the entry")
+            elif check_form((entry,), f"{what} parameter {name!r}", self.problems) is not None:
+                self.fits(entry, by_name[name].meta.shape, f"{what} parameter {name!r}")
+
+    def check_dataset(self) -> None:
+        strategy = self.request.dataset_strategy
+        if isinstance(strategy, str):
+            return
+        inputs = [i for i in self.graph.inputs if i.kind == "input"]
+        if check_form(strategy, "dataset_strategy", self.problems) is None:
+            return
+        if len(strategy) != len(inputs):
+            self.problems.add(
+                f"dataset_strategy: {len(strategy)} entries for {len(inputs)} tensor inputs; give one an input"
+            )
+            return
+        for i, (entry, graph_input) in enumerate(zip(strategy, inputs, strict=True)):
+            self.fits(entry, graph_input.meta.shape, f"dataset_strategy input {i}")
+
+    # -- pass 1: data parallel --------------------------------------------------------------------------------------
+
+    def data_parallel(self) -> None:
+        for graph_input in self.graph.inputs:
+            self.batch[graph_input.value] = None
+        for graph_input, layout in self.batch_layouts():
+            self.batch[graph_input.value] = layout
+        for node in self.graph.nodes:
+            known = [self.batch[v] for v in node.inputs]
+            if all(layout is None for layout in known):
+                self.batch.update(dict.fromkeys(node.outputs))
+                continue
+            choice = follow(node.op, self.signatures[node.name], known, self.needs[node.name], self.mesh)
+            self.batch.update(zip(node.outputs, choice.outputs, strict=True))
+
+    def batch_layouts(self) -> list[tuple[GraphInput, Layout]]:
+        """The user inputs that carry the batch, split as the dataset strategy says."""
+        inputs = [i for i in self.graph.inputs if i.kind == "input"]
+        strategy = self.request.dataset_strategy
+        if not isinstance(strategy, str):
+            return [(i, self.laid_out(e, i.meta.shape)) for i, e in zip(inputs, strategy, strict=True)]
+        first = next((i.meta.shape[0] for i in inputs if i.meta.shape), 0)
+        axes = self.batch_axes(first)
+        result = []
+        for i in inputs:
+            carries = bool(i.meta.shape) and i.meta.shape[0] == first
+            dims = [axes if carries and d == 0 else () for d in range(len(i.meta.shape))]
+            result.append((i, Layout.of(self.mesh, dims).normal(i.meta.shape)))
+        return result
+
+    def batch_axes(self, batch: int) -> tuple[str, ...]:
+        """All axes of the mesh, or as many of the first as the batch has samples for."""
+        axes: tuple[str, ...] = ()
+        for axis in self.mesh.axes:
+            if self.mesh.count((*axes, axis)) > batch:
+                self.notes.append(
+                    f"the batch of {batch} is split over {self.mesh.count(axes)} of {self.size} ranks; the others repeat"
+                )
+                break
+            axes = (*axes, axis)
+        return axes
+
+    # -- pass 2: forward --------------------------------------------------------------------------------------------
+
+    def forward(self) -> None:
+        for graph_input in self.graph.inputs:
+            self.where[graph_input.value] = self.given(graph_input)
+        for node in self.graph.nodes:
+            choice = self.choose(node)
+            if choice is None:
+                self.where.update(dict.fromkeys(node.outputs))
+                continue
+            self.choices[node.name] = choice
+            self.where.update(zip(node.outputs, choice.outputs, strict=True))
+
+    def given(self, graph_input: GraphInput) -> Layout | None:
+        """Where an input is before any operator wants it elsewhere; ``None``: it is free."""
+        shape = graph_input.meta.shape
+        if graph_input.kind == "input":
+            if self.request.dataset_strategy == "full_batch":
+                return Layout.replicated(self.mesh, len(shape))
+            return self.batch[graph_input.value]
+        entry = self.request.parameter_plan.get(str(graph_input.target)) if self.request.honour_marks else None
+        return self.laid_out(entry[0], shape) if entry is not None else None
+
+    def choose(self, node: Node) -> Choice | None:
+        """The choice of one operator, or ``None`` for one whose inputs are all free."""
+        signature, needs = self.signatures[node.name], self.needs[node.name]
+        if node.name in self.checked:
+            return resolve_strategy(node, signature, self.checked[node.name], self.refinement, needs, self.problems)
+        if node.name in self.pins:
+            target = self.laid_out(self.pins[node.name], node.op.inputs[0].shape)
+            return choice_for_output(node.op, signature, target, needs)
+        here = [self.where[v] for v in node.inputs]
+        if node.region is not None and self.request.honour_marks or self.reads_planned_parameter(node):
+            if all(layout is None for layout in here):
+                return None
+            return follow(node.op, signature, here, needs, self.mesh, self.parameters_first(node, here))
+        batch = [self.batch[v] for v in node.inputs]
+        if all(layout is None for layout in batch):
+            return None
+        settled = [
+            b if b is None or not b.partial or b == h else b.without_partial()
+            for b, h in zip(batch, here, strict=True)
+        ]
+        return follow(node.op, signature, settled, needs, self.mesh)
+
+    def reads_planned_parameter(self, node: Node) -> bool:
+        """Outside a marked region a parameter that a plan lays out is followed too."""
+        planned = self.request.parameter_plan if self.request.honour_marks else {}
+        if not planned:
+            return False
+        names = {i.value for i in self.graph.inputs if str(i.target) in planned and i.kind in ("parameter", "buffer")}
+        return any(v in names for v in node.inputs)
+
+    def parameters_first(self, node: Node, here: Sequence[Layout | None]) -> list[int]:
+        """Inputs to satisfy, in order: parameters that a plan lays out, then the largest."""
+        kinds = {i.value: i.kind for i in self.graph.inputs}
+        known = [i for i, layout in enumerate(here) if layout is not None]
+        return sorted(known, key=lambda i: (kinds.get(node.inputs[i]) != "parameter", -node.op.inputs[i].numel))
+
+    # -- pass 3: backward -------------------------------------------------------------------------------------------
+
+    def backward(self) -> None:
+        wanted: dict[str, list[Layout]] = {}
+        for node in reversed(self.graph.nodes):
+            if node.name not in self.choices:
+                self.choices[node.name] = self.choose_free(node, wanted)
+            for value, layout in zip(node.inputs, self.choices[node.name].inputs, strict=True):
+                wanted.setdefault(value, []).append(layout)
+        self.wanted = wanted
+
+    def choose_free(self, node: Node, wanted: dict[str, list[Layout]]) -> Choice:
+        signature, needs = self.signatures[node.name], self.needs[node.name]
+        for index, value in enumerate(node.outputs):
+            for layout in _most_split(wanted.get(value, ())):
+                choice = choice_for_output(node.op, signature, layout.without_partial(), needs, index)
+                if choice is not None:
+                    return choice
+        return make_choice(node.op, signature, self.mesh, {}, needs)
+
+    def input_layout(self, graph_input: GraphInput) -> Layout:
+        """How a graph input is handed to the program; parameters are stored as their readers want them."""
+        given = self.where[graph_input.value]
+        replicated = Layout.replicated(self.mesh, len(graph_input.meta.shape))
+        if graph_input.kind == "input":
+            return given or replicated
+        if graph_input.kind != "parameter":
+            return replicated
+        candidates = [layout.without_partial() for layout in _most_split(self.wanted.get(graph_input.value, ()))]
+        return next(iter(candidates), given or replicated)
+
+
+def _most_split(layouts: Sequence[Layout]) -> list[Layout]:
+    """The layouts with the most ways first; among equals the last reader's (they come last to first)."""
+    unique = list(dict.fromkeys(reversed(layouts)))
+    return sorted(unique, key=lambda layout: -layout.mesh.count(layout.split_axes))
+

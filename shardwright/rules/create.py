@@ -1,0 +1,117 @@
+"""Rules of operators that create tensors: every dim of the output is free, each rank makes its own piece.
+
+Sequences of floats are made whole and cut, because their values depend on how many are made at a time. ``new_zeros``
+and its like read no values of their input, so that input may be split as it pleases. Not here, so that they run whole:
+windows, index lists (``tril_indices``), ``logspace`` and ``vander``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.rules.lowering import Local, Ref
+from shardwright.rules.operator import Operator
+from shardwright.rules.pieces import of_sizes, piece_of_output, start
+from shardwright.rules.registry import rule_for
+from shardwright.rules.signature import Signature, parse
+
+_VALUES: dict[str, Callable[..., Any]] = {
+    "zeros": torch.zeros,
+    "ones": torch.ones,
+    "full": torch.full,
+    "empty": torch.empty,
+}
+
+
+@rule_for("aten.zeros", "aten.ones", "aten.full", "aten.empty")
+@rule_for("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
+@rule_for("aten.empty_strided", "aten.empty_permuted", "aten.new_empty_strided")
+def _constant_rule(op: Operator) -> Signature | None:
+    """A tensor of one value, or of none; the strides of what has no values are each piece's own affair."""
+    return _created(op, _constant)
+
+
+@rule_for("aten.zero")
+def _zero_rule(op: Operator) -> Signature | None:
+    return parse("... -> ...", op)
+
+
+@rule_for("aten.arange", "aten.range", "aten.linspace")
+def _sequence_rule(op: Operator) -> Signature | None:
+    return _created(op, _sequence)
+
+
+@rule_for("aten.eye")
+def _eye_rule(op: Operator) -> Signature | None:
+    return _created(op, _eye)
+
+
+@rule_for("aten.scalar_tensor")
+def _scalar_rule(op: Operator) -> Signature | None:
+    return _created(op, None)
+
+
+def _created(op: Operator, lowering: Any) -> Signature | None:
+    """Free dims in the output, inner ones in inputs whose values are not read."""
+    if len(op.outputs) != 1 or len(op.inputs) > 1:
+        return None
+    inputs = ", ".join(" ".join(f"i{n}_{d}~" for d in range(len(m.shape))) for n, m in enumerate(op.inputs))
+    outputs = " ".join(f"d{d}" for d in range(len(op.outputs[0].shape)))
+    return parse(f"{inputs} -> {outputs}", op, None, (), lowering)
+
+
+def _constant(local: Local) -> tuple[Ref, ...]:
+    """Made from a shape alone: the result must not depend on a tensor of which it reads only the dtype and device."""
+    op, meta = local.op, local.op.outputs[0]
+    if not local.split:
+        return local.same_call()
+    make = _VALUES[op.name.removeprefix("aten.").removeprefix("new_").partition("_")[0]]
+    value = (op.argument("fill_value"),) if make is torch.full else ()
+    device = op.argument("device") or meta.device
+    return (local.call(make, local.local_shape(True, 0), *value, dtype=meta.dtype, device=device),)
+
+
+def _sequence(local: Local) -> tuple[Ref, ...]:
+    if local.op.name == "aten.arange" and _is_whole_numbers(local.op) and local.split:
+        return (_arange(local),)
+    return (piece_of_output(local, local.same_call()[0]),)
+
+
+def _is_whole_numbers(op: Operator) -> bool:
+    numbers = [op.argument(name, 0) for name in ("start", "end", "step")]
+    return not op.outputs[0].dtype.is_floating_point and all(isinstance(n, int) for n in numbers)
+
+
+def _arange(local: Local) -> Ref:
+    """The numbers of the piece, by their own first and last."""
+    first, step = local.op.argument("start", 0), local.op.argument("step", 1)
+    at, size = start(local, True, 0, 0), local.local_size(True, 0, 0)
+    begin = of_sizes(lambda a: first + step * a, at)
+    end = of_sizes(lambda a, n: first + step * (a + n), at, size)
+    kwargs = {"dtype": local.op.outputs[0].dtype, "device": local.op.argument("device")}
+    return local.call(torch.arange, begin, end, step, **kwargs)
+
+
+def _eye(local: Local) -> tuple[Ref, ...]:
+    if not local.split:
+        return local.same_call()
+    rows, columns = local.local_shape(True, 0)
+    diagonal = of_sizes(lambda r, c: r - c, start(local, True, 0, 0), start(local, True, 0, 1))
+    dtype, device = local.op.outputs[0].dtype, local.op.argument("device")
+    return (local.call(eye_block, rows, columns, diagonal, dtype, device),)
+
+
+def eye_block(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: Any = None) -> Tensor:
+    """A block of an identity matrix, whose ones stand on this diagonal of the block.
+
+    >>> eye_block(2, 3, 1, torch.int64)
+    tensor([[0, 1, 0],
+            [0, 0, 1]])
+    """
+    block = torch.zeros(rows, columns, dtype=dtype, device=device)
+    block.diagonal(diagonal).fill_(1)
+    return block

@@ -1,0 +1,106 @@
+"""Draws: the random numbers that the single device would draw for the whole tensor.
+
+Each function here draws exactly what the eager operator draws from the default generator of the device, for the whole
+tensor of the given shape, strides, dtype and device: the order of draws follows the memory order, and their number the
+dtype. Nothing here depends on the rank, so that every rank draws the same and its generator advances alike; each then
+takes its own piece.
+
+The cost is a transient tensor of global shape on every rank. Pieces are copies, so it is freed at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def filled(
+    method: str, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, *args: Any
+) -> Tensor:
+    """A tensor of this shape and memory order, filled by a random in-place method such as ``normal_``.
+
+    >>> filled("random_", (2,), (1,), torch.int64, None, 5, 6)
+    tensor([5, 5])
+    """
+    tensor = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    result: Tensor = getattr(tensor, method)(*args)
+    return result
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def dropout_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
+    """What eager dropout keeps of a tensor like this: ones and zeros in its dtype, or booleans from a fused kernel.
+
+    On a CPU eager dropout is ``empty_like(x).bernoulli_(1 - p)``, on an accelerator it is ``native_dropout``, whose
+    draws are its own (ATen, ``Dropout.cpp``).
+    """
+    like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    if like.device.type == "cpu":
+        return torch.empty_like(like).bernoulli_(1 - p)
+    return torch.native_dropout(like, p, True)[1]
+
+
+def apply_dropout(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """``x`` with what the noise drops set to zero and the rest scaled, rounded as eager dropout rounds."""
+    if noise.dtype == torch.bool:
+        return (x * noise) * (1 / (1 - p))
+    return x * (noise / (1 - p))
+
+
+def whole_dropout(x: Tensor, stride: Sequence[int], p: float) -> Tensor:
+    """Dropout of a whole tensor that the single device has with these strides."""
+    if x.stride() == tuple(stride):
+        return torch.dropout(x, p, True)
+    return apply_dropout(x, dropout_noise(x.shape, stride, x.dtype, x.device, p), p)
+
+
+def feature_noise(shape: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
+    """What eager feature dropout keeps: one number for each of the first two dims, size 1 in the others."""
+    size = [*shape[:2], *([1] * (len(shape) - 2))]
+    return torch.empty(size, dtype=dtype, device=device).bernoulli_(1 - p)
+
+
+def alpha_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
+    """What eager alpha dropout keeps: ones and zeros."""
+    like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    return torch.empty_like(like).bernoulli_(1 - p)
+
+
+def apply_alpha(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """Alpha dropout of ``x``, in the order in which eager computes it.
+
+    Source: Klambauer et al., "Self-Normalizing Neural Networks", 2017; ATen, ``Dropout.cpp``.
+    """
+    alpha = 1.7580993408473766
+    a = 1 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
+    shift = (noise - 1).mul_(alpha * a).add_(alpha * a * p)
+    return x * (noise * a) + shift
+
+
+def native_mask(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
+    """The boolean mask that ``native_dropout`` draws for a tensor like this."""
+    like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    if like.device.type == "cpu":
+        return torch.empty_like(like, dtype=torch.bool).bernoulli_(1 - p)
+    return torch.native_dropout(like, p, True)[1]
+
+
+def apply_native(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """What ``native_dropout`` makes of ``x`` with this mask."""
+    return (x * mask) * (0.0 if p == 1 else 1 / (1 - p))
+
+
+# -- draws that depend on values --------------------------------------------------------------------------------------
+
+
+def in_order(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """The same values in this memory order, which is the order in which random operators draw."""
+    if x.stride() == tuple(stride):
+        return x
+    return torch.empty_strided(x.shape, tuple(stride), dtype=x.dtype, device=x.device).copy_(x)
