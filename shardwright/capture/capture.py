@@ -6,6 +6,7 @@ is computed, models on the meta device and models whose parameters are already d
 
 from __future__ import annotations
 
+import keyword
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -222,7 +223,7 @@ class _Converter:
         """A graph output: a value name, or a constant."""
         if isinstance(argument, fx.Node):
             entry = self.env[argument]
-            return self.read(argument) if isinstance(entry, Tracked) else entry
+            return self.read(argument) if isinstance(entry, (Tracked, _Alias)) else entry
         return argument
 
     def _call(self, node: fx.Node) -> None:
@@ -422,13 +423,17 @@ class _Converter:
         )
         autocast, grad = self.context
         self.nodes.append(
-            Node(name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), None, None, autocast, grad)
+            Node(
+                name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad
+            )
         )
         self.calls[name] = at.meta.get("custom") or {}
         return outputs
 
     def new_name(self, hint: str) -> str:
         hint = "".join(c if c.isalnum() or c == "_" else "_" for c in hint) or "v"
+        if keyword.iskeyword(hint) or hint in ("torch", "many", "each") or not hint[0].isalpha():
+            hint = f"v_{hint}"
         name, count = hint, 0
         while name in self.names:
             count += 1

@@ -73,6 +73,11 @@ class Refinement:
             if name not in family.names.values():
                 family.names.setdefault(span, name)
 
+    def add_if_fits(self, sizes: Sequence[int]) -> None:
+        """Makes room for a device matrix on the main mesh, unless its cuts do not divide those already there."""
+        if self.families[0].accepts(_cuts(sizes)):
+            self.families[0].cuts |= _cuts(sizes)
+
     def finish(self) -> Refinement:
         """Fixes the meshes; nothing can be added after."""
         first, *rest = self.families

@@ -84,6 +84,7 @@ class _Planner:
         self.find_rules()
         self.check()
         self.problems.raise_if_any("the strategies cannot be followed")
+        self.make_room_for_batch()
         self.refinement.finish()
         self.mesh = self.refinement.meshes[0]
         self.data_parallel()
@@ -205,6 +206,13 @@ class _Planner:
             dims = [axes if carries and d == 0 else () for d in range(len(i.meta.shape))]
             result.append((i, Layout.of(self.mesh, dims).normal(i.meta.shape)))
         return result
+
+    def make_room_for_batch(self) -> None:
+        """Where the batch has fewer samples than there are ranks, cuts the mesh so that most of them can share it."""
+        first = next((i.meta.shape[0] for i in self.graph.inputs if i.kind == "input" and i.meta.shape), 0)
+        if isinstance(self.request.dataset_strategy, str) and 1 < first < self.size:
+            ways = max(d for d in range(1, first + 1) if self.size % d == 0)
+            self.refinement.add_if_fits((ways, self.size // ways))
 
     def batch_axes(self, batch: int) -> tuple[str, ...]:
         """All axes of the mesh, or as many of the first as the batch has samples for."""

@@ -235,7 +235,15 @@ def _search_rule(op: Operator) -> Signature | None:
             inputs.append(["sorted!"])
         else:
             inputs.append([*values[:-1], "sorted!"])
-    return parse(notation(inputs, [values]), op)
+    return parse(notation(inputs, [values]), op, None, (), _search)
+
+
+def _search(local: Local) -> tuple[Ref, ...]:
+    """A piece cut out of a tensor is made contiguous, as the operator warns of what is not."""
+    if not local.split or not isinstance(local.op.argument("self"), Slot):
+        return local.same_call()
+    at = local.op.argument("self").index
+    return local.same_call(self=local.call(torch.ops.aten.contiguous.default, local.inputs[at]))
 
 
 @rule_for("aten.isin")

@@ -6,8 +6,6 @@ is 1 and the output's is not, a dim that every rank holds whole.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from shardwright.rules.operator import Operator, Slot
 from shardwright.rules.registry import rule_for
 from shardwright.rules.signature import Signature, parse
@@ -36,7 +34,7 @@ BINARY = aten_names("""
     add arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor copysign div divide
     eq fill float_power floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le less less_equal
     logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter
-    not_equal pow remainder rsub special_xlog1py special_xlogy sub subtract true_divide type_as xlogy
+    not_equal pow remainder rsub special_xlog1py special_xlogy sub subtract true_divide xlogy
 """)
 
 TERNARY = aten_names("addcdiv addcmul clamp clamp_max clamp_min lerp where")
@@ -67,15 +65,13 @@ def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
     return ((0,),) if scales or op.name in KEEPS_VALUES else ()
 
 
-@rule_for("aten.copy")
-def _copy(op: Operator) -> Signature:
-    """What a write becomes; the operator itself has no gradient."""
-    return parse("..., ... -> ...", op, None, (), lambda local: (local.call(written, *local.inputs),))
-
-
-def written(x: Tensor, source: Tensor) -> Tensor:
-    """``source`` in the shape and dtype of ``x``, which gives up its values."""
-    return source.to(x.dtype).expand(x.shape).clone()
+@rule_for("aten.type_as")
+def _type_as(op: Operator) -> Signature:
+    """Of the second input only the dtype matters: it comes along where it has the first one's dims, else whole."""
+    if op.inputs[1].shape == op.inputs[0].shape:
+        return parse("..., ... -> ...", op)
+    other = " ".join(f"w{i}!" for i in range(len(op.inputs[1].shape)))
+    return parse(f"..., {other} -> ...", op)
 
 
 @rule_for("aten.prelu")

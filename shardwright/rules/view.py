@@ -311,7 +311,9 @@ def _cat_rule(op: Operator) -> Signature | None:
         if len(meta.shape) < ndim:
             own = _aligned(op, own, len(meta.shape), n)
         inputs.append(own)
-    return parse(notation(inputs, [with_dims(out, {dim: "joined!"})]), op, None, _all_inputs(op))
+    reached = {name for own in inputs for name in own}
+    outputs = [name if name in reached else "1" for name in out]
+    return parse(notation(inputs, [with_dims(outputs, {dim: "joined!"})]), op, None, _all_inputs(op))
 
 
 def _all_inputs(op: Operator) -> list[range]:

@@ -18,11 +18,11 @@ the record small and its replay cheap:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, FunctionType
@@ -43,7 +43,7 @@ class DelayedInitError(ShardwrightError):
     """A construction that cannot be delayed, or a tensor whose initialisation was not recorded."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_init_parameters() -> Iterator[None]:
     """Builds modules and optimizers without their values: parameters and buffers live on the meta device.
 
@@ -79,9 +79,12 @@ def no_init_parameters() -> Iterator[None]:
     if any(isinstance(mode, _Recorder) for mode in _get_current_dispatch_mode_stack()):
         yield
         return
+    user: FrameType | None = sys._getframe()
+    while user and user.f_code.co_filename in (__file__, contextlib.__file__):
+        user = user.f_back
     recorder = _Recorder()
     try:
-        with _AsBuilt(recorder), recorder:
+        with _AsBuilt(recorder, id(user)), recorder:
             yield
     finally:
         recorder.restore_generators()
@@ -146,13 +149,14 @@ def materialise(wanted: Mapping[str, torch.Tensor], keep: Callable[[str, torch.T
             last[record.slot] = record.last
     refs = {name: _ref(wanted[name]) for group in names.values() for name in group}
     with _replaying():
-        for slot, storage in _storages(last):
+        for slot, storages in _storages(last):
             values: dict[_Ref, torch.Tensor] = {}
             for name in names[slot]:
                 ref = refs[name]
-                values[ref] = value = values[ref] if ref in values else _view({slot: storage}, ref)
-                kept[name] = keep(name, value)
-            del values, value, storage
+                if ref not in values:
+                    values[ref] = _view(storages, ref)
+                kept[name] = keep(name, values[ref])
+            del values, storages  # before the next is made
     return {name: kept[name] for name in wanted}
 
 
@@ -260,8 +264,9 @@ def _known(tensor: torch.Tensor) -> _Record:
 def _ref(tensor: torch.Tensor) -> _Ref:
     if tensor.is_neg():
         raise DelayedInitError(f"a lazily negated view{_user_line()} cannot be recorded: call resolve_neg() on it")
-    nbytes, size, stride = tensor.untyped_storage().nbytes(), tuple(tensor.shape), tuple(tensor.stride())
-    return _Ref(_known(tensor).slot, nbytes, size, stride, tensor.storage_offset(), tensor.dtype, tensor.is_conj())
+    nbytes, offset = tensor.untyped_storage().nbytes(), int(tensor.storage_offset())
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    return _Ref(_known(tensor).slot, nbytes, shape, stride, offset, tensor.dtype, tensor.is_conj())
 
 
 def _covers(tensor: torch.Tensor) -> bool:
@@ -297,8 +302,14 @@ def _frozen(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
-def _shape_only(x: Any) -> Any:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) if isinstance(x, torch.Tensor) else x
+def _check_dense(tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise DelayedInitError(f"a sparse tensor{_user_line()} cannot be delayed: make it outside no_init_parameters()")
+
+
+def _shape_only(x: torch.Tensor) -> torch.Tensor:
+    _check_dense(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
 
 
 def _as_meta(x: Any) -> Any:
@@ -357,6 +368,11 @@ class _Recorder(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = _leaves(torch.Tensor, (args, kwargs))
         written = _written(func, args, kwargs)
+        if any(s.device.type != "meta" for s in _leaves(torch.UntypedStorage, args)):
+            raise DelayedInitError(
+                f"{_user_line(func)} makes a tensor of memory that exists already, as torch.load does, which cannot be "
+                "delayed: do that before no_init_parameters()"
+            )
         if tensors and not any(_record_of(t) for t in tensors):
             if any(t.device.type == "meta" for t in tensors):
                 return func(*args, **kwargs)  # a meta model of the user's own
@@ -401,16 +417,17 @@ class _Recorder(TorchDispatchMode):
                 raise
             return self._read(func, args, kwargs)
         results = _leaves(torch.Tensor, out)
-        if any(t.layout != torch.strided for t in results):
-            raise DelayedInitError(f"{_user_line(func)} makes a sparse tensor: only dense tensors can be delayed")
         fresh = [_record_of(t) is None for t in results]
+        for tensor in results:
+            _check_dense(tensor)
         changed = [] if torch.Tag.inplace_view in func.tags else written
         if any(fresh) or changed:
             step = self._step(func, args, kwargs, changed, fills=func.overloadpacket in _FILLS)
             if draws:
                 self._draw(step, _leaves(torch.Generator, (args, kwargs)))
-            for tensor in (t for t, new in zip(results, fresh) if new and not _record_of(t)):
-                setattr(tensor.untyped_storage(), _RECORD, _Record(next(_serials), step, device))
+            for tensor in results:
+                if not _record_of(tensor):
+                    setattr(tensor.untyped_storage(), _RECORD, _Record(next(_serials), step, device))
             step.outputs = tuple(_ref(t) if new else None for t, new in zip(results, fresh))
         for tensor in written:
             self.allow_version(tensor, 1)  # the counter is raised after this call
@@ -500,9 +517,9 @@ def _check_draw(call: Any, device: torch.device) -> None:
 class _AsBuilt(TorchFunctionMode):
     """Answers where the dispatcher is not asked: attributes, conversions to Python, assignments to ``.data``."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: _Recorder, user_frame: int) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._user_frame = recorder, user_frame
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -536,11 +553,12 @@ class _AsBuilt(TorchFunctionMode):
             self._recorder.record_call(FunctionType(code, asker.f_globals, code.co_name), tensor, arguments)
             return True
         frame: FrameType | None = asker
-        while frame and not isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
+        while frame and id(frame) != self._user_frame:  # frames beyond are none of ours
+            if isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
+                place = record.device
+                return {"device": place, "is_cpu": place.type == "cpu", "is_meta": False}[_ATTRIBUTES[getter]]
             frame = frame.f_back
-        if frame is None:
-            return getter(tensor)
-        return {"device": record.device, "is_cpu": record.device.type == "cpu", "is_meta": False}[_ATTRIBUTES[getter]]
+        return getter(tensor)
 
 
 _READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
@@ -558,7 +576,7 @@ def _stay(x: Any, record: _Record) -> Any:
 # ---------------------------------------------------------------------------------------------------- replaying
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replaying() -> Iterator[None]:
     """Real tensors, whatever modes are on; the default generator and dtype come back."""
     dtype, state = torch.get_default_dtype(), torch.get_rng_state()
@@ -595,13 +613,13 @@ def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
     return sorted(found, key=lambda draw: draw.serial)
 
 
-def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, torch.UntypedStorage | None]]:
+def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, dict[int, torch.UntypedStorage]]]:
     """Builds the storage of each slot, given the step that wrote it last; lets go of it when asked for the next."""
+    slots = [(slot, _closure([step])) for slot, step in last.items()]
     tasks: dict[_Step | None, list[tuple[list[_Step], int | None]]] = defaultdict(list)  # by last draw
-    for slot, step in last.items():
-        program = _closure([step])
+    for slot, program in slots:
         tasks[next((step for step in reversed(program) if step.after is not None), None)].append((program, slot))
-    draws = _draws_behind(step for group in tasks.values() for program, _ in group for step in program)
+    draws = _draws_behind(step for _, program in slots for step in program)
     followers: dict[_Step, list[_Step]] = defaultdict(list)
     states: dict[_Step, torch.Tensor] = {}  # of the generator, before each draw that is to come or to be repeated
     for draw in draws:
@@ -613,23 +631,23 @@ def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, torch.UntypedSto
             states[draw] = draw.after
     uses = Counter(step for group in tasks.values() for program, _ in group for step in program)
     for moment in (None, *draws):
-        for program, slot in tasks.pop(moment, ()):
-            storage, after = _run(program, states, slot)
+        for program, wanted in tasks.pop(moment, ()):
+            storages, after = _run(program, states, wanted)
             uses.subtract(program)
             for step in program:
                 if not uses[step]:
                     states.pop(step, None)
             if moment is not None and after is not None:
                 states.update({follower: after for follower in followers[moment]})
-            if slot is not None:
-                yield slot, storage
-            del storage
+            if wanted is not None:
+                yield wanted, storages
+            del storages
 
 
 def _run(
-    program: Sequence[_Step], states: Mapping[_Step, torch.Tensor], slot: int | None
-) -> tuple[torch.UntypedStorage | None, torch.Tensor | None]:
-    """Runs the steps on real storages, each freed after its last use; the slot's, and the generator's last state."""
+    program: Sequence[_Step], states: Mapping[_Step, torch.Tensor], wanted: int | None
+) -> tuple[dict[int, torch.UntypedStorage], torch.Tensor | None]:
+    """Runs the steps on real storages, each freed after its last use but the wanted one; the generator's last state."""
     last_use = {}
     for i, step in enumerate(program):
         for ref in _leaves(_Ref, (step.args, step.kwargs, step.outputs)):
@@ -639,9 +657,9 @@ def _run(
     for i, step in enumerate(program):
         state = _run_step(step, storages, states.get(step))
         after = after if state is None else state
-        for done in [s for s in storages if last_use[s] <= i and s != slot]:
-            del storages[done]
-    return None if slot is None else storages[slot], after
+        for slot in [slot for slot in storages if last_use[slot] <= i and slot != wanted]:
+            del storages[slot]
+    return storages, after
 
 
 def _run_step(
@@ -650,7 +668,8 @@ def _run_step(
     """Runs one step; returns the state after it of the generator that it draws from."""
     arguments = (step.args, step.kwargs)
     generator = torch.Generator() if _Generator in _leaves(type, arguments) else torch.default_generator
-    if state is not None:
+    if step.after is not None:
+        assert state is not None
         generator.set_state(state)
     held = {storage.data_ptr() for storage in storages.values()}
     held |= {t.data_ptr() for t in _leaves(torch.Tensor, arguments) if t.device.type == "cpu"}
@@ -692,8 +711,7 @@ def _value_now(tensor: torch.Tensor, reader: Any) -> torch.Tensor:
     if any(step.after is not None for step in program):
         raise DelayedInitError(
             f"{_user_line(reader)} needs the value of a tensor of shape {tuple(tensor.shape)} that holds random "
-            "numbers, and it is not available under no_init_parameters(): compute what depends on it outside"
+            "numbers, and it is not available under no_init_parameters(): read it outside the context"
         )
     with _replaying():
-        storage, _ = _run(program, {}, record.slot)
-        return _view({record.slot: storage} if storage else {}, _ref(tensor))
+        return _view(_run(program, {}, record.slot)[0], _ref(tensor))
