@@ -14,7 +14,7 @@ from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import reaches
 from shardwright.capture.session import current_session
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.world.parameters import current as current_parameter
+from shardwright.world import parameters as distributed_parameters
 
 
 class StepContext:
@@ -95,7 +95,7 @@ class GradFunction:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ShardwrightError(f"value_and_grad: the function returned {loss!r} as its loss; return a scalar tensor")
         inputs = [arguments[p] for p in self.positions]
-        weights = [current_parameter(w) for w in self.weights or ()]
+        weights = [distributed_parameters.current(w) for w in self.weights or ()]
         gradients = torch.autograd.grad(loss, [*inputs, *weights], allow_unused=True)
         return _detached(value), self._arranged(list(gradients))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator, Slot
-from shardwright.rules.pieces import names, notation, of_sizes, start, with_dims
+from shardwright.rules.pieces import local_arguments, names, notation, of_sizes, start, with_dims
 from shardwright.rules.registry import rule_for
 from shardwright.rules.signature import Signature, parse
 
@@ -242,8 +242,10 @@ def _search(local: Local) -> tuple[Ref, ...]:
     """A piece cut out of a tensor is made contiguous, as the operator warns of what is not."""
     if not local.split or not isinstance(local.op.argument("self"), Slot):
         return local.same_call()
-    at = local.op.argument("self").index
-    return local.same_call(self=local.call(torch.ops.aten.contiguous.default, local.inputs[at]))
+    at, inputs = local.op.argument("self").index, list(local.inputs)
+    inputs[at] = local.call(torch.ops.aten.contiguous.default, inputs[at])
+    args, kwargs = local_arguments(local, inputs)
+    return (local.call(local.op.target, *args, **kwargs),)
 
 
 @rule_for("aten.isin")

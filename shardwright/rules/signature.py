@@ -70,6 +70,9 @@ class Signature:
         for factor in order:
             if factor not in reached and factor not in self.summed | self.whole | self.inner:
                 raise ValueError(f"factor {factor!r} reaches no output and bears no mark")
+        dims = (dim for tensor in (*self.inputs, *self.outputs) for dim in tensor)
+        minor = {factor for dim in dims for factor in dim if factor != self.major(dim)}
+        object.__setattr__(self, "whole", self.whole | minor)
 
     def splittable(self, factor: str) -> bool:
         return factor not in self.whole

@@ -19,6 +19,7 @@ the record small and its replay cheap:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections import Counter, defaultdict
@@ -56,11 +57,12 @@ def no_init_parameters() -> Iterator[None]:
       contexts in a row without a draw or a seed between them therefore give equal weights.
     - Values that involve draws cannot be read inside (``.item()``, ``bool()``, ``tolist()``); others can, so
       ``torch.linspace(0, rate, depth).tolist()`` works.
-    - A real tensor made outside (``torch.from_numpy(x)``) stays real; what is computed from it is delayed.
+    - A real tensor made outside stays real; what is computed from it is delayed, with its value of that moment.
     - Replay happens on the CPU, so draws on another device are refused. ``.to(device)`` inside keeps meta tensors.
     - Python's and NumPy's own random numbers cannot be recorded: they are drawn at once, as ever.
     - Model code that asks a delayed tensor for its ``device`` or ``is_meta`` from inside a module's method gets the
-      answer of an ordinary construction, since some models skip their initialisation on meta.
+      answer of an ordinary construction, since some models skip their initialisation on meta. What such code itself puts
+      on ``device="meta"`` stays there, without a value.
 
     Raises:
         DelayedInitError: an operator inside reads a random value, draws on another device than the CPU, or mixes
@@ -82,9 +84,9 @@ def no_init_parameters() -> Iterator[None]:
     user: FrameType | None = sys._getframe()
     while user and user.f_code.co_filename in (__file__, contextlib.__file__):
         user = user.f_back
-    recorder = _Recorder()
+    recorder = _Recorder(id(user))
     try:
-        with _AsBuilt(recorder, id(user)), recorder:
+        with _AsBuilt(recorder), recorder:
             yield
     finally:
         recorder.restore_generators()
@@ -169,8 +171,9 @@ def _check(wanted: Mapping[str, torch.Tensor]) -> None:
         what = f"'{name}' ({tuple(tensor.shape)}, {tensor.dtype})"
         if record is None:
             problems.append(
-                f"{what} is on the meta device without a record: it was converted or made outside the context. Do the "
-                "conversion (net.double(), net.to(...), copy.deepcopy(net)) inside `with no_init_parameters():`"
+                f"{what} is on the meta device without a record: it was converted or made outside the context, or with "
+                "device='meta'. Convert (net.double(), net.to(...), copy.deepcopy(net)) inside "
+                "`with no_init_parameters():`"
             )
         elif not tensor.is_inference() and tensor._version > record.version:
             problems.append(
@@ -319,13 +322,12 @@ def _as_meta(x: Any) -> Any:
     return _shape_only(x) if isinstance(x, torch.Tensor) and not _record_of(x) else x
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The arguments that the operator's schema says it writes."""
-    found = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _leaves(torch.Tensor, args[i] if i < len(args) else kwargs.get(argument.name))
-    return found
+@functools.cache
+def _schema(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
+    """The arguments that an operator writes, as positions and names, and whether it takes a device."""
+    arguments = list(enumerate(func._schema.arguments))
+    written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return written, any(a.name == "device" for _, a in arguments)
 
 
 def _user_line(call: Any = "") -> str:
@@ -359,23 +361,29 @@ def _with_token(state: torch.Tensor, serial: int) -> torch.Tensor:
 class _Recorder(TorchDispatchMode):
     """Sends new tensors to the meta device and records the steps that give them values."""
 
-    def __init__(self) -> None:
+    def __init__(self, user_frame: int) -> None:
         super().__init__()
+        self._user_frame = user_frame
         self._draws: dict[int, _Step] = {}
         self._generators: dict[int, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = _leaves(torch.Tensor, (args, kwargs))
-        written = _written(func, args, kwargs)
+        writes = [args[i] if i < len(args) else kwargs.get(name) for i, name in _schema(func)[0]]
+        written = _leaves(torch.Tensor, writes)
         if any(s.device.type != "meta" for s in _leaves(torch.UntypedStorage, args)):
             raise DelayedInitError(
                 f"{_user_line(func)} makes a tensor of memory that exists already, as torch.load does, which cannot be "
                 "delayed: do that before no_init_parameters()"
             )
+        asked = kwargs.get("device")
+        if not tensors and asked == META and self.runs_model_code(sys._getframe(1)):
+            return func(*args, **kwargs)  # as in skip_init: there, delayed tensors say that they are on the CPU
         if tensors and not any(_record_of(t) for t in tensors):
-            if any(t.device.type == "meta" for t in tensors):
-                return func(*args, **kwargs)  # a meta model of the user's own
+            leaves_meta = func.overloadpacket in _LIKE and asked is not None and asked != META
+            if any(t.device.type == "meta" for t in tensors) and not leaves_meta:
+                return func(*args, **kwargs)  # a meta tensor of the model's own
             if func.overloadpacket in _LIFTS:
                 return self.constant(args[0])
             if written and torch.Tag.nondeterministic_seeded in func.tags:
@@ -385,7 +393,7 @@ class _Recorder(TorchDispatchMode):
                 )
             if written or func.is_view or torch.Tag.data_dependent_output in func.tags:
                 return func(*args, **kwargs)
-        for tensor in tensors:
+        for tensor in () if func.overloadpacket in _LIKE else tensors:
             if tensor.device.type == "meta" and not _record_of(tensor):
                 raise DelayedInitError(
                     f"{_user_line(func)} reads a meta tensor of shape {tuple(tensor.shape)} that was made outside "
@@ -408,7 +416,7 @@ class _Recorder(TorchDispatchMode):
             _check_draw(func, device)
         kwargs.pop("pin_memory", None)
         meta_kwargs = kwargs
-        if any(argument.name == "device" for argument in func._schema.arguments):
+        if _schema(func)[1]:
             meta_kwargs, kwargs = {**kwargs, "device": META}, {**kwargs, "device": CPU}
         try:
             out = func(*_map(_as_meta, args), **_map(_as_meta, meta_kwargs))
@@ -486,6 +494,14 @@ class _Recorder(TorchDispatchMode):
             record = _known(tensor)
             record.version = max(record.version, tensor._version + more)
 
+    def runs_model_code(self, frame: FrameType | None) -> bool:
+        """Whether a method of a module or an optimizer called the frame, within the context."""
+        while frame and id(frame) != self._user_frame:  # frames beyond are none of ours
+            if isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
+                return True
+            frame = frame.f_back
+        return False
+
     def restore_generators(self) -> None:
         """Takes the tokens out: each generator is as if nothing was drawn since the program last set it."""
         for generator in self._generators.values():
@@ -517,9 +533,9 @@ def _check_draw(call: Any, device: torch.device) -> None:
 class _AsBuilt(TorchFunctionMode):
     """Answers where the dispatcher is not asked: attributes, conversions to Python, assignments to ``.data``."""
 
-    def __init__(self, recorder: _Recorder, user_frame: int) -> None:
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self._recorder, self._user_frame = recorder, user_frame
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -535,10 +551,9 @@ class _AsBuilt(TorchFunctionMode):
             func = torch.Tensor.to
             return func(tensor, *_map(lambda x: _stay(x, record), args[1:]), **_map(lambda x: _stay(x, record), kwargs))
         if func == _SET_DATA:
-            value = args[1] if _record_of(args[1]) else self._recorder.constant(args[1])
-            func(tensor, value)
-            self._recorder.allow_version(tensor)
-            return None
+            with _disable_current_modes():
+                func(tensor, args[1] if _record_of(args[1]) else self._recorder.constant(args[1]))
+                return self._recorder.allow_version(tensor)
         return self._attribute(func, tensor, record, sys._getframe(1)) if func in _ATTRIBUTES else func(*args, **kwargs)
 
     def _attribute(self, getter: Any, tensor: torch.Tensor, record: _Record, asker: FrameType) -> Any:
@@ -552,13 +567,10 @@ class _AsBuilt(TorchFunctionMode):
             arguments = {name: asker.f_locals[name] for name in names}
             self._recorder.record_call(FunctionType(code, asker.f_globals, code.co_name), tensor, arguments)
             return True
-        frame: FrameType | None = asker
-        while frame and id(frame) != self._user_frame:  # frames beyond are none of ours
-            if isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
-                place = record.device
-                return {"device": place, "is_cpu": place.type == "cpu", "is_meta": False}[_ATTRIBUTES[getter]]
-            frame = frame.f_back
-        return getter(tensor)
+        if not self._recorder.runs_model_code(asker):
+            return getter(tensor)
+        place = record.device
+        return {"device": place, "is_cpu": place.type == "cpu", "is_meta": False}[_ATTRIBUTES[getter]]
 
 
 _READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)

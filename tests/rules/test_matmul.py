@@ -52,9 +52,7 @@ PRODUCTS: dict[str, list[tuple[Shape, Shape]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, left, right", [(n, a, b) for n, shapes in PRODUCTS.items() for a, b in shapes], ids=str
-)
+@pytest.mark.parametrize("name, left, right", [(n, a, b) for n, shapes in PRODUCTS.items() for a, b in shapes], ids=str)
 def test_product(name: str, left: Shape, right: Shape) -> None:
     check_rule(getattr(aten, name), numbers(*left), numbers(*right), operator=f"aten.{name}", limit=40)
 
@@ -139,9 +137,7 @@ def test_einsum_of_a_diagonal_stays_whole(equation: str) -> None:
 
 def test_bias_waits_for_the_sum() -> None:
     metas = tuple(TensorMeta(shape, torch.float32) for shape in ((4, 6), (8, 6), (8,)))
-    linear = Operator(
-        aten.linear.default, (Slot(0), Slot(1), Slot(2)), {}, metas, (TensorMeta((4, 8), torch.float32),)
-    )
+    linear = Operator(aten.linear.default, (Slot(0), Slot(1), Slot(2)), {}, metas, (TensorMeta((4, 8), torch.float32),))
     signature = signature_of(linear)
     assert signature is not None
     assert signature.late == {2}

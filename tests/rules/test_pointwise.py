@@ -67,7 +67,10 @@ def test_broadcasting(left: tuple[int, ...], right: tuple[int, ...]) -> None:
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[object, ...]]]] = {
-    "addcdiv": (lambda x, a, b: torch.addcdiv(x, a, b, value=0.5), lambda: (numbers(5, 3), numbers(1, 3), numbers(5, 1))),
+    "addcdiv": (
+        lambda x, a, b: torch.addcdiv(x, a, b, value=0.5),
+        lambda: (numbers(5, 3), numbers(1, 3), numbers(5, 1)),
+    ),
     "addcmul": (lambda x, a, b: torch.addcmul(x, a, b, value=0.5), lambda: (numbers(5, 3), numbers(3), numbers(5, 1))),
     "clamp": (torch.clamp, lambda: (numbers(5, 3), numbers(3) - 0.2, numbers(5, 1) + 0.1)),
     "clamp_max": (torch.clamp_max, lambda: (numbers(5, 3), numbers(5, 1))),

@@ -1,0 +1,291 @@
+"""The command line: ``shardwright layout`` and ``shardwright run``, also as ``python -m shardwright``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shardwright.errors import LayoutError, ShardwrightError
+from shardwright.layout import Layout
+from shardwright.world.current import init
+
+DEVICES = "SHARDWRIGHT_DEVICES"
+DEFAULT_DEVICES = 8
+
+LAYOUT_HELP = """\
+Print which slice of a tensor every rank holds under a layout, and draw it.
+
+A layout has one entry a dim, separated by commas: the alias of an axis, None, several aliases in parentheses that
+split the dim jointly (the leftmost axis of the device matrix is the most significant), or an order of your own such
+as sp>dp. Piece sizes may follow in brackets: "dp[20 12],None". Quote a layout, so that the shell leaves it alone."""
+
+LAYOUT_EXAMPLES = """\
+examples:
+  shardwright layout --devices 2,2,2 --axes dp,sp,mp --shape 32,784 "mp,(sp,dp)"
+  shardwright layout --devices 2,2,2 --axes dp,sp,mp --shape 32,784 "mp,(sp,dp)" --shape 784,512 "(sp,dp),None"
+  shardwright layout --devices 8 --axes tp --shape 512,512 "tp,None" --draw weight.png"""
+
+RUN_HELP = """\
+Run a Python script with several devices.
+
+By default the devices are simulated: the script runs once, in this process, and every parallel program in it runs on N
+ranks with the values that a real job has. With --distributed the script runs in N processes on this machine, as
+torchrun starts them, over gloo or NCCL."""
+
+RUN_EXAMPLES = """\
+examples:
+  shardwright run --devices 8 examples/mnist_ops.py --epochs 2
+  shardwright run --devices 4 --distributed examples/mnist_ops.py
+  torchrun --nproc-per-node 8 examples/mnist_ops.py        (the same job as with --distributed, started by hand)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments; default: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in the arguments, or that of the job that ``run --distributed`` started. What
+        a script raises within ``run``, ``SystemExit`` included, passes through.
+
+    >>> main(["layout", "--devices", "2", "--axes", "dp", "--shape", "5", "dp"])
+    dp @ dp=2 of [5]
+    <BLANKLINE>
+    rank   (dp)   slice of dp   local shape
+        0   (0)    [0:3]         [3]
+        1   (1)    [3:5]         [2]
+    0
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+    except _UsageError as error:
+        print(f"shardwright {arguments.name}: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+class _UsageError(Exception):
+    """A mistake in the arguments; its text is one clear line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose layouts may stand between its options: ``--shape 4,4 "dp,None" --shape 4 "dp"``."""
+
+    mixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        if not self.mixed:
+            return super().parse_known_args(args, namespace)
+        self.mixed = False  # parse_known_intermixed_args comes back here
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.mixed = True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardwright",
+        description="Trains a PyTorch model written for one device on many. Each command has a --help of its own.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    style = argparse.RawDescriptionHelpFormatter
+
+    layout = commands.add_parser(
+        "layout",
+        help="print and draw which slice of a tensor every rank holds",
+        description=LAYOUT_HELP,
+        epilog=LAYOUT_EXAMPLES,
+        formatter_class=style,
+    )
+    layout.mixed = True
+    layout.set_defaults(command=_layout, name="layout")
+    layout.add_argument("--devices", required=True, type=_ints, metavar="2,2,2", help="device matrix: ranks along each axis")
+    layout.add_argument("--axes", required=True, type=_names, metavar="dp,sp,mp", help="alias of each axis")
+    layout.add_argument("--ranks", type=_ints, metavar="0,2,1,...", help="rank at each position, row-major; default 0,1,...")
+    layout.add_argument(
+        "--shape",
+        required=True,
+        type=_ints,
+        action="append",
+        metavar="32,784",
+        help="global shape of the tensor; one for all layouts, or one for each in their order",
+    )
+    layout.add_argument("--draw", metavar="FILE", help="draw the tensor and the device grid to a .png or .svg file")
+    layout.add_argument("layouts", nargs="+", metavar="LAYOUT", help='one entry a dim: "mp,(sp,dp)"')
+
+    run = commands.add_parser(
+        "run",
+        help="run a script on simulated devices, or in several processes",
+        description=RUN_HELP,
+        epilog=RUN_EXAMPLES,
+        formatter_class=style,
+    )
+    run.set_defaults(command=_run, name="run")
+    run.add_argument(
+        "--devices", type=_count, metavar="N", help=f"number of devices; default: {DEVICES}, else {DEFAULT_DEVICES}"
+    )
+    run.add_argument("--distributed", action="store_true", help="start N processes instead of simulating N ranks")
+    run.add_argument("script", metavar="script.py", help="the script to run")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
+    return parser
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if text.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ints; write 2,2,2") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of devices; write 8")
+    return int(text)
+
+
+# -- layout -------------------------------------------------------------------------------------------------------------
+
+
+def _layout(arguments: argparse.Namespace) -> int:
+    tensors = _tensors(arguments)
+    print(_layout_table(tensors))
+    if arguments.draw is not None:
+        from shardwright.report.draw import draw_layouts
+
+        try:
+            draw_layouts(tensors, arguments.draw)
+        except (ShardwrightError, ImportError, OSError) as error:
+            raise _UsageError(f"--draw {arguments.draw}: {error}") from None
+        print(f"\ndrawn to {arguments.draw}")
+    return 0
+
+
+def _tensors(arguments: argparse.Namespace) -> list[tuple[Layout, tuple[int, ...]]]:
+    """Each layout with its shape, checked."""
+    texts, shapes = arguments.layouts, arguments.shape
+    if len(shapes) not in (1, len(texts)):
+        raise _UsageError(f"{len(texts)} layouts and {len(shapes)} shapes: give one --shape for all, or one a layout")
+    if any(size < 0 for shape in shapes for size in shape):
+        raise _UsageError("--shape holds a negative size")
+    shapes = shapes * len(texts) if len(shapes) == 1 else shapes
+    try:
+        base = Layout(arguments.devices, arguments.axes, arguments.ranks)
+    except ShardwrightError as error:
+        raise _UsageError(str(error)) from None
+    return [(_one_layout(base, text, shape), shape) for text, shape in zip(texts, shapes, strict=True)]
+
+
+def _one_layout(base: Layout, text: str, shape: tuple[int, ...]) -> Layout:
+    try:
+        if "@" in text:
+            raise LayoutError("the mesh is given by --devices and --axes; leave out '@ ...'")
+        layout = Layout.parse(f"{text} @ {base.mesh}") if text.strip() else base()
+        for dim, (axes, pieces) in enumerate(zip(layout.bound, layout.sizes, strict=True)):
+            count = base.mesh.count(axes)
+            if pieces is not None and (len(pieces) != count or min(pieces) < 0):
+                raise LayoutError(f"dim {dim} is split into {count}: give {count} piece sizes, none of them negative")
+        layout.slices(shape)
+    except ShardwrightError as error:
+        raise _UsageError(f"layout {text!r}: {error}") from None
+    except ValueError:
+        raise _UsageError(f'layout {text!r}: cannot read the piece sizes; write "dp[20 12],None"') from None
+    return layout
+
+
+def _layout_table(tensors: Sequence[tuple[Layout, tuple[int, ...]]]) -> str:
+    mesh = tensors[0][0].mesh
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column(f"({', '.join(mesh.axes)})", no_wrap=True)
+    for layout, _ in tensors:
+        table.add_column(f"slice of {layout.short() or 'the scalar'}", no_wrap=True)
+        table.add_column("local shape", no_wrap=True)
+    slices = [layout.slices(shape) for layout, shape in tensors]
+    for rank in sorted(mesh.ranks):
+        row = [str(rank), f"({', '.join(map(str, mesh.coordinates(rank).values()))})"]
+        for (layout, shape), held in zip(tensors, slices, strict=True):
+            row += [_slice_text(held[rank]), str(list(layout.local_shape(shape, rank)))]
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=10_000, no_color=True, highlight=False, markup=False)
+    for layout, shape in tensors:
+        console.print(f"{layout} of {list(shape)}")
+    console.print()
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+
+def _slice_text(slices: Sequence[slice]) -> str:
+    return "[" + ", ".join(f"{s.start}:{s.stop}" for s in slices) + "]"
+
+
+# -- run ----------------------------------------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        raise _UsageError(
+            f"this process is already rank {os.environ['RANK']} of a job of {os.environ['WORLD_SIZE']}: start the "
+            "script itself, torchrun --nproc-per-node 8 script.py"
+        )
+    if not Path(arguments.script).is_file():
+        raise _UsageError(f"there is no file {arguments.script}")
+    devices = arguments.devices or _devices_from_environment()
+    if arguments.distributed:
+        return _run_distributed(devices, arguments.script, arguments.arguments)
+    _run_simulated(devices, arguments.script, arguments.arguments)
+    return 0
+
+
+def _devices_from_environment() -> int:
+    text = os.environ.get(DEVICES)
+    try:
+        return DEFAULT_DEVICES if text is None else _count(text)
+    except argparse.ArgumentTypeError as error:
+        raise _UsageError(f"{DEVICES}={error}") from None
+
+
+def _run_simulated(devices: int, script: str, arguments: list[str]) -> None:
+    """Runs the script as ``python script.py arguments`` would, on simulated ranks."""
+    before = os.environ.get(DEVICES), sys.argv, sys.path[:]
+    os.environ[DEVICES] = str(devices)
+    sys.argv = [script, *arguments]
+    sys.path[:1] = [str(Path(script).resolve().parent)]
+    try:
+        init(devices)
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        count, sys.argv, sys.path[:] = before
+        if count is None:
+            del os.environ[DEVICES]
+        else:
+            os.environ[DEVICES] = count
+
+
+def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
+    """Starts the script in ``devices`` processes on this machine; returns the job's exit code."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), script, *arguments]
+    environment = dict(os.environ)
+    # torchrun warns where this is unset; processes with more threads than cores stand in each other's way
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    root = Path(__file__).resolve().parent.parent
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    return subprocess.run([sys.executable, *command], env=environment, check=False).returncode
