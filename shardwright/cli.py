@@ -112,9 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     layout.mixed = True
     layout.set_defaults(command=_layout, name="layout")
-    layout.add_argument("--devices", required=True, type=_ints, metavar="2,2,2", help="device matrix: ranks along each axis")
+    layout.add_argument(
+        "--devices", required=True, type=_ints, metavar="2,2,2", help="device matrix: ranks along each axis"
+    )
     layout.add_argument("--axes", required=True, type=_names, metavar="dp,sp,mp", help="alias of each axis")
-    layout.add_argument("--ranks", type=_ints, metavar="0,2,1,...", help="rank at each position, row-major; default 0,1,...")
+    layout.add_argument(
+        "--ranks", type=_ints, metavar="0,2,1,...", help="rank at each position, row-major; default 0,1,..."
+    )
     layout.add_argument(
         "--shape",
         required=True,
@@ -160,7 +164,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-# -- layout -------------------------------------------------------------------------------------------------------------
+# -- layout -------------------------------------------------------------------------------------------------------
 
 
 def _layout(arguments: argparse.Namespace) -> int:
@@ -236,7 +240,7 @@ def _slice_text(slices: Sequence[slice]) -> str:
     return "[" + ", ".join(f"{s.start}:{s.stop}" for s in slices) + "]"
 
 
-# -- run ----------------------------------------------------------------------------------------------------------------
+# -- run ----------------------------------------------------------------------------------------------------------
 
 
 def _run(arguments: argparse.Namespace) -> int:

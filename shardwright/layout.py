@@ -228,12 +228,12 @@ class Layout:
 
     def short(self) -> str:
         """The text form without the mesh: ``mp,(dp,sp)``, ``None,tp +sum(dp)``."""
-        text = ",".join(self._entry_text(i) for i in range(self.ndim))
+        text = ",".join(self._entry_text(i) for i in range(self.ndim)) or "()"
         for op in ("sum", "max", "min"):
             axes = [a for a, o in self.partial if o == op]
             if axes:
                 text += f" +{op}({','.join(axes)})"
-        return text.strip()
+        return text
 
     def _entry_text(self, dim: int) -> str:
         axes = self.bound[dim]
@@ -266,12 +266,15 @@ class Layout:
             raise LayoutError(f"cannot read the mesh {mesh_text.strip()!r}: write 'dp=2,mp=4'") from error
         base = Layout(mesh.sizes, mesh.axes, list(mesh.ranks))
         dims_text, *reductions = dims_text.split("+")
-        if not dims_text.strip() and not reductions:
-            return base if text.lstrip().startswith("@") else base()
+        if not dims_text.strip():
+            return base
         return base._bind_text(dims_text, reductions)
 
     def _bind_text(self, dims_text: str, reductions: Sequence[str] = ()) -> Layout:
-        entries, sizes = [], []
+        entries: list[DimSpec] = []
+        sizes: list[tuple[int, ...] | None] = []
+        if dims_text.strip() == "()":
+            dims_text = ""
         for entry in re.findall(r"\([^)]*\)(?:\[[^\]]*\])?|[^,\[\s]+(?:\[[^\]]*\])?", dims_text):
             name, _, explicit = entry.partition("[")
             sizes.append(tuple(int(s) for s in explicit.rstrip("]").split()) if explicit else None)
@@ -313,7 +316,7 @@ def _bounds(layout: Layout, shape: tuple[int, ...]) -> dict[int, tuple[tuple[int
     mesh, dims = layout.mesh, layout.bound
     if len(shape) != len(dims):
         raise LayoutError(
-            f"layout {layout.short() or '()'} has {len(dims)} dims, the shape {tuple(shape)} has {len(shape)}: give one "
+            f"layout {layout.short()} has {len(dims)} dims, the shape {tuple(shape)} has {len(shape)}: give one "
             "entry a dim"
         )
     starts: list[list[tuple[int, int]]] = []

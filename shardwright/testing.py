@@ -126,7 +126,7 @@ def _allowed(signature: Signature, mesh: Mesh, split: dict[str, Any]) -> bool:
 def _plan(graph: Graph, node: Node, signature: Signature, mesh: Mesh, choice: Choice) -> Plan:
     choices, signatures = {}, {}
     for other in graph.nodes:
-        own = replicated_signature(other.op) if other is not node else signature
+        own = signature if other is node else signature_of(other.op) or replicated_signature(other.op)
         signatures[other.name] = own
         choices[other.name] = choice if other is node else make_choice(other.op, own, mesh, {}, [False] * len(other.inputs))
     layouts = {i.value: Layout.replicated(mesh, len(i.meta.shape)) for i in graph.inputs}

@@ -143,7 +143,9 @@ class _Converter:
             for node, tracked in ((n, t) for n, t in placeholders.items() if isinstance(t, _Placed))
             if tracked.writes and self.read(node) != tracked.first
         )
-        nodes = _resolve_marks(self.nodes, self.calls, self.session)
+        nodes, renamed = _resolve_marks(self.nodes, self.calls, self.session)
+        outputs = [renamed.get(o, o) if isinstance(o, str) else o for o in outputs]
+        updates = tuple((name, renamed.get(value, value)) for name, value in updates)
         nodes, outputs = _drop_dead(nodes, outputs, updates)
         return Graph(
             tuple(self.inputs), tuple(nodes), tuple(outputs), updates, self.exported.call_spec.out_spec, self.constants
@@ -522,10 +524,12 @@ def _source(node: fx.Node) -> str:
     return f"{os.path.basename(path)}:{number}: {code}"
 
 
-def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> list[Node]:
-    """Puts each marked call's mark on its one operator, or pins its inputs and outputs where it has several."""
-    if not now.calls:
-        return nodes
+def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tuple[list[Node], dict[str, str]]:
+    """Puts each marked call's mark on its one operator, or pins its inputs and outputs where it has several.
+
+    Returns:
+        The nodes, and for every pin that was dropped the value it stood for.
+    """
     inside: dict[int, list[str]] = {}
     for node in nodes:
         meta = custom[node.name]
@@ -549,7 +553,7 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> l
         if pin is not None:
             call, side, position = pin
             if call in single:
-                renamed[node.outputs[0]] = node.inputs[0]
+                renamed[node.outputs[0]] = node.inputs[0]  # itself renamed already
                 pinned[node.outputs[0]] = position
                 continue
             pin_mark = _pin_mark(now.calls[call], side, position)
@@ -562,7 +566,7 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> l
         elif CALL in meta:
             node = replace(node, mark=None, region=now.calls[meta[CALL]])
         result.append(node)
-    return result
+    return result, renamed
 
 
 def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:

@@ -40,6 +40,8 @@ def is_mutation(target: Any) -> bool:
 def functional_overload(target: Any) -> tuple[Any, str]:
     """The overload that computes what an in-place overload writes."""
     packet, overload = target.overloadpacket.__name__, target._overloadname
+    if (packet, overload) == ("bernoulli_", "float"):
+        overload = "p"
     for name in (packet.rstrip("_"), packet.rstrip("_") + "_functional"):
         found = getattr(aten, name, None)
         if found is not None and overload in found.overloads():
@@ -64,7 +66,7 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[
 
     if name in ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten", "view_as"):
         return lambda emit, base, new: emit(aten.reshape.default, new, shape)
-    if name in ("alias", "detach", "contiguous", "to", "lift_fresh", "clone"):
+    if name in ("alias", "detach", "contiguous", "to", "lift_fresh", "lift_fresh_copy", "clone"):
         return lambda emit, base, new: new
     if name in ("transpose", "t", "swapaxes", "numpy_T", "mT"):
         d0, d1 = (args[0], args[1]) if name in ("transpose", "swapaxes") else (-2, -1)

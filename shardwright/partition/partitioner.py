@@ -60,7 +60,7 @@ class _Partitioner:
         outputs = tuple(self._whole(o, "output") if isinstance(o, str) else o for o in self.graph.outputs)
         updates = tuple((name, self._whole(value, name)) for name, value in self.graph.updates)
         return LocalProgram(
-            self.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts
+            self.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts, self.place
         )
 
     def _input(self, graph_input: Any) -> ProgramInput:

@@ -8,7 +8,7 @@ in one lane compute the same thing. A distributed rank ignores it, the simulated
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Union
 
 import torch
@@ -74,7 +74,11 @@ Instruction = Union[Call, Move]
 
 @dataclass(frozen=True)
 class LocalProgram:
-    """What one rank runs. ``outputs`` are names of values held whole by every rank, or constants."""
+    """What one rank runs.
+
+    ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
+    each value of the graph, as it comes out of its operator.
+    """
 
     world_size: int
     inputs: tuple[ProgramInput, ...]
@@ -83,6 +87,7 @@ class LocalProgram:
     updates: tuple[tuple[str, str], ...]
     lanes: dict[str, Lanes]
     layouts: dict[str, Layout]
+    places: dict[str, str] = field(default_factory=dict)
 
     def text(self, rank: int = 0) -> str:
         """The program of one rank as readable code."""

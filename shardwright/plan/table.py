@@ -50,7 +50,7 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _short(layout: object) -> str:
-    return getattr(layout, "short")() or "scalar"  # noqa: B009
+    return getattr(layout, "short")()  # noqa: B009
 
 
 def _operators(plan: Plan) -> Table:

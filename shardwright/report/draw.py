@@ -17,6 +17,8 @@ Colours = dict[Bounds, tuple[float, float, float]]
 
 SUFFIXES = (".png", ".svg")
 TEXT_RANKS = 32  # in a larger grid the cells have no room for slices
+NOTHING = (0.93, 0.93, 0.93)
+ROOM = (350.0, 230.0)  # points that the drawing of a tensor has across and down, about
 INK, EDGE = "#222222", "#555555"
 
 
@@ -40,17 +42,21 @@ def draw_layout(layout: Layout, shape: Sequence[int], path: str | Path) -> None:
 def draw_layouts(tensors: Sequence[tuple[Layout, Sequence[int]]], path: str | Path) -> None:
     """Draws several layouts below each other; see :func:`draw_layout`."""
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise ShardwrightError(f"cannot draw a {Path(path).suffix or 'file without a suffix'}: name a .png or .svg file")
+        raise ShardwrightError(
+            f"cannot draw a {Path(path).suffix or 'file without a suffix'}: name a .png or .svg file"
+        )
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'shardwright[draw]'") from error
 
     # Text stays text in an SVG, and the same layout gives the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "shardwright", "font.size": 9}):
-        figure = Figure(figsize=(12, 4.4 * len(tensors)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    rc: Any = matplotlib.rc_context
+    with rc({"svg.fonttype": "none", "svg.hashsalt": "shardwright", "font.size": 9}):
+        engine = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
+        figure = Figure(figsize=(12, 4.4 * len(tensors)), layout=engine)
         rows = figure.subplots(len(tensors), 2, squeeze=False, width_ratios=(1, 1.15))
         for (tensor_axes, grid_axes), (layout, shape) in zip(rows, tensors, strict=True):
             _draw_one(tensor_axes, grid_axes, layout, tuple(shape))
@@ -87,7 +93,12 @@ def _colours(pieces: Sequence[Bounds]) -> Colours:
         place = places[by_count[order]]
         return place.index(piece[by_count[order]]) / len(place)
 
-    return {p: colorsys.hls_to_rgb(0.58 + share(p, 0), 0.84 - 0.3 * share(p, 1), 0.6) for p in pieces}
+    def colour(piece: Bounds) -> tuple[float, float, float]:
+        if any(start == stop for start, stop in piece):
+            return NOTHING
+        return colorsys.hls_to_rgb(0.58 + share(piece, 0), 0.84 - 0.3 * share(piece, 1), 0.6)
+
+    return {piece: colour(piece) for piece in pieces}
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:
@@ -106,6 +117,25 @@ def rank_ranges(ranks: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
+def fit(ranks: Sequence[int], room: tuple[float, float]) -> tuple[str, float, int]:
+    """The label of a piece: its text, font size and rotation, so that it fits in ``room`` (points across and down).
+
+    >>> fit([3], (80, 40)), fit([3], (30, 40)), fit([10, 11, 12, 13], (12, 60))
+    (('rank 3', 10, 0), ('3', 10, 0), ('10–13', 10, 90))
+    """
+    bare = rank_ranges(ranks)
+    full = f"rank{'s' if len(ranks) > 1 else ''} {bare}"
+    for text, size, rotation in (
+        *((full, size, 0) for size in (10, 8)),
+        *((bare, size, turn) for size in (10, 8, 6, 5) for turn in (0, 90)),
+    ):
+        needed = (0.62 * size * len(text) + 4, 1.3 * size)
+        across, down = needed if rotation == 0 else needed[::-1]
+        if across <= room[0] and down <= room[1]:
+            return text, size, rotation
+    return "", 5, 0
+
+
 def _draw_tensor(
     axes: Any,
     layout: Layout,
@@ -116,7 +146,9 @@ def _draw_tensor(
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    rows, columns = [shape[d] for d in dims] if len(dims) == 2 else (1, shape[dims[0]] if dims else 1)
+    rows, columns = [max(shape[d], 1) for d in dims] if len(dims) == 2 else (1, max(shape[dims[0]], 1) if dims else 1)
+    aspect = min(max(rows / columns, 0.45), 1.0) if len(dims) == 2 else 0.2
+    width = min(ROOM[0], ROOM[1] / aspect)
     empty: list[int] = []
     for piece, ranks in pieces.items():
         (top, bottom), (left, right) = piece if len(dims) == 2 else ((0, 1), piece[0] if piece else (0, 1))
@@ -126,22 +158,13 @@ def _draw_tensor(
         axes.add_patch(
             Rectangle((left, top), right - left, bottom - top, facecolor=colours[piece], edgecolor=EDGE, linewidth=1)
         )
-        text = ("rank " if len(ranks) == 1 else "ranks ") + rank_ranges(ranks)
-        room = min((right - left) / max(columns, 1), 3 * (bottom - top) / max(rows, 1))
-        vertical = (right - left) / max(columns, 1) < 0.12 and len(text) > 6
-        axes.text(
-            (left + right) / 2,
-            (top + bottom) / 2,
-            text,
-            ha="center",
-            va="center",
-            rotation=90 if vertical else 0,
-            fontsize=10 if room > 0.12 else 7 if room > 0.05 else 5,
-            color=INK,
-        )
-    axes.set_xlim(0, columns or 1)
-    axes.set_ylim(rows or 1, 0)
-    axes.set_box_aspect(min(max((rows or 1) / (columns or 1), 0.45), 1.0) if len(dims) == 2 else 0.2)
+        room = (width * (right - left) / columns, width * aspect * (bottom - top) / rows)
+        text, size, rotation = fit(ranks, room)
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        axes.text(*middle, text, ha="center", va="center", rotation=rotation, fontsize=size, color=INK)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows, 0)
+    axes.set_box_aspect(aspect)
     _ticks(axes, [layout.bound[d] for d in dims], pieces, dims)
     title = f"{layout.short() or 'scalar'}  of  {list(shape)}"
     if len(shape) > 2:
@@ -210,14 +233,17 @@ def _draw_grid(axes: Any, mesh: Mesh, bounds: dict[int, Bounds], dims: tuple[int
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel(mesh.axes[-1] if mesh.axes else "", color=INK)
+    axes.set_xlabel(mesh.axes[-1] if mesh.axes else "", color=INK, labelpad=8)
     axes.set_ylabel(mesh.axes[-2] if len(mesh.axes) > 1 else "", color=INK)
-    axes.set_title(f"device grid  {mesh}", fontsize=11, color=INK)
+    axes.set_title(f"device grid  {mesh}", fontsize=11, color=INK, pad=10)
 
 
 def _blocks_across(blocks: int, width: int, height: int) -> int:
     """How many blocks stand side by side, so that the whole is about twice as wide as it is high."""
-    return min(range(1, blocks + 1), key=lambda n: abs(math.log(n * width / (-(-blocks // n) * height) / 2)))
+    return min(
+        (n for n in range(1, blocks + 1) if blocks % n == 0),
+        key=lambda n: (abs(math.log(n * width / (blocks // n * height) / 2)), -n),
+    )
 
 
 def _block_name(mesh: Mesh, rank: int) -> str:

@@ -19,7 +19,7 @@ from shardwright.layout import Layout
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator, Slot
 from shardwright.rules.pointwise import aten_names
-from shardwright.rules.reduce import sum_over_count, wide
+from shardwright.rules.reduce import largest, sum_over_count, wide
 from shardwright.rules.registry import rule_for
 from shardwright.rules.signature import Signature, parse
 
@@ -172,7 +172,7 @@ def _loss_of_split_classes(local: Local, terms: Terms) -> Ref:
     dtype = local.op.inputs[0].dtype
     peak = None
     if terms.kind != "log_probabilities":
-        peak = local.call(largest_score, scores, terms.dim)
+        peak = local.call(largest, scores, terms.dim, False)
         peak = local.move(peak, shape, layout.with_partial(axes, "max"), layout, (), dtype)
     first = local.offset(False, 0, terms.dim)
     parts = local.call(class_sums, scores, peak, target, weight[0] if weight else None, first, terms)
@@ -187,14 +187,6 @@ def _sample_layout(local: Local, terms: Terms) -> Layout:
     layout = local.input_layouts[0]
     kept = [dim for dim in range(layout.ndim) if dim != terms.dim]
     return Layout.of(local.mesh, [layout.bound[d] for d in kept], (), [layout.sizes[d] for d in kept])
-
-
-def largest_score(scores: Tensor, dim: int) -> Tensor:
-    """The largest score of each sample, without gradient; ``-inf`` where there is no class."""
-    scores = scores.detach()
-    if scores.shape[dim]:
-        return scores.amax(dim)
-    return scores.sum(dim).fill_(-math.inf)
 
 
 def class_sums(

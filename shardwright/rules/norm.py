@@ -90,13 +90,16 @@ def _whole_batch_statistics(local: Local) -> Any:
     if not local.axes_of("n"):
         return guarded_same_call(local)
     op, x = local.op, local.inputs[0]
-    counts = _counts(local)
-    merged = local.call(merged_statistics, _gathered_statistics(local, x), counts)
-    weight, bias = _optional(local, "weight"), _optional(local, "bias")
+    counts, pieces = _counts(local), _pieces_layout(local)
+    shape, dtype = (len(counts), 2, op.inputs[0].shape[1]), wide(op.inputs[0].dtype)
+    whole = Layout.of(local.mesh, ((), *pieces.bound[1:]), (), pieces.sizes)
+    gathered = local.move(local.call(piece_statistics, x), shape, pieces, whole, (), dtype)
     mean, variance = _optional(local, "running_mean"), _optional(local, "running_var")
     if mean is not None and variance is not None:
-        local.call(update_running, mean, variance, merged, op.argument("momentum"), sum(counts))
-    return (local.call(normalised, x, merged, weight, bias, op.argument("eps")),)
+        local.call(update_running, mean, variance, gathered, counts, op.argument("momentum"))
+    gathered = local.move(gathered, shape, whole, whole, local.axes_of("n"), dtype)
+    weight, bias = _optional(local, "weight"), _optional(local, "bias")
+    return (local.call(normalised, x, gathered, counts, weight, bias, op.argument("eps")),)
 
 
 def _optional(local: Local, name: str) -> Ref | None:
@@ -110,14 +113,10 @@ def _counts(local: Local) -> list[int]:
     return [piece * math.prod(shape[2:]) for piece in local.input_layouts[0].pieces(0, shape[0])]
 
 
-def _gathered_statistics(local: Local, x: Ref) -> Ref:
-    """Mean and squared deviation of every piece of the batch, on every rank: of global shape ``(pieces, 2, C)``."""
-    layout, axes = local.input_layouts[0], local.axes_of("n")
-    pieces, channels = local.mesh.count(axes), local.op.inputs[0].shape[1]
-    source = Layout.of(local.mesh, (axes, (), layout.bound[1]), (), (None, None, layout.sizes[1]))
-    target = Layout.of(local.mesh, ((), (), layout.bound[1]), (), (None, None, layout.sizes[1]))
-    own = local.call(piece_statistics, x)
-    return local.move(own, (pieces, 2, channels), source, target, axes, wide(local.op.inputs[0].dtype))
+def _pieces_layout(local: Local) -> Layout:
+    """The layout of the statistics of every piece of the batch, of global shape ``(pieces, 2, C)``."""
+    layout = local.input_layouts[0]
+    return Layout.of(local.mesh, (local.axes_of("n"), (), layout.bound[1]), (), (None, None, layout.sizes[1]))
 
 
 def piece_statistics(x: Tensor) -> Tensor:
@@ -130,8 +129,8 @@ def piece_statistics(x: Tensor) -> Tensor:
     return torch.stack((mean, variance * (x.numel() // x.shape[1]))).unsqueeze(0)
 
 
-def merged_statistics(pieces: Tensor, counts: list[int]) -> Tensor:
-    """``(2, C)``: mean and variance of all pieces, ``counts`` elements each.
+def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all pieces, from ``(pieces, 2, C)`` statistics of ``counts`` elements each.
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
@@ -139,13 +138,15 @@ def merged_statistics(pieces: Tensor, counts: list[int]) -> Tensor:
     weights = torch.tensor(counts, dtype=pieces.dtype, device=pieces.device).unsqueeze(1)
     mean = (means * weights).sum(0) / sum(counts)
     deviation = deviations.sum(0) + ((means - mean).square() * weights).sum(0)
-    return torch.stack((mean, deviation / sum(counts)))
+    return mean, deviation / sum(counts)
 
 
-def normalised(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from ``(2, C)`` statistics."""
-    mean, rate = statistics[0], (statistics[1] + eps).rsqrt()
-    result = (x.to(rate.dtype) - channels_of(mean, x)) * channels_of(rate, x)
+def normalised(
+    x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from the statistics of all pieces."""
+    mean, variance = merged_statistics(pieces, counts)
+    result = (x.to(mean.dtype) - channels_of(mean, x)) * channels_of((variance + eps).rsqrt(), x)
     if weight is not None:
         result = result * channels_of(weight, x)
     return (result if bias is None else result + channels_of(bias, x)).to(x.dtype)
@@ -158,9 +159,10 @@ def channels_of(value: Tensor, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_running(
-    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float, count: int
+    running_mean: Tensor, running_var: Tensor, pieces: Tensor, counts: list[int], momentum: float
 ) -> Tensor:
     """Moves the running statistics in place, the variance unbiased, as ``batch_norm`` does; returns the mean."""
-    mean, variance = statistics.unbind(0)
-    running_var.lerp_((variance * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+    mean, variance = merged_statistics(pieces, counts)
+    unbiased = variance * (sum(counts) / max(sum(counts) - 1, 1))
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     return running_mean.lerp_(mean.to(running_mean.dtype), momentum)

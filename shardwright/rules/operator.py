@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Operator:
         return self._named.get(name, default)
 
 
-@lru_cache(maxsize=None)
+@cache
 def operator_name(target: Callable[..., Any]) -> str:
     if isinstance(target, OpOverload):
         return str(target).rsplit(".", 1)[0]

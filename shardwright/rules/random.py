@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from shardwright.rules import random_draw
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator, TensorMeta
@@ -75,12 +77,14 @@ def _piece_of_features(local: Local, noise: Ref) -> Ref:
 @rule_for("aten.native_dropout")
 def _native_dropout_rule(op: Operator) -> Signature | None:
     """Two outputs: the tensor and its mask."""
-    draws = op.argument("train") in (None, True) and op.inputs[0].numel > 0
-    return parse("... -> ..., ...", op, None, (), _native_dropout if draws else None)
+    return parse("... -> ..., ...", op, None, (), _native_dropout) if op.inputs[0].numel else None
 
 
 def _native_dropout(local: Local) -> tuple[Ref, ...]:
     p = local.op.argument("p")
+    if local.op.argument("train") is False:
+        (x,) = local.inputs
+        return local.call(torch.clone, x), local.call(torch.ones_like, x, dtype=torch.bool)
     mask = piece_of_output(local, _drawn(local, random_draw.native_mask, local.op.inputs[0], p), 1)
     return local.call(random_draw.apply_native, local.inputs[0], mask, p), mask
 

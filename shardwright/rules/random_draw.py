@@ -49,7 +49,7 @@ def dropout_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtyp
 def apply_dropout(x: Tensor, noise: Tensor, p: float) -> Tensor:
     """``x`` with what the noise drops set to zero and the rest scaled, rounded as eager dropout rounds."""
     if noise.dtype == torch.bool:
-        return (x * noise) * (1 / (1 - p))
+        return apply_native(x, noise, p)
     return x * (noise / (1 - p))
 
 
@@ -92,8 +92,26 @@ def native_mask(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype,
 
 
 def apply_native(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """What ``native_dropout`` makes of ``x`` with this mask."""
-    return (x * mask) * (0.0 if p == 1 else 1 / (1 - p))
+    """What ``native_dropout`` makes of ``x`` with this mask, and of its gradient."""
+    result: Tensor = _NativeDropout.apply(x, mask, 0.0 if p == 1 else 1 / (1 - p))
+    return result
+
+
+class _NativeDropout(torch.autograd.Function):
+    """Rounds as ATen's ``native_dropout`` and its backward do; forward, a CPU rounds the scale to the dtype first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        if x.device.type == "cpu":
+            return x * (mask.to(x.dtype) * scale)
+        return (x * mask) * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (mask,) = ctx.saved_tensors
+        return torch.ops.aten.native_dropout_backward(gradient, mask, ctx.scale), None, None
 
 
 # -- draws that depend on values --------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ The dims that are not reduced are always free.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardwright.layout import Layout
 from shardwright.rules.lowering import Local
 from shardwright.rules.operator import Operator
 from shardwright.rules.pieces import guarded_same_call
@@ -80,9 +82,7 @@ WHOLE = aten_names("""
     amax amin aminmax argmax argmin kthvalue linalg_norm linalg_vector_norm logsumexp median mode nanmean nanmedian norm
     prod
 """)
-ALONG = aten_names("""
-    _log_softmax _softmax argsort cummax cummin cumprod cumsum log_softmax logcumsumexp msort softmax sort
-""")
+ALONG = aten_names("argsort cummax cummin cumprod cumsum logcumsumexp msort sort")
 
 
 @rule_for(*WHOLE)
@@ -131,3 +131,60 @@ def _with_one_dim(op: Operator, factor: str) -> str:
     ndim = len(op.inputs[0].shape)
     dim = op.argument("dim", 0 if op.name == "aten.msort" else -1)
     return " ".join(factor if ndim and i == dim % ndim else f"d{i}" for i in range(ndim))
+
+
+# -- softmax ----------------------------------------------------------------------------------------------------------
+
+
+@rule_for("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
+def _softmax(op: Operator) -> Signature:
+    """The dim itself may be split too: the largest value and the sum of exponentials are then reduced."""
+    dims = _with_one_dim(op, "d")
+    return parse(f"{dims} -> {dims}", op, None, (), _softmax_of_split_dim)
+
+
+def _softmax_of_split_dim(local: Local) -> Any:
+    axes, op = local.axes_of("d"), local.op
+    if not axes:
+        return local.same_call()
+    shape, layout = list(op.inputs[0].shape), local.input_layouts[0]
+    dim = op.argument("dim") % len(shape)
+    dims, sizes = list(layout.bound), list(layout.sizes)
+    shape[dim], dims[dim], sizes[dim] = 1, (), None
+    one = Layout.of(local.mesh, dims, (), sizes)
+    dtype = wide(op.outputs[0].dtype)
+    peak = local.call(largest, local.inputs[0], dim, True)
+    peak = local.move(peak, tuple(shape), one.with_partial(axes, "max"), one, (), op.inputs[0].dtype)
+    logarithm = op.name in ("aten.log_softmax", "aten._log_softmax")
+    prepare, finish = (logits_and_sum, log_share) if logarithm else (exponentials_and_sum, share)
+    values, total = local.call_many(2, prepare, local.inputs[0], peak, dim, dtype)
+    total = local.move(total, tuple(shape), one.with_partial(axes), one, axes, dtype)
+    return (local.call(finish, values, total, op.outputs[0].dtype),)
+
+
+def largest(x: Tensor, dim: int, keepdim: bool) -> Tensor:
+    """The largest value along a dim, without gradient; ``-inf`` where the dim is empty."""
+    x = x.detach()
+    return x.amax(dim, keepdim) if x.shape[dim] else x.sum(dim, keepdim).fill_(-math.inf)
+
+
+def exponentials_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``exp(x - peak)`` and its sum over the local piece of ``dim``."""
+    exponentials = (x.to(dtype) - peak).exp()
+    return exponentials, exponentials.sum(dim, keepdim=True)
+
+
+def logits_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x - peak`` and the sum of its exponentials over the local piece of ``dim``."""
+    shifted = x.to(dtype) - peak
+    return shifted, shifted.exp().sum(dim, keepdim=True)
+
+
+def share(exponentials: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax, given the sum over the whole dim."""
+    return (exponentials / total).to(dtype)
+
+
+def log_share(shifted: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logarithm of softmax, given the sum over the whole dim."""
+    return (shifted - total.log()).to(dtype)

@@ -61,8 +61,8 @@ def no_init_parameters() -> Iterator[None]:
     - Replay happens on the CPU, so draws on another device are refused. ``.to(device)`` inside keeps meta tensors.
     - Python's and NumPy's own random numbers cannot be recorded: they are drawn at once, as ever.
     - Model code that asks a delayed tensor for its ``device`` or ``is_meta`` from inside a module's method gets the
-      answer of an ordinary construction, since some models skip their initialisation on meta. What such code itself puts
-      on ``device="meta"`` stays there, without a value.
+      answer of an ordinary construction, since some models skip their initialisation on meta. What such code puts on
+      ``device="meta"`` itself stays there, without a value.
 
     Raises:
         DelayedInitError: an operator inside reads a random value, draws on another device than the CPU, or mixes
@@ -81,10 +81,7 @@ def no_init_parameters() -> Iterator[None]:
     if any(isinstance(mode, _Recorder) for mode in _get_current_dispatch_mode_stack()):
         yield
         return
-    user: FrameType | None = sys._getframe()
-    while user and user.f_code.co_filename in (__file__, contextlib.__file__):
-        user = user.f_back
-    recorder = _Recorder(id(user))
+    recorder = _Recorder(id(_frame_outside(__file__, contextlib.__file__)))
     try:
         with _AsBuilt(recorder), recorder:
             yield
@@ -330,12 +327,17 @@ def _schema(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
     return written, any(a.name == "device" for _, a in arguments)
 
 
-def _user_line(call: Any = "") -> str:
-    """The operator and the source line, outside torch and this file, that runs it."""
-    torch_folder = str(Path(torch.__file__).parent)
+def _frame_outside(*places: str) -> FrameType | None:
+    """The innermost frame that runs none of these files and folders."""
     frame: FrameType | None = sys._getframe()
-    while frame and (frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(torch_folder)):
+    while frame and frame.f_code.co_filename.startswith(places):
         frame = frame.f_back
+    return frame
+
+
+def _user_line(call: Any = "") -> str:
+    """The operator, and the source line outside torch that runs it."""
+    frame = _frame_outside(__file__, str(Path(torch.__file__).parent))
     place = f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
     return f"{getattr(call, 'overloadpacket', call)}{place}"
 

@@ -205,8 +205,29 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
     Args:
         parameter: a DTensor of any placements. An ordinary tensor is returned as it is, detached.
     """
-    parameter = current(parameter).detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    parameter = current(parameter)
+    layout, value = layout_of(parameter), parameter.detach()
+    if not isinstance(value, DTensor):
+        return value
+    if layout is None:
+        return value.full_tensor()
+    return _gathered(value.to_local(), layout, tuple(value.shape), value.device_mesh)
+
+
+def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
+    """Undoes the splits of every dim, the least significant axis first, one gather each."""
+    rank, dims = dist.get_rank(), [list(axes) for axes in layout.bound]
+    for dim, axes in enumerate(dims):
+        while axes:
+            here, axis = Layout.of(layout.mesh, dims), axes.pop()
+            group = layout.mesh.group_of(rank, (axis,))
+            shapes = [here.local_shape(shape, member) for member in group]
+            parts = [torch.empty(max(map(math.prod, shapes)), dtype=piece.dtype, device=piece.device) for _ in group]
+            parts[0][: piece.numel()] = piece.flatten()
+            received = [part.view(torch.uint8) for part in parts]
+            dist.all_gather(received, parts[0].view(torch.uint8).clone(), group=mesh.get_group(layout.mesh.axes.index(axis)))
+            piece = torch.cat([part[: math.prod(s)].view(s) for part, s in zip(parts, shapes)], dim)
+    return piece
 
 
 def _choose(parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> dict[str, Layout]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
@@ -45,13 +44,16 @@ class SimulatedWorld:
     def __repr__(self) -> str:
         return f"SimulatedWorld({self.size})"
 
-    def bind(self, program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+    def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as global tensors.
+
+        Args:
+            keep: names of local values to return, as lanes, in place of the outputs.
 
         Returns:
             A function to ``(outputs, updated buffers)``, global tensors.
         """
-        return _bind(program)
+        return _bind(program, keep)
 
 
 class _SimulatedMove:
@@ -139,7 +141,7 @@ def _distinct(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
-def _bind(program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., Any]:
     writer = SourceWriter("simulated", [i.name for i in program.inputs])
     dying = program.last_uses()
     for item in program.inputs:
@@ -155,8 +157,10 @@ def _bind(program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]
             writer.line(f"{instruction.output} = {move}({instruction.source})")
         else:
             _write_call(writer, instruction, program)
-        writer.forget(dead)
+        writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
+    if keep is not None:
+        return writer.function(f"[{', '.join(keep)}]")
     outputs = [f"{o}[0]" if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
     updates = [f"{name}[0]" for _, name in program.updates]
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
@@ -212,6 +216,3 @@ def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], l
     steps: tuple[Step, ...] = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]
 
-
-def leaves_of(value: Any) -> list[Any]:
-    return list(pytree.tree_leaves(value))

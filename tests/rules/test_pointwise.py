@@ -139,7 +139,7 @@ def test_two_inputs_of_one_value() -> None:
     check_rule(lambda x: x * x, numbers(5, 3))
 
 
-# -- what may run on pending sums ---------------------------------------------------------------------------------------
+# -- what may run on pending sums ------------------------------------------------------------------------------------
 
 
 def call(

