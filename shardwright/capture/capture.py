@@ -197,7 +197,7 @@ class _Converter:
         for spec, value in zip(specs, result, strict=True):
             if spec.kind.name != "USER_OUTPUT":
                 continue
-            outputs.append(value if isinstance(value, str) else Constant(value))
+            outputs.append(value)
         return outputs
 
     # -- nodes ------------------------------------------------------------------------------------------------------
@@ -225,8 +225,8 @@ class _Converter:
         """A graph output: a value name, or a constant."""
         if isinstance(argument, fx.Node):
             entry = self.env[argument]
-            return self.read(argument) if isinstance(entry, (Tracked, _Alias)) else entry
-        return argument
+            return self.read(argument) if isinstance(entry, (Tracked, _Alias)) else Constant(entry)
+        return Constant(argument)
 
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -294,7 +294,7 @@ class _Converter:
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
         """The input that an operator's output shares its memory with."""
-        if not isinstance(meta, Tensor):
+        if not isinstance(meta, Tensor) or node.target == torch.ops.aten.lift_fresh_copy.default:
             return None
         for argument in pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(argument, fx.Node):
@@ -307,7 +307,7 @@ class _Converter:
         """A write: computes the new value, then hands it to everything that shares the memory."""
         target: Any = node.target
         destination = node.args[0]
-        if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], Tracked):
+        if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], (Tracked, _Alias)):
             raise CaptureError(f"{target} at {_source(node)} writes to something that is not a tensor of the graph")
         tracked = self._tracked(destination)
         meta = tracked.meta

@@ -7,8 +7,9 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 _CONTAINERS = (list, tuple, set)
 
@@ -22,17 +23,38 @@ class FunctionModule(nn.Module):
     def __init__(self, function: Callable[..., Any]):
         super().__init__()
         self.__dict__["function"] = function
+        self.__dict__["direct"] = []  # (name, tensor) of what the function reads itself, not through a module
         for name, value in closed_over(function):
             name = _free_name(self, name)
             if isinstance(value, nn.Module):
                 self.add_module(name, value)
-            elif isinstance(value, nn.Parameter):
+                continue
+            self.__dict__["direct"].append((name, value))
+            if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value, persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["function"](*args, **kwargs)
+        if not self.__dict__["direct"]:
+            return self.__dict__["function"](*args, **kwargs)
+        with _Substitute({id(tensor): getattr(self, name) for name, tensor in self.__dict__["direct"]}):
+            return self.__dict__["function"](*args, **kwargs)
+
+
+class _Substitute(TorchFunctionMode):
+    """Within the block, every torch function reads the stand-in of a tensor in its place."""
+
+    def __init__(self, stand_ins: dict[int, Tensor]):
+        super().__init__()
+        self.stand_ins = stand_ins
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def stand_in(leaf: Any) -> Any:
+            return self.stand_ins.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = pytree.tree_map(stand_in, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def closed_over(function: Callable[..., Any]) -> list[tuple[str, Any]]:
@@ -126,6 +148,3 @@ def _free_name(module: nn.Module, name: str) -> str:
         name = f"{base}_{count}"
     return name
 
-
-def is_plain_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)

@@ -66,7 +66,7 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[
 
     if name in ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten", "view_as"):
         return lambda emit, base, new: emit(aten.reshape.default, new, shape)
-    if name in ("alias", "detach", "contiguous", "to", "lift_fresh", "lift_fresh_copy", "clone"):
+    if name in ("alias", "detach", "contiguous", "to", "lift_fresh", "clone"):
         return lambda emit, base, new: new
     if name in ("transpose", "t", "swapaxes", "numpy_T", "mT"):
         d0, d1 = (args[0], args[1]) if name in ("transpose", "swapaxes") else (-2, -1)

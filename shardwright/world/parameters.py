@@ -222,10 +222,11 @@ def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh:
             here, axis = Layout.of(layout.mesh, dims), axes.pop()
             group = layout.mesh.group_of(rank, (axis,))
             shapes = [here.local_shape(shape, member) for member in group]
-            parts = [torch.empty(max(map(math.prod, shapes)), dtype=piece.dtype, device=piece.device) for _ in group]
-            parts[0][: piece.numel()] = piece.flatten()
-            received = [part.view(torch.uint8) for part in parts]
-            dist.all_gather(received, parts[0].view(torch.uint8).clone(), group=mesh.get_group(layout.mesh.axes.index(axis)))
+            sent = piece.new_zeros(max(map(math.prod, shapes)))
+            sent[: piece.numel()] = piece.flatten()
+            parts = [torch.empty_like(sent) for _ in group]
+            process_group = mesh.get_group(layout.mesh.axes.index(axis))
+            dist.all_gather([part.view(torch.uint8) for part in parts], sent.view(torch.uint8), group=process_group)
             piece = torch.cat([part[: math.prod(s)].view(s) for part, s in zip(parts, shapes)], dim)
     return piece
 

@@ -116,8 +116,10 @@ def test_numbers_are_those_of_the_single_device(name: str) -> None:
         lambda x: x.exponential_(2.0),
         lambda x: x.random_(9),
         lambda x: x.geometric_(0.3),
+        lambda x: x.bernoulli_(0.3),
+        lambda x: F.dropout(x.fill_(1), 0.3, inplace=True),
     ],
-    ids=["uniform_", "normal_", "exponential_", "random_", "geometric_"],
+    ids=["uniform_", "normal_", "exponential_", "random_", "geometric_", "bernoulli_", "dropout_"],
 )
 def test_writes_of_random_numbers(write: Function) -> None:
     """A write fills in the order of the memory it writes to."""
