@@ -21,9 +21,10 @@ from digits import batches
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-2
 SEED = 1
-# Sums are taken in another order, so float32 rounds differently: by 1e-7 at first, by more and more once a ReLU has an
-# input so near to 0 that rounding decides on which side it falls. In float64 the two stay within 1e-15.
-TOLERANCE = 1e-3
+# The check takes the first steps only. float32 rounds sums taken in another order differently: by 1e-7 at first, by more
+# and more once a ReLU has an input so near to 0 that rounding decides on which side it falls.
+CHECKED_STEPS = 50
+TOLERANCE = 1e-4
 
 
 def normal(*shape: int) -> nn.Parameter:
@@ -44,7 +45,7 @@ def main(network: Callable[[], nn.Module]) -> None:
 
     losses, weights = train(network, options.epochs, options.steps, print_once)
     if world.rank == 0:
-        check(losses, weights, options.epochs, options.steps)
+        check(losses, weights)
 
 
 def train(
@@ -53,7 +54,7 @@ def train(
     """Trains in parallel.
 
     Returns:
-        The loss of every step, and the weights after the last one, whole.
+        The loss of every step, and the weights after the last step that is checked, whole.
     """
     torch.manual_seed(SEED)
     with sw.no_init_parameters():
@@ -84,7 +85,11 @@ def train(
         if step % 10 == 0:
             print_once(f"epoch: {epoch} step: {step}, loss is {loss.item():.7f}")
         losses.append(loss.item())
-    return losses, [whole(parameter) for parameter in net.parameters()]
+        if len(losses) == CHECKED_STEPS:
+            weights = [whole(parameter) for parameter in net.parameters()]
+    if len(losses) < CHECKED_STEPS:
+        weights = [whole(parameter) for parameter in net.parameters()]
+    return losses, weights
 
 
 def data(epochs: int, steps: int | None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -95,9 +100,9 @@ def data(epochs: int, steps: int | None) -> Iterator[tuple[int, int, Tensor, Ten
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """The global value of a parameter, which is a DTensor in a distributed job."""
+    """A copy of the global value of a parameter, which is a DTensor in a distributed job."""
     value = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
 
 
 # -- the single device --------------------------------------------------------------------------------------------
@@ -119,14 +124,15 @@ class PlainNetwork(nn.Module):
         return x @ self.weight3
 
 
-def check(losses: list[float], weights: list[Tensor], epochs: int, steps: int | None) -> None:
+def check(losses: list[float], weights: list[Tensor]) -> None:
     """Trains a plain network on the same batches, without shardwright; prints how far they are apart."""
+    losses = losses[:CHECKED_STEPS]
     torch.manual_seed(SEED)
     net = PlainNetwork()
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
     loss_fn = nn.CrossEntropyLoss()
     expected = []
-    for _, _, images, labels in data(epochs, steps):
+    for _, _, images, labels in data(epochs=len(losses), steps=len(losses)):
         optimizer.zero_grad()
         loss = loss_fn(net(images), labels)
         loss.backward()

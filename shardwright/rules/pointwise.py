@@ -27,14 +27,15 @@ UNARY = aten_names("""
     lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg negative positive rad2deg
     reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_erf
     special_erfc special_erfcx special_expit special_expm1 special_log1p special_log_ndtr special_ndtr special_psi sqrt
-    square tan tanh threshold trunc to _to_copy zeros_like ones_like full_like empty_like
+    square tan tanh threshold trunc _to_copy zeros_like ones_like full_like empty_like
 """)
 
 BINARY = aten_names("""
-    add arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor copysign div divide
-    eq fill float_power floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le less less_equal
-    logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter
-    not_equal pow remainder rsub special_xlog1py special_xlogy sub subtract true_divide xlogy
+    __and__ __lshift__ __or__ __rshift__ __xor__ add arctan2 atan2 bitwise_and bitwise_left_shift bitwise_or
+    bitwise_right_shift bitwise_xor complex copysign div divide eq fill float_power floor_divide fmax fmin fmod ge
+    greater greater_equal gt heaviside hypot isclose ldexp le less less_equal logaddexp logaddexp2 logical_and
+    logical_or logical_xor lt masked_fill maximum minimum mul multiply ne nextafter not_equal polar pow remainder rsub
+    special_xlog1py special_xlogy sub subtract true_divide xlogy
 """)
 
 TERNARY = aten_names("addcdiv addcmul clamp clamp_max clamp_min lerp where")
@@ -65,11 +66,11 @@ def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
     return ((0,),) if scales or op.name in KEEPS_VALUES else ()
 
 
-@rule_for("aten.type_as")
-def _type_as(op: Operator) -> Signature:
-    """Of the second input only the dtype matters: it comes along where it has the first one's dims, else whole."""
-    if op.inputs[1].shape == op.inputs[0].shape:
-        return parse("..., ... -> ...", op)
+@rule_for("aten.to", "aten.type_as")
+def _cast(op: Operator) -> Signature | None:
+    """Of a second input only the dtype matters: it comes along where it has the first one's dims, else whole."""
+    if len(op.inputs) == 1 or op.inputs[1].shape == op.inputs[0].shape:
+        return pointwise(op)
     other = " ".join(f"w{i}!" for i in range(len(op.inputs[1].shape)))
     return parse(f"..., {other} -> ...", op)
 

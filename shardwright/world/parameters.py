@@ -26,10 +26,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout, chunk_pieces
@@ -539,6 +544,7 @@ def _leave(old: nn.Parameter, new: nn.Parameter) -> None:
 @lru_cache(maxsize=1)
 def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -546,6 +552,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         type(p) is MovedParameter for group in optimizer.param_groups for p in group["params"]
     ):
         rebind(optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Tells autograd what DTensor does not: the local tensors changed, so a forward before the step has no backward."""
+    if _HOOKED in vars(optimizer):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        increment_version([p._local_tensor for p in params if type(p) is DTensor and p.grad is not None])
 
 
 def rebind(optimizer: Optimizer) -> None:
@@ -680,7 +693,7 @@ def _sentinel() -> tuple[torch.Tensor, Any]:
     """A leaf that nobody asks a gradient of, and its node: the engine visits it only where it visits every leaf."""
     with torch.inference_mode(False):
         leaf = torch.zeros((), requires_grad=True)
-        return leaf, torch.autograd.graph.get_gradient_edge(leaf).node
+        return leaf, get_gradient_edge(leaf).node
 
 
 @lru_cache(maxsize=1)

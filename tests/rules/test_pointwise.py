@@ -15,15 +15,14 @@ from shardwright.testing import check_rule
 aten = torch.ops.aten
 
 OF_INTEGERS = {
-    "bitwise_and", "bitwise_left_shift", "bitwise_not", "bitwise_or", "bitwise_right_shift", "bitwise_xor",
-    "floor_divide", "heaviside",
-}  # fmt: skip
+    *("__and__", "__lshift__", "__or__", "__rshift__", "__xor__", "bitwise_and", "bitwise_left_shift", "bitwise_not"),
+    *("bitwise_or", "bitwise_right_shift", "bitwise_xor", "floor_divide", "heaviside", "isclose"),
+}
 ABOVE_ONE = {"acosh", "arccosh"}
 MORE_ARGUMENTS = {
     "clip": (0.3, 0.6),
     "full_like": (2.5,),
     "threshold": (0.5, 0.1),
-    "to": (torch.float32,),
 }
 MEMORY = "empty_like"  # its values are whatever was in memory
 
@@ -46,16 +45,23 @@ def test_unary(name: str) -> None:
     check_rule(function, numbers(5, 1, name=name), operator=f"aten.{name}", meshes=((3,), (2, 2)))
 
 
+COMPLEX = {"complex": torch.complex, "polar": torch.polar}
 BINARY_INPUTS = {
     "fill": lambda: (numbers(5, 3), numbers()),
     "masked_fill": lambda: (numbers(5, 3), numbers(5, 1) > 0.5, 2.5),
 }
 
 
-@pytest.mark.parametrize("name", short(BINARY))
+@pytest.mark.parametrize("name", [name for name in short(BINARY) if name not in COMPLEX])
 def test_binary(name: str) -> None:
     inputs = BINARY_INPUTS.get(name, lambda: (numbers(5, 1, name=name), numbers(1, 3, name=name)))()
     check_rule(getattr(aten, name), *inputs, operator=f"aten.{name}", meshes=((3,), (2, 2)))
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex(name: str) -> None:
+    function = lambda x, y: torch.view_as_real(COMPLEX[name](x, y))  # noqa: E731
+    check_rule(function, numbers(5, 3), numbers(1, 3), operator=f"aten.{name}")
 
 
 SHAPES = [((4, 6), (4, 6)), ((5, 1), (1, 3)), ((2, 3, 5), (5,)), ((2, 1, 3), (4, 3)), ((), (5, 2)), ((1, 1), (1, 1))]

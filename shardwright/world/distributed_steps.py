@@ -1,0 +1,488 @@
+"""The steps of a redistribution on one rank's tensor: the collectives of the distributed world.
+
+:func:`prepare` turns a step into a closure once, when a program is bound: bounds, split sizes, permutations and the
+process group are worked out there, so that running it is a collective and the copies that its layout asks for.
+
+Invariants:
+
+- A step lists its group in the order of its axes, ``torch.distributed`` in ascending order of ranks. Tensors travel in
+  torch's order and are put into the step's where the two differ.
+- Every rank of a group chooses the same algorithm: choices depend on the step, the global shape and the dtype only.
+- Sums done here run in the step's order, first to last, as in the simulated world.
+- The argument is never changed, unless ``inplace`` says that it may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwright.errors import WorldError
+from shardwright.redistribute.steps import Step, exchange_routes
+
+Run = Callable[[Tensor], Tensor]
+Shape = tuple[int, ...]
+Bounds = tuple[tuple[int, int], ...]
+
+# The names before torch 2.13 and since.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+
+# What gloo and NCCL reduce. (gloo adds bools as bytes, which makes a bool of 2; neither knows int16.)
+_REDUCIBLE = frozenset(
+    {torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    | {torch.complex64, torch.complex128}
+)
+_MOVABLE = _REDUCIBLE | {torch.bool}  # what they move; anything else travels as bytes
+
+# gloo's latency is in its rounds: its ring takes n-1 of them, an all-to-all of copies one. Up to this many elements in
+# all the copies are cheaper (2 to 4 ranks of one machine, float32).
+_ONE_ROUND = 1 << 16
+
+
+class _Closed:
+    """What stands for a process group once its world is closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise WorldError("this distributed world was closed: bind the program again in a new one")
+
+
+class Link:
+    """One process group, seen from one of its ranks.
+
+    Args:
+        ranks: its ranks in torch's order, ascending.
+        group: the process group.
+        is_gloo: whether gloo serves it, whose own reduce-scatter and all-gather are not the fastest way.
+    """
+
+    __slots__ = ("group", "is_gloo", "ranks", "size")
+
+    def __init__(self, ranks: Shape, group: Any, is_gloo: bool):
+        self.ranks, self.group, self.is_gloo = ranks, group, is_gloo
+        self.size = len(ranks)
+
+    def all_reduce(self, tensor: Tensor, op: str) -> None:
+        dist.all_reduce(tensor, _REDUCE[op], self.group)
+
+    def all_gather(self, out: Tensor, piece: Tensor) -> None:
+        """Flat tensors; ``out`` holds the pieces of all, which are equally long."""
+        if piece.dtype not in _MOVABLE:
+            out, piece = out.view(torch.uint8), piece.view(torch.uint8)
+        _all_gather_single(out, piece, self.group)
+
+    def reduce_scatter(self, out: Tensor, whole: Tensor, op: str) -> None:
+        _reduce_scatter_single(out, whole, _REDUCE[op], self.group)
+
+    def all_to_all(
+        self, out: Tensor, packed: Tensor, received: list[int] | None = None, sent: list[int] | None = None
+    ) -> None:
+        """Flat tensors; elements received from and sent to each rank, where they are not all the same."""
+        if packed.dtype not in _MOVABLE:
+            width = packed.dtype.itemsize
+            out, packed = out.view(torch.uint8), packed.view(torch.uint8)
+            received = [n * width for n in received] if received else None
+            sent = [n * width for n in sent] if sent else None
+        dist.all_to_all_single(out, packed, received, sent, self.group)
+
+
+class Groups:
+    """The process groups that steps communicate over: one for every distinct set of ranks, made once.
+
+    Args:
+        rank: this rank, ``size`` the number of all ranks.
+        device_type: ``cpu`` or ``cuda``: it says which backend serves the tensors.
+    """
+
+    def __init__(self, rank: int, size: int, device_type: str = "cpu"):
+        self.rank, self.size, self.device_type = rank, size, device_type
+        self._links: dict[Shape, Link] = {}
+        self._made: dict[Shape, Any] = {}
+
+    def make(self, steps: Iterable[Step]) -> None:
+        """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
+        wanted = {tuple(sorted(group)) for step in steps if step.kind != "slice" for group in step.groups}
+        for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
+            whole = len(ranks) == self.size
+            group = dist.group.WORLD if whole else dist.new_group(list(ranks))
+            self._made[ranks] = None if whole else group
+            if self.rank in ranks:
+                self._links[ranks] = Link(ranks, group, backend_of(group, self.device_type) == "gloo")
+
+    def link(self, members: Sequence[int]) -> Link:
+        ranks = tuple(sorted(members))
+        if ranks not in self._links:
+            raise WorldError(f"no process group for ranks {ranks}: Groups.make was not told of the step")
+        return self._links[ranks]
+
+    def close(self, destroy: bool) -> None:
+        """Lets go of the groups, so that their threads end before the interpreter does; ``destroy`` ends them too."""
+        closed = _Closed()
+        for link in self._links.values():
+            link.group = closed
+        if destroy:
+            for ranks, group in self._made.items():
+                if group is not None and self.rank in ranks:
+                    dist.destroy_process_group(group)
+        self._links, self._made = {}, {}
+
+
+def backend_of(group: Any, device_type: str) -> str:
+    """Name of the backend that serves tensors of ``device_type`` in a process group."""
+    served = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
+    return served.get(device_type) or str(dist.get_backend(group))
+
+
+# -- preparing ----------------------------------------------------------------------------------------------------------
+
+
+def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool = False) -> Run:
+    """The step as a function of the local tensor.
+
+    Args:
+        shape: global shape.
+        rank: the rank it runs on; ``groups`` must hold the step's group.
+        inplace: whether the function may overwrite its argument.
+
+    Returns:
+        A function of the tensor that ``rank`` holds in ``step.source`` to the one it holds in ``step.target``. All
+        ranks of the group must call it.
+    """
+    at = _Place(step, shape, rank, groups)
+    if step.kind == "slice":
+        return _slice(at)
+    if step.kind == "exchange":
+        return _exchange(at)
+    if len(at.members) == 1:
+        return _same
+    if step.kind == "all_reduce":
+        return _all_reduce(at, inplace)
+    return {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter, "all_to_all": _all_to_all}[step.kind](at)
+
+
+def prepare_steps(
+    steps: Sequence[Step], shape: Shape, rank: int, groups: Groups, inplace: bool = False, compact: bool = False
+) -> Run:
+    """All ``steps``, one after the other, as a function of the local tensor.
+
+    Args:
+        inplace: whether the function may overwrite its argument.
+        compact: whether the result must not be a view into a larger tensor, which it would keep alive.
+    """
+    runs: list[Run] = []
+    own = inplace  # whether nobody else reads the tensor that the next step is given
+    for step in steps:
+        run = prepare(step, shape, rank, groups, own)
+        if run is not _same:
+            runs.append(run)
+            own = own or step.kind != "slice"
+    if compact and steps and steps[-1].kind == "slice":
+        runs.append(_copy)
+    if not runs:
+        return _same
+    if len(runs) == 1:
+        return runs[0]
+    if len(runs) == 2:
+        first, second = runs
+        return lambda x: second(first(x))
+
+    def run_all(x: Tensor) -> Tensor:
+        for each in runs:
+            x = each(x)
+        return x
+
+    return run_all
+
+
+class _Place:
+    """A step seen from one rank: who takes part, and what each of them holds before and after."""
+
+    def __init__(self, step: Step, shape: Shape, rank: int, groups: Groups):
+        self.step, self.shape, self.rank, self.groups = step, shape, rank, groups
+        self.have, self.want = step.source.bounds(shape), step.target.bounds(shape)
+        if rank not in self.have or rank not in self.want:
+            raise WorldError(f"rank {rank} takes no part in {step}: its mesh has ranks {sorted(self.have)}")
+        self.members: list[int] = next(g for g in step.groups if rank in g)
+        self.sorted_members = sorted(self.members)
+        # position in torch's order of the first, second, ... member in the step's order
+        self.order = [self.sorted_members.index(m) for m in self.members]
+        self.is_sorted = self.members == self.sorted_members
+
+    @property
+    def link(self) -> Link:
+        return self.groups.link(self.members)
+
+    @property
+    def local(self) -> Shape:
+        """Shape of what this rank holds before the step; ``result`` after it."""
+        return _extent(self.have[self.rank])
+
+    @property
+    def result(self) -> Shape:
+        return _extent(self.want[self.rank])
+
+
+def _extent(bounds: Bounds) -> Shape:
+    return tuple(b - a for a, b in bounds)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _reduce(parts: Sequence[Tensor], op: str) -> Tensor:
+    """The sum, maximum or minimum of two tensors or more, first to last; a new tensor."""
+    dtype = parts[0].dtype
+    narrow = dtype.is_floating_point and dtype.itemsize == 1
+    if narrow:  # torch cannot add float8
+        parts = [p.float() for p in parts]
+    combine = _COMBINE[op]
+    total = combine(parts[0], parts[1])
+    for part in parts[2:]:
+        combine(total, part, out=total)
+    return total.to(dtype) if narrow else total
+
+
+def _slice(at: _Place) -> Run:
+    cuts = []
+    for dim, ((a, b), (c, d)) in enumerate(zip(at.have[at.rank], at.want[at.rank], strict=True)):
+        if (a, b) != (c, d):
+            cuts.append((dim, min(c - a, b - a), d - c))
+    if not cuts:
+        return _same
+    if len(cuts) == 1:
+        dim, start, length = cuts[0]
+        return lambda x: x.narrow(dim, start, length)
+
+    def run(x: Tensor) -> Tensor:
+        for dim, start, length in cuts:
+            x = x.narrow(dim, start, length)
+        return x
+
+    return run
+
+
+def _all_reduce(at: _Place, inplace: bool) -> Run:
+    link, op, local = at.link, at.step.op, at.local
+    count, n = math.prod(local), at.link.size
+    if count == 0:
+        return _same
+    order, is_sorted = at.order, at.is_sorted
+
+    def in_one_round(x: Tensor) -> Tensor:
+        out = x.new_empty(n * count)
+        link.all_to_all(out, x.reshape(-1).repeat(n))
+        parts = out.split(count)
+        return _reduce(parts if is_sorted else [parts[i] for i in order], op).view(local)
+
+    if link.is_gloo and n * count <= _ONE_ROUND:
+        return in_one_round
+
+    def run(x: Tensor) -> Tensor:
+        if x.dtype not in _REDUCIBLE:
+            return in_one_round(x)
+        out = x.contiguous() if inplace else x.clone(memory_format=torch.contiguous_format)
+        link.all_reduce(out, op)
+        return out
+
+    return run
+
+
+def _all_gather(at: _Place) -> Run:
+    link, n = at.link, at.link.size
+    shapes = [_extent(at.have[r]) for r in at.sorted_members]
+    sizes = [math.prod(s) for s in shapes]
+    total, own = sum(sizes), math.prod(at.local)
+    finish = _unpack(shapes, at.step.dims[0], at.result, at.order)
+    even = len(set(sizes)) == 1
+    if total == 0:
+        result = at.result
+        return lambda x: x.new_empty(result)
+    if even and not (link.is_gloo and total <= _ONE_ROUND):
+
+        def run(x: Tensor) -> Tensor:
+            out = x.new_empty(total)
+            link.all_gather(out, x.reshape(-1))
+            return finish(out)
+
+    else:
+        received, sent = (None, None) if even else (sizes, [own] * n)
+
+        def run(x: Tensor) -> Tensor:
+            out = x.new_empty(total)
+            link.all_to_all(out, x.reshape(-1).repeat(n), received, sent)
+            return finish(out)
+
+    return run
+
+
+def _reduce_scatter(at: _Place) -> Run:
+    link, n, op, result = at.link, at.link.size, at.step.op, at.result
+    pack, sizes = _pack_for_members(at, at.step.dims[0])
+    even, own = len(set(sizes)) == 1, math.prod(result)
+    if sum(sizes) == 0:
+        return lambda x: x.new_empty(result)
+    received, sent = (None, None) if even else ([own] * n, sizes)
+    order, is_sorted = at.order, at.is_sorted
+
+    def by_parts(x: Tensor) -> Tensor:
+        out = x.new_empty(n * own)
+        link.all_to_all(out, pack(x), received, sent)
+        parts = out.view(n, own).unbind()
+        return _reduce(parts if is_sorted else [parts[i] for i in order], op).view(result)
+
+    if link.is_gloo or not even:
+        return by_parts
+
+    def run(x: Tensor) -> Tensor:
+        if x.dtype not in _REDUCIBLE:
+            return by_parts(x)
+        out = x.new_empty(own)
+        link.reduce_scatter(out, pack(x), op)
+        return out.view(result)
+
+    return run
+
+
+def _all_to_all(at: _Place) -> Run:
+    link = at.link
+    source_dim, target_dim = at.step.dims
+    pack, sent = _pack_for_members(at, target_dim)
+    shapes = []
+    for member in at.sorted_members:
+        piece = list(_extent(at.have[member]))
+        piece[target_dim] = at.result[target_dim]
+        shapes.append(tuple(piece))
+    received = [math.prod(s) for s in shapes]
+    total = sum(received)
+    finish = _unpack(shapes, source_dim, at.result, at.order)
+    # the same on every rank: whether all pieces, of whatever rank for whatever rank, are equally long
+    even = len({_extent(at.have[m])[source_dim] for m in at.members}) == 1 and len(set(sent)) == 1
+    splits = (None, None) if even else (received, sent)
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(total)
+        link.all_to_all(out, pack(x), *splits)
+        return finish(out)
+
+    return run
+
+
+def _pack_for_members(at: _Place, dim: int) -> tuple[Run, list[int]]:
+    """Cuts the local tensor along ``dim`` into what each member wants: a flat tensor in torch's order, and the sizes."""
+    local, (start, stop) = at.local, at.have[at.rank][dim]
+    spans = []
+    for member in at.sorted_members:
+        a, b = at.want[member][dim]
+        spans.append((min(a - start, stop - start), b - a))
+    rest = math.prod(local[:dim]) * math.prod(local[dim + 1 :])
+    sizes = [length * rest for _, length in spans]
+    if at.is_sorted and math.prod(local[:dim]) <= 1:
+        return lambda x: x.reshape(-1), sizes
+    n, length = len(spans), spans[0][1]
+    if at.is_sorted and all(s == (i * length, length) for i, s in enumerate(spans)):
+        return lambda x: x.unflatten(dim, (n, length)).movedim(dim, 0).reshape(-1), sizes
+    return lambda x: torch.cat([x.narrow(dim, a, length).reshape(-1) for a, length in spans]), sizes
+
+
+def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> Run:
+    """Puts pieces of these shapes, flat and in torch's order, together along ``dim`` in the order of ``order``."""
+    is_sorted = order == list(range(len(order)))
+    if is_sorted and math.prod(result[:dim]) <= 1:
+        return lambda flat: flat.view(result)
+    stacked = (len(shapes), *shapes[0])
+    if is_sorted and len(set(shapes)) == 1:
+        return lambda flat: flat.view(stacked).movedim(0, dim).reshape(result)
+    sizes = [math.prod(s) for s in shapes]
+
+    def run(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        return torch.cat([parts[i].view(shapes[i]) for i in order], dim)
+
+    return run
+
+
+# -- the exact exchange -------------------------------------------------------------------------------------------------
+
+
+def _exchange(at: _Place) -> Run:
+    have, want, rank, result = at.have[at.rank], at.want[at.rank], at.rank, at.result
+    routes = exchange_routes(at.step.source, at.step.target, at.shape)
+    moving = [route for route in routes if route[0] != route[1]]
+    outgoing = {target: region for source, target, region in moving if source == rank}
+    incoming = {source: region for source, target, region in moving if target == rank}
+    kept = [_view_of(region, have) for s, t, region in routes if s == t == rank]
+    kept_at = [_view_of(region, want) for s, t, region in routes if s == t == rank]
+    ranks = at.sorted_members
+    sent = [_count(outgoing.get(r)) for r in ranks]
+    received = [_count(incoming.get(r)) for r in ranks]
+    take = [_view_of(outgoing[r], have) for r in ranks if r in outgoing]
+    put = [(_view_of(incoming[r], want), _extent(incoming[r])) for r in ranks if r in incoming]
+    sizes = [n for n in received if n]
+    if not moving:  # nothing moves on any rank
+        if kept and have == want:
+            return _same_copy
+        return _exchange_local(kept, kept_at, result)
+    link, total = at.link, sum(received)
+
+    def pack(x: Tensor) -> Tensor:
+        if len(take) == 1:
+            return take[0](x).reshape(-1)
+        return torch.cat([cut(x).reshape(-1) for cut in take]) if take else x.new_empty(0)
+
+    if not kept and len(put) == 1:  # all of it comes from one rank
+
+        def run(x: Tensor) -> Tensor:
+            flat = x.new_empty(total)
+            link.all_to_all(flat, pack(x), received, sent)
+            return flat.view(result)
+
+    else:
+
+        def run(x: Tensor) -> Tensor:
+            flat = x.new_empty(total)
+            link.all_to_all(flat, pack(x), received, sent)
+            out = x.new_empty(result)
+            for cut, place in zip(kept, kept_at):
+                place(out).copy_(cut(x))
+            for (place, extent), part in zip(put, flat.split(sizes) if sizes else ()):
+                place(out).copy_(part.view(extent))
+            return out
+
+    return run
+
+
+def _exchange_local(kept: list[Run], kept_at: list[Run], result: Shape) -> Run:
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(result)
+        for cut, place in zip(kept, kept_at):
+            place(out).copy_(cut(x))
+        return out
+
+    return run
+
+
+def _same_copy(x: Tensor) -> Tensor:
+    return _copy(x)
+
+
+def _count(region: Bounds | None) -> int:
+    return 0 if region is None else math.prod(b - a for a, b in region)
+
+
+def _view_of(region: Bounds, holder: Bounds) -> Run:
+    """The part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
+    index = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(holder, region, strict=True))
+    return lambda x: x[index]
