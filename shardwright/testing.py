@@ -186,8 +186,12 @@ def _values_and_gradients(run: Callable[[list[Any]], list[Any]], flat: list[Any]
     return [*(o.detach() for o in outputs), *gradients]
 
 
-def difference(expected: Any, got: Any, tolerance: float) -> str | None:
-    """What is different between two tensors beyond ``tolerance`` (relative to the largest magnitude), or ``None``."""
+def difference(expected: Any, got: Any, tolerance: float, floor: float = 1e-30) -> str | None:
+    """What is different between two tensors beyond ``tolerance``, or ``None``.
+
+    Differences are relative to the largest magnitude, or to ``floor`` where that is larger: a gradient that is zero by
+    cancellation is nothing but rounding.
+    """
     if expected is None or got is None:
         nonzero = [t for t in (expected, got) if t is not None and bool((t != 0).any())]
         return "one of the two has no gradient" if nonzero else None
@@ -199,6 +203,6 @@ def difference(expected: Any, got: Any, tolerance: float) -> str | None:
         return None if torch.equal(expected, got) else f"{int((expected != got).sum())} elements differ"
     same = (expected == got) | (expected.isnan() & got.isnan())
     error = torch.where(same, torch.zeros_like(expected.abs()), (expected - got).abs())
-    scale = torch.nan_to_num(expected.abs(), 0, 0, 0).max().clamp_min(1e-30)
+    scale = torch.nan_to_num(expected.abs(), 0, 0, 0).max().clamp_min(floor)
     worst = float(error.max() / scale)
     return None if worst <= tolerance else f"relative difference {worst:.2e}"

@@ -93,8 +93,8 @@ def _replaced(op: Operator, args: Sequence[Any], kwargs: dict[str, Any], **chang
 
 
 def add_channel_bias(x: Tensor, bias: Tensor, spatial: int) -> Tensor:
-    """``x`` plus one number for each channel; channels stand before ``spatial`` dims."""
-    return x + bias.reshape(-1, *([1] * spatial))
+    """``x`` plus one number for each channel, in the dtype of ``x``; channels stand before ``spatial`` dims."""
+    return x + bias.to(x.dtype).reshape(-1, *([1] * spatial))
 
 
 # -- pooling and resampling -------------------------------------------------------------------------------------------

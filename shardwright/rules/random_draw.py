@@ -37,11 +37,11 @@ def filled(
 def dropout_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
     """What eager dropout keeps of a tensor like this: ones and zeros in its dtype, or booleans from a fused kernel.
 
-    On a CPU eager dropout is ``empty_like(x).bernoulli_(1 - p)``, on an accelerator it is ``native_dropout``, whose
-    draws are its own (ATen, ``Dropout.cpp``).
+    On a CPU eager dropout is ``empty_like(x).bernoulli_(1 - p)``, on CUDA it is ``native_dropout``, whose draws are its
+    own (ATen, ``Dropout.cpp``).
     """
     like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
-    if like.device.type == "cpu":
+    if like.device.type in ("cpu", "mps"):
         return torch.empty_like(like).bernoulli_(1 - p)
     return torch.native_dropout(like, p, True)[1]
 

@@ -175,16 +175,17 @@ def prepare_steps(
 
     Args:
         inplace: whether the function may overwrite its argument.
-        compact: whether the result must not be a view into a larger tensor, which it would keep alive.
+        compact: whether the result must not be a view into the argument, which it would keep alive.
     """
     runs: list[Run] = []
-    own = inplace  # whether nobody else reads the tensor that the next step is given
+    own, is_view = inplace, False  # whether nobody else reads what the next step is given; whether it is a view
     for step in steps:
         run = prepare(step, shape, rank, groups, own)
         if run is not _same:
             runs.append(run)
-            own = own or step.kind != "slice"
-    if compact and steps and steps[-1].kind == "slice":
+            is_view = step.kind == "slice"
+            own = own or not is_view
+    if is_view and (compact or own):
         runs.append(_copy)
     if not runs:
         return _same
@@ -366,8 +367,10 @@ def _all_to_all(at: _Place) -> Run:
         piece[target_dim] = at.result[target_dim]
         shapes.append(tuple(piece))
     received = [math.prod(s) for s in shapes]
-    total = sum(received)
-    finish = _unpack(shapes, source_dim, at.result, at.order)
+    total, result = sum(received), at.result
+    if not any(math.prod(_extent(at.have[m])) for m in at.members):
+        return lambda x: x.new_empty(result)
+    finish = _unpack(shapes, source_dim, result, at.order)
     # the same on every rank: whether all pieces, of whatever rank for whatever rank, are equally long
     even = len({_extent(at.have[m])[source_dim] for m in at.members}) == 1 and len(set(sent)) == 1
     splits = (None, None) if even else (received, sent)
@@ -432,8 +435,8 @@ def _exchange(at: _Place) -> Run:
     put = [(_view_of(incoming[r], want), _extent(incoming[r])) for r in ranks if r in incoming]
     sizes = [n for n in received if n]
     if not moving:  # nothing moves on any rank
-        if kept and have == want:
-            return _same_copy
+        if have == want:
+            return _copy
         return _exchange_local(kept, kept_at, result)
     link, total = at.link, sum(received)
 
@@ -472,10 +475,6 @@ def _exchange_local(kept: list[Run], kept_at: list[Run], result: Shape) -> Run:
         return out
 
     return run
-
-
-def _same_copy(x: Tensor) -> Tensor:
-    return _copy(x)
 
 
 def _count(region: Bounds | None) -> int:

@@ -43,8 +43,8 @@ from shardwright.world.delayed_init import is_delayed, materialise
 
 T = TypeVar("T")
 
-# Attributes of a distributed parameter, of a moved one, and of a module or optimizer that has our hooks.
-_LAYOUT, _MOVED_TO, _HOOKED = "_shardwright_layout", "_shardwright_moved_to", "_shardwright_hooked"
+# Attributes of a moved parameter, and of a module or optimizer that has our hooks.
+_MOVED_TO, _HOOKED = "_shardwright_moved_to", "_shardwright_hooked"
 
 
 # ------------------------------------------------------------------------------------------- layouts for DTensor
@@ -168,12 +168,12 @@ def distribute_parameters(
         device: where parameters and buffers go.
 
     Returns:
-        The layout in which each parameter is stored, under all of its names. Parameters that were distributed before
-        keep their first one.
+        The layout in which each parameter is stored, under all of its names, without axes of size 1. Parameters that
+        are DTensors already keep the layout that they have.
 
     Raises:
         WorldError: layouts of several meshes or none, a rank outside the mesh, ranks with different models, a parameter
-            that is a DTensor already. Nothing was changed.
+            that is a DTensor of no layout. Nothing was changed.
         DelayedInitError: a tensor on the meta device has no recorded value. Nothing was changed.
     """
     device = torch.device(device)
@@ -194,14 +194,38 @@ def stored_layouts(root: nn.Module) -> dict[str, Layout]:
 
 
 def layout_of(parameter: torch.Tensor) -> Layout | None:
-    """The layout in which a distributed parameter is stored; ``None`` for any other tensor."""
-    text = vars(current(parameter)).get(_LAYOUT)
-    return _parse(text) if text else None
+    """The layout in which a DTensor is stored, without axes of size 1; ``None`` for any other tensor.
+
+    It is read from the DTensor itself, so it holds whatever replaced the parameter: a cast, a copy, a checkpoint.
+    """
+    parameter = current(parameter)
+    if not isinstance(parameter, DTensor):
+        return None
+    return _layout_of(parameter.device_mesh, parameter.placements, parameter.dim())
 
 
-@lru_cache(maxsize=65536)
-def _parse(text: str) -> Layout:
-    return Layout.parse(text)
+@lru_cache(maxsize=4096)
+def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Layout | None:
+    """The inverse of :func:`placements`; ``None`` for meshes without names and placements that no layout means."""
+    dims: list[list[int]] = [[] for _ in range(ndim)]
+    for at in reversed(range(len(split))):
+        placement = split[at]
+        if not isinstance(placement, (Shard, _StridedShard)):
+            if not placement.is_replicate():
+                return None
+            continue
+        factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        order, place = dims[placement.dim], 0
+        while place < len(order) and math.prod(mesh.size(i) for i in order[:place]) < factor:
+            place += 1
+        if math.prod(mesh.size(i) for i in order[:place]) != factor:
+            return None
+        order.insert(place, at)
+    names = mesh.mesh_dim_names
+    if names is None:
+        return None
+    over = Mesh(names, tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+    return Layout.of(over, [[names[i] for i in order if mesh.size(i) > 1] for order in dims])
 
 
 def full_value(parameter: torch.Tensor) -> torch.Tensor:
@@ -248,8 +272,8 @@ def _choose(parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             raise WorldError(
-                f"parameter '{name}' is a DTensor already, over {parameter.device_mesh}: hand in the module before it "
-                "is parallelised by other means"
+                f"parameter '{name}' is a DTensor already, with {parameter.placements} over {parameter.device_mesh}, "
+                "which no layout means: hand in the module before it is parallelised by other means"
             )
         if name in layouts:
             chosen[name] = storable(layouts[name], parameter.shape)
@@ -362,7 +386,7 @@ class _Distribution:
         assert self.device_mesh is not None
         value = _as_dtensor(piece, layout, old.shape, self.device_mesh)
         new = nn.Parameter(value, requires_grad=old.requires_grad)
-        vars(new).update(vars(old), **{_LAYOUT: str(layout)})
+        vars(new).update(vars(old))
         if old.grad is not None:
             new.grad = _like(new, old.grad)
         if old._backward_hooks is not None:

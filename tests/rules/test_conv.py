@@ -127,7 +127,7 @@ def test_may_be_split_where_it_is_promised(name: str) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: F.affine_grid(x[:, :, :3, 0], (2, 4, 3, 3), align_corners=False),
+        lambda x: F.affine_grid(x[:, :, :3, 0], [2, 4, 3, 3], align_corners=False),
         lambda x: F.conv2d(x[:0], x[:, :, :2, :2]),
     ],
     ids=["affine_grid", "convolution of nothing"],
@@ -164,3 +164,4 @@ def test_the_bias_is_added_once_to_the_reduced_sum() -> None:
     x: Tensor = torch.zeros(2, 3, 4)
     assert torch.equal(add_channel_bias(x, torch.arange(3.0), 1), torch.arange(3.0).view(1, 3, 1).expand(2, 3, 4))
     assert torch.equal(add_channel_bias(x[0], torch.arange(3.0), 1), torch.arange(3.0).view(3, 1).expand(3, 4))
+    assert add_channel_bias(x.bfloat16(), torch.arange(3.0), 1).dtype == torch.bfloat16  # as autocast has it

@@ -26,6 +26,7 @@ DROPOUTS: dict[str, Function] = {
     "native_dropout of all": lambda x: torch.native_dropout(x, 1.0, True),
     "native_dropout in evaluation": lambda x: torch.native_dropout(x, 0.3, False),
     "feature_dropout": lambda x: torch.feature_dropout(x, 0.4, True),
+    "rrelu in evaluation": lambda x: F.rrelu(x, training=False),
     "feature_alpha_dropout": lambda x: torch.feature_alpha_dropout(x, 0.4, True),
 }
 

@@ -1,0 +1,325 @@
+"""The distributed world: this process is one rank of a real job, and collectives run through ``torch.distributed``.
+
+:meth:`DistributedWorld.bind` turns a local program into one Python function of this rank's tensors, with everything
+that depends on the rank worked out beforehand. It works on plain local tensors: no dispatch per operator.
+
+Invariants:
+
+- Every rank binds the same programs in the same order (binding makes process groups), and calls them in the same order.
+- A bound function leaves its arguments as they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardwright.errors import WorldError
+from shardwright.partition.program import Call, LocalProgram, Move
+from shardwright.redistribute.steps import Step
+from shardwright.rules.lowering import PerRank
+from shardwright.rules.operator import OpOverload
+from shardwright.world import record
+from shardwright.world.distributed_steps import Groups, backend_of, prepare_steps
+from shardwright.world.source import SourceWriter
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Operators whose result is new memory that autograd does not keep, so that a sum over ranks may be done in place.
+_RESULT_IS_FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
+
+
+class DistributedWorld:
+    """This process as one rank of the initialised ``torch.distributed`` job.
+
+    Args:
+        device: where this rank's tensors are; default: the current CUDA device under NCCL, else the CPU.
+
+    Raises:
+        WorldError: ``torch.distributed`` is not initialised.
+    """
+
+    is_simulated = False
+
+    def __init__(self, device: torch.device | str | None = None):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise WorldError(
+                "torch.distributed is not initialised in this process: use DistributedWorld.from_environment() under "
+                "torchrun, or call torch.distributed.init_process_group() first"
+            )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(device) if device is not None else _default_device()
+        self._groups = Groups(self.rank, self.size, self.device.type)
+        self._owns_job = False
+
+    @classmethod
+    def from_environment(cls, backend: str | None = None, timeout: timedelta | None = None) -> DistributedWorld:
+        """The world that the launcher's environment variables describe, or the one that is initialised already.
+
+        Args:
+            backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
+            timeout: how long a collective may wait for the other ranks; default: torch's.
+
+        Raises:
+            WorldError: a variable is missing or makes no sense, or the backend does not fit this host.
+        """
+        if not dist.is_available():
+            raise WorldError("this build of PyTorch has no torch.distributed: sw.init(devices=8) simulates 8 ranks")
+        if dist.is_initialized():
+            return cls()
+        rank, _, local_rank, local_size = read_environment(os.environ)
+        backend = backend or ("nccl" if _has_gpus_for(local_rank, local_size) else "gloo")
+        device = torch.device("cpu")
+        if "nccl" in backend:
+            if local_rank >= torch.cuda.device_count():
+                raise WorldError(
+                    f"LOCAL_RANK is {local_rank}, but this host has {torch.cuda.device_count()} CUDA devices: start at "
+                    "most one rank a device, or use backend='gloo'"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group(
+                backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+            )
+        except (RuntimeError, ValueError) as error:
+            raise WorldError(
+                f"rank {rank} could not join the job of {os.environ['WORLD_SIZE']} ranks at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} with backend {backend!r}: {error}"
+            ) from error
+        world = cls(device)
+        world._owns_job = True
+        atexit.register(world._close_at_exit)
+        return world
+
+    def __repr__(self) -> str:
+        return f"DistributedWorld(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
+
+    def bind(self, program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+        """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
+
+        Returns:
+            A function to ``(outputs, updated buffers)``, whole on every rank.
+        """
+        if program.world_size != self.size:
+            raise WorldError(
+                f"the program is for {program.world_size} ranks, this job has {self.size}: start it with "
+                f"--nproc-per-node {program.world_size}, or make its layouts over {self.size} ranks"
+            )
+        self._groups.make(_steps_of(program))
+        return _bind(program, self.rank, self._groups)
+
+    def close(self) -> None:
+        """Ends this world's process groups, and the job if :meth:`from_environment` started it. Twice does no harm."""
+        atexit.unregister(self._close_at_exit)
+        self._end()
+
+    def _end(self) -> None:
+        initialised = dist.is_initialized()
+        self._groups.close(destroy=initialised and not self._owns_job)
+        if initialised and self._owns_job:
+            dist.destroy_process_group()
+        self._owns_job = False
+
+    def _close_at_exit(self) -> None:
+        """Closes; after an uncaught exception for a moment only, since this rank must not wait for ranks that wait for it."""
+        if getattr(sys, "last_value", None) is None:
+            self._end()
+            return
+        worker = threading.Thread(target=self._end, daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:  # the interpreter starts no threads any more
+            return
+        worker.join(timeout=5)
+
+
+def read_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """Rank, number of ranks, rank on this host and number of ranks on it, out of a launcher's variables.
+
+    Without ``LOCAL_RANK`` ranks are taken to go round the devices of each host.
+
+    >>> job = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    >>> read_environment({**job, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    (3, 4, 1, 2)
+    """
+    missing = [name for name in _VARIABLES if not variables.get(name)]
+    if missing:
+        raise WorldError(
+            f"no job to join: the environment lacks {', '.join(missing)}. Start the script with 'torchrun "
+            "--nproc-per-node 2 script.py', or simulate ranks in this process with sw.init(devices=2)"
+        )
+    number: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = variables.get(name)
+        if text:
+            try:
+                number[name] = int(text)
+            except ValueError:
+                raise WorldError(f"the environment variable {name} is {text!r}: it must be a whole number") from None
+    rank, size = number["RANK"], number["WORLD_SIZE"]
+    if not 0 <= rank < size:
+        raise WorldError(f"RANK is {rank} and WORLD_SIZE {size}: ranks must go from 0 to WORLD_SIZE - 1")
+    local_rank = number.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count()))
+    return rank, size, local_rank, number.get("LOCAL_WORLD_SIZE", local_rank + 1)
+
+
+def _has_gpus_for(local_rank: int, local_size: int) -> bool:
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return False
+    return torch.cuda.device_count() >= max(local_size, local_rank + 1)
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available() and backend_of(dist.group.WORLD, "cuda") == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+# -- moves --------------------------------------------------------------------------------------------------------------
+
+
+class _DistributedMove:
+    """One move of the program on this rank, prepared."""
+
+    def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool):
+        self.plan, self.cause, self.edge = move.redistribution, move.cause, move.edge
+        plan = self.plan
+        self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
+        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
+        self.inplace = inplace
+
+    def forward(self, value: Tensor) -> Tensor:
+        if record._active:
+            record.emit(self.plan.forward, self.plan.shape, value.dtype, self.cause, self.edge, "forward")
+        return self.run_forward(value)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        if record._active:
+            record.emit(self.plan.backward, self.plan.shape, gradient.dtype, self.cause, self.edge, "backward")
+        return self.run_backward(gradient)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if value.requires_grad and torch.is_grad_enabled():
+            return _MoveFunction.apply(self, value)  # type: ignore[no-any-return]
+        return self.forward(value)
+
+    def without_gradient(self, value: Tensor) -> Tensor:
+        return self.forward(value.detach() if value.requires_grad else value)
+
+
+class _MoveFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, move: _DistributedMove, value: Tensor) -> Tensor:
+        ctx.move = move
+        result = move.forward(value)
+        # autograd forbids to return an argument, and what was changed in place must not count as one
+        return result.view_as(result) if result is value else result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+        return None, ctx.move.backward(gradient)
+
+
+def _steps_of(program: LocalProgram) -> list[Step]:
+    """Every step of every move, of those that run backward the backward ones too."""
+    steps: list[Step] = []
+    for move in program.instructions:
+        if isinstance(move, Move):
+            steps += move.redistribution.forward
+            steps += move.redistribution.backward
+    return steps
+
+
+# -- binding ------------------------------------------------------------------------------------------------------------
+
+
+def _bind(program: LocalProgram, rank: int, groups: Groups) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+    names = [i.name for i in program.inputs]
+    writer = SourceWriter("distributed", names)
+    dying = program.last_uses()
+    check = writer.constant("check", _InputCheck(program, rank))
+    writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
+    only_read_once = _read_once(program)
+    made_by = {o: i for i in program.instructions for o in i.outputs}
+    for instruction, dead in zip(program.instructions, dying, strict=True):
+        writer.context(instruction.autocast, instruction.grad)
+        if isinstance(instruction, Move):
+            source = instruction.source
+            maker = made_by.get(source)
+            inplace = source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
+            move = _DistributedMove(instruction, rank, groups, inplace, compact=source in dead and maker is not None)
+            name = writer.constant("move", move if instruction.needs_grad else move.without_gradient)
+            writer.line(f"{instruction.output} = {name}({source})")
+        else:
+            _write_call(writer, instruction, rank)
+        writer.forget(dead)
+    writer.context(None, True)
+    outputs = [o if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
+    updates = [name for _, name in program.updates]
+    return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _write_call(writer: SourceWriter, call: Call, rank: int) -> None:
+    def per_rank(leaf: PerRank) -> str:
+        return writer.literal(leaf.of(rank))
+
+    arguments = writer.arguments(call.args, call.kwargs, lambda name: name, per_rank)
+    text = f"{writer.callable(call.function)}({arguments})"
+    if not call.sequence:
+        writer.line(f"{call.outputs[0]} = {text}")
+    else:
+        writer.line(f"many = {text}")
+        for position, name in enumerate(call.outputs):
+            writer.line(f"{name} = many[{position}]")
+        writer.line("many = None")
+
+
+def _read_once(program: LocalProgram) -> set[str]:
+    """Values that one instruction reads, once, and that nothing else does."""
+    reads: dict[str, int] = {}
+    for instruction in program.instructions:
+        for name in program.refs_of(instruction):
+            reads[name] = reads.get(name, 0) + 1
+    kept = {o for o in program.outputs if isinstance(o, str)} | {v for _, v in program.updates}
+    return {name for name, count in reads.items() if count == 1 and name not in kept}
+
+
+def _result_is_free(call: Call) -> bool:
+    function = call.function
+    return (
+        isinstance(function, OpOverload)
+        and function.namespace == "aten"
+        and function.overloadpacket.__name__ in _RESULT_IS_FREE
+    )
+
+
+class _InputCheck:
+    """Checks the local shapes of the first call: a wrong one would leave the other ranks waiting."""
+
+    def __init__(self, program: LocalProgram, rank: int):
+        self.pending = True
+        self.rank = rank
+        self.expected = [(i, i.layout.local_shape(i.meta.shape, rank)) for i in program.inputs]
+
+    def __call__(self, values: list[Any]) -> None:
+        wrong = [
+            f"{item.kind} {item.target!r} is {list(value.shape)}, expected {list(shape)} of {list(item.meta.shape)} laid "
+            f"out as {item.layout.short() or 'a scalar'}"
+            for (item, shape), value in zip(self.expected, values, strict=True)
+            if tuple(value.shape) != shape
+        ]
+        if wrong:
+            raise WorldError(f"rank {self.rank} was given tensors that are not its pieces: {'; '.join(wrong)}")
+        self.pending = False
