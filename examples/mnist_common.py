@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import shardwright as sw
 from digits import batches
+from shardwright.world.parameters import full_value
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-2
 SEED = 1
-# The check takes the first steps only. float32 rounds sums taken in another order differently: by 1e-7 at first, by more
-# and more once a ReLU has an input so near to 0 that rounding decides on which side it falls.
+# The check takes the first steps only. float32 rounds sums taken in another order differently: by 1e-7 at first, by
+# more and more once a ReLU has an input so near to 0 that rounding decides on which side it falls.
 CHECKED_STEPS = 50
 TOLERANCE = 1e-4
 
@@ -33,7 +34,7 @@ def normal(*shape: int) -> nn.Parameter:
 
 
 def main(network: Callable[[], nn.Module]) -> None:
-    """Trains a network on the devices there are, then checks it against a single device; exits with 1 if they differ."""
+    """Trains a network on the devices there are and checks it against a single device; exits with 1 if they differ."""
     parser = argparse.ArgumentParser(description="Trains on handwritten digits and checks against a single device.")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps in all")
@@ -86,9 +87,9 @@ def train(
             print_once(f"epoch: {epoch} step: {step}, loss is {loss.item():.7f}")
         losses.append(loss.item())
         if len(losses) == CHECKED_STEPS:
-            weights = [whole(parameter) for parameter in net.parameters()]
+            weights = snapshot(net)
     if len(losses) < CHECKED_STEPS:
-        weights = [whole(parameter) for parameter in net.parameters()]
+        weights = snapshot(net)
     return losses, weights
 
 
@@ -99,10 +100,9 @@ def data(epochs: int, steps: int | None) -> Iterator[tuple[int, int, Tensor, Ten
     return islice(every, steps)
 
 
-def whole(parameter: nn.Parameter) -> Tensor:
-    """A copy of the global value of a parameter, which is a DTensor in a distributed job."""
-    value = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+def snapshot(net: nn.Module) -> list[Tensor]:
+    """A copy of the weights, whole: in a distributed job each process holds its pieces."""
+    return [full_value(parameter).cpu().clone() for parameter in net.parameters()]
 
 
 # -- the single device --------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def check(losses: list[float], weights: list[Tensor]) -> None:
         expected.append(loss.item())
 
     of_loss = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-    of_weights = max(relative(a.cpu(), b.detach()) for a, b in zip(weights, net.parameters(), strict=True))
+    of_weights = max(relative(a, b.detach()) for a, b in zip(weights, net.parameters(), strict=True))
     text = f"largest relative difference over {len(losses)} steps: loss {of_loss:.1e}, weights {of_weights:.1e}"
     if not max(of_loss, of_weights) <= TOLERANCE:
         sys.exit(f"DIFFERS from single device: {text}; at most {TOLERANCE:.0e} is rounding")

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from shardwright.capture.graph import Graph, GraphInput, Node
 from shardwright.errors import Problems
 from shardwright.layout import Layout
@@ -78,6 +80,7 @@ class _Planner:
         self.refinement = Refinement(self.size)
         self.checked: dict[str, Checked] = {}
         self.pins: dict[str, Any] = {}
+        self.ready: set[str] = set()  # values any piece of which every rank can make without communication
         self.needs = {n.name: [v in graph.needs_grad for v in n.inputs] for n in graph.nodes}
 
     def plan(self) -> Plan:
@@ -231,13 +234,28 @@ class _Planner:
     def forward(self) -> None:
         for graph_input in self.graph.inputs:
             self.where[graph_input.value] = self.given(graph_input)
+            whole = graph_input.kind == "input" and self.request.dataset_strategy == "full_batch"
+            if whole and not graph_input.requires_grad:
+                self.ready.add(graph_input.value)
         for node in self.graph.nodes:
+            if self.is_ready(node):
+                self.ready.update(node.outputs)
+                self.where.update(
+                    (v, Layout.replicated(self.mesh, len(m.shape)))
+                    for v, m in zip(node.outputs, node.op.outputs, strict=True)
+                )
+                continue
             choice = self.choose(node)
             if choice is None:
                 self.where.update(dict.fromkeys(node.outputs))
                 continue
             self.choices[node.name] = choice
             self.where.update(zip(node.outputs, choice.outputs, strict=True))
+
+    def is_ready(self, node: Node) -> bool:
+        """Whether every rank can make any piece of an operator's outputs from the whole batch that it was handed."""
+        random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
+        return bool(node.inputs) and not random and node.mark is None and all(v in self.ready for v in node.inputs)
 
     def given(self, graph_input: GraphInput) -> Layout | None:
         """Where an input is before any operator wants it elsewhere; ``None``: it is free."""
@@ -298,6 +316,9 @@ class _Planner:
 
     def choose_free(self, node: Node, wanted: dict[str, list[Layout]]) -> Choice:
         signature, needs = self.signatures[node.name], self.needs[node.name]
+        readers = {layout for v in node.outputs for layout in wanted.get(v, ())}
+        if len(readers) > 1 and all(v in self.ready for v in node.outputs):
+            return make_choice(node.op, signature, self.mesh, {}, needs)  # each reader takes its slice
         for index, value in enumerate(node.outputs):
             for layout in _most_split(wanted.get(value, ())):
                 choice = choice_for_output(node.op, signature, layout.without_partial(), needs, index)

@@ -77,7 +77,7 @@ class DistributedWorld:
             raise WorldError("this build of PyTorch has no torch.distributed: sw.init(devices=8) simulates 8 ranks")
         if dist.is_initialized():
             return cls()
-        rank, _, local_rank, local_size = read_environment(os.environ)
+        rank, size, local_rank, local_size = read_environment(os.environ)
         backend = backend or ("nccl" if _has_gpus_for(local_rank, local_size) else "gloo")
         device = torch.device("cpu")
         if "nccl" in backend:
@@ -89,13 +89,11 @@ class DistributedWorld:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group(
-                backend, timeout=timeout, device_id=device if device.type == "cuda" else None
-            )
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         except (RuntimeError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise WorldError(
-                f"rank {rank} could not join the job of {os.environ['WORLD_SIZE']} ranks at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} with backend {backend!r}: {error}"
+                f"rank {rank} could not join the job of {size} ranks at {address} with backend {backend!r}: {error}"
             ) from error
         world = cls(device)
         world._owns_job = True
@@ -105,11 +103,18 @@ class DistributedWorld:
     def __repr__(self) -> str:
         return f"DistributedWorld(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
 
-    def bind(self, program: LocalProgram) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+    def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
+
+        Args:
+            keep: names of local values to return, as this rank holds them, in place of the outputs.
 
         Returns:
             A function to ``(outputs, updated buffers)``, whole on every rank.
+
+        Raises:
+            WorldError: the program is for another number of ranks; or, when the function is first called, an input
+                does not have the shape of this rank's piece.
         """
         if program.world_size != self.size:
             raise WorldError(
@@ -117,7 +122,7 @@ class DistributedWorld:
                 f"--nproc-per-node {program.world_size}, or make its layouts over {self.size} ranks"
             )
         self._groups.make(_steps_of(program))
-        return _bind(program, self.rank, self._groups)
+        return _bind(program, self.rank, self._groups, keep)
 
     def close(self) -> None:
         """Ends this world's process groups, and the job if :meth:`from_environment` started it. Twice does no harm."""
@@ -132,7 +137,7 @@ class DistributedWorld:
         self._owns_job = False
 
     def _close_at_exit(self) -> None:
-        """Closes; after an uncaught exception for a moment only, since this rank must not wait for ranks that wait for it."""
+        """Closes; after an uncaught exception it waits 5 s at most, for other ranks may be waiting for this one."""
         if getattr(sys, "last_value", None) is None:
             self._end()
             return
@@ -186,7 +191,7 @@ def _default_device() -> torch.device:
     return torch.device("cpu")
 
 
-# -- moves --------------------------------------------------------------------------------------------------------------
+# -- moves -------------------------------------------------------------------------------------------------------------
 
 
 class _DistributedMove:
@@ -233,7 +238,7 @@ class _MoveFunction(torch.autograd.Function):
 
 
 def _steps_of(program: LocalProgram) -> list[Step]:
-    """Every step of every move, of those that run backward the backward ones too."""
+    """Every step of every move, forward and backward."""
     steps: list[Step] = []
     for move in program.instructions:
         if isinstance(move, Move):
@@ -242,16 +247,16 @@ def _steps_of(program: LocalProgram) -> list[Step]:
     return steps
 
 
-# -- binding ------------------------------------------------------------------------------------------------------------
+# -- binding -----------------------------------------------------------------------------------------------------------
 
 
-def _bind(program: LocalProgram, rank: int, groups: Groups) -> Callable[..., tuple[list[Any], list[Tensor]]]:
+def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...] | None) -> Callable[..., Any]:
     names = [i.name for i in program.inputs]
     writer = SourceWriter("distributed", names)
     dying = program.last_uses()
     check = writer.constant("check", _InputCheck(program, rank))
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
-    only_read_once = _read_once(program)
+    only_read_once = _read_once(program) - set(keep or ())
     made_by = {o: i for i in program.instructions for o in i.outputs}
     for instruction, dead in zip(program.instructions, dying, strict=True):
         writer.context(instruction.autocast, instruction.grad)
@@ -264,8 +269,10 @@ def _bind(program: LocalProgram, rank: int, groups: Groups) -> Callable[..., tup
             writer.line(f"{instruction.output} = {name}({source})")
         else:
             _write_call(writer, instruction, rank)
-        writer.forget(dead)
+        writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
+    if keep is not None:
+        return writer.function(f"[{', '.join(keep)}]")
     outputs = [o if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
     updates = [name for _, name in program.updates]
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
@@ -315,8 +322,8 @@ class _InputCheck:
 
     def __call__(self, values: list[Any]) -> None:
         wrong = [
-            f"{item.kind} {item.target!r} is {list(value.shape)}, expected {list(shape)} of {list(item.meta.shape)} laid "
-            f"out as {item.layout.short() or 'a scalar'}"
+            f"{item.kind} {item.target!r} is {list(value.shape)}, expected {list(shape)}: {list(item.meta.shape)} laid out "
+            f"as {item.layout.short()}"
             for (item, shape), value in zip(self.expected, values, strict=True)
             if tuple(value.shape) != shape
         ]

@@ -34,7 +34,7 @@ _all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_g
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+_COMBINE: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 # What gloo and NCCL reduce. (gloo adds bools as bytes, which makes a bool of 2; neither knows int16.)
 _REDUCIBLE = frozenset(
@@ -141,7 +141,7 @@ def backend_of(group: Any, device_type: str) -> str:
     return served.get(device_type) or str(dist.get_backend(group))
 
 
-# -- preparing ----------------------------------------------------------------------------------------------------------
+# -- preparing ---------------------------------------------------------------------------------------------------------
 
 
 def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool = False) -> Run:
@@ -384,7 +384,7 @@ def _all_to_all(at: _Place) -> Run:
 
 
 def _pack_for_members(at: _Place, dim: int) -> tuple[Run, list[int]]:
-    """Cuts the local tensor along ``dim`` into what each member wants: a flat tensor in torch's order, and the sizes."""
+    """Cuts the local tensor along ``dim`` into what each member wants: a flat tensor in torch's order; the sizes."""
     local, (start, stop) = at.local, at.have[at.rank][dim]
     spans = []
     for member in at.sorted_members:
@@ -417,7 +417,7 @@ def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> R
     return run
 
 
-# -- the exact exchange -------------------------------------------------------------------------------------------------
+# -- the exact exchange ------------------------------------------------------------------------------------------------
 
 
 def _exchange(at: _Place) -> Run:

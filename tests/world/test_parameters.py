@@ -339,7 +339,6 @@ OPTIMIZERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, 0.1),
     "SGD momentum": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "SGD foreach": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, foreach=True),
-    "SGD fused": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, fused=True),
     "Adam": lambda ps: torch.optim.Adam(ps, 0.1, amsgrad=True),
     "AdamW": lambda ps: torch.optim.AdamW(ps, 0.1),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, 0.1, foreach=True),
