@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...] = (784, 512, 512, 10)):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

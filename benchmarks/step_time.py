@@ -27,8 +27,9 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import shardwright as sw  # noqa: E402
 from models import GPT, MLP, Feedforward, tensor_parallel_gpt_plan  # noqa: E402
+
+import shardwright as sw  # noqa: E402
 
 CASES = ("mlp batch 32", "mlp batch 1024", "feedforward d=256", "gpt 4 layers d=256")
 LIMITS = {"hand-written": 1.05, "feedforward d=256": 1.9}

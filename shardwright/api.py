@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardwright import train_step
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import current_session
+from shardwright.capture.torch_private import pytree
 from shardwright.compiled import MARK, Compiled, Settings
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.layout import Layout

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardwright.capture.capture import capture
 from shardwright.capture.graph import Graph, GraphInput
 from shardwright.capture.marks import Mark
+from shardwright.capture.torch_private import pytree
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import partition
@@ -109,7 +109,7 @@ class Compiled:
     def _reader(self, graph_input: GraphInput) -> Callable[[list[Any]], Any]:
         target = graph_input.target
         if graph_input.kind == "input":
-            return lambda leaves: leaves[target]
+            return lambda leaves: leaves[target]  # type: ignore[index]
         if graph_input.kind == "constant":
             value = self.graph.constants[str(target)]
             return lambda leaves: value

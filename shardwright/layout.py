@@ -18,14 +18,13 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Union
 
 from shardwright.errors import ArgumentTypeError, LayoutError
 from shardwright.mesh import Mesh
 
-DimSpec = Union[str, tuple[str, ...], list[str]]
+DimSpec = str | tuple[str, ...] | list[str]
 Dims = tuple[tuple[str, ...], ...]
-Sizes = tuple[Union[tuple[int, ...], None], ...]
+Sizes = tuple[tuple[int, ...] | None, ...]
 
 
 class Layout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from shardwright.errors import LayoutError
 
@@ -79,7 +79,7 @@ class Mesh:
         return text
 
 
-@lru_cache(maxsize=None)
+@cache
 def _coordinate_table(mesh: Mesh) -> list[tuple[int, ...]]:
     table = []
     for position in range(mesh.size):
@@ -91,7 +91,7 @@ def _coordinate_table(mesh: Mesh) -> list[tuple[int, ...]]:
     return table
 
 
-@lru_cache(maxsize=None)
+@cache
 def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     index = [mesh.axes.index(a) for a in axes]
     groups: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = {}
@@ -101,6 +101,6 @@ def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(rank for _, rank in sorted(members)) for members in groups.values())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _group_index(mesh: Mesh, axes: tuple[str, ...]) -> dict[int, tuple[int, ...]]:
     return {rank: group for group in _groups(mesh, axes) for rank in group}

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import shardwright.rules.tables  # noqa: F401  (registers the rules)
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, Node
+from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.partition.partitioner import partition

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import reaches
 from shardwright.capture.session import current_session
+from shardwright.capture.torch_private import pytree
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.world import parameters as distributed_parameters
 
@@ -109,7 +110,7 @@ class GradFunction:
 
 
 def _detached(value: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, value)
+    return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, value)
 
 
 def looks_like_step(function: Callable[..., Any]) -> bool | None:

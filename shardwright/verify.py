@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardwright.api import AutoParallel
+from shardwright.capture.torch_private import pytree
 from shardwright.compiled import Compiled
 from shardwright.errors import ShardwrightError
 from shardwright.rules.operator import Slot

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from shardwright.capture.functionalise import (
     Tracked,
@@ -27,7 +26,7 @@ from shardwright.capture.functionalise import (
 from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import CALL, PIN, Session, marked_modules, session
-from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta
+from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.errors import CaptureError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 
@@ -100,7 +99,8 @@ def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[
     changed: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for owner in module.modules():
-            for table in (owner._parameters, owner._buffers):
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
                 for name, value in table.items():
                     if value is None:
                         continue

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from shardwright.capture.torch_private import pytree
 
 _CONTAINERS = (list, tuple, set)
 
@@ -74,8 +75,7 @@ def reaches(function: Callable[..., Any], wanted: tuple[type, ...]) -> bool:
 
 
 def _reachable(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    for name, value in _walk_function(function, seen, (nn.Module, Tensor)):
-        yield name, value
+    yield from _walk_function(function, seen, (nn.Module, Tensor))
 
 
 def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> Iterator[tuple[str, Any]]:

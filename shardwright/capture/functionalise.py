@@ -48,7 +48,9 @@ def functional_overload(target: Any) -> tuple[Any, str]:
             candidate = getattr(found, overload)
             if not is_mutation(candidate):
                 return candidate, name
-    raise CaptureError(f"the in-place operator {target} has no form that leaves its input alone; use one that returns a new tensor")
+    raise CaptureError(
+        f"the in-place operator {target} has no form that leaves its input alone; use one that returns a new tensor"
+    )
 
 
 def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[Callable[..., Any], Any, Any], Any]:
@@ -58,7 +60,7 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[
         A function of ``(emit, value of the parent, new value of the view)``.
     """
     name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
-    args = [*node.args[1:]]
+    args: list[Any] = [*node.args[1:]]
     shape = list(parent.shape)
 
     def argument(position: int, key: str, default: Any) -> Any:

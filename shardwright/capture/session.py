@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardwright.capture.marks import Mark
-from shardwright.capture.torch_private import annotate
+from shardwright.capture.torch_private import annotate, pytree
 
 CALL, PIN = "shardwright_call", "shardwright_pin"
 

@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.traceback import annotate, preserve_node_meta
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
 
-__all__ = ["FakeTensor", "FakeTensorMode", "annotate", "preserve_node_meta"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "StridedShard",
+    "TorchDispatchMode",
+    "annotate",
+    "current_dispatch_modes",
+    "disable_current_modes",
+    "preserve_node_meta",
+    "pytree",
+]

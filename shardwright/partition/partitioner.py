@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from shardwright.capture.graph import Graph, Node
+from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, Instruction, LocalProgram, Move, ProgramInput

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.redistribute.steps import Redistribution
 from shardwright.rules.lowering import PerRank, Ref
 from shardwright.rules.operator import TensorMeta, operator_name
 
 Lanes = tuple[int, ...]
-Autocast = Union[tuple[Any, ...], None]
+Autocast = tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Move:
         return (self.output,)
 
 
-Instruction = Union[Call, Move]
+Instruction = Call | Move
 
 
 @dataclass(frozen=True)

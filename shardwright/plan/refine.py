@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
@@ -25,12 +26,12 @@ class _Family:
 
     def accepts(self, cuts: set[int]) -> bool:
         chain = sorted(self.cuts | cuts)
-        return all(b % a == 0 for a, b in zip(chain, chain[1:], strict=False))
+        return all(b % a == 0 for a, b in pairwise(chain))
 
     def mesh(self) -> Mesh:
         chain = sorted(self.cuts, reverse=True)
         sizes, names, used = [], [], set(self.names.values())
-        for high, low in zip(chain, chain[1:], strict=False):
+        for high, low in pairwise(chain):
             sizes.append(high // low)
             name = self.names.get((high, low)) or self._part_name(high, low, used)
             used.add(name)
@@ -93,7 +94,7 @@ class Refinement:
         for family, mesh in zip(self.families, self.meshes, strict=True):
             if family.ranks == ranks and cuts <= family.cuts:
                 chain = sorted(family.cuts, reverse=True)
-                spans = dict(zip(zip(chain, chain[1:], strict=False), mesh.axes, strict=True))
+                spans = dict(zip(pairwise(chain), mesh.axes, strict=True))
                 result = []
                 for i in range(len(sizes)):
                     high, low = math.prod(sizes[i:]), math.prod(sizes[i + 1 :])

@@ -276,7 +276,7 @@ class _Planner:
             target = self.laid_out(self.pins[node.name], node.op.inputs[0].shape)
             return choice_for_output(node.op, signature, target, needs)
         here = [self.where[v] for v in node.inputs]
-        if node.region is not None and self.request.honour_marks or self.reads_planned_parameter(node):
+        if (node.region is not None and self.request.honour_marks) or self.reads_planned_parameter(node):
             if all(layout is None for layout in here):
                 return None
             return follow(node.op, signature, here, needs, self.mesh, self.parameters_first(node, here))

@@ -120,7 +120,7 @@ def rank_ranges(ranks: Sequence[int]) -> str:
 def fit(ranks: Sequence[int], room: tuple[float, float]) -> tuple[str, float, int]:
     """The label of a piece: its text, font size and rotation, so that it fits in ``room`` (points across and down).
 
-    >>> fit([3], (80, 40)), fit([3], (30, 40)), fit([10, 11, 12, 13], (12, 60))
+    >>> fit([3], (80, 40)), fit([3], (30, 40)), fit([10, 11, 12, 13], (14, 60))
     (('rank 3', 10, 0), ('3', 10, 0), ('10–13', 10, 90))
     """
     bare = rank_ranges(ranks)

@@ -31,8 +31,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
+from shardwright.capture.torch_private import TorchDispatchMode, current_dispatch_modes, disable_current_modes
 from shardwright.errors import ShardwrightError
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def no_init_parameters() -> Iterator[None]:
     >>> torch.equal(values["weight"], eager.weight)
     True
     """
-    if any(isinstance(mode, _Recorder) for mode in _get_current_dispatch_mode_stack()):
+    if any(isinstance(mode, _Recorder) for mode in current_dispatch_modes()):
         yield
         return
     recorder = _Recorder(id(_frame_outside(__file__, contextlib.__file__)))
@@ -487,7 +487,7 @@ class _Recorder(TorchDispatchMode):
     def record_call(self, call: Callable[..., Any], tensor: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Records a whole Python function that fills ``tensor`` with draws."""
         _check_draw(call.__name__, _known(tensor).device)
-        with _disable_current_modes():
+        with disable_current_modes():
             self._draw(self._step(call, (), kwargs, [tensor], fills=True), _leaves(torch.Generator, kwargs))
 
     def allow_version(self, tensor: torch.Tensor, more: int = 0) -> None:
@@ -546,14 +546,14 @@ class _AsBuilt(TorchFunctionMode):
         if tensor is None or record is None:
             return func(*args, **kwargs)
         if func in _READS:
-            with _disable_current_modes():
+            with disable_current_modes():
                 return func(_value_now(tensor, f".{func.__name__}()"), *args[1:], **kwargs)
         if func in (torch.Tensor.to, torch.Tensor.cpu):  # where it would be already: no copy
             args = (*args, CPU) if func is torch.Tensor.cpu else args
             func = torch.Tensor.to
             return func(tensor, *_map(lambda x: _stay(x, record), args[1:]), **_map(lambda x: _stay(x, record), kwargs))
         if func == _SET_DATA:
-            with _disable_current_modes():
+            with disable_current_modes():
                 func(tensor, args[1] if _record_of(args[1]) else self._recorder.constant(args[1]))
                 return self._recorder.allow_version(tensor)
         return self._attribute(func, tensor, record, sys._getframe(1)) if func in _ATTRIBUTES else func(*args, **kwargs)
@@ -594,7 +594,7 @@ def _stay(x: Any, record: _Record) -> Any:
 def _replaying() -> Iterator[None]:
     """Real tensors, whatever modes are on; the default generator and dtype come back."""
     dtype, state = torch.get_default_dtype(), torch.get_rng_state()
-    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+    with disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         try:
             yield
         finally:

@@ -322,8 +322,8 @@ class _InputCheck:
 
     def __call__(self, values: list[Any]) -> None:
         wrong = [
-            f"{item.kind} {item.target!r} is {list(value.shape)}, expected {list(shape)}: {list(item.meta.shape)} laid out "
-            f"as {item.layout.short()}"
+            f"{item.kind} {item.target!r} is {list(value.shape)}, expected {list(shape)}: {list(item.meta.shape)} laid "
+            f"out as {item.layout.short()}"
             for (item, shape), value in zip(self.expected, values, strict=True)
             if tuple(value.shape) != shape
         ]

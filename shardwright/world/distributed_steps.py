@@ -315,7 +315,7 @@ def _all_gather(at: _Place) -> Run:
 
         def run(x: Tensor) -> Tensor:
             out = x.new_empty(total)
-            link.all_gather(out, x.reshape(-1))
+            link.all_gather(out, x.reshape(-1).contiguous())
             return finish(out)
 
     else:
@@ -393,10 +393,10 @@ def _pack_for_members(at: _Place, dim: int) -> tuple[Run, list[int]]:
     rest = math.prod(local[:dim]) * math.prod(local[dim + 1 :])
     sizes = [length * rest for _, length in spans]
     if at.is_sorted and math.prod(local[:dim]) <= 1:
-        return lambda x: x.reshape(-1), sizes
+        return lambda x: x.reshape(-1).contiguous(), sizes
     n, length = len(spans), spans[0][1]
     if at.is_sorted and all(s == (i * length, length) for i, s in enumerate(spans)):
-        return lambda x: x.unflatten(dim, (n, length)).movedim(dim, 0).reshape(-1), sizes
+        return lambda x: x.unflatten(dim, (n, length)).movedim(dim, 0).reshape(-1).contiguous(), sizes
     return lambda x: torch.cat([x.narrow(dim, a, length).reshape(-1) for a, length in spans]), sizes
 
 
@@ -442,7 +442,7 @@ def _exchange(at: _Place) -> Run:
 
     def pack(x: Tensor) -> Tensor:
         if len(take) == 1:
-            return take[0](x).reshape(-1)
+            return take[0](x).reshape(-1).contiguous()  # a flat view may have strides
         return torch.cat([cut(x).reshape(-1) for cut in take]) if take else x.new_empty(0)
 
     if not kept and len(put) == 1:  # all of it comes from one rank

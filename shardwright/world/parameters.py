@@ -607,7 +607,7 @@ def rebind(optimizer: Optimizer) -> None:
             for key, value in state.items():
                 if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
                     continue
-                if value.dim() or value.shape == new.shape and key != "step":
+                if value.dim() or (value.shape == new.shape and key != "step"):
                     state[key] = _like(new, value)
                 elif on_device:
                     state[key] = value.to(new.device)

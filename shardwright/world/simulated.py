@@ -20,8 +20,8 @@ from shardwright.partition.program import Call, LocalProgram, Move
 from shardwright.redistribute.steps import Step
 from shardwright.rules.lowering import PerRank
 from shardwright.world import record
-from shardwright.world.source import SourceWriter
 from shardwright.world.simulated_steps import run_steps
+from shardwright.world.source import SourceWriter
 
 Lanes = lane.Lanes
 

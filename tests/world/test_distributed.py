@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import random
 import socket
@@ -37,7 +38,7 @@ DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torc
 DTYPES += (torch.complex64, torch.float8_e4m3fn)
 
 
-# -- jobs ---------------------------------------------------------------------------------------------------------------
+# -- jobs --------------------------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -54,7 +55,9 @@ def work(rank, size, port, scenarios):
     world = DistributedWorld.from_environment()
     assert (world.rank, world.size, world.device, world.is_simulated) == (rank, size, torch.device("cpu"), False)
     for scenario in scenarios:
+        begin = time.monotonic()
         scenario(world)
+        if rank == 0: print(size, scenario.__name__, round(time.monotonic()-begin, 2), flush=True)
     world.close()
     assert not dist.is_initialized()
     world.close()
@@ -62,10 +65,12 @@ def work(rank, size, port, scenarios):
 
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
-    mp.spawn(work, (size, free_port(), scenarios), nprocs=size)
+    # a fork server imports torch once for all jobs, and has no threads when it forks
+    multiprocessing.set_forkserver_preload(["shardwright.testing", "torch.distributed"])
+    mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 
-# -- layouts and what ranks hold ----------------------------------------------------------------------------------------
+# -- layouts and what ranks hold ---------------------------------------------------------------------------------------
 
 
 def layouts(mesh, ndim, pending=True):
@@ -139,7 +144,7 @@ def groups_of(world):
     return Groups(world.rank, world.size)
 
 
-# -- scenarios: each runs on every rank ---------------------------------------------------------------------------------
+# -- scenarios: each runs on every rank --------------------------------------------------------------------------------
 
 
 def pairs_on_one_axis(world):
@@ -281,14 +286,14 @@ def whole_programs(world):
     ]
     meshes = [Mesh(("x",), (world.size,))] + [Mesh(("x", "y"), (2, 2))] * (world.size == 4)
     for mesh in meshes:
-        for function, args, graph, plan in cases(functions, mesh):
+        for _, args, graph, plan in cases(functions, mesh):
             program = partition(graph, plan)
             results = []
             for own in (SimulatedWorld(world.size), world):
                 bound = own.bind(program)
 
-                def run(leaves, bound=bound):
-                    return bound(*(leaves[i.target] for i in program.inputs))[0]
+                def run(leaves, bound=bound, inputs=program.inputs):
+                    return bound(*(leaves[i.target] for i in inputs))[0]
 
                 with record_communication() as log:
                     results.append((testing._values_and_gradients(run, list(args), 1), log.events))
@@ -344,7 +349,7 @@ SCENARIOS = (pairs_on_one_axis, explicit_sizes, every_dtype, reductions_and_scal
 SCENARIOS += (what_prepare_promises, whole_programs, stored_pieces, refusals)
 
 
-# -- tests --------------------------------------------------------------------------------------------------------------
+# -- tests -------------------------------------------------------------------------------------------------------------
 
 
 def test_two_ranks():
