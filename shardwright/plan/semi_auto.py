@@ -335,7 +335,21 @@ class _Planner:
         if graph_input.kind != "parameter":
             return replicated
         candidates = [layout.without_partial() for layout in _most_split(self.wanted.get(graph_input.value, ()))]
-        return next(iter(candidates), given or replicated)
+        return self.on_main_mesh(next(iter(candidates), given or replicated), graph_input.meta.shape)
+
+    def on_main_mesh(self, layout: Layout, shape: tuple[int, ...]) -> Layout:
+        """The layout itself, or the nearest on the main mesh: parameters share one, so that their norms can be added."""
+        if layout.mesh == self.mesh:
+            return layout
+        free, dims = list(self.mesh.axes), []
+        for axes in layout.bound:
+            taken: list[str] = []
+            for axis in list(free):
+                if self.mesh.count([*taken, axis]) <= layout.mesh.count(axes):
+                    taken.append(axis)
+                    free.remove(axis)
+            dims.append(taken)
+        return Layout.of(self.mesh, dims).normal(shape)
 
 
 def _most_split(layouts: Sequence[Layout]) -> list[Layout]:

@@ -202,7 +202,6 @@ class _DistributedMove:
         plan = self.plan
         self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
         self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
-        self.inplace = inplace
 
     def forward(self, value: Tensor) -> Tensor:
         if record._active:
@@ -232,9 +231,15 @@ class _MoveFunction(torch.autograd.Function):
         return result.view_as(result) if result is value else result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+        if torch.is_grad_enabled():  # create_graph=True: what is asked for cannot be had; said when it is used
+            return _backward_once(ctx, gradient)  # type: ignore[no-any-return]
         return None, ctx.move.backward(gradient)
+
+
+@once_differentiable
+def _backward_once(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+    return None, ctx.move.backward(gradient)
 
 
 def _steps_of(program: LocalProgram) -> list[Step]:

@@ -74,7 +74,7 @@ class Link:
         dist.all_reduce(tensor, _REDUCE[op], self.group)
 
     def all_gather(self, out: Tensor, piece: Tensor) -> None:
-        """Flat tensors; ``out`` holds the pieces of all, which are equally long."""
+        """Contiguous tensors; ``out`` is the pieces of all, which have one shape, along dim 0."""
         if piece.dtype not in _MOVABLE:
             out, piece = out.view(torch.uint8), piece.view(torch.uint8)
         _all_gather_single(out, piece, self.group)
@@ -306,12 +306,20 @@ def _all_gather(at: _Place) -> Run:
     shapes = [_extent(at.have[r]) for r in at.sorted_members]
     sizes = [math.prod(s) for s in shapes]
     total, own = sum(sizes), math.prod(at.local)
-    finish = _unpack(shapes, at.step.dims[0], at.result, at.order)
+    result = at.result
+    finish = _unpack(shapes, at.step.dims[0], result, at.order)
     even = len(set(sizes)) == 1
     if total == 0:
-        result = at.result
         return lambda x: x.new_empty(result)
-    if even and not (link.is_gloo and total <= _ONE_ROUND):
+    in_one_round = not even or (link.is_gloo and total <= _ONE_ROUND)
+    if not in_one_round and at.step.dims[0] == 0 and at.is_sorted:
+
+        def run(x: Tensor) -> Tensor:
+            out = x.new_empty(result)
+            link.all_gather(out, x.contiguous())
+            return out
+
+    elif not in_one_round:
 
         def run(x: Tensor) -> Tensor:
             out = x.new_empty(total)
@@ -350,9 +358,9 @@ def _reduce_scatter(at: _Place) -> Run:
     def run(x: Tensor) -> Tensor:
         if x.dtype not in _REDUCIBLE:
             return by_parts(x)
-        out = x.new_empty(own)
+        out = x.new_empty(result)
         link.reduce_scatter(out, pack(x), op)
-        return out.view(result)
+        return out
 
     return run
 

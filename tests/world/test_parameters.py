@@ -323,6 +323,8 @@ def check_norms(mesh: str) -> None:
     for foreach in (None, True, False):
         for kind in (2.0, 1.0, float("inf")):
             net, reference = make(second=torch.float32), make(second=torch.float32)  # bfloat16 rounds each norm
+            if kind == float("inf"):  # torch has no maximum of an empty piece
+                del net.short, reference.short
             net, _ = distributed(mesh, net)
             give_gradients(net, reference, 11)
             norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5, norm_type=kind, foreach=foreach)

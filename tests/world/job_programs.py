@@ -1,0 +1,143 @@
+"""Run by torchrun: whole programs on real ranks equal the single device. Prints one line a program that passed."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.world.parameters import full_value
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from test_programs import Everything, Net  # noqa: E402
+from test_random_graphs import RandomNet  # noqa: E402
+
+
+def compare(name, expected, got, tolerance=1e-9):
+    for (n, a), (_, b) in zip(expected.named_parameters(), got.named_parameters(), strict=True):
+        for what, left, right in (("value", a, b), ("gradient", a.grad, b.grad)):
+            if left is None:
+                assert right is None, (name, n)
+                continue
+            right = full_value(right)
+            scale = max(float(left.detach().abs().max()), 1e-5)
+            error = float((left - right).detach().abs().max()) / scale
+            assert error <= tolerance, f"{name}: {what} of {n} differs by {error:.2e}"
+    for (n, a), (_, b) in zip(expected.named_buffers(), got.named_buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double()), f"{name}: buffer {n}"
+
+
+def loss_of(value):
+    tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor) and v.requires_grad]
+    return sum(t.square().mean() for t in tensors)
+
+
+def steps(name, model, batches, world, prepare=lambda net: net, **kwargs):
+    """Three AdamW steps with clipping, the optimizer made before the first call; plain and parallel."""
+    plain = copy.deepcopy(model)
+    net = prepare(sw.AutoParallel(model))
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (plain, model)]
+    held = list(model.parameters())
+    for number, batch in enumerate(batches):
+        losses = []
+        for run, module, optimizer in ((plain, plain, optimizers[0]), (net, model, optimizers[1])):
+            torch.manual_seed(number)
+            optimizer.zero_grad()
+            loss = loss_of(run(*batch, **kwargs))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters() if module is plain else held, 0.3)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert abs(losses[0] - losses[1]) <= 1e-9 * abs(losses[0]), (name, losses)
+        compare(name, plain, model)
+    if world.rank == 0:
+        print("passed", name, flush=True)
+
+
+def build(cls, *args, **kwargs):
+    torch.manual_seed(11)
+    return cls(*args, **kwargs).double()
+
+
+def main():
+    world = sw.init()
+    size = world.size
+    generator = torch.Generator().manual_seed(2)
+    images = [(torch.randn(7, 1, 8, 8, generator=generator).double(),) for _ in range(3)]
+    steps("cnn", build(Net, 0.3), images, world)
+    tp = sw.Layout((size,), ("tp",))
+    plan = {"in_strategy": (tp("None", "None"),), "parameter_plan": {"weight": tp("tp", "None"), "bias": tp("tp")}}
+    steps("cnn columns", build(Net, 0.3), images, world, lambda net: net.shard({"fc1": plan}))
+    ids = [({"ids": torch.randint(0, 11, (5, 5), generator=generator)},) for _ in range(3)]
+    steps("everything", build(Everything), ids, world)
+    vocabulary = {"embed.weight": tp("tp", "None")}
+    steps("vocabulary split, tied", build(Everything), ids, world, lambda net: net.shard(vocabulary))
+    for seed in range(6):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        net = RandomNet(rng, size, 4, 6, 6, depth=6)
+        x = torch.randn(4, 6, 6, generator=generator).double()
+        steps(f"random graph {seed}", net, [(x,), (x + 1,)], world)
+    delayed(world)
+    sliced_data(world)
+    other_seeds(world)
+
+
+def delayed(world):
+    """Delayed initialisation holds slices only, and equals eager construction bit by bit."""
+    torch.manual_seed(4)
+    eager = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    torch.manual_seed(4)
+    with sw.no_init_parameters():
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    net = sw.AutoParallel(model).shard({"0.weight": (world.size, 1)})
+    loss = net(torch.ones(4, 64)).sum()
+    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, full_value(b))
+    local = model[0].weight.to_local()
+    assert local.shape[0] == -(-64 // world.size) or world.rank == world.size - 1
+    assert local.untyped_storage().nbytes() == local.numel() * 4
+    loss.backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]["momentum_buffer"]
+    assert state.to_local().shape == local.shape
+    if world.rank == 0:
+        print("passed delayed", flush=True)
+
+
+def sliced_data(world):
+    """Ranks hand in their own slices of the batch."""
+    torch.manual_seed(6)
+    model = nn.Linear(5, 3).double()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2 * world.size, 5, dtype=torch.float64)
+    net = sw.AutoParallel(model).dataset_strategy("data_parallel")
+    got = net(x.chunk(world.size)[world.rank])
+    torch.testing.assert_close(got, plain(x))
+    got.square().mean().backward()
+    plain(x).square().mean().backward()
+    compare("sliced data", plain, model)
+    if world.rank == 0:
+        print("passed sliced data", flush=True)
+
+
+def other_seeds(world):
+    """Ranks that were not seeded alike train the model of rank 0."""
+    torch.manual_seed(world.rank)
+    model = nn.Linear(5, 3).double()
+    torch.manual_seed(0)
+    reference = nn.Linear(5, 3).double()
+    x = torch.ones(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(sw.AutoParallel(model)(x), reference(x))
+    if world.rank == 0:
+        print("passed other seeds", flush=True)
+
+
+if __name__ == "__main__":
+    main()
