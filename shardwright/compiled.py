@@ -20,9 +20,11 @@ from shardwright.partition.partitioner import partition
 from shardwright.partition.program import LocalProgram
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest, plan_semi_auto
+from shardwright.rules.operator import Operator
 from shardwright.world import parameters as distributed_parameters
 from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
+from shardwright.world.random_state import agree_on_random_state
 
 MARK = "_shardwright_mark"
 
@@ -56,6 +58,7 @@ class Compiled:
         self.plan.attach(self.program)
         self.run: Callable[..., Any] = world.bind(self.program)
         self._read = [self._reader(i) for i in self.graph.inputs]
+        self._is_random = any(_draws(n.op) for n in self.graph.nodes)
         self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
 
     def _global_inputs(self, args: Any, kwargs: Any, settings: Settings) -> Any:
@@ -125,6 +128,8 @@ class Compiled:
             local = distributed_parameters.enter([values[n] for n in self._parameters])
             for n, value in zip(self._parameters, local, strict=True):
                 values[n] = value
+        if self._is_random and not self.world.is_simulated:
+            agree_on_random_state(self.world.device)  # type: ignore[union-attr]
         outputs, updates = self.run(*values)
         if updates:
             self._update(values, updates)
@@ -136,6 +141,13 @@ class Compiled:
         with torch.no_grad():
             for (name, _), new in zip(self.graph.updates, updates, strict=True):
                 values[by_name[name]].copy_(new)
+
+
+def _draws(op: Operator) -> bool:
+    """Whether an operator call takes numbers from the generator."""
+    if torch.Tag.nondeterministic_seeded not in getattr(op.target, "tags", ()):
+        return False
+    return bool(op.argument("train", True)) and op.argument("dropout_p", 1.0) > 0.0
 
 
 def _device(root: nn.Module, world: World) -> torch.device:

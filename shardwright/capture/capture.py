@@ -242,6 +242,11 @@ class _Converter:
             self._inline(node, body, rest, (self.context[0], bool(enabled)))
         elif not isinstance(target, type(torch.ops.aten.add.Tensor)):
             self.env[node] = self._fold(node)
+        elif "embedding_renorm" in str(target):
+            raise CaptureError(
+                f"embedding with max_norm at {_source(node) or _module_path(node)} rewrites its table as it reads it, which "
+                "cannot be sharded; renormalise the table outside and drop max_norm"
+            )
         elif target.overloadpacket.__name__ in _SKIPPED:
             self.env[node] = None
         elif is_mutation(target):

@@ -81,6 +81,8 @@ class _Planner:
         self.checked: dict[str, Checked] = {}
         self.pins: dict[str, Any] = {}
         self.ready: set[str] = set()  # values any piece of which every rank can make without communication
+        asked = request.parameter_plan if request.honour_marks else {}
+        self.planned = {i.value for i in graph.inputs if i.kind in ("parameter", "buffer") and str(i.target) in asked}
         self.needs = {n.name: [v in graph.needs_grad for v in n.inputs] for n in graph.nodes}
 
     def plan(self) -> Plan:
@@ -291,17 +293,12 @@ class _Planner:
 
     def reads_planned_parameter(self, node: Node) -> bool:
         """Outside a marked region a parameter that a plan lays out is followed too."""
-        planned = self.request.parameter_plan if self.request.honour_marks else {}
-        if not planned:
-            return False
-        names = {i.value for i in self.graph.inputs if str(i.target) in planned and i.kind in ("parameter", "buffer")}
-        return any(v in names for v in node.inputs)
+        return any(v in self.planned for v in node.inputs)
 
     def parameters_first(self, node: Node, here: Sequence[Layout | None]) -> list[int]:
         """Inputs to satisfy, in order: parameters that a plan lays out, then the largest."""
-        kinds = {i.value: i.kind for i in self.graph.inputs}
         known = [i for i, layout in enumerate(here) if layout is not None]
-        return sorted(known, key=lambda i: (kinds.get(node.inputs[i]) != "parameter", -node.op.inputs[i].numel))
+        return sorted(known, key=lambda i: (node.inputs[i] not in self.planned, -node.op.inputs[i].numel))
 
     # -- pass 3: backward -------------------------------------------------------------------------------------------
 

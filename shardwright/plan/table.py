@@ -6,12 +6,11 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
 from shardwright.redistribute.steps import Step, sent_elements
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from shardwright.capture.graph import Node
     from shardwright.partition.program import LocalProgram, Move
     from shardwright.plan.plan import Plan
@@ -21,6 +20,8 @@ WIDTH = 168
 
 def plan_table(plan: Plan, width: int = WIDTH) -> str:
     """A plan as text: parameters, operators with their collectives, totals and notes."""
+    from rich.console import Console  # here: importing it draws from Python's random generator
+
     console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, legacy_windows=False)
     console.print(f"plan for {plan.mesh.size} ranks, mesh {plan.mesh or '()'}, mode {plan.mode}", markup=False)
     console.print(_parameters(plan))
@@ -32,6 +33,8 @@ def plan_table(plan: Plan, width: int = WIDTH) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")

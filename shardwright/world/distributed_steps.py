@@ -80,11 +80,10 @@ class Link:
         _all_gather_single(out, piece, self.group)
 
     def reduce_scatter(self, out: Tensor, whole: Tensor, op: str) -> None:
+        """Contiguous tensors; ``whole`` is what all get, in one shape, along dim 0."""
         _reduce_scatter_single(out, whole, _REDUCE[op], self.group)
 
-    def all_to_all(
-        self, out: Tensor, packed: Tensor, received: list[int] | None = None, sent: list[int] | None = None
-    ) -> None:
+    def all_to_all(self, out: Tensor, packed: Tensor, received: list[int] | None = None, sent: list[int] | None = None) -> None:
         """Flat tensors; elements received from and sent to each rank, where they are not all the same."""
         if packed.dtype not in _MOVABLE:
             width = packed.dtype.itemsize
@@ -354,13 +353,18 @@ def _reduce_scatter(at: _Place) -> Run:
 
     if link.is_gloo or not even:
         return by_parts
+    along_rows = at.step.dims[0] == 0 and at.is_sorted
 
     def run(x: Tensor) -> Tensor:
         if x.dtype not in _REDUCIBLE:
             return by_parts(x)
-        out = x.new_empty(result)
+        if along_rows:
+            out = x.new_empty(result)
+            link.reduce_scatter(out, x.contiguous(), op)
+            return out
+        out = x.new_empty(own)
         link.reduce_scatter(out, pack(x), op)
-        return out
+        return out.view(result)
 
     return run
 

@@ -19,9 +19,10 @@ import hashlib
 import logging
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -572,17 +573,20 @@ def _watch_optimizers() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _HOOKED not in vars(optimizer) or any(
-        type(p) is MovedParameter for group in optimizer.param_groups for p in group["params"]
-    ):
+    _finish_local_step(optimizer)
+    moved = any(type(p) is MovedParameter for group in optimizer.param_groups for p in group["params"])
+    if moved or _HOOKED not in vars(optimizer):
         rebind(optimizer)
+    if _HOOKED in vars(optimizer) and len(args) == 1 and not kwargs:  # a closure must find the true parameters
+        _begin_local_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Tells autograd what DTensor does not: the local tensors changed, so a forward before the step has no backward."""
-    if _HOOKED in vars(optimizer):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        increment_version([p._local_tensor for p in params if type(p) is DTensor and p.grad is not None])
+    if _finish_local_step(optimizer) or _HOOKED not in vars(optimizer):
+        return
+    # Tell autograd what DTensor does not: the local tensors changed, so a forward before the step has no backward.
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    increment_version([p._local_tensor for p in params if type(p) is DTensor and p.grad is not None])
 
 
 def rebind(optimizer: Optimizer) -> None:
@@ -615,7 +619,106 @@ def rebind(optimizer: Optimizer) -> None:
                 optimizer.state[new] = state
     if ours and _HOOKED not in vars(optimizer):
         optimizer.register_load_state_dict_post_hook(rebind)
+        optimizer.register_state_dict_pre_hook(_finish_local_step)
+        optimizer.register_load_state_dict_pre_hook(_before_load)
         setattr(optimizer, _HOOKED, True)
+
+
+# Optimizers whose update of an element reads nothing but that element's own numbers. They step on local tensors, with
+# the speed of plain ones: AdamW over 40 small DTensors takes 8.8 ms, over their local tensors 0.9.
+_ELEMENTWISE = frozenset(
+    getattr(torch.optim, name)
+    for name in "SGD Adam AdamW NAdam RAdam Adamax Adagrad Adadelta RMSprop Rprop ASGD".split()
+)
+_LOCAL_STEP = "_shardwright_local_step"
+
+
+class _LocalStep(NamedTuple):
+    """What an optimizer holds outside a step, and the local tensor that stands for each of its parameters within."""
+
+    params: list[list[torch.Tensor]]
+    state: Any
+    leaves: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _begin_local_step(optimizer: Optimizer) -> None:
+    """Gives the optimizer local tensors instead of DTensors, until the step has ended."""
+    groups, its = optimizer.param_groups, vars(optimizer)
+    if type(optimizer) not in _ELEMENTWISE or any(group.get("differentiable") for group in groups):
+        return
+    if its.get("grad_scale") is not None or its.get("found_inf") is not None:
+        return
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return  # they may want to see the true parameters
+    leaves, state, lists = [], defaultdict(dict), []
+    for group in groups:
+        lists.append([])
+        for parameter in group["params"]:
+            values, grad = optimizer.state.get(parameter), parameter.grad
+            if grad is None:
+                continue
+            leaf = parameter
+            if type(parameter) is DTensor:
+                split = parameter._spec.placements
+                beside = [grad, *(v for v in (values or {}).values() if type(v) is DTensor)]
+                if any(type(v) is not DTensor or v._spec.placements != split for v in beside):
+                    return
+                leaf = parameter._local_tensor.detach()
+                leaf.grad = grad._local_tensor
+                values = values and {k: v._local_tensor if type(v) is DTensor else v for k, v in values.items()}
+            if values:
+                state[leaf] = values
+            lists[-1].append(leaf)
+            leaves.append((parameter, leaf))
+    its[_LOCAL_STEP] = _LocalStep([group["params"] for group in groups], optimizer.state, leaves)
+    optimizer.state = state
+    for group, params in zip(groups, lists):
+        group["params"] = params
+
+
+def _before_load(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    _finish_local_step(optimizer)
+
+
+def _finish_local_step(optimizer: Optimizer) -> bool:
+    """Gives the optimizer its DTensors back, and new state to them. Also after a step that failed, when first asked."""
+    step: _LocalStep | None = vars(optimizer).pop(_LOCAL_STEP, None)
+    if step is None:
+        return False
+    for parameter, leaf in step.leaves:
+        if leaf is parameter:
+            if leaf in optimizer.state:
+                step.state[leaf] = optimizer.state[leaf]
+            continue
+        if leaf.grad is None:
+            parameter.grad = None  # zero_grad after a step that failed
+        values = optimizer.state.get(leaf)
+        if values is not None:
+            kept = step.state[parameter]
+            for key in kept.keys() - values.keys():
+                del kept[key]
+            for key, value in values.items():
+                if type(kept.get(key)) is not DTensor or kept[key]._local_tensor is not value:
+                    kept[key] = _beside(parameter, key, value)
+    for group, params in zip(optimizer.param_groups, step.params):
+        group["params"] = params
+    optimizer.state = step.state
+    return True
+
+
+def _beside(parameter: Any, key: str, value: Any) -> Any:
+    """A piece of state made in a local step as a DTensor; numbers such as ``step`` as they are."""
+    local = parameter._local_tensor
+    if not isinstance(value, torch.Tensor) or value.shape != local.shape or (key == "step" and not local.dim()):
+        return value
+    return _alike(parameter, value)
+
+
+def _alike(parameter: DTensor, piece: torch.Tensor) -> DTensor:
+    """A local tensor as a DTensor with the parameter's shape and placements; differentiable."""
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, split = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=stride)
 
 
 # ----------------------------------------------------------------------------------------------------- the hot path
@@ -680,7 +783,7 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         references = list(map(sys.getrefcount, gradients))
         if torch.is_grad_enabled():
-            return None, *(_differentiable(g, p) for g, p in zip(gradients, ctx.parameters))
+            return None, *(g if g is None else _alike(p, g) for g, p in zip(gradients, ctx.parameters))
         direct = torch._C._will_engine_execute_node(_sentinel()[1])
         own = _references()
         results: list[Any] = [None]
@@ -701,15 +804,6 @@ class _Enter(torch.autograd.Function):
                         parameter.grad, result = result, None
             results.append(result)
         return tuple(results)
-
-
-def _differentiable(gradient: torch.Tensor | None, parameter: DTensor) -> DTensor | None:
-    """A gradient that can be differentiated again."""
-    if gradient is None:
-        return None
-    shape, stride = parameter.shape, parameter.stride()
-    mesh, split = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(gradient, mesh, split, run_check=False, shape=shape, stride=stride)
 
 
 @lru_cache(maxsize=1)

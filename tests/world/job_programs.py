@@ -46,7 +46,7 @@ def steps(name, model, batches, world, prepare=lambda net: net, **kwargs):
     for number, batch in enumerate(batches):
         losses = []
         for run, module, optimizer in ((plain, plain, optimizers[0]), (net, model, optimizers[1])):
-            torch.manual_seed(number)
+            torch.manual_seed(number if run is plain else number + 100 * world.rank)  # rank 0's numbers are drawn
             optimizer.zero_grad()
             loss = loss_of(run(*batch, **kwargs))
             loss.backward()

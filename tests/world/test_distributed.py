@@ -121,9 +121,18 @@ def check_steps(world, groups, steps, values, shape, **kwargs):
     return got
 
 
-def check_pairs(world, mesh, shape, targets_of=None, dtype=torch.float64, most=100):
+class NotGloo(Groups):
+    """Groups that are not known to be gloo's: every step goes by the collective of its name, as with NCCL."""
+
+    def make(self, steps):
+        super().make(steps)
+        for link in self._links.values():
+            link.is_gloo = False
+
+
+def check_pairs(world, mesh, shape, targets_of=None, dtype=torch.float64, most=100, kind=Groups):
     """Redistributions between layouts of a mesh, or from it to another mesh."""
-    groups = groups_of(world)
+    groups = kind(world.rank, world.size)
     pairs = [
         (a, b)
         for a in layouts(mesh, len(shape))
@@ -136,10 +145,6 @@ def check_pairs(world, mesh, shape, targets_of=None, dtype=torch.float64, most=1
         if steps:
             check_steps(world, groups, steps, held(source, shape, dtype), shape)
     groups.close(destroy=True)
-
-
-def groups_of(world):
-    return Groups(world.rank, world.size)
 
 
 # -- scenarios: each runs on every rank --------------------------------------------------------------------------------
@@ -158,11 +163,24 @@ def pairs_on_two_axes(world):
     check_pairs(world, mesh, (4, 3, 4), most=40)
 
 
-def permuted_ranks(world):
+def shuffled(world):
+    """A mesh whose ranks are in no particular order."""
     ranks = tuple(random.Random(1).sample(range(world.size), world.size))
     assert ranks != tuple(range(world.size))
     sizes = (2, 2) if world.size == 4 else (world.size,)
-    mesh = Mesh(("a", "b")[: len(sizes)], sizes, ranks)
+    return Mesh(("a", "b")[: len(sizes)], sizes, ranks)
+
+
+def other_backends(world):
+    """The collectives that backends other than gloo are asked for, on gloo, which has them too."""
+    for shape, mesh in itertools.product([(12, 12), (5, 3), (3, 2, 4)], [Mesh(("a",), (world.size,)), shuffled(world)]):
+        check_pairs(world, mesh, shape, dtype=torch.float32, most=50, kind=NotGloo)
+        check_pairs(world, mesh, shape, dtype=torch.int16, most=10, kind=NotGloo)
+
+
+def permuted_ranks(world):
+    mesh = shuffled(world)
+    sizes = mesh.sizes
     plain = Mesh(("c", "d")[: len(sizes)], sizes)
     for shape in [(4, 12), (5, 3)]:
         check_pairs(world, mesh, shape, most=80)
@@ -176,7 +194,7 @@ def explicit_sizes(world):
     mesh = Mesh(("a",), (n,))
     uneven = tuple([5, 0, 1, 2][:n])
     shape = (sum(uneven), 4)
-    groups = groups_of(world)
+    groups = Groups(world.rank, world.size)
     cut = Layout.of(mesh, (("a",), ()), (), (uneven, None))
     other = Layout.of(mesh, (("a",), ()), (), (uneven[::-1], None))
     choices = [cut, other, Layout.of(mesh, (("a",), ())), Layout.of(mesh, ((), ("a",))), Layout.replicated(mesh, 2)]
@@ -194,7 +212,7 @@ def every_dtype(world):
     other = Layout.of(Mesh(("b",), (world.size,), tuple(reversed(range(world.size)))), (("b",), ()))
     pairs = [(rows, whole), (columns, whole), (rows, columns), (columns, rows), (pending, whole), (pending, rows)]
     pairs += [(pending, columns), (rows, other), (columns, other)]
-    groups = groups_of(world)
+    groups = Groups(world.rank, world.size)
     for dtype, shape in itertools.product(DTYPES, [(12, 12), (5, 3)]):
         for source, target in pairs:
             steps = steps_between(source, target, shape)
@@ -209,7 +227,7 @@ def every_dtype(world):
 
 def reductions_and_scalars(world):
     mesh = Mesh(("a",), (world.size,))
-    groups = groups_of(world)
+    groups = Groups(world.rank, world.size)
     for op, shape, dtype in itertools.product(
         ("sum", "max", "min"), [(), (3,), (4, 5), (0,)], [torch.float32, torch.int64, torch.int16, torch.bool]
     ):
@@ -229,7 +247,7 @@ def large_tensors(world):
     shape = (4 * n, distributed_steps._ONE_ROUND // 8)
     whole = Layout.replicated(mesh, 2)
     rows, columns, pending = Layout.of(mesh, (("a",), ())), Layout.of(mesh, ((), ("a",))), whole.with_partial(("a",))
-    groups = groups_of(world)
+    groups = Groups(world.rank, world.size)
     for source, target in [(rows, whole), (columns, whole), (pending, whole), (pending, columns), (columns, rows)]:
         steps = steps_between(source, target, shape)
         for dtype in (torch.float32, torch.int16):
@@ -243,7 +261,7 @@ def what_prepare_promises(world):
     shape = (4 * world.size, distributed_steps._ONE_ROUND)
     whole = Layout.replicated(mesh, 2)
     rows = Layout.of(mesh, (("a",), ()))
-    groups = groups_of(world)
+    groups = Groups(world.rank, world.size)
     reduce, split = steps_between(whole.with_partial(("a",)), whole, shape), steps_between(whole, rows, shape)
     groups.make((*reduce, *split))
     value = torch.ones(shape)
@@ -355,11 +373,11 @@ def test_two_ranks():
 
 
 def test_three_ranks():
-    run_job(3, *SCENARIOS, permuted_ranks)
+    run_job(3, *SCENARIOS, permuted_ranks, other_backends)
 
 
 def test_four_ranks():
-    run_job(4, *SCENARIOS, pairs_on_two_axes, permuted_ranks)
+    run_job(4, *SCENARIOS, pairs_on_two_axes, permuted_ranks, other_backends)
 
 
 def torchrun(directory, body, *arguments):

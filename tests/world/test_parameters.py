@@ -339,15 +339,21 @@ def check_norms(mesh: str) -> None:
     assert total.full_tensor() > 0
 
 
+class OfAUser(torch.optim.AdamW):
+    """May do anything in its step, so it gets DTensors there."""
+
+
 OPTIMIZERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, 0.1),
     "SGD momentum": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "SGD foreach": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, foreach=True),
+    "SGD fused": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, fused=True),
     "Adam": lambda ps: torch.optim.Adam(ps, 0.1, amsgrad=True),
     "AdamW": lambda ps: torch.optim.AdamW(ps, 0.1),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, 0.1, foreach=True),
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, 0.1, fused=True),
     "Adagrad": lambda ps: torch.optim.Adagrad(ps, 0.1),
+    "AdamW on DTensors": lambda ps: OfAUser(ps, 0.1, foreach=True),
     "RMSprop": lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.5, foreach=True),
 }
 
@@ -427,6 +433,47 @@ def check_an_optimizer_from_before(mesh: str) -> None:
     others(torch.ones(1, 2)).sum().backward()
     unrelated.step()
     assert type(unrelated.param_groups[0]["params"][0]) is nn.Parameter
+
+
+def check_an_optimizer_steps_on_local_tensors(mesh: str) -> None:
+    net, reference = distributed(mesh)[0], make()
+    seen: list[set[type]] = []
+
+    def spy(optimizer: torch.optim.Optimizer, *rest: object) -> None:
+        seen.append({type(p) for group in optimizer.param_groups for p in group["params"]})
+
+    for hooked in (False, True):  # a user's hook sees the true parameters
+        extra = nn.Parameter(torch.ones(2))  # an ordinary one among them
+        its = torch.optim.AdamW([*net.parameters(), extra], 0.1, foreach=False)
+        expected = torch.optim.AdamW(reference.parameters(), 0.1)
+        if hooked:
+            its.register_step_pre_hook(spy)
+            its.register_step_post_hook(spy)
+        for step in range(3):
+            give_gradients(net, reference, step)
+            extra.grad = torch.ones(2)
+            if step == 1 and not hooked:  # a step that fails, and its gradients thrown away
+                its.param_groups[0]["lr"] = "much"
+                with pytest.raises(TypeError):
+                    its.step()
+                assert type(its.param_groups[0]["params"][0]) is torch.Tensor
+                its.zero_grad()
+                its.param_groups[0]["lr"] = 0.1
+                assert type(its.state_dict()["state"][0]["exp_avg"]) is DTensor
+                assert all(p.grad is None for p in net.parameters())
+                its.load_state_dict({**expected.state_dict(), "param_groups": its.state_dict()["param_groups"]})
+                net.load_state_dict(reference.state_dict())
+                reference.zero_grad()
+                continue
+            its.step()
+            expected.step()
+            its.zero_grad()
+            expected.zero_grad()
+        assert all(a is b for a, b in zip(its.param_groups[0]["params"], [*net.parameters(), extra]))
+        assert type(its.state[extra]["exp_avg"]) is torch.Tensor
+        assert_values(net, reference, rtol=1e-5, atol=1e-6)
+    assert seen
+    assert all(DTensor in types for types in seen)
 
 
 def check_optimizer_state_dicts(mesh: str) -> None:
