@@ -112,13 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     layout.mixed = True
     layout.set_defaults(command=_layout, name="layout")
-    layout.add_argument(
-        "--devices", required=True, type=_ints, metavar="2,2,2", help="device matrix: ranks along each axis"
-    )
+    layout.add_argument("--devices", required=True, type=_ints, metavar="2,2,2", help="device matrix: ranks along each axis")
     layout.add_argument("--axes", required=True, type=_names, metavar="dp,sp,mp", help="alias of each axis")
-    layout.add_argument(
-        "--ranks", type=_ints, metavar="0,2,1,...", help="rank at each position, row-major; default 0,1,..."
-    )
+    layout.add_argument("--ranks", type=_ints, metavar="0,2,1,...", help="rank at each position, row-major; default 0,1,...")
     layout.add_argument(
         "--shape",
         required=True,

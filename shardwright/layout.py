@@ -184,6 +184,21 @@ class Layout:
             raise LayoutError(f"rank {rank} is not in this layout's ranks {sorted(bounds)}")
         return tuple(b - a for a, b in bounds[rank])
 
+    def to_dict(self) -> dict[str, object]:
+        """The layout as plain data; ``tensor_map`` counts the axes that split each dim from the right, -1 for none.
+
+        >>> Layout((2, 4), ("dp", "mp"))("dp", "None").to_dict()["tensor_map"]
+        (1, -1)
+        """
+        position = {a: len(self.mesh.axes) - 1 - i for i, a in enumerate(self.mesh.axes)}
+        maps = [tuple(position[a] for a in axes) for axes in self.bound]
+        return {
+            "device_matrix": self.mesh.sizes,
+            "tensor_map": tuple(-1 if not m else m[0] if len(m) == 1 else m for m in maps),
+            "alias_name": self.mesh.axes,
+            "rank_list": list(self.mesh.ranks),
+        }
+
     # -- variations ---------------------------------------------------------------------------------------------
 
     def without_partial(self) -> Layout:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,16 +25,17 @@ class StepContext:
 
     def __init__(self, make: Callable[[Callable[..., Any]], Any]):
         self.make = make
-        self._by_id: dict[int, tuple[Any, Any]] = {}
+        self._by_id: dict[Any, tuple[Any, Any]] = {}
 
     @property
     def children(self) -> list[Any]:
         return [child for _, child in self._by_id.values()]
 
     def parallel(self, target: Callable[..., Any]) -> Any:
-        if id(target) not in self._by_id:
-            self._by_id[id(target)] = (target, self.make(target))
-        return self._by_id[id(target)][1]
+        key = _identity(target)
+        if key not in self._by_id:
+            self._by_id[key] = (target, self.make(target))
+        return self._by_id[key][1]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -45,6 +48,8 @@ class StepContext:
             inside = getattr(depth, "value", 0)
             if inside or not _contexts() or _contexts()[-1] is not self or current_session() is not None:
                 return plain(module, *args, **kwargs)
+            if not any(True for _ in itertools.chain(module.parameters(), module.buffers())):
+                return plain(module, *args, **kwargs)  # a loss on global values: nothing to shard
             depth.value = 1
             try:
                 return self.parallel(module)(*args, **kwargs)
@@ -58,6 +63,17 @@ class StepContext:
         finally:
             nn.Module.__call__ = plain  # type: ignore[method-assign]
             contexts.pop()
+
+
+def _identity(target: Callable[..., Any]) -> Any:
+    """The same for a function that is made anew in every step from the same code and the same closure."""
+    if not isinstance(target, types.FunctionType):
+        return id(target)
+    try:
+        cells = tuple(id(cell.cell_contents) for cell in target.__closure__ or ())
+    except ValueError:  # a cell that is not filled yet
+        return id(target)
+    return (target.__code__, cells, tuple(map(id, target.__defaults__ or ())))
 
 
 _local = threading.local()

@@ -9,6 +9,7 @@ import pkgutil
 import pytest
 
 import shardwright
+from shardwright.rules.registry import _RULES
 
 MODULES = sorted(
     module.name
@@ -18,8 +19,10 @@ MODULES = sorted(
 
 
 @pytest.fixture(autouse=True)
-def _world_of_its_own(monkeypatch):
+def _state_of_its_own(monkeypatch):
+    """Examples set up worlds and register rules."""
     monkeypatch.setattr("shardwright.world.current._current", [])
+    monkeypatch.setattr("shardwright.rules.registry._RULES", dict(_RULES))
     shardwright.init(devices=8)
 
 
@@ -29,9 +32,6 @@ def test_examples(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", [name for name in vars(shardwright) if not name.startswith("_")])
+@pytest.mark.parametrize("name", [n for n, thing in vars(shardwright).items() if n[0] != "_" and callable(thing)])
 def test_public_names_have_an_example(name):
-    thing = getattr(shardwright, name)
-    if not callable(thing):
-        pytest.skip("a module; its examples are in MODULES")
-    assert ">>>" in (thing.__doc__ or "")
+    assert ">>>" in (getattr(shardwright, name).__doc__ or "")

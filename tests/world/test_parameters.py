@@ -93,7 +93,10 @@ def distributed(mesh: str, net: nn.Module | None = None) -> tuple[nn.Module, dic
 def assert_values(net: nn.Module, reference: nn.Module, **tolerance: float) -> None:
     theirs = dict(reference.named_parameters(remove_duplicate=False))
     for name, parameter in net.named_parameters(remove_duplicate=False):
-        torch.testing.assert_close(full_value(parameter), theirs[name].detach(), msg=name, **(tolerance or EXACT))
+        allowed = tolerance or EXACT
+        if tolerance and parameter.dtype == torch.bfloat16:  # kernels round at other moments in a vector's tail
+            allowed = {"rtol": 1e-2, "atol": 1e-3}
+        torch.testing.assert_close(full_value(parameter), theirs[name].detach(), msg=lambda m, n=name: f"{n}: {m}", **allowed)
 
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -371,7 +374,8 @@ def assert_state(optimizer: torch.optim.Optimizer, reference: torch.optim.Optimi
             if isinstance(value, torch.Tensor) and key != "step":
                 assert type(a[key]) is DTensor, key
                 assert a[key].to_local().shape == parameter.to_local().shape
-                torch.testing.assert_close(a[key].full_tensor(), value, msg=key)
+                allowed = {"rtol": 1e-2, "atol": 1e-3} if value.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+                torch.testing.assert_close(a[key].full_tensor(), value, **allowed)
             else:
                 assert type(a[key]) is type(value)
                 assert a[key] == value
@@ -379,8 +383,10 @@ def assert_state(optimizer: torch.optim.Optimizer, reference: torch.optim.Optimi
 
 def check_optimizers(mesh: str) -> None:
     for name, build in OPTIMIZERS.items():
+        # torch's own fused SGD is wrong in bfloat16 on CPUs, from 16 elements on
+        second = torch.float32 if name == "SGD fused" else torch.bfloat16
         for made_after in (0, 1, 2):  # steps before the distribution
-            net, reference = make(), make()
+            net, reference = make(second=second), make(second=second)
             expected = build(reference.parameters())
             optimizer = build(net.parameters())
             for step in range(made_after):
@@ -461,7 +467,7 @@ def check_an_optimizer_steps_on_local_tensors(mesh: str) -> None:
                 its.param_groups[0]["lr"] = 0.1
                 assert type(its.state_dict()["state"][0]["exp_avg"]) is DTensor
                 assert all(p.grad is None for p in net.parameters())
-                its.load_state_dict({**expected.state_dict(), "param_groups": its.state_dict()["param_groups"]})
+                its.load_state_dict({**copy.deepcopy(expected.state_dict()), "param_groups": its.state_dict()["param_groups"]})
                 net.load_state_dict(reference.state_dict())
                 reference.zero_grad()
                 continue
@@ -681,7 +687,15 @@ def check_differing_seeds(mesh: str) -> None:
     same = make()
     same.register_buffer("order", torch.randperm(9, generator=torch.Generator().manual_seed(rank)))
     order = same.order
+    same.register_buffer("empty", torch.zeros(0, 3))
+    same.register_buffer("flags", torch.arange(5) > 4 * rank)
+    same.register_buffer("waves", torch.full((3,), 1j * rank))
+    same.register_buffer("doubled", torch.full((2,), 1.0 + 1j * rank, dtype=torch.complex128))
+    same.none = nn.Parameter(torch.zeros(3, 0))
     lines = heard(lambda: distributed(mesh, same))
+    assert torch.equal(same.flags, torch.arange(5) > 0)
+    assert same.waves.abs().sum() == same.doubled.imag.sum() == 0
+    assert same.none.shape == (3, 0)
     assert same.order is order  # in place, so that whoever holds it sees it
     assert torch.equal(order, torch.randperm(9, generator=torch.Generator().manual_seed(0)))
     assert len(lines) == (rank == 0)
@@ -760,10 +774,9 @@ def check_refusals_leave_the_model_alone(mesh: str) -> None:
         distribute_parameters(net, {**good, "first.weight": good["first.bias"]}, "cpu")
     with pytest.raises(WorldError, match="no layout for any of 10 parameters"):
         distribute_parameters(net, {}, "cpu")
+    twin, unnamed = make(), init_device_mesh("cpu", (dist.get_world_size(),))
+    twin.first.weight = nn.Parameter(distribute_tensor(torch.ones(5, 6), unnamed, [Shard(0)]))
     with pytest.raises(WorldError, match="'first.weight' is a DTensor already"):
-        twin = make()
-        unnamed = init_device_mesh("cpu", (dist.get_world_size(),))
-        twin.first.weight = nn.Parameter(distribute_tensor(torch.ones(5, 6), unnamed, [Shard(0)]))
         distribute_parameters(twin, good, "cpu")
     with pytest.raises(DelayedInitError, match="without a record"):
         distribute_parameters(make().to("meta"), good, "cpu")
