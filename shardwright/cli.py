@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from shardwright.errors import LayoutError, ShardwrightError
 from shardwright.layout import Layout
 from shardwright.world.current import init
@@ -210,6 +207,9 @@ def _one_layout(base: Layout, text: str, shape: tuple[int, ...]) -> Layout:
 
 
 def _layout_table(tensors: Sequence[tuple[Layout, tuple[int, ...]]]) -> str:
+    from rich.console import Console  # here: importing it draws from Python's random generator
+    from rich.table import Table
+
     mesh = tensors[0][0].mesh
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("rank", justify="right", no_wrap=True)

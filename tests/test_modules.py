@@ -141,7 +141,7 @@ def test_a_function_of_several_operators_follows_its_inputs():
 
     marked = sw.shard(block, (grid("a", "None"), grid("None", "b")), out_strategy=(grid("a", "None"),))
     w = nn.Parameter(torch.randn(6, 8).double())
-    net = sw.AutoParallel(lambda x: marked(x, w).sum(1))
+    net = sw.AutoParallel(lambda x: marked(x, w).square().sum(1))
     x = torch.randn(4, 6).double()
     report = sw.verify(net, x)
     assert report.ok, report
