@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import reaches
@@ -140,13 +141,12 @@ def backward_is_a_step(watch: bool) -> Iterator[None]:
     if not watch:
         yield
         return
-    plain = torch.autograd.backward, torch.autograd.grad
-
-    def found(*args: Any, **kwargs: Any) -> Any:
-        raise StepFound()
-
-    torch.autograd.backward = torch.autograd.grad = found  # type: ignore[assignment]
-    try:
+    with _BackwardWatch():
         yield
-    finally:
-        torch.autograd.backward, torch.autograd.grad = plain
+
+
+class _BackwardWatch(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+            raise StepFound()
+        return function(*args, **(kwargs or {}))

@@ -30,13 +30,13 @@ from torch import nn, optim
 from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
+from shardwright.capture.torch_private import StridedShard
 from shardwright.errors import WorldError
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
@@ -102,7 +102,7 @@ def placements(layout: Layout, shape: tuple[int, ...]) -> tuple[Placement, ...] 
         order = [mesh.axes.index(axis) for axis in axes]
         factors = [math.prod(mesh.sizes[j] for j in order[:i] if j > at) for i, at in enumerate(order)]
         for at, factor in zip(order, factors):
-            found[at] = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
+            found[at] = Shard(dim) if factor == 1 else StridedShard(dim, split_factor=factor)
         steps = sorted((at, mesh.sizes[at], factor) for at, factor in zip(order, factors))
         if order != sorted(order) and not _same_pieces(layout, dim, shape, steps):
             return None
@@ -209,19 +209,19 @@ def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Lay
     dims: list[list[int]] = [[] for _ in range(ndim)]
     for at in reversed(range(len(split))):
         placement = split[at]
-        if not isinstance(placement, (Shard, _StridedShard)):
+        if not isinstance(placement, (Shard, StridedShard)):
             if not placement.is_replicate():
                 return None
             continue
-        factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        factor = int(placement.split_factor) if isinstance(placement, StridedShard) else 1
         order, place = dims[placement.dim], 0
         while place < len(order) and math.prod(mesh.size(i) for i in order[:place]) < factor:
             place += 1
         if math.prod(mesh.size(i) for i in order[:place]) != factor:
             return None
         order.insert(place, at)
-    names = mesh.mesh_dim_names
-    if names is None:
+    names = mesh.mesh_dim_names or ()
+    if len(names) != mesh.ndim:
         return None
     over = Mesh(names, tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
     return Layout.of(over, [[names[i] for i in order if mesh.size(i) > 1] for order in dims])

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from shardwright.errors import LayoutError, WorldError
 from shardwright.layout import Layout
+from shardwright.mesh import Mesh
 from shardwright.world import parameters
 from shardwright.world.delayed_init import DelayedInitError, no_init_parameters
 from shardwright.world.parameters import (
@@ -961,6 +962,8 @@ def test_a_process_group_of_one(tmp_path):
         mesh = Layout.parse("@ a=1,b=1").mesh
         assert device_mesh(mesh, "cpu") is net.scale.device_mesh
         assert full_value(torch.ones(2, requires_grad=True)).requires_grad is False
+        alone = Layout.replicated(Mesh((), (), (0,)), 2)
+        assert distribute_parameters(nn.Linear(2, 3, bias=False), {"weight": alone}, "cpu") == {"weight": alone}
         bare = nn.BatchNorm1d(3, affine=False)
         assert distribute_parameters(bare, {}, "cpu") == {}
     finally:
