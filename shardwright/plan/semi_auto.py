@@ -283,8 +283,8 @@ class _Planner:
                 return None
             return follow(node.op, signature, here, needs, self.mesh, self.parameters_first(node, here))
         batch = [self.batch[v] for v in node.inputs]
-        if all(layout is None for layout in batch):
-            return None
+        if all(layout is None for layout in batch):  # no batch reaches it: it follows configured operators, or is free
+            return None if all(h is None for h in here) else follow(node.op, signature, here, needs, self.mesh)
         settled = [
             b if b is None or not b.partial or b == h else b.without_partial()
             for b, h in zip(batch, here, strict=True)
