@@ -15,6 +15,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -61,6 +62,7 @@ class DistributedWorld:
         self.device = torch.device(device) if device is not None else _default_device()
         self._groups = Groups(self.rank, self.size, self.device.type)
         self._owns_job = False
+        atexit.register(self._close_at_exit)
 
     @classmethod
     def from_environment(cls, backend: str | None = None, timeout: timedelta | None = None) -> DistributedWorld:
@@ -97,7 +99,6 @@ class DistributedWorld:
             ) from error
         world = cls(device)
         world._owns_job = True
-        atexit.register(world._close_at_exit)
         return world
 
     def __repr__(self) -> str:
@@ -131,6 +132,8 @@ class DistributedWorld:
 
     def _end(self) -> None:
         initialised = dist.is_initialized()
+        if initialised and not self._groups.closed:
+            _let_threads_finish()
         self._groups.close(destroy=initialised and not self._owns_job)
         if initialised and self._owns_job:
             dist.destroy_process_group()
@@ -183,6 +186,16 @@ def _has_gpus_for(local_rank: int, local_size: int) -> bool:
     if not (torch.cuda.is_available() and dist.is_nccl_available()):
         return False
     return torch.cuda.device_count() >= max(local_size, local_rank + 1)
+
+
+def _let_threads_finish() -> None:
+    """Gives gloo's threads a moment to let go of the last collective's tensors, for which they need the interpreter.
+
+    Before Python 3.14 a thread that asks for the interpreter while it ends aborts the process ("terminate called without
+    an active exception"), and groups that others hold, such as a DeviceMesh, run on until then.
+    """
+    if "gloo" in str(dist.get_backend_config(dist.group.WORLD)):
+        time.sleep(0.1)
 
 
 def _default_device() -> torch.device:

@@ -48,11 +48,14 @@ _MOVABLE = _REDUCIBLE | {torch.bool}  # what they move; anything else travels as
 _ONE_ROUND = 1 << 16
 
 
+_CLOSED = "this distributed world was closed: bind the program again in a new one"
+
+
 class _Closed:
     """What stands for a process group once its world is closed."""
 
     def __getattr__(self, name: str) -> Any:
-        raise WorldError("this distributed world was closed: bind the program again in a new one")
+        raise WorldError(_CLOSED)
 
 
 class Link:
@@ -103,11 +106,14 @@ class Groups:
 
     def __init__(self, rank: int, size: int, device_type: str = "cpu"):
         self.rank, self.size, self.device_type = rank, size, device_type
+        self.closed = False
         self._links: dict[Shape, Link] = {}
         self._made: dict[Shape, Any] = {}
 
     def make(self, steps: Iterable[Step]) -> None:
         """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
+        if self.closed:
+            raise WorldError(_CLOSED)
         wanted = {tuple(sorted(group)) for step in steps if step.kind != "slice" for group in step.groups}
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
             whole = len(ranks) == self.size
@@ -131,7 +137,7 @@ class Groups:
             for ranks, group in self._made.items():
                 if group is not None and self.rank in ranks:
                     dist.destroy_process_group(group)
-        self._links, self._made = {}, {}
+        self._links, self._made, self.closed = {}, {}, True
 
 
 def backend_of(group: Any, device_type: str) -> str:

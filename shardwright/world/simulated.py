@@ -20,7 +20,7 @@ from shardwright.partition.program import Call, LocalProgram, Move
 from shardwright.redistribute.steps import Step
 from shardwright.rules.lowering import PerRank
 from shardwright.world import record
-from shardwright.world.simulated_steps import run_steps
+from shardwright.world.simulated_steps import prepare, run_steps
 from shardwright.world.source import SourceWriter
 
 Lanes = lane.Lanes
@@ -60,32 +60,35 @@ class _SimulatedMove:
     """One move of the program, over lanes."""
 
     def __init__(self, move: Move, source_lanes: Lanes):
-        self.plan, self.dtype = move.redistribution, move.dtype
+        self.plan, self.needs_grad = move.redistribution, move.needs_grad
         self.cause, self.edge = move.cause, move.edge
-        self.source_lanes, self.lanes = source_lanes, move.lanes
-        self.gradient_lanes = lane.of_layout(self.plan.source.without_partial())
-        self.representatives = _representatives(self.lanes)
-        self.source_representatives = _representatives(self.source_lanes)
+        shape = self.plan.shape
+        self.there = prepare(self.plan.forward, shape, source_lanes)
+        self.back = prepare(self.plan.backward, shape, move.lanes)
+        self.takes = [self.there.lanes[r] for r in _representatives(move.lanes)]
+        self.gives = [self.back.lanes[r] for r in _representatives(source_lanes)]
 
     def __call__(self, lanes: list[Tensor]) -> list[Tensor]:
-        return list(_MoveFunction.apply(self, *lanes))
+        if self.needs_grad and torch.is_grad_enabled():
+            return list(_MoveFunction.apply(self, *lanes))
+        return self.forward(lanes)
 
     def forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
         record.emit(self.plan.forward, self.plan.shape, lanes[0].dtype, self.cause, self.edge, "forward")
-        values = run_steps([lanes[i] for i in self.source_lanes], self.plan.forward, self.plan.shape)
-        return _distinct([values[r] for r in self.representatives], lanes)
+        values = self.there(lanes)
+        return [values[i] for i in self.takes]
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         record.emit(self.plan.backward, self.plan.shape, gradients[0].dtype, self.cause, self.edge, "backward")
-        values = run_steps([gradients[i] for i in self.lanes], self.plan.backward, self.plan.shape)
-        return [values[r] for r in self.source_representatives]
+        values = self.back(gradients)
+        return [values[i] for i in self.gives]
 
 
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, move: _SimulatedMove, *lanes: Tensor) -> tuple[Tensor, ...]:
         ctx.move = move
-        return tuple(move.forward(lanes))
+        return tuple(_distinct(move.forward(lanes), lanes))
 
     @staticmethod
     @once_differentiable

@@ -1,29 +1,127 @@
-"""The steps of a redistribution on a list of tensors, one a rank: the collectives of the simulated world.
+"""The steps of a redistribution on a list of tensors: the collectives of the simulated world.
 
-Ranks that hold the same tensor object are computed once. Sums run in the order of the group, first to last.
+A value is a list of tensors, one a lane; ranks in one lane hold the same tensor. Which tensors a step combines, and
+which ranks end up with the same, follows from the layouts alone, so it is worked out once: :func:`prepare` turns steps
+into a list of computations on lanes. Sums run in the order of the group, first to last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardwright.partition.lanes import Lanes
 from shardwright.redistribute.steps import Step, exchange_routes
 
-Values = list[Tensor]
-Bounds = dict[int, tuple[tuple[int, int], ...]]
+Values = Sequence[Tensor]
+Bounds = tuple[tuple[int, int], ...]
+Cuts = tuple[tuple[int, int, int], ...]  # (dim, start, length) of each narrowing
+Compute = Callable[[Values], Tensor]
 
 
-def run_steps(values: Values, steps: tuple[Step, ...], shape: tuple[int, ...]) -> Values:
-    """The values after every step; ``values[r]`` is what rank ``r`` holds."""
+class Prepared:
+    """Steps as computations on lanes.
+
+    Args:
+        stages: for every step, the computation of each lane it makes.
+        lanes: for every rank, the lane it holds after the last step.
+    """
+
+    def __init__(self, stages: list[list[Compute]], lanes: Lanes):
+        self.stages, self.lanes = stages, lanes
+
+    def __call__(self, values: Values) -> Values:
+        for stage in self.stages:
+            values = [compute(values) for compute in stage]
+        return values
+
+
+@lru_cache(maxsize=16384)
+def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: Lanes) -> Prepared:
+    """The computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``."""
+    stages = []
     for step in steps:
-        values = _EXECUTORS[step.kind](values, step, shape)
-    return values
+        keys = _KEYS[step.kind](step, shape, lanes)
+        found: dict[Any, int] = {}
+        lanes = tuple(found.setdefault(key, len(found)) for key in keys)
+        stages.append([_COMPUTE[step.kind](step, key) for key in found])
+    return Prepared(stages, lanes)
 
 
-def _reduce(parts: list[Tensor], op: str) -> Tensor:
+def run_steps(values: Values, steps: tuple[Step, ...], shape: tuple[int, ...]) -> list[Tensor]:
+    """The values after every step; ``values[r]`` is what rank ``r`` holds."""
+    prepared = prepare(steps, shape, tuple(range(len(values))))
+    results = prepared(values)
+    return [results[lane] for lane in prepared.lanes]
+
+
+# -- keys: for every rank, what its result is computed from; equal keys are computed once ---------------------------------
+
+
+def _by_rank(step: Step, of: Callable[[int, list[int]], Any]) -> list[Any]:
+    keys: list[Any] = [None] * step.source.mesh.size
+    for group in step.groups:
+        for rank in group:
+            keys[rank] = of(rank, group)
+    return keys
+
+
+def _group_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+    return _by_rank(step, lambda rank, group: tuple(lanes[r] for r in group))
+
+
+def _slice_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+    have, want = step.source.bounds(shape), step.target.bounds(shape)
+    return [(lanes[rank], _cuts(have[rank], want[rank])) for rank in range(len(lanes))]
+
+
+def _reduce_scatter_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+    have, want = step.source.bounds(shape), step.target.bounds(shape)
+    return _by_rank(step, lambda rank, group: (tuple(lanes[r] for r in group), _cuts(have[rank], want[rank])))
+
+
+def _all_to_all_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+    have, want = step.source.bounds(shape), step.target.bounds(shape)
+    dim = step.dims[1]
+
+    def key(rank: int, group: list[int]) -> Any:
+        (start, stop), base = want[rank][dim], have[rank][dim][0]
+        return tuple((lanes[r], start - base, stop - start) for r in group)
+
+    return _by_rank(step, key)
+
+
+def _exchange_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+    have, want = step.source.bounds(shape), step.target.bounds(shape)
+    parts: dict[int, list[Any]] = {rank: [] for rank in want}
+    for source, target, region in exchange_routes(step.source, step.target, shape):
+        parts[target].append((lanes[source], _cuts(have[source], region), _cuts(want[target], region)))
+    return [(lanes[rank], tuple(b - a for a, b in want[rank]), tuple(parts[rank])) for rank in range(len(lanes))]
+
+
+def _cuts(have: Bounds, want: Bounds) -> Cuts:
+    """How to narrow the piece ``have`` of a global tensor to its region ``want``."""
+    return tuple(
+        (dim, min(c - a, b - a), d - c)
+        for dim, ((a, b), (c, d)) in enumerate(zip(have, want, strict=True))
+        if (a, b) != (c, d)
+    )
+
+
+# -- computations of one lane ---------------------------------------------------------------------------------------------
+
+
+def _cut(value: Tensor, cuts: Cuts) -> Tensor:
+    for dim, start, length in cuts:
+        value = value.narrow(dim, start, length)
+    return value
+
+
+def _reduced(parts: list[Tensor], op: str) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     if op == "sum":
@@ -38,94 +136,50 @@ def _reduce(parts: list[Tensor], op: str) -> Tensor:
     return total
 
 
-def _all_reduce(values: Values, step: Step, shape: tuple[int, ...]) -> Values:
-    return _once_a_group(values, step, lambda parts: _reduce(parts, step.op))
+def _all_reduce(op: str, key: Any, values: Values) -> Tensor:
+    return _reduced([values[i] for i in key], op)
 
 
-def _all_gather(values: Values, step: Step, shape: tuple[int, ...]) -> Values:
-    return _once_a_group(values, step, lambda parts: torch.cat(parts, step.dims[0]))
+def _all_gather(dim: int, key: Any, values: Values) -> Tensor:
+    return torch.cat([values[i] for i in key], dim)
 
 
-def _once_a_group(values: Values, step: Step, combine: Callable[[list[Tensor]], Tensor]) -> Values:
-    result = list(values)
-    known: dict[tuple[int, ...], Tensor] = {}
-    for group in step.source.mesh.groups(step.axes):
-        parts = [values[r] for r in group]
-        key = tuple(map(id, parts))
-        if key not in known:
-            known[key] = combine(parts)
-        for rank in group:
-            result[rank] = known[key]
-    return result
+def _slice(key: Any, values: Values) -> Tensor:
+    return _cut(values[key[0]], key[1])
 
 
-def _inner(value: Tensor, have: tuple[tuple[int, int], ...], want: tuple[tuple[int, int], ...]) -> Tensor:
-    """The region ``want`` of the global tensor, out of the piece ``have`` that ``value`` is."""
-    for dim, ((a, b), (c, d)) in enumerate(zip(have, want, strict=True)):
-        if (a, b) != (c, d):
-            value = value.narrow(dim, min(c - a, b - a), d - c)
-    return value
+def _reduce_scatter(op: str, key: Any, values: Values) -> Tensor:
+    group, cuts = key
+    return _reduced([_cut(values[i], cuts) for i in group], op)
 
 
-def _slice(values: Values, step: Step, shape: tuple[int, ...]) -> Values:
-    have, want = step.source.bounds(shape), step.target.bounds(shape)
-    known: dict[tuple[int, tuple[tuple[int, int], ...]], Tensor] = {}
-    result = list(values)
-    for rank in step.source.mesh.ranks:
-        key = (id(values[rank]), want[rank])
-        if key not in known:
-            known[key] = _inner(values[rank], have[rank], want[rank])
-        result[rank] = known[key]
-    return result
+def _all_to_all(dims: tuple[int, ...], key: Any, values: Values) -> Tensor:
+    source, target = dims
+    return torch.cat([values[i].narrow(target, min(a, values[i].shape[target]), n) for i, a, n in key], source)
 
 
-def _reduce_scatter(values: Values, step: Step, shape: tuple[int, ...]) -> Values:
-    reduced = _all_reduce(values, step, shape)
-    return _slice(reduced, step, shape)
+def _exchange(key: Any, values: Values) -> Tensor:
+    lane, shape, parts = key
+    out = values[lane].new_empty(shape)
+    for source, cuts, place in parts:
+        _cut(out, place).copy_(_cut(values[source], cuts))
+    return out
 
 
-def _all_to_all(values: Values, step: Step, shape: tuple[int, ...]) -> Values:
-    have, want = step.source.bounds(shape), step.target.bounds(shape)
-    source_dim, target_dim = step.dims
-    known: dict[tuple[object, ...], Tensor] = {}
-    result = list(values)
-    for group in step.source.mesh.groups(step.axes):
-        ids = tuple(id(values[r]) for r in group)
-        for rank in group:
-            a, b = want[rank][target_dim]
-            start = have[rank][target_dim][0]
-            key = (ids, a - start, b - start)
-            if key not in known:
-                parts = [values[r].narrow(target_dim, min(a - start, values[r].shape[target_dim]), b - a) for r in group]
-                known[key] = torch.cat(parts, source_dim)
-            result[rank] = known[key]
-    return result
+_KEYS: dict[str, Callable[[Step, tuple[int, ...], Lanes], list[Any]]] = {
+    "all_reduce": _group_keys,
+    "all_gather": _group_keys,
+    "slice": _slice_keys,
+    "reduce_scatter": _reduce_scatter_keys,
+    "all_to_all": _all_to_all_keys,
+    "exchange": _exchange_keys,
+}
 
-
-def _exchange(values: Values, step: Step, shape: tuple[int, ...]) -> Values:
-    have, want = step.source.bounds(shape), step.target.bounds(shape)
-    routes: dict[int, list[tuple[int, tuple[tuple[int, int], ...]]]] = {}
-    for source, target, region in exchange_routes(step.source, step.target, shape):
-        routes.setdefault(target, []).append((source, region))
-    known: dict[tuple[object, ...], Tensor] = {}
-    result = list(values)
-    for rank in step.target.mesh.ranks:
-        parts = routes.get(rank, [])
-        key = (want[rank], tuple((id(values[source]), region) for source, region in parts))
-        if key not in known:
-            out = values[rank].new_empty([b - a for a, b in want[rank]])
-            for source, region in parts:
-                _inner(out, want[rank], region).copy_(_inner(values[source], have[source], region))
-            known[key] = out
-        result[rank] = known[key]
-    return result
-
-
-_EXECUTORS: dict[str, Callable[[Values, Step, tuple[int, ...]], Values]] = {
-    "all_reduce": _all_reduce,
-    "all_gather": _all_gather,
-    "slice": _slice,
-    "reduce_scatter": _reduce_scatter,
-    "all_to_all": _all_to_all,
-    "exchange": _exchange,
+_COMPUTE: dict[str, Callable[[Step, Any], Compute]] = {
+    "all_reduce": lambda step, key: partial(_all_reduce, step.op, key),
+    "all_gather": lambda step, key: partial(_all_gather, step.dims[0], key),
+    "slice": lambda step, key: partial(_slice, key),
+    "reduce_scatter": lambda step, key: partial(_reduce_scatter, step.op, key),
+    "all_to_all": lambda step, key: partial(_all_to_all, step.dims, key),
+    "exchange": lambda step, key: partial(_exchange, key),
 }
