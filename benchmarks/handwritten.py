@@ -107,8 +107,6 @@ class HandGPT(nn.Module):
 
     def _attention(self, attention: nn.Module, x: Tensor) -> Tensor:
         b, s, _ = x.shape
-        q, k, v = (
-            f(x).view(b, s, -1, attention.head).transpose(1, 2) for f in (attention.q, attention.k, attention.v)
-        )
+        q, k, v = (f(x).view(b, s, -1, attention.head).transpose(1, 2) for f in (attention.q, attention.k, attention.v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return _row_forward(attention.proj, y.transpose(1, 2).reshape(b, s, -1))

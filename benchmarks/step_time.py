@@ -162,9 +162,7 @@ def launch(ranks: int, rounds: int) -> dict[str, Any]:
         out = str(Path(folder) / "result.json")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [*command, __file__, "--worker", out, "--rounds", str(rounds)], check=True, env=environment
-        )
+        subprocess.run([*command, __file__, "--worker", out, "--rounds", str(rounds)], check=True, env=environment)
         found: dict[str, Any] = json.loads(Path(out).read_text())
         return found
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from shardwright.world.parameters import full_value
 
 SEED = 1
 MODULES = ["argparse", "calendar", "configparser", "difflib", "doctest", "inspect", "optparse", "pdb", "shutil"]
@@ -154,7 +153,7 @@ def main() -> None:
         if step == 0:
             with sw.record_communication() as log:
                 losses.append(parallel_step(ids, targets).item())
-            gradients = [full_value(parameter.grad).cpu().clone() for parameter in model.parameters()]
+            gradients = [sw.full_value(parameter.grad).cpu().clone() for parameter in model.parameters()]
             summarise(parallel_step.plan, log, options.plan, print_once)
             start = time.perf_counter()
         else:

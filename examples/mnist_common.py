@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import shardwright as sw
 from digits import batches
-from shardwright.world.parameters import full_value
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-2
@@ -102,7 +101,7 @@ def data(epochs: int, steps: int | None) -> Iterator[tuple[int, int, Tensor, Ten
 
 def snapshot(net: nn.Module) -> list[Tensor]:
     """A copy of the weights, whole: in a distributed job each process holds its pieces."""
-    return [full_value(parameter).cpu().clone() for parameter in net.parameters()]
+    return [sw.full_value(parameter).cpu().clone() for parameter in net.parameters()]
 
 
 # -- the single device --------------------------------------------------------------------------------------------

@@ -11,4 +11,5 @@ from shardwright.mesh import Mesh as Mesh
 from shardwright.verify import verify as verify
 from shardwright.world.current import init as init
 from shardwright.world.delayed_init import no_init_parameters as no_init_parameters
+from shardwright.world.parameters import full_value as full_value
 from shardwright.world.record import record_communication as record_communication

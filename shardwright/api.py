@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import current_session
 from shardwright.capture.torch_private import pytree
-from shardwright.compiled import MARK, Compiled, Settings
+from shardwright.compiled import MARK, Compiled, Settings, check_patterns
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.layout import Layout
 from shardwright.ops import check_strategies, user_line
@@ -142,13 +143,14 @@ class AutoParallel:
 
     def _run_step(self, args: Any, kwargs: Any) -> Any:
         if self._step is None:
+            check_patterns(FunctionModule(self.target), self.settings)
             self._step = train_step.StepContext(self._child)
         with self._step.active():
             return self.target(*args, **kwargs)
 
     def _child(self, target: Callable[..., Any]) -> AutoParallel:
         child = AutoParallel(target, self.settings.mode)
-        child.settings = self.settings
+        child.settings = replace(self.settings, of_step=True)
         child._is_step = False
         return child
 
@@ -176,7 +178,7 @@ class AutoParallel:
     def _compile(self, args: Any, kwargs: Any, leaves: list[Any]) -> Compiled:
         if self._compiled:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
-            logger.warning("planning again for new inputs (%s)", shapes)
+            logger.warning("planning again: new inputs (shapes %s) or another mode of the model", shapes)
         if self._root is None:
             self._root = FunctionModule(self.target)
         with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
@@ -211,6 +213,8 @@ class AutoParallel:
             parts = [c._latest for c in self._step.children if c._latest is not None]
             if parts:
                 return max(parts, key=lambda c: len(c.graph.nodes))
+        if self.settings.mode == "stand_alone":
+            raise ShardwrightError("a stand_alone target runs as it is, without a plan")
         raise ShardwrightError("nothing is planned yet: call it once, or call compile(*inputs)")
 
     @property
@@ -237,6 +241,9 @@ class AutoParallel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.module.named_parameters()
+
+    def __repr__(self) -> str:
+        return f"AutoParallel({self.target!r}, parallel_mode={self.settings.mode!r})"
 
     def __getattr__(self, name: str) -> Any:
         target = self.__dict__.get("target")
@@ -268,6 +275,9 @@ class ShardedFunction:
         if now is not None:
             return now.run(self.mark, self.__wrapped_function__, args, kwargs)
         return self.__wrapped_function__(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"shard({self.mark.name}, in_strategy={self.mark.in_strategy})"
 
 
 def shard(

@@ -194,15 +194,9 @@ def _one_layout(base: Layout, text: str, shape: tuple[int, ...]) -> Layout:
         if "@" in text:
             raise LayoutError("the mesh is given by --devices and --axes; leave out '@ ...'")
         layout = Layout.parse(f"{text} @ {base.mesh}") if text.strip() else base()
-        for dim, (axes, pieces) in enumerate(zip(layout.bound, layout.sizes, strict=True)):
-            count = base.mesh.count(axes)
-            if pieces is not None and (len(pieces) != count or min(pieces) < 0):
-                raise LayoutError(f"dim {dim} is split into {count}: give {count} piece sizes, none of them negative")
         layout.slices(shape)
     except ShardwrightError as error:
         raise _UsageError(f"layout {text!r}: {error}") from None
-    except ValueError:
-        raise _UsageError(f'layout {text!r}: cannot read the piece sizes; write "dp[20 12],None"') from None
     return layout
 
 

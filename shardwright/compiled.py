@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.capture.capture import capture
+from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, GraphInput
 from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
@@ -37,6 +38,7 @@ class Settings:
     dataset_strategy: Any = "full_batch"
     strategies: dict[str, Any] | None = None
     source: str = ""
+    of_step: bool = False  # one part of a train step: a pattern may be another part's
 
 
 class Compiled:
@@ -184,7 +186,7 @@ def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, M
         if mark is not None:
             marks[module] = replace(mark, module_path=path)
     for pattern, strategy in (settings.strategies or {}).items():
-        _match(root, pattern, strategy, settings.source, marks, plan, problems)
+        _match(root, pattern, strategy, settings.source, marks, plan, problems, settings.of_step)
     for module, mark in marks.items():
         own = dict(module.named_parameters(remove_duplicate=False))
         for name, entry in (mark.parameter_plan or {}).items():
@@ -199,6 +201,26 @@ def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, M
     return marks, plan
 
 
+def check_patterns(step: nn.Module, settings: Settings) -> None:
+    """Refuses a pattern that matches nothing in any module a train step reaches; each is named from its own root too."""
+    names = [n for n, _ in step.named_modules() if n] + [n for n, _ in step.named_parameters()]
+    if not names:
+        return  # the step finds its modules only as it runs
+    problems = Problems()
+    for pattern in settings.strategies or {}:
+        if not any(_fits(step, n, pattern) for n in names):
+            problems.add(f"strategies: {pattern!r} at {settings.source} matches no module and no parameter of the step")
+    problems.raise_if_any("the strategies cannot be followed")
+
+
+def _fits(root: nn.Module, name: str, pattern: str) -> bool:
+    """Whether a pattern names a module or parameter; of a function, also from the root of the module it reads."""
+    if fnmatch.fnmatchcase(name, pattern):
+        return True
+    inner = name.partition(".")[2]
+    return isinstance(root, FunctionModule) and bool(inner) and fnmatch.fnmatchcase(inner, pattern)
+
+
 def _match(
     root: nn.Module,
     pattern: str,
@@ -207,12 +229,13 @@ def _match(
     marks: dict[nn.Module, Mark],
     plan: dict[str, tuple[Any, str]],
     problems: Problems,
+    of_step: bool,
 ) -> None:
-    modules = [(p, m) for p, m in root.named_modules() if p and fnmatch.fnmatchcase(p, pattern)]
-    parameters = [n for n, _ in root.named_parameters() if fnmatch.fnmatchcase(n, pattern)]
-    if not modules and not parameters:
-        known = ", ".join([p for p, _ in root.named_modules() if p][:6])
-        problems.add(f"strategies: {pattern!r} at {source} matches no module and no parameter; modules are {known}, ...")
+    modules = [(p, m) for p, m in root.named_modules() if p and _fits(root, p, pattern)]
+    parameters = [n for n, _ in root.named_parameters() if _fits(root, n, pattern)]
+    if not modules and not parameters and not of_step:
+        known = ", ".join([p for p, _ in root.named_modules() if p][:6]) or "none: mark the module itself, sw.shard(module)"
+        problems.add(f"strategies: {pattern!r} at {source} matches no module and no parameter; modules are {known}")
     for path, module in modules:
         given = strategy if isinstance(strategy, dict) else {"in_strategy": strategy}
         unknown = set(given) - {"in_strategy", "out_strategy", "parameter_plan"}
@@ -224,4 +247,3 @@ def _match(
     if not modules:
         for name in parameters:
             plan[name] = (strategy, f"strategies {pattern!r} at {source}")
-

@@ -62,9 +62,7 @@ class Layout:
     partial: tuple[tuple[str, str], ...]
     sizes: Sizes
 
-    def __init__(
-        self, device_matrix: Sequence[int], alias_name: Sequence[str], rank_list: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, device_matrix: Sequence[int], alias_name: Sequence[str], rank_list: Sequence[int] | None = None) -> None:
         _check_device_matrix(device_matrix, alias_name, rank_list)
         self._set(Mesh(tuple(alias_name), tuple(device_matrix), tuple(rank_list or ())), None, (), ())
 
@@ -117,8 +115,7 @@ class Layout:
             names, ordered = list(entry), False
         else:
             raise ArgumentTypeError(
-                f"layout entry {position} is {entry!r}, a {type(entry).__name__}; give an alias, 'None' or a tuple of "
-                "aliases"
+                f"layout entry {position} is {entry!r}, a {type(entry).__name__}; give an alias, 'None' or a tuple of aliases"
             )
         for name in names:
             if not isinstance(name, str):
@@ -164,6 +161,10 @@ class Layout:
         axes = self.bound[dim]
         explicit = self.sizes[dim]
         if explicit is not None:
+            if len(explicit) != self.mesh.count(axes) or min(explicit) < 0:
+                raise LayoutError(
+                    f"piece sizes {explicit} of dim {dim}: give {self.mesh.count(axes)} sizes, one a piece, none negative"
+                )
             if sum(explicit) != size:
                 raise LayoutError(f"piece sizes {explicit} add up to {sum(explicit)}, but dim {dim} has size {size}")
             return explicit
@@ -291,7 +292,10 @@ class Layout:
             dims_text = ""
         for entry in re.findall(r"\([^)]*\)(?:\[[^\]]*\])?|[^,\[\s]+(?:\[[^\]]*\])?", dims_text):
             name, _, explicit = entry.partition("[")
-            sizes.append(tuple(int(s) for s in explicit.rstrip("]").split()) if explicit else None)
+            numbers = explicit.rstrip("]").split()
+            if not all(n.isdigit() for n in numbers):
+                raise LayoutError(f"cannot read the piece sizes [{explicit}: write whole numbers, dp[3 7]")
+            sizes.append(tuple(map(int, numbers)) if explicit else None)
             entries.append(tuple(n.strip() for n in name[1:-1].split(",")) if name.startswith("(") else name)
         partial = []
         for reduction in reductions:
@@ -330,8 +334,7 @@ def _bounds(layout: Layout, shape: tuple[int, ...]) -> dict[int, tuple[tuple[int
     mesh, dims = layout.mesh, layout.bound
     if len(shape) != len(dims):
         raise LayoutError(
-            f"layout {layout.short()} has {len(dims)} dims, the shape {tuple(shape)} has {len(shape)}: give one "
-            "entry a dim"
+            f"layout {layout.short()} has {len(dims)} dims, the shape {tuple(shape)} has {len(shape)}: give one entry a dim"
         )
     starts: list[list[tuple[int, int]]] = []
     for dim, size in enumerate(shape):

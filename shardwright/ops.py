@@ -35,8 +35,7 @@ def check_strategies(in_strategy: Any, out_strategy: Any) -> None:
     for name, strategy in (("in_strategy", in_strategy), ("out_strategy", out_strategy)):
         if strategy is not None and not isinstance(strategy, tuple):
             raise ArgumentTypeError(
-                f"{name} is {strategy!r}, a {type(strategy).__name__}; give a tuple with one entry a tensor, "
-                "((2, 4), (4, 1))"
+                f"{name} is {strategy!r}, a {type(strategy).__name__}; give a tuple with one entry a tensor, ((2, 4), (4, 1))"
             )
     if in_strategy is None and out_strategy is not None:
         raise ShardwrightError("out_strategy needs an in_strategy: give both")
@@ -169,7 +168,5 @@ Conv2D = _primitive("Conv2D", F.conv2d, "``F.conv2d(x, weight, bias=None, ...)``
 MaxPool = _primitive("MaxPool", F.max_pool2d, "``F.max_pool2d(x, kernel_size, ...)``.")
 AvgPool = _primitive("AvgPool", F.avg_pool2d, "``F.avg_pool2d(x, kernel_size, ...)``.")
 CrossEntropy = _primitive("CrossEntropy", F.cross_entropy, "``F.cross_entropy(logits, target, ...)``.")
-Attention = _primitive(
-    "Attention", F.scaled_dot_product_attention, "``F.scaled_dot_product_attention(q, k, v, ...)``."
-)
+Attention = _primitive("Attention", F.scaled_dot_product_attention, "``F.scaled_dot_product_attention(q, k, v, ...)``.")
 Concat = _primitive("Concat", lambda tensors, dim=0: torch.cat(tensors, dim), "``torch.cat(tensors, dim)``.")

@@ -145,7 +145,7 @@ def _compare(
     tolerance: float,
     seed: int,
 ) -> None:
-    what = f"{node.op.name} split {({f: a for f, (a, _) in choice.split.items()})} of {mesh}, shapes " + str(
+    what = f"{node.op.name} split { ({f: a for f, (a, _) in choice.split.items()}) } of {mesh}, shapes " + str(
         [m.shape for m in node.op.inputs]
     )
     program = partition(graph, _plan(graph, node, signature, mesh, choice))

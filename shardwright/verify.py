@@ -88,9 +88,7 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
     got = _run(lambda: compiled(leaves), [parameters[n] for n in names], state)
     _restore(root, buffers)
     limit = tolerance if tolerance is not None else _tolerance([*whole.values(), *expected[0]])
-    outputs = {
-        f"{i}": difference(e, g, limit) for i, (e, g) in enumerate(zip(expected[0], got[0], strict=True))
-    }
+    outputs = {f"{i}": difference(e, g, limit) for i, (e, g) in enumerate(zip(expected[0], got[0], strict=True))}
     floor = _rounding(expected[1]) / limit
     gradients = {
         n: difference(e, None if g is None else distributed_parameters.full_value(g), limit, floor)
@@ -181,4 +179,3 @@ def _observe(program: Any, inputs: list[Tensor], names: list[str], state: Tensor
     torch.set_rng_state(state)
     with torch.no_grad():
         return dict(zip(dict.fromkeys(names), run(*inputs), strict=True))
-

@@ -89,9 +89,7 @@ def test_out_strategy_of_another_kind():
 
 
 def test_all_problems_at_once():
-    text = refused(
-        sw.ops.MatMul().shard(((2, 4),)), sw.ops.ReLU().shard(((3, 1),)), sw.ops.ReduceMax(dim=1).shard(((1, 2),))
-    )
+    text = refused(sw.ops.MatMul().shard(((2, 4),)), sw.ops.ReLU().shard(((3, 1),)), sw.ops.ReduceMax(dim=1).shard(((1, 2),)))
     assert "3 problems" in text
     assert all(name in text for name in ("MatMul", "ReLU", "ReduceMax"))
 

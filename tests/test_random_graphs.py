@@ -32,9 +32,7 @@ def entries(rng, devices, *tensors):
     way = counts(rng, [size.get(f, 1) for f in factors], devices, [i for i, f in enumerate(factors) if f in stays])
     split = dict(zip(factors, way, strict=True))
     if rng.random() < 0.5:
-        return tuple(
-            tuple(split[f] if n > 1 else 1 for f, n in zip(names, shape, strict=True)) for shape, names, _ in tensors
-        )
+        return tuple(tuple(split[f] if n > 1 else 1 for f, n in zip(names, shape, strict=True)) for shape, names, _ in tensors)
     order = [f for f in factors if split[f] > 1]
     rng.shuffle(order)
     rest = devices // math.prod(split.values())

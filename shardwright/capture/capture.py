@@ -7,7 +7,9 @@ is computed, models on the meta device and models whose parameters are already d
 from __future__ import annotations
 
 import keyword
+import logging
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.capture.closure import FunctionModule
 from shardwright.capture.functionalise import (
     Tracked,
     functional_overload,
@@ -55,7 +58,7 @@ def capture(
     fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
     fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
     with session() as now, _fake_state(module, mode, device), marked_modules(module, marks or {}):
-        with warnings.catch_warnings(), preserve_node_meta():
+        with warnings.catch_warnings(), preserve_node_meta(), _quiet_logs():
             warnings.simplefilter("ignore")
             try:
                 exported = torch.export.export(module, tuple(fake_args), fake_kwargs, strict=False)
@@ -73,13 +76,30 @@ class StepFound(BaseException):
 _PASS_THROUGH = (CaptureError, StepFound)
 
 
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """A failed export logs its whole inner state; what the user needs is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _capture_message(module: nn.Module, error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (
-        f"{type(module).__name__} cannot be captured as a graph: {lines[0] if lines else type(error).__name__}\n"
-        "A captured callable may not branch on the values of tensors, call .item() or change Python state; "
-        "move that out of the callable or wrap the part that computes"
-    )
+    name = module.name if isinstance(module, FunctionModule) else type(module).__name__
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))]
+    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    text = f"{name} cannot be captured as a graph{where}\n  {type(error).__name__}: "
+    text += lines[0] if lines else "(no message)"
+    if any(word in f"{type(error).__name__} {error}" for word in ("data-dependent", "DataDependent", ".item()", "Unbacked")):
+        text += (
+            "\n  A captured callable may not branch on the values of tensors or call .item(); "
+            "move that out of the callable, or write it with torch.where"
+        )
+    return text
 
 
 def _fake(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
@@ -256,13 +276,10 @@ class _Converter:
 
     def _fold(self, node: fx.Node) -> Any:
         """A Python function of plain values, such as arithmetic on sizes."""
-        args, kwargs = pytree.tree_map(
-            lambda a: self.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
-        )
+        args, kwargs = pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
         if any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
             raise CaptureError(
-                f"{node.target} at {_source(node)} cannot be sharded: only tensor operators can; "
-                "take it out of the callable"
+                f"{node.target} at {_source(node)} cannot be sharded: only tensor operators can; take it out of the callable"
             )
         return node.target(*args, **kwargs)  # type: ignore[operator,misc]
 
@@ -430,9 +447,7 @@ class _Converter:
         )
         autocast, grad = self.context
         self.nodes.append(
-            Node(
-                name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad
-            )
+            Node(name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad)
         )
         self.calls[name] = at.meta.get("custom") or {}
         return outputs

@@ -36,6 +36,11 @@ class FunctionModule(nn.Module):
             else:
                 self.register_buffer(name, value, persistent=False)
 
+    @property
+    def name(self) -> str:
+        """The function's own name."""
+        return getattr(self.__dict__["function"], "__name__", "function")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.__dict__["direct"]:
             return self.__dict__["function"](*args, **kwargs)
@@ -147,4 +152,3 @@ def _free_name(module: nn.Module, name: str) -> str:
         count += 1
         name = f"{base}_{count}"
     return name
-

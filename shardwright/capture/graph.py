@@ -119,7 +119,5 @@ def _needs_grad(graph: Graph) -> frozenset[str]:
         if not node.grad or node.op.name in ("aten.detach", "aten.argmax", "aten.zeros_like", "aten.ones_like"):
             continue
         if any(value in result for value in node.inputs):
-            result.update(
-                v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable
-            )
+            result.update(v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable)
     return frozenset(result)

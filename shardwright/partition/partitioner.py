@@ -59,9 +59,7 @@ class _Partitioner:
         self.node = None
         outputs = tuple(self._whole(o, "output") if isinstance(o, str) else o for o in self.graph.outputs)
         updates = tuple((name, self._whole(value, name)) for name, value in self.graph.updates)
-        return LocalProgram(
-            self.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts, self.place
-        )
+        return LocalProgram(self.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts, self.place)
 
     def _input(self, graph_input: Any) -> ProgramInput:
         layout = self.plan.input_layouts[graph_input.value].normal(graph_input.meta.shape)
@@ -165,9 +163,7 @@ class _Partitioner:
 class _Local:
     """What a lowering writes to; see :class:`shardwright.rules.lowering.Local`."""
 
-    def __init__(
-        self, parent: _Partitioner, node: Node, choice: Choice, signature: Signature, inputs: tuple[Ref, ...]
-    ):
+    def __init__(self, parent: _Partitioner, node: Node, choice: Choice, signature: Signature, inputs: tuple[Ref, ...]):
         self.parent, self.node, self.choice = parent, node, choice
         self.op, self.signature, self.mesh, self.split = node.op, signature, choice.mesh, choice.split
         self.inputs, self.input_layouts = inputs, choice.inputs
@@ -197,9 +193,7 @@ class _Local:
                 kwargs[name] = value
         return self._emit(self.op.target, tuple(args), kwargs, len(self.op.outputs), self.op.returns_sequence)
 
-    def _emit(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, count: int, sequence: bool
-    ) -> tuple[Ref, ...]:
+    def _emit(self, function: Callable[..., Any], args: Any, kwargs: Any, count: int, sequence: bool) -> tuple[Ref, ...]:
         leaves = pytree.tree_leaves((args, kwargs))
         known = [self.parent.lanes[leaf.name] for leaf in leaves if isinstance(leaf, Ref)]
         known += [
@@ -216,9 +210,7 @@ class _Local:
             names.append(name)
             self.parent.lanes[name] = lanes
         self.parent.instructions.append(
-            Call(
-                function, args, kwargs, tuple(names), sequence, self.node.name, lanes, self.node.autocast, self.node.grad
-            )
+            Call(function, args, kwargs, tuple(names), sequence, self.node.name, lanes, self.node.autocast, self.node.grad)
         )
         return tuple(Ref(n) for n in names)
 
@@ -242,11 +234,7 @@ class _Local:
         dtype: Any = None,
     ) -> Ref:
         edge = f"within {self.node.name}"
-        return Ref(
-            self.parent.emit_move(
-                value.name, shape, source, target, partial_gradient, dtype or torch.float32, edge
-            )
-        )
+        return Ref(self.parent.emit_move(value.name, shape, source, target, partial_gradient, dtype or torch.float32, edge))
 
     def settle(self, value: Ref, index: int = 0) -> Ref:
         meta = self.op.outputs[index]

@@ -70,9 +70,7 @@ def propose(
             used.update(accepted[0])
 
 
-def _accepted(
-    signature: Signature, factors: DimFactors, major: str, layout: Layout, dim: int, size: int
-) -> Split | None:
+def _accepted(signature: Signature, factors: DimFactors, major: str, layout: Layout, dim: int, size: int) -> Split | None:
     """The axes and pieces of the dim's first factor that the dim's layout amounts to: as many axes as fit."""
     rest = math.prod(signature.sizes[f] for f in factors if f != major)
     axes, mesh = layout.bound[dim], layout.mesh
@@ -88,9 +86,7 @@ def _accepted(
     return None
 
 
-def _pending(
-    signature: Signature, layouts: Sequence[Layout | None], mesh: Mesh, used: set[str]
-) -> Mapping[int, Layout] | None:
+def _pending(signature: Signature, layouts: Sequence[Layout | None], mesh: Mesh, used: set[str]) -> Mapping[int, Layout] | None:
     """Inputs whose pending sums the operator can pass on, because it is linear in them."""
     for group in signature.linear:
         held = [layouts[i] for i in group]

@@ -97,9 +97,7 @@ class _Planner:
         self.problems.raise_if_any("the strategies cannot be followed")
         self.backward()
         layouts = {i.value: self.input_layout(i) for i in self.graph.inputs}
-        return Plan(
-            self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode
-        )
+        return Plan(self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode)
 
     # -- before: rules and strategies -----------------------------------------------------------------------------
 
@@ -175,9 +173,7 @@ class _Planner:
         if check_form(strategy, "dataset_strategy", self.problems) is None:
             return
         if len(strategy) != len(inputs):
-            self.problems.add(
-                f"dataset_strategy: {len(strategy)} entries for {len(inputs)} tensor inputs; give one an input"
-            )
+            self.problems.add(f"dataset_strategy: {len(strategy)} entries for {len(inputs)} tensor inputs; give one an input")
             return
         for i, (entry, graph_input) in enumerate(zip(strategy, inputs, strict=True)):
             self.fits(entry, graph_input.meta.shape, f"dataset_strategy input {i}")
@@ -243,8 +239,7 @@ class _Planner:
             if self.is_ready(node):
                 self.ready.update(node.outputs)
                 self.where.update(
-                    (v, Layout.replicated(self.mesh, len(m.shape)))
-                    for v, m in zip(node.outputs, node.op.outputs, strict=True)
+                    (v, Layout.replicated(self.mesh, len(m.shape))) for v, m in zip(node.outputs, node.op.outputs, strict=True)
                 )
                 continue
             choice = self.choose(node)
@@ -285,10 +280,7 @@ class _Planner:
         batch = [self.batch[v] for v in node.inputs]
         if all(layout is None for layout in batch):  # no batch reaches it: it follows configured operators, or is free
             return None if all(h is None for h in here) else follow(node.op, signature, here, needs, self.mesh)
-        settled = [
-            b if b is None or not b.partial or b == h else b.without_partial()
-            for b, h in zip(batch, here, strict=True)
-        ]
+        settled = [b if b is None or not b.partial or b == h else b.without_partial() for b, h in zip(batch, here, strict=True)]
         return follow(node.op, signature, settled, needs, self.mesh)
 
     def reads_planned_parameter(self, node: Node) -> bool:
@@ -353,4 +345,3 @@ def _most_split(layouts: Sequence[Layout]) -> list[Layout]:
     """The layouts with the most ways first; among equals the last reader's (they come last to first)."""
     unique = list(dict.fromkeys(reversed(layouts)))
     return sorted(unique, key=lambda layout: -layout.mesh.count(layout.split_axes))
-

@@ -66,9 +66,7 @@ def check_layout(layout: Layout, ndim: int, world_size: int, what: str, problems
         problems.add(f"{what}: the Layout ({layout.mesh}) has no dims; call it with {ndim} entries")
         return False
     if layout.ndim != ndim:
-        problems.add(
-            f"{what}: the layout {layout.short()} has {layout.ndim} dims, the tensor {ndim}; give {ndim} entries"
-        )
+        problems.add(f"{what}: the layout {layout.short()} has {layout.ndim} dims, the tensor {ndim}; give {ndim} entries")
         return False
     if sorted(layout.mesh.ranks) != list(range(world_size)):
         problems.add(
@@ -247,9 +245,7 @@ def resolve_strategy(
     return make_choice(node.op, signature, mesh, split, needs_grad, None, outputs) if outputs else None
 
 
-def _split_of_counts(
-    signature: Signature, checked: Checked, refinement: Refinement
-) -> tuple[Mesh, dict[str, Split]]:
+def _split_of_counts(signature: Signature, checked: Checked, refinement: Refinement) -> tuple[Mesh, dict[str, Split]]:
     assert checked.counts is not None
     mesh, axes = refinement.axes_of(checked.matrix(signature.order, refinement.size))
     split: dict[str, Split] = {}

@@ -23,7 +23,8 @@ def plan_table(plan: Plan, width: int = WIDTH) -> str:
     from rich.console import Console  # here: importing it draws from Python's random generator
 
     console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, legacy_windows=False)
-    console.print(f"plan for {plan.mesh.size} ranks, mesh {plan.mesh or '()'}, mode {plan.mode}", markup=False)
+    mesh = plan.mesh if plan.mesh.axes else "()"
+    console.print(f"plan for {plan.mesh.size} ranks, mesh {mesh}, mode {plan.mode}", markup=False)
     console.print(_parameters(plan))
     console.print(_operators(plan))
     for line in [*_totals(plan), *(f"note: {note}" for note in plan.notes)]:
@@ -139,14 +140,16 @@ def _totals(plan: Plan) -> list[str]:
                 if step.kind != "slice":
                     totals[phase][0] += 1
                     totals[phase][1] += sent_elements(step, move.shape) * instruction.dtype.itemsize
-    held = sum(
-        instruction_bytes(plan, i.value) for i in plan.graph.inputs if i.kind == "parameter"
-    )
+    held = sum(instruction_bytes(plan, i.value) for i in plan.graph.inputs if i.kind == "parameter")
     whole = sum(i.meta.bytes for i in plan.graph.inputs if i.kind == "parameter")
     return [
-        ", ".join(f"{phase}: {n} collectives, {bytes_text(b)} a rank" for phase, (n, b) in totals.items()),
+        ", ".join(f"{phase}: {_collectives(n)}, {bytes_text(b)} a rank" for phase, (n, b) in totals.items()),
         f"parameters on rank {plan.mesh.ranks[0]}: {bytes_text(held)} of {bytes_text(whole)}",
     ]
+
+
+def _collectives(count: int) -> str:
+    return "1 collective" if count == 1 else f"{count} collectives"
 
 
 def instruction_bytes(plan: Plan, value: str) -> int:

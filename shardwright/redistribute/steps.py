@@ -210,8 +210,7 @@ class _Chain:
     def only_gathers(self) -> bool:
         """Whether all that is left is to gather: the exact exchange serves everything else."""
         return all(
-            self.target.bound[d] == self.now.bound[d][: len(self.target.bound[d])]
-            and self.refines(self.now, self.target, d)
+            self.target.bound[d] == self.now.bound[d][: len(self.target.bound[d])] and self.refines(self.now, self.target, d)
             for d in range(self.now.ndim)
         )
 

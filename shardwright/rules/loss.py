@@ -189,9 +189,7 @@ def _sample_layout(local: Local, terms: Terms) -> Layout:
     return Layout.of(local.mesh, [layout.bound[d] for d in kept], (), [layout.sizes[d] for d in kept])
 
 
-def class_sums(
-    scores: Tensor, peak: Tensor | None, target: Tensor, weight: Tensor | None, first: int, terms: Terms
-) -> Tensor:
+def class_sums(scores: Tensor, peak: Tensor | None, target: Tensor, weight: Tensor | None, first: int, terms: Terms) -> Tensor:
     """For each sample the sums over local classes that its loss is made of, stacked; see :func:`loss_of_sums`.
 
     Args:

@@ -141,9 +141,7 @@ def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor
     return mean, deviation / sum(counts)
 
 
-def normalised(
-    x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def normalised(x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from the statistics of all pieces."""
     mean, variance = merged_statistics(pieces, counts)
     result = (x.to(mean.dtype) - channels_of(mean, x)) * channels_of((variance + eps).rsqrt(), x)
@@ -158,9 +156,7 @@ def channels_of(value: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_running(
-    running_mean: Tensor, running_var: Tensor, pieces: Tensor, counts: list[int], momentum: float
-) -> Tensor:
+def update_running(running_mean: Tensor, running_var: Tensor, pieces: Tensor, counts: list[int], momentum: float) -> Tensor:
     """Moves the running statistics in place, the variance unbiased, as ``batch_norm`` does; returns the mean."""
     mean, variance = merged_statistics(pieces, counts)
     unbiased = variance * (sum(counts) / max(sum(counts) - 1, 1))

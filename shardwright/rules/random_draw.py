@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 
-def filled(
-    method: str, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, *args: Any
-) -> Tensor:
+def filled(method: str, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, *args: Any) -> Tensor:
     """A tensor of this shape and memory order, filled by a random in-place method such as ``normal_``.
 
     >>> filled("random_", (2,), (1,), torch.int64, None, 5, 6)

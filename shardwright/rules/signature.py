@@ -143,12 +143,9 @@ def parse(
             f"{len(op.inputs)} and {len(op.outputs)}"
         )
     outputs = [
-        _tensor(text, meta.shape, found, marks, broadcast=False)
-        for text, meta in zip(out_texts, op.outputs, strict=True)
+        _tensor(text, meta.shape, found, marks, broadcast=False) for text, meta in zip(out_texts, op.outputs, strict=True)
     ]
-    inputs = [
-        _tensor(text, meta.shape, found, marks, broadcast=True) for text, meta in zip(texts, op.inputs, strict=True)
-    ]
+    inputs = [_tensor(text, meta.shape, found, marks, broadcast=True) for text, meta in zip(texts, op.inputs, strict=True)]
     return Signature(
         tuple(inputs),
         tuple(outputs),
@@ -162,9 +159,7 @@ def parse(
     )
 
 
-def _tensor(
-    text: str, shape: tuple[int, ...], sizes: dict[str, int], marks: dict[str, str], broadcast: bool
-) -> TensorFactors:
+def _tensor(text: str, shape: tuple[int, ...], sizes: dict[str, int], marks: dict[str, str], broadcast: bool) -> TensorFactors:
     tokens = _TOKEN.findall(text)
     if "..." in tokens:
         at = tokens.index("...")

@@ -676,9 +676,7 @@ def _run(
     return storages, after
 
 
-def _run_step(
-    step: _Step, storages: dict[int, torch.UntypedStorage], state: torch.Tensor | None
-) -> torch.Tensor | None:
+def _run_step(step: _Step, storages: dict[int, torch.UntypedStorage], state: torch.Tensor | None) -> torch.Tensor | None:
     """Runs one step; returns the state after it of the generator that it draws from."""
     arguments = (step.args, step.kwargs)
     generator = torch.Generator() if _Generator in _leaves(type, arguments) else torch.default_generator

@@ -52,8 +52,7 @@ class CommunicationLog:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{e.phase:8} {e.kind:14} over {','.join(e.axes) or 'all ranks':10} {e.bytes:>10} B  {e.edge}"
-            for e in self.events
+            f"{e.phase:8} {e.kind:14} over {','.join(e.axes) or 'all ranks':10} {e.bytes:>10} B  {e.edge}" for e in self.events
         )
 
 

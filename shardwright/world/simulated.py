@@ -218,4 +218,3 @@ def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], l
 
     steps: tuple[Step, ...] = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]
-

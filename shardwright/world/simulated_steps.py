@@ -106,9 +106,7 @@ def _exchange_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any
 def _cuts(have: Bounds, want: Bounds) -> Cuts:
     """How to narrow the piece ``have`` of a global tensor to its region ``want``."""
     return tuple(
-        (dim, min(c - a, b - a), d - c)
-        for dim, ((a, b), (c, d)) in enumerate(zip(have, want, strict=True))
-        if (a, b) != (c, d)
+        (dim, min(c - a, b - a), d - c) for dim, ((a, b), (c, d)) in enumerate(zip(have, want, strict=True)) if (a, b) != (c, d)
     )
 
 

@@ -110,9 +110,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings(
-    "ignore:index_reduce.. is in beta:UserWarning"
-)  # said once, by PyTorch, to whoever calls it
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta:UserWarning")  # said once, by PyTorch, to whoever calls it
 @pytest.mark.parametrize("name", CASES)
 def test_computes_what_the_whole_computes(name: str) -> None:
     function, args, free = CASES[name]

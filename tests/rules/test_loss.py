@@ -50,9 +50,7 @@ def test_ignored_targets(reduction: str, weighted: bool, smoothing: float) -> No
 
     def function(scores: Tensor, target: Tensor, *weight: Tensor, ignore: int) -> Tensor:
         fixed = weight[0].detach() if weight else None
-        return F.cross_entropy(
-            scores, target, fixed, reduction=reduction, ignore_index=ignore, label_smoothing=smoothing
-        )
+        return F.cross_entropy(scores, target, fixed, reduction=reduction, ignore_index=ignore, label_smoothing=smoothing)
 
     weight = (shares(5),) if weighted else ()
     for ignore, target in ((-100, [-100, -100, 3, 1, 0]), (2, [2, 2, 2, 4, 0])):

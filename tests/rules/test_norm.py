@@ -27,9 +27,7 @@ def scales(*shape: int, count: int) -> tuple[Tensor, ...]:
     return tuple(numbers(*shape) for _ in range(count))
 
 
-@pytest.mark.parametrize(
-    "shape, over", [((4, 6), (6,)), ((5, 3, 2), (2,)), ((2, 5, 3, 2), (3, 2)), ((1, 4), (4,))], ids=str
-)
+@pytest.mark.parametrize("shape, over", [((4, 6), (6,)), ((5, 3, 2), (2,)), ((2, 5, 3, 2), (3, 2)), ((1, 4), (4,))], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 2], ids=["plain", "weight", "weight-and-bias"])
 def test_layer_norm(shape: Shape, over: Shape, count: int) -> None:
     check_rule(F.layer_norm, numbers(*shape), over, *scales(*over, count=count), limit=30)
@@ -82,9 +80,7 @@ def test_batch_norm_with_given_statistics(shape: Shape, count: int) -> None:
         return F.batch_norm(x, mean.detach(), var.detach(), *scale)
 
     statistics = numbers(shape[1]), torch.rand(shape[1]).double() + 1
-    check_rule(
-        function, numbers(*shape), *statistics, *scales(shape[1], count=count), operator="aten.batch_norm", limit=20
-    )
+    check_rule(function, numbers(*shape), *statistics, *scales(shape[1], count=count), operator="aten.batch_norm", limit=20)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (5, 3, 2), (3, 2, 2, 2)], ids=str)

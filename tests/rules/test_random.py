@@ -81,9 +81,7 @@ def test_dropout_is_that_of_the_single_device(name: str, shape: tuple[int, ...])
 @pytest.mark.parametrize("name", [*DROPOUTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dropout_rounds_as_the_single_device_does(name: str, dtype: torch.dtype) -> None:
-    check_rule(
-        DROPOUTS[name], torch.randn(6, 5, 3).to(dtype), operator=_operator(name), meshes=((3,), (2, 2)), tolerance=0
-    )
+    check_rule(DROPOUTS[name], torch.randn(6, 5, 3).to(dtype), operator=_operator(name), meshes=((3,), (2, 2)), tolerance=0)
 
 
 ORDERS: dict[str, Callable[[], Tensor]] = {

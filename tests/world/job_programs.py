@@ -14,8 +14,8 @@ import shardwright as sw
 from shardwright.world.parameters import full_value
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_programs import Everything, Net  # noqa: E402
-from test_random_graphs import RandomNet  # noqa: E402
+from test_programs import Everything, Net
+from test_random_graphs import RandomNet
 
 
 def compare(name, expected, got, tolerance=1e-9):

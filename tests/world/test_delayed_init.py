@@ -330,9 +330,7 @@ def test_uninitialised_memory_is_zero_everywhere() -> None:
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=2, n_embd=32, n_head=2, vocab_size=90, n_positions=16, bos_token_id=0, eos_token_id=0
-        )
+        transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=90, n_positions=16, bos_token_id=0, eos_token_id=0)
     )
 
 
@@ -355,9 +353,7 @@ def llama(dtype: torch.dtype | None = None) -> nn.Module:
 def bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     return transformers.BertModel(
-        transformers.BertConfig(
-            num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2, vocab_size=90
-        )
+        transformers.BertConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2, vocab_size=90)
     )
 
 
@@ -465,9 +461,7 @@ def test_what_cannot_be_delayed_is_refused() -> None:
     foreign = torch.empty(3, device="meta")
     state = torch.get_rng_state()
     with no_init_parameters():
-        with pytest.raises(
-            ShardwrightError, match=r"aten\.normal_ at .* draws into a tensor of shape \(3,\) .*outside"
-        ):
+        with pytest.raises(ShardwrightError, match=r"aten\.normal_ at .* draws into a tensor of shape \(3,\) .*outside"):
             real.normal_()
         with pytest.raises(ShardwrightError, match=r"aten\.copy_ at .* real tensor .* make that tensor inside"):
             real.copy_(torch.ones(3))
@@ -477,9 +471,7 @@ def test_what_cannot_be_delayed_is_refused() -> None:
             torch.ones(3).to_sparse()
         with pytest.raises(ShardwrightError, match=r"torch\.load"):
             torch.empty(0).set_(real.untyped_storage())
-        with pytest.raises(
-            ShardwrightError, match=r"aten\.randn at .* draws on device 'xla', .* build the model on the CPU"
-        ):
+        with pytest.raises(ShardwrightError, match=r"aten\.randn at .* draws on device 'xla', .* build the model on the CPU"):
             torch.randn(3, device="xla")
         with pytest.raises(RuntimeError, match="broadcast"):  # ordinary mistakes stay what they are
             torch.ones(3) + torch.ones(4)
