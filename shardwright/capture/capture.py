@@ -6,13 +6,14 @@ is computed, models on the meta device and models whose parameters are already d
 
 from __future__ import annotations
 
+import contextlib
+import io
 import keyword
 import logging
 import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -76,13 +77,14 @@ class StepFound(BaseException):
 _PASS_THROUGH = (CaptureError, StepFound)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_logs() -> Iterator[None]:
     """A failed export logs its whole inner state; what the user needs is in the error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 
@@ -90,7 +92,7 @@ def _quiet_logs() -> Iterator[None]:
 def _capture_message(module: nn.Module, error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     name = module.name if isinstance(module, FunctionModule) else type(module).__name__
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE, "<"))]
     where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     text = f"{name} cannot be captured as a graph{where}\n  {type(error).__name__}: "
     text += lines[0] if lines else "(no message)"
@@ -112,7 +114,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
     """Replaces every parameter and buffer by a fake one of its global shape, tied ones by the same."""
     known: dict[int, Tensor] = {}
