@@ -22,9 +22,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 benchmark: $(INSTALLED)
-	@set -e; for script in benchmarks/bench_*.py; do \
-	  echo "== $$script"; $(BIN)/python "$$script"; \
-	done
+	$(BIN)/python benchmarks/step_time.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

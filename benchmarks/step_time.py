@@ -118,11 +118,13 @@ def worker(rounds: int, out: str) -> None:
         losses = {variant: [step() for _ in range(3)] for variant, step in steps.items()}
         times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         count = rounds if case.startswith("gpt") else 6 * rounds
-        for _ in range(count):
-            for variant, step in steps.items():
+        names = list(steps)
+        for turn in range(count):
+            for place in range(len(names)):  # each follows each other as often: what ran before warms caches
+                variant = names[(place + turn) % len(names)] if turn % 2 else names[(turn - place) % len(names)]
                 torch.distributed.barrier()
                 start = time.perf_counter()
-                step()
+                steps[variant]()
                 times[variant].append(time.perf_counter() - start)
         results[case] = {
             "median": {v: statistics.median(t) for v, t in times.items()},

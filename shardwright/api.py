@@ -164,7 +164,12 @@ class AutoParallel:
         return self
 
     def _find(self, args: Any, kwargs: Any) -> tuple[list[Any], Compiled]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves: list[Any]
+        spec: Any
+        if not kwargs and all(type(a) is Tensor for a in args):
+            leaves, spec = list(args), len(args)  # the usual call, without walking trees
+        else:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (spec, tuple(map(_leaf_key, leaves)), self._state_key())
         compiled = self._compiled.get(key)
         if compiled is None:

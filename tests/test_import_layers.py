@@ -31,9 +31,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 PRIVATE_DOOR = "shardwright.capture.torch_private"
 # What else may: (module, private name) -> why it cannot go through the door. Only for modules of shardwright.world; an
 # entry that nothing uses any more fails the test.
-PRIVATE_ALLOWED: dict[tuple[str, str], str] = {
-    ("shardwright.world.parameters", "torch._C"): "the engine's answer to whether a gradient is wanted is asked per step",
-}
+PRIVATE_ALLOWED: dict[tuple[str, str], str] = {}
 
 
 class Source(NamedTuple):

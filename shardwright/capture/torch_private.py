@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -9,6 +10,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
+
+# Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
+will_execute_node = torch._C._will_engine_execute_node
 
 __all__ = [
     "FakeTensor",
@@ -20,4 +24,5 @@ __all__ = [
     "disable_current_modes",
     "preserve_node_meta",
     "pytree",
+    "will_execute_node",
 ]

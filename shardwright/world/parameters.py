@@ -36,7 +36,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from shardwright.capture.torch_private import StridedShard
+from shardwright.capture.torch_private import StridedShard, will_execute_node
 from shardwright.errors import WorldError
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
@@ -783,7 +783,7 @@ class _Enter(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *(g if g is None else _alike(p, g) for g, p in zip(gradients, ctx.parameters))
         _, node, alone = _sentinel()
-        direct = torch._C._will_engine_execute_node(node)
+        direct = will_execute_node(node)
         results: list[Any] = [None]
         for parameter, gradient, count in zip(ctx.parameters, gradients, references):
             if gradient is None:
