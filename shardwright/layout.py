@@ -163,7 +163,7 @@ class Layout:
         if explicit is not None:
             if len(explicit) != self.mesh.count(axes) or min(explicit) < 0:
                 raise LayoutError(
-                    f"piece sizes {explicit} of dim {dim}: give {self.mesh.count(axes)} sizes, one a piece, none negative"
+                    f"piece sizes {explicit} of dim {dim}: give {self.mesh.count(axes)} piece sizes, none negative"
                 )
             if sum(explicit) != size:
                 raise LayoutError(f"piece sizes {explicit} add up to {sum(explicit)}, but dim {dim} has size {size}")

@@ -232,6 +232,12 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
 
     Args:
         parameter: a DTensor of any placements. An ordinary tensor is returned as it is, detached.
+
+    Returns:
+        A tensor of the global shape.
+
+    >>> full_value(nn.Parameter(torch.ones(2)))
+    tensor([1., 1.])
     """
     parameter = current(parameter)
     layout, value = layout_of(parameter), parameter.detach()
