@@ -258,7 +258,8 @@ def test_distributed_starts_processes(script, monkeypatch):
 def test_the_module_is_a_command(tmp_path):
     """The whole way once, in a process of its own: distributed, two ranks."""
     (tmp_path / "hello.py").write_text(
-        "import shardwright as sw\nworld = sw.init()\nprint('hello', world.rank, world.size, flush=True)\n"
+        "import os\nimport shardwright as sw\nworld = sw.init()\n"
+        "os.write(1, f'hello {world.rank} {world.size}\\n'.encode())\n"  # one write: the ranks share the pipe
     )
     command = [sys.executable, "-m", "shardwright", "run", "--devices", "2", "--distributed", "hello.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
