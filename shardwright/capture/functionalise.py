@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from shardwright.errors import CaptureError
 
 aten = torch.ops.aten
-Emit = Callable[..., str]  # (overload, args with value names as Value, kwargs, metas) -> value name
 
 
 @dataclass

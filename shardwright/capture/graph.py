@@ -82,15 +82,6 @@ class Graph:
             self.metas.update(zip(node.outputs, node.op.outputs, strict=True))
         object.__setattr__(self, "needs_grad", _needs_grad(self))
 
-    @property
-    def consumers(self) -> dict[str, list[tuple[Node, int]]]:
-        """For every value, the nodes that read it, with the position among their tensor inputs."""
-        result: dict[str, list[tuple[Node, int]]] = {name: [] for name in self.metas}
-        for node in self.nodes:
-            for position, value in enumerate(node.inputs):
-                result[value].append((node, position))
-        return result
-
     def __str__(self) -> str:
         lines = [f"{i.value}: {i.kind} {i.target} {list(i.meta.shape)}" for i in self.inputs]
         for node in self.nodes:

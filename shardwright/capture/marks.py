@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
-
-_ids = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,4 +27,3 @@ class Mark:
     source: str = ""
     is_pin: bool = False
     module_path: str | None = None
-    uid: int = field(default_factory=lambda: next(_ids))

@@ -6,7 +6,6 @@ becomes one move, shared by all consumers with the same need.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -273,8 +272,3 @@ class _Local:
 
 def _hashable(value: Any) -> Any:
     return value if isinstance(value, (int, float, bool, str, type(None))) else repr(value)
-
-
-def local_bytes(layout: Layout, meta: Any, rank: int) -> int:
-    """Bytes that ``rank`` holds of a tensor."""
-    return math.prod(layout.local_shape(meta.shape, rank)) * int(meta.dtype.itemsize)
