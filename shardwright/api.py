@@ -106,6 +106,19 @@ class AutoParallel:
         self._forget()
         return self
 
+    def enable_alltoall(self, enable: bool = True) -> AutoParallel:
+        """Says whether pieces may move straight from one layout to another; they may by default.
+
+        Args:
+            enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More
+                bytes move and tensors are larger in between; for backends whose all-to-all is slow or missing.
+        """
+        if not isinstance(enable, bool):
+            raise ArgumentTypeError(f"enable_alltoall({enable!r}): give True or False")
+        self.settings.enable_alltoall = enable
+        self._forget()
+        return self
+
     def shard(self, strategies: dict[str, Any]) -> AutoParallel:
         """Gives modules and parameters strategies by name, leaving the model as it is.
 

@@ -21,6 +21,7 @@ from shardwright.partition.partitioner import partition
 from shardwright.partition.program import LocalProgram
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest, plan_semi_auto
+from shardwright.redistribute.planner import Options
 from shardwright.rules.operator import Operator
 from shardwright.world import parameters as distributed_parameters
 from shardwright.world.current import World
@@ -38,6 +39,7 @@ class Settings:
     dataset_strategy: Any = "full_batch"
     strategies: dict[str, Any] | None = None
     source: str = ""
+    enable_alltoall: bool = True
     of_step: bool = False  # one part of a train step: a pattern may be another part's
 
 
@@ -56,7 +58,7 @@ class Compiled:
         )
         self.plan: Plan = plan_semi_auto(self.graph, request)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
-        self.program: LocalProgram = partition(self.graph, self.plan)
+        self.program: LocalProgram = partition(self.graph, self.plan, Options(enable_alltoall=settings.enable_alltoall))
         self.plan.attach(self.program)
         self.run: Callable[..., Any] = world.bind(self.program)
         self._read = [self._reader(i) for i in self.graph.inputs]

@@ -62,7 +62,7 @@ class Mesh:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """The rank's index along every axis."""
-        return dict(zip(self.axes, _coordinate_table(self)[self.ranks.index(rank)], strict=True))
+        return dict(zip(self.axes, _coordinate_table(self)[_positions(self)[rank]], strict=True))
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
         """The groups of ranks that differ only along ``axes``, each in the order of ``axes`` (first most significant)."""
@@ -89,6 +89,11 @@ def _coordinate_table(mesh: Mesh) -> list[tuple[int, ...]]:
             rest //= size
         table.append(tuple(reversed(coords)))
     return table
+
+
+@cache
+def _positions(mesh: Mesh) -> dict[int, int]:
+    return {rank: position for position, rank in enumerate(mesh.ranks)}
 
 
 @cache

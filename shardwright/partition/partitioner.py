@@ -7,6 +7,7 @@ becomes one move, shared by all consumers with the same need.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, Instruction, LocalProgram, Move, ProgramInput
+from shardwright.partition.sharing import Need, sharing
 from shardwright.plan.choice import Choice
 from shardwright.plan.plan import Plan
+from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.lowering import PerRank, Ref
 from shardwright.rules.signature import Signature
@@ -25,31 +28,41 @@ from shardwright.rules.signature import Signature
 _NO_GRADIENT = ("detach", "argmax", "ge", "lt", "eq", "ne")
 
 
-def partition(graph: Graph, plan: Plan) -> LocalProgram:
+def partition(graph: Graph, plan: Plan, options: Options | None = None) -> LocalProgram:
     """The program one rank runs, with every collective the plan asks for.
+
+    Args:
+        options: what redistributions may use and what they cost; the item size is that of each tensor.
 
     Returns:
         A :class:`LocalProgram` whose outputs are whole on every rank.
     """
-    return _Partitioner(graph, plan).run()
+    return _Partitioner(graph, plan, options or Options()).run()
 
 
 class _Partitioner:
-    def __init__(self, graph: Graph, plan: Plan):
+    def __init__(self, graph: Graph, plan: Plan, options: Options):
         self.graph, self.plan = graph, plan
+        self.options = {options.itemsize: options}
         self.size = plan.mesh.size
         self.instructions: list[Instruction] = []
         self.lanes: dict[str, lane.Lanes] = {}
         self.layouts: dict[str, Layout] = {}
         self.place: dict[str, str] = {}  # graph value -> local value
         self.moved: dict[tuple[str, Layout, tuple[str, ...]], str] = {}
-        self.needs: dict[str, set[tuple[Layout, tuple[str, ...]]]] = {}
+        self.needs: dict[str, dict[Need, None]] = {}  # what each graph value is read as, in order
         self.node: Node | None = None
         self.count = 0
         for node in graph.nodes:
             choice = plan.choices[node.name]
             for value, layout, gradient in zip(node.inputs, choice.inputs, choice.partial_gradient, strict=True):
-                self.needs.setdefault(value, set()).add((layout, gradient))
+                self._add_need(value, layout, gradient)
+        for name in [*graph.outputs, *(value for _, value in graph.updates)]:
+            if isinstance(name, str):
+                self._add_need(name, Layout.replicated(plan.mesh, len(graph.metas[name].shape)), ())
+
+    def _add_need(self, value: str, layout: Layout, gradient: tuple[str, ...]) -> None:
+        self.needs.setdefault(value, {})[layout.normal(self.graph.metas[value].shape), gradient] = None
 
     def run(self) -> LocalProgram:
         inputs = tuple(self._input(i) for i in self.graph.inputs)
@@ -103,15 +116,17 @@ class _Partitioner:
         meta = self.graph.metas[value]
         layout = layout.normal(meta.shape)
         source = self.place[value]
-        pending = self.layouts[source].partial_axes
-        if pending and set(pending) - set(layout.partial_axes) and self._reduced_for_several(value, layout):
-            source = self._move_once(source, self.layouts[source].without_partial(), (), value, reader)
-        return self._move_once(source, layout, gradient, value, reader)
-
-    def _reduced_for_several(self, value: str, layout: Layout) -> bool:
-        """Whether consumers with different needs all want the sums done: then they share one reduction."""
-        needs = {(n.normal(self.graph.metas[value].shape), g) for n, g in self.needs.get(value, ())}
-        return len(needs) > 1 and not any(n.partial for n, _ in needs)
+        start = self.layouts[source]
+        wanted = tuple(n for n in self.needs.get(value, ()))
+        options = self.options_for(meta.dtype)
+        tree = sharing(start, wanted, meta.shape, value in self.graph.needs_grad, options) if len(wanted) > 1 else {}
+        need: Need = (layout, gradient)
+        chain = [need]
+        while tree.get(chain[-1], (start, ())) != (start, ()):
+            chain.append(tree[chain[-1]])
+        for wanted_layout, wanted_gradient in reversed(chain):
+            source = self._move_once(source, wanted_layout, wanted_gradient, value, reader)
+        return source
 
     def _move_once(self, source: str, layout: Layout, gradient: tuple[str, ...], value: str, reader: str) -> str:
         if self.layouts[source] == layout and not gradient:
@@ -124,6 +139,12 @@ class _Partitioner:
                 value in self.graph.needs_grad,
             )  # fmt: skip
         return self.moved[key]
+
+    def options_for(self, dtype: torch.dtype) -> Options:
+        size = dtype.itemsize
+        if size not in self.options:
+            self.options[size] = replace(next(iter(self.options.values())), itemsize=size)
+        return self.options[size]
 
     def new_name(self, hint: str) -> str:
         while True:
@@ -143,7 +164,7 @@ class _Partitioner:
         edge: str,
         needs_grad: bool = True,
     ) -> str:
-        plan = redistribution(before, after, shape, gradient)
+        plan = redistribution(before, after, shape, gradient, self.options_for(dtype))
         if plan.is_identity:
             return source
         name = self.new_name(source.rstrip("0123456789").rstrip("_") or source)

@@ -6,7 +6,8 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from shardwright.redistribute.steps import Step, sent_elements
+from shardwright.redistribute.step import Step
+from shardwright.redistribute.volume import sent_elements
 
 if TYPE_CHECKING:
     from rich.table import Table

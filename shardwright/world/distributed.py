@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from shardwright.errors import WorldError
 from shardwright.partition.program import Call, LocalProgram, Move
-from shardwright.redistribute.steps import Step
+from shardwright.redistribute.step import Step
 from shardwright.rules.lowering import PerRank
 from shardwright.rules.operator import OpOverload
 from shardwright.world import record

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwright.errors import WorldError
-from shardwright.redistribute.steps import Step, exchange_routes
+from shardwright.redistribute.routes import exchange_routes
+from shardwright.redistribute.step import Step
 
 Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
@@ -164,7 +165,7 @@ def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool =
     at = _Place(step, shape, rank, groups)
     if step.kind == "slice":
         return _slice(at)
-    if step.kind == "exchange":
+    if step.kind in ("exchange", "permute"):
         return _exchange(at)
     if len(at.members) == 1:
         return _same
@@ -312,12 +313,12 @@ def _all_gather(at: _Place) -> Run:
     sizes = [math.prod(s) for s in shapes]
     total, own = sum(sizes), math.prod(at.local)
     result = at.result
-    finish = _unpack(shapes, at.step.dims[0], result, at.order)
+    finish = _unpack(shapes, at.step.dims[0], result, at.order) if len(at.step.dims) == 1 else _place_all(at)
     even = len(set(sizes)) == 1
     if total == 0:
         return lambda x: x.new_empty(result)
     in_one_round = not even or (link.is_gloo and total <= _ONE_ROUND)
-    if not in_one_round and at.step.dims[0] == 0 and at.is_sorted:
+    if not in_one_round and at.step.dims == (0,) and at.is_sorted:
 
         def run(x: Tensor) -> Tensor:
             out = x.new_empty(result)
@@ -431,6 +432,31 @@ def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> R
     def run(flat: Tensor) -> Tensor:
         parts = flat.split(sizes)
         return torch.cat([parts[i].view(shapes[i]) for i in order], dim)
+
+    return run
+
+
+def _place_all(at: _Place) -> Run:
+    """Puts pieces, flat and in torch's order, together along several dims."""
+    counts = [at.step.source.mesh.count(at.step.source.bound[d][len(at.step.target.bound[d]) :]) for d in at.step.dims]
+    shapes, result = [_extent(at.have[r]) for r in at.sorted_members], at.result
+    if at.is_sorted and len(set(shapes)) == 1:
+        stacked = (*counts, *shapes[0])
+        order: list[int] = []
+        for dim in range(len(result)):
+            if dim in at.step.dims:
+                order.append(at.step.dims.index(dim))
+            order.append(len(counts) + dim)
+        return lambda flat: flat.view(stacked).permute(order).reshape(result)
+    sizes = [math.prod(s) for s in shapes]
+    places = [_view_of(at.have[r], at.want[at.rank]) if math.prod(s) else None for r, s in zip(at.sorted_members, shapes)]
+
+    def run(flat: Tensor) -> Tensor:
+        out = flat.new_empty(result)
+        for place, part, shape in zip(places, flat.split(sizes), shapes):
+            if place is not None:
+                place(out).copy_(part.view(shape))
+        return out
 
     return run
 

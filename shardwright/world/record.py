@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardwright.redistribute.steps import Step, sent_elements
+from shardwright.redistribute.step import Step
+from shardwright.redistribute.volume import sent_elements
 
 
 @dataclass(frozen=True)

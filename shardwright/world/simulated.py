@@ -17,7 +17,7 @@ from shardwright.errors import WorldError
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, LocalProgram, Move
-from shardwright.redistribute.steps import Step
+from shardwright.redistribute.steps import Redistribution, redistribution, steps_between
 from shardwright.rules.lowering import PerRank
 from shardwright.world import record
 from shardwright.world.simulated_steps import prepare, run_steps
@@ -55,6 +55,44 @@ class SimulatedWorld:
         """
         return _bind(program, keep)
 
+    def redistribute(
+        self,
+        values: Sequence[Tensor | None],
+        source: Layout,
+        target: Layout,
+        shape: Sequence[int],
+        partial_gradient: Sequence[str] = (),
+    ) -> list[Tensor | None]:
+        """Moves a tensor from one layout to another, over the same ranks or others; differentiable.
+
+        Args:
+            values: what each rank holds, its piece of ``source``; ``None`` for ranks that are not in it.
+            shape: global shape.
+            partial_gradient: axes of the target over which the gradients that come back are parts of a sum.
+
+        Returns:
+            What each rank holds of ``target``; ``None`` for ranks that are not in it.
+
+        Raises:
+            WorldError: a piece that is missing or has another shape.
+
+        >>> rows = Layout((2,), ("x",))("x", "None")
+        >>> world, whole = SimulatedWorld(2), torch.arange(4.0).view(2, 2)
+        >>> world.redistribute(list(whole.split(1)), rows, rows.replicated(rows.mesh, 2), (2, 2))[1]
+        tensor([[0., 1.],
+                [2., 3.]])
+        """
+        if len(values) != self.size:
+            raise WorldError(f"redistribute was given {len(values)} values for {self.size} ranks: give one a rank, or None")
+        for rank, value in enumerate(values):
+            check_piece(rank, value, source, tuple(shape))
+        plan = redistribution(source, target, tuple(shape), tuple(partial_gradient))
+        move = _PieceMove(plan, self.size)
+        given = [v for v in values if v is not None]
+        moved = _MoveFunction.apply(move, *given) if any(v.requires_grad for v in given) else move.forward(given)
+        results = iter(moved)
+        return [next(results) if rank in plan.target.mesh.ranks else None for rank in range(self.size)]
+
 
 class _SimulatedMove:
     """One move of the program, over lanes."""
@@ -84,9 +122,51 @@ class _SimulatedMove:
         return [values[i] for i in self.gives]
 
 
+class _PieceMove:
+    """A redistribution over the pieces of all ranks, one after the other; those of ranks outside a mesh left out."""
+
+    def __init__(self, plan: Redistribution, size: int):
+        self.plan = plan
+        self.sources = [r for r in range(size) if r in plan.source.mesh.ranks]
+        self.targets = [r for r in range(size) if r in plan.target.mesh.ranks]
+        self.there = prepare(plan.forward, plan.shape, _positions(self.sources, size))
+        self.back = prepare(plan.backward, plan.shape, _positions(self.targets, size))
+
+    def forward(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        record.emit(self.plan.forward, self.plan.shape, pieces[0].dtype, "redistribute", "redistribute", "forward")
+        values = self.there(pieces)
+        return [values[self.there.lanes[r]] for r in self.targets]
+
+    def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        record.emit(self.plan.backward, self.plan.shape, gradients[0].dtype, "redistribute", "redistribute", "backward")
+        values = self.back(gradients)
+        return [values[self.back.lanes[r]] for r in self.sources]
+
+
+def _positions(ranks: Sequence[int], size: int) -> Lanes:
+    """For every rank its position in ``ranks``, -1 where it is not there."""
+    position = {rank: i for i, rank in enumerate(ranks)}
+    return tuple(position.get(rank, -1) for rank in range(size))
+
+
+def check_piece(rank: int, value: Tensor | None, layout: Layout, shape: tuple[int, ...]) -> None:
+    """Refuses a value that is not the piece ``rank`` holds of a tensor of global ``shape``."""
+    bounds = layout.bounds(shape).get(rank)
+    if bounds is None:
+        if value is not None:
+            raise WorldError(f"rank {rank} hands in a tensor, but the source {layout} does not have that rank: give None")
+        return
+    expected = tuple(b - a for a, b in bounds)
+    if value is None or tuple(value.shape) != expected:
+        given = "nothing" if value is None else f"a tensor of shape {list(value.shape)}"
+        raise WorldError(
+            f"rank {rank} hands in {given}, but its piece of {list(shape)} laid out as {layout} is {list(expected)}"
+        )
+
+
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, move: _SimulatedMove, *lanes: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, move: _SimulatedMove | _PieceMove, *lanes: Tensor) -> tuple[Tensor, ...]:
         ctx.move = move
         return tuple(_distinct(move.forward(lanes), lanes))
 
@@ -214,7 +294,5 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
 
 def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: Lanes) -> Tensor:
     """The global tensor that the lanes hold together, pending sums included."""
-    from shardwright.redistribute.steps import steps_between
-
-    steps: tuple[Step, ...] = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
+    steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from shardwright.partition.lanes import Lanes
-from shardwright.redistribute.steps import Step, exchange_routes
+from shardwright.redistribute.routes import exchange_routes
+from shardwright.redistribute.step import Step
 
 Values = Sequence[Tensor]
 Bounds = tuple[tuple[int, int], ...]
@@ -28,7 +29,7 @@ class Prepared:
 
     Args:
         stages: for every step, the computation of each lane it makes.
-        lanes: for every rank, the lane it holds after the last step.
+        lanes: for every rank, the lane it holds after the last step; -1 where it holds nothing.
     """
 
     def __init__(self, stages: list[list[Compute]], lanes: Lanes):
@@ -42,28 +43,29 @@ class Prepared:
 
 @lru_cache(maxsize=16384)
 def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: Lanes) -> Prepared:
-    """The computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``."""
+    """The computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``, or nothing (-1)."""
     stages = []
     for step in steps:
         keys = _KEYS[step.kind](step, shape, lanes)
         found: dict[Any, int] = {}
-        lanes = tuple(found.setdefault(key, len(found)) for key in keys)
+        lanes = tuple(-1 if key is None else found.setdefault(key, len(found)) for key in keys)
         stages.append([_COMPUTE[step.kind](step, key) for key in found])
     return Prepared(stages, lanes)
 
 
-def run_steps(values: Values, steps: tuple[Step, ...], shape: tuple[int, ...]) -> list[Tensor]:
-    """The values after every step; ``values[r]`` is what rank ``r`` holds."""
-    prepared = prepare(steps, shape, tuple(range(len(values))))
+def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, ...]) -> list[Any]:
+    """The values after every step; ``values[r]`` is what rank ``r`` holds, ``None`` where its mesh does not have it."""
+    prepared = prepare(steps, shape, tuple(-1 if v is None else r for r, v in enumerate(values)))
     results = prepared(values)
-    return [results[lane] for lane in prepared.lanes]
+    return [None if lane < 0 else results[lane] for lane in prepared.lanes]
 
 
 # -- keys: for every rank, what its result is computed from; equal keys are computed once ---------------------------------
 
 
-def _by_rank(step: Step, of: Callable[[int, list[int]], Any]) -> list[Any]:
-    keys: list[Any] = [None] * step.source.mesh.size
+def _by_rank(step: Step, lanes: Lanes, of: Callable[[int, list[int]], Any]) -> list[Any]:
+    """The key of every rank of a group; ``None`` for those outside the mesh."""
+    keys: list[Any] = [None] * len(lanes)
     for group in step.groups:
         for rank in group:
             keys[rank] = of(rank, group)
@@ -71,17 +73,29 @@ def _by_rank(step: Step, of: Callable[[int, list[int]], Any]) -> list[Any]:
 
 
 def _group_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
-    return _by_rank(step, lambda rank, group: tuple(lanes[r] for r in group))
+    return _by_rank(step, lanes, lambda rank, group: tuple(lanes[r] for r in group))
 
 
 def _slice_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
-    return [(lanes[rank], _cuts(have[rank], want[rank])) for rank in range(len(lanes))]
+    return [(lanes[rank], _cuts(have[rank], want[rank])) if rank in want else None for rank in range(len(lanes))]
+
+
+def _all_gather_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+    have, want = step.source.bounds(shape), step.target.bounds(shape)
+
+    def key(rank: int, group: list[int]) -> Any:
+        if len(step.dims) == 1:
+            return tuple(lanes[r] for r in group)
+        parts = tuple((lanes[r], (), _cuts(want[rank], have[r])) for r in group if _extent(have[r]).count(0) == 0)
+        return _extent(want[rank]), parts, lanes[rank]
+
+    return _by_rank(step, lanes, key)
 
 
 def _reduce_scatter_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
-    return _by_rank(step, lambda rank, group: (tuple(lanes[r] for r in group), _cuts(have[rank], want[rank])))
+    return _by_rank(step, lanes, lambda rank, group: (tuple(lanes[r] for r in group), _cuts(have[rank], want[rank])))
 
 
 def _all_to_all_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
@@ -92,7 +106,7 @@ def _all_to_all_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[A
         (start, stop), base = want[rank][dim], have[rank][dim][0]
         return tuple((lanes[r], start - base, stop - start) for r in group)
 
-    return _by_rank(step, key)
+    return _by_rank(step, lanes, key)
 
 
 def _exchange_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
@@ -100,7 +114,12 @@ def _exchange_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any
     parts: dict[int, list[Any]] = {rank: [] for rank in want}
     for source, target, region in exchange_routes(step.source, step.target, shape):
         parts[target].append((lanes[source], _cuts(have[source], region), _cuts(want[target], region)))
-    return [(lanes[rank], tuple(b - a for a, b in want[rank]), tuple(parts[rank])) for rank in range(len(lanes))]
+    any_lane = next(lane for lane in lanes if lane >= 0)
+    return [(_extent(want[rank]), tuple(parts[rank]), any_lane) if rank in want else None for rank in range(len(lanes))]
+
+
+def _extent(bounds: Bounds) -> tuple[int, ...]:
+    return tuple(b - a for a, b in bounds)
 
 
 def _cuts(have: Bounds, want: Bounds) -> Cuts:
@@ -138,8 +157,10 @@ def _all_reduce(op: str, key: Any, values: Values) -> Tensor:
     return _reduced([values[i] for i in key], op)
 
 
-def _all_gather(dim: int, key: Any, values: Values) -> Tensor:
-    return torch.cat([values[i] for i in key], dim)
+def _all_gather(dims: tuple[int, ...], key: Any, values: Values) -> Tensor:
+    if len(dims) > 1:
+        return _exchange(key, values)
+    return torch.cat([values[i] for i in key], dims[0])
 
 
 def _slice(key: Any, values: Values) -> Tensor:
@@ -157,8 +178,8 @@ def _all_to_all(dims: tuple[int, ...], key: Any, values: Values) -> Tensor:
 
 
 def _exchange(key: Any, values: Values) -> Tensor:
-    lane, shape, parts = key
-    out = values[lane].new_empty(shape)
+    shape, parts, like = key
+    out = values[like].new_empty(shape)
     for source, cuts, place in parts:
         _cut(out, place).copy_(_cut(values[source], cuts))
     return out
@@ -166,18 +187,20 @@ def _exchange(key: Any, values: Values) -> Tensor:
 
 _KEYS: dict[str, Callable[[Step, tuple[int, ...], Lanes], list[Any]]] = {
     "all_reduce": _group_keys,
-    "all_gather": _group_keys,
+    "all_gather": _all_gather_keys,
     "slice": _slice_keys,
     "reduce_scatter": _reduce_scatter_keys,
     "all_to_all": _all_to_all_keys,
+    "permute": _exchange_keys,
     "exchange": _exchange_keys,
 }
 
 _COMPUTE: dict[str, Callable[[Step, Any], Compute]] = {
     "all_reduce": lambda step, key: partial(_all_reduce, step.op, key),
-    "all_gather": lambda step, key: partial(_all_gather, step.dims[0], key),
+    "all_gather": lambda step, key: partial(_all_gather, step.dims, key),
     "slice": lambda step, key: partial(_slice, key),
     "reduce_scatter": lambda step, key: partial(_reduce_scatter, step.op, key),
     "all_to_all": lambda step, key: partial(_all_to_all, step.dims, key),
+    "permute": lambda step, key: partial(_exchange, key),
     "exchange": lambda step, key: partial(_exchange, key),
 }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from shardwright import Layout, Mesh
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Move
-from shardwright.redistribute.steps import redistribution, sent_elements, steps_between
+from shardwright.redistribute.steps import redistribution, steps_between
+from shardwright.redistribute.volume import sent_elements
 from shardwright.world.simulated import _SimulatedMove
 from shardwright.world.simulated_steps import run_steps
 

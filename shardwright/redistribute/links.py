@@ -1,0 +1,88 @@
+"""Links: what a step costs in seconds, by the axes it runs over.
+
+The model is Hockney's, with the launch apart: ``launch + messages * latency + bytes / bandwidth``, of the busiest rank.
+Source: Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", 1994.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shardwright.layout import Layout
+from shardwright.redistribute.step import TRANSFERS, Step
+from shardwright.redistribute.volume import held, lacked, largest, sent_elements
+
+Speed = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What ranks are connected by.
+
+    Args:
+        launch: seconds to start any collective.
+        latency: seconds a message, where ``axes`` says nothing else.
+        bandwidth: bytes a second that a rank sends and receives, where ``axes`` says nothing else.
+        axes: ``(axis, latency, bandwidth)`` for each axis whose links are others; a step over several axes has the
+            worst of each.
+
+    The defaults are those of ranks of one host that talk through its memory.
+
+    >>> links = Links(axes=(("node", 10e-6, 25e9), ("gpu", 2e-6, 300e9)))
+    >>> links.speed(("node", "gpu"))
+    (1e-05, 25000000000.0)
+    """
+
+    launch: float = 50e-6
+    latency: float = 10e-6
+    bandwidth: float = 2e9
+    axes: tuple[tuple[str, float, float], ...] = ()
+
+    def speed(self, axes: Iterable[str]) -> Speed:
+        """Latency and bandwidth of a step over ``axes``."""
+        default = (self.latency, self.bandwidth)
+        if not self.axes:
+            return default
+        known = {axis: (latency, bandwidth) for axis, latency, bandwidth in self.axes}
+        speeds = [known.get(axis, default) for axis in axes] or [default]
+        return max(latency for latency, _ in speeds), min(bandwidth for _, bandwidth in speeds)
+
+    def seconds(self, step: Step, shape: tuple[int, ...], itemsize: int = 4) -> float:
+        """What one step takes, by the fastest algorithm of its collective."""
+        if step.kind == "slice":
+            return 0.0
+        if step.kind in TRANSFERS:
+            return self._transfer(step, shape, itemsize)
+        n = step.source.mesh.count(step.axes)
+        latency, bandwidth = self.speed(step.axes)
+        before = largest(step.source, shape) * itemsize / bandwidth
+        if step.kind == "all_gather":
+            received = (largest(step.target, shape) - int(held(step.source, shape).min())) * itemsize / bandwidth
+            return self.launch + (n - 1) * latency + received
+        if step.kind == "reduce_scatter":
+            return self.launch + (n - 1) * latency + before * (n - 1) / n
+        at_once = self.launch + (n - 1) * latency + (n - 1) * before
+        in_two = 2 * self.launch + 2 * (n - 1) * latency + 2 * before * (n - 1) / n
+        return min(at_once, in_two)
+
+    def _transfer(self, step: Step, shape: tuple[int, ...], itemsize: int) -> float:
+        source, target = step.source, step.target
+        moving = moving_axes(source, target) if source.mesh == target.mesh else source.mesh.axes
+        latency, bandwidth = self.speed(moving)
+        busiest = int(lacked(source, target, shape).max(initial=0))
+        if source.mesh != target.mesh or any(source.sizes) or any(target.sizes):
+            busiest = max(busiest, sent_elements(step, shape))
+        messages = 1 if step.kind == "permute" else max(1, source.mesh.count(moving) - 1)
+        return self.launch + messages * latency + busiest * itemsize / bandwidth
+
+
+def moving_axes(source: Layout, target: Layout) -> tuple[str, ...]:
+    """The axes of the source along which pieces move: those that the target does not have in the same place."""
+    found: list[str] = []
+    for now, then in zip(source.bound, target.bound, strict=True):
+        keep = 0
+        while keep < min(len(now), len(then)) and now[keep] == then[keep]:
+            keep += 1
+        found += now[keep:]
+    return tuple(found)

@@ -1,0 +1,346 @@
+"""The planner: the cheapest steps from one layout to another.
+
+It lists the few sequences that can be cheapest and takes the cheapest by :class:`Links` among those that
+
+- move no more than the lower bound: without pending reductions, every rank receives exactly the elements that it lacks;
+- hold nothing larger than the larger end (and 5 %) in between.
+
+What can be cheapest has one shape. What shrinks the tensor comes first: slices, then reduce-scatters. Then at most one
+transfer, in which every axis that changes its place does so at once (two transfers one after the other move more than
+one does). Then gathers, the slow links first, while the tensor is small. What may differ is which gathers the transfer
+does too, how gathers are joined, and how pending sums that the target does not split are reduced: by an all-reduce, or
+by a reduce-scatter over a spare dim that the gathers undo. A single exchange is always among them and meets both bounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from shardwright.layout import Layout
+from shardwright.redistribute.links import Links
+from shardwright.redistribute.step import Step
+from shardwright.redistribute.volume import is_local, lacked, largest, peak_elements, received_elements, sent_elements
+
+MEMORY_SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a redistribution may use and what it costs.
+
+    Args:
+        links: prices of messages.
+        itemsize: bytes an element.
+        enable_alltoall: where false, pieces move by all-gather and slice only (and, between different sets of ranks,
+            by one exchange): more bytes and larger intermediates, for backends whose all-to-all is slow or missing.
+    """
+
+    links: Links = field(default_factory=Links)
+    itemsize: int = 4
+    enable_alltoall: bool = True
+
+
+class Path:
+    """A layout and the steps that lead to it."""
+
+    __slots__ = ("now", "steps")
+
+    def __init__(self, now: Layout, steps: tuple[Step, ...] = ()):
+        self.now, self.steps = now, steps
+
+    def then(self, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum") -> Path:
+        return Path(after, (*self.steps, Step(kind, tuple(axes), self.now, after, dims, op)))
+
+
+def cheapest(source: Layout, target: Layout, shape: tuple[int, ...], options: Options) -> tuple[Step, ...]:
+    """The cheapest steps between two layouts in normal form; both over one mesh, or ``target`` without partial axes."""
+    planner = _Planner(source, target, shape, options)
+    found = dict.fromkeys(path.steps for path in planner.paths())
+    if len(found) == 1:
+        return next(iter(found))
+    priced = sorted(found, key=lambda steps: (planner.price(steps), len(steps)))
+    return next((steps for steps in priced if planner.is_within_bounds(steps)), priced[0])
+
+
+class _Planner:
+    def __init__(self, source: Layout, target: Layout, shape: tuple[int, ...], options: Options):
+        self.source, self.target, self.shape, self.options = source, target, shape, options
+        self.prices: dict[Step, float] = {}
+
+    # -- judging --------------------------------------------------------------------------------------------------
+
+    def price(self, steps: tuple[Step, ...]) -> float:
+        for step in steps:
+            if step not in self.prices:
+                self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
+        return round(sum(self.prices[step] for step in steps), 12)
+
+    def is_within_bounds(self, steps: tuple[Step, ...]) -> bool:
+        ends = max(largest(self.source, self.shape), largest(self.target, self.shape))
+        if peak_elements(steps, self.shape) > MEMORY_SLACK * ends:
+            return False
+        if self.source.partial != self.target.partial:
+            return True  # sums done on the way: whoever combines an element need not be who wants it
+        bound = int(lacked(self.source, self.target, self.shape).sum())
+        return sum(received_elements(step, self.shape) for step in steps) <= bound
+
+    # -- the sequences --------------------------------------------------------------------------------------------
+
+    def paths(self) -> Iterator[Path]:
+        start = Path(self.source)
+        if self.source.mesh != self.target.mesh:
+            for path in self.reduced(start):
+                yield from self.across(path)
+        else:
+            for path in self.reduced(self.split(start)):
+                yield from self.moved(self.split(path))
+
+    def split(self, path: Path) -> Path:
+        """Slices dims by replicated axes and reduce-scatters them by partial ones, as far as the target does.
+
+        Slices first: they cost nothing and make what follows smaller. A rank keeps all it has of its target piece.
+        """
+        for slices_only in (True, False):
+            for dim in range(path.now.ndim):
+                path = self._split_dim(path, dim, slices_only)
+        return path
+
+    def _split_dim(self, path: Path, dim: int, slices_only: bool) -> Path:
+        if not _refines(self.target, path.now, dim, self.shape):
+            return path
+        entering = self.target.bound[dim][len(path.now.bound[dim]) :]
+        pending = _pending(path.now, self.target)
+        runs = _runs(entering, pending)
+        if self.target.sizes[dim] is not None and len(runs) > 1:
+            return path  # explicit sizes exist for the whole list of axes only
+        for run in runs:
+            if any(a in path.now.split_axes or a in self.target.partial_axes for a in run):
+                return path
+            op = pending.get(run[0])
+            if op is not None and (slices_only or any(pending[a] != op for a in run) or op != _first_op(pending)):
+                return path
+            after = self._with_dim(path.now, dim, path.now.bound[dim] + run, run)
+            path = path.then("slice" if op is None else "reduce_scatter", run, after, (dim,), op or "sum")
+        return path
+
+    def _with_dim(self, now: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
+        """``now`` with other axes for one dim, with the target's explicit sizes where it has them for these axes."""
+        dims, sizes = list(now.bound), list(now.sizes)
+        dims[dim] = axes
+        same = now.mesh == self.target.mesh and axes == self.target.bound[dim]
+        sizes[dim] = self.target.sizes[dim] if same else None
+        return Layout.of(now.mesh, dims, [p for p in now.partial if p[0] not in reduced], sizes)
+
+    def reduced(self, path: Path) -> Iterator[Path]:
+        """Does what is left of the pending reductions; sums before maxima before minima."""
+        pending = _pending(path.now, self.target)
+        if not pending:
+            yield path
+            return
+        everything = path
+        while left := _pending(everything.now, self.target):
+            op = _first_op(left)
+            axes = tuple(a for a in left if left[a] == op)
+            partial = [p for p in everything.now.partial if p[0] not in axes]
+            after = Layout.of(everything.now.mesh, everything.now.bound, partial, everything.now.sizes)
+            everything = everything.then("all_reduce", axes, after, (), op)
+        yield everything
+        if self.options.enable_alltoall and len(set(pending.values())) == 1:
+            yield from self._scattered(path, tuple(pending))
+
+    def _scattered(self, path: Path, axes: tuple[str, ...]) -> Iterator[Path]:
+        """Reduce-scatters over a dim that need not be split in the target; replicas share the work."""
+        mesh = path.now.mesh
+        busy = {*path.now.split_axes, *path.now.partial_axes}
+        if mesh == self.target.mesh:
+            busy.update(self.target.split_axes)
+        spare = tuple(a for a in mesh.axes if a not in busy and mesh.axis_size(a) > 1)
+        op = dict(path.now.partial)[axes[0]]
+        for dim in self._roomy(path.now, mesh.count(axes)):
+            after = self._with_dim(path.now, dim, path.now.bound[dim] + axes, axes)
+            yield path.then("reduce_scatter", axes, after, (dim,), op)
+        for dim in self._roomy(path.now, mesh.count((*axes, *spare))) if spare else ():
+            sliced = path.then("slice", spare, self._with_dim(path.now, dim, path.now.bound[dim] + spare), (dim,))
+            after = self._with_dim(sliced.now, dim, sliced.now.bound[dim] + axes, axes)
+            yield sliced.then("reduce_scatter", axes, after, (dim,), op)
+
+    def _roomy(self, layout: Layout, count: int) -> list[int]:
+        """The dims that can be split ``count`` times more, evenly where one can."""
+        free = [d for d in range(layout.ndim) if layout.sizes[d] is None]
+        now = {d: self.shape[d] // layout.mesh.count(layout.bound[d]) for d in free}
+        even = [d for d in free if now[d] and self.shape[d] % (layout.mesh.count(layout.bound[d]) * count) == 0]
+        return even or [d for d in free if now[d] >= 2 * count]
+
+    def moved(self, path: Path) -> Iterator[Path]:
+        """From a layout without pending reductions (but those the target keeps) to the target, on one mesh."""
+        if path.now == self.target:
+            yield path
+            return
+        if not self.options.enable_alltoall:
+            yield from self._gathered_and_sliced(path)
+            return
+        only_gathers = all(_refines(path.now, self.target, d, self.shape) for d in range(path.now.ndim))
+        if only_gathers:
+            yield from self.gathered(path, self.target)
+            return
+        yield self.transfer(path, self.target)
+        leaving = [a for a in path.now.split_axes if a not in self.target.split_axes]
+        for count in range(1, len(leaving) + 1):
+            for later in itertools.combinations(leaving, count):
+                between = self._with_suffixes(path.now, later)
+                if between is not None:
+                    yield from self.gathered(path if between == path.now else self.transfer(path, between), self.target)
+
+    def _with_suffixes(self, now: Layout, later: tuple[str, ...]) -> Layout | None:
+        """The target with some of the axes that leave still at the end of their dims; None where it cannot be written."""
+        dims, sizes = list(self.target.bound), list(self.target.sizes)
+        for dim, axes in enumerate(now.bound):
+            suffix = tuple(a for a in axes if a in later)
+            if suffix:
+                if sizes[dim] is not None:
+                    return None
+                dims[dim] += suffix
+        return Layout.of(now.mesh, dims, self.target.partial, sizes)
+
+    def transfer(self, path: Path, after: Layout) -> Path:
+        """One step in which every rank gets what it lacks, under the most telling name."""
+        now = path.now
+        if now.mesh == after.mesh:
+            dims = _one_to_one(now, after, self.shape)
+            if dims is not None:
+                run = now.bound[dims[0]][len(after.bound[dims[0]]) :]
+                return path.then("all_to_all", run, after, dims)
+        if is_local(now, after, self.shape):
+            return path.then("slice", (), after)
+        same_ranks = sorted(now.mesh.ranks) == sorted(after.mesh.ranks)
+        pieces = all(now.pieces(d, n) == after.pieces(d, n) for d, n in enumerate(self.shape))
+        return path.then("permute" if same_ranks and pieces else "exchange", (), after)
+
+    def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
+        """The gathers that remain, joined in one, dim by dim, or one axis at a time with the slowest links first."""
+        left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
+        if not left:
+            yield path
+            return
+        everything = tuple(a for axes in left.values() for a in axes)
+        yield path.then("all_gather", everything, target, tuple(left))
+        if len(left) > 1:
+            by_dim = path
+            for dim, axes in left.items():
+                by_dim = by_dim.then("all_gather", axes, self._cut(by_dim.now, target, dim, len(axes)), (dim,))
+            yield by_dim
+        if len(everything) > 1:
+            yield self._gathered_by_axis(path, target, left)
+
+    def _gathered_by_axis(self, path: Path, target: Layout, left: dict[int, tuple[str, ...]]) -> Path:
+        left, links = dict(left), self.options.links
+        while left:
+            # explicit sizes exist for the whole list of axes only
+            runs = {d: axes if path.now.sizes[d] or target.sizes[d] else axes[-1:] for d, axes in left.items()}
+            dim = min(runs, key=lambda d: (links.speed(runs[d])[1], d))
+            path = path.then("all_gather", runs[dim], self._cut(path.now, target, dim, len(runs[dim])), (dim,))
+            left[dim] = left[dim][: -len(runs[dim])]
+            if not left[dim]:
+                del left[dim]
+        return path
+
+    def _cut(self, now: Layout, target: Layout, dim: int, count: int) -> Layout:
+        dims, sizes = list(now.bound), list(now.sizes)
+        dims[dim] = dims[dim][:-count]
+        sizes[dim] = target.sizes[dim] if dims[dim] == target.bound[dim] else None
+        return Layout.of(now.mesh, dims, now.partial, sizes)
+
+    def _gathered_and_sliced(self, path: Path) -> Iterator[Path]:
+        """Without all-to-all: gathers every dim back to where both layouts agree, then slices."""
+        dims, sizes = list(path.now.bound), list(path.now.sizes)
+        arriving = {a for d, axes in enumerate(self.target.bound) for a in axes if a not in path.now.bound[d]}
+        for dim, axes in enumerate(path.now.bound):
+            keep = 0
+            while keep < len(axes) and self.target.bound[dim][keep : keep + 1] == axes[keep : keep + 1]:
+                keep += 1
+            keep = min([keep, *(i for i, a in enumerate(axes) if a in arriving)])
+            plain = sizes[dim] is None and self.target.sizes[dim] is None
+            if not plain and not _refines(self.target, path.now, dim, self.shape):
+                keep = len(self.target.bound[dim]) if _refines(path.now, self.target, dim, self.shape) else 0
+                sizes[dim] = self.target.sizes[dim] if keep else None
+            if keep < len(axes):
+                dims[dim] = axes[:keep]
+                sizes[dim] = self.target.sizes[dim] if dims[dim] == self.target.bound[dim] else None
+        common = Layout.of(path.now.mesh, dims, path.now.partial, sizes)
+        for gathered in self.gathered(path, common) if common != path.now else (path,):
+            yield self.split(gathered)
+
+    # -- between meshes -------------------------------------------------------------------------------------------
+
+    def across(self, path: Path) -> Iterator[Path]:
+        """To another mesh, over the same ranks or others; where few ranks would send much, the readers share the work."""
+        now, target = path.now, self.target
+        if now.mesh.ranks == target.mesh.ranks and now.bounds(self.shape) == target.bounds(self.shape):
+            yield Path(target, path.steps)
+            return
+        if not self.options.enable_alltoall and set(target.mesh.ranks) <= set(now.mesh.ranks):
+            whole = Layout.replicated(now.mesh, now.ndim)
+            for gathered in self.gathered(path, whole):
+                yield gathered.then("slice", (), target)
+            return
+        direct = self.transfer(path, target)
+        yield direct
+        step = direct.steps[-1]
+        if step.kind == "slice" or sent_elements(step, self.shape) <= int(lacked(now, target, self.shape).max(initial=0)):
+            return
+        mesh = target.mesh
+        spare = tuple(a for a in mesh.axes if a not in target.split_axes and mesh.axis_size(a) > 1)
+        for dim in self._roomy(target, mesh.count(spare)) if spare else ():
+            dims = list(target.bound)
+            dims[dim] += spare
+            yield from self.gathered(self.transfer(path, Layout.of(mesh, dims, (), target.sizes)), target)
+
+
+# -- comparing layouts -----------------------------------------------------------------------------------------------------
+
+
+def _refines(fine: Layout, coarse: Layout, dim: int, shape: tuple[int, ...]) -> bool:
+    """Whether the pieces of ``fine`` along ``dim`` group into those of ``coarse`` (explicit sizes may not)."""
+    if fine.bound[dim][: len(coarse.bound[dim])] != coarse.bound[dim]:
+        return False
+    if fine.sizes[dim] is None and coarse.sizes[dim] is None:
+        return True
+    small, large = fine.pieces(dim, shape[dim]), coarse.pieces(dim, shape[dim])
+    each = len(small) // len(large)
+    return all(sum(small[i * each : (i + 1) * each]) == large[i] for i in range(len(large)))
+
+
+def _one_to_one(now: Layout, after: Layout, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The dims between which one run of axes moves from end to end, where nothing else changes."""
+    changed = [d for d in range(now.ndim) if now.bound[d] != after.bound[d] or now.sizes[d] != after.sizes[d]]
+    if len(changed) != 2:
+        return None
+    for source, target in (changed, changed[::-1]):
+        run = now.bound[source][len(after.bound[source]) :]
+        moves = run and after.bound[source] + run == now.bound[source] and now.bound[target] + run == after.bound[target]
+        if moves and _refines(now, after, source, shape) and _refines(after, now, target, shape):
+            return source, target
+    return None
+
+
+def _pending(now: Layout, target: Layout) -> dict[str, str]:
+    """The reductions that are still to be done."""
+    kept = target.partial_axes if now.mesh == target.mesh else ()
+    return {axis: op for axis, op in now.partial if axis not in kept}
+
+
+def _first_op(pending: dict[str, str]) -> str:
+    return next(op for op in ("sum", "max", "min") if op in pending.values())
+
+
+def _runs(axes: Sequence[str], pending: dict[str, str]) -> list[tuple[str, ...]]:
+    """Splits ``axes`` into maximal runs that are all pending or all replicated."""
+    runs: list[tuple[str, ...]] = []
+    for axis in axes:
+        if runs and (runs[-1][0] in pending) == (axis in pending):
+            runs[-1] = (*runs[-1], axis)
+        else:
+            runs.append((axis,))
+    return runs

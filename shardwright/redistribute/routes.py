@@ -1,0 +1,119 @@
+"""Routes: which rank sends which region to which, when every rank gets exactly what it lacks."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
+
+from shardwright.layout import Layout
+
+Interval = tuple[int, int]
+Region = tuple[Interval, ...]
+Route = tuple[int, int, Region]
+Part = tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def exchange_routes(source: Layout, target: Layout, shape: tuple[int, ...]) -> tuple[Route, ...]:
+    """What an exchange moves: ``(from rank, to rank, region of the global tensor)``, in a fixed order.
+
+    A rank keeps what it has (a route to itself). What it lacks comes from one of the ranks that hold it: of the nearest
+    (those that share the most leading coordinates of the mesh), the one that sends least so far. Regions of a target
+    rank do not overlap and cover its piece. The two layouts may be over different ranks.
+    """
+    have, want = source.bounds(shape), target.bounds(shape)
+    part = _parts(source)  # ranks with other parts of a pending sum hold other values
+    holders: dict[tuple[Part, Region], list[int]] = {}
+    for rank, bounds in have.items():
+        holders.setdefault((part[rank], bounds), []).append(rank)
+    grid = [_Grid(sorted({bounds[dim] for bounds in have.values()})) for dim in range(len(shape))]
+    load = dict.fromkeys(have, 0)
+    distance = _Distance(source)
+    order = {rank: i for i, rank in enumerate(target.mesh.ranks)}
+    routes: list[Route] = []
+    for rank, bounds in want.items():
+        if any(a == b for a, b in bounds):
+            continue
+        for piece in itertools.product(*(g.overlapping(*b) for g, b in zip(grid, bounds, strict=True))):
+            region = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, piece, strict=True))
+            ranks = holders[part.get(rank, ()), piece]
+            if rank in have and have[rank] == piece:
+                chosen = rank
+            elif len(ranks) == 1:
+                chosen = ranks[0]
+            else:
+                at, n = order[rank], len(ranks)
+                chosen = min(range(n), key=lambda i: (distance(ranks[i], rank), load[ranks[i]], (i - at) % n))
+                chosen = ranks[chosen]
+            if chosen != rank:
+                size = 1
+                for a, b in region:
+                    size *= b - a
+                load[chosen] += size
+            routes.append((chosen, rank, region))
+    return tuple(routes)
+
+
+def route_groups(routes: tuple[Route, ...]) -> tuple[tuple[int, ...], ...]:
+    """The sets of ranks that routes connect, each ascending; ranks that neither send nor receive are in none.
+
+    >>> route_groups(((0, 1, ()), (1, 2, ()), (3, 3, ()), (5, 4, ())))
+    ((0, 1, 2), (4, 5))
+    """
+    leader: dict[int, int] = {}
+
+    def find(rank: int) -> int:
+        while leader.setdefault(rank, rank) != rank:
+            rank = leader[rank]
+        return rank
+
+    for source, target, _ in routes:
+        if source != target:
+            a, b = find(source), find(target)
+            leader[max(a, b)] = min(a, b)
+    groups: dict[int, list[int]] = {}
+    for rank in sorted(leader):
+        groups.setdefault(find(rank), []).append(rank)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _parts(layout: Layout) -> dict[int, Part]:
+    """Which part of the pending reductions each rank holds; the same everywhere where nothing is pending."""
+    if not layout.partial:
+        return dict.fromkeys(layout.mesh.ranks, ())
+    return {r: tuple(layout.mesh.coordinates(r)[a] for a in layout.partial_axes) for r in layout.mesh.ranks}
+
+
+class _Grid:
+    """The intervals that pieces have along one dim, for finding those that overlap a given one."""
+
+    def __init__(self, intervals: list[Interval]):
+        self.intervals = [i for i in intervals if i[0] < i[1]]
+        self.starts = [a for a, _ in self.intervals]
+        self.stops = [b for _, b in self.intervals]
+
+    def overlapping(self, start: int, stop: int) -> list[Interval]:
+        return self.intervals[bisect_right(self.stops, start) : bisect_left(self.starts, stop)]
+
+
+class _Distance:
+    """How far apart two ranks of one mesh are: the number of its axes after and with the first in which they differ.
+
+    The outer axes of a device matrix span the slower links.
+    """
+
+    def __init__(self, layout: Layout):
+        mesh = layout.mesh
+        self.at = {rank: tuple(mesh.coordinates(rank).values()) for rank in mesh.ranks}
+
+    def __call__(self, a: int, b: int) -> int:
+        here, there = self.at.get(a), self.at.get(b)
+        if here is None or there is None:
+            return 0
+        same = 0
+        for x, y in zip(here, there, strict=True):
+            if x != y:
+                break
+            same += 1
+        return len(here) - same
