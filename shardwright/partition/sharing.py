@@ -31,7 +31,7 @@ def sharing(
 
     >>> base = Layout((2, 2), ("a", "b"))
     >>> both, one = base(("a", "b")), base("a")
-    >>> tree = sharing(both, ((base("None"), ()), (one, ())), (8,), False, Options())
+    >>> tree = sharing(both, ((base("None"), ()), (one, ())), (8,), True, Options())
     >>> tree[base("None"), ()][0].short(), tree[one, ()][0].short()
     ('a', '(a,b)')
     """
