@@ -310,6 +310,7 @@ class Layout:
         return Layout.of(self.mesh, bound.bound, partial, sizes)
 
 
+@lru_cache(maxsize=65536)
 def chunk_pieces(size: int, counts: tuple[int, ...]) -> tuple[int, ...]:
     """Piece sizes of a dim split by each count in turn, as ``torch.chunk`` splits (missing pieces are empty).
 

@@ -15,6 +15,7 @@ by a reduce-scatter over a spare dim that the gathers undo. A single exchange is
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -42,40 +43,48 @@ class Options:
     enable_alltoall: bool = True
 
 
+@dataclass(frozen=True)
 class Path:
-    """A layout and the steps that lead to it."""
+    """A layout, the steps that lead to it and what they cost in seconds."""
 
-    __slots__ = ("now", "steps")
-
-    def __init__(self, now: Layout, steps: tuple[Step, ...] = ()):
-        self.now, self.steps = now, steps
-
-    def then(self, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum") -> Path:
-        return Path(after, (*self.steps, Step(kind, tuple(axes), self.now, after, dims, op)))
+    now: Layout
+    steps: tuple[Step, ...] = ()
+    price: float = 0.0
 
 
 def cheapest(source: Layout, target: Layout, shape: tuple[int, ...], options: Options) -> tuple[Step, ...]:
     """The cheapest steps between two layouts in normal form; both over one mesh, or ``target`` without partial axes."""
     planner = _Planner(source, target, shape, options)
-    found = dict.fromkeys(path.steps for path in planner.paths())
-    if len(found) == 1:
-        return next(iter(found))
-    priced = sorted(found, key=lambda steps: (planner.price(steps), len(steps)))
-    return next((steps for steps in priced if planner.is_within_bounds(steps)), priced[0])
+    fallback: Path | None = None
+    best: Path | None = None
+    for path in planner.paths():
+        fallback = fallback or path
+        if path.price < planner.limit and planner.is_within_bounds(path.steps):
+            best, planner.limit = path, path.price
+    found = best or fallback
+    assert found is not None, f"no steps from {source} to {target}"
+    return found.steps
 
 
 class _Planner:
+    """One search. ``limit`` is the price of the best found so far: what costs as much already is not followed."""
+
     def __init__(self, source: Layout, target: Layout, shape: tuple[int, ...], options: Options):
         self.source, self.target, self.shape, self.options = source, target, shape, options
+        self.limit = math.inf
         self.prices: dict[Step, float] = {}
 
-    # -- judging --------------------------------------------------------------------------------------------------
+    def then(
+        self, path: Path, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum"
+    ) -> Path:
+        """The path with one more step."""
+        step = Step(kind, tuple(axes), path.now, after, dims, op)
+        if step not in self.prices:
+            self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
+        return Path(after, (*path.steps, step), path.price + self.prices[step])
 
-    def price(self, steps: tuple[Step, ...]) -> float:
-        for step in steps:
-            if step not in self.prices:
-                self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
-        return round(sum(self.prices[step] for step in steps), 12)
+    def is_hopeless(self, path: Path) -> bool:
+        return path.price >= self.limit
 
     def is_within_bounds(self, steps: tuple[Step, ...]) -> bool:
         ends = max(largest(self.source, self.shape), largest(self.target, self.shape))
@@ -93,22 +102,29 @@ class _Planner:
         if self.source.mesh != self.target.mesh:
             for path in self.reduced(start):
                 yield from self.across(path)
-        else:
-            for path in self.reduced(self.split(start)):
+            return
+        sliced = self.split(start, slices_only=True)
+        starts = [self.split(start), sliced]
+        pending = _pending(self.source, self.target)
+        if self.options.enable_alltoall and len(set(pending.values())) == 1:
+            starts += self._shared(sliced)
+            yield from self._moved_then_reduced(sliced)
+        for at in {path.steps: path for path in starts}.values():
+            for path in self.reduced(at):
                 yield from self.moved(self.split(path))
 
-    def split(self, path: Path) -> Path:
+    def split(self, path: Path, slices_only: bool = False) -> Path:
         """Slices dims by replicated axes and reduce-scatters them by partial ones, as far as the target does.
 
         Slices first: they cost nothing and make what follows smaller. A rank keeps all it has of its target piece.
         """
-        for slices_only in (True, False):
+        for only_slices in (True,) if slices_only else (True, False):
             for dim in range(path.now.ndim):
-                path = self._split_dim(path, dim, slices_only)
+                path = self._split_dim(path, dim, only_slices)
         return path
 
     def _split_dim(self, path: Path, dim: int, slices_only: bool) -> Path:
-        if not _refines(self.target, path.now, dim, self.shape):
+        if path.now.bound[dim] == self.target.bound[dim] or not _refines(self.target, path.now, dim, self.shape):
             return path
         entering = self.target.bound[dim][len(path.now.bound[dim]) :]
         pending = _pending(path.now, self.target)
@@ -122,7 +138,7 @@ class _Planner:
             if op is not None and (slices_only or any(pending[a] != op for a in run) or op != _first_op(pending)):
                 return path
             after = self._with_dim(path.now, dim, path.now.bound[dim] + run, run)
-            path = path.then("slice" if op is None else "reduce_scatter", run, after, (dim,), op or "sum")
+            path = self.then(path, "slice" if op is None else "reduce_scatter", run, after, (dim,), op or "sum")
         return path
 
     def _with_dim(self, now: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
@@ -136,35 +152,55 @@ class _Planner:
     def reduced(self, path: Path) -> Iterator[Path]:
         """Does what is left of the pending reductions; sums before maxima before minima."""
         pending = _pending(path.now, self.target)
+        if self.is_hopeless(path):
+            return
         if not pending:
             yield path
-            return
-        everything = path
-        while left := _pending(everything.now, self.target):
-            op = _first_op(left)
-            axes = tuple(a for a in left if left[a] == op)
-            partial = [p for p in everything.now.partial if p[0] not in axes]
-            after = Layout.of(everything.now.mesh, everything.now.bound, partial, everything.now.sizes)
-            everything = everything.then("all_reduce", axes, after, (), op)
-        yield everything
-        if self.options.enable_alltoall and len(set(pending.values())) == 1:
-            yield from self._scattered(path, tuple(pending))
+        elif not self.options.enable_alltoall or len(set(pending.values())) > 1:
+            op = _first_op(pending)
+            yield from self.reduced(self._all_reduced(path, tuple(a for a in pending if pending[a] == op), op))
+        else:
+            (op,) = set(pending.values())
+            together = [tuple(pending)]
+            if len(pending) > 1:  # one after the other: fast links first, while the tensor is large
+                together.append(
+                    (min(pending, key=lambda a: (-self.options.links.speed((a,))[1], -path.now.mesh.axis_size(a))),)
+                )
+            for axes in together:
+                yield from self.reduced(self._all_reduced(path, axes, op))
+                for scattered in itertools.islice(self._scattered(path, axes, op), None if len(axes) == len(pending) else 1):
+                    yield from self.reduced(self.split(scattered) if len(axes) < len(pending) else scattered)
 
-    def _scattered(self, path: Path, axes: tuple[str, ...]) -> Iterator[Path]:
-        """Reduce-scatters over a dim that need not be split in the target; replicas share the work."""
+    def _all_reduced(self, path: Path, axes: tuple[str, ...], op: str) -> Path:
+        partial = [p for p in path.now.partial if p[0] not in axes]
+        return self.then(path, "all_reduce", axes, Layout.of(path.now.mesh, path.now.bound, partial, path.now.sizes), (), op)
+
+    def _scattered(self, path: Path, axes: tuple[str, ...], op: str) -> Iterator[Path]:
+        """Reduce-scatters over a dim that need not be split in the target."""
+        for dim in self._roomy(path.now, path.now.mesh.count(axes)):
+            after = self._with_dim(path.now, dim, path.now.bound[dim] + axes, axes)
+            yield self.then(path, "reduce_scatter", axes, after, (dim,), op)
+
+    def _shared(self, path: Path) -> Iterator[Path]:
+        """Replicas share the reduction: each slices a part of its own first, whatever the target does with it."""
         mesh = path.now.mesh
         busy = {*path.now.split_axes, *path.now.partial_axes}
-        if mesh == self.target.mesh:
-            busy.update(self.target.split_axes)
         spare = tuple(a for a in mesh.axes if a not in busy and mesh.axis_size(a) > 1)
-        op = dict(path.now.partial)[axes[0]]
-        for dim in self._roomy(path.now, mesh.count(axes)):
-            after = self._with_dim(path.now, dim, path.now.bound[dim] + axes, axes)
-            yield path.then("reduce_scatter", axes, after, (dim,), op)
-        for dim in self._roomy(path.now, mesh.count((*axes, *spare))) if spare else ():
-            sliced = path.then("slice", spare, self._with_dim(path.now, dim, path.now.bound[dim] + spare), (dim,))
-            after = self._with_dim(sliced.now, dim, sliced.now.bound[dim] + axes, axes)
-            yield sliced.then("reduce_scatter", axes, after, (dim,), op)
+        for dim in self._roomy(path.now, mesh.count(spare)) if spare else ():
+            after = self._with_dim(path.now, dim, path.now.bound[dim] + spare)
+            yield self.then(path, "slice", spare, after, (dim,))
+
+    def _moved_then_reduced(self, path: Path) -> Iterator[Path]:
+        """Moves the parts to where the target has them, then reduce-scatters straight into it."""
+        pending = _pending(path.now, self.target)
+        dims = [tuple(itertools.takewhile(lambda a: a not in pending, axes)) for axes in self.target.bound]
+        sizes = [n if axes == own else None for n, axes, own in zip(self.target.sizes, dims, self.target.bound, strict=True)]
+        between = Layout.of(path.now.mesh, dims, path.now.partial, sizes)
+        if between == path.now:
+            return
+        for moved in self.moved(path, between):
+            for reduced in self.reduced(self.split(moved)):
+                yield from self.moved(self.split(reduced))
 
     def _roomy(self, layout: Layout, count: int) -> list[int]:
         """The dims that can be split ``count`` times more, evenly where one can."""
@@ -173,36 +209,26 @@ class _Planner:
         even = [d for d in free if now[d] and self.shape[d] % (layout.mesh.count(layout.bound[d]) * count) == 0]
         return even or [d for d in free if now[d] >= 2 * count]
 
-    def moved(self, path: Path) -> Iterator[Path]:
-        """From a layout without pending reductions (but those the target keeps) to the target, on one mesh."""
-        if path.now == self.target:
+    def moved(self, path: Path, target: Layout | None = None) -> Iterator[Path]:
+        """From a layout without pending reductions, but those the target keeps, to the target, on one mesh."""
+        target = target or self.target
+        if self.is_hopeless(path):
+            return
+        if path.now == target:
             yield path
-            return
-        if not self.options.enable_alltoall:
+        elif not self.options.enable_alltoall:
             yield from self._gathered_and_sliced(path)
-            return
-        only_gathers = all(_refines(path.now, self.target, d, self.shape) for d in range(path.now.ndim))
-        if only_gathers:
-            yield from self.gathered(path, self.target)
-            return
-        yield self.transfer(path, self.target)
-        leaving = [a for a in path.now.split_axes if a not in self.target.split_axes]
-        for count in range(1, len(leaving) + 1):
-            for later in itertools.combinations(leaving, count):
-                between = self._with_suffixes(path.now, later)
+        elif all(_refines(path.now, target, d, self.shape) for d in range(path.now.ndim)):
+            yield from self.gathered(path, target)
+        else:
+            yield self.transfer(path, target)
+            speed = self.options.links.speed
+            leaving = sorted((a for a in path.now.split_axes if a not in target.split_axes), key=lambda a: speed((a,))[1])
+            for count in range(len(leaving)):  # what the transfer gathers too has the slowest links
+                between = _with_suffixes(path.now, target, leaving[count:])
                 if between is not None:
-                    yield from self.gathered(path if between == path.now else self.transfer(path, between), self.target)
-
-    def _with_suffixes(self, now: Layout, later: tuple[str, ...]) -> Layout | None:
-        """The target with some of the axes that leave still at the end of their dims; None where it cannot be written."""
-        dims, sizes = list(self.target.bound), list(self.target.sizes)
-        for dim, axes in enumerate(now.bound):
-            suffix = tuple(a for a in axes if a in later)
-            if suffix:
-                if sizes[dim] is not None:
-                    return None
-                dims[dim] += suffix
-        return Layout.of(now.mesh, dims, self.target.partial, sizes)
+                    moved = path if between == path.now else self.transfer(path, between)
+                    yield from self.gathered(moved, target)
 
     def transfer(self, path: Path, after: Layout) -> Path:
         """One step in which every rank gets what it lacks, under the most telling name."""
@@ -211,25 +237,28 @@ class _Planner:
             dims = _one_to_one(now, after, self.shape)
             if dims is not None:
                 run = now.bound[dims[0]][len(after.bound[dims[0]]) :]
-                return path.then("all_to_all", run, after, dims)
-        if is_local(now, after, self.shape):
-            return path.then("slice", (), after)
-        same_ranks = sorted(now.mesh.ranks) == sorted(after.mesh.ranks)
-        pieces = all(now.pieces(d, n) == after.pieces(d, n) for d, n in enumerate(self.shape))
-        return path.then("permute" if same_ranks and pieces else "exchange", (), after)
+                return self.then(path, "all_to_all", run, after, dims)
+        may_be_local = now.mesh != after.mesh or any(now.sizes) or any(after.sizes) or 0 in self.shape
+        if may_be_local and is_local(now, after, self.shape):
+            return self.then(path, "slice", (), after)
+        same_ranks = now.mesh.ranks == after.mesh.ranks or sorted(now.mesh.ranks) == sorted(after.mesh.ranks)
+        is_permute = same_ranks and all(now.pieces(d, n) == after.pieces(d, n) for d, n in enumerate(self.shape))
+        return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
         """The gathers that remain, joined in one, dim by dim, or one axis at a time with the slowest links first."""
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
+        if self.is_hopeless(path):
+            return
         if not left:
             yield path
             return
         everything = tuple(a for axes in left.values() for a in axes)
-        yield path.then("all_gather", everything, target, tuple(left))
+        yield self.then(path, "all_gather", everything, target, tuple(left))
         if len(left) > 1:
             by_dim = path
             for dim, axes in left.items():
-                by_dim = by_dim.then("all_gather", axes, self._cut(by_dim.now, target, dim, len(axes)), (dim,))
+                by_dim = self.then(by_dim, "all_gather", axes, self._cut(by_dim.now, target, dim, len(axes)), (dim,))
             yield by_dim
         if len(everything) > 1:
             yield self._gathered_by_axis(path, target, left)
@@ -240,7 +269,7 @@ class _Planner:
             # explicit sizes exist for the whole list of axes only
             runs = {d: axes if path.now.sizes[d] or target.sizes[d] else axes[-1:] for d, axes in left.items()}
             dim = min(runs, key=lambda d: (links.speed(runs[d])[1], d))
-            path = path.then("all_gather", runs[dim], self._cut(path.now, target, dim, len(runs[dim])), (dim,))
+            path = self.then(path, "all_gather", runs[dim], self._cut(path.now, target, dim, len(runs[dim])), (dim,))
             left[dim] = left[dim][: -len(runs[dim])]
             if not left[dim]:
                 del left[dim]
@@ -278,12 +307,12 @@ class _Planner:
         """To another mesh, over the same ranks or others; where few ranks would send much, the readers share the work."""
         now, target = path.now, self.target
         if now.mesh.ranks == target.mesh.ranks and now.bounds(self.shape) == target.bounds(self.shape):
-            yield Path(target, path.steps)
+            yield Path(target, path.steps, path.price)
             return
         if not self.options.enable_alltoall and set(target.mesh.ranks) <= set(now.mesh.ranks):
             whole = Layout.replicated(now.mesh, now.ndim)
             for gathered in self.gathered(path, whole):
-                yield gathered.then("slice", (), target)
+                yield self.then(gathered, "slice", (), target)
             return
         direct = self.transfer(path, target)
         yield direct
@@ -323,6 +352,18 @@ def _one_to_one(now: Layout, after: Layout, shape: tuple[int, ...]) -> tuple[int
         if moves and _refines(now, after, source, shape) and _refines(after, now, target, shape):
             return source, target
     return None
+
+
+def _with_suffixes(now: Layout, target: Layout, later: Sequence[str]) -> Layout | None:
+    """The target with some of the axes that leave still at the end of their dims; None where it cannot be written."""
+    dims, sizes = list(target.bound), list(target.sizes)
+    for dim, axes in enumerate(now.bound):
+        suffix = tuple(a for a in axes if a in later)
+        if suffix:
+            if sizes[dim] is not None:
+                return None
+            dims[dim] += suffix
+    return Layout.of(now.mesh, dims, target.partial, sizes)
 
 
 def _pending(now: Layout, target: Layout) -> dict[str, str]:

@@ -55,7 +55,11 @@ def held(layout: Layout, shape: Shape) -> Ints:
 @lru_cache(maxsize=65536)
 def largest(layout: Layout, shape: Shape) -> int:
     """Elements of the largest piece."""
-    return math.prod(max(layout.pieces(dim, size)) for dim, size in enumerate(shape))
+    sizes = layout.sizes
+    return math.prod(
+        -(-size // layout.mesh.count(axes)) if sizes[dim] is None and len(axes) < 2 else max(layout.pieces(dim, size))
+        for dim, (size, axes) in enumerate(zip(shape, layout.bound, strict=True))
+    )
 
 
 def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardwright import Layout, Mesh
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Move
-from shardwright.redistribute.steps import redistribution, steps_between
+from shardwright.redistribute.steps import DEFAULT, redistribution, steps_between
 from shardwright.redistribute.volume import sent_elements
 from shardwright.world.simulated import _SimulatedMove
 from shardwright.world.simulated_steps import run_steps
@@ -33,9 +33,9 @@ def spread(layout, whole, seed=0):
     return [parts[keys[r]][slices[r]].clone() for r in range(mesh.size)]
 
 
-def check(source, target, shape):
+def check(source, target, shape, options=DEFAULT):
     whole = torch.arange(1.0, 1 + torch.tensor(shape).prod()).reshape(shape).double()
-    steps = steps_between(source, target, shape)
+    steps = steps_between(source, target, shape, options)
     got = run_steps(spread(source, whole), steps, shape)
     if target.partial:
         target_whole = run_steps(got, steps_between(target, target.without_partial(), shape), shape)
