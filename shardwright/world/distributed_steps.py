@@ -24,7 +24,8 @@ from torch import Tensor
 
 from shardwright.errors import WorldError
 from shardwright.redistribute.routes import exchange_routes
-from shardwright.redistribute.step import Step
+from shardwright.redistribute.step import TRANSFERS, Step
+from shardwright.world.transfer import Route, Transfer, count
 
 Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
@@ -108,6 +109,7 @@ class Groups:
     def __init__(self, rank: int, size: int, device_type: str = "cpu"):
         self.rank, self.size, self.device_type = rank, size, device_type
         self.closed = False
+        self.is_gloo = backend_of(dist.group.WORLD, device_type) == "gloo"
         self._links: dict[Shape, Link] = {}
         self._made: dict[Shape, Any] = {}
 
@@ -115,7 +117,8 @@ class Groups:
         """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
         if self.closed:
             raise WorldError(_CLOSED)
-        wanted = {tuple(sorted(group)) for step in steps if step.kind != "slice" for group in step.groups}
+        local = {"slice", "exchange", "permute"} if self.is_gloo else {"slice"}  # gloo's go by direct messages
+        wanted = {tuple(sorted(group)) for step in steps if step.kind not in local for group in step.groups}
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
             whole = len(ranks) == self.size
             group = dist.group.WORLD if whole else dist.new_group(list(ranks))
@@ -165,6 +168,8 @@ def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool =
     at = _Place(step, shape, rank, groups)
     if step.kind == "slice":
         return _slice(at)
+    if step.kind in TRANSFERS and groups.is_gloo:
+        return _Direct(at, exchange_routes(step.source, step.target, shape))
     if step.kind in ("exchange", "permute"):
         return _exchange(at)
     if len(at.members) == 1:
@@ -317,7 +322,10 @@ def _all_gather(at: _Place) -> Run:
     even = len(set(sizes)) == 1
     if total == 0:
         return lambda x: x.new_empty(result)
-    in_one_round = not even or (link.is_gloo and total <= _ONE_ROUND)
+    if link.is_gloo and total > _ONE_ROUND:
+        members = [(m, r, at.have[m]) for m in at.members for r in at.members if (m == at.rank) != (r == at.rank) or m == r]
+        return _Direct(at, [route for route in members if count(route[2])])
+    in_one_round = not even or link.is_gloo
     if not in_one_round and at.step.dims == (0,) and at.is_sorted:
 
         def run(x: Tensor) -> Tensor:
@@ -459,6 +467,19 @@ def _place_all(at: _Place) -> Run:
         return out
 
     return run
+
+
+class _Direct:
+    """A transfer by direct messages, at once or started now and finished later."""
+
+    def __init__(self, at: _Place, routes: Sequence[Route]):
+        self.transfer = Transfer(routes, at.rank, at.groups.size, at.have[at.rank], at.want[at.rank])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.start(x)()
+
+    def start(self, x: Tensor) -> Callable[[], Tensor]:
+        return self.transfer.start(x, x)  # type: ignore[return-value]
 
 
 # -- the exact exchange ------------------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""Transfers between ranks by direct messages: every region goes from where it is to where it belongs, uncopied if it can.
+
+A region that is contiguous in the sender's tensor is sent from there, and one that is contiguous in the receiver's result
+is received there; only others are copied, once. A region that several ranks want is copied once for all of them, so that
+sending needs no more memory than the tensor itself. Nothing is sent to ranks that need nothing.
+
+Messages between two ranks arrive in the order in which they were sent, and every rank starts its transfers in the same
+order, so that several may be under way at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+Bounds = tuple[tuple[int, int], ...]
+Shape = tuple[int, ...]
+Cut = Callable[[Tensor], Tensor]
+Finish = Callable[[], Tensor]
+Route = tuple[int, int, Bounds]
+
+
+class Transfer:
+    """What one rank sends, keeps and receives, prepared.
+
+    Args:
+        routes: ``(from rank, to rank, region)`` of all ranks, or at least of those that this rank has part in.
+        rank: this rank; ``size`` the number of ranks of the job.
+        have: bounds of what it holds, ``None`` where it holds nothing.
+        want: bounds of what it is to hold, ``None`` for nothing.
+    """
+
+    def __init__(self, routes: Sequence[Route], rank: int, size: int, have: Bounds | None, want: Bounds | None):
+        self.shape = None if want is None else tuple(b - a for a, b in want)
+        sends: dict[Bounds, list[int]] = {}
+        self.kept: list[tuple[Cut, Cut]] = []
+        self.receives: list[tuple[int, Cut | None, Shape, bool]] = []
+        # each rank starts with its successor, so that not all send to the same one at once
+        for source, target, region in sorted(routes, key=lambda r: ((r[1] - r[0]) % size, r[0], r[2])):
+            if source == rank and target == rank:
+                assert have is not None and want is not None
+                self.kept.append((cutter(region, have), cutter(region, want)))
+            elif source == rank:
+                sends.setdefault(region, []).append(target)
+            elif target == rank:
+                assert want is not None
+                extent = tuple(b - a for a, b in region)
+                place = None if region == want else cutter(region, want)
+                self.receives.append((source, place, extent, is_contiguous(region, want)))
+        self.sends = [] if have is None else [(cutter(region, have), to) for region, to in sends.items()]
+
+    def start(self, x: Tensor | None, like: Tensor) -> Callable[[], Tensor | None]:
+        """Starts sending and receiving; what it returns waits for the end and gives the result.
+
+        Args:
+            x: what this rank holds; it must not change before the end.
+            like: a tensor of the dtype and on the device of the result.
+        """
+        out = None if self.shape is None else like.new_empty(self.shape)
+        receiving: list[tuple[Any, Cut | None, Tensor | None]] = []
+        for source, place, extent, direct in self.receives:
+            assert out is not None
+            buffer = (out if place is None else place(out)) if direct else like.new_empty(extent)
+            receiving.append((dist.irecv(buffer, source), place, None if direct else buffer))
+        sending: list[tuple[Any, Tensor]] = []
+        for cut, targets in self.sends:
+            assert x is not None
+            region = cut(x).contiguous()
+            sending += [(dist.isend(region, target), region) for target in targets]
+        for cut, place in self.kept:
+            assert x is not None and out is not None
+            place(out).copy_(cut(x))
+
+        def finish() -> Tensor | None:
+            for work, place, buffer in receiving:
+                work.wait()
+                if buffer is not None:
+                    assert out is not None
+                    (out if place is None else place(out)).copy_(buffer)
+            for work, _ in sending:
+                work.wait()
+            return out
+
+        return finish
+
+
+def is_contiguous(region: Bounds, holder: Bounds) -> bool:
+    """Whether a region of a contiguous piece is contiguous itself."""
+    inner_is_whole = True
+    for (a, b), (c, d) in reversed(list(zip(region, holder, strict=True))):
+        if not inner_is_whole and b - a > 1:
+            return False
+        inner_is_whole = inner_is_whole and (a, b) == (c, d)
+    return True
+
+
+def cutter(region: Bounds, holder: Bounds) -> Cut:
+    """The part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
+    cuts = [(d, a - c, b - a) for d, ((a, b), (c, e)) in enumerate(zip(region, holder, strict=True)) if (a, b) != (c, e)]
+    if not cuts:
+        return lambda x: x
+    if len(cuts) == 1:
+        dim, start, length = cuts[0]
+        return lambda x: x.narrow(dim, start, length)
+    index = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(region, holder, strict=True))
+    return lambda x: x[index]
+
+
+def count(region: Bounds) -> int:
+    """Elements of a region."""
+    return math.prod(b - a for a, b in region)
