@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,12 +26,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardwright.errors import WorldError
+from shardwright.layout import Layout
 from shardwright.partition.program import Call, LocalProgram, Move
 from shardwright.redistribute.step import Step
+from shardwright.redistribute.steps import Redistribution, redistribution
 from shardwright.rules.lowering import PerRank
 from shardwright.rules.operator import OpOverload
 from shardwright.world import record
 from shardwright.world.distributed_steps import Groups, backend_of, prepare_steps
+from shardwright.world.pieces import check_piece
 from shardwright.world.source import SourceWriter
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -62,6 +65,7 @@ class DistributedWorld:
         self.device = torch.device(device) if device is not None else _default_device()
         self._groups = Groups(self.rank, self.size, self.device.type)
         self._owns_job = False
+        self._moves: dict[Any, _PieceMove] = {}
         atexit.register(self._close_at_exit)
 
     @classmethod
@@ -124,6 +128,45 @@ class DistributedWorld:
             )
         self._groups.make(_steps_of(program))
         return _bind(program, self.rank, self._groups, keep)
+
+    def redistribute(
+        self,
+        value: Tensor | None,
+        source: Layout,
+        target: Layout,
+        shape: Sequence[int],
+        partial_gradient: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | None:
+        """Moves a tensor from one layout to another, over the same ranks or others. All ranks of the job call it.
+
+        Differentiable where both layouts have the same ranks; otherwise move the gradient back by a call of its own, from
+        ``target`` to ``source``.
+
+        Args:
+            value: this rank's piece of ``source``; ``None`` on ranks that are not in it.
+            shape: global shape.
+            partial_gradient: axes of the target over which the gradients that come back are parts of a sum.
+            dtype: dtype of the tensor; needed on ranks that hand in nothing.
+
+        Returns:
+            This rank's piece of ``target``, ``None`` on ranks that are not in it; where nothing has to move, ``value``
+            itself or a view of it.
+
+        Raises:
+            WorldError: a piece that is missing or has another shape.
+        """
+        key = (source, target, tuple(shape), tuple(partial_gradient))
+        move = self._moves.get(key)
+        if move is None:
+            plan = redistribution(*key)
+            self._groups.make((*plan.forward, *plan.backward))
+            move = self._moves[key] = _PieceMove(plan, self.rank, self._groups)
+        if value is None or value.shape != move.given:
+            check_piece(self.rank, value, source, tuple(shape))
+            if move.wants and dtype is None:
+                raise WorldError(f"rank {self.rank} hands in nothing and is to receive: give the tensor's dtype=")
+        return move(value, dtype, self.device)
 
     def close(self) -> None:
         """Ends this world's process groups, and the job if :meth:`from_environment` started it. Twice does no harm."""
@@ -235,11 +278,50 @@ class _DistributedMove:
         return self.forward(value.detach() if value.requires_grad else value)
 
 
+class _PieceMove:
+    """A redistribution of one tensor on this rank, prepared."""
+
+    def __init__(self, plan: Redistribution, rank: int, groups: Groups):
+        self.plan = plan
+        bounds = plan.source.bounds(plan.shape).get(rank)
+        self.given = None if bounds is None else torch.Size(b - a for a, b in bounds)
+        self.wants = rank in plan.target.mesh.ranks
+        self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups)
+        same_ranks = set(plan.source.mesh.ranks) == set(plan.target.mesh.ranks)
+        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups) if same_ranks else None
+
+    def __call__(self, value: Tensor | None, dtype: torch.dtype | None, device: torch.device) -> Tensor | None:
+        if value is None:
+            value = torch.empty(0, dtype=dtype, device=device)
+        if value.requires_grad and torch.is_grad_enabled():
+            if self.run_backward is None:
+                raise WorldError(
+                    f"redistribute from ranks {sorted(self.plan.source.mesh.ranks)} to ranks "
+                    f"{sorted(self.plan.target.mesh.ranks)} has no backward: hand in value.detach() and move the gradient "
+                    "back from target to source by a call of its own"
+                )
+            return _MoveFunction.apply(self, value)  # type: ignore[no-any-return]
+        return self.forward(value)
+
+    def forward(self, value: Tensor) -> Tensor | None:
+        if record._active:
+            record.emit(self.plan.forward, self.plan.shape, value.dtype, "redistribute", "redistribute", "forward")
+        result = self.run_forward(value)
+        return result if self.wants else None
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        if record._active:
+            record.emit(self.plan.backward, self.plan.shape, gradient.dtype, "redistribute", "redistribute", "backward")
+        assert self.run_backward is not None
+        return self.run_backward(gradient)
+
+
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, move: _DistributedMove, value: Tensor) -> Tensor:
+    def forward(ctx: Any, move: _DistributedMove | _PieceMove, value: Tensor) -> Tensor:
         ctx.move = move
         result = move.forward(value)
+        assert result is not None
         # autograd forbids to return an argument, and what was changed in place must not count as one
         return result.view_as(result) if result is value else result
 

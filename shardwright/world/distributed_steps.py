@@ -25,7 +25,7 @@ from torch import Tensor
 from shardwright.errors import WorldError
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.redistribute.step import TRANSFERS, Step
-from shardwright.world.transfer import Route, Transfer, count
+from shardwright.world.transfer import Route, Transfer, count, cutter
 
 Run = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
@@ -184,6 +184,9 @@ def prepare_steps(
 ) -> Run:
     """All ``steps``, one after the other, as a function of the local tensor.
 
+    A rank that a step's source does not have hands it an empty tensor, of the right dtype; one that its target does not
+    have gets an empty tensor.
+
     Args:
         inplace: whether the function may overwrite its argument.
         compact: whether the result must not be a view into the argument, which it would keep alive.
@@ -191,6 +194,8 @@ def prepare_steps(
     runs: list[Run] = []
     own, is_view = inplace, False  # whether nobody else reads what the next step is given; whether it is a view
     for step in steps:
+        if rank not in step.source.mesh.ranks and rank not in step.target.mesh.ranks:
+            continue
         run = prepare(step, shape, rank, groups, own)
         if run is not _same:
             runs.append(run)
@@ -220,7 +225,8 @@ class _Place:
     def __init__(self, step: Step, shape: Shape, rank: int, groups: Groups):
         self.step, self.shape, self.rank, self.groups = step, shape, rank, groups
         self.have, self.want = step.source.bounds(shape), step.target.bounds(shape)
-        if rank not in self.have or rank not in self.want:
+        moves = step.kind in ("exchange", "permute")  # between sets of ranks that need not be the same
+        if (rank not in self.have and rank not in self.want) or not (moves or (rank in self.have and rank in self.want)):
             raise WorldError(f"rank {rank} takes no part in {step}: its mesh has ranks {sorted(self.have)}")
         self.members: list[int] = next(g for g in step.groups if rank in g)
         self.sorted_members = sorted(self.members)
@@ -457,7 +463,7 @@ def _place_all(at: _Place) -> Run:
             order.append(len(counts) + dim)
         return lambda flat: flat.view(stacked).permute(order).reshape(result)
     sizes = [math.prod(s) for s in shapes]
-    places = [_view_of(at.have[r], at.want[at.rank]) if math.prod(s) else None for r, s in zip(at.sorted_members, shapes)]
+    places = [cutter(at.have[r], at.want[at.rank]) if math.prod(s) else None for r, s in zip(at.sorted_members, shapes)]
 
     def run(flat: Tensor) -> Tensor:
         out = flat.new_empty(result)
@@ -473,80 +479,44 @@ class _Direct:
     """A transfer by direct messages, at once or started now and finished later."""
 
     def __init__(self, at: _Place, routes: Sequence[Route]):
-        self.transfer = Transfer(routes, at.rank, at.groups.size, at.have[at.rank], at.want[at.rank])
+        self.transfer = Transfer(routes, at.rank, at.groups.size, at.have.get(at.rank), at.want.get(at.rank))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.start(x)()
 
     def start(self, x: Tensor) -> Callable[[], Tensor]:
-        return self.transfer.start(x, x)  # type: ignore[return-value]
+        return self.transfer.start(x)
 
 
 # -- the exact exchange ------------------------------------------------------------------------------------------------
 
 
 def _exchange(at: _Place) -> Run:
-    have, want, rank, result = at.have[at.rank], at.want[at.rank], at.rank, at.result
+    """By the backend's all-to-all: all a rank sends is packed into one flat tensor, in the order of ranks."""
+    have, want, rank = at.have.get(at.rank), at.want.get(at.rank), at.rank
     routes = exchange_routes(at.step.source, at.step.target, at.shape)
-    moving = [route for route in routes if route[0] != route[1]]
-    outgoing = {target: region for source, target, region in moving if source == rank}
-    incoming = {source: region for source, target, region in moving if target == rank}
-    kept = [_view_of(region, have) for s, t, region in routes if s == t == rank]
-    kept_at = [_view_of(region, want) for s, t, region in routes if s == t == rank]
-    ranks = at.sorted_members
-    sent = [_count(outgoing.get(r)) for r in ranks]
-    received = [_count(incoming.get(r)) for r in ranks]
-    take = [_view_of(outgoing[r], have) for r in ranks if r in outgoing]
-    put = [(_view_of(incoming[r], want), _extent(incoming[r])) for r in ranks if r in incoming]
-    sizes = [n for n in received if n]
-    if not moving:  # nothing moves on any rank
-        if have == want:
-            return _copy
-        return _exchange_local(kept, kept_at, result)
-    link, total = at.link, sum(received)
+    outgoing, incoming = {t: g for s, t, g in routes if s == rank != t}, {s: g for s, t, g in routes if t == rank != s}
+    kept = [(cutter(g, have), cutter(g, want)) for s, t, g in routes if s == t == rank]
+    result = (0,) if want is None else _extent(want)
+    sent = [count(outgoing[r]) if r in outgoing else 0 for r in at.sorted_members]
+    received = [count(incoming[r]) if r in incoming else 0 for r in at.sorted_members]
+    take = [cutter(outgoing[r], have) for r in at.sorted_members if r in outgoing]
+    put = [(cutter(incoming[r], want), _extent(incoming[r])) for r in at.sorted_members if r in incoming]
+    sizes, total = [n for n in received if n], sum(received)
+    link = at.link if any(s != t for s, t, _ in routes) else None
 
-    def pack(x: Tensor) -> Tensor:
-        if len(take) == 1:
-            return take[0](x).reshape(-1).contiguous()  # a flat view may have strides
-        return torch.cat([cut(x).reshape(-1) for cut in take]) if take else x.new_empty(0)
-
-    if not kept and len(put) == 1:  # all of it comes from one rank
-
-        def run(x: Tensor) -> Tensor:
-            flat = x.new_empty(total)
-            link.all_to_all(flat, pack(x), received, sent)
-            return flat.view(result)
-
-    else:
-
-        def run(x: Tensor) -> Tensor:
-            flat = x.new_empty(total)
-            link.all_to_all(flat, pack(x), received, sent)
-            out = x.new_empty(result)
-            for cut, place in zip(kept, kept_at):
-                place(out).copy_(cut(x))
-            for (place, extent), part in zip(put, flat.split(sizes) if sizes else ()):
-                place(out).copy_(part.view(extent))
-            return out
-
-    return run
-
-
-def _exchange_local(kept: list[Run], kept_at: list[Run], result: Shape) -> Run:
     def run(x: Tensor) -> Tensor:
+        flat = x.new_empty(total)
+        if link is not None:
+            packed = torch.cat([cut(x).reshape(-1) for cut in take]) if take else x.new_empty(0)
+            link.all_to_all(flat, packed, received, sent)
+        if not kept and len(put) == 1:
+            return flat.view(result)  # all of it comes from one rank
         out = x.new_empty(result)
-        for cut, place in zip(kept, kept_at):
+        for cut, place in kept:
             place(out).copy_(cut(x))
+        for (place, extent), part in zip(put, flat.split(sizes) if sizes else ()):
+            place(out).copy_(part.view(extent))
         return out
 
     return run
-
-
-def _count(region: Bounds | None) -> int:
-    return 0 if region is None else math.prod(b - a for a, b in region)
-
-
-def _view_of(region: Bounds, holder: Bounds) -> Run:
-    """The part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
-    index = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(holder, region, strict=True))
-    return lambda x: x[index]

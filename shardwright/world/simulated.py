@@ -20,6 +20,7 @@ from shardwright.partition.program import Call, LocalProgram, Move
 from shardwright.redistribute.steps import Redistribution, redistribution, steps_between
 from shardwright.rules.lowering import PerRank
 from shardwright.world import record
+from shardwright.world.pieces import check_piece
 from shardwright.world.simulated_steps import prepare, run_steps
 from shardwright.world.source import SourceWriter
 
@@ -147,21 +148,6 @@ def _positions(ranks: Sequence[int], size: int) -> Lanes:
     """For every rank its position in ``ranks``, -1 where it is not there."""
     position = {rank: i for i, rank in enumerate(ranks)}
     return tuple(position.get(rank, -1) for rank in range(size))
-
-
-def check_piece(rank: int, value: Tensor | None, layout: Layout, shape: tuple[int, ...]) -> None:
-    """Refuses a value that is not the piece ``rank`` holds of a tensor of global ``shape``."""
-    bounds = layout.bounds(shape).get(rank)
-    if bounds is None:
-        if value is not None:
-            raise WorldError(f"rank {rank} hands in a tensor, but the source {layout} does not have that rank: give None")
-        return
-    expected = tuple(b - a for a, b in bounds)
-    if value is None or tuple(value.shape) != expected:
-        given = "nothing" if value is None else f"a tensor of shape {list(value.shape)}"
-        raise WorldError(
-            f"rank {rank} hands in {given}, but its piece of {list(shape)} laid out as {layout} is {list(expected)}"
-        )
 
 
 class _MoveFunction(torch.autograd.Function):

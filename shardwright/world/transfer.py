@@ -35,52 +35,44 @@ class Transfer:
     """
 
     def __init__(self, routes: Sequence[Route], rank: int, size: int, have: Bounds | None, want: Bounds | None):
-        self.shape = None if want is None else tuple(b - a for a, b in want)
+        self.shape: Shape = (0,) if want is None else tuple(b - a for a, b in want)
         sends: dict[Bounds, list[int]] = {}
         self.kept: list[tuple[Cut, Cut]] = []
-        self.receives: list[tuple[int, Cut | None, Shape, bool]] = []
+        self.receives: list[tuple[int, Cut, Shape, bool]] = []
         # each rank starts with its successor, so that not all send to the same one at once
         for source, target, region in sorted(routes, key=lambda r: ((r[1] - r[0]) % size, r[0], r[2])):
             if source == rank and target == rank:
-                assert have is not None and want is not None
                 self.kept.append((cutter(region, have), cutter(region, want)))
             elif source == rank:
                 sends.setdefault(region, []).append(target)
             elif target == rank:
-                assert want is not None
                 extent = tuple(b - a for a, b in region)
-                place = None if region == want else cutter(region, want)
-                self.receives.append((source, place, extent, is_contiguous(region, want)))
-        self.sends = [] if have is None else [(cutter(region, have), to) for region, to in sends.items()]
+                self.receives.append((source, cutter(region, want), extent, is_contiguous(region, want)))
+        self.sends = [(cutter(region, have), to) for region, to in sends.items()]
 
-    def start(self, x: Tensor | None, like: Tensor) -> Callable[[], Tensor | None]:
+    def start(self, x: Tensor) -> Callable[[], Tensor]:
         """Starts sending and receiving; what it returns waits for the end and gives the result.
 
         Args:
-            x: what this rank holds; it must not change before the end.
-            like: a tensor of the dtype and on the device of the result.
+            x: what this rank holds, empty where that is nothing; it must not change before the end.
         """
-        out = None if self.shape is None else like.new_empty(self.shape)
-        receiving: list[tuple[Any, Cut | None, Tensor | None]] = []
+        out = x.new_empty(self.shape)
+        receiving: list[tuple[Any, Cut, Tensor | None]] = []
         for source, place, extent, direct in self.receives:
-            assert out is not None
-            buffer = (out if place is None else place(out)) if direct else like.new_empty(extent)
+            buffer = place(out) if direct else x.new_empty(extent)
             receiving.append((dist.irecv(buffer, source), place, None if direct else buffer))
         sending: list[tuple[Any, Tensor]] = []
         for cut, targets in self.sends:
-            assert x is not None
             region = cut(x).contiguous()
             sending += [(dist.isend(region, target), region) for target in targets]
         for cut, place in self.kept:
-            assert x is not None and out is not None
             place(out).copy_(cut(x))
 
-        def finish() -> Tensor | None:
+        def finish() -> Tensor:
             for work, place, buffer in receiving:
                 work.wait()
                 if buffer is not None:
-                    assert out is not None
-                    (out if place is None else place(out)).copy_(buffer)
+                    place(out).copy_(buffer)
             for work, _ in sending:
                 work.wait()
             return out
@@ -88,8 +80,9 @@ class Transfer:
         return finish
 
 
-def is_contiguous(region: Bounds, holder: Bounds) -> bool:
+def is_contiguous(region: Bounds, holder: Bounds | None) -> bool:
     """Whether a region of a contiguous piece is contiguous itself."""
+    assert holder is not None
     inner_is_whole = True
     for (a, b), (c, d) in reversed(list(zip(region, holder, strict=True))):
         if not inner_is_whole and b - a > 1:
@@ -98,8 +91,9 @@ def is_contiguous(region: Bounds, holder: Bounds) -> bool:
     return True
 
 
-def cutter(region: Bounds, holder: Bounds) -> Cut:
+def cutter(region: Bounds, holder: Bounds | None) -> Cut:
     """The part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
+    assert holder is not None
     cuts = [(d, a - c, b - a) for d, ((a, b), (c, e)) in enumerate(zip(region, holder, strict=True)) if (a, b) != (c, e)]
     if not cuts:
         return lambda x: x

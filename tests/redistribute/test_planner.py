@@ -246,7 +246,8 @@ def test_replicas_share_a_large_reduction():
     pending = base("None").with_partial(("a",))
     small, large = (steps_between(pending, base("None"), (n,)) for n in (64, 1 << 24))
     assert [s.kind for s in small] == ["all_reduce"]
-    assert [s.kind for s in large][:3] == ["slice", "reduce_scatter", "all_gather"]
+    assert large[0].kind == "slice"
+    assert large[-1].kind == "all_gather"
     received = sum(received_elements(s, (1 << 24,)) for s in large)
     assert received == lower_bound(pending, base("None"), (1 << 24,))
 

@@ -124,6 +124,10 @@ def check_steps(world, groups, steps, values, shape, **kwargs):
 class NotGloo(Groups):
     """Groups that are not known to be gloo's: every step goes by the collective of its name, as with NCCL."""
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.is_gloo = False
+
     def make(self, steps):
         super().make(steps)
         for link in self._links.values():
