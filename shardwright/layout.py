@@ -79,11 +79,12 @@ class Layout:
     ) -> Layout:
         """The layout with these ordered axes a dim; ``partial`` lists ``(axis, "sum" | "max" | "min")``."""
         layout = object.__new__(Layout)
-        order = {a: i for i, a in enumerate(mesh.axes)}
+        if len(partial) > 1:
+            partial = sorted(partial, key=lambda p: mesh.axes.index(p[0]))
         layout._set(
             mesh,
-            tuple(tuple(d) for d in dims),
-            tuple(sorted(partial, key=lambda p: order[p[0]])),
+            tuple(map(tuple, dims)),
+            tuple(partial),
             tuple(sizes) if sizes is not None else (None,) * len(dims),
         )
         return layout

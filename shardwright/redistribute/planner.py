@@ -75,6 +75,9 @@ class _Planner:
     def __init__(self, source: Layout, target: Layout, shape: tuple[int, ...], options: Options):
         self.source, self.target, self.shape, self.options = source, target, shape, options
         self.limit = math.inf
+        links = options.links
+        self.message = links.launch + min([links.latency, *(latency for _, latency, _ in links.axes)])
+        self.bandwidth = max([links.bandwidth, *(bandwidth for _, _, bandwidth in links.axes)])
         self.prices: dict[Step, float] = {}
 
     def then(
@@ -86,8 +89,16 @@ class _Planner:
             self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
         return Path(after, (*path.steps, step), path.price + self.prices[step])
 
-    def is_hopeless(self, path: Path) -> bool:
-        return path.price >= self.limit
+    def is_hopeless(self, path: Path, messages: int) -> bool:
+        """Whether a path that takes at least so many more messages cannot become the cheapest."""
+        return path.price + messages * self.message >= self.limit
+
+    def _needs_too_long(self, path: Path, target: Layout) -> bool:
+        """The same by the bytes that must still arrive."""
+        if self.limit == math.inf or path.now == target:
+            return False
+        missing = int(lacked(path.now, target, self.shape).max(initial=0)) * self.options.itemsize
+        return path.price + self.message + missing / self.bandwidth >= self.limit
 
     def is_within_bounds(self, steps: tuple[Step, ...]) -> bool:
         ends = max(largest(self.source, self.shape), largest(self.target, self.shape))
@@ -109,12 +120,14 @@ class _Planner:
         sliced = self.split(start, slices_only=True)
         starts = [self.split(start), sliced]
         pending = _pending(self.source, self.target)
-        if self.options.enable_alltoall and len(set(pending.values())) == 1:
+        reduces = self.options.enable_alltoall and len(set(pending.values())) == 1
+        if reduces:
             starts += self._shared(sliced)
-            yield from self._moved_then_reduced(sliced)
         for at in {path.steps: path for path in starts}.values():
             for path in self.reduced(at):
                 yield from self.moved(self.split(path))
+        if reduces:
+            yield from self._moved_then_reduced(sliced)
 
     def split(self, path: Path, slices_only: bool = False) -> Path:
         """Slices dims by replicated axes and reduce-scatters them by partial ones, as far as the target does.
@@ -155,7 +168,7 @@ class _Planner:
     def reduced(self, path: Path) -> Iterator[Path]:
         """Does what is left of the pending reductions; sums before maxima before minima."""
         pending = _pending(path.now, self.target)
-        if self.is_hopeless(path):
+        if self.is_hopeless(path, messages=1 if pending else 0):
             return
         if not pending:
             yield path
@@ -165,10 +178,10 @@ class _Planner:
         else:
             (op,) = set(pending.values())
             together = [tuple(pending)]
-            if len(pending) > 1:  # one after the other: fast links first, while the tensor is large
-                together.append(
-                    (min(pending, key=lambda a: (-self.options.links.speed((a,))[1], -path.now.mesh.axis_size(a))),)
-                )
+            if len(pending) > 1 and not self.is_hopeless(path, messages=2):
+                # one after the other: fast links first, while the tensor is large
+                speed, size = self.options.links.speed, path.now.mesh.axis_size
+                together.append((min(pending, key=lambda a: (-speed((a,))[1], -size(a))),))
             for axes in together:
                 yield from self.reduced(self._all_reduced(path, axes, op))
                 for scattered in itertools.islice(self._scattered(path, axes, op), None if len(axes) == len(pending) else 1):
@@ -180,7 +193,7 @@ class _Planner:
 
     def _scattered(self, path: Path, axes: tuple[str, ...], op: str) -> Iterator[Path]:
         """Reduce-scatters over a dim that need not be split in the target."""
-        for dim in self._roomy(path.now, path.now.mesh.count(axes)):
+        for dim in self._roomy(path.now, axes):
             after = self._with_dim(path.now, dim, path.now.bound[dim] + axes, axes)
             yield self.then(path, "reduce_scatter", axes, after, (dim,), op)
 
@@ -189,7 +202,7 @@ class _Planner:
         mesh = path.now.mesh
         busy = {*path.now.split_axes, *path.now.partial_axes}
         spare = tuple(a for a in mesh.axes if a not in busy and mesh.axis_size(a) > 1)
-        for dim in self._roomy(path.now, mesh.count(spare)) if spare else ():
+        for dim in self._roomy(path.now, spare) if spare else ():
             after = self._with_dim(path.now, dim, path.now.bound[dim] + spare)
             yield self.then(path, "slice", spare, after, (dim,))
 
@@ -205,17 +218,19 @@ class _Planner:
             for reduced in self.reduced(self.split(moved)):
                 yield from self.moved(self.split(reduced))
 
-    def _roomy(self, layout: Layout, count: int) -> list[int]:
-        """The dims that can be split ``count`` times more, evenly where one can."""
+    def _roomy(self, layout: Layout, axes: Sequence[str]) -> list[int]:
+        """Two dims at most that can be split by ``axes`` too, evenly if one can; first those where the target has them."""
+        count = layout.mesh.count(axes)
         free = [d for d in range(layout.ndim) if layout.sizes[d] is None]
-        now = {d: self.shape[d] // layout.mesh.count(layout.bound[d]) for d in free}
-        even = [d for d in free if now[d] and self.shape[d] % (layout.mesh.count(layout.bound[d]) * count) == 0]
-        return even or [d for d in free if now[d] >= 2 * count]
+        now = {d: layout.mesh.count(layout.bound[d]) for d in free}
+        even = [d for d in free if self.shape[d] and self.shape[d] % (now[d] * count) == 0]
+        roomy = even or [d for d in free if self.shape[d] >= 2 * count * now[d]]
+        return sorted(roomy, key=lambda d: not set(axes) & set(self.target.bound[d]))[:2]
 
     def moved(self, path: Path, target: Layout | None = None) -> Iterator[Path]:
         """From a layout without pending reductions, but those the target keeps, to the target, on one mesh."""
         target = target or self.target
-        if self.is_hopeless(path):
+        if self.is_hopeless(path, messages=0 if path.now == target else 1) or self._needs_too_long(path, target):
             return
         if path.now == target:
             yield path
@@ -229,7 +244,7 @@ class _Planner:
             leaving = sorted((a for a in path.now.split_axes if a not in target.split_axes), key=lambda a: speed((a,))[1])
             for count in range(len(leaving)):  # what the transfer gathers too has the slowest links
                 between = _with_suffixes(path.now, target, leaving[count:])
-                if between is not None:
+                if between is not None and not self.is_hopeless(path, messages=1 if between == path.now else 2):
                     moved = path if between == path.now else self.transfer(path, between)
                     yield from self.gathered(moved, target)
 
@@ -251,7 +266,7 @@ class _Planner:
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
         """The gathers that remain, joined in one, dim by dim, or one axis at a time with the slowest links first."""
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
-        if self.is_hopeless(path):
+        if self.is_hopeless(path, messages=1 if left else 0):
             return
         if not left:
             yield path
@@ -324,7 +339,7 @@ class _Planner:
             return
         mesh = target.mesh
         spare = tuple(a for a in mesh.axes if a not in target.split_axes and mesh.axis_size(a) > 1)
-        for dim in self._roomy(target, mesh.count(spare)) if spare else ():
+        for dim in self._roomy(target, spare) if spare else ():
             dims = list(target.bound)
             dims[dim] += spare
             yield from self.gathered(self.transfer(path, Layout.of(mesh, dims, (), target.sizes)), target)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,29 +28,27 @@ def _coordinates(mesh: Mesh) -> Ints:
     return grid.reshape(len(mesh.sizes), -1) if mesh.sizes else np.zeros((0, 1), np.int64)
 
 
-@lru_cache(maxsize=4096)
-def boxes(layout: Layout, shape: Shape) -> tuple[Ints, Ints]:
-    """Start and stop of every dim at every position of the mesh: two arrays ``[position, dim]``. Not to be changed."""
-    mesh, coordinates = layout.mesh, _coordinates(layout.mesh)
-    starts = np.zeros((mesh.size, len(shape)), np.int64)
-    stops = np.empty_like(starts)
-    stops[:] = shape
-    for dim, axes in enumerate(layout.bound):
-        if not axes and layout.sizes[dim] is None:
-            continue
-        index = np.zeros(mesh.size, np.int64)
-        for axis in axes:
-            index = index * mesh.axis_size(axis) + coordinates[mesh.axes.index(axis)]
-        ends = np.cumsum(layout.pieces(dim, shape[dim]))
-        stops[:, dim] = ends[index]
-        starts[:, dim] = stops[:, dim] - np.array(layout.pieces(dim, shape[dim]))[index]
-    return starts, stops
+@lru_cache(maxsize=16384)
+def _intervals(mesh: Mesh, axes: tuple[str, ...], pieces: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """Start and stop along one dim at every position of the mesh."""
+    index = np.zeros(mesh.size, np.int64)
+    for axis in axes:
+        index = index * mesh.axis_size(axis) + _coordinates(mesh)[mesh.axes.index(axis)]
+    stops = np.cumsum(pieces)
+    return (stops - pieces)[index], stops[index]
+
+
+def boxes(layout: Layout, shape: Shape) -> list[tuple[Ints, Ints]]:
+    """For every dim, start and stop at every position of the mesh. Not to be changed."""
+    return [_intervals(layout.mesh, axes, layout.pieces(dim, shape[dim])) for dim, axes in enumerate(layout.bound)]
 
 
 def held(layout: Layout, shape: Shape) -> Ints:
     """Elements at every position of the mesh."""
-    starts, stops = boxes(layout, shape)
-    return (stops - starts).prod(1)
+    elements = np.ones(layout.mesh.size, np.int64)
+    for starts, stops in boxes(layout, shape):
+        elements *= stops - starts
+    return elements
 
 
 @lru_cache(maxsize=65536)
@@ -64,26 +63,25 @@ def largest(layout: Layout, shape: Shape) -> int:
 
 def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:
     """Elements of its target piece that each rank of the target does not hold in the source, by target position."""
-    have, want = boxes(source, shape), boxes(target, shape)
-    wanted = (want[1] - want[0]).prod(1)
-    if source.mesh.ranks == target.mesh.ranks:
-        overlap = np.maximum(np.minimum(have[1], want[1]) - np.maximum(have[0], want[0]), 0).prod(1)
-        return np.asarray(wanted - overlap)
-    position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
-    both = [(i, position[rank]) for i, rank in enumerate(target.mesh.ranks) if rank in position]
-    if both:
-        here, there = (list(side) for side in zip(*both))
-        stops = np.minimum(have[1][there], want[1][here])
-        wanted[here] -= np.maximum(stops - np.maximum(have[0][there], want[0][here]), 0).prod(1)
-    return np.asarray(wanted)
+    wanted, overlap = held(target, shape), np.ones(target.mesh.size, np.int64)
+    here: Any = slice(None)
+    there: Any = slice(None)
+    if source.mesh.ranks != target.mesh.ranks:
+        position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
+        both = [(i, position[rank]) for i, rank in enumerate(target.mesh.ranks) if rank in position]
+        here, there = [i for i, _ in both], [i for _, i in both]
+        overlap[[i for i, rank in enumerate(target.mesh.ranks) if rank not in position]] = 0
+    for (a, b), (c, d) in zip(boxes(source, shape), boxes(target, shape), strict=True):
+        overlap[here] *= np.maximum(np.minimum(b[there], d[here]) - np.maximum(a[there], c[here]), 0)
+    return np.asarray(wanted - overlap)
 
 
 def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
     """Whether every rank of the target can cut its piece out of what it holds."""
     if source.mesh.ranks != target.mesh.ranks:
         return False
-    have, want = boxes(source, shape), boxes(target, shape)
-    return bool((have[0] <= want[0]).all() and (want[1] <= have[1]).all())
+    pairs = zip(boxes(source, shape), boxes(target, shape), strict=True)
+    return all(bool((a <= c).all() and (d <= b).all()) for (a, b), (c, d) in pairs)
 
 
 def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
+from world.test_distributed import run_job
 
 from shardwright import Layout, Mesh
 from shardwright.errors import WorldError
 from shardwright.world.simulated import SimulatedWorld
-from world.test_distributed import run_job
 
 
 def random_mesh(draw, size, everyone):
