@@ -17,6 +17,7 @@ from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, Instruction, LocalProgram, Move, ProgramInput
+from shardwright.partition.schedule import Schedule, schedule
 from shardwright.partition.sharing import Need, sharing
 from shardwright.plan.choice import Choice
 from shardwright.plan.plan import Plan
@@ -71,7 +72,8 @@ class _Partitioner:
         self.node = None
         outputs = tuple(self._whole(o, "output") if isinstance(o, str) else o for o in self.graph.outputs)
         updates = tuple((name, self._whole(value, name)) for name, value in self.graph.updates)
-        return LocalProgram(self.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts, self.place)
+        instructions = schedule(self.instructions, Schedule())
+        return LocalProgram(self.size, inputs, instructions, outputs, updates, self.lanes, self.layouts, self.place)
 
     def _input(self, graph_input: Any) -> ProgramInput:
         layout = self.plan.input_layouts[graph_input.value].normal(graph_input.meta.shape)

@@ -63,13 +63,44 @@ class Move:
     needs_grad: bool
     grad: bool = True
     autocast: Autocast = None
+    started: bool = False  # a Start before it begins it
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return (self.output,)
 
 
-Instruction = Call | Move
+@dataclass(frozen=True)
+class Start:
+    """Begins a move, whose own instruction ends it: it travels meanwhile. In the backward pass it is the other way round."""
+
+    move: Move
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def cause(self) -> str:
+        return self.move.cause
+
+
+@dataclass(frozen=True)
+class Together:
+    """Moves of one kind over the same axes that share their collectives, forward and backward."""
+
+    moves: tuple[Move, ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(move.output for move in self.moves)
+
+    @property
+    def cause(self) -> str:
+        return self.moves[0].cause
+
+
+Instruction = Call | Move | Start | Together
 
 
 @dataclass(frozen=True)
@@ -104,9 +135,29 @@ class LocalProgram:
     def __str__(self) -> str:
         return self.text(0)
 
+    @property
+    def moves(self) -> list[Move]:
+        """Every move, in order."""
+        found: list[Move] = []
+        for instruction in self.instructions:
+            if isinstance(instruction, Move):
+                found.append(instruction)
+            elif isinstance(instruction, Together):
+                found += instruction.moves
+        return found
+
+    @property
+    def together(self) -> list[tuple[Move, ...]]:
+        """The moves that share their collectives."""
+        return [i.moves for i in self.instructions if isinstance(i, Together)]
+
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
         if isinstance(instruction, Move):
             return (instruction.source,)
+        if isinstance(instruction, Start):
+            return (instruction.move.source,)
+        if isinstance(instruction, Together):
+            return tuple(move.source for move in instruction.moves)
         leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
         return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
 
@@ -140,6 +191,12 @@ def argument_text(argument: Any) -> str:
 
 
 def _instruction_text(instruction: Instruction, rank: int) -> str:
+    if isinstance(instruction, Start):
+        return f"start({instruction.move.output})  # {instruction.move.edge}"
+    if isinstance(instruction, Together):
+        names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
+        edges = "; ".join(m.edge for m in instruction.moves)
+        return f"{names} = move_together({sources}, {str(instruction.moves[0].redistribution)!r})  # {edges}"
     if isinstance(instruction, Move):
         return f"{instruction.output} = move({instruction.source}, {str(instruction.redistribution)!r})  # {instruction.edge}"
     args, kwargs = resolve((instruction.args, instruction.kwargs), rank)

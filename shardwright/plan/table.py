@@ -89,14 +89,13 @@ def _module(node: Node) -> str:
 
 
 def _moves_by_cause(program: LocalProgram | None) -> dict[str, list[Move]]:
-    from shardwright.partition.program import Move
+    from shardwright.partition.program import Call
 
     result: dict[str, list[Move]] = {}
     if program is not None:
-        nodes = {i.cause for i in program.instructions if not isinstance(i, Move)}
-        for instruction in program.instructions:
-            if isinstance(instruction, Move):
-                result.setdefault(instruction.cause if instruction.cause in nodes else "", []).append(instruction)
+        nodes = {i.cause for i in program.instructions if isinstance(i, Call)}
+        for move in program.moves:
+            result.setdefault(move.cause if move.cause in nodes else "", []).append(move)
     return result
 
 
@@ -127,20 +126,21 @@ def bytes_text(count: int) -> str:
 
 
 def _totals(plan: Plan) -> list[str]:
-    from shardwright.partition.program import Move
-
     if plan.program is None:
         return []
     totals = {"forward": [0, 0], "backward": [0, 0]}
-    for instruction in plan.program.instructions:
-        if not isinstance(instruction, Move):
-            continue
-        move = instruction.redistribution
-        for phase, steps in (("forward", move.forward), ("backward", move.backward if instruction.needs_grad else ())):
-            for step in steps:
+    shared = {move.output: at for at, members in enumerate(plan.program.together) for move in members}
+    seen: set[object] = set()
+    for move in plan.program.moves:
+        redistribution = move.redistribution
+        steps = {"forward": redistribution.forward, "backward": redistribution.backward if move.needs_grad else ()}
+        for phase, of_phase in steps.items():
+            for step in of_phase:
                 if step.kind != "slice":
-                    totals[phase][0] += 1
-                    totals[phase][1] += sent_elements(step, move.shape) * instruction.dtype.itemsize
+                    launch = (phase, shared.get(move.output, move.output), step.kind)
+                    totals[phase][0] += move.output not in shared or launch not in seen
+                    totals[phase][1] += sent_elements(step, redistribution.shape) * move.dtype.itemsize
+                    seen.add(launch)
     held = sum(instruction_bytes(plan, i.value) for i in plan.graph.inputs if i.kind == "parameter")
     whole = sum(i.meta.bytes for i in plan.graph.inputs if i.kind == "parameter")
     return [

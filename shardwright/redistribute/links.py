@@ -1,7 +1,9 @@
 """Links: what a step costs in seconds, by the axes it runs over.
 
 The model is Hockney's, with the launch apart: ``launch + messages * latency + bytes / bandwidth``, of the busiest rank.
-Source: Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", 1994.
+Gathers and reductions take ``log2 n`` messages (recursive doubling and halving), an exchange one for every other rank.
+Sources: Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", 1994; Thakur, Rabenseifner and
+Gropp, "Optimization of Collective Communication Operations in MPICH", 2005.
 """
 
 from __future__ import annotations
@@ -55,16 +57,17 @@ class Links:
         if step.kind in TRANSFERS:
             return self._transfer(step, shape, itemsize)
         n = step.source.mesh.count(step.axes)
+        rounds = (n - 1).bit_length()
         latency, bandwidth = self.speed(step.axes)
         before = largest(step.source, shape) * itemsize / bandwidth
         if step.kind == "all_gather":
             received = (largest(step.target, shape) - int(held(step.source, shape).min())) * itemsize / bandwidth
-            return self.launch + (n - 1) * latency + received
+            return self.launch + rounds * latency + received
         if step.kind == "reduce_scatter":
-            return self.launch + (n - 1) * latency + before * (n - 1) / n
-        at_once = self.launch + (n - 1) * latency + (n - 1) * before
-        in_two = 2 * self.launch + 2 * (n - 1) * latency + 2 * before * (n - 1) / n
-        return min(at_once, in_two)
+            return self.launch + rounds * latency + before * (n - 1) / n
+        doubling = self.launch + rounds * (latency + before)
+        in_two = self.launch + 2 * rounds * latency + 2 * before * (n - 1) / n
+        return min(doubling, in_two)
 
     def _transfer(self, step: Step, shape: tuple[int, ...], itemsize: int) -> float:
         source, target = step.source, step.target

@@ -240,13 +240,31 @@ class _Planner:
             yield from self.gathered(path, target)
         else:
             yield self.transfer(path, target)
-            speed = self.options.links.speed
-            leaving = sorted((a for a in path.now.split_axes if a not in target.split_axes), key=lambda a: speed((a,))[1])
-            for count in range(len(leaving)):  # what the transfer gathers too has the slowest links
-                between = _with_suffixes(path.now, target, leaving[count:])
-                if between is not None and not self.is_hopeless(path, messages=1 if between == path.now else 2):
+            for between in self._on_the_way(path.now, target):
+                if not self.is_hopeless(path, messages=1 if between == path.now else 2):
                     moved = path if between == path.now else self.transfer(path, between)
                     yield from self.gathered(moved, target)
+
+    def _on_the_way(self, now: Layout, target: Layout) -> Iterator[Layout]:
+        """Layouts from which only gathers are left."""
+        speed = self.options.links.speed
+        leaving = sorted((a for a in now.split_axes if a not in target.split_axes), key=lambda a: speed((a,))[1])
+        for count in range(len(leaving)):  # what the transfer gathers too has the slowest links
+            between = _with_suffixes(now, target, leaving[count:])
+            if between is not None:
+                yield between
+        if self.options.links.axes and self.source.partial != target.partial:
+            # replicas each take a part over the slow links, and share what they took over the fast ones
+            yield from self._spread(target, {*now.split_axes, *now.partial_axes})
+
+    def _spread(self, layout: Layout, busy: set[str]) -> Iterator[Layout]:
+        """The layout split further, by the axes that replicate it and are not busy."""
+        mesh = layout.mesh
+        spare = tuple(a for a in mesh.axes if a not in busy and a not in layout.split_axes and mesh.axis_size(a) > 1)
+        for dim in self._roomy(layout, spare) if spare else ():
+            dims = list(layout.bound)
+            dims[dim] += spare
+            yield Layout.of(mesh, dims, layout.partial, layout.sizes)
 
     def transfer(self, path: Path, after: Layout) -> Path:
         """One step in which every rank gets what it lacks, under the most telling name."""
@@ -337,12 +355,8 @@ class _Planner:
         step = direct.steps[-1]
         if step.kind == "slice" or sent_elements(step, self.shape) <= int(lacked(now, target, self.shape).max(initial=0)):
             return
-        mesh = target.mesh
-        spare = tuple(a for a in mesh.axes if a not in target.split_axes and mesh.axis_size(a) > 1)
-        for dim in self._roomy(target, spare) if spare else ():
-            dims = list(target.bound)
-            dims[dim] += spare
-            yield from self.gathered(self.transfer(path, Layout.of(mesh, dims, (), target.sizes)), target)
+        for spread in self._spread(target, set()):
+            yield from self.gathered(self.transfer(path, spread), target)
 
 
 # -- comparing layouts -----------------------------------------------------------------------------------------------------

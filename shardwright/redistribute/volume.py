@@ -34,7 +34,7 @@ def _intervals(mesh: Mesh, axes: tuple[str, ...], pieces: tuple[int, ...]) -> tu
     index = np.zeros(mesh.size, np.int64)
     for axis in axes:
         index = index * mesh.axis_size(axis) + _coordinates(mesh)[mesh.axes.index(axis)]
-    stops = np.cumsum(pieces)
+    stops = np.cumsum(np.array(pieces, np.int64))
     return (stops - pieces)[index], stops[index]
 
 
@@ -82,6 +82,11 @@ def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
         return False
     pairs = zip(boxes(source, shape), boxes(target, shape), strict=True)
     return all(bool((a <= c).all() and (d <= b).all()) for (a, b), (c, d) in pairs)
+
+
+def is_even(layout: Layout, shape: Shape) -> bool:
+    """Whether all pieces have one shape."""
+    return all(len(set(layout.pieces(dim, size))) == 1 for dim, size in enumerate(shape))
 
 
 def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:

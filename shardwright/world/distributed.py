@@ -17,23 +17,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
-from shardwright.partition.program import Call, LocalProgram, Move
+from shardwright.partition.program import Call, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
-from shardwright.redistribute.steps import Redistribution, redistribution
+from shardwright.redistribute.steps import redistribution
 from shardwright.rules.lowering import PerRank
 from shardwright.rules.operator import OpOverload
-from shardwright.world import record
-from shardwright.world.distributed_steps import Groups, backend_of, prepare_steps
+from shardwright.world.collectives import backend_of
+from shardwright.world.distributed_moves import DistributedMove, MovesTogether, PieceMove
+from shardwright.world.distributed_steps import Groups
 from shardwright.world.pieces import check_piece
 from shardwright.world.source import SourceWriter
 
@@ -65,7 +66,7 @@ class DistributedWorld:
         self.device = torch.device(device) if device is not None else _default_device()
         self._groups = Groups(self.rank, self.size, self.device.type)
         self._owns_job = False
-        self._moves: dict[Any, _PieceMove] = {}
+        self._moves: dict[Any, PieceMove] = {}
         atexit.register(self._close_at_exit)
 
     @classmethod
@@ -161,7 +162,7 @@ class DistributedWorld:
         if move is None:
             plan = redistribution(*key)
             self._groups.make((*plan.forward, *plan.backward))
-            move = self._moves[key] = _PieceMove(plan, self.rank, self._groups)
+            move = self._moves[key] = PieceMove(plan, self.rank, self._groups)
         if value is None or value.shape != move.given:
             check_piece(self.rank, value, source, tuple(shape))
             if move.wants and dtype is None:
@@ -247,104 +248,9 @@ def _default_device() -> torch.device:
     return torch.device("cpu")
 
 
-# -- moves -------------------------------------------------------------------------------------------------------------
-
-
-class _DistributedMove:
-    """One move of the program on this rank, prepared."""
-
-    def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool):
-        self.plan, self.cause, self.edge = move.redistribution, move.cause, move.edge
-        plan = self.plan
-        self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
-        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
-
-    def forward(self, value: Tensor) -> Tensor:
-        if record._active:
-            record.emit(self.plan.forward, self.plan.shape, value.dtype, self.cause, self.edge, "forward")
-        return self.run_forward(value)
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        if record._active:
-            record.emit(self.plan.backward, self.plan.shape, gradient.dtype, self.cause, self.edge, "backward")
-        return self.run_backward(gradient)
-
-    def __call__(self, value: Tensor) -> Tensor:
-        if value.requires_grad and torch.is_grad_enabled():
-            return _MoveFunction.apply(self, value)  # type: ignore[no-any-return]
-        return self.forward(value)
-
-    def without_gradient(self, value: Tensor) -> Tensor:
-        return self.forward(value.detach() if value.requires_grad else value)
-
-
-class _PieceMove:
-    """A redistribution of one tensor on this rank, prepared."""
-
-    def __init__(self, plan: Redistribution, rank: int, groups: Groups):
-        self.plan = plan
-        bounds = plan.source.bounds(plan.shape).get(rank)
-        self.given = None if bounds is None else torch.Size(b - a for a, b in bounds)
-        self.wants = rank in plan.target.mesh.ranks
-        self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups)
-        same_ranks = set(plan.source.mesh.ranks) == set(plan.target.mesh.ranks)
-        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups) if same_ranks else None
-
-    def __call__(self, value: Tensor | None, dtype: torch.dtype | None, device: torch.device) -> Tensor | None:
-        if value is None:
-            value = torch.empty(0, dtype=dtype, device=device)
-        if value.requires_grad and torch.is_grad_enabled():
-            if self.run_backward is None:
-                raise WorldError(
-                    f"redistribute from ranks {sorted(self.plan.source.mesh.ranks)} to ranks "
-                    f"{sorted(self.plan.target.mesh.ranks)} has no backward: hand in value.detach() and move the gradient "
-                    "back from target to source by a call of its own"
-                )
-            return _MoveFunction.apply(self, value)  # type: ignore[no-any-return]
-        return self.forward(value)
-
-    def forward(self, value: Tensor) -> Tensor | None:
-        if record._active:
-            record.emit(self.plan.forward, self.plan.shape, value.dtype, "redistribute", "redistribute", "forward")
-        result = self.run_forward(value)
-        return result if self.wants else None
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        if record._active:
-            record.emit(self.plan.backward, self.plan.shape, gradient.dtype, "redistribute", "redistribute", "backward")
-        assert self.run_backward is not None
-        return self.run_backward(gradient)
-
-
-class _MoveFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, move: _DistributedMove | _PieceMove, value: Tensor) -> Tensor:
-        ctx.move = move
-        result = move.forward(value)
-        assert result is not None
-        # autograd forbids to return an argument, and what was changed in place must not count as one
-        return result.view_as(result) if result is value else result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
-        if torch.is_grad_enabled():  # create_graph=True: what is asked for cannot be had; said when it is used
-            return _backward_once(ctx, gradient)  # type: ignore[no-any-return]
-        return None, ctx.move.backward(gradient)
-
-
-@once_differentiable
-def _backward_once(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
-    return None, ctx.move.backward(gradient)
-
-
 def _steps_of(program: LocalProgram) -> list[Step]:
     """Every step of every move, forward and backward."""
-    steps: list[Step] = []
-    for move in program.instructions:
-        if isinstance(move, Move):
-            steps += move.redistribution.forward
-            steps += move.redistribution.backward
-    return steps
+    return [s for m in program.moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
 
 
 # -- binding -----------------------------------------------------------------------------------------------------------
@@ -358,15 +264,35 @@ def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
     only_read_once = _read_once(program) - set(keep or ())
     made_by = {o: i for i in program.instructions for o in i.outputs}
+    moves: dict[str, DistributedMove] = {}
+
+    def move_of(move: Move, dead: Sequence[str]) -> DistributedMove:
+        """The move, prepared at its first instruction: its start, if it has one."""
+        if move.output not in moves:
+            maker = made_by.get(move.source)
+            inplace = not move.started and move.source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
+            compact = maker is not None and (move.started or move.source in dead)
+            moves[move.output] = DistributedMove(move, rank, groups, inplace, compact)
+        return moves[move.output]
+
     for instruction, dead in zip(program.instructions, dying, strict=True):
-        writer.context(instruction.autocast, instruction.grad)
-        if isinstance(instruction, Move):
-            source = instruction.source
-            maker = made_by.get(source)
-            inplace = source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
-            move = _DistributedMove(instruction, rank, groups, inplace, compact=source in dead and maker is not None)
+        first = instruction.move if isinstance(instruction, Start) else instruction
+        first = first.moves[0] if isinstance(first, Together) else first
+        writer.context(first.autocast, first.grad)
+        if isinstance(instruction, Start):
+            name = writer.constant("start", move_of(replace(instruction.move, started=True), dead).start_move)
+            writer.line(f"_{instruction.move.output}_started = {name}({instruction.move.source})")
+        elif isinstance(instruction, Together):
+            name = writer.constant("together", MovesTogether(instruction.moves, rank, groups))
+            sources = ", ".join(move.source for move in instruction.moves)
+            writer.line(f"{', '.join(instruction.outputs)}, = {name}({sources})")
+        elif isinstance(instruction, Move) and instruction.started:
+            writer.line(f"{instruction.output} = _{instruction.output}_started.end()")
+            writer.line(f"_{instruction.output}_started = None")
+        elif isinstance(instruction, Move):
+            move = move_of(instruction, dead)
             name = writer.constant("move", move if instruction.needs_grad else move.without_gradient)
-            writer.line(f"{instruction.output} = {name}({source})")
+            writer.line(f"{instruction.output} = {name}({instruction.source})")
         else:
             _write_call(writer, instruction, rank)
         writer.forget([name for name in dead if name not in (keep or ())])

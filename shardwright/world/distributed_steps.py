@@ -1,14 +1,14 @@
 """The steps of a redistribution on one rank's tensor: the collectives of the distributed world.
 
-:func:`prepare` turns a step into a closure once, when a program is bound: bounds, split sizes, permutations and the
-process group are worked out there, so that running it is a collective and the copies that its layout asks for.
+:func:`prepare_steps` turns steps into a :class:`Runner` once, when a program is bound: bounds, split sizes, permutations
+and the process group are worked out there, so that running it is a collective and the copies that its layout asks for.
 
 Invariants:
 
 - A step lists its group in the order of its axes, ``torch.distributed`` in ascending order of ranks. Tensors travel in
   torch's order and are put into the step's where the two differ.
 - Every rank of a group chooses the same algorithm: choices depend on the step, the global shape and the dtype only.
-- Sums done here run in the step's order, first to last, as in the simulated world.
+- On gloo, sums run in the step's order, first to last, as in the simulated world: see :mod:`.summation`.
 - The argument is never changed, unless ``inplace`` says that it may be.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,77 +25,29 @@ from torch import Tensor
 from shardwright.errors import WorldError
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.redistribute.step import TRANSFERS, Step
-from shardwright.world.transfer import Route, Transfer, count, cutter
+from shardwright.world.calibration import Calibration
+from shardwright.world.collectives import Link, Operation, backend_of
+from shardwright.world.transfer import Transfer, count, cutter
 
-Run = Callable[[Tensor], Tensor]
+Local = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
 Bounds = tuple[tuple[int, int], ...]
-
-# The names before torch 2.13 and since.
-_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-_REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_COMBINE: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
-
-# What gloo and NCCL reduce. (gloo adds bools as bytes, which makes a bool of 2; neither knows int16.)
-_REDUCIBLE = frozenset(
-    {torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
-    | {torch.complex64, torch.complex128}
-)
-_MOVABLE = _REDUCIBLE | {torch.bool}  # what they move; anything else travels as bytes
-
-# gloo's latency is in its rounds: its ring takes n-1 of them, an all-to-all of copies one. Up to this many elements in
-# all the copies are cheaper (2 to 4 ranks of one machine, float32).
-_ONE_ROUND = 1 << 16
-
 
 _CLOSED = "this distributed world was closed: bind the program again in a new one"
 
 
-class _Closed:
-    """What stands for a process group once its world is closed."""
+class UnderWay(Protocol):
+    """What was started; :meth:`wait` ends it."""
 
-    def __getattr__(self, name: str) -> Any:
-        raise WorldError(_CLOSED)
+    def wait(self) -> Tensor: ...
 
 
-class Link:
-    """One process group, seen from one of its ranks.
+class Runner(Protocol):
+    """Steps prepared for one rank: a function of its local tensor, that may be started now and ended later."""
 
-    Args:
-        ranks: its ranks in torch's order, ascending.
-        group: the process group.
-        is_gloo: whether gloo serves it, whose own reduce-scatter and all-gather are not the fastest way.
-    """
+    def __call__(self, x: Tensor) -> Tensor: ...
 
-    __slots__ = ("group", "is_gloo", "ranks", "size")
-
-    def __init__(self, ranks: Shape, group: Any, is_gloo: bool):
-        self.ranks, self.group, self.is_gloo = ranks, group, is_gloo
-        self.size = len(ranks)
-
-    def all_reduce(self, tensor: Tensor, op: str) -> None:
-        dist.all_reduce(tensor, _REDUCE[op], self.group)
-
-    def all_gather(self, out: Tensor, piece: Tensor) -> None:
-        """Contiguous tensors; ``out`` is the pieces of all, which have one shape, along dim 0."""
-        if piece.dtype not in _MOVABLE:
-            out, piece = out.view(torch.uint8), piece.view(torch.uint8)
-        _all_gather_single(out, piece, self.group)
-
-    def reduce_scatter(self, out: Tensor, whole: Tensor, op: str) -> None:
-        """Contiguous tensors; ``whole`` is what all get, in one shape, along dim 0."""
-        _reduce_scatter_single(out, whole, _REDUCE[op], self.group)
-
-    def all_to_all(self, out: Tensor, packed: Tensor, received: list[int] | None = None, sent: list[int] | None = None) -> None:
-        """Flat tensors; elements received from and sent to each rank, where they are not all the same."""
-        if packed.dtype not in _MOVABLE:
-            width = packed.dtype.itemsize
-            out, packed = out.view(torch.uint8), packed.view(torch.uint8)
-            received = [n * width for n in received] if received else None
-            sent = [n * width for n in sent] if sent else None
-        dist.all_to_all_single(out, packed, received, sent, self.group)
+    def start(self, x: Tensor) -> UnderWay: ...
 
 
 class Groups:
@@ -104,11 +56,13 @@ class Groups:
     Args:
         rank: this rank, ``size`` the number of all ranks.
         device_type: ``cpu`` or ``cuda``: it says which backend serves the tensors.
+        calibration: what is fastest; the same on every rank.
     """
 
-    def __init__(self, rank: int, size: int, device_type: str = "cpu"):
+    def __init__(self, rank: int, size: int, device_type: str = "cpu", calibration: Calibration | None = None):
         self.rank, self.size, self.device_type = rank, size, device_type
         self.closed = False
+        self.calibration = calibration
         self.is_gloo = backend_of(dist.group.WORLD, device_type) == "gloo"
         self._links: dict[Shape, Link] = {}
         self._made: dict[Shape, Any] = {}
@@ -117,14 +71,20 @@ class Groups:
         """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
         if self.closed:
             raise WorldError(_CLOSED)
-        local = {"slice", "exchange", "permute"} if self.is_gloo else {"slice"}  # gloo's go by direct messages
-        wanted = {tuple(sorted(group)) for step in steps if step.kind not in local for group in step.groups}
+        everyone = tuple(range(self.size))
+        wanted: set[Shape] = set()
+        for step in steps:
+            if step.kind in TRANSFERS and self.is_gloo:
+                wanted.add(everyone)  # direct messages: any group will do
+            elif step.kind != "slice":
+                wanted.update(tuple(sorted(group)) for group in step.groups)
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
             whole = len(ranks) == self.size
             group = dist.group.WORLD if whole else dist.new_group(list(ranks))
             self._made[ranks] = None if whole else group
             if self.rank in ranks:
-                self._links[ranks] = Link(ranks, group, backend_of(group, self.device_type) == "gloo")
+                is_gloo = backend_of(group, self.device_type) == "gloo"
+                self._links[ranks] = Link(ranks, group, is_gloo, self.calibration)
 
     def link(self, members: Sequence[int]) -> Link:
         ranks = tuple(sorted(members))
@@ -134,9 +94,8 @@ class Groups:
 
     def close(self, destroy: bool) -> None:
         """Lets go of the groups, so that their threads end before the interpreter does; ``destroy`` ends them too."""
-        closed = _Closed()
         for link in self._links.values():
-            link.group = closed
+            link.close()
         if destroy:
             for ranks, group in self._made.items():
                 if group is not None and self.rank in ranks:
@@ -144,16 +103,10 @@ class Groups:
         self._links, self._made, self.closed = {}, {}, True
 
 
-def backend_of(group: Any, device_type: str) -> str:
-    """Name of the backend that serves tensors of ``device_type`` in a process group."""
-    served = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
-    return served.get(device_type) or str(dist.get_backend(group))
-
-
 # -- preparing ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool = False) -> Run:
+def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool = False) -> Runner:
     """The step as a function of the local tensor.
 
     Args:
@@ -167,21 +120,21 @@ def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool =
     """
     at = _Place(step, shape, rank, groups)
     if step.kind == "slice":
-        return _slice(at)
-    if step.kind in TRANSFERS and groups.is_gloo:
-        return _Direct(at, exchange_routes(step.source, step.target, shape))
-    if step.kind in ("exchange", "permute"):
-        return _exchange(at)
+        return _OnlyLocal(_slice(at))
+    if step.kind in TRANSFERS:
+        routes = exchange_routes(step.source, step.target, shape)
+        moves = any(source != target for source, target, _ in routes)
+        return _transfer(at, routes) if groups.is_gloo and moves else _exchange(at, routes)
     if len(at.members) == 1:
-        return _same
+        return _OnlyLocal(_same)
     if step.kind == "all_reduce":
-        return _all_reduce(at, inplace)
-    return {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter, "all_to_all": _all_to_all}[step.kind](at)
+        return at.link.prepare_all_reduce(math.prod(at.local), step.op, at.order, inplace)
+    return _all_gather(at) if step.kind == "all_gather" else _reduce_scatter(at)
 
 
 def prepare_steps(
     steps: Sequence[Step], shape: Shape, rank: int, groups: Groups, inplace: bool = False, compact: bool = False
-) -> Run:
+) -> Runner:
     """All ``steps``, one after the other, as a function of the local tensor.
 
     A rank that a step's source does not have hands it an empty tensor, of the right dtype; one that its target does not
@@ -191,32 +144,138 @@ def prepare_steps(
         inplace: whether the function may overwrite its argument.
         compact: whether the result must not be a view into the argument, which it would keep alive.
     """
-    runs: list[Run] = []
+    runs: list[Runner] = []
     own, is_view = inplace, False  # whether nobody else reads what the next step is given; whether it is a view
     for step in steps:
         if rank not in step.source.mesh.ranks and rank not in step.target.mesh.ranks:
             continue
         run = prepare(step, shape, rank, groups, own)
-        if run is not _same:
+        if not (isinstance(run, _OnlyLocal) and run.function is _same):
             runs.append(run)
             is_view = step.kind == "slice"
             own = own or not is_view
     if is_view and (compact or own):
-        runs.append(_copy)
-    if not runs:
-        return _same
-    if len(runs) == 1:
-        return runs[0]
-    if len(runs) == 2:
-        first, second = runs
-        return lambda x: second(first(x))
+        runs.append(_OnlyLocal(_copy))
+    return runs[0] if len(runs) == 1 else _Chain(runs)
 
-    def run_all(x: Tensor) -> Tensor:
-        for each in runs:
-            x = each(x)
+
+def prepare_shared(
+    steps: Sequence[Step], shapes: Sequence[Shape], rank: int, groups: Groups
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Steps of one kind over the same axes, each of a tensor of its own, as one collective.
+
+    Args:
+        steps: all-reduces, or all-gathers or reduce-scatters between pieces of one size.
+        shapes: global shapes.
+
+    Returns:
+        A function of the local tensors to the resulting ones.
+    """
+    places = [_Place(step, shape, rank, groups) for step, shape in zip(steps, shapes, strict=True)]
+    at, link = places[0], places[0].link
+    own = [math.prod(place.local) for place in places]
+    if at.step.kind == "all_reduce":
+        reduce = link.prepare_all_reduce(sum(own), at.step.op, at.order, inplace=True)
+        locals_ = [place.local for place in places]
+
+        def all_reduce(values: list[Tensor]) -> list[Tensor]:
+            flat = reduce(torch.cat([v.reshape(-1) for v in values]))
+            return _cut_up(flat, locals_)
+
+        return all_reduce
+    n = link.size
+    if at.step.kind == "all_gather":
+        gather = link.prepare_all_gather([sum(own)] * n)
+        finish = [_unpack_gathered(place) for place in places]
+
+        def all_gather(values: list[Tensor]) -> list[Tensor]:
+            rows = gather(torch.cat([v.reshape(-1) for v in values])).view(n, -1)
+            return [f(part.reshape(-1)) for f, part in zip(finish, rows.split(own, 1), strict=True)]
+
+        return all_gather
+    packs = [_pack_for_members(place, place.step.dims[0])[0] for place in places]
+    results = [place.result for place in places]
+    sizes = [math.prod(result) for result in results]
+    scatter = link.prepare_reduce_scatter([sum(sizes)] * n, at.step.op, at.order)
+
+    def reduce_scatter(values: list[Tensor]) -> list[Tensor]:
+        flat = scatter(torch.cat([pack(v).view(n, -1) for pack, v in zip(packs, values, strict=True)], 1).view(-1))
+        return _cut_up(flat, results)
+
+    return reduce_scatter
+
+
+def _cut_up(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """Tensors of these shapes, each in memory of its own."""
+    return [part.clone().view(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes)]
+
+
+class _Done:
+    """What was over when it began."""
+
+    def __init__(self, result: Tensor):
+        self.result = result
+
+    def wait(self) -> Tensor:
+        return self.result
+
+
+class _OnlyLocal:
+    """A function of the local tensor alone."""
+
+    def __init__(self, function: Local):
+        self.function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def start(self, x: Tensor) -> UnderWay:
+        return _Done(self.function(x))
+
+
+class _Between:
+    """A collective between what packs its argument and what unpacks its result."""
+
+    def __init__(self, pack: Local, operation: Operation, unpack: Local):
+        self.pack, self.operation, self.unpack = pack, operation, unpack
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.unpack(self.operation(self.pack(x)))
+
+    def start(self, x: Tensor) -> UnderWay:
+        return _Followed(self.operation.start(self.pack(x)), self.unpack)
+
+
+class _Chain:
+    """Runners one after the other. Started, it goes on by itself as far as the first that communicates."""
+
+    def __init__(self, runs: Sequence[Runner]):
+        self.runs = tuple(runs)
+        self.first = next((i for i, run in enumerate(runs) if not isinstance(run, _OnlyLocal)), len(runs))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for run in self.runs:
+            x = run(x)
         return x
 
-    return run_all
+    def start(self, x: Tensor) -> UnderWay:
+        for run in self.runs[: self.first]:
+            x = run(x)
+        if self.first == len(self.runs):
+            return _Done(x)
+        under_way = self.runs[self.first].start(x)
+        rest = self.runs[self.first + 1 :]
+        return _Followed(under_way, _Chain(rest)) if rest else under_way
+
+
+class _Followed:
+    """What is under way, and what is to be done with its result."""
+
+    def __init__(self, under_way: UnderWay, then: Local):
+        self.under_way, self.then = under_way, then
+
+    def wait(self) -> Tensor:
+        return self.then(self.under_way.wait())
 
 
 class _Place:
@@ -260,20 +319,10 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _reduce(parts: Sequence[Tensor], op: str) -> Tensor:
-    """The sum, maximum or minimum of two tensors or more, first to last; a new tensor."""
-    dtype = parts[0].dtype
-    narrow = dtype.is_floating_point and dtype.itemsize == 1
-    if narrow:  # torch cannot add float8
-        parts = [p.float() for p in parts]
-    combine = _COMBINE[op]
-    total = combine(parts[0], parts[1])
-    for part in parts[2:]:
-        combine(total, part, out=total)
-    return total.to(dtype) if narrow else total
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
-def _slice(at: _Place) -> Run:
+def _slice(at: _Place) -> Local:
     cuts = []
     for dim, ((a, b), (c, d)) in enumerate(zip(at.have[at.rank], at.want[at.rank], strict=True)):
         if (a, b) != (c, d):
@@ -292,131 +341,23 @@ def _slice(at: _Place) -> Run:
     return run
 
 
-def _all_reduce(at: _Place, inplace: bool) -> Run:
-    link, op, local = at.link, at.step.op, at.local
-    count, n = math.prod(local), at.link.size
-    if count == 0:
-        return _same
-    order, is_sorted = at.order, at.is_sorted
-
-    def in_one_round(x: Tensor) -> Tensor:
-        out = x.new_empty(n * count)
-        link.all_to_all(out, x.reshape(-1).repeat(n))
-        parts = out.split(count)
-        return _reduce(parts if is_sorted else [parts[i] for i in order], op).view(local)
-
-    if link.is_gloo and n * count <= _ONE_ROUND:
-        return in_one_round
-
-    def run(x: Tensor) -> Tensor:
-        if x.dtype not in _REDUCIBLE:
-            return in_one_round(x)
-        out = x.contiguous() if inplace else x.clone(memory_format=torch.contiguous_format)
-        link.all_reduce(out, op)
-        return out
-
-    return run
+def _all_gather(at: _Place) -> Runner:
+    sizes = [math.prod(_extent(at.have[r])) for r in at.sorted_members]
+    return _Between(_same, at.link.prepare_all_gather(sizes), _unpack_gathered(at))
 
 
-def _all_gather(at: _Place) -> Run:
-    link, n = at.link, at.link.size
+def _unpack_gathered(at: _Place) -> Local:
     shapes = [_extent(at.have[r]) for r in at.sorted_members]
-    sizes = [math.prod(s) for s in shapes]
-    total, own = sum(sizes), math.prod(at.local)
+    return _unpack(shapes, at.step.dims[0], at.result, at.order) if len(at.step.dims) == 1 else _place_all(at)
+
+
+def _reduce_scatter(at: _Place) -> Runner:
     result = at.result
-    finish = _unpack(shapes, at.step.dims[0], result, at.order) if len(at.step.dims) == 1 else _place_all(at)
-    even = len(set(sizes)) == 1
-    if total == 0:
-        return lambda x: x.new_empty(result)
-    if link.is_gloo and total > _ONE_ROUND:
-        members = [(m, r, at.have[m]) for m in at.members for r in at.members if (m == at.rank) != (r == at.rank) or m == r]
-        return _Direct(at, [route for route in members if count(route[2])])
-    in_one_round = not even or link.is_gloo
-    if not in_one_round and at.step.dims == (0,) and at.is_sorted:
-
-        def run(x: Tensor) -> Tensor:
-            out = x.new_empty(result)
-            link.all_gather(out, x.contiguous())
-            return out
-
-    elif not in_one_round:
-
-        def run(x: Tensor) -> Tensor:
-            out = x.new_empty(total)
-            link.all_gather(out, x.reshape(-1).contiguous())
-            return finish(out)
-
-    else:
-        received, sent = (None, None) if even else (sizes, [own] * n)
-
-        def run(x: Tensor) -> Tensor:
-            out = x.new_empty(total)
-            link.all_to_all(out, x.reshape(-1).repeat(n), received, sent)
-            return finish(out)
-
-    return run
-
-
-def _reduce_scatter(at: _Place) -> Run:
-    link, n, op, result = at.link, at.link.size, at.step.op, at.result
     pack, sizes = _pack_for_members(at, at.step.dims[0])
-    even, own = len(set(sizes)) == 1, math.prod(result)
-    if sum(sizes) == 0:
-        return lambda x: x.new_empty(result)
-    received, sent = (None, None) if even else ([own] * n, sizes)
-    order, is_sorted = at.order, at.is_sorted
-
-    def by_parts(x: Tensor) -> Tensor:
-        out = x.new_empty(n * own)
-        link.all_to_all(out, pack(x), received, sent)
-        parts = out.view(n, own).unbind()
-        return _reduce(parts if is_sorted else [parts[i] for i in order], op).view(result)
-
-    if link.is_gloo or not even:
-        return by_parts
-    along_rows = at.step.dims[0] == 0 and at.is_sorted
-
-    def run(x: Tensor) -> Tensor:
-        if x.dtype not in _REDUCIBLE:
-            return by_parts(x)
-        if along_rows:
-            out = x.new_empty(result)
-            link.reduce_scatter(out, x.contiguous(), op)
-            return out
-        out = x.new_empty(own)
-        link.reduce_scatter(out, pack(x), op)
-        return out.view(result)
-
-    return run
+    return _Between(pack, at.link.prepare_reduce_scatter(sizes, at.step.op, at.order), lambda flat: flat.view(result))
 
 
-def _all_to_all(at: _Place) -> Run:
-    link = at.link
-    source_dim, target_dim = at.step.dims
-    pack, sent = _pack_for_members(at, target_dim)
-    shapes = []
-    for member in at.sorted_members:
-        piece = list(_extent(at.have[member]))
-        piece[target_dim] = at.result[target_dim]
-        shapes.append(tuple(piece))
-    received = [math.prod(s) for s in shapes]
-    total, result = sum(received), at.result
-    if not any(math.prod(_extent(at.have[m])) for m in at.members):
-        return lambda x: x.new_empty(result)
-    finish = _unpack(shapes, source_dim, result, at.order)
-    # the same on every rank: whether all pieces, of whatever rank for whatever rank, are equally long
-    even = len({_extent(at.have[m])[source_dim] for m in at.members}) == 1 and len(set(sent)) == 1
-    splits = (None, None) if even else (received, sent)
-
-    def run(x: Tensor) -> Tensor:
-        out = x.new_empty(total)
-        link.all_to_all(out, pack(x), *splits)
-        return finish(out)
-
-    return run
-
-
-def _pack_for_members(at: _Place, dim: int) -> tuple[Run, list[int]]:
+def _pack_for_members(at: _Place, dim: int) -> tuple[Local, list[int]]:
     """Cuts the local tensor along ``dim`` into what each member wants: a flat tensor in torch's order; the sizes."""
     local, (start, stop) = at.local, at.have[at.rank][dim]
     spans = []
@@ -426,14 +367,14 @@ def _pack_for_members(at: _Place, dim: int) -> tuple[Run, list[int]]:
     rest = math.prod(local[:dim]) * math.prod(local[dim + 1 :])
     sizes = [length * rest for _, length in spans]
     if at.is_sorted and math.prod(local[:dim]) <= 1:
-        return lambda x: x.reshape(-1).contiguous(), sizes
+        return lambda x: x.reshape(-1), sizes
     n, length = len(spans), spans[0][1]
     if at.is_sorted and all(s == (i * length, length) for i, s in enumerate(spans)):
-        return lambda x: x.unflatten(dim, (n, length)).movedim(dim, 0).reshape(-1).contiguous(), sizes
+        return lambda x: x.unflatten(dim, (n, length)).movedim(dim, 0).reshape(-1), sizes
     return lambda x: torch.cat([x.narrow(dim, a, length).reshape(-1) for a, length in spans]), sizes
 
 
-def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> Run:
+def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> Local:
     """Puts pieces of these shapes, flat and in torch's order, together along ``dim`` in the order of ``order``."""
     is_sorted = order == list(range(len(order)))
     if is_sorted and math.prod(result[:dim]) <= 1:
@@ -450,7 +391,7 @@ def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> R
     return run
 
 
-def _place_all(at: _Place) -> Run:
+def _place_all(at: _Place) -> Local:
     """Puts pieces, flat and in torch's order, together along several dims."""
     counts = [at.step.source.mesh.count(at.step.source.bound[d][len(at.step.target.bound[d]) :]) for d in at.step.dims]
     shapes, result = [_extent(at.have[r]) for r in at.sorted_members], at.result
@@ -475,48 +416,33 @@ def _place_all(at: _Place) -> Run:
     return run
 
 
-class _Direct:
-    """A transfer by direct messages, at once or started now and finished later."""
-
-    def __init__(self, at: _Place, routes: Sequence[Route]):
-        self.transfer = Transfer(routes, at.rank, at.groups.size, at.have.get(at.rank), at.want.get(at.rank))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.start(x)()
-
-    def start(self, x: Tensor) -> Callable[[], Tensor]:
-        return self.transfer.start(x)
+def _transfer(at: _Place, routes: Sequence[tuple[int, int, Bounds]]) -> Runner:
+    """By direct messages among all ranks, whatever their groups."""
+    everyone = at.groups.link(range(at.groups.size))
+    return Transfer(everyone, routes, at.have.get(at.rank), at.want.get(at.rank))
 
 
-# -- the exact exchange ------------------------------------------------------------------------------------------------
-
-
-def _exchange(at: _Place) -> Run:
+def _exchange(at: _Place, routes: Sequence[tuple[int, int, Bounds]]) -> Runner:
     """By the backend's all-to-all: all a rank sends is packed into one flat tensor, in the order of ranks."""
-    have, want, rank = at.have.get(at.rank), at.want.get(at.rank), at.rank
-    routes = exchange_routes(at.step.source, at.step.target, at.shape)
-    outgoing, incoming = {t: g for s, t, g in routes if s == rank != t}, {s: g for s, t, g in routes if t == rank != s}
-    kept = [(cutter(g, have), cutter(g, want)) for s, t, g in routes if s == t == rank]
+    have, want, rank, members = at.have.get(at.rank), at.want.get(at.rank), at.rank, at.sorted_members
+    counts = {(members.index(s), members.index(t)): count(g) for s, t, g in routes if s in members and t in members}
+    outgoing, incoming = {t: g for s, t, g in routes if s == rank}, {s: g for s, t, g in routes if t == rank}
     result = (0,) if want is None else _extent(want)
-    sent = [count(outgoing[r]) if r in outgoing else 0 for r in at.sorted_members]
-    received = [count(incoming[r]) if r in incoming else 0 for r in at.sorted_members]
-    take = [cutter(outgoing[r], have) for r in at.sorted_members if r in outgoing]
-    put = [(cutter(incoming[r], want), _extent(incoming[r])) for r in at.sorted_members if r in incoming]
-    sizes, total = [n for n in received if n], sum(received)
-    link = at.link if any(s != t for s, t, _ in routes) else None
+    take = [cutter(outgoing[r], have) for r in members if r in outgoing]
+    put = [(cutter(incoming[r], want), _extent(incoming[r])) for r in members if r in incoming]
+    sizes = [count(incoming[r]) for r in members if r in incoming]
 
-    def run(x: Tensor) -> Tensor:
-        flat = x.new_empty(total)
-        if link is not None:
-            packed = torch.cat([cut(x).reshape(-1) for cut in take]) if take else x.new_empty(0)
-            link.all_to_all(flat, packed, received, sent)
-        if not kept and len(put) == 1:
+    def pack(x: Tensor) -> Tensor:
+        return torch.cat([cut(x).reshape(-1) for cut in take]) if take else x.new_empty(0)
+
+    def unpack(flat: Tensor) -> Tensor:
+        if len(put) == 1:
             return flat.view(result)  # all of it comes from one rank
-        out = x.new_empty(result)
-        for cut, place in kept:
-            place(out).copy_(cut(x))
+        out = flat.new_empty(result)
         for (place, extent), part in zip(put, flat.split(sizes) if sizes else ()):
             place(out).copy_(part.view(extent))
         return out
 
-    return run
+    if all(s == t for s, t, _ in routes):  # nothing moves
+        return _OnlyLocal(lambda x: unpack(pack(x)))
+    return _Between(pack, at.link.prepare_exchange(counts), unpack)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardwright.redistribute.step import Step
+from shardwright.redistribute.steps import Redistribution
 from shardwright.redistribute.volume import sent_elements
 
 
@@ -24,6 +24,7 @@ class CommunicationEvent:
         shape: global shape of the tensor; ``dtype`` its dtype.
         cause: name of the operator that needs it, ``edge`` the edge it stands on.
         phase: ``forward`` or ``backward``.
+        launch: number of the collective within the log: tensors that share one have the same.
     """
 
     kind: str
@@ -35,17 +36,18 @@ class CommunicationEvent:
     cause: str
     edge: str
     phase: str
+    launch: int = 0
 
 
 @dataclass
 class CommunicationLog:
-    """What :func:`record_communication` yields."""
+    """What :func:`record_communication` yields: one event a tensor, in the order in which collectives start."""
 
     events: list[CommunicationEvent] = field(default_factory=list)
 
     def count(self, kind: str | None = None) -> int:
-        """Number of collectives, of one kind or of all."""
-        return sum(kind is None or e.kind == kind for e in self.events)
+        """Number of collectives, of one kind or of all; one that several tensors share counts once."""
+        return len({e.launch for e in self.events if kind is None or e.kind == kind})
 
     def bytes(self, kind: str | None = None) -> int:
         """Bytes that the busiest rank sends, over the collectives of one kind or of all."""
@@ -77,15 +79,29 @@ def record_communication() -> Iterator[CommunicationLog]:
         _active.remove(log)
 
 
-def emit(steps: Sequence[Step], shape: tuple[int, ...], dtype: torch.dtype, cause: str, edge: str, phase: str) -> None:
-    """Tells every active log of the collectives among ``steps``; nothing to do where none is active."""
-    if not _active:
-        return
-    for step in steps:
-        if step.kind == "slice":
-            continue
-        groups = tuple(tuple(g) for g in step.groups)
-        sent = sent_elements(step, shape) * dtype.itemsize
-        event = CommunicationEvent(step.kind, step.axes, groups, sent, shape, dtype, cause, edge, phase)
-        for log in _active:
-            log.events.append(event)
+@dataclass(frozen=True)
+class Moved:
+    """What the record needs to know of a move: its steps there and back, and why it is."""
+
+    redistribution: Redistribution
+    cause: str
+    edge: str
+
+
+def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str) -> None:
+    """Tells every active log of the collectives of moves that share them; nothing to do where none is active."""
+    for log in _active:
+        first = log.events[-1].launch + 1 if log.events else 0
+        for moved in moves:
+            plan, launch = moved.redistribution, first
+            for step in plan.forward if phase == "forward" else plan.backward:
+                if step.kind == "slice":
+                    continue
+                groups = tuple(tuple(g) for g in step.groups)
+                sent = sent_elements(step, plan.shape) * dtype.itemsize
+                log.events.append(
+                    CommunicationEvent(
+                        step.kind, step.axes, groups, sent, plan.shape, dtype, moved.cause, moved.edge, phase, launch
+                    )
+                )
+                launch += 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from shardwright.partition.lanes import Lanes
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.redistribute.step import Step
+from shardwright.world.summation import reduce as _reduced
 
 Values = Sequence[Tensor]
 Bounds = tuple[tuple[int, int], ...]
@@ -136,21 +137,6 @@ def _cut(value: Tensor, cuts: Cuts) -> Tensor:
     for dim, start, length in cuts:
         value = value.narrow(dim, start, length)
     return value
-
-
-def _reduced(parts: list[Tensor], op: str) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    if op == "sum":
-        total = parts[0] + parts[1]
-        for part in parts[2:]:
-            total += part
-        return total
-    combine = torch.maximum if op == "max" else torch.minimum
-    total = combine(parts[0], parts[1])
-    for part in parts[2:]:
-        total = combine(total, part)
-    return total
 
 
 def _all_reduce(op: str, key: Any, values: Values) -> Tensor:

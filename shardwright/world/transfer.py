@@ -14,13 +14,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
+
+from shardwright.world.collectives import Handle, Link
+from shardwright.world.point_to_point import plain
+
+# Of all transfers: ranks that have no part in one would not know how many there were.
+_TAG = 1 << 23
 
 Bounds = tuple[tuple[int, int], ...]
 Shape = tuple[int, ...]
 Cut = Callable[[Tensor], Tensor]
-Finish = Callable[[], Tensor]
 Route = tuple[int, int, Bounds]
 
 
@@ -28,19 +32,20 @@ class Transfer:
     """What one rank sends, keeps and receives, prepared.
 
     Args:
+        link: all ranks of the job.
         routes: ``(from rank, to rank, region)`` of all ranks, or at least of those that this rank has part in.
-        rank: this rank; ``size`` the number of ranks of the job.
-        have: bounds of what it holds, ``None`` where it holds nothing.
-        want: bounds of what it is to hold, ``None`` for nothing.
+        have: bounds of what it holds, ``None`` where it holds nothing: then it hands in an empty tensor.
+        want: bounds of what it is to hold, ``None`` for nothing: then it gets an empty tensor.
     """
 
-    def __init__(self, routes: Sequence[Route], rank: int, size: int, have: Bounds | None, want: Bounds | None):
+    def __init__(self, link: Link, routes: Sequence[Route], have: Bounds | None, want: Bounds | None):
+        self.link, rank = link, link.position
         self.shape: Shape = (0,) if want is None else tuple(b - a for a, b in want)
         sends: dict[Bounds, list[int]] = {}
         self.kept: list[tuple[Cut, Cut]] = []
         self.receives: list[tuple[int, Cut, Shape, bool]] = []
         # each rank starts with its successor, so that not all send to the same one at once
-        for source, target, region in sorted(routes, key=lambda r: ((r[1] - r[0]) % size, r[0], r[2])):
+        for source, target, region in sorted(routes, key=lambda r: ((r[1] - r[0]) % link.size, r[0], r[2])):
             if source == rank and target == rank:
                 self.kept.append((cutter(region, have), cutter(region, want)))
             elif source == rank:
@@ -50,34 +55,38 @@ class Transfer:
                 self.receives.append((source, cutter(region, want), extent, is_contiguous(region, want)))
         self.sends = [(cutter(region, have), to) for region, to in sends.items()]
 
-    def start(self, x: Tensor) -> Callable[[], Tensor]:
-        """Starts sending and receiving; what it returns waits for the end and gives the result.
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._finish(self._begin(x))
 
-        Args:
-            x: what this rank holds, empty where that is nothing; it must not change before the end.
-        """
+    def start(self, x: Tensor) -> Handle:
+        """Starts sending and receiving. ``x`` must not change before the end."""
+        return Handle(self._finish, self._begin(x))
+
+    def _begin(self, x: Tensor) -> Any:
+        send, receive = self.link.group.send, self.link.group.recv
         out = x.new_empty(self.shape)
         receiving: list[tuple[Any, Cut, Tensor | None]] = []
         for source, place, extent, direct in self.receives:
             buffer = place(out) if direct else x.new_empty(extent)
-            receiving.append((dist.irecv(buffer, source), place, None if direct else buffer))
+            receiving.append((receive([buffer], source, _TAG), place, None if direct else buffer))
         sending: list[tuple[Any, Tensor]] = []
         for cut, targets in self.sends:
-            region = cut(x).contiguous()
-            sending += [(dist.isend(region, target), region) for target in targets]
+            region = plain(cut(x))
+            sending += [(send([region], target, _TAG), region) for target in targets]
         for cut, place in self.kept:
             place(out).copy_(cut(x))
+        return out, receiving, sending
 
-        def finish() -> Tensor:
-            for work, place, buffer in receiving:
-                work.wait()
-                if buffer is not None:
-                    place(out).copy_(buffer)
-            for work, _ in sending:
-                work.wait()
-            return out
-
-        return finish
+    @staticmethod
+    def _finish(state: Any) -> Tensor:
+        out, receiving, sending = state
+        for work, place, buffer in receiving:
+            work.wait()
+            if buffer is not None:
+                place(out).copy_(buffer)
+        for work, _ in sending:
+            work.wait()
+        return out  # type: ignore[no-any-return]
 
 
 def is_contiguous(region: Bounds, holder: Bounds | None) -> bool:

@@ -26,7 +26,6 @@ from shardwright.mesh import Mesh
 from shardwright.partition.partitioner import partition
 from shardwright.redistribute.steps import Step, steps_between
 from shardwright.rules.registry import signature_of
-from shardwright.world import distributed_steps
 from shardwright.world.distributed import DistributedWorld, read_environment
 from shardwright.world.distributed_steps import Groups, prepare, prepare_steps
 from shardwright.world.record import record_communication
@@ -34,6 +33,7 @@ from shardwright.world.simulated import SimulatedWorld
 from shardwright.world.simulated_steps import run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
+ONE_ROUND = 1 << 16  # elements; about where the algorithms for small tensors end
 DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float64)
 DTYPES += (torch.complex64, torch.float8_e4m3fn)
 
@@ -248,7 +248,7 @@ def large_tensors(world):
     """The algorithms for tensors too large for one round; strided arguments."""
     n = world.size
     mesh = Mesh(("a",), (n,))
-    shape = (4 * n, distributed_steps._ONE_ROUND // 8)
+    shape = (4 * n, ONE_ROUND // 8)
     whole = Layout.replicated(mesh, 2)
     rows, columns, pending = Layout.of(mesh, (("a",), ())), Layout.of(mesh, ((), ("a",))), whole.with_partial(("a",))
     groups = Groups(world.rank, world.size)
@@ -262,7 +262,7 @@ def large_tensors(world):
 
 def what_prepare_promises(world):
     mesh = Mesh(("a",), (world.size,))
-    shape = (4 * world.size, distributed_steps._ONE_ROUND)
+    shape = (4 * world.size, ONE_ROUND)
     whole = Layout.replicated(mesh, 2)
     rows = Layout.of(mesh, (("a",), ()))
     groups = Groups(world.rank, world.size)

@@ -1,0 +1,214 @@
+"""What is fastest on a machine: for every collective, the best algorithm by size and by number of ranks; as data.
+
+``shardwright calibrate`` measures it and keeps it in a file of the user's; without one :data:`DEFAULT` holds. Results do
+not depend on it, only speed does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shardwright.errors import WorldError
+
+VERSION = 1
+VARIABLE = "SHARDWRIGHT_CALIBRATION"
+
+# Every algorithm of every operation on gloo. Where the calibration names none that can be used, the first that can.
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "all_reduce": ("pieces", "chain", "hub", "copies", "backend"),
+    "reduce_scatter": ("direct", "hub", "backend"),
+    "all_gather": ("direct", "hub", "backend"),
+    "exchange": ("direct", "backend", "hub"),
+}
+
+# Rows of a table: up to how many bytes, and the algorithms then, the fastest first. The last row has no end.
+Row = tuple[float, tuple[str, ...]]
+Table = tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What it costs a rank to communicate when all ranks do.
+
+    Args:
+        launch: seconds that an operation takes however little it moves, beside its messages.
+        latency: seconds a message.
+        bandwidth: bytes a second that a rank sends.
+    """
+
+    launch: float
+    latency: float
+    bandwidth: float
+
+    def seconds(self, messages: float, sent: float) -> float:
+        """Estimate for an operation in which a rank sends so many messages and bytes."""
+        return self.launch + messages * self.latency + sent / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The fastest algorithms of a machine.
+
+    Bytes are those of the tensor of an all-reduce, of the whole of a reduce-scatter or all-gather, and what a member sends
+    in an exchange.
+
+    Args:
+        tables: for each operation and number of ranks, the algorithms by bytes.
+        links: what a cost model needs.
+        cpus: cores of the machine it was measured on.
+        origin: where it comes from, for messages.
+    """
+
+    tables: Mapping[str, Mapping[int, Table]]
+    links: Links
+    cpus: int
+    origin: str = "measured"
+
+    def choose(self, operation: str, ranks: int, nbytes: int, allowed: Collection[str]) -> str:
+        """The fastest of the algorithms that are allowed; measurements of the nearest number of ranks count.
+
+        >>> DEFAULT.choose("all_reduce", 4, 1024, ["pieces", "hub"])
+        'hub'
+        >>> DEFAULT.choose("all_reduce", 5, 1024, ["backend"])
+        'backend'
+        """
+        for name in (*self._ranking(operation, ranks, nbytes), *ALGORITHMS[operation]):
+            if name in allowed:
+                return name
+        raise AssertionError(f"{operation}: {allowed} has no algorithm of {ALGORITHMS[operation]}")
+
+    def _ranking(self, operation: str, ranks: int, nbytes: int) -> tuple[str, ...]:
+        measured = self.tables.get(operation)
+        if not measured:
+            return ()
+        nearest = min(measured, key=lambda n: (abs(math.log(n / ranks)), n))
+        return next((names for limit, names in measured[nearest] if nbytes <= limit), ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values: for a file, or to be sent to other ranks."""
+        tables = {
+            operation: {
+                str(ranks): [[None if limit == math.inf else limit, list(names)] for limit, names in table]
+                for ranks, table in measured.items()
+            }
+            for operation, measured in self.tables.items()
+        }
+        return {"version": VERSION, "cpus": self.cpus, "origin": self.origin, "links": asdict(self.links), "tables": tables}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Calibration:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            WorldError: the values are none that it made.
+        """
+        if not isinstance(values, Mapping) or values.get("version") != VERSION:
+            version = values.get("version") if isinstance(values, Mapping) else None
+            raise WorldError(f"it has version {version!r}, this shardwright reads version {VERSION}")
+        try:
+            tables = {
+                operation: {int(ranks): _table(operation, rows) for ranks, rows in measured.items()}
+                for operation, measured in values["tables"].items()
+            }
+            links = Links(*(_positive(values["links"][name]) for name in ("launch", "latency", "bandwidth")))
+            return cls(tables, links, int(values["cpus"]), str(values["origin"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise WorldError(f"it is not a calibration: {type(error).__name__}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Writes it to a file, whole or not at all; makes the folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+        draft.replace(path)
+
+
+def _table(operation: str, rows: Sequence[Any]) -> Table:
+    known = ALGORITHMS[operation]
+    table = tuple((math.inf if limit is None else _positive(limit), tuple(names)) for limit, names in rows)
+    limits = [limit for limit, _ in table]
+    if not table or limits != sorted(limits) or limits[-1] != math.inf:
+        raise ValueError(f"the sizes of {operation} do not ascend to the last, which has none")
+    unknown = {name for _, names in table for name in names} - set(known)
+    if unknown:
+        raise ValueError(f"{operation} has no algorithm {', '.join(sorted(map(repr, unknown)))}")
+    return table
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is not a number from 0")
+    return float(value)
+
+
+def location() -> Path:
+    """Where this user's calibration is kept: what ``SHARDWRIGHT_CALIBRATION`` says, else a file in the user's cache."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "shardwright" / "calibration.json"
+
+
+def load(path: Path | None = None) -> Calibration:
+    """The calibration in a file, default the user's; :data:`DEFAULT` where there is none.
+
+    A file that cannot be used, or that was measured on a machine with another number of cores, is warned of and left.
+    """
+    asked = path is not None or bool(os.environ.get(VARIABLE))
+    path = path or location()
+    try:
+        found = Calibration.from_dict(json.loads(path.read_text("utf-8")))
+        cpus = os.cpu_count() or 1
+        if found.cpus != cpus:
+            raise WorldError(f"it was measured on a machine with {found.cpus} cores, this one has {cpus}")
+    except FileNotFoundError:
+        if not asked:
+            return DEFAULT
+        problem = "there is no such file"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"it cannot be read: {error}"
+    except json.JSONDecodeError as error:
+        problem = f"it is not JSON: {error}"
+    except WorldError as error:
+        problem = str(error)
+    else:
+        return found
+    warnings.warn(
+        f"the calibration {path} is not used, the defaults are: {problem}. To measure this machine: shardwright calibrate",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return DEFAULT
+
+
+def _default(text: str) -> Mapping[str, Mapping[int, Table]]:
+    """Tables out of lines ``operation ranks: names <= bytes, names <= bytes, names``."""
+    tables: dict[str, dict[int, Table]] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        head, _, rest = line.partition(": ")
+        operation, ranks = head.split()
+        rows = [row.partition(" <= ") for row in rest.split(", ")]
+        table = tuple((float(limit) if limit else math.inf, tuple(names.split())) for names, _, limit in rows)
+        tables.setdefault(operation, {})[int(ranks)] = table
+    return tables
+
+
+DEFAULT = Calibration(
+    _default("""
+        all_reduce 2: hub <= 524288, backend pieces
+        all_reduce 3: hub <= 1048576, pieces
+        all_reduce 4: hub <= 1048576, pieces
+        all_reduce 8: hub <= 1048576, chain pieces
+    """),
+    Links(launch=1e-4, latency=1e-4, bandwidth=1e9),
+    cpus=2,
+    origin="defaults",
+)

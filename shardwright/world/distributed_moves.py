@@ -1,0 +1,251 @@
+"""Moves on one rank: redistributions as differentiable functions of local tensors.
+
+A move runs at once, or is started early and ended where its result is read; then the backward pass starts the gradient on
+its way at the end's place and waits for it at the start's. Small moves of one kind share their collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardwright.errors import WorldError
+from shardwright.partition.program import Move
+from shardwright.redistribute.steps import Redistribution
+from shardwright.world import record
+from shardwright.world.distributed_steps import Groups, Runner, UnderWay, prepare_shared, prepare_steps
+
+
+class DistributedMove:
+    """One move of the program on this rank, prepared.
+
+    Args:
+        inplace: whether the forward may overwrite its argument.
+        compact: whether its result must not be a view into the argument, which it would keep alive.
+    """
+
+    def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool):
+        plan = move.redistribution
+        self.record = [record.Moved(plan, move.cause, move.edge)]
+        self.needs_grad = move.needs_grad
+        self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
+        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
+
+    def forward(self, value: Tensor) -> Tensor:
+        if record._active:
+            record.emit(self.record, value.dtype, "forward")
+        return self.run_forward(value)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        if record._active:
+            record.emit(self.record, gradient.dtype, "backward")
+        return self.run_backward(gradient)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if value.requires_grad and torch.is_grad_enabled():
+            return _MoveFunction.apply(self, value)  # type: ignore[no-any-return]
+        return self.forward(value)
+
+    def without_gradient(self, value: Tensor) -> Tensor:
+        return self.forward(value.detach() if value.requires_grad else value)
+
+    # -- started early --------------------------------------------------------------------------------------------
+
+    def start_move(self, value: Tensor) -> _Travelling:
+        """Starts the move; the result's ``end()`` gives what a call would."""
+        travelling = _Travelling(self)
+        if self.needs_grad and value.requires_grad and torch.is_grad_enabled():
+            travelling.token = _StartFunction.apply(travelling, value)
+        else:
+            travelling.start_forward(value.detach())
+        return travelling
+
+
+class _Travelling:
+    """A move under way, and later its gradient."""
+
+    def __init__(self, move: DistributedMove):
+        self.move = move
+        self.value: UnderWay | None = None
+        self.gradient: UnderWay | None = None
+        self.token: Tensor | None = None
+
+    def start_forward(self, value: Tensor) -> None:
+        if record._active:
+            record.emit(self.move.record, value.dtype, "forward")
+        self.value = self.move.run_forward.start(value)
+
+    def start_backward(self, gradient: Tensor) -> None:
+        if record._active:
+            record.emit(self.move.record, gradient.dtype, "backward")
+        self.gradient = self.move.run_backward.start(gradient)
+
+    def end_forward(self) -> Tensor:
+        assert self.value is not None, "a move is ended once"
+        result, self.value = self.value.wait(), None
+        return result
+
+    def end_backward(self) -> Tensor:
+        assert self.gradient is not None, "a gradient is ended once"
+        result, self.gradient = self.gradient.wait(), None
+        return result
+
+    def end(self) -> Tensor:
+        if self.token is None:
+            return self.end_forward()
+        token, self.token = self.token, None
+        return _EndFunction.apply(self, token)  # type: ignore[no-any-return]
+
+
+class _StartFunction(torch.autograd.Function):
+    """To a token that ties the end to the start in the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, travelling: _Travelling, value: Tensor) -> Tensor:
+        ctx.travelling = travelling
+        travelling.start_forward(value.detach())
+        return value.new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor) -> tuple[Any, Tensor]:
+        return None, ctx.travelling.end_backward()
+
+
+class _EndFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, travelling: _Travelling, token: Tensor) -> Tensor:
+        ctx.travelling = travelling
+        result = travelling.end_forward()
+        return result.view_as(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+        ctx.travelling.start_backward(gradient)
+        return None, gradient.new_empty(())
+
+
+class _MoveFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, move: DistributedMove | PieceMove, value: Tensor) -> Tensor:
+        ctx.move = move
+        result = move.forward(value)
+        assert result is not None
+        # autograd forbids to return an argument, and what was changed in place must not count as one
+        return result.view_as(result) if result is value else result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+        if torch.is_grad_enabled():  # create_graph=True: what is asked for cannot be had; said when it is used
+            return _backward_once(ctx, gradient)  # type: ignore[no-any-return]
+        return None, ctx.move.backward(gradient)
+
+
+@once_differentiable
+def _backward_once(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+    return None, ctx.move.backward(gradient)
+
+
+# -- moves that share their collectives --------------------------------------------------------------------------------
+
+
+class MovesTogether:
+    """Moves of one kind over the same axes, on this rank: one collective for all, forward and backward.
+
+    The backward waits for the gradients of all results; those that get none take no part.
+    """
+
+    def __init__(self, moves: Sequence[Move], rank: int, groups: Groups):
+        self.plans = [move.redistribution for move in moves]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge) for move in moves]
+        self.needs_grad = moves[0].needs_grad
+        self.rank, self.groups = rank, groups
+        self.prepared: dict[tuple[str, tuple[int, ...]], Callable[[list[Tensor]], list[Tensor]]] = {}
+
+    def __call__(self, *values: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+        if self.needs_grad and torch.is_grad_enabled() and any(v.requires_grad for v in values):
+            return _TogetherFunction.apply(self, *values)  # type: ignore[no-any-return]
+        return self.run("forward", list(range(len(values))), [v.detach() for v in values])
+
+    def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
+        """The steps of one phase on the tensors of some of the moves."""
+        if record._active:
+            record.emit([self.record[i] for i in members], values[0].dtype, phase)
+        key = (phase, tuple(members))
+        if key not in self.prepared:
+            self.prepared[key] = self._prepare(phase, members)
+        return self.prepared[key](values)
+
+    def _prepare(self, phase: str, members: Sequence[int]) -> Callable[[list[Tensor]], list[Tensor]]:
+        plans = [self.plans[i] for i in members]
+        steps = [plan.forward if phase == "forward" else plan.backward for plan in plans]
+        if not steps[0]:
+            return lambda values: values
+        return prepare_shared([s for (s,) in steps], [plan.shape for plan in plans], self.rank, self.groups)
+
+
+class _TogetherFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, together: MovesTogether, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.together = together
+        ctx.set_materialize_grads(False)
+        results = together.run("forward", list(range(len(values))), list(values))
+        return tuple(r.view_as(r) if any(r is v for v in values) else r for r in results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        known = [i for i, g in enumerate(gradients) if g is not None]
+        results: list[Tensor | None] = [None] * len(gradients)
+        if known:
+            given = [g for g in gradients if g is not None]
+            for i, result in zip(known, ctx.together.run("backward", known, given), strict=True):
+                results[i] = result
+        return (None, *results)
+
+
+# -- redistribute -------------------------------------------------------------------------------------------------------
+
+
+class PieceMove:
+    """A redistribution of one tensor on this rank, prepared."""
+
+    def __init__(self, plan: Redistribution, rank: int, groups: Groups):
+        self.plan = plan
+        self.record = [record.Moved(plan, "redistribute", "redistribute")]
+        bounds = plan.source.bounds(plan.shape).get(rank)
+        self.given = None if bounds is None else torch.Size(b - a for a, b in bounds)
+        self.wants = rank in plan.target.mesh.ranks
+        self.run_forward: Runner = prepare_steps(plan.forward, plan.shape, rank, groups)
+        same_ranks = set(plan.source.mesh.ranks) == set(plan.target.mesh.ranks)
+        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups) if same_ranks else None
+
+    def __call__(self, value: Tensor | None, dtype: torch.dtype | None, device: torch.device) -> Tensor | None:
+        if value is None:
+            value = torch.empty(0, dtype=dtype, device=device)
+        if value.requires_grad and torch.is_grad_enabled():
+            if self.run_backward is None:
+                raise WorldError(
+                    f"redistribute from ranks {sorted(self.plan.source.mesh.ranks)} to ranks "
+                    f"{sorted(self.plan.target.mesh.ranks)} has no backward: hand in value.detach() and move the gradient "
+                    "back from target to source by a call of its own"
+                )
+            return _MoveFunction.apply(self, value)  # type: ignore[no-any-return]
+        return self.forward(value)
+
+    def forward(self, value: Tensor) -> Tensor | None:
+        if record._active:
+            record.emit(self.record, value.dtype, "forward")
+        result = self.run_forward(value)
+        return result if self.wants else None
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        if record._active:
+            record.emit(self.record, gradient.dtype, "backward")
+        assert self.run_backward is not None
+        return self.run_backward(gradient)

@@ -1,0 +1,492 @@
+"""Collectives made of gloo's direct messages, for what its own do slowly, or not in the order of :mod:`.summation`.
+
+Each function prepares one algorithm for one rank and one dtype, as an :class:`Algorithm`: what begins it, what ends it.
+
+- ``hub``: the first member gets everything, combines it and sends the result to each. 2(n-1) messages, two rounds: what
+  costs least where messages cost more than bytes do.
+- ``copies``: each sends all it has to each, and each combines. n(n-1) messages, one round.
+- ``pieces``: each combines one piece and sends it to each. 2n(n-1) messages, two rounds, all ranks busy.
+- ``chain``: the first member's tensor goes from member to member, each adding its own; the last one's goes back. In
+  chunks, so that all links are busy. 2(n-1) messages a chunk.
+- ``direct``: each sends each what it needs, and that is that.
+
+Invariants:
+
+- Messages of one call have tags of their own, so that calls under way at the same time do not mix, whatever the order
+  in which they end. Nothing empty is sent.
+- Where all send to all, a rank posts what it sends before what it receives. gloo sends when the receiver has said that it
+  is ready; if it is not yet, gloo's thread does it later, else the caller's does it at once, and comes to its own
+  receiving that much later (up to a third, measured with two to four ranks). Where one rank is waited for, as the hub
+  is, receiving is posted early.
+- In place, a result may be received where the argument still lies: it comes only after what is there has been sent, for
+  it depends on it.
+- Results, and views of them, are made by ``begin``; ``finish`` writes into them, in whatever thread it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from shardwright.world.summation import prepare_reduce
+
+_CHUNK = 2 << 20  # bytes of a chunk of a chain: larger ones fill the chain late, smaller ones cost more messages
+_MOST_CHUNKS = 16
+_LEAST_KEPT, _MOST_KEPT = 1 << 18, 1 << 26  # bytes of buffers that are kept for the next time
+_WINDOW = 3  # chunks that a member of a chain may be sent before it takes the first
+
+
+class Algorithm(NamedTuple):
+    """One way to do a collective, prepared.
+
+    Args:
+        begin: starts it with a tensor, without waiting; returns what ``finish`` needs.
+        finish: waits for the rest, and returns the result.
+        run: both at once.
+        continues: whether other ranks need this one's ``finish`` to get to the end of theirs.
+    """
+
+    begin: Callable[[Tensor], Any]
+    finish: Callable[[Any], Tensor]
+    run: Callable[[Tensor], Tensor]
+    continues: bool = False
+
+
+def both(begin: Callable[[Tensor], Any], finish: Callable[[Any], Tensor], continues: bool = False) -> Algorithm:
+    """An algorithm that runs by ``finish(begin(x))``."""
+    return Algorithm(begin, finish, lambda x: finish(begin(x)), continues)
+
+
+class Scratch:
+    """Memory for what arrives, used again: fresh pages cost about as much as the message that fills them.
+
+    It keeps one buffer, the largest that was given back.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A flat CPU tensor of at least ``count`` elements, which nobody else has."""
+        nbytes = math.ceil(count * dtype.itemsize / 64) * 64  # so that it is whole in every dtype
+        with self._lock:
+            buffer, self._kept = self._kept, None
+        if buffer is None or buffer.numel() < nbytes:
+            with torch.inference_mode(False):  # what is made in inference mode could not be written outside
+                buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return buffer.view(dtype)
+
+    def give(self, buffer: Tensor) -> None:
+        """Takes back what :meth:`take` gave and nothing uses any more."""
+        buffer = buffer.view(torch.uint8)
+        if _LEAST_KEPT <= buffer.numel() <= _MOST_KEPT:
+            with self._lock:
+                if self._kept is None or self._kept.numel() < buffer.numel():
+                    self._kept = buffer
+
+
+class Messenger(Protocol):
+    """The group that messages go through, seen from one rank: a :class:`~shardwright.world.collectives.Link`."""
+
+    size: int
+    position: int
+    scratch: Scratch
+
+    def open(self) -> tuple[Callable[..., Any], Callable[..., Any], int]:
+        """What sends, what receives, and the first of two tags that no call under way has."""
+
+
+class Reduction(NamedTuple):
+    """How contributions are combined.
+
+    Args:
+        op: ``sum``, ``max`` or ``min``.
+        order: positions in the group, in the order in which their contributions are combined.
+        dtype: of the contributions.
+    """
+
+    op: str
+    order: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def plain(x: Tensor) -> Tensor:
+    """The values of a tensor in memory as they are, in the order of its dims; the tensor itself where it is so."""
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    return x.contiguous()
+
+
+def _wait(works: Sequence[Any]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _arriving(parts: Sequence[tuple[Any, Tensor]]) -> Iterator[Tensor]:
+    """Parts in order, each as soon as it is there; this rank's own has no work."""
+    for work, part in parts:
+        if work is not None:
+            work.wait()
+        yield part
+
+
+def _others(link: Messenger) -> list[int]:
+    """The other members, beginning with the next, so that not all send to the same one at first."""
+    return [(link.position + k) % link.size for k in range(1, link.size)]
+
+
+def _receive_each(
+    link: Messenger, receive: Any, tag: int, count: int, own: Tensor, how: Reduction
+) -> tuple[list[tuple[Any, Tensor]], Tensor]:
+    """Receives ``count`` elements of each member.
+
+    Returns:
+        The parts in the order of summation, with their works; and their memory, to be given back.
+    """
+    memory = link.scratch.take((link.size - 1) * count, how.dtype)
+    parts: list[tuple[Any, Tensor]] = []
+    start = 0
+    for member in how.order:
+        if member == link.position:
+            parts.append((None, own))
+        else:
+            buffer = memory[start : start + count]
+            parts.append((receive([buffer], member, tag), buffer))
+            start += count
+    return parts, memory
+
+
+# -- all-reduce --------------------------------------------------------------------------------------------------------
+
+
+def hub_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
+    """All-reduce of ``count`` elements through the first member."""
+    hub, *others = how.order
+    if link.position != hub:
+        return _hub_leaf(link, hub, inplace)
+    combine = prepare_reduce(how.dtype, how.op, link.size)
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        result = x if inplace else torch.empty_like(x)
+        out = result.view(-1)
+        return result, out, send, tag + 1, *_receive_each(link, receive, tag, count, x.view(-1), how)
+
+    def finish(state: Any) -> Tensor:
+        result, out, send, tag, parts, memory = state
+        combine(_arriving(parts), out)
+        link.scratch.give(memory)
+        _wait([send([out], member, tag) for member in others])
+        return result  # type: ignore[no-any-return]
+
+    return both(begin, finish, continues=True)
+
+
+def _hub_leaf(link: Messenger, hub: int, inplace: bool) -> Algorithm:
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        result = x if inplace else torch.empty_like(x)
+        return result, receive([result], hub, tag + 1), send([x], hub, tag)
+
+    return both(begin, _finish_two)
+
+
+def _finish_two(state: Any) -> Tensor:
+    result, received, sent = state
+    received.wait()
+    sent.wait()
+    return result  # type: ignore[no-any-return]
+
+
+def copies_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
+    """All-reduce of ``count`` elements that each sends to each; never in place, for what is sent must stay."""
+    others = _others(link)
+    combine = prepare_reduce(how.dtype, how.op, link.size)
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        result = torch.empty_like(x)
+        sent = [send([x], member, tag) for member in others]
+        return result, result.view(-1), *_receive_each(link, receive, tag, count, x.view(-1), how), sent
+
+    def finish(state: Any) -> Tensor:
+        result, out, parts, memory, sent = state
+        combine(_arriving(parts), out)
+        link.scratch.give(memory)
+        _wait(sent)
+        return result  # type: ignore[no-any-return]
+
+    return both(begin, finish)
+
+
+def pieces_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
+    """All-reduce of ``count`` elements of which each member combines a piece."""
+    me, others = link.position, _others(link)
+    sizes = _pieces(count, link.size)
+    own, receivers = sizes[me], [m for m in others if sizes[m]]
+    combine = prepare_reduce(how.dtype, how.op, link.size, how.order.index(me) if inplace else 0)
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        result = x if inplace else torch.empty_like(x)
+        pieces = x.view(-1).split(sizes)
+        outs = pieces if inplace else result.view(-1).split(sizes)
+        sent = [send([pieces[m]], m, tag) for m in receivers]
+        parts, memory = _receive_each(link, receive, tag, own, pieces[me], how) if own else ([], x)
+        return result, outs, (send, receive, tag + 1), parts, memory, sent
+
+    def finish(state: Any) -> Tensor:
+        result, outs, (send, receive, tag), parts, memory, sent = state
+        if own:
+            combine(_arriving(parts), outs[me])
+            link.scratch.give(memory)
+            sent += [send([outs[me]], member, tag) for member in others]
+        gathered = [receive([outs[m]], m, tag) for m in receivers]
+        _wait(sent)
+        _wait(gathered)
+        return result  # type: ignore[no-any-return]
+
+    return both(begin, finish, continues=True)
+
+
+def _pieces(count: int, members: int) -> list[int]:
+    """Sizes of the pieces, whole cache lines where there is enough of them; the last ones may be empty."""
+    size = math.ceil(count / members)
+    if size >= 1024:
+        size = math.ceil(size / 64) * 64
+    return [min(size, max(0, count - i * size)) for i in range(members)]
+
+
+def chain_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
+    """All-reduce of ``count`` elements along the members and back. Not for what is combined in another dtype."""
+    at = how.order.index(link.position)
+    before = how.order[at - 1] if at else None
+    after = how.order[at + 1] if at + 1 < link.size else None
+    number = min(_MOST_CHUNKS, max(1, count * how.dtype.itemsize // _CHUNK))
+    chunks = [c for c in _pieces(count, number) if c]
+    combine = prepare_reduce(how.dtype, how.op, 2, 1 if inplace else 0)
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        result = x if inplace else torch.empty_like(x)
+        pieces = x.view(-1).split(chunks)
+        outs = pieces if inplace else result.view(-1).split(chunks)
+        memory: Tensor | None = None
+        buffers: list[Tensor] = []
+        coming: list[Any] = []
+        if before is not None:
+            memory = link.scratch.take(_WINDOW * chunks[0], how.dtype)
+            starts = [i % _WINDOW * chunks[0] for i in range(len(chunks))]
+            buffers = [memory[start : start + size] for start, size in zip(starts, chunks)]
+            coming = [receive([buffer], before, tag) for buffer in buffers[:_WINDOW]]
+        back = [] if after is None else [receive([out], after, tag + 1) for out in outs]
+        sent = [] if before is not None else [send([piece], after, tag) for piece in pieces]
+        return result, (send, receive, tag), pieces, outs, memory, buffers, coming, back, sent
+
+    def finish(state: Any) -> Tensor:
+        result, (send, receive, tag), pieces, outs, memory, buffers, coming, back, sent = state
+        onwards = (after, tag) if after is not None else (before, tag + 1)
+        for i, (buffer, piece, out) in enumerate(zip(buffers, pieces, outs)):
+            coming[i].wait()
+            combine((buffer, piece), out)
+            sent.append(send([out], *onwards))
+            if i + _WINDOW < len(buffers):
+                coming.append(receive([buffers[i + _WINDOW]], before, tag))
+        if memory is not None:
+            link.scratch.give(memory)
+        for work, out in zip(back, outs):
+            work.wait()
+            if before is not None:
+                sent.append(send([out], before, tag + 1))
+        _wait(sent)
+        return result  # type: ignore[no-any-return]
+
+    return both(begin, finish, continues=True)
+
+
+# -- reduce-scatter ----------------------------------------------------------------------------------------------------
+
+
+def hub_reduce_scatter(link: Messenger, sizes: Sequence[int], how: Reduction) -> Algorithm:
+    """Reduce-scatter of a flat tensor through the first member."""
+    hub, *others = how.order
+    me, total, own = link.position, sum(sizes), sizes[link.position]
+    combine = prepare_reduce(how.dtype, how.op, link.size)
+    receivers = [m for m in others if sizes[m]]
+
+    def begin_leaf(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        result = x.new_empty(own)
+        received = [receive([result], hub, tag + 1)] if own else []
+        return result, [*received, send([x], hub, tag)]
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        whole = x.new_empty(total)
+        parts, memory = _receive_each(link, receive, tag, total, x, how)
+        return x.new_empty(own), whole, whole.split(list(sizes)), send, tag + 1, parts, memory
+
+    def finish(state: Any) -> Tensor:
+        result, whole, pieces, send, tag, parts, memory = state
+        combine(_arriving(parts), whole)
+        link.scratch.give(memory)
+        sent = [send([pieces[m]], m, tag) for m in receivers]
+        result.copy_(pieces[me])
+        _wait(sent)
+        return result  # type: ignore[no-any-return]
+
+    return both(begin_leaf, _finish_all) if me != hub else both(begin, finish, continues=True)
+
+
+def _finish_all(state: Any) -> Tensor:
+    result, works = state
+    _wait(works)
+    return result  # type: ignore[no-any-return]
+
+
+def direct_reduce_scatter(link: Messenger, sizes: Sequence[int], how: Reduction) -> Algorithm:
+    """Reduce-scatter of a flat tensor, of which each member gets its piece from each."""
+    me, own, pieces_of = link.position, sizes[link.position], list(sizes)
+    receivers = [m for m in _others(link) if sizes[m]]
+    combine = prepare_reduce(how.dtype, how.op, link.size)
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        pieces = plain(x).split(pieces_of)
+        sent = [send([pieces[m]], m, tag) for m in receivers]
+        parts, memory = _receive_each(link, receive, tag, own, pieces[me], how) if own else ([], x)
+        return x.new_empty(own), parts, memory, sent
+
+    def finish(state: Any) -> Tensor:
+        result, parts, memory, sent = state
+        if own:
+            combine(_arriving(parts), result)
+            link.scratch.give(memory)
+        _wait(sent)
+        return result  # type: ignore[no-any-return]
+
+    return both(begin, finish)
+
+
+# -- all-gather --------------------------------------------------------------------------------------------------------
+
+
+def hub_all_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
+    """All-gather of flat pieces through the member that has the largest."""
+    me, total, pieces_of = link.position, sum(sizes), list(sizes)
+    hub, own = pieces_of.index(max(pieces_of)), sizes[me]
+    others = _others(link)
+
+    def begin_leaf(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        out = x.new_empty(total)
+        received = receive([out], hub, tag + 1)
+        return out, [received, send([plain(x)], hub, tag)] if own else [received]
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        out = x.new_empty(total)
+        pieces = out.split(pieces_of)
+        received = [receive([pieces[m]], m, tag) for m in others if pieces_of[m]]
+        pieces[me].copy_(plain(x).view(-1))
+        return out, send, tag + 1, received
+
+    def finish(state: Any) -> Tensor:
+        out, send, tag, received = state
+        _wait(received)
+        _wait([send([out], member, tag) for member in others])
+        return out  # type: ignore[no-any-return]
+
+    return both(begin_leaf, _finish_all) if me != hub else both(begin, finish, continues=True)
+
+
+def direct_all_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
+    """All-gather of flat pieces that each sends to each, straight into the result."""
+    me, total, pieces_of = link.position, sum(sizes), list(sizes)
+    others = _others(link)
+    own, senders = sizes[me], [m for m in others if sizes[m]]
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        x = plain(x)
+        out = x.new_empty(total)
+        pieces = out.split(pieces_of)
+        works = [send([x], member, tag) for member in others] if own else []
+        works += [receive([pieces[m]], m, tag) for m in senders]
+        pieces[me].copy_(x.view(-1))
+        return out, works
+
+    return both(begin, _finish_all)
+
+
+# -- exchange ----------------------------------------------------------------------------------------------------------
+
+
+def direct_exchange(link: Messenger, sent: Sequence[int], received: Sequence[int]) -> Algorithm:
+    """Exchange of flat tensors among the members that have something for each other."""
+    me, total, takes, gives = link.position, sum(received), list(received), list(sent)
+    sources = [m for m in reversed(_others(link)) if received[m]]
+    targets = [m for m in _others(link) if sent[m]]
+    keeps = sent[me] > 0
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        out = x.new_empty(total)
+        places, pieces = out.split(takes), plain(x).split(gives)
+        works = [send([pieces[m]], m, tag) for m in targets]
+        works += [receive([places[m]], m, tag) for m in sources]
+        if keeps:
+            places[me].copy_(pieces[me])
+        return out, works
+
+    return both(begin, _finish_all)
+
+
+def hub_exchange(link: Messenger, counts: Mapping[tuple[int, int], int]) -> Algorithm:
+    """Exchange of flat tensors through the first member, which sorts them."""
+    members = range(link.size)
+    rows = [[counts.get((source, target), 0) for target in members] for source in members]
+    takes = [sum(row[target] for row in rows) for target in members]
+    gives = [sum(row) for row in rows]
+    me = link.position
+
+    def begin_leaf(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        result = x.new_empty(takes[me])
+        works = [receive([result], 0, tag + 1)] if takes[me] else []
+        if gives[me]:
+            works.append(send([plain(x)], 0, tag))
+        return result, works
+
+    def begin(x: Tensor) -> Any:
+        send, receive, tag = link.open()
+        given = [plain(x), *(x.new_empty(n) for n in gives[1:])]
+        works = [receive([buffer], m, tag) for m, buffer in enumerate(given) if m and gives[m]]
+        pieces = [buffer.split(row) for buffer, row in zip(given, rows)]
+        return [x.new_empty(n) for n in takes], pieces, send, tag + 1, works
+
+    def finish(state: Any) -> Tensor:
+        results, pieces, send, tag, works = state
+        _wait(works)
+        sent = []
+        for target, result in enumerate(results):
+            torch.cat([own[target] for own in pieces], out=result)
+            if target and takes[target]:
+                sent.append(send([result], target, tag))
+        _wait(sent)
+        return results[0]  # type: ignore[no-any-return]
+
+    return both(begin_leaf, _finish_all) if me else both(begin, finish, continues=True)
