@@ -1,9 +1,10 @@
-"""The command line: ``shardwright layout`` and ``shardwright run``, also as ``python -m shardwright``."""
+"""The command line: ``shardwright layout``, ``run`` and ``calibrate``, also as ``python -m shardwright``."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import runpy
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 from shardwright.errors import LayoutError, ShardwrightError
 from shardwright.layout import Layout
+from shardwright.world.calibration import Calibration, location
 from shardwright.world.current import init
 
 DEVICES = "SHARDWRIGHT_DEVICES"
@@ -44,6 +46,22 @@ examples:
   shardwright run --devices 8 examples/mnist_ops.py --epochs 2
   shardwright run --devices 4 --distributed examples/mnist_ops.py
   torchrun --nproc-per-node 8 examples/mnist_ops.py        (the same job as with --distributed, started by hand)"""
+
+CALIBRATE_HELP = """\
+Measure which algorithm is fastest for each collective on this machine, by size and by number of ranks.
+
+Starts N processes that communicate over gloo and lets all algorithms take turns, from 1 KB to 16 MB, among 2 to N ranks.
+What is found is kept in a file that jobs read when they start: what SHARDWRIGHT_CALIBRATION names, else
+shardwright/calibration.json in XDG_CACHE_HOME, else in ~/.cache. It changes how long collectives take, never what they
+compute. NCCL has its own ways and needs no calibration.
+
+Run it while the machine has nothing else to do. Without the file, values measured on a machine of two cores hold."""
+
+CALIBRATE_EXAMPLES = """\
+examples:
+  shardwright calibrate
+  shardwright calibrate --ranks 8 --seconds 60
+  shardwright calibrate --output cluster.json         (then SHARDWRIGHT_CALIBRATION=cluster.json torchrun ... train.py)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,6 +155,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--distributed", action="store_true", help="start N processes instead of simulating N ranks")
     run.add_argument("script", metavar="script.py", help="the script to run")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure which collective algorithms are fastest on this machine",
+        description=CALIBRATE_HELP,
+        epilog=CALIBRATE_EXAMPLES,
+        formatter_class=style,
+    )
+    calibrate.set_defaults(command=_calibrate, name="calibrate")
+    calibrate.add_argument("--ranks", type=_count, default=4, metavar="N", help="number of processes; default: 4")
+    calibrate.add_argument("--seconds", type=_seconds, default=20.0, metavar="S", help="how long to measure; default: 20")
+    calibrate.add_argument("--output", type=Path, metavar="FILE", help="where to keep it, instead of where jobs look")
     return parser
 
 
@@ -155,6 +185,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of devices; write 8")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; write 20")
+    return seconds
 
 
 # -- layout -------------------------------------------------------------------------------------------------------
@@ -283,3 +323,57 @@ def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
     if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
     return subprocess.run([sys.executable, *command], env=environment, check=False).returncode
+
+
+# -- calibrate ----------------------------------------------------------------------------------------------------
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console  # here: importing it draws from Python's random generator
+    from rich.progress import Progress
+
+    from shardwright.world.calibrate import measure
+
+    path = arguments.output or location()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(f"measuring {arguments.ranks} ranks", total=1.0)
+            found = measure(arguments.ranks, arguments.seconds, lambda done: progress.update(task, completed=done))
+        found.save(path)
+    except (ShardwrightError, OSError) as error:
+        raise _UsageError(str(error)) from None
+    print(_calibration_table(found))
+    print(f"\nkept in {path}")
+    return 0
+
+
+def _calibration_table(found: Calibration) -> str:
+    """What was chosen: the fastest algorithms, by the size up to which they are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name, justify in (("collective", "left"), ("ranks", "right"), ("fastest, up to that many bytes", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for operation, measured in found.tables.items():
+        for ranks, rows in measured.items():
+            last = [i + 1 == len(rows) or rows[i + 1][1][0] != names[0] for i, (_, names) in enumerate(rows)]
+            best = [names[0] + _limit_text(limit) for (limit, names), is_last in zip(rows, last) if is_last]
+            table.add_row(operation, str(ranks), ", ".join(best))
+    links = found.links
+    console = Console(file=io.StringIO(), width=10_000, no_color=True, highlight=False, markup=False)
+    console.print(table)
+    console.print()
+    console.print(
+        f"an operation takes {links.launch * 1e6:.0f} µs, a message {links.latency * 1e6:.0f} µs, and a rank sends "
+        f"{links.bandwidth / 1e6:.0f} MB/s when all do"
+    )
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+
+def _limit_text(limit: float) -> str:
+    if limit == math.inf:
+        return ""
+    return f" {limit / 1024:.0f} KB" if limit < 1 << 20 else f" {limit / (1 << 20):.0f} MB"

@@ -25,7 +25,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "all_reduce": ("pieces", "chain", "hub", "copies", "backend"),
     "reduce_scatter": ("direct", "hub", "backend"),
     "all_gather": ("direct", "hub", "backend"),
-    "exchange": ("direct", "backend", "hub"),
+    "exchange": ("direct", "backend"),
 }
 
 # Rows of a table: up to how many bytes, and the algorithms then, the fastest first. The last row has no end.

@@ -344,8 +344,6 @@ class Link:
         me, members = self.position, range(self.size)
         sent = [counts.get((me, m), 0) for m in members]
         received = [counts.get((m, me), 0) for m in members]
-        counts = {pair: n for pair, n in counts.items() if n}
-        is_dense = all((a, b) in counts for a in members for b in members if a != b)
         moved = [0] * self.size
         for (source, target), n in counts.items():
             if source != target:
@@ -355,8 +353,6 @@ class Link:
             found = {"backend": lambda: _backend_exchange(self, sent, received)}
             if self.is_gloo:
                 found["direct"] = lambda: messages.direct_exchange(self, sent, received)
-                if is_dense and sum(counts.values()) * dtype.itemsize <= _MOST_COPIES:
-                    found["hub"] = lambda: messages.hub_exchange(self, counts)
             return found
 
         if not any(moved):

@@ -25,7 +25,7 @@ from torch import Tensor
 from shardwright.errors import WorldError
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.redistribute.step import TRANSFERS, Step
-from shardwright.world.calibration import Calibration
+from shardwright.world.calibration import Calibration, load
 from shardwright.world.collectives import Link, Operation, backend_of
 from shardwright.world.transfer import Transfer, count, cutter
 
@@ -71,6 +71,8 @@ class Groups:
         """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
         if self.closed:
             raise WorldError(_CLOSED)
+        if self.calibration is None and self.is_gloo:
+            self.calibration = _agreed_calibration(self.rank)
         everyone = tuple(range(self.size))
         wanted: set[Shape] = set()
         for step in steps:
@@ -101,6 +103,13 @@ class Groups:
                 if group is not None and self.rank in ranks:
                     dist.destroy_process_group(group)
         self._links, self._made, self.closed = {}, {}, True
+
+
+def _agreed_calibration(rank: int) -> Calibration:
+    """Rank 0's, on every rank: ranks that chose different algorithms would wait for each other for ever."""
+    values = [load().to_dict() if rank == 0 else None]
+    dist.broadcast_object_list(values, 0)
+    return Calibration.from_dict(values[0])
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -453,40 +453,3 @@ def direct_exchange(link: Messenger, sent: Sequence[int], received: Sequence[int
         return out, works
 
     return both(begin, _finish_all)
-
-
-def hub_exchange(link: Messenger, counts: Mapping[tuple[int, int], int]) -> Algorithm:
-    """Exchange of flat tensors through the first member, which sorts them."""
-    members = range(link.size)
-    rows = [[counts.get((source, target), 0) for target in members] for source in members]
-    takes = [sum(row[target] for row in rows) for target in members]
-    gives = [sum(row) for row in rows]
-    me = link.position
-
-    def begin_leaf(x: Tensor) -> Any:
-        send, receive, tag = link.open()
-        result = x.new_empty(takes[me])
-        works = [receive([result], 0, tag + 1)] if takes[me] else []
-        if gives[me]:
-            works.append(send([plain(x)], 0, tag))
-        return result, works
-
-    def begin(x: Tensor) -> Any:
-        send, receive, tag = link.open()
-        given = [plain(x), *(x.new_empty(n) for n in gives[1:])]
-        works = [receive([buffer], m, tag) for m, buffer in enumerate(given) if m and gives[m]]
-        pieces = [buffer.split(row) for buffer, row in zip(given, rows)]
-        return [x.new_empty(n) for n in takes], pieces, send, tag + 1, works
-
-    def finish(state: Any) -> Tensor:
-        results, pieces, send, tag, works = state
-        _wait(works)
-        sent = []
-        for target, result in enumerate(results):
-            torch.cat([own[target] for own in pieces], out=result)
-            if target and takes[target]:
-                sent.append(send([result], target, tag))
-        _wait(sent)
-        return results[0]  # type: ignore[no-any-return]
-
-    return both(begin_leaf, _finish_all) if me else both(begin, finish, continues=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -11,11 +12,17 @@ import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.partition import partitioner
+from shardwright.partition.schedule import Schedule
+from shardwright.world import current
 from shardwright.world.parameters import full_value
+from shardwright.world.simulated import SimulatedWorld
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_programs import Everything, Net
-from test_random_graphs import RandomNet
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
+from models import GPT  # noqa: E402
+from test_programs import Everything, Net  # noqa: E402
+from test_random_graphs import RandomNet  # noqa: E402
 
 
 def compare(name, expected, got, tolerance=1e-9):
@@ -86,6 +93,7 @@ def main():
     delayed(world)
     sliced_data(world)
     other_seeds(world)
+    bits(world)
 
 
 def delayed(world):
@@ -137,6 +145,43 @@ def other_seeds(world):
     torch.testing.assert_close(sw.AutoParallel(model)(x), reference(x))
     if world.rank == 0:
         print("passed other seeds", flush=True)
+
+
+def bits(world):
+    """In float32 and bfloat16 too the simulated ranks compute what these do, to the last bit, however moves are scheduled."""
+    generator = torch.Generator().manual_seed(5)
+    torch.manual_seed(5)
+    gpt, everything, cnn = GPT(layers=2), Everything(), Net(0.3)
+    ids = torch.randint(0, 256, (2 * world.size, 33), generator=generator)
+    images = torch.randn(7, 1, 8, 8, generator=generator)
+    cases = [
+        ("gpt", gpt, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())),
+        ("everything", everything, ({"ids": torch.randint(0, 11, (5, 5), generator=generator)},)),
+        ("cnn", cnn, (images,)),
+        ("cnn bfloat16", copy.deepcopy(cnn).bfloat16(), (images.bfloat16(),)),
+    ]
+    schedules = {"default": Schedule(), "all early": Schedule(small=0, large=0), "all joined": Schedule(1 << 30, 1 << 30)}
+    for (name, model, batch), (how, chosen) in itertools.product(cases, schedules.items()):
+        partitioner.Schedule = lambda chosen=chosen: chosen
+        found = []
+        for where in (SimulatedWorld(world.size), world):
+            current._current[:] = [where]
+            module = copy.deepcopy(model)
+            net = sw.AutoParallel(module)
+            torch.manual_seed(9)
+            loss = loss_of(net(*batch))
+            loss.backward()
+            found.append(
+                (loss.detach(), {n: p.grad if p.grad is None else full_value(p.grad) for n, p in module.named_parameters()})
+            )
+        (loss, gradients), (other_loss, others) = found
+        assert torch.equal(loss, other_loss), (name, how, float(loss), float(other_loss))
+        for n, gradient in gradients.items():
+            equal = others[n] is None if gradient is None else torch.equal(gradient, others[n])
+            assert equal, f"{name}, {how}: the gradient of {n} has other bits"
+    partitioner.Schedule = Schedule
+    if world.rank == 0:
+        print("passed bits", flush=True)
 
 
 if __name__ == "__main__":

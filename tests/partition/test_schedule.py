@@ -1,0 +1,118 @@
+"""Which moves share a collective and which start early; the values are those of the plain program either way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.partition import partitioner
+from shardwright.partition.program import Call, Move, Start, Together
+from shardwright.partition.schedule import Schedule
+
+
+class Net(nn.Module):
+    """Two large weights, small biases, and a parameter that only one of two outputs needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(160, 160), nn.Linear(160, 160)
+        self.scale = nn.Parameter(torch.ones(160))
+        self.unused = nn.Parameter(torch.ones(160))
+
+    def forward(self, x):
+        hidden = self.two(torch.relu(self.one(x))) * self.scale
+        return hidden.square().mean(), (hidden * self.unused).mean()
+
+
+def compiled(**options):
+    torch.manual_seed(0)
+    net = Net().double()
+    parallel = sw.AutoParallel(net)
+    return net, parallel, torch.randn(16, 160, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def four_ranks():
+    sw.init(devices=4)
+
+
+def test_small_gradients_share_an_all_reduce_and_large_ones_travel_early():
+    net, parallel, x = compiled()
+    with sw.record_communication() as log:
+        parallel(x)[0].backward()
+    program = parallel.program
+    of_inputs, of_outputs = [i for i in program.instructions if isinstance(i, Together)]
+    joined = {str(i.target) for i in program.inputs if i.name in {m.source for m in of_inputs.moves}}
+    assert of_outputs.outputs == program.outputs, "the two outputs are summed together"
+    assert joined == {"one.bias", "two.bias", "scale", "unused"}
+    starts = [i for i in program.instructions if isinstance(i, Start)]
+    assert len(starts) == 1, "the first weight's gradient is the last: nothing is left to compute meanwhile"
+    for start in starts:
+        begun = program.instructions.index(start)
+        (ended,) = [n for n, i in enumerate(program.instructions) if isinstance(i, Move) and i.output == start.move.output]
+        assert any(isinstance(i, Call) for i in program.instructions[begun:ended])
+    reduces = [e for e in log.events if e.phase == "backward" and e.kind == "all_reduce"]
+    assert len({e.launch for e in reduces if e.shape == (160,)}) == 1
+    assert sum(e.shape == (160, 160) for e in reduces) == 2
+    assert "start(" in str(program)
+    assert "move_together(" in str(program)
+
+
+def test_what_no_output_needs_gets_no_gradient():
+    net, parallel, x = compiled()
+    single = copy.deepcopy(net)
+    parallel(x)[0].backward()
+    single(x)[0].backward()
+    assert net.unused.grad is None
+    for a, b in zip(net.parameters(), single.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("chosen", [Schedule(small=0, large=0), Schedule(1 << 30, 1 << 30), Schedule(100, 3000)])
+def test_values_do_not_depend_on_the_schedule(monkeypatch, chosen):
+    monkeypatch.setattr(partitioner, "Schedule", lambda: chosen)
+    net, parallel, x = compiled()
+    assert sw.verify(parallel, x)
+
+
+def test_a_bucket_has_an_end(monkeypatch):
+    monkeypatch.setattr(partitioner, "Schedule", lambda: Schedule(small=1 << 16, bucket=2 * 160 * 8))
+    _, parallel, x = compiled()
+    parallel(x)
+    joined = [i.moves for i in parallel.program.instructions if isinstance(i, Together)]
+    inputs = {i.name for i in parallel.program.inputs}
+    assert [len(moves) for moves in joined if moves[0].source in inputs] == [2, 2]
+
+
+def test_one_gather_at_a_time_is_started_early(monkeypatch):
+    """Gathers of stored slices: the next may travel while one is used, but not all of them from the beginning."""
+    monkeypatch.setattr(partitioner, "Schedule", lambda: Schedule(small=0, large=0))
+    layout = sw.Layout((4,), ("dp",))
+    linear = sw.shard(nn.functional.linear, (layout("dp", "None"), layout("None", "None")))
+
+    class Stored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(64, 64) for _ in range(4))
+
+        def forward(self, x):
+            for weight in self.weights:
+                x = linear(x, weight)
+            return x
+
+    parallel = sw.AutoParallel(Stored()).shard({"weights.*": layout("dp", "None")})
+    assert sw.verify(parallel, torch.randn(8, 64))
+    under_way, most = set(), 0
+    for instruction in parallel.program.instructions:
+        if isinstance(instruction, Start) and any(s.kind != "slice" for s in instruction.move.redistribution.forward):
+            under_way.add(instruction.move.output)
+            most = max(most, len(under_way))
+        elif isinstance(instruction, Move):
+            under_way.discard(instruction.output)
+    assert most == 1
