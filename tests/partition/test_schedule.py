@@ -11,7 +11,9 @@ from torch import nn
 import shardwright as sw
 from shardwright.partition import partitioner
 from shardwright.partition.program import Call, Move, Start, Together
-from shardwright.partition.schedule import Schedule
+from shardwright.partition.schedule import Schedule, schedule
+from shardwright.redistribute.steps import redistribution
+from shardwright.rules.lowering import Ref
 
 
 class Net(nn.Module):
@@ -90,29 +92,17 @@ def test_a_bucket_has_an_end(monkeypatch):
     assert [len(moves) for moves in joined if moves[0].source in inputs] == [2, 2]
 
 
-def test_one_gather_at_a_time_is_started_early(monkeypatch):
+def test_one_gather_at_a_time_is_started_early():
     """Gathers of stored slices: the next may travel while one is used, but not all of them from the beginning."""
-    monkeypatch.setattr(partitioner, "Schedule", lambda: Schedule(small=0, large=0))
     layout = sw.Layout((4,), ("dp",))
-    linear = sw.shard(nn.functional.linear, (layout("dp", "None"), layout("None", "None")))
-
-    class Stored(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weights = nn.ParameterList(torch.randn(64, 64) for _ in range(4))
-
-        def forward(self, x):
-            for weight in self.weights:
-                x = linear(x, weight)
-            return x
-
-    parallel = sw.AutoParallel(Stored()).shard({"weights.*": layout("dp", "None")})
-    assert sw.verify(parallel, torch.randn(8, 64))
-    under_way, most = set(), 0
-    for instruction in parallel.program.instructions:
-        if isinstance(instruction, Start) and any(s.kind != "slice" for s in instruction.move.redistribution.forward):
-            under_way.add(instruction.move.output)
-            most = max(most, len(under_way))
-        elif isinstance(instruction, Move):
-            under_way.discard(instruction.output)
-    assert most == 1
+    plan = redistribution(layout("dp", "None"), layout("None", "None"), (64, 64), ("dp",))
+    instructions: list = []
+    for n in range(4):
+        instructions.append(Move(f"stored{n}", f"whole{n}", plan, torch.float32, f"linear{n}", "", (0, 0, 0, 0), True))
+        args = (Ref(f"x{n}"), Ref(f"whole{n}"))
+        instructions.append(Call(torch.nn.functional.linear, args, {}, (f"x{n + 1}",), False, f"linear{n}", (0, 1, 2, 3)))
+    found = schedule(instructions, Schedule(small=0, large=0))
+    order = [f"start {i.move.output}" if isinstance(i, Start) else i.outputs[0] for i in found]
+    assert order == [
+        *("whole0", "start whole1", "x1", "whole1", "start whole2", "x2", "whole2", "start whole3", "x3", "whole3", "x4")
+    ]
