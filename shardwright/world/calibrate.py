@@ -225,11 +225,11 @@ def _weight(nbytes: int) -> float:
 
 
 def _turns(link: Link, operation: str, nbytes: int, without: set[str]) -> dict[str, Callable[[], Tensor]]:
-    """Every algorithm of an operation, as a call without arguments. Whole numbers: no algorithm is forbidden for them."""
+    """Every algorithm of an operation, as a call without arguments; on whole numbers, for which any will do."""
     turns: dict[str, Callable[[], Tensor]] = {}
     for name in ALGORITHMS[operation]:
-        if name not in without:
-            run, count = _prepare(link, operation, nbytes // 4, name)
+        run, count = _prepare(link, operation, nbytes // 4, name)
+        if name not in without and run.is_possible(torch.int32):
             turns[name] = partial(run, torch.zeros(count, dtype=torch.int32))
     return turns
 
@@ -253,10 +253,12 @@ def _take_turns(link: Link, turns: dict[str, Callable[[], Tensor]], seconds: flo
     """Median seconds of a call, for each, and the seconds that all took; the same on every rank."""
     meet = partial(link.prepare_all_reduce(1, algorithm="hub"), torch.zeros(1))
     share = link.prepare_all_reduce(len(turns) + 1, "max", algorithm="hub")
-    names, begin = list(turns), time.perf_counter()
+    names = list(turns)
     calls = dict.fromkeys(names, 1)
     times: dict[str, list[float]] = {name: [] for name in names}
     live, rounds = names, 0
+    meet()  # some members may have waited long for the others
+    begin = time.perf_counter()
     for turn in turns.values():
         turn()  # the first call makes buffers, and connections
     while True:

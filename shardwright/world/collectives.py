@@ -179,6 +179,14 @@ class Operation:
         """Name of the algorithm for tensors of a dtype."""
         return self._of(dtype)[0]
 
+    def is_possible(self, dtype: torch.dtype) -> bool:
+        """Whether the algorithm that it was prepared with can do tensors of a dtype, and of its size."""
+        try:
+            self._of(dtype)
+        except WorldError:
+            return False
+        return True
+
     def _of(self, dtype: torch.dtype) -> tuple[str, Algorithm]:
         if dtype not in self._algorithms:
             self._algorithms[dtype] = self._prepare(dtype)
