@@ -14,7 +14,7 @@ from shardwright.partition import lanes as lane
 from shardwright.partition.program import Move
 from shardwright.redistribute.steps import DEFAULT, redistribution, steps_between
 from shardwright.redistribute.volume import sent_elements
-from shardwright.world.simulated import _SimulatedMove
+from shardwright.world.simulated_moves import SimulatedMove
 from shardwright.world.simulated_steps import run_steps
 
 
@@ -126,7 +126,7 @@ def test_gradients(data):
     lanes = lane.of_layout(plan.target, plan.partial_gradient)
     first = {own: rank for rank, own in reversed(list(enumerate(source_lanes)))}
     inputs = [whole[plan.source.slices(shape)[first[i]]].clone().requires_grad_() for i in sorted(first)]
-    move = _SimulatedMove(Move("x", "y", plan, torch.float64, "", "", lanes, True), source_lanes)
+    move = SimulatedMove(Move("x", "y", plan, torch.float64, "", "", lanes, True), source_lanes)
     outputs = move(inputs)
     loss = sum(
         (outputs[own] * weights[tuple(mesh.coordinates(rank)[a] for a in partial)][slices[rank]]).sum()
