@@ -79,6 +79,7 @@ class _Planner:
         self.message = links.launch + min([links.latency, *(latency for _, latency, _ in links.axes)])
         self.bandwidth = max([links.bandwidth, *(bandwidth for _, _, bandwidth in links.axes)])
         self.prices: dict[Step, float] = {}
+        self.reached: dict[tuple[Layout, Layout], float] = {}
 
     def then(
         self, path: Path, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum"
@@ -232,6 +233,9 @@ class _Planner:
         target = target or self.target
         if self.is_hopeless(path, messages=0 if path.now == target else 1) or self._needs_too_long(path, target):
             return
+        if self.source.partial != self.target.partial and path.price >= self.reached.get((path.now, target), math.inf):
+            return  # been here for less
+        self.reached[path.now, target] = path.price
         if path.now == target:
             yield path
         elif not self.options.enable_alltoall:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,8 @@ from shardwright.redistribute.step import TRANSFERS, Step
 
 Ints = NDArray[np.int64]
 Shape = tuple[int, ...]
+
+_ONE = np.ones(1, np.int64)
 
 
 @lru_cache(maxsize=1024)
@@ -63,14 +64,24 @@ def largest(layout: Layout, shape: Shape) -> int:
 
 def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:
     """Elements of its target piece that each rank of the target does not hold in the source, by target position."""
+    if source.mesh.ranks == target.mesh.ranks:
+        wanted = common = _ONE
+        for have, want in zip(boxes(source, shape), boxes(target, shape), strict=True):
+            size = want[1] - want[0]
+            wanted = wanted * size
+            both = size if have is want else np.maximum(np.minimum(have[1], want[1]) - np.maximum(have[0], want[0]), 0)
+            common = common * both
+        return np.asarray(np.broadcast_to(wanted - common, target.mesh.size))
+    return _lacked_elsewhere(source, target, shape)
+
+
+def _lacked_elsewhere(source: Layout, target: Layout, shape: Shape) -> Ints:
+    """:func:`lacked` where the two are over different ranks, or the same in another order."""
     wanted, overlap = held(target, shape), np.ones(target.mesh.size, np.int64)
-    here: Any = slice(None)
-    there: Any = slice(None)
-    if source.mesh.ranks != target.mesh.ranks:
-        position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
-        both = [(i, position[rank]) for i, rank in enumerate(target.mesh.ranks) if rank in position]
-        here, there = [i for i, _ in both], [i for _, i in both]
-        overlap[[i for i, rank in enumerate(target.mesh.ranks) if rank not in position]] = 0
+    position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
+    both = [(i, position[rank]) for i, rank in enumerate(target.mesh.ranks) if rank in position]
+    here, there = [i for i, _ in both], [i for _, i in both]
+    overlap[[i for i, rank in enumerate(target.mesh.ranks) if rank not in position]] = 0
     for (a, b), (c, d) in zip(boxes(source, shape), boxes(target, shape), strict=True):
         overlap[here] *= np.maximum(np.minimum(b[there], d[here]) - np.maximum(a[there], c[here]), 0)
     return np.asarray(wanted - overlap)

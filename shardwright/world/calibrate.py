@@ -125,19 +125,22 @@ def _slower(case: Measured) -> dict[str, float]:
 
 
 def links_of(found: list[Measured]) -> Links:
-    """What a message and a byte cost, out of the exchanges: of the least between two ranks, and of all ranks.
+    """What an operation, a message and a byte cost.
 
-    An exchange among n ranks is n-1 messages of a rank. Two ranks and n ranks tell the launch from the messages; where only
-    two were measured, they are taken to cost the same.
+    The smallest all-reduces, through a hub that has 2(n-1) messages among n ranks, tell the operation from its messages
+    (a straight line, where more than two ranks were measured); the largest exchange among all tells the bytes.
     """
-    times = [(m.ranks, m.nbytes, min(m.seconds.values())) for m in found if m.operation == "exchange"]
-    most = max(ranks for ranks, _, _ in times)
-    shortest = min(nbytes for _, nbytes, _ in times)
-    of_two = next(t for ranks, nbytes, t in times if ranks == 2 and nbytes == shortest)
-    of_most = next(t for ranks, nbytes, t in times if ranks == most and nbytes == shortest)
-    latency = of_two / 2 if most == 2 else min(max((of_most - of_two) / (most - 2), of_two / 10), of_two)
-    largest, longest = max((nbytes, t) for ranks, nbytes, t in times if ranks == most)
-    return Links(of_two - latency, latency, largest / max(longest - of_most, longest / 10))
+    least: dict[int, float] = {}
+    for case in found:
+        if case.operation == "all_reduce":
+            least[case.ranks] = min(least.get(case.ranks, math.inf), *case.seconds.values())
+    messages, times = [2.0 * (n - 1) for n in least], list(least.values())
+    slope, start = statistics.linear_regression(messages, times) if len(least) > 1 else (times[0] / messages[0], 0.0)
+    latency = max(slope, times[0] / messages[0] / 10)  # where noise makes more ranks look cheaper
+    largest = max((case for case in found if case.operation == "exchange"), key=lambda case: (case.ranks, case.nbytes))
+    taken = min(largest.seconds.values())
+    spent = (largest.ranks - 1) * latency
+    return Links(max(start, 0.0), latency, largest.nbytes / max(taken - spent, taken / 2))
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
