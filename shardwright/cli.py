@@ -341,8 +341,10 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             task = progress.add_task(f"measuring {arguments.ranks} ranks", total=1.0)
             found = measure(arguments.ranks, arguments.seconds, lambda done: progress.update(task, completed=done))
         found.save(path)
-    except (ShardwrightError, OSError) as error:
+    except ShardwrightError as error:
         raise _UsageError(str(error)) from None
+    except OSError as error:
+        raise _UsageError(f"{path} cannot be written: {error}") from None
     print(_calibration_table(found))
     print(f"\nkept in {path}")
     return 0

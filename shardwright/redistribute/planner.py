@@ -282,7 +282,10 @@ class _Planner:
         if may_be_local and is_local(now, after, self.shape):
             return self.then(path, "slice", (), after)
         same_ranks = now.mesh.ranks == after.mesh.ranks or sorted(now.mesh.ranks) == sorted(after.mesh.ranks)
-        is_permute = same_ranks and all(now.pieces(d, n) == after.pieces(d, n) for d, n in enumerate(self.shape))
+        is_permute = same_ranks and all(
+            now.mesh.count(now.bound[d]) == after.mesh.count(after.bound[d]) and now.pieces(d, n) == after.pieces(d, n)
+            for d, n in enumerate(self.shape)
+        )
         return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:

@@ -71,7 +71,8 @@ def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:
             wanted = wanted * size
             both = size if have is want else np.maximum(np.minimum(have[1], want[1]) - np.maximum(have[0], want[0]), 0)
             common = common * both
-        return np.asarray(np.broadcast_to(wanted - common, target.mesh.size))
+        missing = wanted - common
+        return missing if len(missing) == target.mesh.size else missing.repeat(target.mesh.size)
     return _lacked_elsewhere(source, target, shape)
 
 
