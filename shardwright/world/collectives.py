@@ -30,9 +30,7 @@ from shardwright.errors import WorldError
 from shardwright.world import point_to_point as messages
 from shardwright.world.calibration import DEFAULT, Calibration
 from shardwright.world.point_to_point import Algorithm, Reduction, Scratch, plain
-from shardwright.world.summation import is_widened, prepare_reduce, reduce
-
-_reduce = reduce
+from shardwright.world.summation import is_widened, prepare_reduce
 
 # The names before torch 2.13 and since.
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -64,7 +64,9 @@ def tensors(link, count, dtype=torch.float32, seed=0):
     """A tensor for each member, the same on every rank; of floats whose sum depends on the order."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(link.size, count, generator=generator) * torch.randint(1, 999, (link.size, 1), generator=generator)
-    if dtype.is_floating_point or dtype.is_complex:
+    if dtype.is_complex:
+        return list(torch.complex(values, values.flip(1)).to(dtype))
+    if dtype.is_floating_point:
         return list((values / 100).to(dtype))
     return list(values.long().to(dtype))
 
@@ -236,7 +238,8 @@ def odd_tensors(link):
             handles = [operation.start(values[me]) for _ in range(3)]
             assert all(torch.equal(h.wait(), reduce(values, "sum")) for h in handles)
         assert torch.equal(operation(values[me]), reduce(values, "sum"))
-        assert torch.equal(operation.start(values[me]).wait(), reduce(values, "sum"))
+        values = tensors(link, 100_000)
+        assert torch.equal(link.prepare_all_reduce(100_000, "sum", None, True, name)(values[me].clone()), reduce(values, "sum"))
     for name in ("direct", "hub"):
         pieces = [v[::2] for v in tensors(link, 20)]
         assert torch.equal(link.prepare_all_gather([10] * n, name)(pieces[me]), torch.cat(pieces))
@@ -310,7 +313,8 @@ def choices(link):
 def silent_peer(link):
     """Who waits for a rank that does nothing is told so, and does not wait forever."""
     for name in ("hub", "pieces"):
-        group = dist.new_group(list(link.ranks), timeout=timedelta(seconds=0.5))
+        dist.barrier()  # to make a group has the same time limit
+        group = dist.new_group(list(link.ranks), timeout=timedelta(seconds=1.5))
         own = Link(link.ranks, group, True)
         operation = own.prepare_all_reduce(100, algorithm=name)
         if link.position != 1:
