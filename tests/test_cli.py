@@ -106,7 +106,7 @@ def test_a_mistake_is_one_clear_line(arguments, message, capsys):
         (["layout", "--devices", "2,x", "--axes", "dp", "--shape", "4", "dp"], "is not a list of ints"),
         (["layout", "--axes", "dp", "--shape", "4", "dp"], "--devices"),
         (["run", "--devices", "0", "x.py"], "is not a number of devices"),
-        (["calibrate"], "invalid choice"),
+        (["divine"], "invalid choice"),
         ([], "required: COMMAND"),
     ],
 )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
-from shardwright.redistribute.routes import exchange_routes
+from shardwright.redistribute.routes import exchange_routes, route_groups
 from shardwright.redistribute.step import TRANSFERS, Step
 
 Ints = NDArray[np.int64]
@@ -131,6 +131,13 @@ def received_elements(step: Step, shape: Shape) -> int:
     if step.kind == "reduce_scatter":
         return (n - 1) * int(held(step.target, shape).sum())
     return 2 * (n - 1) * int(held(step.source, shape).sum()) // n
+
+
+def groups_that_communicate(step: Step, shape: Shape) -> list[list[int]]:
+    """The groups of ranks that send to each other in one step; of an exchange, those that its routes connect."""
+    if step.kind in ("exchange", "permute"):
+        return [list(group) for group in route_groups(exchange_routes(step.source, step.target, shape))]
+    return step.groups
 
 
 def sent_elements(step: Step, shape: Shape) -> int:

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwright.errors import WorldError
-from shardwright.world.calibration import ALGORITHMS, Calibration, Links, Table
+from shardwright.redistribute.links import Links
+from shardwright.world.calibration import ALGORITHMS, Calibration, Table
 from shardwright.world.collectives import Link, Operation
 
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # bytes

@@ -11,11 +11,12 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardwright.errors import WorldError
+from shardwright.redistribute.links import Links
 
 VERSION = 1
 VARIABLE = "SHARDWRIGHT_CALIBRATION"
@@ -34,25 +35,6 @@ Table = tuple[Row, ...]
 
 
 @dataclass(frozen=True)
-class Links:
-    """What it costs a rank to communicate when all ranks do.
-
-    Args:
-        launch: seconds that an operation takes however little it moves, beside its messages.
-        latency: seconds a message.
-        bandwidth: bytes a second that a rank sends.
-    """
-
-    launch: float
-    latency: float
-    bandwidth: float
-
-    def seconds(self, messages: float, sent: float) -> float:
-        """Estimate for an operation in which a rank sends so many messages and bytes."""
-        return self.launch + messages * self.latency + sent / self.bandwidth
-
-
-@dataclass(frozen=True)
 class Calibration:
     """The fastest algorithms of a machine.
 
@@ -61,7 +43,7 @@ class Calibration:
 
     Args:
         tables: for each operation and number of ranks, the algorithms by bytes.
-        links: what a cost model needs.
+        links: what the planner of redistributions needs: ``Options(links)``.
         cpus: cores of the machine it was measured on.
         origin: where it comes from, for messages.
     """
@@ -100,7 +82,8 @@ class Calibration:
             }
             for operation, measured in self.tables.items()
         }
-        return {"version": VERSION, "cpus": self.cpus, "origin": self.origin, "links": asdict(self.links), "tables": tables}
+        links = {name: getattr(self.links, name) for name in ("launch", "latency", "bandwidth")}
+        return {"version": VERSION, "cpus": self.cpus, "origin": self.origin, "links": links, "tables": tables}
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:

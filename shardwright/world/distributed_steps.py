@@ -27,11 +27,14 @@ from shardwright.redistribute.routes import exchange_routes
 from shardwright.redistribute.step import TRANSFERS, Step
 from shardwright.world.calibration import Calibration, load
 from shardwright.world.collectives import Link, Operation, backend_of
+from shardwright.world.point_to_point import Scratch
 from shardwright.world.transfer import Transfer, count, cutter
 
 Local = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
 Bounds = tuple[tuple[int, int], ...]
+
+_MANY = 1 << 18  # elements from which copying them costs more than a few messages
 
 _CLOSED = "this distributed world was closed: bind the program again in a new one"
 
@@ -63,6 +66,7 @@ class Groups:
         self.rank, self.size, self.device_type = rank, size, device_type
         self.closed = False
         self.calibration = calibration
+        self.scratch = Scratch()
         self.is_gloo = backend_of(dist.group.WORLD, device_type) == "gloo"
         self._links: dict[Shape, Link] = {}
         self._made: dict[Shape, Any] = {}
@@ -76,9 +80,11 @@ class Groups:
         everyone = tuple(range(self.size))
         wanted: set[Shape] = set()
         for step in steps:
+            if self.is_gloo and step.kind in (*TRANSFERS, "all_gather"):
+                wanted.add(everyone)  # for direct messages any group will do
             if step.kind in TRANSFERS and self.is_gloo:
-                wanted.add(everyone)  # direct messages: any group will do
-            elif step.kind != "slice":
+                continue
+            if step.kind != "slice":
                 wanted.update(tuple(sorted(group)) for group in step.groups)
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
             whole = len(ranks) == self.size
@@ -86,7 +92,7 @@ class Groups:
             self._made[ranks] = None if whole else group
             if self.rank in ranks:
                 is_gloo = backend_of(group, self.device_type) == "gloo"
-                self._links[ranks] = Link(ranks, group, is_gloo, self.calibration)
+                self._links[ranks] = Link(ranks, group, is_gloo, self.calibration, self.scratch)
 
     def link(self, members: Sequence[int]) -> Link:
         ranks = tuple(sorted(members))
@@ -352,7 +358,16 @@ def _slice(at: _Place) -> Local:
 
 def _all_gather(at: _Place) -> Runner:
     sizes = [math.prod(_extent(at.have[r])) for r in at.sorted_members]
+    if at.groups.is_gloo and sum(sizes) >= _MANY and not (at.is_sorted and _is_outermost(at.step.dims, at.result)):
+        # each piece is put in its place as it arrives, while others are on their way
+        routes = [(m, at.rank, at.have[m]) for m in at.members] + [(at.rank, m, at.have[at.rank]) for m in at.members]
+        return _transfer(at, [route for route in dict.fromkeys(routes) if count(route[2])])
     return _Between(_same, at.link.prepare_all_gather(sizes), _unpack_gathered(at))
+
+
+def _is_outermost(dims: tuple[int, ...], result: Shape) -> bool:
+    """Whether pieces along ``dims``, one after the other in memory, are the result."""
+    return len(dims) == 1 and math.prod(result[: dims[0]]) <= 1
 
 
 def _unpack_gathered(at: _Place) -> Local:
@@ -386,7 +401,7 @@ def _pack_for_members(at: _Place, dim: int) -> tuple[Local, list[int]]:
 def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> Local:
     """Puts pieces of these shapes, flat and in torch's order, together along ``dim`` in the order of ``order``."""
     is_sorted = order == list(range(len(order)))
-    if is_sorted and math.prod(result[:dim]) <= 1:
+    if is_sorted and _is_outermost((dim,), result):
         return lambda flat: flat.view(result)
     stacked = (len(shapes), *shapes[0])
     if is_sorted and len(set(shapes)) == 1:

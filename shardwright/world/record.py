@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardwright.redistribute.steps import Redistribution
-from shardwright.redistribute.volume import sent_elements
+from shardwright.redistribute.volume import groups_that_communicate, sent_elements
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class CommunicationEvent:
     """One collective.
 
     Args:
-        kind: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all`` or ``exchange``.
+        kind: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all``, ``permute`` or ``exchange``.
         axes: mesh axes it runs over.
         groups: the groups of ranks that communicate with each other.
         bytes: bytes that the busiest rank sends, by the bandwidth-optimal algorithm of the collective.
@@ -97,7 +97,7 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str) -> None:
             for step in plan.forward if phase == "forward" else plan.backward:
                 if step.kind == "slice":
                     continue
-                groups = tuple(tuple(g) for g in step.groups)
+                groups = tuple(tuple(g) for g in groups_that_communicate(step, plan.shape))
                 sent = sent_elements(step, plan.shape) * dtype.itemsize
                 log.events.append(
                     CommunicationEvent(

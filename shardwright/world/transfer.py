@@ -65,14 +65,14 @@ class Transfer:
     def _begin(self, x: Tensor) -> Any:
         send, receive = self.link.group.send, self.link.group.recv
         out = x.new_empty(self.shape)
-        receiving: list[tuple[Any, Cut, Tensor | None]] = []
-        for source, place, extent, direct in self.receives:
-            buffer = place(out) if direct else x.new_empty(extent)
-            receiving.append((receive([buffer], source, _TAG), place, None if direct else buffer))
         sending: list[tuple[Any, Tensor]] = []
         for cut, targets in self.sends:
             region = plain(cut(x))
             sending += [(send([region], target, _TAG), region) for target in targets]
+        receiving: list[tuple[Any, Cut, Tensor | None]] = []
+        for source, place, extent, direct in self.receives:
+            buffer = place(out) if direct else x.new_empty(extent)
+            receiving.append((receive([buffer], source, _TAG), place, None if direct else buffer))
         for cut, place in self.kept:
             place(out).copy_(cut(x))
         return out, receiving, sending

@@ -11,8 +11,9 @@ import pytest
 
 from shardwright import cli
 from shardwright.errors import WorldError
+from shardwright.redistribute.links import Links
 from shardwright.world.calibrate import Measured, links_of, measure, tables_of
-from shardwright.world.calibration import ALGORITHMS, DEFAULT, Calibration, Links, load, location
+from shardwright.world.calibration import ALGORITHMS, DEFAULT, Calibration, load, location
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,6 @@ def test_links_from_times():
     assert links.launch == pytest.approx(1e-4)
     assert links.latency == pytest.approx(1e-5)
     assert links.bandwidth == pytest.approx(1e9)
-    assert links.seconds(3, 10**6) == pytest.approx(1e-4 + 1e-3 + 3e-5)
 
 
 def test_measuring_by_the_command(capsys, tmp_path):
