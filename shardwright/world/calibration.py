@@ -100,7 +100,8 @@ class Calibration:
                 operation: {int(ranks): _table(operation, rows) for ranks, rows in measured.items()}
                 for operation, measured in values["tables"].items()
             }
-            links = Links(*(_positive(values["links"][name]) for name in ("launch", "latency", "bandwidth")))
+            given = {name: _positive(values["links"][name]) for name in ("launch", "latency", "bandwidth")}
+            links = Links(given["launch"], given["latency"], given["bandwidth"])
             return cls(tables, links, int(values["cpus"]), str(values["origin"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WorldError(f"it is not a calibration: {type(error).__name__}: {error}") from None
