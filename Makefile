@@ -23,6 +23,7 @@ types: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/redistribution.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
