@@ -203,7 +203,9 @@ class _Planner:
         mesh = path.now.mesh
         busy = {*path.now.split_axes, *path.now.partial_axes}
         spare = tuple(a for a in mesh.axes if a not in busy and mesh.axis_size(a) > 1)
-        for dim in self._roomy(path.now, spare) if spare else ():
+        roomy = self._roomy(path.now, spare) if spare else []
+        # where the sums are not to be scattered to: those go straight to their places then
+        for dim in sorted(roomy, key=lambda d: len({*path.now.partial_axes} & {*self.target.bound[d]}))[:1]:
             after = self._with_dim(path.now, dim, path.now.bound[dim] + spare)
             yield self.then(path, "slice", spare, after, (dim,))
 
