@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shardwright.layout import Layout
+from shardwright.redistribute.routes import common_prefix
 from shardwright.redistribute.step import TRANSFERS, Step
 from shardwright.redistribute.volume import held, lacked, largest, sent_elements
 
@@ -84,8 +85,5 @@ def moving_axes(source: Layout, target: Layout) -> tuple[str, ...]:
     """The axes of the source along which pieces move: those that the target does not have in the same place."""
     found: list[str] = []
     for now, then in zip(source.bound, target.bound, strict=True):
-        keep = 0
-        while keep < min(len(now), len(then)) and now[keep] == then[keep]:
-            keep += 1
-        found += now[keep:]
+        found += now[common_prefix(now, then) :]
     return tuple(found)

@@ -21,8 +21,17 @@ from dataclasses import dataclass, field
 
 from shardwright.layout import Layout
 from shardwright.redistribute.links import Links
+from shardwright.redistribute.routes import common_prefix
 from shardwright.redistribute.step import Step
-from shardwright.redistribute.volume import is_local, lacked, largest, peak_elements, received_elements, sent_elements
+from shardwright.redistribute.volume import (
+    is_local,
+    lacked,
+    largest,
+    lower_bound,
+    peak_elements,
+    received_elements,
+    sent_elements,
+)
 
 MEMORY_SLACK = 1.05
 
@@ -107,8 +116,7 @@ class _Planner:
             return False
         if self.source.partial != self.target.partial:
             return True  # sums done on the way: whoever combines an element need not be who wants it
-        bound = int(lacked(self.source, self.target, self.shape).sum())
-        return sum(received_elements(step, self.shape) for step in steps) <= bound
+        return sum(received_elements(step, self.shape) for step in steps) <= lower_bound(self.source, self.target, self.shape)
 
     # -- the sequences --------------------------------------------------------------------------------------------
 
@@ -154,17 +162,9 @@ class _Planner:
             op = pending.get(run[0])
             if op is not None and (slices_only or any(pending[a] != op for a in run) or op != _first_op(pending)):
                 return path
-            after = self._with_dim(path.now, dim, path.now.bound[dim] + run, run)
+            after = _with_dim(path.now, self.target, dim, path.now.bound[dim] + run, run)
             path = self.then(path, "slice" if op is None else "reduce_scatter", run, after, (dim,), op or "sum")
         return path
-
-    def _with_dim(self, now: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
-        """``now`` with other axes for one dim, with the target's explicit sizes where it has them for these axes."""
-        dims, sizes = list(now.bound), list(now.sizes)
-        dims[dim] = axes
-        same = now.mesh == self.target.mesh and axes == self.target.bound[dim]
-        sizes[dim] = self.target.sizes[dim] if same else None
-        return Layout.of(now.mesh, dims, [p for p in now.partial if p[0] not in reduced], sizes)
 
     def reduced(self, path: Path) -> Iterator[Path]:
         """Does what is left of the pending reductions; sums before maxima before minima."""
@@ -195,18 +195,16 @@ class _Planner:
     def _scattered(self, path: Path, axes: tuple[str, ...], op: str) -> Iterator[Path]:
         """Reduce-scatters over a dim that need not be split in the target."""
         for dim in self._roomy(path.now, axes):
-            after = self._with_dim(path.now, dim, path.now.bound[dim] + axes, axes)
+            after = _with_dim(path.now, self.target, dim, path.now.bound[dim] + axes, axes)
             yield self.then(path, "reduce_scatter", axes, after, (dim,), op)
 
     def _shared(self, path: Path) -> Iterator[Path]:
         """Replicas share the reduction: each slices a part of its own first, whatever the target does with it."""
-        mesh = path.now.mesh
-        busy = {*path.now.split_axes, *path.now.partial_axes}
-        spare = tuple(a for a in mesh.axes if a not in busy and mesh.axis_size(a) > 1)
+        spare = _replicating(path.now)
         roomy = self._roomy(path.now, spare) if spare else []
         # where the sums are not to be scattered to: those go straight to their places then
         for dim in sorted(roomy, key=lambda d: len({*path.now.partial_axes} & {*self.target.bound[d]}))[:1]:
-            after = self._with_dim(path.now, dim, path.now.bound[dim] + spare)
+            after = _with_dim(path.now, self.target, dim, path.now.bound[dim] + spare)
             yield self.then(path, "slice", spare, after, (dim,))
 
     def _moved_then_reduced(self, path: Path) -> Iterator[Path]:
@@ -261,16 +259,12 @@ class _Planner:
                 yield between
         if self.options.links.axes and self.source.partial != target.partial:
             # replicas each take a part over the slow links, and share what they took over the fast ones
-            yield from self._spread(target, {*now.split_axes, *now.partial_axes})
+            yield from self._spread(target, [a for a in _replicating(target) if a in _replicating(now)])
 
-    def _spread(self, layout: Layout, busy: set[str]) -> Iterator[Layout]:
-        """The layout split further, by the axes that replicate it and are not busy."""
-        mesh = layout.mesh
-        spare = tuple(a for a in mesh.axes if a not in busy and a not in layout.split_axes and mesh.axis_size(a) > 1)
+    def _spread(self, layout: Layout, spare: Sequence[str]) -> Iterator[Layout]:
+        """The layout split further by axes that replicate it."""
         for dim in self._roomy(layout, spare) if spare else ():
-            dims = list(layout.bound)
-            dims[dim] += spare
-            yield Layout.of(mesh, dims, layout.partial, layout.sizes)
+            yield _with_dim(layout, layout, dim, (*layout.bound[dim], *spare))
 
     def transfer(self, path: Path, after: Layout) -> Path:
         """One step in which every rank gets what it lacks, under the most telling name."""
@@ -303,7 +297,7 @@ class _Planner:
         if len(left) > 1:
             by_dim = path
             for dim, axes in left.items():
-                by_dim = self.then(by_dim, "all_gather", axes, self._cut(by_dim.now, target, dim, len(axes)), (dim,))
+                by_dim = self.then(by_dim, "all_gather", axes, _with_dim(by_dim.now, target, dim, target.bound[dim]), (dim,))
             yield by_dim
         if len(everything) > 1:
             yield self._gathered_by_axis(path, target, left)
@@ -314,27 +308,20 @@ class _Planner:
             # explicit sizes exist for the whole list of axes only
             runs = {d: axes if path.now.sizes[d] or target.sizes[d] else axes[-1:] for d, axes in left.items()}
             dim = min(runs, key=lambda d: (links.speed(runs[d])[1], d))
-            path = self.then(path, "all_gather", runs[dim], self._cut(path.now, target, dim, len(runs[dim])), (dim,))
+            path = self.then(
+                path, "all_gather", runs[dim], _with_dim(path.now, target, dim, path.now.bound[dim][: -len(runs[dim])]), (dim,)
+            )
             left[dim] = left[dim][: -len(runs[dim])]
             if not left[dim]:
                 del left[dim]
         return path
-
-    def _cut(self, now: Layout, target: Layout, dim: int, count: int) -> Layout:
-        dims, sizes = list(now.bound), list(now.sizes)
-        dims[dim] = dims[dim][:-count]
-        sizes[dim] = target.sizes[dim] if dims[dim] == target.bound[dim] else None
-        return Layout.of(now.mesh, dims, now.partial, sizes)
 
     def _gathered_and_sliced(self, path: Path) -> Iterator[Path]:
         """Without all-to-all: gathers every dim back to where both layouts agree, then slices."""
         dims, sizes = list(path.now.bound), list(path.now.sizes)
         arriving = {a for d, axes in enumerate(self.target.bound) for a in axes if a not in path.now.bound[d]}
         for dim, axes in enumerate(path.now.bound):
-            keep = 0
-            while keep < len(axes) and self.target.bound[dim][keep : keep + 1] == axes[keep : keep + 1]:
-                keep += 1
-            keep = min([keep, *(i for i, a in enumerate(axes) if a in arriving)])
+            keep = min([common_prefix(axes, self.target.bound[dim]), *(i for i, a in enumerate(axes) if a in arriving)])
             plain = sizes[dim] is None and self.target.sizes[dim] is None
             if not plain and not _refines(self.target, path.now, dim, self.shape):
                 keep = len(self.target.bound[dim]) if _refines(path.now, self.target, dim, self.shape) else 0
@@ -351,10 +338,10 @@ class _Planner:
     def across(self, path: Path) -> Iterator[Path]:
         """To another mesh, over the same ranks or others; where few ranks would send much, the readers share the work."""
         now, target = path.now, self.target
-        if now.mesh.ranks == target.mesh.ranks and now.bounds(self.shape) == target.bounds(self.shape):
+        if now.bounds(self.shape) == target.bounds(self.shape):
             yield Path(target, path.steps, path.price)
             return
-        if not self.options.enable_alltoall and set(target.mesh.ranks) <= set(now.mesh.ranks):
+        if not self.options.enable_alltoall and set(target.mesh.ranks) == set(now.mesh.ranks):
             whole = Layout.replicated(now.mesh, now.ndim)
             for gathered in self.gathered(path, whole):
                 yield self.then(gathered, "slice", (), target)
@@ -364,7 +351,7 @@ class _Planner:
         step = direct.steps[-1]
         if step.kind == "slice" or sent_elements(step, self.shape) <= int(lacked(now, target, self.shape).max(initial=0)):
             return
-        for spread in self._spread(target, set()):
+        for spread in self._spread(target, _replicating(target)):
             yield from self.gathered(self.transfer(path, spread), target)
 
 
@@ -393,6 +380,20 @@ def _one_to_one(now: Layout, after: Layout, shape: tuple[int, ...]) -> tuple[int
         if moves and _refines(now, after, source, shape) and _refines(after, now, target, shape):
             return source, target
     return None
+
+
+def _with_dim(now: Layout, target: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
+    """``now`` with other axes for one dim, with the target's explicit sizes where it has them for these axes."""
+    dims, sizes = list(now.bound), list(now.sizes)
+    dims[dim] = axes
+    sizes[dim] = target.sizes[dim] if now.mesh == target.mesh and axes == target.bound[dim] else None
+    return Layout.of(now.mesh, dims, [p for p in now.partial if p[0] not in reduced], sizes)
+
+
+def _replicating(layout: Layout) -> tuple[str, ...]:
+    """The axes along which ranks hold the same."""
+    busy = {*layout.split_axes, *layout.partial_axes}
+    return tuple(a for a in layout.mesh.axes if a not in busy and layout.mesh.axis_size(a) > 1)
 
 
 def _with_suffixes(now: Layout, target: Layout, later: Sequence[str]) -> Layout | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 
 from shardwright.layout import Layout
@@ -12,6 +14,29 @@ Interval = tuple[int, int]
 Region = tuple[Interval, ...]
 Route = tuple[int, int, Region]
 Part = tuple[int, ...]
+
+
+def extent(region: Region) -> tuple[int, ...]:
+    """Shape of a region.
+
+    >>> extent(((2, 5), (0, 4)))
+    (3, 4)
+    """
+    return tuple(b - a for a, b in region)
+
+
+def elements(region: Region) -> int:
+    """Number of elements of a region."""
+    return math.prod(b - a for a, b in region)
+
+
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many leading entries two sequences share.
+
+    >>> common_prefix(("dp", "sp", "tp"), ("dp", "tp"))
+    1
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @lru_cache(maxsize=4096)
@@ -47,10 +72,7 @@ def exchange_routes(source: Layout, target: Layout, shape: tuple[int, ...]) -> t
                 chosen = min(range(n), key=lambda i: (distance(ranks[i], rank), load[ranks[i]], (i - at) % n))
                 chosen = ranks[chosen]
             if chosen != rank:
-                size = 1
-                for a, b in region:
-                    size *= b - a
-                load[chosen] += size
+                load[chosen] += elements(region)
             routes.append((chosen, rank, region))
     return tuple(routes)
 
@@ -111,9 +133,4 @@ class _Distance:
         here, there = self.at.get(a), self.at.get(b)
         if here is None or there is None:
             return 0
-        same = 0
-        for x, y in zip(here, there, strict=True):
-            if x != y:
-                break
-            same += 1
-        return len(here) - same
+        return len(here) - common_prefix(here, there)

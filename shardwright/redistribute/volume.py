@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
-from shardwright.redistribute.routes import exchange_routes, route_groups
+from shardwright.redistribute.routes import elements, exchange_routes, route_groups
 from shardwright.redistribute.step import TRANSFERS, Step
 
 Ints = NDArray[np.int64]
@@ -46,10 +46,10 @@ def boxes(layout: Layout, shape: Shape) -> list[tuple[Ints, Ints]]:
 
 def held(layout: Layout, shape: Shape) -> Ints:
     """Elements at every position of the mesh."""
-    elements = np.ones(layout.mesh.size, np.int64)
+    result = np.ones(layout.mesh.size, np.int64)
     for starts, stops in boxes(layout, shape):
-        elements *= stops - starts
-    return elements
+        result *= stops - starts
+    return result
 
 
 @lru_cache(maxsize=65536)
@@ -90,10 +90,12 @@ def _lacked_elsewhere(source: Layout, target: Layout, shape: Shape) -> Ints:
 
 def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
     """Whether every rank of the target can cut its piece out of what it holds."""
-    if source.mesh.ranks != target.mesh.ranks:
+    if set(source.mesh.ranks) != set(target.mesh.ranks):
         return False
+    position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
+    there = [position[rank] for rank in target.mesh.ranks]
     pairs = zip(boxes(source, shape), boxes(target, shape), strict=True)
-    return all(bool((a <= c).all() and (d <= b).all()) for (a, b), (c, d) in pairs)
+    return all(bool((a[there] <= c).all() and (d <= b[there]).all()) for (a, b), (c, d) in pairs)
 
 
 def is_even(layout: Layout, shape: Shape) -> bool:
@@ -117,8 +119,8 @@ def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:
         return int(lacked(source, target, shape).sum())
     parts = source.mesh.count(pending)
     kept = source.mesh.count(target.partial_axes)
-    elements = math.prod(shape) * kept
-    return elements * (parts - 1) + int(held(target, shape).sum()) - (elements if source.mesh == target.mesh else 0)
+    whole = math.prod(shape) * kept
+    return whole * (parts - 1) + int(held(target, shape).sum()) - (whole if source.mesh == target.mesh else 0)
 
 
 def received_elements(step: Step, shape: Shape) -> int:
@@ -153,7 +155,7 @@ def sent_elements(step: Step, shape: Shape) -> int:
         sent: dict[int, int] = {}
         for source, target, region in exchange_routes(step.source, step.target, shape):
             if source != target:
-                sent[source] = sent.get(source, 0) + math.prod(b - a for a, b in region)
+                sent[source] = sent.get(source, 0) + elements(region)
         return max(sent.values(), default=0)
     n = step.source.mesh.count(step.axes)
     before = largest(step.source, shape)

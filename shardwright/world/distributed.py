@@ -35,7 +35,7 @@ from shardwright.rules.operator import OpOverload
 from shardwright.world.collectives import backend_of
 from shardwright.world.distributed_moves import DistributedMove, MovesTogether, PieceMove
 from shardwright.world.distributed_steps import Groups
-from shardwright.world.pieces import check_piece
+from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
 from shardwright.world.source import SourceWriter
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -155,11 +155,15 @@ class DistributedWorld:
             itself or a view of it.
 
         Raises:
-            WorldError: a piece that is missing or has another shape.
+            StrategyError: layouts beyond the job's ranks, a target with a reduction pending that the source does not have.
+            WorldError: a piece that is missing or has another shape; a gradient wanted through a pending maximum.
         """
         key = (source, target, tuple(shape), tuple(partial_gradient))
         move = self._moves.get(key)
+        if value is not None and value.requires_grad:
+            check_differentiable(source, target)
         if move is None:
+            check_layouts(source, target, partial_gradient, self.size)
             plan = redistribution(*key)
             self._groups.make((*plan.forward, *plan.backward))
             move = self._moves[key] = PieceMove(plan, self.rank, self._groups)

@@ -19,7 +19,7 @@ from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, LocalProgram, Move, Start, Together
 from shardwright.redistribute.steps import redistribution, steps_between
 from shardwright.rules.lowering import PerRank
-from shardwright.world.pieces import check_piece
+from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
 from shardwright.world.simulated_moves import SimulatedMove, SimulatedPieces, SimulatedTogether, apply_move, representatives
 from shardwright.world.simulated_steps import run_steps
 from shardwright.world.source import SourceWriter
@@ -75,7 +75,8 @@ class SimulatedWorld:
             What each rank holds of ``target``; ``None`` for ranks that are not in it.
 
         Raises:
-            WorldError: a piece that is missing or has another shape.
+            StrategyError: layouts beyond the world's ranks, a target with a reduction pending that the source does not have.
+            WorldError: a piece that is missing or has another shape; a gradient wanted through a pending maximum.
 
         >>> rows = Layout((2,), ("x",))("x", "None")
         >>> world, whole = SimulatedWorld(2), torch.arange(4.0).view(2, 2)
@@ -85,8 +86,11 @@ class SimulatedWorld:
         """
         if len(values) != self.size:
             raise WorldError(f"redistribute was given {len(values)} values for {self.size} ranks: give one a rank, or None")
+        check_layouts(source, target, partial_gradient, self.size)
         for rank, value in enumerate(values):
             check_piece(rank, value, source, tuple(shape))
+            if value is not None and value.requires_grad:
+                check_differentiable(source, target)
         plan = redistribution(source, target, tuple(shape), tuple(partial_gradient))
         move = SimulatedPieces(plan, self.size)
         given = [v for v in values if v is not None]

@@ -9,7 +9,7 @@ import torch
 from world.test_distributed import run_job
 
 from shardwright import Layout, Mesh
-from shardwright.errors import WorldError
+from shardwright.errors import StrategyError, WorldError
 from shardwright.world.simulated import SimulatedWorld
 
 
@@ -60,18 +60,19 @@ def random_redistributions(world):
         free = [a for a in target.mesh.axes if a not in target.split_axes]
         reduced = tuple(a for a in free if draw.random() < 0.5) if everyone else ()
         values = pieces(source, shape, world.size, seed, dtype)
-        expected = [None if v is None else v.clone().requires_grad_(everyone) for v in values]
+        with_gradient = everyone and all(op == "sum" for _, op in source.partial)
+        expected = [None if v is None else v.clone().requires_grad_(with_gradient) for v in values]
         after = SimulatedWorld(world.size).redistribute(expected, source, target, shape, reduced)
         mine = values[world.rank]
         if mine is not None:
-            mine.requires_grad_(everyone)
+            mine.requires_grad_(with_gradient)
         got = world.redistribute(mine, source, target, shape, reduced, dtype=dtype)
         what = f"seed {seed}: {source} -> {target}, {shape} {dtype}, rank {world.rank}"
         if after[world.rank] is None:
             assert got is None, what
         else:
             assert torch.equal(got, after[world.rank]), what
-        if everyone:
+        if with_gradient:
             gradients = pieces(target.with_partial(reduced), shape, world.size, seed + 1000, dtype)
             torch.autograd.backward(after, gradients)
             got.backward(gradients[world.rank])
@@ -82,6 +83,16 @@ def what_is_refused(world):
     rows = Layout((world.size,), ("x",))("x", "None")
     with pytest.raises(WorldError, match=r"rank \d hands in a tensor of shape \[3, 3\], but its piece of \[8, 4\]"):
         world.redistribute(torch.ones(3, 3), rows, rows.replicated(rows.mesh, 2), (8, 4))
+    beyond = Layout((world.size,), ("x",), list(range(1, world.size + 1)))("x")
+    with pytest.raises(StrategyError, match=rf"ranks \[{world.size}\], this world has ranks 0 to {world.size - 1}"):
+        world.redistribute(torch.ones(1), beyond, beyond, (world.size,))
+    with pytest.raises(StrategyError, match="leaves a reduction pending that the source"):
+        world.redistribute(
+            torch.ones(8), Layout.replicated(rows.mesh, 1), Layout.replicated(rows.mesh, 1).with_partial(("x",)), (8,)
+        )
+    largest = Layout.replicated(rows.mesh, 1).with_partial(("x",), "max")
+    with pytest.raises(WorldError, match="no gradient through the pending max"):
+        world.redistribute(torch.ones(8, requires_grad=True), largest, largest.without_partial(), (8,))
     first = Layout.replicated(Mesh(("one",), (1,), (0,)), 1)
     everyone = Layout.replicated(rows.mesh, 1)
     if world.rank:
