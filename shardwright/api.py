@@ -31,8 +31,8 @@ from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
 
-MODES = ("semi_auto", "data_parallel", "stand_alone")
-LATER = ("sharding_propagation", "dynamic_programming", "recursive_programming", "auto", "hybrid_parallel")
+MODES = ("semi_auto", "sharding_propagation", "data_parallel", "stand_alone")
+LATER = ("dynamic_programming", "recursive_programming", "auto", "hybrid_parallel")
 
 
 class AutoParallel:
@@ -41,7 +41,8 @@ class AutoParallel:
     Args:
         target: an ``nn.Module``; a forward function, which may close over modules and parameters; or a train step,
             which runs as it is while every module it calls and every :func:`value_and_grad` function in it is parallel.
-        parallel_mode: ``"semi_auto"`` (configured operators as told, the rest data parallel), ``"data_parallel"``
+        parallel_mode: ``"semi_auto"`` (configured operators as told, the rest data parallel), ``"sharding_propagation"``
+            (configured operators as told, the rest with the least redistribution between them), ``"data_parallel"``
             (strategies are ignored) or ``"stand_alone"`` (the target as it is).
 
     The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global

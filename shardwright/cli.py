@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shardwright import cli_plan
 from shardwright.errors import LayoutError, ShardwrightError
 from shardwright.layout import Layout
 from shardwright.world.calibration import Calibration, location
@@ -155,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--distributed", action="store_true", help="start N processes instead of simulating N ranks")
     run.add_argument("script", metavar="script.py", help="the script to run")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
+
+    cli_plan.add_parser(commands, _count, _ints, _names)
 
     calibrate = commands.add_parser(
         "calibrate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import partition
 from shardwright.partition.program import LocalProgram
+from shardwright.plan.modes import plan_graph
 from shardwright.plan.plan import Plan
-from shardwright.plan.semi_auto import PlanRequest, plan_semi_auto
+from shardwright.plan.semi_auto import PlanRequest
 from shardwright.redistribute.planner import Options
 from shardwright.rules.operator import Operator
 from shardwright.world import parameters as distributed_parameters
@@ -29,6 +30,10 @@ from shardwright.world.delayed_init import is_delayed, materialise
 from shardwright.world.random_state import agree_on_random_state
 
 MARK = "_shardwright_mark"
+
+# Called in turn before anything is captured, with the root, its inputs and the settings; planning without running ends
+# the call here.
+before_compiling: list[Callable[..., None]] = []
 
 
 @dataclass
@@ -41,22 +46,46 @@ class Settings:
     source: str = ""
     enable_alltoall: bool = True
     of_step: bool = False  # one part of a train step: a pattern may be another part's
+    search: SearchSettings = field(default_factory=lambda: SearchSettings())
+    file: Any = None  # a plan file whose layouts are pinned
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What plans are priced on and must fit; see :meth:`shardwright.api.AutoParallel.search`."""
+
+    machine: Any = None
+    memory: float | None = None
+    mesh: tuple[int, ...] | None = None
+    axes: tuple[str, ...] = ()
+    states: float = 2.0
+    seconds: float = 30.0
+
+
+def plan_request(devices: int, settings: Settings, parameter_plan: dict[str, tuple[Any, str]], machine: str) -> PlanRequest:
+    """What the settings ask of a plan for a number of devices; ``machine`` where they name none."""
+    search = settings.search
+    return PlanRequest(
+        devices, settings.dataset_strategy, parameter_plan, settings.mode != "data_parallel", settings.mode,
+        search.machine or machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
+    )  # fmt: skip
 
 
 class Compiled:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
     def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings):
+        for notice in before_compiling:
+            notice(root, args, kwargs, settings)
         self.root, self.world = root, world
         device = _device(root, world)
         args, kwargs = self._global_inputs(args, kwargs, settings)
         marks, parameter_plan = gather_marks(root, settings)
         with torch.enable_grad():
             self.graph: Graph = capture(root, args, kwargs, device, marks)
-        request = PlanRequest(
-            world.size, settings.dataset_strategy, parameter_plan, settings.mode != "data_parallel", settings.mode
-        )
-        self.plan: Plan = plan_semi_auto(self.graph, request)
+        machine = "cpu-gloo" if device.type != "cuda" else "h100"
+        request = plan_request(world.size, settings, parameter_plan, machine)
+        self.plan: Plan = plan_graph(self.graph, request)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         self.program: LocalProgram = partition(self.graph, self.plan, Options(enable_alltoall=settings.enable_alltoall))
         self.plan.attach(self.program)

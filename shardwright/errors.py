@@ -33,6 +33,14 @@ class WorldError(ShardwrightError):
     """The set of ranks does not fit what it is asked to do."""
 
 
+class MemoryLimitError(ShardwrightError):
+    """No plan fits into a rank's memory. ``least``: bytes that the smallest plan found needs."""
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
+
+
 class ArgumentTypeError(ShardwrightError, TypeError):
     """An argument of the wrong type: both a ``TypeError`` and a :class:`ShardwrightError`."""
 

@@ -265,21 +265,17 @@ class Layout:
         return text if explicit is None else f"{text}[{' '.join(map(str, explicit))}]"
 
     @staticmethod
-    def parse(text: str) -> Layout:
-        """The layout that a text form describes; the inverse of ``str(layout)``."""
+    def parse(text: str, mesh: Mesh | None = None) -> Layout:
+        """The layout that a text form describes; the inverse of ``str(layout)``.
+
+        Args:
+            mesh: that of a text which names none, such as ``layout.short()``.
+        """
         dims_text, found, mesh_text = text.partition("@")
-        if not found:
+        if found:
+            mesh = Mesh.parse(mesh_text)
+        elif mesh is None:
             raise LayoutError(f"{text!r} has no mesh: write 'dp,None @ dp=2,mp=4'")
-        axes_text, _, ranks_text = mesh_text.partition(" ranks=")
-        try:
-            pairs = [part.strip().split("=") for part in axes_text.split(",")]
-            mesh = Mesh(
-                tuple(a for a, _ in pairs),
-                tuple(int(s) for _, s in pairs),
-                tuple(int(r) for r in ranks_text.split(",")) if ranks_text else (),
-            )
-        except (ValueError, TypeError) as error:
-            raise LayoutError(f"cannot read the mesh {mesh_text.strip()!r}: write 'dp=2,mp=4'") from error
         base = Layout(mesh.sizes, mesh.axes, list(mesh.ranks))
         dims_text, *reductions = dims_text.split("+")
         if not dims_text.strip():

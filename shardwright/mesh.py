@@ -78,6 +78,22 @@ class Mesh:
             text += " ranks=" + ",".join(map(str, self.ranks))
         return text
 
+    @staticmethod
+    def parse(text: str) -> Mesh:
+        """The mesh that a text form describes; the inverse of ``str(mesh)``.
+
+        >>> Mesh.parse("dp=2,mp=4").sizes
+        (2, 4)
+        """
+        axes_text, _, ranks_text = text.partition(" ranks=")
+        try:
+            pairs = [part.strip().split("=") for part in axes_text.split(",") if axes_text.strip()]
+            axes, sizes = tuple(a for a, _ in pairs), tuple(int(s) for _, s in pairs)
+            ranks = tuple(int(r) for r in ranks_text.split(",")) if ranks_text else ()
+        except ValueError as error:
+            raise LayoutError(f"cannot read the mesh {text.strip()!r}: write 'dp=2,mp=4'") from error
+        return Mesh(axes, sizes, ranks)
+
 
 @cache
 def _coordinate_table(mesh: Mesh) -> list[tuple[int, ...]]:

@@ -149,8 +149,10 @@ class _Converter:
         self.nodes: list[Node] = []
         self.constants: dict[str, Any] = {}
         self.env: dict[fx.Node, Any] = {}  # fx node -> Tracked, list of Tracked, or a plain value
-        self.names: set[str] = set()
+        self.names = Names()
         self.metas: dict[str, Tensor] = {}
+        self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
+        self.operators: dict[Any, Operator] = {}
         self.calls: dict[str, Any] = {}  # node name -> custom meta
         self.context: tuple[Any, bool] = (None, True)
 
@@ -168,7 +170,14 @@ class _Converter:
         nodes, renamed = _resolve_marks(self.nodes, self.calls, self.session)
         outputs = [renamed.get(o, o) if isinstance(o, str) else o for o in outputs]
         updates = tuple((name, renamed.get(value, value)) for name, value in updates)
+        emitted = len(self.nodes)
         nodes, outputs = _drop_dead(nodes, outputs, updates)
+        if len(nodes) < emitted:
+            names = Names()
+            names.taken = {i.value: 0 for i in self.inputs}
+            nodes, known = numbered(nodes, names)
+            outputs = [known.get(o, o) if isinstance(o, str) else o for o in outputs]
+            updates = tuple((name, known.get(value, value)) for name, value in updates)
         return Graph(
             tuple(self.inputs), tuple(nodes), tuple(outputs), updates, self.exported.call_spec.out_spec, self.constants
         )
@@ -204,7 +213,7 @@ class _Converter:
                 requires = self.flat_inputs[user].requires_grad
             elif kind == "CONSTANT_TENSOR":
                 self.constants[target] = self.exported.constants[target]
-            name = self.new_name(_input_name(kind, target, node.name))
+            name = self.names.new(_input_name(kind, target, node.name))
             named = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}.get(kind, "constant")
             self.inputs.append(GraphInput(name, named, target, _meta(value), requires))
             self.metas[name] = value
@@ -237,7 +246,7 @@ class _Converter:
         raise AssertionError("a graph without an output")
 
     def _constant(self, name: str, value: Tensor) -> Tracked:
-        value_name = self.new_name(f"c_{name}")
+        value_name = self.names.new(f"c_{name}")
         self.constants[name] = value
         self.inputs.append(GraphInput(value_name, "constant", name, _meta(value)))
         self.metas[value_name] = value
@@ -351,8 +360,9 @@ class _Converter:
         if not promotes or overload.overloadpacket.__name__ not in ("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp"):
             return new
         self.metas[new] = meta.to(torch.promote_types(meta.dtype, operands[1].dtype))
+        self.described.pop(new, None)
         last = self.nodes[-1]
-        self.nodes[-1] = replace(last, op=replace(last.op, outputs=(_meta(self.metas[new]),)))
+        self.nodes[-1] = replace(last, op=replace(last.op, outputs=(self._describe(new),)))
         return self._emit_simple(node, torch.ops.aten.to.dtype, new, meta.dtype)
 
     def _copied(self, node: fx.Node, meta: Tensor) -> str:
@@ -439,14 +449,11 @@ class _Converter:
     def _append(
         self, at: fx.Node, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any], sequence: bool
     ) -> list[str]:
-        base = overload.overloadpacket.__name__
-        name = self.new_name(base.strip("_"))
-        outputs = [name] if len(metas) == 1 else [self.new_name(f"{name}_o{i}") for i in range(len(metas))]
+        name = self.names.new(overload.overloadpacket.__name__.strip("_"))
+        outputs = [name] if len(metas) == 1 else [self.names.new(f"{name}_o{i}") for i in range(len(metas))]
         for value, meta in zip(outputs, metas, strict=True):
             self.metas[value] = meta
-        operator = Operator(
-            overload, args, kwargs, tuple(_meta(self.metas[i]) for i in inputs), tuple(_meta(m) for m in metas), sequence
-        )
+        operator = self._operator_call(overload, args, kwargs, inputs, outputs, sequence)
         autocast, grad = self.context
         self.nodes.append(
             Node(name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad)
@@ -454,16 +461,69 @@ class _Converter:
         self.calls[name] = at.meta.get("custom") or {}
         return outputs
 
-    def new_name(self, hint: str) -> str:
+    def _describe(self, value: str) -> TensorMeta:
+        found = self.described.get(value)
+        if found is None:
+            found = self.described[value] = _meta(self.metas[value])
+        return found
+
+    def _operator_call(
+        self, overload: Any, args: Any, kwargs: Any, inputs: list[str], outputs: list[str], sequence: bool
+    ) -> Operator:
+        """One object for all equal calls, such as those of repeated layers, so that others can keep what they find out.
+
+        The text of the arguments tells 1 from 1.0 and from True, which are equal.
+        """
+        taken, made = tuple(map(self._describe, inputs)), tuple(map(self._describe, outputs))
+        devices = tuple([meta.device for meta in (*taken, *made)])  # equality of metas leaves these out
+        key = (overload, repr(args), repr(kwargs), taken, made, devices, sequence)
+        found = self.operators.get(key)
+        if found is None:
+            found = self.operators[key] = Operator(overload, args, kwargs, taken, made, sequence)
+        return found
+
+
+class Names:
+    """The names of a graph's values: no name is given twice."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}  # name -> how often it has been asked for
+
+    def new(self, hint: str) -> str:
         hint = "".join(c if c.isalnum() or c == "_" else "_" for c in hint) or "v"
         if keyword.iskeyword(hint) or hint in ("torch", "many", "each") or not hint[0].isalpha():
             hint = f"v_{hint}"
-        name, count = hint, 0
-        while name in self.names:
+        name, count = hint, self.taken.get(hint, 0)
+        while name in self.taken:
             count += 1
             name = f"{hint}{'_' if hint[-1].isdigit() else ''}{count}"
-        self.names.add(name)
+        self.taken[hint] = count
+        self.taken.setdefault(name, 0)
         return name
+
+
+def numbered(nodes: list[Node], names: Names) -> tuple[list[Node], dict[str, str]]:
+    """The nodes with values named in the order they are made, as if operators that were dropped had never been.
+
+    Returns:
+        The nodes, and old name -> new name of every value they make.
+    """
+    known: dict[str, str] = {}
+    result = []
+    for node in nodes:
+        name = names.new(hint_of(node.op))
+        outputs = (name,) if len(node.outputs) == 1 else tuple(names.new(f"{name}_o{i}") for i in range(len(node.outputs)))
+        known.update(zip(node.outputs, outputs))
+        inputs = tuple([known.get(value, value) for value in node.inputs])
+        changed = name != node.name or outputs != node.outputs or inputs != node.inputs
+        result.append(replace(node, name=name, inputs=inputs, outputs=outputs) if changed else node)
+    return result, known
+
+
+def hint_of(op: Operator) -> str:
+    """What the values of an operator are called."""
+    target: Any = op.target
+    return str(target.overloadpacket.__name__).strip("_")
 
 
 class _Placed(Tracked):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardwright.capture.graph import Graph
 from shardwright.layout import Layout
@@ -12,7 +12,34 @@ from shardwright.plan.choice import Choice
 from shardwright.rules.signature import Signature
 
 if TYPE_CHECKING:
+    from shardwright.cost.machine import Machine
     from shardwright.partition.program import LocalProgram
+    from shardwright.plan.memory import MemoryTimeline
+    from shardwright.plan.price import PlanPrice
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a search found a plan.
+
+    Args:
+        seconds: modelled time of a step.
+        bound: no plan on this mesh, under this memory limit, takes less, by the same model; 0 where nothing is certified.
+        method: what solved it.
+        tried: mesh and seconds of the best plan on each mesh that was looked at.
+        planning: seconds that planning took.
+    """
+
+    seconds: float
+    bound: float
+    method: str
+    tried: tuple[tuple[tuple[int, ...], float], ...] = ()
+    planning: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        """The share of the plan's time by which the optimum might be better; 0 where the plan is optimal."""
+        return 0.0 if self.seconds <= 0 else max(0.0, (self.seconds - self.bound) / self.seconds)
 
 
 @dataclass(frozen=True)
@@ -24,6 +51,11 @@ class Plan:
         choices, signatures: by node name.
         input_layouts: layout of every graph input as the program receives it (parameters: as stored).
         notes: what a user should know: operators that run replicated and why.
+        machine: what it is priced on.
+        search: how it was found, where a search found it.
+        states: bytes of optimizer state a byte of parameter.
+        full_batch: whether every rank is handed the whole batch.
+        memory_limit: bytes a rank may use, where that was asked for.
     """
 
     graph: Graph
@@ -33,7 +65,12 @@ class Plan:
     input_layouts: dict[str, Layout]
     notes: tuple[str, ...] = ()
     mode: str = "semi_auto"
-    _cache: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
+    machine: Machine | None = None
+    search: Search | None = None
+    states: float = 2.0
+    full_batch: bool = True
+    memory_limit: float | None = None
+    _cache: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def attach(self, program: LocalProgram) -> None:
         """Remembers the local program of this plan, for the collectives it prints."""
@@ -41,7 +78,32 @@ class Plan:
 
     @property
     def program(self) -> LocalProgram | None:
-        return self._cache.get("program")  # type: ignore[return-value]
+        return self._cache.get("program")
+
+    def priced_on(self, machine: Machine | str) -> PlanPrice:
+        """What a step of this plan costs on a machine."""
+        from shardwright.cost.machine import load_machine
+        from shardwright.plan.price import price_plan
+
+        return price_plan(self, load_machine(machine))
+
+    @property
+    def price(self) -> PlanPrice:
+        """What a step costs on the plan's machine, ``cpu-gloo`` where none was named."""
+        if "price" not in self._cache:
+            self._cache["price"] = self.priced_on(self.machine or "cpu-gloo")
+        return self._cache["price"]  # type: ignore[no-any-return]
+
+    @property
+    def memory(self) -> MemoryTimeline:
+        """What a rank needs over a step."""
+        if "memory" not in self._cache:
+            from shardwright.plan.memory import memory_of
+
+            self._cache["memory"] = memory_of(
+                self.graph, self.choices, self.signatures, self.input_layouts, optimizer=self.states
+            )
+        return self._cache["memory"]  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         from shardwright.plan.table import plan_table

@@ -23,6 +23,7 @@ from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.plan.choice import Choice, make_choice
 from shardwright.plan.follow import choice_for_output, follow
+from shardwright.plan.pins import Pin, check_pin, pinned_graph
 from shardwright.plan.plan import Plan
 from shardwright.plan.refine import Refinement
 from shardwright.plan.strategy import (
@@ -49,6 +50,13 @@ class PlanRequest:
         dataset_strategy: ``"full_batch"``, ``"data_parallel"``, or one tuple of slice counts or Layout an input.
         parameter_plan: parameter name -> slice counts or Layout, with the mark's name and line for messages.
         honour_marks: whether strategies are followed (not in ``data_parallel`` mode).
+        machine: a :class:`~shardwright.cost.machine.Machine`, the name of one, or a TOML file; plans are priced on it.
+        memory_limit: bytes a rank may use over a step; ``None``: any.
+        mesh, mesh_axes: the device matrix to plan on and its aliases; ``None``: several are tried.
+        states: bytes of optimizer state a byte of parameter.
+        seconds: how long a search may look for a better plan.
+        operator_plan: how nodes are to run, by name, as a plan file says; it replaces what the nodes' marks ask for.
+        stored: parameters whose layout in ``parameter_plan`` is also how they are stored, whatever their readers want.
     """
 
     world_size: int
@@ -56,6 +64,14 @@ class PlanRequest:
     parameter_plan: dict[str, tuple[Any, str]] = field(default_factory=dict)
     honour_marks: bool = True
     mode: str = "semi_auto"
+    machine: Any = "cpu-gloo"
+    memory_limit: float | None = None
+    mesh: tuple[int, ...] | None = None
+    mesh_axes: tuple[str, ...] = ()
+    states: float = 2.0
+    seconds: float = 30.0
+    operator_plan: dict[str, Pin] = field(default_factory=dict)
+    stored: frozenset[str] = frozenset()
 
 
 def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:
@@ -64,12 +80,13 @@ def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:
     Raises:
         StrategyError: lists every problem of every strategy; nothing has been run.
     """
-    return _Planner(graph, request).plan()
+    return Planner(graph, request).plan()
 
 
-class _Planner:
+class Planner:
     def __init__(self, graph: Graph, request: PlanRequest):
-        self.graph, self.request = graph, request
+        self.graph = pinned_graph(graph, request.operator_plan, request.dataset_strategy == "full_batch")
+        self.request = request
         self.size = request.world_size
         self.problems = Problems()
         self.notes: list[str] = []
@@ -96,31 +113,43 @@ class _Planner:
         self.forward()
         self.problems.raise_if_any("the strategies cannot be followed")
         self.backward()
+        self.problems.raise_if_any("the strategies cannot be followed")
         layouts = {i.value: self.input_layout(i) for i in self.graph.inputs}
         return Plan(self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode)
 
     # -- before: rules and strategies -----------------------------------------------------------------------------
 
     def find_rules(self) -> None:
+        known: dict[int, Signature] = {}  # of repeated layers' operators, by identity
+        missing: set[int] = set()
         for node in self.graph.nodes:
-            signature = signature_of(node.op)
-            if signature is None:
-                signature = replicated_signature(node.op)
+            key = id(node.op)
+            if key not in known:
+                found = signature_of(node.op)
+                if found is None:
+                    missing.add(key)
+                known[key] = found if found is not None else replicated_signature(node.op)
+            if key in missing:
                 size = sum(m.bytes for m in node.op.inputs)
                 self.notes.append(f"{node.where} has no rule and runs whole on every rank ({size:,} bytes of input)")
-            self.signatures[node.name] = signature
+            self.signatures[node.name] = known[key]
 
     def check(self) -> None:
         if not self.request.honour_marks:
             self.check_dataset()
             return
         for node in self.graph.nodes:
-            if node.mark is None or node.mark.in_strategy is None:
+            pin = self.request.operator_plan.get(node.name)
+            if pin is None and (node.mark is None or node.mark.in_strategy is None):
                 continue
-            if node.mark.is_pin:
+            if node.mark is not None and node.mark.is_pin:
                 self.check_pin(node)
                 continue
-            checked = check_strategy(node, self.signatures[node.name], self.size, self.problems)
+            if pin is not None:
+                fine = check_pin(node, pin, self.size, self.problems)
+                checked = Checked(None, pin.inputs, pin.outputs, pin.what) if fine else None
+            else:
+                checked = check_strategy(node, self.signatures[node.name], self.size, self.problems)
             if checked is not None:
                 self.checked[node.name] = checked
                 reserve(checked, self.signatures[node.name], self.refinement, self.size)
@@ -305,6 +334,9 @@ class _Planner:
 
     def choose_free(self, node: Node, wanted: dict[str, list[Layout]]) -> Choice:
         signature, needs = self.signatures[node.name], self.needs[node.name]
+        if node.name in self.checked:
+            told = resolve_strategy(node, signature, self.checked[node.name], self.refinement, needs, self.problems)
+            return told or make_choice(node.op, signature, self.mesh, {}, needs)
         readers = {layout for v in node.outputs for layout in wanted.get(v, ())}
         if len(readers) > 1 and all(v in self.ready for v in node.outputs):
             return make_choice(node.op, signature, self.mesh, {}, needs)  # each reader takes its slice
@@ -323,6 +355,8 @@ class _Planner:
             return given or replicated
         if graph_input.kind != "parameter":
             return replicated
+        if str(graph_input.target) in self.request.stored and given is not None:
+            return self.on_main_mesh(given, graph_input.meta.shape)
         candidates = [layout.without_partial() for layout in _most_split(self.wanted.get(graph_input.value, ()))]
         return self.on_main_mesh(next(iter(candidates), given or replicated), graph_input.meta.shape)
 

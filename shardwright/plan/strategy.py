@@ -16,17 +16,23 @@ from shardwright.errors import Problems
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
 from shardwright.plan.choice import Choice, make_choice
+from shardwright.plan.pins import choice_of_layouts
 from shardwright.plan.refine import Refinement
+from shardwright.rules.operator import TensorMeta
 from shardwright.rules.signature import Signature, Split
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A strategy whose form is right: slice counts by factor, or Layouts by input."""
+    """A strategy whose form is right: slice counts by factor, or Layouts by input.
+
+    ``pinned``: where the layouts are a plan file's, to be taken as they are, how to name its entry.
+    """
 
     counts: dict[str, int] | None
     layouts: tuple[Layout | None, ...]
     out: tuple[Any, ...] | None
+    pinned: str = ""
 
     def matrix(self, order: Sequence[str], world_size: int) -> tuple[int, ...]:
         """The device matrix of slice counts: the rule's factors in order, then the ranks that repeat the work."""
@@ -227,6 +233,8 @@ def resolve_strategy(
     problems: Problems,
 ) -> Choice | None:
     """The choice that a checked strategy asks for, on the refined mesh."""
+    if checked.pinned:
+        return _pinned(node, signature, checked, refinement, needs_grad, problems)
     what = _where(node)
     found = (
         _split_of_counts(signature, checked, refinement)
@@ -243,6 +251,19 @@ def resolve_strategy(
     else:
         outputs = _outputs(node, signature, checked, refinement, choice, what, problems)
     return make_choice(node.op, signature, mesh, split, needs_grad, None, outputs) if outputs else None
+
+
+def _pinned(
+    node: Node, signature: Signature, checked: Checked, refinement: Refinement, needs: Sequence[bool], problems: Problems
+) -> Choice | None:
+    """The choice that a plan file's layouts ask for, on the refined mesh."""
+
+    def refined(layouts: Sequence[Any], metas: Sequence[TensorMeta]) -> list[Layout]:
+        return [refinement.refined(layout, meta.shape) for layout, meta in zip(layouts, metas, strict=True)]
+
+    inputs = refined(checked.layouts, node.op.inputs)
+    outputs = refined(checked.out, node.op.outputs) if checked.out is not None else None
+    return choice_of_layouts(node.op, signature, inputs, outputs, needs, checked.pinned, problems)
 
 
 def _split_of_counts(signature: Signature, checked: Checked, refinement: Refinement) -> tuple[Mesh, dict[str, Split]]:

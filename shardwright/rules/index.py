@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.rules.lowering import Local, Ref
+from shardwright.rules.lowering import Local, PerRank, Ref
 from shardwright.rules.operator import Operator, Slot
 from shardwright.rules.pieces import local_arguments, names, notation, of_sizes, start, with_dims
 from shardwright.rules.registry import rule_for
@@ -112,9 +112,21 @@ def _index_select_rule(op: Operator) -> Signature | None:
     return parse(notation([with_dims(dims, {dim: "x!"}), ["i"]], [with_dims(dims, {dim: "i"})]), op)
 
 
-@rule_for("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
+@rule_for("aten.scatter", "aten.scatter_reduce")
 def _scatter_rule(op: Operator) -> Signature | None:
     """The dim that is written along is whole everywhere, and so are dims in which the sizes differ."""
+    return _scattered(op, "!")
+
+
+@rule_for("aten.scatter_add")
+def _scatter_add_rule(op: Operator) -> Signature | None:
+    """What is added may be split: each rank adds what it has, which leaves a partial sum."""
+    same = op.inputs[1].shape == op.inputs[2].shape
+    return _scattered(op, "+" if same else "!", ((0, 2),), _added)
+
+
+def _scattered(op: Operator, mark: str, linear: Any = (), lowering: Any = None) -> Signature | None:
+    """``mark`` is that of what is written along the dim; the tensor that is written to is whole along it."""
     shapes = [meta.shape for meta in op.inputs]
     ndim = len(shapes[0])
     if not ndim or any(len(shape) != ndim for shape in shapes):
@@ -122,23 +134,59 @@ def _scatter_rule(op: Operator) -> Signature | None:
     dim = op.argument("dim") % ndim
     free = [d != dim and len({shape[d] for shape in shapes}) == 1 for d in range(ndim)]
     inputs = [[f"d{d}" if free[d] else f"t{n}_{d}!" for d in range(ndim)] for n in range(len(shapes))]
-    return parse(notation(inputs, [inputs[0]]), op)
+    if mark == "+":
+        inputs[1][dim] = inputs[2][dim] = "written+"
+    return parse(notation(inputs, [inputs[0]]), op, None, linear, lowering)
 
 
-@rule_for("aten.index_add", "aten.index_copy", "aten.index_reduce", "aten.index_fill")
+def _added(local: Local) -> tuple[Ref, ...]:
+    """Of the ranks that add different things, the first adds to the tensor itself and the others to zeros."""
+    axes = local.axes_of("written")
+    if not axes:
+        return local.same_call()
+    inputs = list(local.inputs)
+    elsewhere = PerRank(lambda rank: local.mesh.group_of(rank, axes)[0] != rank)
+    inputs[0] = local.call(zeros_if, inputs[0], elsewhere)
+    args, kwargs = local_arguments(local, inputs)
+    return (local.call(local.op.target, *args, **kwargs),)
+
+
+def zeros_if(x: Tensor, condition: bool) -> Tensor:
+    """``x``, or zeros through which it gets a gradient of zeros.
+
+    >>> zeros_if(torch.ones(2), True)
+    tensor([0., 0.])
+    """
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0) if condition else x
+
+
+@rule_for("aten.index_add")
+def _index_add_rule(op: Operator) -> Signature | None:
+    """What is added may be split: each rank adds what it has, which leaves a partial sum."""
+    one = not op.inputs[1].shape or len(op.inputs[2].shape) != len(op.inputs[0].shape)
+    return _written_at(op, "!") if one else _written_at(op, "+", ((0, 2),), _added)
+
+
+@rule_for("aten.index_copy", "aten.index_reduce", "aten.index_fill")
 def _index_write_rule(op: Operator) -> Signature | None:
     """The dim that is written along is whole everywhere."""
+    return _written_at(op, "!")
+
+
+def _written_at(op: Operator, mark: str, linear: Any = (), lowering: Any = None) -> Signature | None:
+    """``mark`` is that of what is written along the dim; the tensor that is written to is whole along it."""
     dims = names(len(op.inputs[0].shape))
     if not dims:
         return None
     dim = op.argument("dim") % len(dims)
-    whole, written = with_dims(dims, {dim: "x!"}), with_dims(dims, {dim: "written!"})
-    inputs = [whole, ["index!"] * len(op.inputs[1].shape)]
+    summed = mark == "+"
+    whole, written = with_dims(dims, {dim: "x!"}), with_dims(dims, {dim: f"written{mark}"})
+    inputs = [whole, ["written+" if summed else "index!"] * len(op.inputs[1].shape)]
     for meta in op.inputs[2:]:
         if len(meta.shape) not in (0, len(dims)):
             return None
         inputs.append(written if meta.shape else [])
-    return parse(notation(inputs, [whole]), op)
+    return parse(notation(inputs, [whole]), op, None, linear, lowering)
 
 
 # -- several index tensors --------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
         lambda x, i: x.scatter(1, i, 2.5), (doubles(4, 5), torch.tensor([[1, 0, 4]] * 3)), ("", "", ""),
     ),
     "scatter_add": (
-        lambda x, i, s: x.scatter_add(0, i, s), (doubles(3, 4), below(3, 5, 4), doubles(5, 4)), ("1", "1", "1", "1"),
+        lambda x, i, s: x.scatter_add(0, i, s), (doubles(3, 4), below(3, 5, 4), doubles(5, 4)), ("1", "01", "01", "1"),
     ),
     "scatter_reduce": (
         lambda x, i, s: x.scatter_reduce(1, i, s, "mean"), (doubles(4, 3), below(3, 4, 5), doubles(4, 5)),
@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
     ),
     "index_add": (
         lambda x, i, s: x.index_add(1, i, s, alpha=0.5), (doubles(4, 3), below(3, 5), doubles(4, 5)),
-        ("0", "", "0", "0"),
+        ("0", "0", "01", "0"),
     ),
     "index_copy": (
         lambda x, i, s: x.index_copy(0, i, s), (doubles(4, 3), torch.tensor([2, 0]), doubles(2, 3)),

@@ -1,0 +1,1 @@
+"""What things cost on a machine: computing, communication, memory. Machines are data, in ``machines/``."""

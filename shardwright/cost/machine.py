@@ -1,0 +1,218 @@
+"""Machine: what devices compute, how fast they talk and how much they hold; read from TOML files."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shardwright.errors import ShardwrightError
+from shardwright.mesh import Mesh
+from shardwright.redistribute.links import Links
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "machines"
+VARIABLE = "SHARDWRIGHT_MACHINE"
+
+# Where a dtype has no rate of its own, that of the next.
+_FALLBACK = {"bfloat16": "float16", "float16": "bfloat16", "float64": "float32", "float8": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Level:
+    """Links among up to ``size`` ranks; 0: any number.
+
+    Args:
+        latency: seconds a message.
+        bandwidth: bytes a second that a rank sends, and as many that it receives, when all do.
+    """
+
+    name: str
+    size: int
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices of a cluster, all alike.
+
+    Args:
+        flops: peak operations a second, by dtype name.
+        efficiency: share of the peak that is reached, by operator family; ``default`` for the others.
+        memory: bytes a device holds; 0: not limited.
+        memory_bandwidth: bytes a second that a device reads and writes in its memory.
+        operator_launch, collective_launch: seconds it takes to start one.
+        levels: links, the innermost first; ranks that are neighbours are on the innermost.
+        overlap: share of parameter gathers and gradient reductions that hides behind computing.
+        rates: bytes a second of operator families that memory bandwidth alone does not explain.
+    """
+
+    name: str
+    description: str
+    flops: Mapping[str, float]
+    efficiency: Mapping[str, float]
+    memory: float
+    memory_bandwidth: float
+    operator_launch: float
+    collective_launch: float
+    levels: tuple[Level, ...]
+    overlap: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def peak(self, dtype: str) -> float:
+        """Operations a second of a dtype, by its name; one that is not listed counts as its nearest."""
+        for name in (dtype, _FALLBACK.get(dtype, "float32"), "float32"):
+            if name in self.flops:
+                return self.flops[name]
+        return max(self.flops.values())
+
+    def rate(self, family: str, dtype: str) -> float:
+        """Operations a second that an operator family reaches."""
+        return self.peak(dtype) * self.efficiency.get(family, self.efficiency.get("default", 1.0))
+
+    def bandwidth_of(self, family: str) -> float:
+        """Bytes a second that an operator family reads and writes."""
+        return self.rates.get(family, self.memory_bandwidth)
+
+    def level(self, ranks: int) -> Level:
+        """The links among ``ranks`` neighbours."""
+        return next((level for level in self.levels if not level.size or ranks <= level.size), self.levels[-1])
+
+    def axis_speeds(self, mesh: Mesh) -> list[tuple[float, float]]:
+        """Latency and bandwidth along every axis: of the outermost links that its groups reach across.
+
+        >>> load_machine("h100").axis_speeds(Mesh(("dp", "tp"), (4, 8)))[1][1] > 1e11
+        True
+        """
+        speeds, span = [], 1
+        for size in reversed(mesh.sizes):
+            level = self.level(span * size)
+            span *= size
+            speeds.append((level.latency, level.bandwidth))
+        return speeds[::-1]
+
+    def links(self, mesh: Mesh) -> Links:
+        """The same for the planner of redistributions."""
+        speeds = self.axis_speeds(mesh)
+        axes = tuple((axis, latency, bandwidth) for axis, (latency, bandwidth) in zip(mesh.axes, speeds, strict=True))
+        slowest = self.levels[-1]
+        return Links(self.collective_launch, slowest.latency, slowest.bandwidth, axes)
+
+    def to_toml(self) -> str:
+        """The machine as the text of a file."""
+        lines = [f"name = {_text(self.name)}", f"description = {_text(self.description)}"]
+        for key in ("memory", "memory_bandwidth", "operator_launch", "collective_launch", "overlap"):
+            lines.append(f"{key} = {getattr(self, key)!r}")
+        for section in ("flops", "efficiency", "rates"):
+            lines += ["", f"[{section}]", *(f"{name} = {float(value)!r}" for name, value in getattr(self, section).items())]
+        for level in self.levels:
+            lines += ["", "[[levels]]", f"name = {_text(level.name)}", f"size = {level.size}"]
+            lines += [f"latency = {level.latency!r}", f"bandwidth = {level.bandwidth!r}"]
+        return "\n".join(lines) + "\n"
+
+
+def _text(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def machines() -> tuple[str, ...]:
+    """The names of the machines that come with the package."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
+
+
+def calibrated() -> Path:
+    """Where this user's measured ``cpu-gloo`` is kept."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "shardwright" / "cpu-gloo.toml"
+
+
+def load_machine(machine: Machine | str | Path) -> Machine:
+    """A machine by the name of a preset, or from a TOML file.
+
+    ``cpu-gloo`` is what ``shardwright calibrate`` measured here, where it did. ``SHARDWRIGHT_MACHINE`` names a file that
+    takes its place.
+
+    Raises:
+        ShardwrightError: no such machine, or a file that describes none.
+
+    >>> load_machine("h100").levels[0].size
+    8
+    """
+    if isinstance(machine, Machine):
+        return machine
+    if machine == "cpu-gloo":
+        chosen = os.environ.get(VARIABLE)
+        if chosen:
+            return _read(Path(chosen))
+        if calibrated().is_file():
+            return _read(calibrated())
+    preset = PRESETS / f"{machine}.toml"
+    if preset.is_file():
+        return _preset(str(machine))
+    path = Path(machine)
+    if path.suffix == ".toml":
+        return _read(path)
+    raise ShardwrightError(f"machine {str(machine)!r} is not known: use {', '.join(machines())}, or the path of a .toml file")
+
+
+@cache
+def _preset(name: str) -> Machine:
+    return _read(PRESETS / f"{name}.toml")
+
+
+def _read(path: Path) -> Machine:
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ShardwrightError(f"there is no machine file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ShardwrightError(f"the machine file {path} cannot be read: {error}") from None
+    return _checked(values, path)
+
+
+def _checked(values: dict[str, Any], path: Path) -> Machine:
+    def number(table: Mapping[str, Any], key: str, where: str = "", default: float | None = None) -> float:
+        value = table.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ShardwrightError(f"{path}: {where}{key} is {value!r}; give a number from 0, in bytes, seconds or a second")
+        return float(value)
+
+    def table(key: str, needed: bool) -> dict[str, float]:
+        found = values.get(key, {})
+        if not isinstance(found, dict) or (needed and not found):
+            raise ShardwrightError(f"{path}: [{key}] is missing; list at least one number in it")
+        return {name: number(found, name, f"{key}.") for name in found}
+
+    known = {"name", "description", "flops", "efficiency", "rates", "memory", "memory_bandwidth", "operator_launch",
+             "collective_launch", "levels", "overlap"}  # fmt: skip
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ShardwrightError(f"{path}: {unknown[0]} is not a key of a machine; the keys are {', '.join(sorted(known))}")
+    levels = values.get("levels")
+    if not isinstance(levels, list) or not levels:
+        raise ShardwrightError(f"{path}: [[levels]] is missing; describe the links, the innermost first")
+    made = tuple(
+        Level(
+            str(level.get("name", f"level {i}")), int(number(level, "size", f"levels[{i}].", 0)),
+            number(level, "latency", f"levels[{i}]."), number(level, "bandwidth", f"levels[{i}]."),
+        )
+        for i, level in enumerate(levels)
+    )  # fmt: skip
+    if any(level.bandwidth == 0 for level in made):
+        raise ShardwrightError(f"{path}: a level has bandwidth 0; give bytes a second")
+    return Machine(
+        str(values.get("name", path.stem)), str(values.get("description", "")), table("flops", True),
+        table("efficiency", False), number(values, "memory", default=0.0), number(values, "memory_bandwidth"),
+        number(values, "operator_launch", default=0.0), number(values, "collective_launch", default=0.0), made,
+        min(1.0, number(values, "overlap", default=0.0)), table("rates", False),
+    )  # fmt: skip

@@ -1,0 +1,269 @@
+"""Automatic modes: the whole plan searched for, the user's strategies taken as pinned choices of the same problem.
+
+- ``dynamic_programming``: the optimum of the cost model on a mesh, by elimination.
+- ``recursive_programming``: one mesh axis at a time, each level an exact problem of a few choices an operator, then each
+  axis once more with the others as found; any number of devices.
+- ``auto``: the best known over several meshes, with a certified gap.
+
+The memory of a rank is a hard limit in all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from shardwright.capture.graph import Graph
+from shardwright.cost.machine import Machine, load_machine
+from shardwright.errors import MemoryLimitError
+from shardwright.layout import Layout
+from shardwright.mesh import Mesh
+from shardwright.plan.choice import Choice
+from shardwright.plan.choices import ChoiceTable, Codes, Symbol, choices_of, code_of, layout_of, table_of_choice
+from shardwright.plan.follow import choice_for_output
+from shardwright.plan.formulation import Folded, Formulation, ready_values, stored_codes
+from shardwright.plan.meshes import meshes_to_try
+from shardwright.plan.plan import Plan, Search
+from shardwright.plan.pricing import Pricing
+from shardwright.plan.semi_auto import Planner, PlanRequest
+from shardwright.plan.strategy import resolve_strategy
+from shardwright.search.solve import Infeasible, Solution, solve
+
+# A gap below this is not worth more time.
+GAP = 0.002
+# How often a plan that needs more memory than the search reckoned is looked for again under a tighter limit.
+_TIGHTENINGS = 5
+
+
+@dataclass
+class Attempt:
+    """What one mesh gave."""
+
+    mesh: Mesh
+    formulation: Formulation
+    solution: Solution
+
+
+class SearchPlanner(Planner):
+    """Searches for the plan of a graph; see the module for the modes."""
+
+    def __init__(self, graph: Graph, request: PlanRequest):
+        super().__init__(graph, request)
+        self.machine: Machine = load_machine(request.machine)
+        self.full_batch = request.dataset_strategy == "full_batch"
+
+    def plan(self) -> Plan:
+        """Searches the meshes that are worth it and returns the best plan.
+
+        Raises:
+            StrategyError: strategies that cannot be followed.
+            MemoryLimitError: no plan fits into the memory of a rank.
+        """
+        started = time.perf_counter()
+        self.find_rules()
+        self.check()
+        self.problems.raise_if_any("the strategies cannot be followed")
+        self.asked = self.refinement
+        self.ready = set(ready_values(self.graph, self.full_batch))
+        labels = {i.value: str(self.request.parameter_plan.get(str(i.target))) for i in self.graph.inputs}
+        self.folded = Folded(self.graph, frozenset(self.ready), labels=labels)
+        how = self.recursive if self.request.mode == "recursive_programming" else self.exact
+        tried: list[tuple[tuple[int, ...], float]] = []
+        best: Plan | None = None
+        failed: MemoryLimitError | None = None
+        for sizes in self.candidates():
+            self.on_mesh(sizes)
+            try:
+                found = self.within_limit(how)
+            except MemoryLimitError as error:
+                failed = failed if failed is not None and failed.least <= error.least else error
+                continue
+            assert found.search is not None
+            tried.append((self.mesh.sizes, found.search.seconds))
+            if best is None or found.search.seconds < best.search.seconds:  # type: ignore[union-attr]
+                best = found
+        if best is None:
+            assert failed is not None
+            raise failed
+        assert best.search is not None
+        bound = best.search.bound
+        search = replace(best.search, tried=tuple(tried), planning=time.perf_counter() - started, bound=bound)
+        return replace(best, search=search)
+
+    # -- meshes -----------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> Sequence[tuple[int, ...]]:
+        if self.request.mesh is not None:
+            return [self.request.mesh]
+        return meshes_to_try(self.size, self.machine, 1 if self.request.mode == "recursive_programming" else 3)
+
+    def on_mesh(self, sizes: tuple[int, ...]) -> None:
+        """Starts over on a mesh, refined so that the user's strategies can be named on it."""
+        self.refinement = copy.deepcopy(self.asked)
+        self.refinement.add_if_fits(sizes)
+        if self.request.mesh_axes and len(self.request.mesh_axes) == len(sizes):
+            self.refinement.add(sizes, self.request.mesh_axes)
+        self.refinement.finish()
+        self.mesh = self.refinement.meshes[0]
+        self.choices = {}
+        self.pricing = Pricing(self.machine, self.mesh)
+        self.tables: dict[Any, ChoiceTable] = {}
+        self.pinned: dict[int, ChoiceTable] = {}
+        for site in self.folded.sites:
+            choice = self.pinned_choice(site)
+            if choice is not None:
+                node = self.graph.nodes[site]
+                table = table_of_choice(node.op, self.signatures[node.name], self.mesh, choice)
+                self.pinned[site] = self.pricing.interned_table(table)
+        self.problems.raise_if_any("the strategies cannot be followed")
+        self.batch = dict.fromkeys(i.value for i in self.graph.inputs)
+        if not self.full_batch:
+            self.batch.update((i.value, layout) for i, layout in self.batch_layouts())
+        self.where = {i.value: self.given(i) for i in self.graph.inputs}
+
+    def pinned_choice(self, site: int) -> Choice | None:
+        node = self.graph.nodes[site]
+        signature, needs = self.signatures[node.name], self.needs[node.name]
+        if node.name in self.checked:
+            return resolve_strategy(node, signature, self.checked[node.name], self.refinement, needs, self.problems)
+        if node.name in self.pins:
+            return choice_for_output(node.op, signature, self.laid_out(self.pins[node.name], node.op.inputs[0].shape), needs)
+        return None
+
+    # -- the problem ------------------------------------------------------------------------------------------------
+
+    def table(self, site: int, base: tuple[Symbol, ...] | None = None, free: Sequence[int] | None = None) -> ChoiceTable:
+        if site in self.pinned:
+            return self.pinned[site]
+        node = self.graph.nodes[site]
+        key = (id(node.op), base, None if free is None else tuple(free))
+        if key not in self.tables:
+            found = choices_of(node.op, self.signatures[node.name], self.mesh, base, free)
+            self.tables[key] = self.pricing.interned_table(found)
+        return self.tables[key]
+
+    def stored(self, value: str, base: tuple[int, ...] | None = None, free: Sequence[int] | None = None) -> Codes:
+        """The codes in which a parameter may be stored."""
+        asked = self.where.get(value)
+        if asked is not None:
+            codes = np.array([code_of(asked, self.mesh)], dtype=np.int8)
+        else:
+            codes = stored_codes(self.graph.metas[value], self.mesh)
+            if base is not None and free is not None:
+                kept = [a for a in range(len(self.mesh.axes)) if a not in free]
+                codes = codes[(codes[:, kept] == np.array(base, dtype=np.int8)[kept]).all(axis=1)]
+        return self.pricing.interned(codes)
+
+    def formulate(
+        self,
+        tables: dict[int, ChoiceTable],
+        stored: dict[str, Codes],
+        gradients: float = 0.0,
+    ) -> Formulation:
+        given = {
+            i.value: self.pricing.interned(np.array([code_of(layout, self.mesh)], dtype=np.int8))
+            for i in self.graph.inputs
+            if i.kind != "parameter" and i.value not in self.ready and (layout := self.placed(i)) is not None
+        }
+        return Formulation(self.folded, self.mesh, self.pricing, tables, stored, given, self.request.states, 1.0, gradients)
+
+    def placed(self, graph_input: Any) -> Layout:
+        return self.where[graph_input.value] or Layout.replicated(self.mesh, len(graph_input.meta.shape))
+
+    def read_parameters(self) -> list[str]:
+        return [i.value for i in self.graph.inputs if i.kind == "parameter" and i.value in self.folded.uses]
+
+    # -- ways to solve it -------------------------------------------------------------------------------------------
+
+    def exact(self, limit: float | None, gradients: float) -> Attempt:
+        """All axes at once."""
+        tables = {site: self.table(site) for site in self.folded.sites}
+        stored = {value: self.stored(value) for value in self.read_parameters()}
+        formulation = self.formulate(tables, stored, gradients)
+        problem = replace(formulation.problem, limit=limit)
+        return Attempt(self.mesh, formulation, solve(problem, gap=GAP, seconds=self.request.seconds))
+
+    def recursive(self, limit: float | None, gradients: float) -> Attempt:
+        from shardwright.plan.recursive import Recursion
+
+        return Recursion(self, limit, gradients).run()
+
+    def within_limit(self, how: Callable[[float | None, float], Attempt]) -> Plan:
+        """The plan of this mesh whose whole step fits into memory.
+
+        The search limits what adds up over operators: parameters, optimizer states, what autograd keeps. Where the rest
+        (gradients, buffers) makes the plan too large, the limit is tightened by what is missing.
+        """
+        limit = self.request.memory_limit
+        target, gradients = limit, 0.0
+        first: Attempt | None = None
+        for _ in range(_TIGHTENINGS):
+            try:
+                attempt = how(target, gradients)
+            except Infeasible as error:
+                if first is not None and gradients == 0.0:
+                    target, gradients = limit, 1.0  # gradients outweigh activations
+                    continue
+                raise self.does_not_fit(error) from None
+            first = first or attempt
+            plan = self.assemble(attempt, first.solution.bound)
+            if limit is None or plan.memory.peak <= limit:
+                return plan
+            assert target is not None
+            target -= max(plan.memory.peak - limit, 0.001 * limit)
+        raise MemoryLimitError(self.too_large(plan), plan.memory.peak)
+
+    # -- from answers to a plan -------------------------------------------------------------------------------------
+
+    def assemble(self, attempt: Attempt, bound: float) -> Plan:
+        form, answer = attempt.formulation, attempt.solution.choices
+        self.choices = {}
+        made: dict[Any, Choice] = {}
+        layouts: dict[str, Layout] = {}
+        for site, variable in form.at_site.items():
+            table, needs = form.tables[site], form.needs_grad(self.graph.nodes[site])
+            rows = answer[variable]
+            for index, node in form.folded.copies(site):
+                row = int(rows if isinstance(rows, (int, np.integer)) else rows[index])
+                key = (id(table), row, needs)
+                if key not in made:
+                    made[key] = table.choice(row, needs)
+                self.choices[self.graph.nodes[node].name] = made[key]
+        for value, variable in form.at_parameter.items():
+            rows, codes, ndim = answer[variable], form.stored[value], len(self.graph.metas[value].shape)
+            for index, name in self.parameter_copies(form, value):
+                row = int(rows if isinstance(rows, (int, np.integer)) else rows[index])
+                asked = self.where.get(name)
+                layouts[name] = asked if asked is not None else layout_of(codes[row], ndim, self.mesh)
+        self.backward()
+        for i in self.graph.inputs:
+            if i.value not in layouts:
+                layouts[i.value] = self.placed(i) if i.kind == "input" else Layout.replicated(self.mesh, len(i.meta.shape))
+        search = Search(attempt.solution.cost, bound, attempt.solution.method)
+        plan = Plan(
+            self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode,
+            machine=self.machine, search=search, states=self.request.states, full_batch=self.full_batch,
+            memory_limit=self.request.memory_limit,
+        )  # fmt: skip
+        return plan
+
+    def parameter_copies(self, form: Formulation, value: str) -> list[tuple[int, str]]:
+        """``(copy, name)`` of every parameter that a parameter of the problem stands for."""
+        use = form.folded.uses[value][0]
+        sites = {u.node for u in form.folded.uses[value]}
+        if len(sites) > 1 or use.node not in form.folded.block_of:
+            return [(0, value)]
+        return [(copy, self.graph.nodes[node].inputs[use.slot]) for copy, node in form.folded.copies(use.node)]
+
+    # -- what does not fit ------------------------------------------------------------------------------------------
+
+    def does_not_fit(self, error: Infeasible) -> MemoryLimitError:
+        return MemoryLimitError(f"{error}", error.least_memory)
+
+    def too_large(self, plan: Plan) -> str:
+        return str(plan.memory)

@@ -1,0 +1,42 @@
+"""Modes: which planner makes the plan of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shardwright.capture.graph import Graph
+from shardwright.errors import ShardwrightError
+from shardwright.plan.plan import Plan
+from shardwright.plan.propagation import plan_propagation
+from shardwright.plan.semi_auto import PlanRequest, plan_semi_auto
+
+Planning = Callable[[Graph, PlanRequest], Plan]
+
+
+def _search(graph: Graph, request: PlanRequest) -> Plan:
+    from shardwright.plan.automatic import SearchPlanner  # here: the other modes need neither search nor cost
+
+    return SearchPlanner(graph, request).plan()
+
+
+# The request says itself that marks are not followed in data_parallel mode.
+PLANNERS: dict[str, Planning] = {
+    "semi_auto": plan_semi_auto,
+    "data_parallel": plan_semi_auto,
+    "sharding_propagation": plan_propagation,
+    "dynamic_programming": _search,
+    "recursive_programming": _search,
+    "auto": _search,
+}
+
+
+def plan_graph(graph: Graph, request: PlanRequest) -> Plan:
+    """The plan of a graph, by the planner of the request's mode.
+
+    Raises:
+        ShardwrightError: a mode without a planner.
+        StrategyError: strategies that cannot be followed.
+    """
+    if request.mode not in PLANNERS:
+        raise ShardwrightError(f"mode={request.mode!r} does not plan; use one of {', '.join(PLANNERS)}")
+    return PLANNERS[request.mode](graph, request)

@@ -1,0 +1,211 @@
+"""Pricing: what choices and redistributions cost on a machine, as whole tables; each kind is priced once.
+
+Seconds and bytes are those of the busiest rank. Results are shared: operators and edges that are alike get the very same
+arrays, by which the search recognises repeated layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from shardwright.cost.communication import Communication
+from shardwright.cost.compute import local_seconds, optimizer_seconds
+from shardwright.cost.machine import Machine
+from shardwright.mesh import Mesh
+from shardwright.plan.choices import PARTIAL, REPLICATED, ChoiceTable, Codes, local_sizes
+from shardwright.rules.operator import TensorMeta
+
+Array = np.ndarray[Any, Any]
+
+# Collectives that a lowering runs itself where a factor is split that reaches no output (a softmax's maximum and sum).
+_INNER = 2
+
+
+class Pricing:
+    """The prices of one machine and mesh."""
+
+    def __init__(self, machine: Machine, mesh: Mesh):
+        self.machine, self.mesh = machine, mesh
+        self.communication = Communication(machine, mesh)
+        self._memo: dict[Any, Any] = {}
+        self._alive: list[Any] = []  # what ids in keys refer to
+        self._sizes = np.asarray(mesh.sizes)
+        self._radix = 16 ** np.arange(len(mesh.axes), dtype=np.int64)
+
+    def _once(self, key: Any, alive: Sequence[Any], make: Any) -> Any:
+        if key not in self._memo:
+            self._memo[key] = make()
+            self._alive.extend(alive)
+        return self._memo[key]
+
+    def interned(self, array: Array) -> Array:
+        """The one array with this content, so that what is alike has one price."""
+        return self._once(("array", array.dtype, array.shape, array.tobytes()), (), lambda: array)  # type: ignore[no-any-return]
+
+    def interned_table(self, table: ChoiceTable) -> ChoiceTable:
+        """The table over interned arrays."""
+        names = ("inputs", "gradients", "computed", "outputs")
+        return replace(table, **{name: tuple(map(self.interned, getattr(table, name))) for name in names})
+
+    def zeros(self, count: int) -> Array:
+        return self._once(("zeros", count), (), lambda: np.zeros(count))  # type: ignore[no-any-return]
+
+    def scaled(self, array: Array, weight: float) -> Array:
+        if weight == 1.0:
+            return array
+        return self._once(("scaled", id(array), weight), (array,), lambda: array * weight)  # type: ignore[no-any-return]
+
+    def keys(self, codes: Codes, gradients: Array) -> Array:
+        """One number for each layout and gradient."""
+        return ((codes.astype(np.int64) + 3 + 8 * gradients) * self._radix).sum(axis=-1)
+
+    def local_bytes(self, metas: Sequence[TensorMeta], codes: Sequence[Codes], count: int) -> Array:
+        """Bytes of the largest piece of each of ``T`` tensors in ``count`` choices: ``(T, C)``."""
+        if not metas:
+            return np.zeros((0, count))
+        return np.stack([self.piece_bytes(meta, code) for meta, code in zip(metas, codes)])
+
+    def piece_bytes(self, meta: TensorMeta, codes: Codes) -> Array:
+        return local_sizes(codes, meta.shape, self.mesh.sizes) * meta.dtype.itemsize
+
+    # -- variables --------------------------------------------------------------------------------------------------
+
+    def operator(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> Array:
+        """Seconds of each choice, forward and backward, with the collectives it runs itself."""
+        key = ("operator", id(table), needs_grad)
+        return self._once(key, (table,), lambda: sum(self.operator_parts(table, needs_grad)))  # type: ignore[no-any-return]
+
+    def operator_parts(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> tuple[Array, Array, Array]:
+        """Seconds of each choice: computing forward, computing backward, its own collectives."""
+        op = table.op
+        inputs = self.local_bytes(op.inputs, table.inputs, len(table))
+        outputs = self.local_bytes(op.outputs, table.outputs, len(table))
+        forward, backward = local_seconds(op, self.machine, table.fraction, inputs, outputs, needs_grad)
+        return np.asarray(forward), np.asarray(backward), self._own_collectives(table, any(needs_grad))
+
+    def _own_collectives(self, table: ChoiceTable, grad: bool) -> Array:
+        seconds = np.zeros(len(table))
+        for meta, before, after in zip(table.op.outputs, table.computed, table.outputs):
+            if not np.array_equal(before, after):
+                seconds += self._pairwise(meta, before, after, grad)
+        factors = [s.factor for s in table.symbols]
+        inner = [i for i, f in enumerate(factors) if f is not None and f in table.signature.inner]
+        if inner:
+            largest = max(table.op.inputs, key=lambda m: m.numel)
+            for row in np.flatnonzero(np.isin(table.rows, inner).any(axis=1)):
+                axes = [a for a, s in enumerate(table.rows[row]) if s in inner]
+                whole = math.prod(table.signature.sizes[f] for f in {factors[s] for s in table.rows[row] if s in inner})
+                rest = largest.numel * 4 / max(1, whole) * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes)
+                seconds[row] += _INNER * float(self.communication.all_reduce(rest, axes))
+        return seconds
+
+    def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:
+        """Seconds from each row's layout to the same row's other one."""
+        seconds = np.zeros(len(before))
+        changed = np.flatnonzero((before != after).any(axis=1))
+        keys = np.concatenate([before[changed], after[changed]], axis=1)
+        unique, where = np.unique(keys, axis=0, return_inverse=True)
+        count = len(self.mesh.axes)
+        none = np.zeros((1, count), dtype=bool)
+        prices = [float(self.move(meta, u[None, :count], u[None, count:], none, grad)[0][0, 0]) for u in unique]
+        if len(changed):
+            seconds[changed] = np.array(prices)[where.reshape(-1)]
+        return seconds
+
+    def parameter(self, meta: TensorMeta, codes: Codes, grad: bool, states: float, gradients: float) -> tuple[Array, Array]:
+        """Seconds of the optimizer, and bytes: the parameter, its optimizer states, and a share of its gradient."""
+
+        def make() -> tuple[Array, Array]:
+            held = self.piece_bytes(meta, codes)
+            if not grad:
+                return np.zeros(len(codes)), held
+            return np.asarray(optimizer_seconds(held, states, self.machine)), held * (1 + states + gradients)
+
+        return self._once(("parameter", meta, id(codes), grad, states, gradients), (codes,), make)  # type: ignore[no-any-return]
+
+    def to_whole(self, meta: TensorMeta, codes: Codes, grad: bool) -> Array:
+        """Seconds to make a value whole on every rank."""
+        target = np.full((1, len(self.mesh.axes)), REPLICATED, dtype=np.int8)
+        return self.move(meta, codes, target, np.zeros((1, len(self.mesh.axes)), dtype=bool), grad)[0][:, 0]
+
+    # -- edges ------------------------------------------------------------------------------------------------------
+
+    def move(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool = False,
+        stored: bool = False, counted: bool = False,
+    ) -> tuple[Array, Array | None]:  # fmt: skip
+        """Seconds ``(S, T)`` of redistributions, forward and backward, and the bytes that the reader keeps.
+
+        Args:
+            gradients: ``(T, A)``, axes over which the gradient that comes back is partial.
+            keeps: whether autograd keeps what the reader reads.
+            stored: whether the source is a parameter; part of its communication hides behind computing.
+            counted: whether the source's own bytes are counted already.
+        """
+        key = ("move", meta.shape, meta.dtype, id(source), id(target), id(gradients), grad, keeps, stored, counted)
+        return self._once(  # type: ignore[no-any-return]
+            key, (source, target, gradients), lambda: self._move(meta, source, target, gradients, grad, keeps, stored, counted)
+        )
+
+    def _move(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool, stored: bool,
+        counted: bool,
+    ) -> tuple[Array, Array | None]:  # fmt: skip
+        if not grad:
+            gradients = np.zeros_like(gradients)
+        rows, row_of = self._unique(source, np.zeros(source.shape, dtype=bool))
+        columns, column_of = self._unique(target, gradients)
+        here, there, masks = source[rows], target[columns], gradients[columns]
+        forward, backward = self.move_parts(meta, here, there, masks, grad)
+        seconds = forward + backward
+        if stored:
+            seconds = seconds * (1 - self.machine.overlap)
+        memory = self._kept(meta, here, there, counted)[np.ix_(row_of, column_of)] if keeps else None
+        return seconds[np.ix_(row_of, column_of)], memory
+
+    def move_parts(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> tuple[Array, Array]:
+        """Seconds ``(S, T)`` of redistributions, forward and backward apart."""
+        size = meta.dtype.itemsize
+        forward = self.communication.moves(meta.shape, size, source, target).seconds
+        if not grad:
+            return forward, np.zeros_like(forward)
+        back_from, back_to = gradient_codes(source, target, gradients)
+        return forward, self.communication.moves(meta.shape, size, back_from, back_to).seconds.T
+
+    def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
+        _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
+        return first, where.reshape(-1)
+
+    def _kept(self, meta: TensorMeta, source: Codes, target: Codes, counted: bool) -> Array:
+        """Bytes that a reader keeps: a slice keeps what it is a slice of, anything else that moves is a new tensor."""
+        before, after = self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :]
+        changed = source[:, None, :] != target[None, :, :]
+        sliced = (~changed | (source[:, None, :] == REPLICATED)).all(axis=-1)
+        held = 0.0 if counted else 1.0
+        return np.where(sliced, before * held, after + 0.0 * before)
+
+    def read(
+        self, meta: TensorMeta, state: Codes, state_gradients: Array, target: Codes, gradients: Array, grad: bool, keeps: bool
+    ) -> tuple[Array, Array | None]:
+        """As :meth:`move`, from a shared reading: who needs just what it has pays nothing."""
+
+        def make() -> tuple[Array, Array | None]:
+            masks = gradients if grad else np.zeros_like(gradients)
+            seconds, memory = self._move(meta, state, target, masks, grad, keeps, False, True)
+            same = self.keys(state, state_gradients)[:, None] == self.keys(target, masks)[None, :]
+            return np.where(same, 0.0, seconds), None if memory is None else np.where(same, 0.0, memory)
+
+        arrays = (state, state_gradients, target, gradients)
+        return self._once(("read", meta.shape, meta.dtype, *map(id, arrays), grad, keeps), arrays, make)  # type: ignore[no-any-return]
+
+
+def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:
+    """From where to where gradients go: partial as the target's readers leave them, to the source's own pieces."""
+    whole = np.where(target == PARTIAL, REPLICATED, target)
+    start = np.where(gradients & (target == REPLICATED), PARTIAL, whole).astype(np.int8)
+    return start, np.where(source == PARTIAL, REPLICATED, source).astype(np.int8)

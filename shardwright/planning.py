@@ -1,0 +1,151 @@
+"""Planning for devices one does not have: shapes only, nothing is computed and no memory taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwright.capture.closure import FunctionModule
+from shardwright.capture.repeated import capture_repeated
+from shardwright.compiled import SearchSettings, Settings, before_compiling, gather_marks, plan_request
+from shardwright.cost.machine import Machine, load_machine
+from shardwright.errors import ArgumentTypeError, ShardwrightError
+from shardwright.plan.modes import plan_graph
+from shardwright.plan.plan import Plan
+
+# Bytes of optimizer state a byte of parameter, by the optimizer's name.
+OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adagrad": 1.0, "rmsprop": 1.0, "adam": 2.0, "adamw": 2.0, "none": 0.0}
+
+_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
+
+
+def plan_for(
+    devices: int,
+    target: Callable[..., Any],
+    *inputs: Any,
+    machine: Machine | str = "h100",
+    mode: str = "auto",
+    mesh: tuple[int, ...] | None = None,
+    axes: tuple[str, ...] = (),
+    memory: float | str | None = None,
+    optimizer: str | float = "adamw",
+    seconds: float = 30.0,
+    settings: Settings | None = None,
+    file: Any = None,
+) -> Plan:
+    """Plans a module or forward function for a number of devices, without having them.
+
+    Args:
+        devices: how many.
+        inputs: its inputs, of global shape; tensors on the meta device will do.
+        machine: what the devices are: a preset's name, a TOML file or a :class:`~shardwright.cost.machine.Machine`.
+        mode: any parallel mode that plans.
+        mesh, axes: the device matrix, and its aliases; default: the best of several.
+        memory: bytes a device may use, ``"80GB"`` or a number; default: what the machine's devices have.
+        optimizer: name of the optimizer whose states count, or bytes of state a byte of parameter.
+        seconds: how long a search may take.
+        settings: what else an ``AutoParallel`` was told.
+        file: a plan file to start from.
+
+    Raises:
+        StrategyError: strategies that cannot be followed.
+        MemoryLimitError: no plan fits.
+
+    >>> model = torch.nn.Linear(1024, 1024, device="meta")
+    >>> plan = plan_for(8, model, torch.empty(64, 1024, device="meta"), machine="a100")
+    >>> plan.mesh.size
+    8
+    """
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise ArgumentTypeError(f"plan_for({devices!r}): give the number of devices")
+    chosen = load_machine(machine)
+    limit = memory_bytes(memory) if memory is not None else (chosen.memory or None)
+    search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
+    settings = replace(settings or Settings(), mode=mode, search=search, file=file)
+    root = target if isinstance(target, nn.Module) else FunctionModule(target)
+    return _plan(devices, root, tuple(inputs), {}, settings)
+
+
+def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Plan:
+    marks, parameter_plan = gather_marks(root, settings)
+    with torch.enable_grad():
+        graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
+    return plan_graph(graph, plan_request(devices, settings, parameter_plan, settings.search.machine))
+
+
+class _PlanMade(BaseException):
+    """Ends a script whose plan is made."""
+
+
+@contextmanager
+def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]) -> Iterator[list[Plan]]:
+    """Within the block, what an ``AutoParallel`` would compile is planned for ``devices`` instead, and the block ends there.
+
+    Args:
+        mode: the mode to plan in; default: the one the ``AutoParallel`` was given.
+        meta: whether tensors are made on the meta device.
+        options: as for :func:`plan_for`.
+
+    Yields:
+        A list that then holds the plan.
+    """
+    plans: list[Plan] = []
+
+    def instead(root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> None:
+        target = partial(plan_for, devices, settings=settings, mode=mode or settings.mode, **options)
+        plans.append(target(_Called(root, kwargs) if kwargs else root, *args))
+        raise _PlanMade
+
+    before_compiling.append(instead)
+    try:
+        with torch.device("meta") if meta else nullcontext():
+            yield plans
+    except _PlanMade:
+        pass
+    finally:
+        before_compiling.remove(instead)
+
+
+class _Called(nn.Module):
+    """A module called with keyword arguments besides what it is given."""
+
+    def __init__(self, root: nn.Module, kwargs: dict[str, Any]):
+        super().__init__()
+        self.root, self.kwargs = root, kwargs
+
+    def forward(self, *args: Any) -> Any:
+        return self.root(*args, **self.kwargs)
+
+
+def memory_bytes(memory: float | str) -> float:
+    """Bytes that a size such as ``"80GB"`` stands for; powers of ten, or of two as in ``"80GiB"``.
+
+    >>> memory_bytes("1.5GB"), memory_bytes("2KiB"), memory_bytes(100)
+    (1500000000.0, 2048.0, 100.0)
+    """
+    if isinstance(memory, (int, float)) and not isinstance(memory, bool):
+        found: float | None = float(memory)
+    else:
+        match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(memory))
+        unit = _UNITS.get(match[2].upper()) if match else None
+        found = float(match[1]) * unit if match and unit is not None and match[1].count(".") < 2 else None
+    if found is None or not found > 0:
+        raise ShardwrightError(f"memory {memory!r} is not a size: write '80GB', '640MiB' or a number of bytes")
+    return found
+
+
+def optimizer_states(optimizer: str | float) -> float:
+    """Bytes of optimizer state a byte of parameter."""
+    if isinstance(optimizer, (int, float)) and not isinstance(optimizer, bool) and optimizer >= 0:
+        return float(optimizer)
+    if isinstance(optimizer, str) and optimizer.lower() in OPTIMIZER_STATES:
+        return OPTIMIZER_STATES[optimizer.lower()]
+    known = ", ".join(OPTIMIZER_STATES)
+    raise ShardwrightError(f"optimizer {optimizer!r} is not known: use one of {known}, or bytes of state a byte of parameter")

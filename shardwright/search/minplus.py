@@ -1,0 +1,147 @@
+"""Minima over sums of tables: the one numeric kernel of the search, and powers of a matrix in its algebra.
+
+A factor is a table with one axis per variable, its variables in rising order. All work is chunked to fit a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+Factor = tuple[tuple[int, ...], np.ndarray]
+
+_CHUNK = 1 << 15  # numbers in a working table: 256 KiB, so that two of them stay in a level-2 cache
+
+
+def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
+    """The factor's table with one axis per variable of `variables`, of length 1 where the factor lacks it."""
+    own, table = factor
+    order = sorted(range(len(own)), key=lambda axis: variables.index(own[axis]))
+    table = table.transpose(order)
+    sizes = iter(table.shape)
+    return table.reshape([next(sizes) if v in own else 1 for v in variables])
+
+
+def absorb(factors: list[Factor]) -> list[Factor]:
+    """Adds every factor whose variables another one has to that one."""
+    kept: list[Factor] = []
+    for own, table in sorted(factors, key=lambda f: -len(f[0])):
+        for place, (others, sum_) in enumerate(kept):
+            if set(own) <= set(others):
+                kept[place] = (others, sum_ + spread((own, table), others))
+                break
+        else:
+            kept.append((own, table))
+    return kept
+
+
+def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -> np.ndarray:
+    """The sum of the factors, minimised over one variable: a table over `scope`.
+
+    >>> pair = np.array([[0.0, 5.0], [5.0, 0.0]])
+    >>> minimum_over(1, [((0, 1), pair), ((1,), np.array([7.0, 1.0])), ((1, 2), pair)], (0, 2))
+    array([[7., 6.],
+           [6., 1.]])
+    """
+    merged = absorb(factors)
+    tables = [np.ascontiguousarray(spread(f, (variable, *scope))) for f in merged]
+    if len(tables) == 1:
+        return tables[0].min(axis=0)
+    tables.sort(key=lambda t: t.size)
+    shape = np.broadcast_shapes(*(t.shape for t in tables))[1:]
+    result = np.empty(shape)
+    looped = 0  # leading axes that are walked one by one
+    while looped < len(shape) - 1 and prod(shape[looped + 1 :]) > _CHUNK:
+        looped += 1
+    height = max(1, _CHUNK // prod(shape[looped + 1 :])) if shape else 1  # and how much of the next one at a time
+    for index in np.ndindex(shape[:looped]):
+        for top in range(0, shape[looped] if shape else 1, height):
+            block = (*index, slice(top, top + height)) if shape else ()
+            _minimum_of_sums([t[_within(block, t.shape[1:])] for t in tables], result[block])
+    return result
+
+
+def _within(block: tuple[int | slice, ...], shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+    """The block of a table that is spread along its axes of length 1."""
+    return (slice(None), *(at if n > 1 else (0 if isinstance(at, int) else slice(None)) for at, n in zip(block, shape)))
+
+
+def _minimum_of_sums(parts: list[np.ndarray], out: np.ndarray) -> None:
+    """Writes the minimum, over the first axis, of the sum of `parts` to `out`."""
+    scratch = np.empty_like(out)
+    first, second, *others = parts
+    for k in range(len(first)):
+        into = out if k == 0 else scratch
+        np.add(first[k], second[k], out=into)
+        for other in others:
+            np.add(into, other[k], out=into)
+        if k:
+            np.minimum(out, into, out=out)
+
+
+def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The min-plus product of two stacks of matrices, (g, a, k) with (g, k, b).
+
+    >>> product(np.array([[[0.0, 3.0]]]), np.array([[[5.0], [1.0]]]))
+    array([[[4.]]])
+    """
+    stacks, rows, inner = left.shape
+    columns = right.shape[2]
+    if inner == 1:
+        return left + right
+    result = np.empty((stacks, rows, columns))
+    height = max(1, _CHUNK // columns)
+    if rows == columns == 1:
+        return np.min(left[:, 0, :] + right[:, :, 0], axis=1).reshape(stacks, 1, 1)
+    for g in range(stacks):
+        for top in range(0, rows, height):
+            block = np.ascontiguousarray(left[g, top : top + height].T)[:, :, None]
+            out = result[g, top : top + height]
+            _minimum_of_sums([block, right[g][:, None, :]], out)
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Power:
+    """A power of a stack of transfer matrices, with the two powers that it is the product of.
+
+    >>> step = Power.of(np.array([[[0.0, 1.0], [1.0, 5.0]]]), 3)
+    >>> float(step.table[0, 1, 1]), step.path(0, 1, 1)
+    (2.0, [1, 0, 0, 1])
+    """
+
+    exponent: int
+    table: np.ndarray
+    left: Power | None = None
+    right: Power | None = None
+    paths: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(matrix: np.ndarray, exponent: int) -> Power:
+        """The power by repeated squaring."""
+        square, result = Power(1, matrix), None
+        while True:
+            if exponent & 1:
+                result = square if result is None else result.times(square)
+            exponent >>= 1
+            if not exponent:
+                assert result is not None
+                return result
+            square = square.times(square)
+
+    def times(self, other: Power) -> Power:
+        """This power followed by another."""
+        return Power(self.exponent + other.exponent, product(self.table, other.table), self, other)
+
+    def path(self, stack: int, first: int, last: int) -> list[int]:
+        """The states of a cheapest walk from `first` to `last`, both included."""
+        if self.left is None or self.right is None:
+            return [first, last]
+        walk = self.paths.get((stack, first, last))
+        if walk is None:  # most walks soon repeat themselves, so that few are worked out
+            middle = int(np.argmin(self.left.table[stack, first] + self.right.table[stack, :, last]))
+            walk = self.left.path(stack, first, middle)[:-1] + self.right.path(stack, middle, last)
+            self.paths[stack, first, last] = walk
+        return walk
