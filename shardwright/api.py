@@ -21,18 +21,21 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import current_session
 from shardwright.capture.torch_private import pytree
-from shardwright.compiled import MARK, Compiled, Settings, check_patterns
+from shardwright.compiled import MARK, Compiled, SearchSettings, Settings, check_patterns
+from shardwright.cost.machine import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.layout import Layout
 from shardwright.ops import check_strategies, user_line
 from shardwright.partition.program import LocalProgram
 from shardwright.plan.plan import Plan
+from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
 
-MODES = ("semi_auto", "sharding_propagation", "data_parallel", "stand_alone")
-LATER = ("dynamic_programming", "recursive_programming", "auto", "hybrid_parallel")
+SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
+MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "stand_alone")
+LATER = ("hybrid_parallel",)
 
 
 class AutoParallel:
@@ -42,8 +45,10 @@ class AutoParallel:
         target: an ``nn.Module``; a forward function, which may close over modules and parameters; or a train step,
             which runs as it is while every module it calls and every :func:`value_and_grad` function in it is parallel.
         parallel_mode: ``"semi_auto"`` (configured operators as told, the rest data parallel), ``"sharding_propagation"``
-            (configured operators as told, the rest with the least redistribution between them), ``"data_parallel"``
-            (strategies are ignored) or ``"stand_alone"`` (the target as it is).
+            (configured operators as told, the rest with the least redistribution between them), ``"auto"`` (configured
+            operators as told, the rest searched for: the best known, over several device matrices),
+            ``"dynamic_programming"`` (the same by elimination alone, optimal under the cost model),
+            ``"recursive_programming"`` (the same in the least time), ``"data_parallel"`` (strategies are ignored) or ``"stand_alone"`` (the target as it is).
 
     The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global
     value on every rank.
@@ -132,6 +137,39 @@ class AutoParallel:
             raise ArgumentTypeError(f"shard({strategies!r}): give a dict from name patterns to strategies")
         self.settings.strategies = {**(self.settings.strategies or {}), **strategies}
         self.settings.source = user_line()
+        self._forget()
+        return self
+
+    def search(
+        self,
+        machine: Any = None,
+        memory: float | str | None = None,
+        mesh: tuple[int, ...] | None = None,
+        axes: tuple[str, ...] = (),
+        optimizer: str | float = "adamw",
+        seconds: float = 30.0,
+    ) -> AutoParallel:
+        """Says what plans are priced on and must fit into; the modes that search decide by it.
+
+        Args:
+            machine: a preset (``"h100"``, ...), a TOML file or a :class:`~shardwright.cost.machine.Machine`; default:
+                ``"cpu-gloo"``, and ``"h100"`` where the job runs on GPUs.
+            memory: bytes a rank may use over a step, ``"80GB"`` or a number; default: any.
+            mesh: the device matrix to search on; default: several are tried.
+            axes: its aliases.
+            optimizer: whose states count, by name, or bytes of state a byte of parameter.
+            seconds: how long a search may take.
+
+        Raises:
+            ShardwrightError: an unknown machine, optimizer or size; a mesh that is none.
+        """
+        if mesh is not None and not (isinstance(mesh, tuple) and mesh and all(type(n) is int and n > 0 for n in mesh)):
+            raise ArgumentTypeError(f"search(mesh={mesh!r}): give a tuple of sizes, (2, 4)")
+        if len(axes) not in (0, len(mesh or ())):
+            raise ShardwrightError(f"search(axes={axes!r}): give one alias for each of the {len(mesh or ())} axes of the mesh")
+        chosen = None if machine is None else load_machine(machine)
+        limit = None if memory is None else memory_bytes(memory)
+        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
         self._forget()
         return self
 

@@ -382,13 +382,14 @@ class _Reader:
 
     def line(self, key: str) -> int:
         """The line of a key; of one that stands in several places, that which follows the one asked for last."""
-        pattern = self._pattern(key)
-        match = pattern.search(self.text, self.at) or pattern.search(self.text)
-        if match is None:
-            return 1
-        start = self.at if match.start() >= self.at else 0
-        self.number = (self.number if start else 1) + self.text.count("\n", start, match.start())
-        self.at = match.start()
+        quoted = json.dumps(key) + ":"
+        where = self.text.find(quoted, self.at)
+        if where < 0:
+            match = self._pattern(key).search(self.text)
+            where = match.start() if match else 0
+        start = self.at if where >= self.at else 0
+        self.number = (self.number if start else 1) + self.text.count("\n", start, where)
+        self.at = where
         return self.number
 
     @staticmethod

@@ -323,9 +323,6 @@ class Formulation:
         self.edges.append(Edge(start, at, cost, weighed))
 
 
-
-
-
 def ready_values(graph: Graph, full_batch: bool) -> frozenset[str]:
     """Values any piece of which every rank can make without communication."""
     ready = {
