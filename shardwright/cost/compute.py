@@ -29,7 +29,23 @@ _SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cross_entropy
 _INDEX = {"embedding", "gather", "index_select", "index", "take", "take_along_dim", "scatter", "scatter_add", "index_add",
           "index_copy", "index_put", "topk", "sort", "argsort", "one_hot"}  # fmt: skip
 _RANDOM = {"dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "uniform", "normal"}
-_REDUCE = {"sum", "mean", "max", "min", "amax", "amin", "var", "std", "prod", "norm", "cumsum", "argmax", "argmin", "any", "all"}
+_REDUCE = {
+    "sum",
+    "mean",
+    "max",
+    "min",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "prod",
+    "norm",
+    "cumsum",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+}
 
 # Passes over their tensors that families of several passes make, against one read and one write.
 _PASSES = {"norm": 2.0, "softmax": 2.0, "random": 2.0, "index": 1.0}

@@ -55,6 +55,7 @@ class Machine:
         levels: links, the innermost first; ranks that are neighbours are on the innermost.
         overlap: share of parameter gathers and gradient reductions that hides behind computing.
         rates: bytes a second of operator families that memory bandwidth alone does not explain.
+        device: the kind of device as PyTorch names it, ``cpu``, ``cuda`` or ``npu``.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Machine:
     levels: tuple[Level, ...]
     overlap: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
+    device: str = "cuda"
 
     def peak(self, dtype: str) -> float:
         """Operations a second of a dtype, by its name; one that is not listed counts as its nearest."""
@@ -110,7 +112,7 @@ class Machine:
 
     def to_toml(self) -> str:
         """The machine as the text of a file."""
-        lines = [f"name = {_text(self.name)}", f"description = {_text(self.description)}"]
+        lines = [f"{key} = {_text(getattr(self, key))}" for key in ("name", "description", "device")]
         for key in ("memory", "memory_bandwidth", "operator_launch", "collective_launch", "overlap"):
             lines.append(f"{key} = {getattr(self, key)!r}")
         for section in ("flops", "efficiency", "rates"):
@@ -193,7 +195,7 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
             raise ShardwrightError(f"{path}: [{key}] is missing; list at least one number in it")
         return {name: number(found, name, f"{key}.") for name in found}
 
-    known = {"name", "description", "flops", "efficiency", "rates", "memory", "memory_bandwidth", "operator_launch",
+    known = {"name", "description", "device", "flops", "efficiency", "rates", "memory", "memory_bandwidth", "operator_launch",
              "collective_launch", "levels", "overlap"}  # fmt: skip
     unknown = sorted(set(values) - known)
     if unknown:
@@ -214,5 +216,5 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         str(values.get("name", path.stem)), str(values.get("description", "")), table("flops", True),
         table("efficiency", False), number(values, "memory", default=0.0), number(values, "memory_bandwidth"),
         number(values, "operator_launch", default=0.0), number(values, "collective_launch", default=0.0), made,
-        min(1.0, number(values, "overlap", default=0.0)), table("rates", False),
+        min(1.0, number(values, "overlap", default=0.0)), table("rates", False), str(values.get("device", "cuda")),
     )  # fmt: skip

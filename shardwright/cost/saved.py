@@ -32,11 +32,14 @@ class Saved:
 
 NOTHING = Saved(frozenset(), frozenset(), 0.0, {})
 
-_known: dict[tuple[int, tuple[bool, ...]], tuple[Operator, Saved]] = {}
+_known: dict[tuple[int, tuple[bool, ...], bool], tuple[Operator, Saved]] = {}
 
 
-def saved_by(op: Operator, needs_grad: tuple[bool, ...]) -> Saved:
+def saved_by(op: Operator, needs_grad: tuple[bool, ...], device: str = "cpu") -> Saved:
     """What autograd keeps of ``op``, given which inputs need gradients.
+
+    Args:
+        device: kind of device; others than ``"cpu"`` have kernels that keep less of some operators.
 
     >>> from shardwright.rules.operator import Slot, TensorMeta
     >>> x, w, y = (TensorMeta(shape, torch.float32) for shape in ((8, 16), (4, 16), (8, 4)))
@@ -44,15 +47,28 @@ def saved_by(op: Operator, needs_grad: tuple[bool, ...]) -> Saved:
     >>> sorted(saved_by(product, (False, True)).inputs), sorted(saved_by(product, (True, True)).inputs)
     ([0], [0, 1])
     """
-    key = (id(op), needs_grad)
+    key = (id(op), needs_grad, device == "cpu")
     if key not in _known:
         if len(_known) > 20_000:
             _known.clear()
-        _known[key] = (op, _run(op, needs_grad))
+        fused = None if device == "cpu" or not any(needs_grad) else _fused(op)
+        _known[key] = (op, fused or _run(op, needs_grad))
     return _known[key][1]
 
 
+def _fused(op: Operator) -> Saved | None:
+    """What kernels keep of operators that the CPU takes apart: a norm its input, its weight and one number a row."""
+    if op.name == "aten.rms_norm":
+        rows = op.inputs[0].numel // max(1, op.inputs[0].shape[-1])
+        return Saved(frozenset(range(len(op.inputs))), frozenset(), 4.0 * rows, {})
+    return None
+
+
 def _run(op: Operator, needs_grad: tuple[bool, ...]) -> Saved:
+    if op.name == "aten.scaled_dot_product_attention" and any(needs_grad) and not op.argument("dropout_p", 0.0):
+        # real devices have kernels that keep no scores; on the meta device it would be decomposed
+        rows = op.inputs[0].numel // max(1, op.inputs[0].shape[-1])
+        return Saved(frozenset(range(len(op.inputs))), frozenset((0,)), 4.0 * rows, {})
     kept: list[Tensor] = []
     try:
         with torch.enable_grad():

@@ -11,6 +11,7 @@ The memory of a rank is a hard limit in all of them.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from shardwright.plan.plan import Plan, Search
 from shardwright.plan.pricing import Pricing
 from shardwright.plan.semi_auto import Planner, PlanRequest
 from shardwright.plan.strategy import resolve_strategy
+from shardwright.plan.table import bytes_text
 from shardwright.search.solve import Infeasible, Solution, solve
 
 # A gap below this is not worth more time.
@@ -184,7 +186,7 @@ class SearchPlanner(Planner):
         """All axes at once."""
         tables = {site: self.table(site) for site in self.folded.sites}
         stored = {value: self.stored(value) for value in self.read_parameters()}
-        formulation = self.formulate(tables, stored, gradients)
+        formulation = self.latest = self.formulate(tables, stored, gradients)
         problem = replace(formulation.problem, limit=limit)
         return Attempt(self.mesh, formulation, solve(problem, gap=GAP, seconds=self.request.seconds))
 
@@ -216,7 +218,7 @@ class SearchPlanner(Planner):
                 return plan
             assert target is not None
             target -= max(plan.memory.peak - limit, 0.001 * limit)
-        raise MemoryLimitError(self.too_large(plan), plan.memory.peak)
+        raise self.too_large(plan)
 
     # -- from answers to a plan -------------------------------------------------------------------------------------
 
@@ -263,7 +265,16 @@ class SearchPlanner(Planner):
     # -- what does not fit ------------------------------------------------------------------------------------------
 
     def does_not_fit(self, error: Infeasible) -> MemoryLimitError:
-        return MemoryLimitError(f"{error}", error.least_memory)
+        """Says what the smallest plan needs, and what would help."""
+        if not error.choices:
+            return MemoryLimitError(f"no plan on the mesh {self.mesh} can be made: {error}", math.inf)
+        solution = Solution(error.choices, 0.0, 0.0, error.least_memory, "least memory")
+        return self.too_large(self.assemble(Attempt(self.mesh, self.latest, solution), 0.0))
 
-    def too_large(self, plan: Plan) -> str:
-        return str(plan.memory)
+    def too_large(self, plan: Plan) -> MemoryLimitError:
+        limit, need = self.request.memory_limit or 0.0, plan.memory.peak
+        return MemoryLimitError(
+            f"no plan for {self.size} devices fits into {bytes_text(int(limit))} a rank; the smallest on the mesh {self.mesh} "
+            f"needs {plan.memory}\n  allow memory='{math.ceil(need / 1e8) / 10:g}GB', use more devices or a smaller batch",
+            need,
+        )

@@ -217,7 +217,8 @@ def _table(op: Operator, signature: Signature, mesh: Mesh) -> ChoiceTable:
 def _reducing(table: ChoiceTable) -> ChoiceTable:
     """Without the rows that scatter a sum or read pending ones: like a configured operator, one does its own sums."""
     others = [i for i, symbol in enumerate(table.symbols) if symbol.scatter is not None or symbol.pending is not None]
-    return table.restricted(~np.isin(table.rows, others).any(axis=1)) if others else table
+    plain = np.asarray(~np.isin(table.rows, others).any(axis=1))
+    return table.restricted(plain) if others else table
 
 
 def _column(codes: Codes, meta: TensorMeta, mesh: Mesh) -> Column:

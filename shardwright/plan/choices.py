@@ -135,6 +135,17 @@ def code_of(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
     return tuple(where.get(axis, REPLICATED) for axis in mesh.axes)
 
 
+def is_slice(source: Layout, target: Layout) -> bool:
+    """Whether every rank has its piece of ``target`` within its piece of ``source``, at the cost of a view at most."""
+    if source.mesh != target.mesh:
+        return source.is_replicated
+    if source.partial != target.partial:
+        return False
+    return all(then[: len(now)] == now for now, then in zip(source.bound, target.bound)) and (
+        source.sizes == target.sizes or not any(source.sizes) or source.is_replicated
+    )
+
+
 def local_sizes(codes: Codes, shape: Sequence[int], sizes: Sequence[int]) -> np.ndarray[Any, Any]:
     """Elements of the largest piece of a tensor, for codes ``(..., A)`` on axes of ``sizes``: ``(...)``.
 

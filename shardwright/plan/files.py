@@ -20,6 +20,7 @@ from shardwright.capture.graph import Graph, Node
 from shardwright.errors import LayoutError, Problems, ShardwrightError
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
+from shardwright.plan.overview import pattern
 from shardwright.plan.plan import Search
 from shardwright.rules.operator import TensorMeta
 
@@ -94,6 +95,7 @@ class PlanFile:
 def operator_keys(graph: Graph) -> dict[str, str]:
     """For every node, by name, how files call its operator: ``layers.0.query/aten.linear``, the second one there with ``#2``.
 
+    >>> import torch
     >>> from shardwright.rules.operator import Operator
     >>> add = Operator(torch.ops.aten.add.Tensor, (), {}, (), ())
     >>> nodes = tuple(Node(name, add, (), (), "block") for name in ("add", "add_1"))
@@ -107,6 +109,16 @@ def operator_keys(graph: Graph) -> dict[str, str]:
         counts[stem] = counts.get(stem, 0) + 1
         keys[node.name] = stem if counts[stem] == 1 else f"{stem}#{counts[stem]}"
     return keys
+
+
+def key_pattern(key: str) -> str:
+    """An operator's key with the numbers of layers left open.
+
+    >>> key_pattern("layers.0.query/aten.linear#2")
+    'layers.*.query/aten.linear#2'
+    """
+    module, slash, rest = key.rpartition("/")
+    return f"{pattern(module)}{slash}{rest}"
 
 
 def shapes_text(node: Node) -> str:

@@ -239,7 +239,7 @@ class Formulation:
     def saved_of(self, site: int) -> Saved:
         if site not in self.saved:
             node = self.graph.nodes[site]
-            self.saved[site] = saved_by(node.op, self.needs_grad(node)) if node.grad else NOTHING
+            self.saved[site] = saved_by(node.op, self.needs_grad(node), self.pricing.machine.device) if node.grad else NOTHING
         return self.saved[site]
 
     def _kept(self, site: int) -> Array:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional
 
 from shardwright.capture.graph import Node
-from shardwright.plan.candidates import LOOKUPS, reducing
+from shardwright.plan.candidates import LOOKUPS, reducing, share_of
 from shardwright.plan.choice import Choice
 from shardwright.plan.edges import Counts, Edge, counts_of, edges_of, is_configured
 from shardwright.plan.follow import choice_for_output, follow
@@ -70,7 +70,7 @@ def lint(plan: Plan, share: float = 0.01, large: int = 2**24) -> tuple[Finding, 
     >>> net = sw.AutoParallel(lambda x, w: torch.softmax(matmul(x, w), -1), "semi_auto")
     >>> for finding in lint(net.compile(torch.ones(16, 64), torch.ones(64, 32)).plan):
     ...     print(finding.kind, finding.strategy, finding.bytes)
-    boundary ((8, 1),) 224
+    boundary ((8, 1),) 128
     """
     return _Lint(plan, share, large).run()
 
@@ -80,6 +80,7 @@ class _Lint:
         self.plan, self.share, self.large = plan, share, large
         self.parameters = {i.value: i for i in plan.graph.inputs if i.kind == "parameter"}
         self.maker = {value: node for node in plan.graph.nodes for value in node.outputs}
+        self.edges = list(edges_of(plan))
         self.works = {node.name: self._work(node) for node in plan.graph.nodes}
 
     def run(self) -> tuple[Finding, ...]:
@@ -104,7 +105,7 @@ class _Lint:
         """Edges along which pieces change, by the operator to configure against it; and the bytes of a whole step."""
         found: dict[str, list[Edge]] = {}
         total, seen = 0, set()
-        for edge in edges_of(self.plan):
+        for edge in self.edges:
             key = (edge.value, edge.target, edge.gradient)
             if key in seen:
                 continue  # readers that want the same share it
@@ -119,16 +120,38 @@ class _Lint:
         return found, total
 
     def _of_edges(self, node: Node, edges: Sequence[Edge], price: int) -> Finding | None:
+        """What an operator pays for redistribution, unless it would pay as much, or repeat work, in any other way."""
         worst = max(edges, key=lambda edge: edge.forward_bytes + edge.backward_bytes)
-        wanted = self._in_place(node, edges)
+        better = self._in_place(node, edges)
+        signature, now = self.plan.signatures[node.name], self.plan.choices[node.name]
+        free = [e for e in edges if not is_configured(e.reader if e.producer is node else e.producer)]  # type: ignore[arg-type]
+        paid = self._price_of(node, now) + sum(edge.forward_bytes + edge.backward_bytes for edge in free)
+        if better is not None and self._price_of(node, better) >= paid:
+            return None  # it stands between two operators that are configured differently
+        if not any(edge.forward_bytes for edge in edges):
+            same = better is None or _counts(better) == _counts(now)
+            if same or share_of(better, node.op, signature) > share_of(now, node.op, signature):  # type: ignore[arg-type]
+                return None  # ranks take slices so as to share the work, and gather the gradient
         other = worst.producer if worst.reader is node else worst.reader
         assert other is not None
         there = f"{worst.source.short() or '()'} to {worst.target.short() or '()'}"
         why = f"{'reading from' if worst.reader is node else 'handing on to'} {other.where} takes {there}, "
         why += f"{bytes_text(price)} a step"
-        if wanted is None or _counts(wanted) == self._strategy(node):
-            return self._finding(node, price, why, self._strategy(node))
-        return self._finding(node, price, why, _counts(wanted))
+        return self._finding(node, price, why, self._strategy(node) if better is None else _counts(better))
+
+    def _price_of(self, node: Node, choice: Choice) -> int:
+        """Bytes between an operator that runs otherwise and its configured neighbours; the others would follow it."""
+        total = 0
+        for edge in self.edges:
+            if edge.reader is node and edge.producer is not None and is_configured(edge.producer):
+                target, gradient = choice.inputs[edge.slot], choice.partial_gradient[edge.slot]
+                edge = replace(edge, target=target, gradient=gradient)
+            elif edge.producer is node and is_configured(edge.reader):
+                edge = replace(edge, source=choice.outputs[node.outputs.index(edge.value)])
+            else:
+                continue
+            total += edge.forward_bytes + edge.backward_bytes
+        return total
 
     def _in_place(self, node: Node, edges: Sequence[Edge]) -> Choice | None:
         """The choice that takes everything from where it is, or hands it on as it is wanted."""
@@ -136,8 +159,9 @@ class _Lint:
         needs = [value in self.plan.graph.needs_grad for value in node.inputs]
         reads = {edge.slot: edge.source.without_partial() for edge in edges if edge.reader is node}
         if reads:
-            now = self.plan.choices[node.name].inputs  # what is stored as it is read follows
-            have = [reads.get(i, None if node.inputs[i] in self.parameters else layout) for i, layout in enumerate(now)]
+            now = self.plan.choices[node.name].inputs
+            follows = [value not in self.maker for value in node.inputs]  # inputs are handed in as they are read
+            have = [reads.get(i, None if follows[i] else layout) for i, layout in enumerate(now)]
             order = sorted((i for i, layout in enumerate(have) if layout is not None), key=lambda i: i not in reads)
             return reducing(op, signature, follow(op, signature, have, needs, self.plan.mesh, order), needs)
         return choice_for_output(op, signature, edges[0].target.without_partial(), needs, node.outputs.index(edges[0].value))

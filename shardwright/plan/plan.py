@@ -101,7 +101,12 @@ class Plan:
             from shardwright.plan.memory import memory_of
 
             self._cache["memory"] = memory_of(
-                self.graph, self.choices, self.signatures, self.input_layouts, optimizer=self.states
+                self.graph,
+                self.choices,
+                self.signatures,
+                self.input_layouts,
+                self.states,
+                self.machine.device if self.machine is not None else "cpu",
             )
         return self._cache["memory"]  # type: ignore[no-any-return]
 

@@ -71,7 +71,8 @@ class Recursion:
         if best is None:
             least = self._descend(1e6)
             if least.memory > self.limit:
-                raise Infeasible(least.memory, least.answer)
+                self.planner.latest = least.formulation
+                raise Infeasible(least.memory, least.answer, self.limit)
             best = least
         return best
 

@@ -28,7 +28,7 @@ COLOURS = {
 STAYS = "#9e9e9e"
 CONFIGURED, INFERRED = "#ffe9a8", "#f1f3f6"
 MOST, ROWS = 300, 30
-WIDTH, HEIGHT, ACROSS, DOWN = 4.4, 0.62, 8.4, 1.15  # of a box, and from one box to the next, in inches
+WIDTH, HEIGHT, ACROSS, DOWN = 4.4, 0.6, 8.0, 1.0  # of a box, and from one box to the next, in inches
 
 
 def draw_plan(plan: Plan, path: str | Path) -> None:
@@ -96,10 +96,10 @@ def _draw_box(axes: Any, plan: Plan, node: Node, place: tuple[int, int]) -> set[
             linewidth=2.0 if configured else 0.8,
         )
     )  # fmt: skip
-    title = f"{node.name}   {node.op.name.removeprefix('aten.')}"
-    module = node.module if len(node.module) < 40 else "…" + node.module[-38:]
+    room = max(8, 58 - len(node.name))
+    module = node.module if len(node.module) <= room else "…" + node.module[1 - room :]
     axes.text(
-        x, y - 0.13, f"{title}   {module}".strip(), ha="center", va="center", color=INK, zorder=4,
+        x, y - 0.13, f"{node.name}   {module}".strip(), ha="center", va="center", color=INK, zorder=4,
         fontweight="bold" if configured else "normal",
     )  # fmt: skip
     text = f"{_counts(choice.inputs)}  →  {_counts(choice.outputs)}"

@@ -1,0 +1,237 @@
+"""Summary: a plan on one page. What a step costs and where, what a rank holds, how much of the work is really split."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shardwright.cost.compute import flops
+from shardwright.plan.choices import code_of, local_sizes, table_of_choice
+from shardwright.plan.overview import pattern, seconds_text
+from shardwright.plan.table import bytes_text
+
+if TYPE_CHECKING:
+    from shardwright.layout import Layout
+    from shardwright.plan.plan import Plan
+    from shardwright.plan.price import MovePrice
+
+WIDTH = 150
+_MOST = 5  # rows of the most expensive
+
+
+@dataclass(frozen=True)
+class Costly:
+    """Operators or redistributions that are alike, in the repeated layers of a model: how many, and seconds of all."""
+
+    name: str
+    count: int
+    seconds: float
+    what: str
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A plan on one page.
+
+    Args:
+        seconds, parts: of a step, in all and by part. ``bytes``: what the busiest rank sends.
+        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit where one was asked for.
+        flops_split: how much of an even split operators reach, on average over FLOPs: 1 where every rank does ``1/n`` of the
+            work, ``1/n`` where every rank does all of it.
+        parameters_split: the same for the bytes of parameters as they are stored.
+        gap: share of the step's time by which the best plan might be better; ``None`` where nobody searched.
+        planning: seconds that the search took.
+        operators, moves: the most expensive.
+    """
+
+    title: str
+    machine: str
+    seconds: float
+    parts: dict[str, float]
+    bytes: float
+    memory: float
+    memory_parts: dict[str, float]
+    memory_limit: float | None
+    flops_split: float
+    parameters_split: float
+    gap: float | None
+    method: str
+    planning: float
+    operators: tuple[Costly, ...]
+    moves: tuple[Costly, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from rich.console import Console  # here: importing it draws from Python's random generator
+
+        console = Console(file=io.StringIO(), width=WIDTH, no_color=True, highlight=False, legacy_windows=False)
+        console.print(_facts(self))
+        console.print(_costly("most expensive operators", self.operators, self.seconds))
+        if self.moves:
+            console.print(_costly("most expensive redistributions", self.moves, self.seconds))
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def summary_of(plan: Plan) -> PlanSummary:
+    """The summary of a plan, priced on its machine."""
+    price, search = plan.price, plan.search
+    return PlanSummary(
+        f"plan for {plan.mesh.size} ranks, mesh {plan.mesh if plan.mesh.axes else '()'}, mode {plan.mode}",
+        price.machine.name,
+        price.seconds,
+        dict(price.parts),
+        price.bytes,
+        float(plan.memory.peak),
+        {name: float(size) for name, size in plan.memory.parts.items()},
+        plan.memory_limit,
+        flops_split(plan),
+        parameters_split(plan),
+        search.gap if search is not None and search.bound > 0 else None,
+        search.method if search is not None else "",
+        search.planning if search is not None else 0.0,
+        _operators(plan),
+        _moves(plan),
+        plan.notes,
+    )
+
+
+# -- how much is split ----------------------------------------------------------------------------------------------------
+
+
+def flops_split(plan: Plan) -> float:
+    """How much of an even split operators reach, on average over FLOPs; 1 where there are none."""
+    total = reached = 0.0
+    shares: dict[tuple[int, int], tuple[float, float]] = {}
+    for node in plan.graph.nodes:
+        choice = plan.choices[node.name]
+        key = (id(node.op), id(choice))
+        if key not in shares:
+            work = flops(node.op)
+            share = 1.0
+            if work:
+                signature = plan.signatures[node.name]
+                share = float(table_of_choice(node.op, signature, choice.mesh, choice).fraction[0])
+            shares[key] = work, share
+        work, share = shares[key]
+        total += work
+        reached += work / (share * plan.mesh.size) if share else work
+    return reached / total if total else 1.0
+
+
+def parameters_split(plan: Plan) -> float:
+    """How much of an even split parameters reach as they are stored, on average over their bytes."""
+    total = reached = 0.0
+    for i in plan.graph.inputs:
+        if i.kind == "parameter" and i.meta.numel:
+            total += i.meta.bytes
+            share = piece_share(plan.input_layouts[i.value], i.meta.shape)
+            reached += i.meta.bytes / (share * plan.mesh.size)
+    return reached / total if total else 1.0
+
+
+def piece_share(layout: Layout, shape: tuple[int, ...]) -> float:
+    """The largest piece's share of a tensor.
+
+    >>> from shardwright.layout import Layout
+    >>> piece_share(Layout((2, 4), ("dp", "tp"))("tp", "None"), (6, 2))
+    0.3333333333333333
+    """
+    mesh, total, whole = layout.mesh, 1.0, 1
+    codes = np.array(code_of(layout, mesh))
+    for dim, size in enumerate(shape):
+        explicit = layout.sizes[dim]
+        total *= max(explicit) if explicit else float(local_sizes(np.where(codes == dim, 0, -1), (size,), mesh.sizes))
+        whole *= size
+    return total / max(1, whole)
+
+
+# -- what costs most ------------------------------------------------------------------------------------------------------
+
+
+def _operators(plan: Plan) -> tuple[Costly, ...]:
+    found: dict[tuple[str, ...], list[float]] = {}
+    for node in plan.graph.nodes:
+        price = plan.price.operators.get(node.name)
+        if price is not None:
+            choice = plan.choices[node.name]
+            left, right = (" | ".join(la.short() for la in layouts) for layouts in (choice.inputs, choice.outputs))
+            key = (f"{pattern(node.module)}/{node.op.name.removeprefix('aten.')}".lstrip("/"), f"{left} -> {right}")
+            found.setdefault(key, []).append(price.seconds)
+    return _largest(found)
+
+
+def _moves(plan: Plan) -> tuple[Costly, ...]:
+    modules = {node.name: node for node in plan.graph.nodes}
+    makers = {value: node for node in plan.graph.nodes for value in node.outputs}
+    names = {i.value: str(i.target) for i in plan.graph.inputs}
+    found: dict[tuple[str, ...], list[float]] = {}
+    for move in plan.price.moves:
+        maker = makers.get(move.value)
+        source = _place(maker) if maker else pattern(names.get(move.value, move.value))
+        readers = dict.fromkeys(_place(modules[r]) if r in modules else r for r in move.readers)
+        name = f"{source} to {' and '.join(readers)}" if readers else source
+        if move.seconds > 0:
+            found.setdefault((name, steps_text(move)), []).append(move.seconds)
+    return _largest(found)
+
+
+def _place(node: Any) -> str:
+    return pattern(node.module) or node.op.name.removeprefix("aten.")
+
+
+def steps_text(move: MovePrice) -> str:
+    """What a redistribution does, forward and backward, with its bytes."""
+    forward = " + ".join(map(str, move.forward)) or "nothing"
+    backward = f" | backward {' + '.join(map(str, move.backward))}" if move.backward else ""
+    return f"{forward}{backward}, {bytes_text(int(move.bytes))}"
+
+
+def _largest(found: dict[tuple[str, ...], list[float]]) -> tuple[Costly, ...]:
+    rows = [Costly(name, len(all_of), sum(all_of), what) for (name, what), all_of in found.items()]
+    return tuple(sorted(rows, key=lambda row: -row.seconds)[:_MOST])
+
+
+# -- text -----------------------------------------------------------------------------------------------------------------
+
+
+def _facts(summary: PlanSummary) -> object:
+    from rich.table import Table
+
+    table = Table(title=summary.title, title_justify="left", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, text in _lines(summary):
+        table.add_row(name, text)
+    return table
+
+
+def _lines(summary: PlanSummary) -> Iterable[tuple[str, str]]:
+    whole = summary.seconds or 1.0
+    parts = ", ".join(f"{name} {seconds_text(s)} ({s / whole:.0%})" for name, s in summary.parts.items() if s)
+    yield "machine", summary.machine
+    yield "a step", f"{seconds_text(summary.seconds)}: {parts}"
+    yield "a rank sends", f"{bytes_text(int(summary.bytes))} a step"
+    kept = ", ".join(f"{name} {bytes_text(int(size))}" for name, size in summary.memory_parts.items() if size)
+    limit = f" of {bytes_text(int(summary.memory_limit))}" if summary.memory_limit is not None else ""
+    yield "a rank holds", f"{bytes_text(int(summary.memory))}{limit} at most: {kept}"
+    yield "really split", f"{summary.flops_split:.1%} of FLOPs, {summary.parameters_split:.1%} of parameters"
+    if summary.method:
+        certified = f"at most {summary.gap:.2%} from the best" if summary.gap is not None else "nothing certified"
+        yield "search", f"{summary.method}, {certified}, planned in {seconds_text(summary.planning)}"
+
+
+def _costly(title: str, rows: Iterable[Costly], whole: float) -> object:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for justify in ("right", "left", "right", "right", "left"):
+        table.add_column(justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        times = f"{row.count} ×" if row.count > 1 else ""
+        table.add_row(times, row.name, seconds_text(row.seconds), f"{row.seconds / (whole or 1.0):.1%}", row.what)
+    return table
