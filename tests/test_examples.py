@@ -86,3 +86,36 @@ def test_char_lm(monkeypatch, capsys):
     assert re.search(r"backward +4 x all_reduce over tp", text)
     assert "generated: '    def " in text
     assert max(differences(text)) < 1e-5
+
+
+# Of each technique: what was configured, and what its neighbours got.
+PROPAGATION = {
+    "weights": (["embedding (1, 1) (2, 1)", "matmul (2, 1) (1, 4)"], ["gelu (2, 4)", "matmul1 (2, 4) (4, 1)"]),
+    "dimensions": (["mean (8, 1, 1)", "matmul (8, 1) (1, 1)"], ["relu (8, 1, 1)", "tanh (8, 1)"]),
+    "boundary": (
+        ["matmul (8, 1) (1, 1)", "matmul1 (1, 1) (1, 8)"],
+        ["conv2d (8, 1, 1, 1) (1, 1, 1, 1) (1,)", "relu3 (1, 8)", "matmul2 (1, 8) (8, 1)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("technique", PROPAGATION)
+def test_propagation(technique, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "plan.svg"
+    text = run(f"propagation_{technique}", monkeypatch, capsys, "--draw", str(path))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    configured, inferred = PROPAGATION[technique]
+    assert [line.removeprefix("configured ") for line in lines if line.startswith("configured")] == configured
+    assert {f"inferred {line}" for line in inferred} <= set(lines)
+    losses = [float(loss) for loss in re.findall(r"loss is (\d\.\d+)", text)]
+    assert losses == sorted(losses, reverse=True)
+    assert "matches single device" in text
+    assert "lint:" not in text
+    drawing = path.read_text("utf-8")
+    assert drawing.count(">configured<") == 1
+    assert all(line.split(" ", 1)[0] in drawing for line in configured)
+
+
+def test_an_example_is_short():
+    for technique in PROPAGATION:
+        assert len((EXAMPLES / f"propagation_{technique}.py").read_text("utf-8").splitlines()) < 60

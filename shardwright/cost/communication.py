@@ -1,11 +1,12 @@
 """Communication: what redistributions cost, in closed form, for whole tables of layouts at once.
 
-A redistribution is priced as the steps that the planner of :mod:`shardwright.redistribute` would take: slices first, for
-they cost nothing and make the rest smaller, then reduce-scatters, all-reduces and all-to-alls, gathers last; each on what
-a rank then holds. Along several axes a collective is hierarchical: gathers cross the slow links first, with small pieces,
-reduce-scatters last. The model of one step is Hockney's with the launch apart, as in :mod:`shardwright.redistribute.links`.
+A redistribution is priced as the steps that the planner of :mod:`shardwright.redistribute` would take (``paths.py``). What
+they cost is a few straight lines over the bytes of the tensor, of which the lowest counts: the lines follow from which axes
+split what before and after, not from the tensor's shape. They are found once for every pair of layouts that differs in more
+than the names of dims; after that a table of prices is looked up. Nothing here grows with the number of ranks.
 
-Layouts are codes, one int an axis: -2 a sum is pending, -1 replicated, ``d >= 0`` the axis splits dim ``d``.
+Layouts are codes, one int an axis: -2 a sum is pending, -1 replicated, ``d >= 0`` the axis splits dim ``d``; axes that split
+one dim do so in the mesh's order.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shardwright.cost.machine import Machine
+from shardwright.cost.paths import KINDS, Network, Paths, paths_between
 from shardwright.mesh import Mesh
 
 Array = np.ndarray[Any, Any]
+# What tables of pairs have in common: rows of lines, which of these each pair has, and which pairs cannot be.
+Classes = tuple[Array, Array, "Array | None"]
 
-KINDS = ("reduce_scatter", "all_reduce", "all_to_all", "exchange", "all_gather")
+# Sizes, in bytes, at which the lowest line is looked for; a line that is lowest only between two of them is hardly lower.
+_GRID = 2.0 ** np.arange(4, 46, 3)
+# Pairs of tables whose classes are remembered, and single pairs whose steps are.
+_MOST_TABLES = 512
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,38 @@ class CollectivePrice:
         return f"{self.kind}({','.join(self.axes)})"
 
 
+@dataclass
+class _Lines:
+    """For each class of redistributions its cheapest lines, ``(N, K)``.
+
+    Seconds are ``fixed + bytes * (source * unevenness of the source + target * that of the target)``, where ``bytes`` are those
+    of the whole tensor, and what the busiest rank sends is ``bytes`` times ``sent``.
+    """
+
+    fixed: Array
+    source: Array
+    target: Array
+    sent: Array
+
+    def lowest(self, rows: Array, nbytes: float) -> tuple[Array, Array, Array, Array]:
+        """The line that counts for a tensor of so many bytes, of some classes."""
+        fixed, source, target = self.fixed[rows], self.source[rows], self.target[rows]
+        best = np.argmin(fixed + nbytes * (source + target), axis=1)
+        at = np.arange(len(rows)), best
+        return fixed[at], source[at], target[at], self.sent[rows][at]
+
+
+class _Step(NamedTuple):
+    """One step for a tensor of any size; numbers as :class:`~shardwright.cost.paths.PathStep` has them."""
+
+    kind: str
+    axes: tuple[str, ...]
+    fixed: float
+    rate: float
+    sent: float
+    of_source: bool
+
+
 class Communication:
     """Prices on one machine and mesh.
 
@@ -54,177 +94,194 @@ class Communication:
     >>> split, whole = np.array([[0, -1]]), np.array([[-1, -1]])
     >>> float(prices.moves((64, 32), 4, split, whole).bytes[0, 0])
     6144.0
+    >>> [str(step) for step in prices.describe((64, 32), 4, (0, 1), (1, -1))]
+    ['exchange(dp,tp)']
     """
 
     def __init__(self, machine: Machine, mesh: Mesh):
-        self.mesh, self.launch = mesh, machine.collective_launch
-        self.sizes = mesh.sizes
-        self.speeds = machine.axis_speeds(mesh)
-        # the slowest links first; among equal ones the outermost axis
-        self.slow_first = sorted(range(len(mesh.sizes)), key=lambda a: (self.speeds[a][1], a))
+        self.mesh = mesh
+        self._network = Network(machine.collective_launch, mesh.sizes, machine.axis_speeds(mesh))
+        self._row_of: dict[int, int] = {}
+        self._lines: _Lines | None = None
+        self._described: dict[tuple[bytes, bytes, int], tuple[tuple[_Step, ...], ...]] = {}
+        self._tables: dict[tuple[bytes, bytes, int], Classes] = {}
+
+    # -- redistributions --------------------------------------------------------------------------------------------
 
     def moves(self, shape: Sequence[int], itemsize: int, source: Array, target: Array) -> Moves:
-        """Every redistribution from a source code ``(S, A)`` to a target code ``(T, A)`` of a tensor of global shape.
+        """Every redistribution from a source code ``(S, A)`` to a target code ``(T, A)`` of a tensor of global ``shape``.
 
         A pair that would make a sum pending that is not costs infinitely much.
         """
-        source, target = np.asarray(source), np.asarray(target)
-        steps = _Steps(self, shape, itemsize, source[:, None, :], target[None, :, :])
-        seconds = sum((s for s, _ in steps.found.values()), np.zeros(steps.shape))
-        sent = sum((b for _, b in steps.found.values()), np.zeros(steps.shape))
-        invented = ((source[:, None, :] != -2) & (target[None, :, :] == -2)).any(axis=-1)
-        return Moves(np.where(invented, np.inf, seconds), sent)
+        source, target = np.asarray(source, dtype=np.int8), np.asarray(target, dtype=np.int8)
+        rows, where, invented = self._classes(len(shape), source, target)
+        assert self._lines is not None
+        nbytes = float(math.prod(shape) * itemsize)
+        fixed, of_source, of_target, sent = self._lines.lowest(rows, nbytes)
+        uneven_source, uneven_target = self._unevenness(shape, source), self._unevenness(shape, target)
+        if uneven_source is None and uneven_target is None:
+            seconds, moved = (fixed + nbytes * (of_source + of_target))[where], (nbytes * sent)[where]
+        else:
+            before = np.ones(len(source)) if uneven_source is None else uneven_source
+            after = np.ones(len(target)) if uneven_target is None else uneven_target
+            parts = (nbytes * of_source)[where] * before[:, None] + (nbytes * of_target)[where] * after[None, :]
+            seconds = fixed[where] + parts
+            moved = (nbytes * sent)[where] * np.maximum(before[:, None], after[None, :])
+        if invented is not None:
+            seconds, moved = np.where(invented, np.inf, seconds), np.where(invented, 0.0, moved)
+        return Moves(seconds, moved)
 
     def describe(
         self, shape: Sequence[int], itemsize: int, source: Sequence[int], target: Sequence[int]
     ) -> tuple[CollectivePrice, ...]:
-        """The collectives of one redistribution, in order."""
-        here, there = np.asarray(source)[None, None, :], np.asarray(target)[None, None, :]
-        steps = _Steps(self, shape, itemsize, here, there)
-        result = []
-        for kind in KINDS:
-            if kind in steps.found and steps.found[kind][0][0, 0] > 0:
-                seconds, sent = steps.found[kind]
-                axes = tuple(self.mesh.axes[a] for a in range(len(self.sizes)) if steps.axes[kind][a][0, 0])
-                result.append(CollectivePrice(kind, axes, float(sent[0, 0]), float(seconds[0, 0])))
-        return tuple(result)
+        """The collectives of one redistribution, in order; local slices are left out. Prices add up to those of `moves`."""
+        here, there = (np.asarray(codes, dtype=np.int8).reshape(1, -1) for codes in (source, target))
+        nbytes = float(math.prod(shape) * itemsize)
+        sequences = self._sequences(len(shape), here, there)
+        if not sequences:
+            return ()
+        before, after = self._unevenness(shape, here), self._unevenness(shape, there)
+        of_source, of_target = 1.0 if before is None else float(before[0]), 1.0 if after is None else float(after[0])
+        chosen = min(sequences, key=lambda steps: sum(step.fixed + nbytes * step.rate for step in steps))
+        found = []
+        for step in chosen:
+            seconds = step.fixed + nbytes * step.rate * (of_source if step.of_source else of_target)
+            found.append(CollectivePrice(step.kind, step.axes, nbytes * step.sent * max(of_source, of_target), seconds))
+        return tuple(found)
 
-    def all_reduce(self, nbytes: float, axes: Sequence[int]) -> float:
-        """Seconds to sum a tensor of ``nbytes`` that every rank holds whole, over axes given by position."""
-        code, whole = np.full((1, len(self.sizes)), -1), np.full((1, len(self.sizes)), -1)
-        code[0, list(axes)] = -2
-        return float(self.moves((max(1, math.ceil(nbytes)),), 1, code, whole).seconds[0, 0])
+    def _sequences(self, ndim: int, source: Array, target: Array) -> tuple[tuple[_Step, ...], ...]:
+        """The sequences of steps of one pair that are the cheapest for some size; none for what costs nothing."""
+        key = source.tobytes(), target.tobytes(), ndim
+        if key not in self._described:
+            if len(self._described) >= _MOST_TABLES:
+                self._described.clear()
+            found: list[tuple[Array, tuple[_Step, ...]]] = []
+            for paths in paths_between(self._network, *self._masks(ndim, source, target)):
+                fixed, of_source, of_target, _ = paths.totals()
+                prices = fixed[:, None] + (of_source + of_target)[:, None] * _GRID
+                found += [(price, self._steps(paths, row)) for row, price in enumerate(prices)]
+            best = {int(at) for at in np.argmin([price for price, _ in found], axis=0)}
+            self._described[key] = tuple(found[at][1] for at in sorted(best) if found[at][1])
+        return self._described[key]
 
+    def _steps(self, paths: Paths, row: int) -> tuple[_Step, ...]:
+        found = []
+        for step in paths.steps:
+            if step.fixed[row] > 0 or step.rate[row] > 0:
+                axes = tuple(name for a, name in enumerate(self.mesh.axes) if int(step.mask[row]) >> a & 1)
+                numbers = float(step.fixed[row]), float(step.rate[row]), float(step.sent[row])
+                found.append(_Step(KINDS[int(step.kind[row])], axes, *numbers, bool(step.of_source[row])))
+        return tuple(found)
 
-class _Steps:
-    """The steps of many pairs side by side: seconds and bytes of each kind, and the axes it runs over."""
+    # -- single collectives -----------------------------------------------------------------------------------------
 
-    def __init__(self, prices: Communication, shape: Sequence[int], itemsize: int, source: Array, target: Array):
-        self.prices, self.source, self.target = prices, source, target
-        self.shape = np.broadcast_shapes(source.shape[:-1], target.shape[:-1])
-        self.held = np.broadcast_to(_local(source, shape, prices.sizes) * float(itemsize), self.shape)
-        self.found: dict[str, tuple[Array, Array]] = {}
-        self.axes: dict[str, list[Array]] = {}
-        axes = range(len(prices.sizes))
-        self.now = [np.broadcast_to(source[..., a], self.shape) for a in axes]
-        self.then = [np.broadcast_to(target[..., a], self.shape) for a in axes]
-        self.misplaced = self._misplaced()
-        for a in axes:
-            free = (self.now[a] == -1) & (self.then[a] >= 0)
-            self._shrink(free, prices.sizes[a])
-        self._reduce_scatter()
-        self._all_reduce()
-        self._all_to_all()
-        self._exchange()
-        self._all_gather()
+    def all_reduce(self, nbytes: Any, axes: Sequence[int]) -> Any:
+        """Seconds to sum tensors of ``nbytes``, a number or an array, that every rank holds, over axes given by position."""
+        return self._collective(nbytes, axes, -2, -1)
 
-    def _shrink(self, where: Array, ways: int) -> None:
-        if where.any():
-            self.held = np.where(where, self.held / ways, self.held)
+    def all_gather(self, nbytes: Any, axes: Sequence[int]) -> Any:
+        """Seconds to gather tensors that are ``nbytes`` once gathered."""
+        return self._collective(nbytes, axes, 0, -1)
 
-    def _record(self, kind: str, masks: list[Array], seconds: Array, sent: Array) -> None:
-        used = np.logical_or.reduce(masks)
-        if used.any():
-            self.found[kind] = (np.where(used, seconds + self.prices.launch, 0.0), np.where(used, sent, 0.0))
-            self.axes[kind] = masks
+    def reduce_scatter(self, nbytes: Any, axes: Sequence[int]) -> Any:
+        """Seconds to sum tensors of ``nbytes``, of which every rank then keeps its piece."""
+        return self._collective(nbytes, axes, -2, 0)
 
-    def _masks(self, now: Any, then: Any) -> list[Array]:
-        return [now(n) & then(t) & (size > 1) for n, t, size in zip(self.now, self.then, self.prices.sizes)]
+    def _collective(self, nbytes: Any, axes: Sequence[int], before: int, after: int) -> Any:
+        # the other axes are as good as split: what they could help with is not theirs to help with
+        source, target = (np.ones((1, len(self.mesh.sizes)), dtype=np.int8) for _ in range(2))
+        source[0, list(axes)], target[0, list(axes)] = before, after
+        rows, _, _ = self._classes(2, source, target)
+        assert self._lines is not None
+        rest = math.prod(size for a, size in enumerate(self.mesh.sizes) if a not in axes)
+        given = np.asarray(nbytes, dtype=float)
+        lines, row = self._lines, rows[0]
+        # every rank holds such a tensor: all that ranks hold is `rest` times as much
+        rate = (lines.source[row] + lines.target[row]) * rest
+        seconds = np.min(lines.fixed[row] + given[..., None] * rate, axis=-1)
+        return float(seconds) if seconds.ndim == 0 else seconds
 
-    def _reduce_scatter(self) -> None:
-        masks = self._masks(lambda n: n == -2, lambda t: t >= 0)
-        seconds, sent = np.zeros(self.shape), np.zeros(self.shape)
-        for a in reversed(self.prices.slow_first):
-            if masks[a].any():
-                n, (latency, bandwidth) = self.prices.sizes[a], self.prices.speeds[a]
-                moved = np.where(masks[a], self.held * ((n - 1) / n), 0.0)
-                sent += moved
-                seconds += moved / bandwidth + np.where(masks[a], _rounds(n) * latency, 0.0)
-                self._shrink(masks[a], n)
-        self._record("reduce_scatter", masks, seconds, sent)
+    # -- classes of pairs -------------------------------------------------------------------------------------------
 
-    def _all_reduce(self) -> None:
-        """A reduce-scatter and a gather, or, for few bytes, whole tensors in half the rounds."""
-        masks = self._masks(lambda n: n == -2, lambda t: t == -1)
-        halves, whole, sent = np.zeros(self.shape), np.zeros(self.shape), np.zeros(self.shape)
-        piece = self.held
-        for a in reversed(self.prices.slow_first):
-            if masks[a].any():
-                n, (latency, bandwidth) = self.prices.sizes[a], self.prices.speeds[a]
-                moved = np.where(masks[a], piece * (2 * (n - 1) / n), 0.0)
-                sent += moved
-                halves += moved / bandwidth + np.where(masks[a], 2 * _rounds(n) * latency, 0.0)
-                whole += np.where(masks[a], _rounds(n) * (latency + self.held / bandwidth), 0.0)
-                piece = np.where(masks[a], piece / n, piece)
-        self._record("all_reduce", masks, np.minimum(halves, whole), sent)
+    def _classes(self, ndim: int, source: Array, target: Array) -> Classes:
+        """The classes of all pairs: their rows among the lines, which of these each pair has, and which pairs cannot be."""
+        key = source.tobytes(), target.tobytes(), ndim
+        found = self._tables.get(key)
+        if found is None:
+            if len(self._tables) >= _MOST_TABLES:
+                self._tables.clear()
+            found = self._tables[key] = self._classify(ndim, source, target)
+        return found
 
-    def _all_to_all(self) -> None:
-        masks = [
-            (n >= 0) & (t >= 0) & (n != t) & (size > 1) for n, t, size in zip(self.now, self.then, self.prices.sizes)
-        ]  # fmt: skip
-        seconds, sent = np.zeros(self.shape), np.zeros(self.shape)
-        for a, mask in enumerate(masks):
-            if mask.any():
-                n, (latency, bandwidth) = self.prices.sizes[a], self.prices.speeds[a]
-                moved = np.where(mask, self.held * ((n - 1) / n), 0.0)
-                sent += moved
-                seconds += moved / bandwidth + np.where(mask, (n - 1) * latency, 0.0)
-        self._record("all_to_all", masks, seconds, sent)
+    def _classify(self, ndim: int, source: Array, target: Array) -> Classes:
+        before, after, pending, kept = self._masks(ndim, source, target)
+        numbers = _random_numbers(len(self.mesh.sizes))
+        ways = 1 << len(self.mesh.sizes)
+        # dims in any order give one sum; the pending sums stand apart, by numbers of their own
+        pairs = pending[:, None] * ways + (kept[None, :] & pending[:, None]) + ways * ways
+        hashed = numbers[pairs]
+        for dim in range(ndim):
+            hashed = hashed + numbers[before[:, None, dim] * ways + after[None, :, dim]]
+        classes, first, where = np.unique(hashed.reshape(-1), return_index=True, return_inverse=True)
+        self._price(classes, *np.divmod(first, len(target)), (before, after, pending, kept))
+        rows = np.array([self._row_of[each] for each in classes.tolist()])
+        invented = (kept[None, :] & ~pending[:, None]) != 0
+        return rows, where.reshape(len(source), len(target)), invented if invented.any() else None
 
-    def _misplaced(self) -> list[tuple[Array, int]]:
-        """Where an axis comes to, or leaves, a dim above one that stays on it: all its pieces are then others.
+    def _price(self, classes: Array, of_source: Array, of_target: Array, masks: tuple[Array, ...]) -> None:
+        """Finds the lines of the classes that are new."""
+        fresh = np.array([each not in self._row_of for each in classes.tolist()], dtype=bool)
+        if not fresh.any():
+            return
+        before, after, pending, kept = masks
+        here, there = of_source[fresh], of_target[fresh]
+        found = self._lines_between(before[here], after[there], pending[here], kept[there] & pending[here])
+        start = len(self._row_of)
+        self._row_of.update((each, start + i) for i, each in enumerate(classes[fresh].tolist()))
+        if self._lines is not None:
+            old = self._lines
+            found = _Lines(
+                *(np.concatenate([getattr(old, n), getattr(found, n)]) for n in ("fixed", "source", "target", "sent"))
+            )
+        self._lines = found
 
-        For each axis, the pairs, and how many ranks then exchange pieces.
-        """
-        count, sizes = len(self.now), self.prices.sizes
-        result = []
-        for a in range(count):
-            moved, ranks = np.zeros(self.shape, dtype=bool), sizes[a]
-            changes = (self.now[a] != self.then[a]) & (sizes[a] > 1)
-            for b in range(a + 1, count):
-                if sizes[b] > 1 and changes.any():
-                    stays = (self.now[b] == self.then[b]) & (self.now[b] >= 0)
-                    here = changes & stays & ((self.then[a] == self.then[b]) | (self.now[a] == self.now[b]))
-                    if here.any():
-                        moved, ranks = moved | here, ranks * sizes[b]
-            result.append((moved, ranks))
+    def _lines_between(self, before: Array, after: Array, pending: Array, kept: Array) -> _Lines:
+        count = len(pending)
+        lowest = np.full((count, len(_GRID)), np.inf)
+        lines = [np.full((count, len(_GRID)), fill) for fill in (np.inf, 0.0, 0.0, 0.0)]
+        for paths in paths_between(self._network, before, after, pending, kept):
+            totals = paths.totals()
+            prices = totals[0][:, None] + (totals[1] + totals[2])[:, None] * _GRID
+            np.minimum.at(lowest, paths.pair, prices)
+            rows, columns = np.nonzero(prices == lowest[paths.pair])
+            for line, total in zip(lines, totals):
+                line[paths.pair[rows], columns] = total[rows]
+        return _Lines(*lines)
+
+    def _masks(self, ndim: int, source: Array, target: Array) -> tuple[Array, Array, Array, Array]:
+        """Axes as bits, the outermost the lowest: those that split each dim before and after, that are pending, and stay so."""
+        bits = np.array([1 << a if size > 1 else 0 for a, size in enumerate(self.mesh.sizes)], dtype=np.int64)
+        dims = np.arange(ndim)[None, :, None]
+        before, after = (((codes[:, None, :] == dims) * bits).sum(axis=-1) for codes in (source, target))
+        pending, kept = (((codes == -2) * bits).sum(axis=-1) for codes in (source, target))
+        return before, after, pending, kept
+
+    def _unevenness(self, shape: Sequence[int], codes: Array) -> Array | None:
+        """How many times larger the largest piece is than an even one; None where all are even."""
+        sizes = np.asarray(self.mesh.sizes, dtype=float)
+        result = None
+        for dim, size in enumerate(shape):
+            ways = np.where(codes == dim, sizes, 1.0).prod(axis=1)
+            pieces = size / ways
+            rounded = np.ceil(pieces)
+            if size and (rounded != pieces).any():
+                result = rounded / pieces * (1.0 if result is None else result)
         return result
 
-    def _exchange(self) -> None:
-        """Every rank's piece is another: it is fetched from whoever has it. Gathers and all-to-alls do so on their way."""
-        seconds, sent = np.zeros(self.shape), np.zeros(self.shape)
-        for a, (mask, ranks) in enumerate(self.misplaced):
-            if mask.any():
-                latency, bandwidth = self.prices.speeds[a]
-                alone = mask & (self.now[a] < 0)
-                lacked = np.where(alone, self.held, 0.0)
-                sent += lacked
-                messages = np.where(self.now[a] == -2, 1, ranks - 1)
-                seconds += lacked / bandwidth + np.where(mask, messages * latency, 0.0)
-        self._record("exchange", [mask for mask, _ in self.misplaced], seconds, sent)
 
-    def _all_gather(self) -> None:
-        masks = self._masks(lambda n: n >= 0, lambda t: t == -1)
-        seconds, sent = np.zeros(self.shape), np.zeros(self.shape)
-        held = self.held
-        for a in self.prices.slow_first:
-            if masks[a].any():
-                n, (latency, bandwidth) = self.prices.sizes[a], self.prices.speeds[a]
-                moved = np.where(masks[a], held * (n - 1), 0.0)
-                sent += moved
-                seconds += moved / bandwidth + np.where(masks[a], _rounds(n) * latency, 0.0)
-                held = np.where(masks[a], held * n, held)
-        self._record("all_gather", masks, seconds, sent)
-
-
-def _rounds(n: int) -> int:
-    return (n - 1).bit_length()
-
-
-def _local(codes: Array, shape: Sequence[int], sizes: Sequence[int]) -> Array:
-    """Elements of the largest piece."""
-    total = np.ones(codes.shape[:-1])
-    counts = np.asarray(sizes, dtype=float)
-    for dim, size in enumerate(shape):
-        total = total * np.ceil(size / np.where(codes == dim, counts, 1.0).prod(axis=-1))
-    return total
+@lru_cache(maxsize=16)
+def _random_numbers(axes: int) -> Array:
+    """A number for each mask before and after, 0 for none, and after these as many for the pending sums."""
+    numbers = np.random.default_rng(axes).integers(1, 1 << 63, size=2 << (2 * axes), dtype=np.uint64)
+    numbers[0] = 0
+    return numbers

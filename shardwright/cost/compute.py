@@ -1,15 +1,16 @@
 """Compute: what operators cost a rank, by the roofline of their family.
 
 An operator takes the longer of its operations at the rate its family reaches and its bytes at the memory's bandwidth
-(Williams, Waterman and Patterson, "Roofline", 2009), and a launch. Its backward takes: a product one product for each
-operand that needs a gradient, attention two and a half times its forward (five products instead of two), the others the
-bytes of the gradients and of what they kept.
+(Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009), and a launch. Its backward
+takes: a product one product for each operand that needs a gradient, attention two and a half times its forward (five
+products for two: Dao et al., "FlashAttention", 2022), the others the bytes of the gradients and of what they kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,75 +20,99 @@ from shardwright.rules.operator import Operator
 
 Array = np.ndarray[Any, Any]
 
-_PRODUCTS = {"linear", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "ger", "addmm", "addmv", "addbmm", "baddbmm",
-             "einsum", "bilinear", "tensordot"}  # fmt: skip
-_VIEWS = {"view", "_unsafe_view", "expand", "expand_as", "transpose", "permute", "t", "unsqueeze", "squeeze", "select", "slice",
-          "split", "split_with_sizes", "chunk", "unbind", "detach", "alias", "unflatten", "flatten", "movedim", "narrow",
-          "view_as", "numpy_T", "mT", "swapaxes", "diagonal", "real", "imag", "tensor_split"}  # fmt: skip
-_NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "_fused_rms_norm"}
-_SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cross_entropy_loss", "logsumexp", "nll_loss", "nll_loss_nd"}
-_INDEX = {"embedding", "gather", "index_select", "index", "take", "take_along_dim", "scatter", "scatter_add", "index_add",
-          "index_copy", "index_put", "topk", "sort", "argsort", "one_hot"}  # fmt: skip
-_RANDOM = {"dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "uniform", "normal"}
-_REDUCE = {
-    "sum",
-    "mean",
-    "max",
-    "min",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "prod",
-    "norm",
-    "cumsum",
-    "argmax",
-    "argmin",
-    "any",
-    "all",
+# Whatever is in none of these is pointwise, also a name that nobody has seen.
+_FAMILIES = {
+    "matmul": """linear matmul mm bmm mv dot vdot outer ger addmm addmv addbmm baddbmm einsum bilinear tensordot""",
+    "norm": """layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm native_batch_norm
+        instance_norm""",
+    "softmax": """softmax _softmax log_softmax _log_softmax cross_entropy_loss logsumexp nll_loss nll_loss_nd nll_loss2d
+        nll_loss_forward logcumsumexp""",
+    "index": """embedding gather index _unsafe_index index_select index_add index_copy index_fill index_put index_reduce
+        _unsafe_index_put scatter scatter_add scatter_reduce take take_along_dim one_hot bucketize searchsorted isin
+        repeat_interleave""",
+    "sort": """sort argsort msort topk kthvalue median nanmedian mode randperm multinomial""",
+    "random": """dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout bernoulli binomial poisson rand
+        randn rand_like randn_like randint randint_like uniform normal normal_functional log_normal exponential cauchy
+        geometric random rrelu""",
+    "reduce": """sum mean max min amax amin aminmax var std var_mean std_mean prod norm linalg_norm linalg_vector_norm argmax
+        argmin any all count_nonzero nansum nanmean cumsum cumprod cummax cummin""",
+    "copy": """cat concat concatenate stack vstack hstack dstack row_stack column_stack clone contiguous repeat tile pad
+        constant_pad_nd flip fliplr flipud roll rot90 tril triu im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle
+        diag_embed diagonal_copy diagonal_scatter select_scatter slice_scatter reshape reshape_as ravel flatten to _to_copy
+        type_as lift_fresh_copy""",
+    "create": """zeros ones full arange range linspace eye zeros_like ones_like full_like new_zeros new_ones new_full
+        scalar_tensor fill zero""",
+    "view": """view _unsafe_view _reshape_alias view_as expand expand_as broadcast_to broadcast_tensors meshgrid transpose t
+        permute adjoint mT mH numpy_T matrix_H movedim moveaxis swapaxes swapdims unsqueeze squeeze atleast_1d atleast_2d
+        atleast_3d select slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk
+        tensor_split hsplit vsplit dsplit unbind unfold diagonal detach alias unflatten real imag view_as_real
+        view_as_complex empty empty_like empty_permuted empty_strided new_empty new_empty_strided""",
 }
+_FAMILY_OF = {name: kind for kind, names in _FAMILIES.items() for name in names.split()}
 
-# Passes over their tensors that families of several passes make, against one read and one write.
-_PASSES = {"norm": 2.0, "softmax": 2.0, "random": 2.0, "index": 1.0}
+# Views whose gradient is written into zeros around it.
+_PARTS = frozenset(
+    {"select", "slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk",
+     "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "unfold", "diagonal"}
+)  # fmt: skip
+# Views whose gradient is a sum.
+_REPEATS = frozenset({"expand", "expand_as", "broadcast_to", "broadcast_tensors", "meshgrid"})
+
+# What hands its gradient on as it is, or summed where an input was broadcast.
+_HANDS_ON = frozenset({"add", "sub", "subtract", "rsub", "sum", "clone"})
+
+# Passes over their tensors that families make, against one read and one write.
+_PASSES = {"norm": 2.0, "softmax": 2.0, "random": 2.0, "sort": 8.0}
+# A backward of attention for one forward; of the others it follows from operands and bytes.
+_ATTENTION_BACKWARD = 2.5
 
 
 def family(op: Operator) -> str:
     """The family that an operator's cost follows.
 
-    ``matmul``, ``attention``, ``conv``, ``norm``, ``softmax``, ``index``, ``random``, ``reduce``, ``view`` (free) or
-    ``pointwise``, which all others count as.
+    ``matmul``, ``attention``, ``conv``, ``norm``, ``softmax``, ``index``, ``sort``, ``random``, ``reduce``, ``copy``,
+    ``create``, ``view`` (free) or ``pointwise``, which all others count as. A reshape of what lies in order is a view, and
+    so is a dropout that drops nothing.
     """
     name = op.name.rsplit(".", 1)[-1]
-    if name in _PRODUCTS:
-        return "matmul"
+    kind = _family_of(name)
+    if kind == "copy" and name in ("reshape", "reshape_as", "ravel", "flatten", "contiguous") and _lies_in_order(op):
+        return "view"
+    if name in ("to", "type_as") and op.inputs and op.outputs and op.inputs[0].dtype == op.outputs[0].dtype:
+        return "view"
+    if name == "dropout" and op.inputs and (op.argument("train", True) is False or op.argument("p", 0.5) == 0):
+        return "view"
+    return kind
+
+
+@cache
+def _family_of(name: str) -> str:
     if "attention" in name:
         return "attention"
-    if name.startswith("conv") or name.startswith("_conv"):
+    if name.startswith(("conv", "_conv")):
         return "conv"
-    for kind, names in (("view", _VIEWS), ("norm", _NORMS), ("softmax", _SOFTMAX), ("index", _INDEX), ("random", _RANDOM),
-                        ("reduce", _REDUCE)):  # fmt: skip
-        if name in names:
-            return kind
-    if name in ("reshape", "contiguous") and _same_order(op):
-        return "view"
-    return "pointwise"
+    return _FAMILY_OF.get(name, "pointwise")
 
 
-def _same_order(op: Operator) -> bool:
-    """Whether a reshape of its input moves nothing in memory."""
+def _lies_in_order(op: Operator) -> bool:
+    """Whether the first input's elements lie in memory as its dims say."""
     if not op.inputs:
         return False
-    shape, stride = op.inputs[0].shape, op.inputs[0].stride
     expected = 1
-    for size, step in zip(reversed(shape), reversed(stride)):
+    for size, step in zip(reversed(op.inputs[0].shape), reversed(op.inputs[0].stride)):
         if size != 1 and step != expected:
             return False
         expected *= size
-    return True
+    return len(op.inputs[0].shape) == len(op.inputs[0].stride)
+
+
+# -- operations -----------------------------------------------------------------------------------------------------------
 
 
 def flops(op: Operator) -> float:
     """Operations of the forward on the whole tensors; a multiplication and an addition are two.
+
+    Causal attention counts half of the pairs of positions. Families that memory bounds count none.
 
     >>> import torch
     >>> from shardwright.rules.operator import Slot, TensorMeta
@@ -101,15 +126,13 @@ def flops(op: Operator) -> float:
     if kind == "matmul":
         return 2.0 * op.outputs[0].numel * _summed(op)
     if kind == "attention":
-        query, key = op.inputs[0].shape, op.inputs[1].shape
-        value = op.inputs[2].shape
-        causal = 0.5 if op.argument("is_causal", False) else 1.0
-        pairs = math.prod(query[:-1]) * key[-2] * causal
+        query, key, value = (meta.shape for meta in op.inputs[:3])
+        pairs = math.prod(query[:-1]) * key[-2] * (0.5 if op.argument("is_causal", False) else 1.0)
         return 2.0 * pairs * (query[-1] + value[-1])
     if kind == "conv":
-        weight = op.inputs[1]
-        # each output value is a product over a filter; a transposed convolution does so for each input value
-        values = op.inputs[0].numel if op.argument("transposed", False) or "transpose" in op.name else op.outputs[0].numel
+        # each output value is a product over a filter; a transposed convolution does one for each input value
+        transposed = op.argument("transposed", False) or "transpose" in op.name
+        values, weight = op.inputs[0].numel if transposed else op.outputs[0].numel, op.inputs[1]
         return 2.0 * values * weight.numel / max(1, weight.shape[0])
     return 0.0
 
@@ -117,25 +140,32 @@ def flops(op: Operator) -> float:
 def _summed(op: Operator) -> float:
     """The size of the dims that a product sums over."""
     name = op.name.rsplit(".", 1)[-1]
-    inputs = [m for m in op.inputs if m.shape]
     if name in ("outer", "ger"):
         return 1.0
-    if name in ("addmm", "addmv", "addbmm", "baddbmm"):
-        first = inputs[-2].shape
-        return float(first[-1] * (first[0] if name == "addbmm" else 1))
     if name == "einsum":
-        return _einsum_sum(op)
-    return float(inputs[0].shape[-1]) if inputs else 1.0
+        return _summed_by_einsum(op)
+    if name == "bilinear":
+        return float(op.inputs[0].shape[-1] * op.inputs[1].shape[-1])
+    if name == "tensordot":
+        return math.sqrt(op.inputs[0].numel * op.inputs[1].numel / max(1, op.outputs[0].numel))
+    left = op.inputs[-2 if name in ("addmm", "addmv", "addbmm", "baddbmm") else 0].shape
+    return float(math.prod(left[-1:]) * (left[0] if name == "addbmm" else 1))
 
 
-def _einsum_sum(op: Operator) -> float:
-    equation = str(op.argument("equation", "")).replace(" ", "").replace("...", "")
-    left, _, right = equation.partition("->")
+def _summed_by_einsum(op: Operator) -> float:
+    inputs, arrow, output = str(op.argument("equation", "")).replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
-    for term, meta in zip(left.split(","), op.inputs):
-        for letter, size in zip(reversed(term), reversed(meta.shape)):
+    for term, meta in zip(inputs.split(","), op.inputs):
+        leading, _, trailing = term.partition("...")
+        found = [*zip(leading, meta.shape), *zip(reversed(trailing), reversed(meta.shape))]
+        for letter, size in found:
             sizes[letter] = max(size, sizes.get(letter, 1))
-    return float(math.prod(size for letter, size in sizes.items() if letter not in right))
+    if not arrow:  # then the letters that stand there once are the output's
+        output = "".join(letter for letter in sizes if inputs.count(letter) == 1)
+    return float(math.prod(size for letter, size in sizes.items() if letter not in output))
+
+
+# -- seconds --------------------------------------------------------------------------------------------------------------
 
 
 def local_seconds(
@@ -151,37 +181,90 @@ def local_seconds(
     Args:
         fraction: ``(C,)``, share of the operator's work that a rank does.
         input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, what a rank holds of each tensor.
+        needs_grad: for each input, whether its gradient is wanted.
     """
     kind = family(op)
     if kind == "view":
-        # the backward of a slice writes zeros around it; a mere view costs its call
-        none = np.zeros(len(fraction))
-        return none + machine.operator_launch / 2, none + (machine.operator_launch / 2 if any(needs_grad) else 0.0)
-    dtype = str(op.inputs[0].dtype if op.inputs else op.outputs[0].dtype).removeprefix("torch.")
-    work = flops(op) * fraction / machine.rate(kind, dtype)
-    read, written = input_bytes.sum(axis=0), output_bytes.sum(axis=0)
-    if kind == "index" and len(op.inputs) > 1 and op.inputs[0].numel > op.outputs[0].numel:
-        read = input_bytes[1:].sum(axis=0) + written  # a lookup reads only the rows it takes
-    traffic = (read + written) * _PASSES.get(kind, 1.0) / machine.bandwidth_of(kind)
-    forward = np.maximum(work, traffic) + machine.operator_launch
-    wanted = sum(needs_grad)
-    if not wanted:
-        return forward, np.zeros_like(forward)
+        return _view_seconds(op, machine, input_bytes, output_bytes, len(fraction), any(needs_grad))
+    forward = np.maximum(work_seconds(op, machine) * fraction, traffic_seconds(op, machine, input_bytes, output_bytes))
+    launch = machine.operator_launch
+    if not any(needs_grad):
+        return forward + launch, np.zeros_like(forward)
     if kind in ("matmul", "conv"):
-        products = sum(bool(needs) for needs, meta in zip(needs_grad, op.inputs) if len(meta.shape) > 1 or kind == "conv")
-        products = max(1, min(2, products))
-        backward = products * (np.maximum(work, traffic) + machine.operator_launch)
-    elif kind == "attention":
-        backward = 2.5 * np.maximum(work, traffic) + machine.operator_launch
+        products = _operands_with_gradient(op, needs_grad)
+        if products:
+            return forward + launch, products * (forward + launch)
+    if kind == "attention":
+        return forward + launch, _ATTENTION_BACKWARD * forward + launch
+    return forward + launch, _memory_bound_backward(op, machine, input_bytes, output_bytes, needs_grad) + launch
+
+
+def _memory_bound_backward(
+    op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, needs_grad: Sequence[bool]
+) -> Array:
+    """Reads the output's gradient and what was kept, writes a gradient for each input that needs one."""
+    if op.name.rsplit(".", 1)[-1] in _HANDS_ON:
+        summed = [meta.numel < op.outputs[0].numel and wanted for meta, wanted in zip(op.inputs, needs_grad)]
+        is_broadcast = op.name.rsplit(".", 1)[-1] != "sum"
+        return output_bytes.sum(axis=0) * (sum(summed) * is_broadcast) / machine.bandwidth_of("reduce")
+    written = input_bytes[np.asarray(needs_grad, dtype=bool)].sum(axis=0)
+    if family(op) == "random":  # the random numbers are there already
+        return (output_bytes.sum(axis=0) + 2 * written) / machine.bandwidth_of("pointwise")
+    return traffic_seconds(op, machine, input_bytes, output_bytes, written)
+
+
+def work_seconds(op: Operator, machine: Machine) -> float:
+    """Seconds that the forward's operations take on the whole tensors, were memory no limit."""
+    meta = op.inputs[0] if op.inputs else op.outputs[0]
+    work = flops(op)
+    return work / machine.rate(family(op), str(meta.dtype).removeprefix("torch.")) if work else 0.0
+
+
+def traffic_seconds(
+    op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, more: Array | float = 0.0
+) -> Array:
+    """Seconds that reading the inputs, writing the outputs and ``more`` bytes take, ``(C,)``."""
+    kind = family(op)
+    written = output_bytes.sum(axis=0)
+    if kind == "index" and len(op.inputs) > 1 and op.outputs and op.inputs[0].numel > op.outputs[0].numel:
+        read = input_bytes[1:].sum(axis=0) + written  # a lookup reads only the rows it takes
     else:
-        # reads the output's gradient and what was kept, writes a gradient for each input that needs one
-        grads = input_bytes[np.asarray(needs_grad, dtype=bool)].sum(axis=0)
-        backward = (read + written + grads) * _PASSES.get(kind, 1.0) / machine.bandwidth_of(kind) + machine.operator_launch
+        read = input_bytes.sum(axis=0)
+    return np.asarray((read + written + more) * _PASSES.get(kind, 1.0) / machine.bandwidth_of(kind))
+
+
+def _view_seconds(
+    op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, count: int, grad: bool
+) -> tuple[Array, Array]:
+    """A view is free but for the call, which devices other than the CPU do not wait for; some gradients are copied."""
+    forward = np.full(count, machine.operator_launch / 2 if machine.device == "cpu" else 0.0)
+    if not grad:
+        return forward, np.zeros(count)
+    name = op.name.rsplit(".", 1)[-1]
+    backward = forward
+    if name in _PARTS and len(output_bytes) == 1 and op.outputs[0].numel < op.inputs[0].numel:
+        copied = input_bytes.sum(axis=0) + 2 * output_bytes.sum(axis=0)
+        backward = copied / machine.bandwidth_of("copy") + machine.operator_launch
+    elif name in _PARTS and len(output_bytes) > 1:
+        backward = 2 * output_bytes.sum(axis=0) / machine.bandwidth_of("copy") + machine.operator_launch
+    elif name in _REPEATS and op.inputs and op.outputs[0].numel > op.inputs[0].numel:
+        summed = input_bytes.sum(axis=0) + output_bytes.sum(axis=0)
+        backward = summed / machine.bandwidth_of("reduce") + machine.operator_launch
     return forward, backward
+
+
+def _operands_with_gradient(op: Operator, needs_grad: Sequence[bool]) -> int:
+    """How many of a product's two operands need a gradient; biases and the like are no operands."""
+    first = 1 if op.name.rsplit(".", 1)[-1] in ("addmm", "addmv", "addbmm", "baddbmm") else 0
+    return sum(map(bool, list(needs_grad)[first : first + 2]))
 
 
 def optimizer_seconds(parameter_bytes: Array, states: float, machine: Machine) -> Array:
     """Seconds of an optimizer's step over what a rank stores: reads and writes parameters and states, reads gradients.
+
+    Args:
+        parameter_bytes: bytes of parameters, any shape.
+        states: bytes of optimizer state a byte of parameter: 2 for Adam, 1 for momentum, 0 for plain descent.
 
     Optimizers update all tensors together, so no launch is counted for one.
     """

@@ -18,13 +18,13 @@ from shardwright.redistribute.links import Links
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found]
 
 PRESETS = Path(__file__).parent / "machines"
 VARIABLE = "SHARDWRIGHT_MACHINE"
 
-# Where a dtype has no rate of its own, that of the next.
-_FALLBACK = {"bfloat16": "float16", "float16": "bfloat16", "float64": "float32", "float8": "bfloat16"}
+# Where a dtype has no rate of its own, that of the first of these that has; then float32's.
+_FALLBACK = {"bfloat16": ("float16",), "float16": ("bfloat16",), "float8": ("float8", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Machine:
 
     def peak(self, dtype: str) -> float:
         """Operations a second of a dtype, by its name; one that is not listed counts as its nearest."""
-        for name in (dtype, _FALLBACK.get(dtype, "float32"), "float32"):
+        kind = dtype.partition("_")[0]  # float8_e4m3fn
+        for name in (dtype, *_FALLBACK.get(kind, ()), "float32"):
             if name in self.flops:
                 return self.flops[name]
         return max(self.flops.values())
@@ -86,9 +87,17 @@ class Machine:
         """Bytes a second that an operator family reads and writes."""
         return self.rates.get(family, self.memory_bandwidth)
 
-    def level(self, ranks: int) -> Level:
-        """The links among ``ranks`` neighbours."""
-        return next((level for level in self.levels if not level.size or ranks <= level.size), self.levels[-1])
+    def level(self, ranks: int, total: int = 0) -> Level:
+        """The links among groups of ``ranks`` neighbours, of ``total`` ranks; a group may not cross a border between nodes.
+
+        >>> load_machine("h100").level(6, 24).name, load_machine("h100").level(6, 6).name
+        ('network', 'node')
+        """
+
+        def holds(level: Level) -> bool:
+            return not level.size or level.size % ranks == 0 or max(ranks, total) <= level.size
+
+        return next(filter(holds, self.levels), self.levels[-1])
 
     def axis_speeds(self, mesh: Mesh) -> list[tuple[float, float]]:
         """Latency and bandwidth along every axis: of the outermost links that its groups reach across.
@@ -98,8 +107,8 @@ class Machine:
         """
         speeds, span = [], 1
         for size in reversed(mesh.sizes):
-            level = self.level(span * size)
             span *= size
+            level = self.level(span, mesh.size)
             speeds.append((level.latency, level.bandwidth))
         return speeds[::-1]
 
@@ -187,6 +196,8 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         value = table.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ShardwrightError(f"{path}: {where}{key} is {value!r}; give a number from 0, in bytes, seconds or a second")
+        if value == 0 and (where in ("flops.", "efficiency.", "rates.") or key.endswith("bandwidth")):
+            raise ShardwrightError(f"{path}: {where}{key} is 0; give what is reached in a second, or leave the line out")
         return float(value)
 
     def table(key: str, needed: bool) -> dict[str, float]:
@@ -203,6 +214,8 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
     levels = values.get("levels")
     if not isinstance(levels, list) or not levels:
         raise ShardwrightError(f"{path}: [[levels]] is missing; describe the links, the innermost first")
+    if not all(isinstance(level, dict) for level in levels):
+        raise ShardwrightError(f"{path}: levels are not tables; write each as [[levels]], then size, latency and bandwidth")
     made = tuple(
         Level(
             str(level.get("name", f"level {i}")), int(number(level, "size", f"levels[{i}].", 0)),
@@ -210,8 +223,12 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         )
         for i, level in enumerate(levels)
     )  # fmt: skip
-    if any(level.bandwidth == 0 for level in made):
-        raise ShardwrightError(f"{path}: a level has bandwidth 0; give bytes a second")
+    sizes = [level.size or math.inf for level in made]
+    if sizes != sorted(set(sizes)):
+        raise ShardwrightError(
+            f"{path}: levels have the sizes {[level.size for level in made]}; list the innermost first, each larger than the "
+            "one before, the last with size 0 for any number of ranks"
+        )
     return Machine(
         str(values.get("name", path.stem)), str(values.get("description", "")), table("flops", True),
         table("efficiency", False), number(values, "memory", default=0.0), number(values, "memory_bandwidth"),

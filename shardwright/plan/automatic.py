@@ -21,11 +21,12 @@ import numpy as np
 
 from shardwright.capture.graph import Graph
 from shardwright.cost.machine import Machine, load_machine
-from shardwright.errors import MemoryLimitError
+from shardwright.errors import MemoryLimitError, StrategyError
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.plan.choice import Choice
 from shardwright.plan.choices import ChoiceTable, Codes, Symbol, choices_of, code_of, layout_of, table_of_choice
+from shardwright.plan.fold import blocks_of
 from shardwright.plan.follow import choice_for_output
 from shardwright.plan.formulation import Folded, Formulation, ready_values, stored_codes
 from shardwright.plan.meshes import meshes_to_try
@@ -40,6 +41,8 @@ from shardwright.search.solve import Infeasible, Solution, solve
 GAP = 0.002
 # How often a plan that needs more memory than the search reckoned is looked for again under a tighter limit.
 _TIGHTENINGS = 5
+# The price of all memory against that of all time at which memory is all that counts.
+_MEMORY_ALONE = 1e4
 
 
 @dataclass
@@ -58,6 +61,7 @@ class SearchPlanner(Planner):
         super().__init__(graph, request)
         self.machine: Machine = load_machine(request.machine)
         self.full_batch = request.dataset_strategy == "full_batch"
+        self.building = self.solving = 0.0
 
     def plan(self) -> Plan:
         """Searches the meshes that are worth it and returns the best plan.
@@ -72,8 +76,9 @@ class SearchPlanner(Planner):
         self.problems.raise_if_any("the strategies cannot be followed")
         self.asked = self.refinement
         self.ready = set(ready_values(self.graph, self.full_batch))
-        labels = {i.value: str(self.request.parameter_plan.get(str(i.target))) for i in self.graph.inputs}
-        self.folded = Folded(self.graph, frozenset(self.ready), labels=labels)
+        asked = self.request.parameter_plan
+        labels = {i.value: str(asked[str(i.target)]) for i in self.graph.inputs if str(i.target) in asked}
+        self.folded = Folded(self.graph, frozenset(self.ready), blocks_of(self.graph, labels))
         how = self.recursive if self.request.mode == "recursive_programming" else self.exact
         tried: list[tuple[tuple[int, ...], float]] = []
         best: Plan | None = None
@@ -100,8 +105,12 @@ class SearchPlanner(Planner):
     # -- meshes -----------------------------------------------------------------------------------------------------
 
     def candidates(self) -> Sequence[tuple[int, ...]]:
-        if self.request.mesh is not None:
-            return [self.request.mesh]
+        mesh = self.request.mesh
+        if mesh is not None:
+            if math.prod(mesh) != self.size:
+                sizes = "·".join(map(str, mesh))
+                raise StrategyError(f"the mesh {sizes} = {math.prod(mesh)} was asked for, the world has {self.size} devices")
+            return [mesh]
         return meshes_to_try(self.size, self.machine, 1 if self.request.mode == "recursive_programming" else 3)
 
     def on_mesh(self, sizes: tuple[int, ...]) -> None:
@@ -184,11 +193,15 @@ class SearchPlanner(Planner):
 
     def exact(self, limit: float | None, gradients: float) -> Attempt:
         """All axes at once."""
+        started = time.perf_counter()
         tables = {site: self.table(site) for site in self.folded.sites}
         stored = {value: self.stored(value) for value in self.read_parameters()}
         formulation = self.latest = self.formulate(tables, stored, gradients)
         problem = replace(formulation.problem, limit=limit)
-        return Attempt(self.mesh, formulation, solve(problem, gap=GAP, seconds=self.request.seconds))
+        built = time.perf_counter()
+        solution = solve(problem, gap=GAP, seconds=self.request.seconds)
+        self.building, self.solving = built - started, time.perf_counter() - built
+        return Attempt(self.mesh, formulation, solution)
 
     def recursive(self, limit: float | None, gradients: float) -> Attempt:
         from shardwright.plan.recursive import Recursion
@@ -238,7 +251,7 @@ class SearchPlanner(Planner):
                 self.choices[self.graph.nodes[node].name] = made[key]
         for value, variable in form.at_parameter.items():
             rows, codes, ndim = answer[variable], form.stored[value], len(self.graph.metas[value].shape)
-            for index, name in self.parameter_copies(form, value):
+            for index, name in form.parameter_copies(value):
                 row = int(rows if isinstance(rows, (int, np.integer)) else rows[index])
                 asked = self.where.get(name)
                 layouts[name] = asked if asked is not None else layout_of(codes[row], ndim, self.mesh)
@@ -246,7 +259,9 @@ class SearchPlanner(Planner):
         for i in self.graph.inputs:
             if i.value not in layouts:
                 layouts[i.value] = self.placed(i) if i.kind == "input" else Layout.replicated(self.mesh, len(i.meta.shape))
-        search = Search(attempt.solution.cost, bound, attempt.solution.method)
+        search = Search(
+            attempt.solution.cost, bound, attempt.solution.method, building=self.building, solving=self.solving
+        )  # fmt: skip
         plan = Plan(
             self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode,
             machine=self.machine, search=search, states=self.request.states, full_batch=self.full_batch,
@@ -254,21 +269,17 @@ class SearchPlanner(Planner):
         )  # fmt: skip
         return plan
 
-    def parameter_copies(self, form: Formulation, value: str) -> list[tuple[int, str]]:
-        """``(copy, name)`` of every parameter that a parameter of the problem stands for."""
-        use = form.folded.uses[value][0]
-        sites = {u.node for u in form.folded.uses[value]}
-        if len(sites) > 1 or use.node not in form.folded.block_of:
-            return [(0, value)]
-        return [(copy, self.graph.nodes[node].inputs[use.slot]) for copy, node in form.folded.copies(use.node)]
-
     # -- what does not fit ------------------------------------------------------------------------------------------
 
     def does_not_fit(self, error: Infeasible) -> MemoryLimitError:
         """Says what the smallest plan needs, and what would help."""
         if not error.choices:
             return MemoryLimitError(f"no plan on the mesh {self.mesh} can be made: {error}", math.inf)
-        solution = Solution(error.choices, 0.0, 0.0, error.least_memory, "least memory")
+        problem = self.latest.problem
+        cost, memory = problem.price(error.choices)
+        # of the plans that keep least, the cheapest: it has no needlessly large tensors on the way either
+        least = solve(problem.weighted(_MEMORY_ALONE * cost / max(memory, 1.0)), seconds=self.request.seconds)
+        solution = Solution(least.choices, cost, 0.0, memory, "least memory")
         return self.too_large(self.assemble(Attempt(self.mesh, self.latest, solution), 0.0))
 
     def too_large(self, plan: Plan) -> MemoryLimitError:

@@ -50,6 +50,7 @@ class Link:
         gradient: of an output, the axes over which the gradient is partial at the reader.
         needs_grad: whether a gradient comes back over the edge.
         reached: whether the operator was reached by it.
+        fixed: a parameter that the user laid out: read as it is, if the operator can.
     """
 
     slot: int
@@ -58,6 +59,7 @@ class Link:
     gradient: tuple[str, ...]
     needs_grad: bool
     reached: bool
+    fixed: bool = False
 
 
 @dataclass
@@ -126,6 +128,11 @@ class Candidates:
             parameters: the inputs that nobody has placed yet and that need a gradient.
         """
         rows = np.arange(len(self))
+        for link in links:
+            if link.fixed:
+                column = self.column(link)
+                same = np.array([layout == link.other for layout in column.layouts])[column.index[rows]]
+                rows = rows[same] if same.any() else rows
         reached = [link for link in links if link.reached]
         others = [link for link in links if not link.reached]
         rows = self._least_forward(rows, reached)

@@ -54,6 +54,8 @@ class ChoiceTable:
         gradients: for each input ``(C, A)``, whether its gradient is partial over an axis, were there one.
         computed, outputs: for each output ``(C, A)``, layout codes as computed and as handed on.
         fraction: ``(C,)``, the share of the work that the busiest rank does.
+        inner: ``(C, A)``, axes that split a factor which reaches no output; the operator communicates over them itself.
+        reduced: ``(C,)``, elements, over all ranks, of what it then communicates.
         fixed: the choice of a table of one row that does not come from symbols.
     """
 
@@ -67,6 +69,8 @@ class ChoiceTable:
     computed: tuple[Codes, ...]
     outputs: tuple[Codes, ...]
     fraction: np.ndarray[Any, Any]
+    inner: np.ndarray[Any, Any]
+    reduced: np.ndarray[Any, Any]
     fixed: Choice | None = None
 
     def __len__(self) -> int:
@@ -102,6 +106,8 @@ class ChoiceTable:
             computed=tuple(code[keep] for code in self.computed),
             outputs=tuple(code[keep] for code in self.outputs),
             fraction=self.fraction[keep],
+            inner=self.inner[keep],
+            reduced=self.reduced[keep],
         )
 
 
@@ -179,7 +185,8 @@ def choices_of(
         list(range(len(symbols))) if a in varying and mesh.sizes[a] > 1 else [index[base[a]] if base is not None else 0]
         for a in range(len(mesh.axes))
     ]
-    rows = np.array(list(itertools.product(*options)), dtype=np.int64).reshape(-1, len(mesh.axes))
+    found = list(itertools.product(*options))
+    rows = np.array(found, dtype=np.int64).reshape(len(found), len(mesh.axes))
     rows = rows[_allowed(op, signature, mesh, symbols, rows)]
     return _table(op, signature, mesh, symbols, rows)
 
@@ -252,9 +259,19 @@ def _table(
             inputs[i] = np.where(sums, code, inputs[i])
             gradients[i] = np.where(sums, (settled >= 0) & (code == REPLICATED), gradients[i])
     share = _fraction(signature, mesh, symbols, rows)
+    inner, reduced = np.zeros(rows.shape, dtype=bool), np.full(len(rows), _largest(op))
+    for factor in signature.inner:
+        mine = np.isin(rows, [i for i, s in enumerate(symbols) if s.factor == factor])
+        inner |= mine
+        reduced = np.where(mine.any(axis=1), reduced / signature.sizes[factor], reduced)
     return ChoiceTable(
-        op, signature, mesh, symbols, rows, tuple(inputs), tuple(gradients), tuple(computed), tuple(outputs), share
-    )
+        op, signature, mesh, symbols, rows, tuple(inputs), tuple(gradients), tuple(computed), tuple(outputs), share, inner,
+        reduced,
+    )  # fmt: skip
+
+
+def _largest(op: Operator) -> float:
+    return float(max((meta.numel for meta in op.inputs), default=0))
 
 
 def _codes(
@@ -300,11 +317,15 @@ def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choi
         return tuple(np.array([code_of(layout, mesh)], dtype=np.int8) for layout in layouts)
 
     gradients = tuple(np.array([[a in axes for a in mesh.axes]], dtype=bool) for axes in choice.partial_gradient)
-    share = 1.0
+    share, inside = 1.0, {a for f, (axes, _) in choice.split.items() if f in signature.inner for a in axes}
+    reduced = _largest(op) / math.prod(
+        signature.sizes[f] for f, (axes, _) in choice.split.items() if f in signature.inner and axes
+    )
     for factor, (axes, pieces) in choice.split.items():
         size = max(1, signature.sizes[factor])
         share *= (max(pieces) if pieces else -(-size // choice.mesh.count(axes))) / size
     return ChoiceTable(
         op, signature, mesh, (IDLE,), np.zeros((1, len(mesh.axes)), dtype=np.int64), codes(choice.inputs), gradients,
-        codes(choice.computed), codes(choice.outputs), np.array([share]), choice,
+        codes(choice.computed), codes(choice.outputs), np.array([share]), np.array([[a in inside for a in mesh.axes]]),
+        np.array([reduced]), choice,
     )  # fmt: skip

@@ -7,6 +7,7 @@ as they have operators in common. Layouts over different meshes are the same whe
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,13 +114,13 @@ def _operators(plan: Plan) -> Sides:
         choice = plan.choices[node.name]
         tensors = [*zip(choice.inputs, node.op.inputs), *zip(choice.outputs, node.op.outputs)]
         place = tuple(places.of(layout, meta.shape) for layout, meta in tensors)
-        result[keys[node.name]] = (place, f"{_texts(choice.inputs)} -> {_texts(choice.outputs)}".strip())
+        result[keys[node.name]] = (place, f"{texts(choice.inputs)} -> {texts(choice.outputs)}".strip())
     return result
 
 
 def _tensors(plan: Plan, kinds: tuple[str, ...]) -> Sides:
     found = [(i, plan.input_layouts[i.value]) for i in plan.graph.inputs if i.kind in kinds]
-    return {str(i.target): (placement(layout, i.meta.shape), layout.short()) for i, layout in found}
+    return {str(i.target): (placement(layout, i.meta.shape), brief(layout)) for i, layout in found}
 
 
 def _edges(plan: Plan) -> Sides:
@@ -137,12 +138,22 @@ def _edges(plan: Plan) -> Sides:
             if ends[0] != ends[1] or gradient:
                 partial = f", gradient partial over {','.join(gradient)}" if gradient else ""
                 place = (*ends, _merged([_digit(target, a) for a in gradient]))
-                result[f"{keys[node.name]} input {slot}"] = (place, f"{source.short()} -> {target.short()}{partial}")
+                result[f"{keys[node.name]} input {slot}"] = (place, f"{brief(source)} -> {brief(target)}{partial}")
     return result
 
 
-def _texts(layouts: Iterable[Layout]) -> str:
-    return " | ".join(layout.short() for layout in layouts)
+def texts(layouts: Iterable[Layout]) -> str:
+    """Layouts in short, side by side."""
+    return " | ".join(map(brief, layouts))
+
+
+def brief(layout: Layout) -> str:
+    """A layout in short, with a few of its piece sizes if they are many.
+
+    >>> brief(Layout.parse("dp[9 1 1 1 1 1 1 1] @ dp=8"))
+    'dp[9 1 1 ... 1]'
+    """
+    return re.sub(r"\[(\d+ \d+ \d+)(?: \d+){4,}( \d+)\]", r"[\1 ...\2]", layout.short())
 
 
 def _differences(here: Sides, there: Sides, optional: bool = False) -> Iterator[Difference]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from shardwright.capture.graph import Node
 from shardwright.errors import ShardwrightError
 from shardwright.layout import Layout
+from shardwright.plan.choices import code_of
+from shardwright.plan.diff import brief, texts
 from shardwright.plan.edges import counts_of
 from shardwright.plan.files import LOADED, key_pattern, operator_keys
 from shardwright.plan.overview import pattern, seconds_text
@@ -19,6 +21,8 @@ from shardwright.plan.reprice import Alternative, Repricer
 from shardwright.plan.table import bytes_text
 
 if TYPE_CHECKING:
+    from shardwright.cost.communication import CollectivePrice
+    from shardwright.plan.choice import Choice
     from shardwright.plan.plan import Plan
     from shardwright.plan.price import MovePrice, OperatorPrice
 
@@ -60,6 +64,7 @@ class OperatorExplanation:
         name: as plan files call it; with ``*`` for the numbers of layers where it stands for several ``nodes``.
         why: what makes it run so.
         price: ``None`` for an operator that costs nothing: every rank makes what it wants of it.
+        own: the collectives that it runs itself between what it computes and what it hands on, in words.
         alternatives: other choices, and what they would cost with everything else as it is.
     """
 
@@ -70,6 +75,7 @@ class OperatorExplanation:
     inputs: tuple[Layout, ...]
     outputs: tuple[Layout, ...]
     price: OperatorPrice | None
+    own: str
     moves: tuple[Movement, ...]
     parameters: tuple[Stored, ...]
     alternatives: tuple[Alternative, ...]
@@ -123,6 +129,7 @@ def explain(plan: Plan, name: str) -> Explanation:
                 choice.inputs,
                 choice.outputs,
                 plan.price.operators.get(node.name),
+                _own(node, choice, repricer),
                 fact.moves,
                 fact.parameters,
                 tuple(repricer.alternatives(node)),
@@ -146,7 +153,7 @@ def _named(plan: Plan, name: str, keys: dict[str, str]) -> list[Node]:
         found = [n for n in plan.graph.nodes if any(fnmatchcase(known, name) for known in names[n.name])]
     if not found:
         paths = {".".join(n.module.split(".")[:i]) for n in plan.graph.nodes for i in range(1, n.module.count(".") + 2)}
-        known = sorted({text for texts in names.values() for text in texts} | paths)
+        known = sorted(({text for group in names.values() for text in group} | paths) - {""})
         close = difflib.get_close_matches(name, known, _CLOSE, 0.5) or [p for p in known if p.endswith(name.split(".")[-1])]
         hint = f"close to it: {', '.join(close[:_CLOSE])}" if close else f"there are, for example, {', '.join(known[:_CLOSE])}"
         raise ShardwrightError(f"nothing in the plan is called {name!r}: give a module, an operator, a parameter or a pattern; "
@@ -226,6 +233,21 @@ class _Book:
         return _BY_MODE.get(plan.mode, f"planned in mode {plan.mode}")
 
 
+def _own(node: Node, choice: Choice, repricer: Repricer) -> str:
+    """What an operator does with its sums before it hands its outputs on."""
+    lines = []
+    for meta, computed, outputs in zip(node.op.outputs, choice.computed, choice.outputs):
+        if computed != outputs:
+            here, there = (code_of(layout, repricer.mesh) for layout in (computed, outputs))
+            steps = repricer.pricing.communication.describe(meta.shape, meta.dtype.itemsize, here, there)
+            lines.append(f"{brief(computed)} -> {brief(outputs)}: {_steps(steps)}")
+    return "; ".join(lines)
+
+
+def _steps(steps: Iterable[CollectivePrice]) -> str:
+    return " + ".join(f"{s} {bytes_text(int(s.bytes))} {seconds_text(s.seconds)}" for s in steps)
+
+
 def _at(source: str) -> str:
     return f" at {source}" if source else ""
 
@@ -262,9 +284,9 @@ def _layout_table(one: OperatorExplanation) -> object:
     table = _table("", "layout", "slices")
     for side, layouts in (("reads", one.inputs), ("hands on", one.outputs)):
         for layout in layouts:
-            table.add_row(side, layout.short(), _counts(layout))
+            table.add_row(side, brief(layout), _counts(layout))
     for stored in one.parameters:
-        table.add_row(f"stored {pattern(stored.name) if len(one.nodes) > 1 else stored.name}", stored.layout.short(),
+        table.add_row(f"stored {pattern(stored.name) if len(one.nodes) > 1 else stored.name}", brief(stored.layout),
                       f"{_counts(stored.layout)} of {list(stored.shape)}, {bytes_text(int(stored.bytes))} a rank")  # fmt: skip
     return table
 
@@ -279,15 +301,16 @@ def _counts(layout: Layout) -> str:
 
 def _price_table(one: OperatorExplanation, price: OperatorPrice) -> object:
     table = _table("a step", "seconds", "what")
-    for name, seconds in (("forward", price.forward), ("backward", price.backward), ("own collectives", price.collectives)):
+    for name, seconds, what in (
+        ("forward", price.forward, ""), ("backward", price.backward, ""), ("own collectives", price.collectives, one.own)
+    ):  # fmt: skip
         if seconds:
-            table.add_row(name, seconds_text(seconds), "")
+            table.add_row(name, seconds_text(seconds), what)
     for found in one.moves:
         move = found.move
-        steps = [f"{s} {bytes_text(int(s.bytes))} {seconds_text(s.seconds)}" for s in move.forward]
-        back = [f"{s} {bytes_text(int(s.bytes))} {seconds_text(s.seconds)}" for s in move.backward]
-        what = f"{found.value}: {move.source.short()} -> {move.target.short()}: {' + '.join(steps) or 'slice'}"
-        what += f", backward {' + '.join(back)}" if back else ""
+        forward = _steps(move.forward) or ("nothing" if move.source == move.target else "slice")
+        what = f"{found.value}: {brief(move.source)} -> {brief(move.target)}: {forward}"
+        what += f", backward {_steps(move.backward)}" if move.backward else ""
         others = len(move.readers) - 1
         what += f", shared with {others} more" if found.side == "reads" and others > 0 else ""
         whole = sum(s.seconds for s in (*move.forward, *move.backward))
@@ -303,8 +326,8 @@ def _alternative_table(found: Sequence[Alternative]) -> object:
     for one in found:
         table.add_row(
             f"{'+' if one.more >= 0 else '−'}{seconds_text(abs(one.more))}",
-            " | ".join(layout.short() for layout in one.inputs),
-            " | ".join(layout.short() for layout in one.outputs),
+            texts(one.inputs),
+            texts(one.outputs),
             " ".join(_counts(layout) for layout in one.inputs),
         )
     return table

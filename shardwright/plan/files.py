@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from shardwright.plan.plan import Plan
 
 FORMAT, VERSION = "shardwright plan", 1
-_ENTRY = {"operators": ("inputs", "outputs", "shapes"), "parameters": ("layout", "shape", "dtype"), "inputs": ("layout", "shape")}
+_ENTRY = {
+    "operators": ("inputs", "outputs", "shapes"),
+    "parameters": ("layout", "shape", "dtype"),
+    "inputs": ("layout", "shape"),
+}
 _REQUIRED = {"operators": ("inputs",), "parameters": ("layout",), "inputs": ("layout",)}
 _KEYS = (
     "format", "version", "devices", "mesh", "mode", "complete", "machine", "states", "memory_limit", "search", "notes",
@@ -280,8 +284,8 @@ class _Reader:
             self.refuse(1, f'this is not a plan file: it does not say "format": "{FORMAT}"')
             return None
         if data.get("version") != VERSION:
-            self.refuse(self.line("version"), f"version {data.get('version')!r} is not known, only {VERSION}; save the plan again "
-                        "with this shardwright")  # fmt: skip
+            given = data.get("version")
+            self.refuse(self.line("version"), f"version {given!r} is not known, only {VERSION}; save the plan again")
             return None
         for key in data:
             if key not in _KEYS:

@@ -7,7 +7,7 @@ to values that all copies read, always in the same way. It is found by the nodes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,16 @@ class Block:
         return (node - self.start) // self.length
 
 
-def blocks_of(graph: Graph, labels: Mapping[str, str] | None = None) -> tuple[Block, ...]:
+def blocks_of(
+    graph: Graph, labels: Mapping[str, Any] | None = None, alike: Callable[[Node], Any] | None = None
+) -> tuple[Block, ...]:
     """The repeated blocks of a graph, in order, none touching another.
 
     Args:
         labels: what else is known of graph inputs; those of different labels are not alike.
+        alike: what else nodes must have in common.
     """
-    wiring = _Wiring(graph, labels or {})
+    wiring = _Wiring(graph, labels or {}, alike or (lambda node: None))
     found: list[Block] = []
     spans = [(0, len(graph.nodes))]
     while spans:
@@ -62,7 +65,7 @@ class _Wiring:
     A parameter or buffer comes from the node that reads it first, so that a layer's own parameters repeat with it.
     """
 
-    def __init__(self, graph: Graph, labels: Mapping[str, str]):
+    def __init__(self, graph: Graph, labels: Mapping[str, Any], alike: Callable[[Node], Any]):
         names = {i.value: i for i in graph.inputs}
         self.owner_of: dict[str, int] = {}
         self.last_reader: dict[str, int] = {}
@@ -88,7 +91,7 @@ class _Wiring:
                 values.append(value_ids.setdefault(value, len(value_ids)))
                 self.last_reader[value] = at
             offsets.append(len(owners))
-            node_kinds.append(kinds.setdefault(_kind(node, tuple(given)), len(kinds)))
+            node_kinds.append(kinds.setdefault((_kind(node, tuple(given)), alike(node)), len(kinds)))
             for position, value in enumerate(node.outputs):
                 self.owner_of[value] = at
                 place_of[value] = -1 - position
@@ -100,16 +103,17 @@ class _Wiring:
         self.owners: Array = np.array(owners, dtype=np.int64)
         self.places: Array = np.array(places, dtype=np.int64)
         self.values: Array = np.array(values, dtype=np.int64)
+        self.owner_array = np.array(list(self.owner_of.values()), dtype=np.int64)
+        found = self.last_reader
+        self.reader_array = np.array([found.get(v, o) for v, o in self.owner_of.items()], dtype=np.int64)
         self.crossing = self._crossing(len(graph.nodes))
 
     def _crossing(self, count: int) -> Array:
         """How many values are made before each node and read at it or later."""
         change = np.zeros(count + 2, dtype=np.int64)
-        for value, owner in self.owner_of.items():
-            last = self.last_reader.get(value, owner)
-            if last > owner >= 0:
-                change[owner + 1] += 1
-                change[last + 1] -= 1
+        read = (self.owner_array >= 0) & (self.reader_array > self.owner_array)
+        np.add.at(change, self.owner_array[read] + 1, 1)
+        np.add.at(change, self.reader_array[read] + 1, -1)
         return np.cumsum(change)
 
 
@@ -184,12 +188,11 @@ def _is_wired(wiring: _Wiring, block: Block) -> bool:
 
 def _exits_last(wiring: _Wiring, block: Block) -> bool:
     """Whether what is read after the block comes from its last copy, and nothing reaches back further than one copy."""
-    last = block.stop - block.length
-    for value, owner in wiring.owner_of.items():
-        if block.start <= owner < block.stop:
-            reader = wiring.last_reader.get(value, owner)
-            if reader >= block.stop and owner < last:
-                return False
-            if reader < block.stop and block.copy_of(reader) - block.copy_of(owner) > 1:
-                return False
-    return True
+    owners, readers = wiring.owner_array, wiring.reader_array
+    inside = (owners >= block.start) & (owners < block.stop)
+    owners, readers = owners[inside], readers[inside]
+    outside = readers >= block.stop
+    if (owners[outside] < block.stop - block.length).any():
+        return False
+    reach = (readers - block.start) // block.length - (owners - block.start) // block.length
+    return bool((reach[~outside] <= 1).all())

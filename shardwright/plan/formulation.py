@@ -14,7 +14,7 @@ wanted. Repeated blocks of the graph are written once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from shardwright.cost.memory import kept_bytes
 from shardwright.cost.saved import NOTHING, Saved, saved_by
 from shardwright.mesh import Mesh
 from shardwright.plan.choices import REPLICATED, ChoiceTable, Codes
-from shardwright.plan.fold import Block, blocks_of
+from shardwright.plan.fold import Block
 from shardwright.plan.pricing import Pricing
 from shardwright.rules.operator import TensorMeta
 from shardwright.search.problem import Edge, Problem, Repeat
@@ -55,9 +55,8 @@ class Needs:
 class Folded:
     """Which nodes of a graph stand in the problem, and who reads what, with repeated blocks written once."""
 
-    def __init__(self, graph: Graph, ready: frozenset[str], fold: bool = True, labels: Mapping[str, str] | None = None):
-        self.graph, self.ready = graph, ready
-        self.blocks = blocks_of(graph, labels) if fold else ()
+    def __init__(self, graph: Graph, ready: frozenset[str], blocks: Sequence[Block] = ()):
+        self.graph, self.ready, self.blocks = graph, ready, tuple(blocks)
         self.producer = {value: at for at, node in enumerate(graph.nodes) for value in node.outputs}
         self.block_of: dict[int, Block] = {}
         self.sites: list[int] = []
@@ -211,21 +210,18 @@ class Formulation:
         node, table = self.graph.nodes[site], self.tables[site]
         cost = self.pricing.operator(table, self.needs_grad(node))
         for value, code in zip(node.outputs, table.outputs):
-            if value in self._kept_whole:
+            if value in self.kept_whole:
                 cost = cost + self.pricing.to_whole(self.graph.metas[value], code, value in self.graph.needs_grad)
         for slot, value in enumerate(node.inputs):
             if value in self.given:
                 needs = self.needs(Use(site, slot, "every"))
-                cost = (
-                    cost
-                    + self.pricing.move(
-                        self.graph.metas[value], self.given[value], needs.codes, needs.gradients, value in self.graph.needs_grad
-                    )[0]
-                )
+                grad = value in self.graph.needs_grad
+                seconds, _ = self.pricing.move(self.graph.metas[value], self.given[value], needs.codes, needs.gradients, grad)
+                cost = cost + seconds[0]
         self.at_site[site] = self._add(node.name, cost, self._kept(site))
 
     @property
-    def _kept_whole(self) -> set[str]:
+    def kept_whole(self) -> set[str]:
         """Values that the program returns, or writes back: whole on every rank."""
         if not hasattr(self, "_whole"):
             names = [*self.graph.outputs, *(v for _, v in self.graph.updates)]
@@ -258,6 +254,13 @@ class Formulation:
         first.sort()
         self.needs_of_value[value] = Needs(self.pricing.interned(codes[first]), self.pricing.interned(masks[first]))
         self.at_value[value] = self._add(f"{value}, read", self.pricing.zeros(len(first)), None)
+
+    def parameter_copies(self, value: str) -> list[tuple[int, str]]:
+        """``(copy, name)`` of every parameter that a parameter of the problem stands for."""
+        uses = self.folded.uses[value]
+        if len({u.node for u in uses}) > 1 or uses[0].node not in self.folded.block_of:
+            return [(0, value)]
+        return [(copy, self.graph.nodes[node].inputs[uses[0].slot]) for copy, node in self.folded.copies(uses[0].node)]
 
     # -- edges ------------------------------------------------------------------------------------------------------
 
@@ -338,6 +341,8 @@ def ready_values(graph: Graph, full_batch: bool) -> frozenset[str]:
 
 def stored_codes(meta: TensorMeta, mesh: Mesh) -> Codes:
     """The layouts a parameter may be stored in: every axis replicates it or splits one dim, no piece empty."""
+    if not mesh.axes:
+        return np.zeros((1, 0), dtype=np.int8)
     options = [range(REPLICATED, len(meta.shape)) if size > 1 else (REPLICATED,) for size in mesh.sizes]
     grid = np.stack(np.meshgrid(*options, indexing="ij"), axis=-1).reshape(-1, len(mesh.axes)).astype(np.int8)
     counts = np.asarray(mesh.sizes, dtype=float)

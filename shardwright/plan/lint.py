@@ -120,13 +120,14 @@ class _Lint:
         return found, total
 
     def _of_edges(self, node: Node, edges: Sequence[Edge], price: int) -> Finding | None:
-        """What an operator pays for redistribution, unless it would pay as much, or repeat work, in any other way."""
+        """What an operator pays for redistribution, unless a boundary is where it is wanted, or it shares the work so."""
         worst = max(edges, key=lambda edge: edge.forward_bytes + edge.backward_bytes)
         better = self._in_place(node, edges)
         signature, now = self.plan.signatures[node.name], self.plan.choices[node.name]
         free = [e for e in edges if not is_configured(e.reader if e.producer is node else e.producer)]  # type: ignore[arg-type]
         paid = self._price_of(node, now) + sum(edge.forward_bytes + edge.backward_bytes for edge in free)
-        if better is not None and self._price_of(node, better) >= paid:
+        dearer = better is not None and self._price_of(node, better) >= paid
+        if dearer and self._kind(node) == "boundary":
             return None  # it stands between two operators that are configured differently
         if not any(edge.forward_bytes for edge in edges):
             same = better is None or _counts(better) == _counts(now)
@@ -137,7 +138,10 @@ class _Lint:
         there = f"{worst.source.short() or '()'} to {worst.target.short() or '()'}"
         why = f"{'reading from' if worst.reader is node else 'handing on to'} {other.where} takes {there}, "
         why += f"{bytes_text(price)} a step"
-        return self._finding(node, price, why, self._strategy(node) if better is None else _counts(better))
+        if better is None or dearer:
+            why += "; nothing costs less there: confirm it, or configure the other one otherwise"
+            better = now
+        return self._finding(node, price, why, _counts(better))
 
     def _price_of(self, node: Node, choice: Choice) -> int:
         """Bytes between an operator that runs otherwise and its configured neighbours; the others would follow it."""

@@ -6,6 +6,7 @@ around them. What does not fit the graph is refused, all of it at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,16 @@ from shardwright.capture.graph import Graph, GraphInput, Node
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.plan.choice import Choice
-from shardwright.plan.files import LOADED, OperatorEntry, PlanFile, TensorEntry, operator_keys, shapes_text
+from shardwright.plan.files import (
+    LOADED,
+    OperatorEntry,
+    PlanFile,
+    TensorEntry,
+    load_plan_file,
+    operator_keys,
+    shapes_text,
+)
+from shardwright.plan.modes import plan_graph
 from shardwright.plan.pins import Pin, check_fits, check_pin, choice_of_layouts
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import Planner, PlanRequest
@@ -24,17 +34,18 @@ _NAMED = 4  # of many operators with the same problem, those that a message name
 
 
 def plan_from_file(
-    file: PlanFile,
+    file: PlanFile | str | os.PathLike[str],
     graph: Graph,
     request: PlanRequest,
-    planner: Callable[[Graph, PlanRequest], Plan],
     part: bool = False,
+    planner: Callable[[Graph, PlanRequest], Plan] = plan_graph,
 ) -> Plan:
     """The plan that a file gives a graph.
 
     Args:
-        planner: plans what the file leaves open, in the request's mode.
+        file: a file, or the path of one.
         part: whether the graph is one part of a train step: what the file says of other parts is passed over.
+        planner: plans what the file leaves open, in the request's mode.
 
     Returns:
         The very plan that was saved, where the file says all of it; else the planner's, with the file's entries pinned.
@@ -44,6 +55,7 @@ def plan_from_file(
             such problem is listed.
     """
     problems = Problems()
+    file = file if isinstance(file, PlanFile) else load_plan_file(file)
     if file.devices != request.world_size:
         problems.add(f"{file.path}: it is for {file.devices} devices, here are {request.world_size}; plan again and save")
         problems.raise_if_any(f"the plan file {file.path} cannot be followed")
@@ -52,8 +64,12 @@ def plan_from_file(
     found.tensors_fit(part)
     problems.raise_if_any(f"the plan file {file.path} cannot be followed")
     if found.is_whole:
-        return _Whole(found, request).plan()
-    return planner(graph if request.honour_marks else _without_marks(graph), found.pinned(request))
+        plan = _Whole(found, request).plan()
+    else:
+        plan = planner(graph if request.honour_marks else _without_marks(graph), found.pinned(request))
+    found.sums_are_there(plan)
+    problems.raise_if_any(f"the plan file {file.path} cannot be followed")
+    return plan
 
 
 @dataclass
@@ -94,7 +110,7 @@ class _Match:
                         "delete the entries")  # fmt: skip
         new = [self.keys[n.name] for n in self.graph.nodes if n.name not in self.operators]
         if new and self.file.complete and not (part and len(new) == len(self.graph.nodes)):
-            self.refuse(f"{_count(new, 'operator')} of the model not in the file: {_some(new)}; save the plan again, or "
+            self.refuse(f"{_count(new, 'operator')} not in the file: {_some(new)}; save the plan again, or "
                         'delete "complete" to have them planned around the others')  # fmt: skip
         other = []
         for node in self.graph.nodes:
@@ -112,9 +128,9 @@ class _Match:
         self.parameters = self._fitting("parameter", self.file.parameters, here, part)
         given = {str(i.target): i for i in self.graph.inputs if i.kind == "input"}
         self.inputs = self._fitting("input", self.file.inputs, given, part)
-        new = [name for name, i in here.items() if i.kind == "parameter" and name not in self.parameters]
+        new = [name for name, i in here.items() if i.kind == "parameter" and name not in self.file.parameters]
         if new and self.file.complete and not (part and not self.operators):
-            self.refuse(f"{_count(new, 'parameter')} of the model not in the file: {_some(new)}; save the plan again, or "
+            self.refuse(f"{_count(new, 'parameter')} not in the file: {_some(new)}; save the plan again, or "
                         'delete "complete" to have them placed as operators want them')  # fmt: skip
 
     def _fitting(
@@ -123,7 +139,7 @@ class _Match:
         """The entries of tensors that are there, of the right shapes."""
         gone = [f"{name} (line {entry.line})" for name, entry in entries.items() if name not in here]
         if gone and not part:
-            self.refuse(f"{_count(gone, kind)} that no operator reads: {_some(gone)}; delete the entries")
+            self.refuse(f"{_count(gone, kind)} read by no operator: {_some(gone)}; delete the entries")
         fitting = {}
         for name, entry in entries.items():
             if name not in here:
@@ -152,6 +168,19 @@ class _Match:
         entry = self.operators[node.name]
         source = self.file.where(entry)
         return Pin(entry.inputs, entry.outputs, source, f"{source}: {self.keys[node.name]}")
+
+    def sums_are_there(self, plan: Plan) -> None:
+        """Checks that what an entry reads with a sum pending comes with it: a sum cannot be made pending."""
+        where = dict(plan.input_layouts)
+        for node in self.graph.nodes:
+            choice = plan.choices[node.name]
+            for slot, (value, layout) in enumerate(zip(node.inputs, choice.inputs)):
+                source = where[value]
+                if layout.partial and (source.mesh != layout.mesh or not set(layout.partial) <= set(source.partial)):
+                    what = self.pin(node).what if node.name in self.operators else node.where
+                    comes = f"but {value} comes as {source.short()}, without that sum; read it without"
+                    self.problems.add(f"{what}: input {slot} is read as {layout.short()}, {comes}")
+            where.update(zip(node.outputs, choice.outputs))
 
     def pinned(self, request: PlanRequest) -> PlanRequest:
         """The request with the file's entries in it."""

@@ -16,7 +16,6 @@ from shardwright.errors import LayoutError, Problems
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
 from shardwright.plan.choice import Choice, make_choice
-from shardwright.plan.formulation import ready_values
 from shardwright.rules.operator import Operator, TensorMeta
 from shardwright.rules.signature import Signature, Split
 
@@ -45,6 +44,8 @@ def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Gra
     """
     if not pins:
         return graph
+    from shardwright.plan.formulation import ready_values  # here: the modes that do not search need none of it
+
     ready, nodes = ready_values(graph, full_batch), []
     for node in graph.nodes:
         pin = pins.get(node.name)
@@ -168,7 +169,8 @@ class _Splits:
         here = f"dim {dim} of {tensor} ({layout.short()})"
         if not axes:
             if factor in self.split:
-                return self.refuse(f"{self.seen[factor]} is split and {here} is not, but they are the same dim; write both alike")
+                told = self.seen[factor]
+                return self.refuse(f"{told} is split and {here} is not, but they are the same dim; write both alike")
             if factor is not None:
                 self.seen.setdefault(factor, here)
             return True
@@ -177,7 +179,9 @@ class _Splits:
             return self.refuse(f"{here} is split, but it {why}; write None there")
         own = self._own(layout, meta.shape[dim], factors[dim], factor, dim)
         if own is None:
-            return self.refuse(f"{here} is cut where one index of the dim's larger factor ends within a piece; cut it elsewhere")
+            rest = meta.shape[dim] // self.signature.sizes[factor]
+            why = f"is cut within runs of {rest} that must stay together; make each piece a multiple of {rest}"
+            return self.refuse(f"{here} {why}")
         if self.split.get(factor, own) != own or (factor in self.seen and factor not in self.split):
             return self.refuse(f"{self.seen[factor]} and {here} are the same dim but are split differently; write both alike")
         taken = next((f for f, (a, _) in self.split.items() if f != factor and set(a) & set(axes)), None)

@@ -12,10 +12,15 @@ from shardwright.plan.choice import Choice
 from shardwright.rules.signature import Signature
 
 if TYPE_CHECKING:
+    import os
+
     from shardwright.cost.machine import Machine
     from shardwright.partition.program import LocalProgram
+    from shardwright.plan.diff import PlanDiff
+    from shardwright.plan.explain import Explanation
     from shardwright.plan.memory import MemoryTimeline
     from shardwright.plan.price import PlanPrice
+    from shardwright.plan.summary import PlanSummary
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Search:
         bound: no plan on this mesh, under this memory limit, takes less, by the same model; 0 where nothing is certified.
         method: what solved it.
         tried: mesh and seconds of the best plan on each mesh that was looked at.
-        planning: seconds that planning took.
+        planning: seconds that planning took in all; ``building`` of them to write the problem of the mesh that won, and
+            ``solving`` to solve it.
     """
 
     seconds: float
@@ -35,6 +41,8 @@ class Search:
     method: str
     tried: tuple[tuple[tuple[int, ...], float], ...] = ()
     planning: float = 0.0
+    building: float = 0.0
+    solving: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -109,6 +117,34 @@ class Plan:
                 self.machine.device if self.machine is not None else "cpu",
             )
         return self._cache["memory"]  # type: ignore[no-any-return]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to a file that a person can read and edit; see ``docs/plan_files.md``."""
+        from shardwright.plan.files import save_plan
+
+        save_plan(self, path)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """Where another plan differs from this one; falsy where it does not."""
+        from shardwright.plan.diff import diff_plans
+
+        return diff_plans(self, other)
+
+    def explain(self, name: str) -> Explanation:
+        """Why operators run as they do, what they cost and what else they could do.
+
+        Args:
+            name: a module, a node, an operator as plan files call it, a parameter, or a pattern for these.
+        """
+        from shardwright.plan.explain import explain
+
+        return explain(self, name)
+
+    def summary(self) -> PlanSummary:
+        """The plan on one page: what a step costs and where, what a rank holds, how much of the work is really split."""
+        from shardwright.plan.summary import summary_of
+
+        return summary_of(self)
 
     def __str__(self) -> str:
         from shardwright.plan.table import plan_table

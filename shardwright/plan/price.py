@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import numpy as np
 from shardwright.cost.communication import CollectivePrice
 from shardwright.cost.machine import Machine
 from shardwright.layout import Layout
+from shardwright.plan.choice import Choice
 from shardwright.plan.choices import layout_of, table_of_choice
-from shardwright.plan.formulation import Folded, Formulation, ready_values
+from shardwright.plan.fold import blocks_of
+from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
 from shardwright.plan.pricing import Pricing, gradient_codes
 from shardwright.search.solve import solve
 
@@ -104,16 +106,18 @@ class PlanPrice:
         return self._by_reader.get(node, ())
 
 
-def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float, fold: bool = False) -> Formulation:
-    """The problem whose only answer is the plan."""
+def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float) -> Formulation:
+    """The problem whose only answer is the plan, layers that are planned alike written once."""
     graph, mesh = plan.graph, plan.mesh
-    folded = Folded(graph, ready_values(graph, full_batch), fold)
+    layouts = {i.value: plan.input_layouts[i.value] for i in graph.inputs if i.kind == "parameter"}
+    blocks = blocks_of(graph, layouts, lambda node: _layouts(plan.choices[node.name]))
+    folded = Folded(graph, ready_values(graph, full_batch), blocks)
     memo: dict[Any, Any] = {}
 
     def table(site: int) -> Any:
         node = graph.nodes[site]
         choice = plan.choices[node.name]
-        key = (id(node.op), id(choice))
+        key = (id(node.op), _layouts(choice))
         if key not in memo:
             memo[key] = pricing.interned_table(table_of_choice(node.op, plan.signatures[node.name], mesh, choice))
         return memo[key]
@@ -123,11 +127,16 @@ def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float
         return pricing.interned(table_code(layout, mesh))
 
     tables = {site: table(site) for site in folded.sites}
-    stored = {i.value: codes(i.value) for i in graph.inputs if i.kind == "parameter"}
+    stored = {value: codes(value) for value in layouts if value in folded.uses}
     given = {
         i.value: codes(i.value) for i in graph.inputs if i.kind != "parameter" and i.value not in folded.ready
     }  # fmt: skip
     return Formulation(folded, mesh, pricing, tables, stored, given, states)
+
+
+def _layouts(choice: Choice) -> Any:
+    """What tells one choice of an operator from another."""
+    return choice.inputs, choice.partial_gradient, choice.computed, choice.outputs
 
 
 def table_code(layout: Layout, mesh: Any) -> Any:
@@ -149,16 +158,26 @@ def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: fl
 
 
 class _Breakdown:
-    """Takes the price of an answer apart; of a problem without repeats."""
+    """Takes the price of an answer apart, for every copy of a repeated layer."""
 
     def __init__(self, formulation: Formulation, choices: Sequence[Any]):
         self.form, self.choices = formulation, choices
         self.graph, self.pricing, self.mesh = formulation.graph, formulation.pricing, formulation.mesh
+        self.known: dict[Any, Any] = {}
+        self.names: dict[int, list[str]] = {}
+        self.copies: dict[str, list[tuple[int, str]]] = {}
 
     def price(self) -> PlanPrice:
-        operators = {self.graph.nodes[s].name: self._operator(s) for s in self.form.folded.sites}
+        operators = {}
+        for site in self.form.folded.sites:
+            price = self._operator(site)
+            operators.update((self.graph.nodes[node].name, price) for _, node in self.form.folded.copies(site))
         moves = tuple(self._moves())
-        parameters = {str(self.form.parameters[v].target): self._parameter(v) for v in self.form.at_parameter}
+        parameters = {}
+        for value in self.form.at_parameter:
+            price_of = self._parameter(value)
+            names = [name for _, name in self.form.parameter_copies(value)]
+            parameters.update((str(self.form.parameters[name].target), price_of) for name in names)
         parts = {
             "forward": sum(p.forward for p in operators.values()),
             "backward": sum(p.backward for p in operators.values()),
@@ -169,17 +188,17 @@ class _Breakdown:
         }
         return PlanPrice(self.pricing.machine, sum(parts.values()), parts, operators, moves, parameters)
 
-    def _row(self, variable: int) -> int:
-        return int(self.choices[variable])
+    def _row(self, variable: int, copy: int = 0) -> int:
+        rows = self.choices[variable]
+        return int(rows if isinstance(rows, (int, np.integer)) else rows[copy])
 
     def _operator(self, site: int) -> OperatorPrice:
         table, node = self.form.tables[site], self.graph.nodes[site]
         row = self._row(self.form.at_site[site])
         forward, backward, own = self.pricing.operator_parts(table, self.form.needs_grad(node))
         kept = self.form.problem.nodes[self.form.at_site[site]].memory
-        return OperatorPrice(
-            float(forward[row]), float(backward[row]), float(own[row]), 0.0 if kept is None else float(kept[row])
-        )
+        held = 0.0 if kept is None else float(kept[row])
+        return OperatorPrice(float(forward[row]), float(backward[row]), float(own[row]), held)
 
     def _parameter(self, value: str) -> ParameterPrice:
         at = self.form.at_parameter[value]
@@ -192,52 +211,103 @@ class _Breakdown:
         layout = layout_of(code, len(meta.shape), self.mesh)
         return ParameterPrice(layout, held, memory + grad * (1 - self.form.gradients), float(variable.cost[row]))
 
+    # -- redistributions ----------------------------------------------------------------------------------------------
+
     def _moves(self) -> list[MovePrice]:
-        found = []
+        found: list[MovePrice] = []
         for value, uses in self.form.folded.uses.items():
-            readers: dict[Any, list[str]] = {}
-            for use in uses:
-                needs, row = self.form.needs(use), self._row(self.form.at_site[use.node])
-                key = (tuple(needs.codes[row].tolist()), tuple(needs.gradients[row].tolist()))
-                readers.setdefault(key, []).append(self.graph.nodes[use.node].name)
-            source = self.form.source(value)
-            code = self._code(value, source)
-            stored = value in self.form.at_parameter
-            if value in self.form.at_value:
-                state, row = self.form.needs_of_value[value], self._row(self.form.at_value[value])
-                shared = (tuple(state.codes[row].tolist()), tuple(state.gradients[row].tolist()))
-                names = tuple(readers.pop(shared, ()))
-                found.append(self._move(value, names, code, shared, stored, 1))
-                code, stored = state.codes[row], False
-            for need, names in readers.items():
-                found.append(self._move(value, tuple(names), code, need, stored, len(names)))
-        for value in self.form._kept_whole:
-            if value in self.graph.metas and self.form.folded.producer.get(value) in self.form.at_site:
-                none = (False,) * len(self.mesh.axes)
+            for copy, name in self._copies(value):
+                found += self._moves_of(value, name, copy, uses)
+        none = (False,) * len(self.mesh.axes)
+        for value in self.form.kept_whole:
+            if self.form.folded.producer.get(value) in self.form.at_site:
+                copy, name = list(self._copies(value))[-1]
                 whole = ((-1,) * len(self.mesh.axes), none)
-                found.append(self._move(value, ("output",), self._code(value, self.form.source(value)), whole, False, 1))
+                found.append(self._move(value, name, ("output",), self._code(value, copy), whole, False, 1))
         return [move for move in found if move.forward or move.backward]
 
-    def _code(self, value: str, source: Any) -> Any:
+    def _copies(self, value: str) -> list[tuple[int, str]]:
+        """``(copy, name)`` of every value that a value of the problem stands for."""
+        if value not in self.copies:
+            self.copies[value] = self._all_copies(value)
+        return self.copies[value]
+
+    def _names(self, site: int) -> list[str]:
+        """The names of the nodes that a site stands for."""
+        if site not in self.names:
+            self.names[site] = [self.graph.nodes[node].name for _, node in self.form.folded.copies(site)]
+        return self.names[site]
+
+    def _all_copies(self, value: str) -> list[tuple[int, str]]:
+        if value in self.form.at_parameter:
+            return self.form.parameter_copies(value)
+        producer = self.form.folded.producer.get(value)
+        if producer is None or producer not in self.form.folded.block_of:
+            return [(0, value)]
+        position = self.graph.nodes[producer].outputs.index(value)
+        return [(c, self.graph.nodes[n].outputs[position]) for c, n in self.form.folded.copies(producer)]
+
+    def _readers(self, value: str, copy: int, use: Use) -> list[str]:
+        """The nodes that read a copy of a value by a use."""
+        folded = self.form.folded
+        block = folded.block_of.get(use.node)
+        producer = folded.producer.get(value)
+        inside = producer is not None and folded.block_of.get(producer) is block and block is not None
+        if block is None:
+            own = folded.block_of.get(producer) if producer is not None else None
+            return [self.graph.nodes[use.node].name] if own is None or copy == own.count - 1 else []
+        names = self._names(use.node)
+        if inside or (value in self.form.at_parameter and len(self._copies(value)) > 1):
+            at = copy + (use.scope == "carried")
+            return [names[at]] if at < len(names) else []
+        return names[:1] if use.scope == "first" else names
+
+    def _moves_of(self, value: str, name: str, copy: int, uses: Sequence[Use]) -> list[MovePrice]:
+        readers: dict[Any, list[str]] = {}
+        for use in uses:
+            names = self._readers(value, copy, use)
+            if names:
+                needs, row = self.form.needs(use), self._row(self.form.at_site[use.node])
+                key = (tuple(needs.codes[row].tolist()), tuple(needs.gradients[row].tolist()))
+                readers.setdefault(key, []).extend(names)
+        code, stored, found = self._code(value, copy), value in self.form.at_parameter, []
+        if value in self.form.at_value:
+            state, row = self.form.needs_of_value[value], self._row(self.form.at_value[value], copy)
+            shared = (tuple(state.codes[row].tolist()), tuple(state.gradients[row].tolist()))
+            found.append(self._move(value, name, tuple(readers.pop(shared, ())), code, shared, stored, 1))
+            code, stored = state.codes[row], False
+        for need, names in readers.items():
+            found.append(self._move(value, name, tuple(names), code, need, stored, len(names)))
+        return found
+
+    def _code(self, value: str, copy: int) -> Any:
+        source = self.form.source(value)
         if source is None:
             return self.form.given[value][0]
         variable, codes = source
-        return codes[self._row(variable)]
+        return codes[self._row(variable, copy)]
 
-    def _move(self, value: str, readers: tuple[str, ...], code: Any, need: Any, stored: bool, times: int) -> MovePrice:
-        meta = self.graph.metas[value]
+    def _move(
+        self, value: str, name: str, readers: tuple[str, ...], code: Any, need: Any, stored: bool, times: int
+    ) -> MovePrice:
+        key = (value, tuple(code.tolist()), need, stored)
+        if key not in self.known:
+            self.known[key] = self._one_move(value, code, need, stored)
+        move: MovePrice = self.known[key]
+        return replace(move, value=name, readers=readers, seconds=move.seconds * times)
+
+    def _one_move(self, value: str, code: Any, need: Any, stored: bool) -> MovePrice:
+        meta, grad = self.graph.metas[value], value in self.graph.needs_grad
         target, mask = np.array(need[0], dtype=np.int8), np.array(need[1], dtype=bool)
         describe, size = self.pricing.communication.describe, meta.dtype.itemsize
-        forward = tuple(describe(meta.shape, size, code, target))
+        forward = describe(meta.shape, size, code, target)
         backward: tuple[CollectivePrice, ...] = ()
-        grad = value in self.graph.needs_grad
         if grad:
             back_from, back_to = gradient_codes(code[None], target[None], mask[None])
-            backward = tuple(describe(meta.shape, size, back_from[0], back_to[0]))
+            backward = describe(meta.shape, size, back_from[0], back_to[0])
         axes = tuple(a for a, partial in zip(self.mesh.axes, need[1]) if partial) if grad else ()
-        seconds = sum(s.seconds for s in (*forward, *backward)) * (1 - self.pricing.machine.overlap if stored else 1) * times
+        hidden = self.pricing.machine.overlap if stored else 0.0
+        seconds = sum(s.seconds for s in (*forward, *backward)) * (1 - hidden)
         ndim = len(meta.shape)
-        return MovePrice(
-            value, readers, layout_of(code, ndim, self.mesh), layout_of(target, ndim, self.mesh), axes, forward, backward,
-            stored, seconds,
-        )  # fmt: skip
+        here, there = layout_of(code, ndim, self.mesh), layout_of(target, ndim, self.mesh)
+        return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds)

@@ -93,15 +93,11 @@ class Pricing:
         for meta, before, after in zip(table.op.outputs, table.computed, table.outputs):
             if not np.array_equal(before, after):
                 seconds += self._pairwise(meta, before, after, grad)
-        factors = [s.factor for s in table.symbols]
-        inner = [i for i, f in enumerate(factors) if f is not None and f in table.signature.inner]
-        if inner:
-            largest = max(table.op.inputs, key=lambda m: m.numel)
-            for row in np.flatnonzero(np.isin(table.rows, inner).any(axis=1)):
-                axes = [a for a, s in enumerate(table.rows[row]) if s in inner]
-                whole = math.prod(table.signature.sizes[f] for f in {factors[s] for s in table.rows[row] if s in inner})
-                rest = largest.numel * 4 / max(1, whole) * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes)
-                seconds[row] += _INNER * float(self.communication.all_reduce(rest, axes))
+        if table.inner.any():
+            for row in np.flatnonzero(table.inner.any(axis=1)):
+                axes = np.flatnonzero(table.inner[row])
+                held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes)
+                seconds[row] += _INNER * float(self.communication.all_reduce(4 * held, axes.tolist()))
         return seconds
 
     def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:

@@ -83,9 +83,8 @@ class PropagationPlanner(Planner):
     def make_room_for_batch(self) -> None:
         if self.request.mesh is not None:
             self.refinement.add(self.request.mesh, self.request.mesh_axes)
-            return
-        super().make_room_for_batch()
-        refine_to_primes(self.refinement)
+        else:
+            refine_to_primes(self.refinement)
 
     def data_parallel(self) -> None:
         """Comes later, and only if something is never reached."""
@@ -191,13 +190,13 @@ class PropagationPlanner(Planner):
     def input_links(self, node: Node, level: int) -> Iterator[Link]:
         for slot, value in enumerate(node.inputs):
             where, grad = self.where[value], value in self.graph.needs_grad
-            reached = value in self.planned
+            reached = fixed = value in self.planned
             if value in self.maker:
                 reached = self.level.get(self.maker[value].name, level) < level
             elif where is None:  # a parameter that another operator reads is best stored as that one reads it
                 where = self.read_elsewhere(node, value)
             if where is not None:
-                yield Link(slot, True, where.without_partial(), (), grad, reached)
+                yield Link(slot, True, where.without_partial(), (), grad, reached, fixed)
 
     def read_elsewhere(self, node: Node, value: str) -> Layout | None:
         for reader, slot in self.readers[value]:

@@ -10,7 +10,7 @@ import numpy as np
 from shardwright.capture.graph import Node
 from shardwright.layout import Layout
 from shardwright.plan.choices import ChoiceTable, choices_of, code_of, layout_of, table_of_choice
-from shardwright.plan.formulation import Folded, ready_values
+from shardwright.plan.formulation import ready_values
 from shardwright.plan.pricing import Array, Pricing
 
 if TYPE_CHECKING:
@@ -51,7 +51,12 @@ class Repricer:
         self.plan, self.graph, self.mesh = plan, plan.graph, plan.mesh
         self.pricing = Pricing(load_machine(plan.machine or "cpu-gloo"), plan.mesh)
         self.ready = ready_values(plan.graph, plan.full_batch)
-        self.folded = Folded(plan.graph, self.ready, fold=False)
+        self.producer = {value: node for node in plan.graph.nodes for value in node.outputs}
+        self.uses: dict[str, list[tuple[Node, int]]] = {}
+        for node in plan.graph.nodes:
+            if self.is_priced(node):
+                for slot, value in enumerate(node.inputs):
+                    self.uses.setdefault(value, []).append((node, slot))
         self.parameters = {i.value for i in plan.graph.inputs if i.kind == "parameter"}
         names = [*plan.graph.outputs, *(v for _, v in plan.graph.updates)]
         self.returned = {n for n in names if isinstance(n, str)}
@@ -105,7 +110,7 @@ class Repricer:
         source = self._source(value)
         straight = self.pricing.move(meta, source, codes, gradients, grad, stored=stored)[0][0]
         others = self._readings(value, node)
-        if others is None or not (stored or value in self.folded.producer):
+        if others is None or not (stored or value in self.producer):
             return straight
         to_state = self.pricing.move(meta, source, others.codes, others.gradients, grad, stored=stored)[0][0]
         between = self._read(value, others.codes, others.gradients, others.codes, others.gradients)
@@ -132,11 +137,10 @@ class Repricer:
     # -- what is fixed ------------------------------------------------------------------------------------------------
 
     def _source(self, value: str) -> Array:
-        at = self.folded.producer.get(value)
-        if at is None:
+        node = self.producer.get(value)
+        if node is None:
             layout = self.plan.input_layouts[value]
         else:
-            node = self.graph.nodes[at]
             layout = self.plan.choices[node.name].outputs[node.outputs.index(value)]
         return self.pricing.interned(np.array([code_of(layout, self.mesh)], dtype=np.int8))
 
@@ -144,13 +148,12 @@ class Repricer:
         """How a value is read, by all but one node; ``None`` where nobody else reads it."""
         counts: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
         grad = value in self.graph.needs_grad
-        for use in self.folded.uses.get(value, ()):
-            node = self.graph.nodes[use.node]
+        for node, slot in self.uses.get(value, ()):
             if besides is not None and node.name == besides.name:
                 continue
             choice = self.plan.choices[node.name]
-            partial = choice.partial_gradient[use.slot] if grad else ()
-            key = (code_of(choice.inputs[use.slot], self.mesh), tuple(a in partial for a in self.mesh.axes))
+            partial = choice.partial_gradient[slot] if grad else ()
+            key = (code_of(choice.inputs[slot], self.mesh), tuple(a in partial for a in self.mesh.axes))
             counts[key] = counts.get(key, 0) + 1
         if not counts:
             return None
@@ -165,5 +168,3 @@ def _key(table: ChoiceTable, row: int) -> tuple[bytes, ...]:
 
 def _layouts(codes: Any, metas: Any, row: int, mesh: Any) -> tuple[Layout, ...]:
     return tuple(layout_of(code[row], len(meta.shape), mesh) for code, meta in zip(codes, metas))
-
-

@@ -11,6 +11,7 @@ import numpy as np
 
 from shardwright.cost.compute import flops
 from shardwright.plan.choices import code_of, local_sizes, table_of_choice
+from shardwright.plan.diff import texts
 from shardwright.plan.overview import pattern, seconds_text
 from shardwright.plan.table import bytes_text
 
@@ -161,8 +162,8 @@ def _operators(plan: Plan) -> tuple[Costly, ...]:
         price = plan.price.operators.get(node.name)
         if price is not None:
             choice = plan.choices[node.name]
-            left, right = (" | ".join(la.short() for la in layouts) for layouts in (choice.inputs, choice.outputs))
-            key = (f"{pattern(node.module)}/{node.op.name.removeprefix('aten.')}".lstrip("/"), f"{left} -> {right}")
+            name = f"{pattern(node.module)}/{node.op.name.removeprefix('aten.')}".lstrip("/")
+            key = (name, f"{texts(choice.inputs)} -> {texts(choice.outputs)}")
             found.setdefault(key, []).append(price.seconds)
     return _largest(found)
 
@@ -188,9 +189,8 @@ def _place(node: Any) -> str:
 
 def steps_text(move: MovePrice) -> str:
     """What a redistribution does, forward and backward, with its bytes."""
-    forward = " + ".join(map(str, move.forward)) or "nothing"
-    backward = f" | backward {' + '.join(map(str, move.backward))}" if move.backward else ""
-    return f"{forward}{backward}, {bytes_text(int(move.bytes))}"
+    forward, backward = (" + ".join(map(str, steps)) for steps in (move.forward, move.backward))
+    return ", ".join(filter(None, (forward, backward and f"backward {backward}", bytes_text(int(move.bytes)))))
 
 
 def _largest(found: dict[tuple[str, ...], list[float]]) -> tuple[Costly, ...]:

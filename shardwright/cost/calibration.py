@@ -1,0 +1,286 @@
+"""Calibration: the machine that one runs on, from how long operators take here.
+
+:func:`time_operators` runs in every rank's process at once, so that ranks that share cores and memory are measured as they
+will compute: the processes meet before each case and agree on its time. :func:`fit_machine` turns the times into the numbers
+that :mod:`shardwright.cost.compute` prices with; nothing here knows how processes find each other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardwright.cost.compute import family, flops, optimizer_seconds, traffic_seconds
+from shardwright.cost.machine import Level, Machine, calibrated
+from shardwright.redistribute.links import Links
+from shardwright.rules.operator import Operator, Slot, TensorMeta
+
+aten = torch.ops.aten
+
+# Bytes of the tensors that memory-bound operators are timed on: within a core's cache, within all of it, beyond it.
+SIZES = (1 << 19, 1 << 21, 1 << 23)
+_LAUNCHES = "launch"  # the family of the samples that tell what a call takes
+_STATES = 2.0  # Adam's
+_LEAST_CALLS = 3
+
+
+class Sample(NamedTuple):
+    """How long one operator took.
+
+    Args:
+        family: as :func:`~shardwright.cost.compute.family` has it; also ``optimizer``, and ``launch`` for tiny tensors.
+        dtype: the name of its dtype.
+        flops: operations. ``traffic``: bytes as the cost model counts them, all passes.
+        seconds: of one call.
+    """
+
+    family: str
+    dtype: str
+    flops: float
+    traffic: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: a :class:`Sample` without its time, and a function that makes the call."""
+
+    family: str
+    dtype: str
+    flops: float
+    traffic: float
+    prepare: Callable[[], Callable[[], Any]]
+
+
+# A machine on which traffic costs a second a byte.
+_UNIT = Machine("unit", "", {"float32": 1.0}, {}, 0.0, 1.0, 0.0, 0.0, (Level("all", 0, 0.0, 1.0),))
+
+
+def operator_case(target: Any, arguments: Sequence[Any], **keywords: Any) -> Case:
+    """The case of one operator on tensors like these, which may be on the meta device.
+
+    >>> case = operator_case(aten.mm.default, [torch.empty(64, 32, device="meta"), torch.empty(32, 16, device="meta")])
+    >>> case.family, case.flops
+    ('matmul', 65536.0)
+    """
+    metas = [torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a for a in arguments]
+    result = target(*metas, **keywords)
+    outputs = [result] if isinstance(result, Tensor) else [r for r in result if isinstance(r, Tensor)]
+    inputs = [a for a in metas if isinstance(a, Tensor)]
+    numbers = iter(range(len(inputs)))
+    slots = tuple(Slot(next(numbers)) if isinstance(a, Tensor) else a for a in metas)
+    op = Operator(target, slots, keywords, tuple(map(_meta, inputs)), tuple(map(_meta, outputs)))
+    before, after = (np.array([[float(m.bytes)] for m in metas]) for metas in (op.inputs, op.outputs))
+    traffic = float(traffic_seconds(op, _UNIT, before, after)[0])
+
+    def prepare() -> Callable[[], Any]:
+        made = [_filled(a) if isinstance(a, Tensor) else a for a in metas]
+        return lambda: target(*made, **keywords)
+
+    return Case(family(op), str(op.inputs[0].dtype).removeprefix("torch."), flops(op), traffic, prepare)
+
+
+def _meta(tensor: Tensor) -> TensorMeta:
+    return TensorMeta(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
+
+
+def _filled(like: Tensor) -> Tensor:
+    if like.dtype.is_floating_point:
+        return torch.linspace(-1, 1, like.numel()).to(like.dtype).reshape(like.shape)
+    return torch.arange(like.numel(), dtype=like.dtype).reshape(like.shape) * 7 % 1000
+
+
+def cases() -> Iterator[Case]:
+    """What is timed: the operators that most of a training step is made of, in sizes that a rank may have."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for _ in range(2):
+        yield _launch_case()
+    for dtype in (torch.float32, torch.bfloat16):
+        for m, k, n in ((256, 256, 256), (512, 512, 1024), (2048, 512, 512), (64, 1024, 1024)):
+            yield operator_case(aten.linear.default, [meta(m, k, dtype=dtype), meta(n, k, dtype=dtype)])
+    for length in (128, 512):
+        heads = meta(2, 4, length, 64)
+        yield operator_case(aten.scaled_dot_product_attention.default, [heads] * 3, is_causal=True)
+    yield operator_case(aten.conv2d.default, [meta(4, 32, 28, 28), meta(64, 32, 3, 3)])
+    for nbytes in SIZES:
+        rows = meta(nbytes // 2048, 512)
+        yield operator_case(aten.add.Tensor, [rows, rows])
+        yield operator_case(aten.gelu.default, [rows])
+        yield operator_case(aten.softmax.int, [rows, -1])
+        yield operator_case(aten.layer_norm.default, [rows, [512], meta(512), meta(512)])
+        yield operator_case(aten.sum.dim_IntList, [rows, [-1]])
+        yield operator_case(aten.clone.default, [rows])
+        ids = meta(nbytes // 2048, dtype=torch.int64)
+        yield operator_case(aten.embedding.default, [meta(max(1001, 2 * nbytes // 2048), 512), ids])
+        yield operator_case(aten.dropout.default, [rows, 0.1, True])
+        yield optimizer_case(nbytes)
+
+
+def optimizer_case(nbytes: int) -> Case:
+    """A step of AdamW over parameters of so many bytes in eight tensors."""
+
+    def prepare() -> Callable[[], Any]:
+        tensors = [torch.nn.Parameter(torch.ones(max(1, nbytes // 32))) for _ in range(8)]
+        for tensor in tensors:
+            tensor.grad = torch.ones_like(tensor)
+        return torch.optim.AdamW(tensors, foreach=True).step
+
+    traffic = float(optimizer_seconds(np.array(float(nbytes)), _STATES, _UNIT))
+    return Case("optimizer", "float32", 0.0, traffic, prepare)
+
+
+def _launch_case() -> Case:
+    """One call among many small ones that autograd records, half of it forward and half backward."""
+    count = 16
+
+    def prepare() -> Callable[[], Any]:
+        x, w = torch.ones(8, requires_grad=True), torch.ones(8)
+
+        def call() -> None:
+            y = x
+            for _ in range(count):
+                y = y * w
+            y.backward(w)
+
+        return call
+
+    return Case(_LAUNCHES, "float32", 2.0 * count, 0.0, prepare)
+
+
+# -- times ----------------------------------------------------------------------------------------------------------------
+
+
+def time_operators(
+    seconds: float = 6.0,
+    meet: Callable[[], object] = lambda: None,
+    agree: Callable[[float], float] = lambda own: own,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[Sample]:
+    """Times every case in this process.
+
+    Args:
+        seconds: how long to take; a case takes three calls at least.
+        meet: waits until all ranks have come here; so all time the same case at once.
+        agree: the number that counts among those that the ranks have, the largest say. Called once a case on every rank.
+        progress: is told the fraction that is done.
+    """
+    todo = list(cases())
+    samples = []
+    for at, case in enumerate(todo):
+        call = case.prepare()
+        with torch.enable_grad() if case.family == _LAUNCHES else torch.no_grad():
+            call()  # the first makes buffers
+            meet()
+            taken = agree(_seconds_a_call(call, seconds / len(todo)))
+        samples.append(Sample(case.family, case.dtype, case.flops, case.traffic, taken))
+        progress((at + 1) / len(todo))
+    return samples
+
+
+def _seconds_a_call(call: Callable[[], Any], seconds: float) -> float:
+    """The mean of calls for so long.
+
+    Not the median: where ranks share cores, most calls run undisturbed, and what counts is how many get done.
+    """
+    start = time.perf_counter()
+    call()
+    batch = max(1, min(100, int(1e-3 / max(1e-7, time.perf_counter() - start))))
+    done, begin = 0, time.perf_counter()
+    while True:
+        for _ in range(batch):
+            call()
+        done += batch
+        taken = time.perf_counter() - begin
+        if done >= _LEAST_CALLS and taken >= seconds:
+            return taken / done
+
+
+# -- the machine ----------------------------------------------------------------------------------------------------------
+
+
+def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = None, description: str = "") -> Machine:
+    """The machine that the samples were timed on; what they do not tell is as in ``base``.
+
+    Peaks are the fastest products of a dtype; a family that is faster than products has an efficiency above 1. Efficiencies and
+    bytes a second of a family are means of logarithms: a price is as often and as many times too high as too low.
+
+    Args:
+        links: as measured among the same ranks; taken for the innermost level, and all levels where there is one only.
+
+    >>> from shardwright.cost.machine import load_machine
+    >>> samples = [Sample("launch", "float32", 2, 0, 1e-5), Sample("matmul", "float32", 1e9, 1e6, 0.1)]
+    >>> fitted = fit_machine(load_machine("h100"), samples)
+    >>> fitted.operator_launch, round(fitted.peak("float32") / 1e9)
+    (5e-06, 10)
+    """
+    launches = [sample.seconds / sample.flops for sample in samples if sample.family == _LAUNCHES]
+    launch = statistics.median(launches) if launches else base.operator_launch
+    worked, moved = defaultdict(list), defaultdict(list)
+    for sample in samples:
+        net = max(sample.seconds - launch, sample.seconds / 2)  # a call that autograd does not record takes less
+        if sample.flops and sample.family != _LAUNCHES:
+            worked[sample.family, sample.dtype].append(sample.flops / net)
+        elif sample.traffic:
+            moved[sample.family].append(sample.traffic / net)
+    peaks = {dtype: max(rates) for (kind, dtype), rates in worked.items() if kind == "matmul"}
+    measured = replace(base, flops={**base.flops, **peaks})
+    efficiency = dict(base.efficiency)
+    for kind in {kind for kind, _ in worked}:
+        shares = [rate / measured.peak(dtype) for (other, dtype), rates in worked.items() if other == kind for rate in rates]
+        efficiency[kind] = statistics.geometric_mean(shares)
+    rates = {**base.rates, **{kind: statistics.geometric_mean(each) for kind, each in moved.items()}}
+    levels = base.levels
+    if links is not None:
+        levels = (replace(levels[0], latency=links.latency, bandwidth=links.bandwidth), *levels[1:])
+    return replace(
+        measured,
+        device="cpu",
+        description=description or base.description,
+        efficiency=efficiency,
+        rates=rates,
+        memory_bandwidth=rates.get("copy", base.memory_bandwidth),
+        operator_launch=launch,
+        collective_launch=base.collective_launch if links is None else links.launch,
+        levels=levels,
+    )
+
+
+def errors_of(machine: Machine, samples: Sequence[Sample]) -> dict[str, float]:
+    """How many times a price is off, by family: the geometric mean of the larger over the smaller of price and time.
+
+    >>> from shardwright.cost.machine import load_machine
+    >>> h100 = load_machine("h100")
+    >>> errors_of(h100, [Sample("copy", "float32", 0, 3.35e12, 1.0)])
+    {'copy': 1.0}
+    """
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.family != _LAUNCHES:
+            work = sample.flops / machine.rate(sample.family, sample.dtype)
+            price = max(work, sample.traffic / machine.bandwidth_of(sample.family)) + machine.operator_launch
+            found.setdefault(sample.family, []).append(abs(math.log(price / sample.seconds)))
+    return {kind: round(math.exp(statistics.mean(each)), 2) for kind, each in found.items()}
+
+
+def save_machine(machine: Machine, path: Path | None = None) -> Path:
+    """Writes a machine to a file, whole or not at all; default where ``load_machine("cpu-gloo")`` looks first."""
+    path = path or calibrated()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(machine.to_toml(), "utf-8")
+    draft.replace(path)
+    return path
