@@ -182,10 +182,13 @@ def _shrink(net: Network, paths: Paths, slices_only: bool = False) -> Paths:
     if slices_only or not (scattered & pending).any():
         return paths
     held = 1 / net.count[paths.split()]
-    for dim in np.flatnonzero(scattered.any(axis=0)):
-        mask = scattered[:, dim] & paths.pending
+    # the fast links first, while the tensor is large
+    order = np.argsort(net.second[scattered & pending], axis=1, kind="stable")
+    rows = np.arange(len(paths))
+    for dim in order.T[(scattered[rows, order.T] != 0).any(axis=1)]:
+        mask = scattered[rows, dim] & paths.pending
         paths, held = _scatter(net, paths, mask, held)
-        held = held / net.count[scattered[:, dim] & ~mask]
+        held = held / net.count[scattered[rows, dim] & ~mask]
     return replace(paths, now=paths.now | scattered, pending=paths.pending & ~np.bitwise_or.reduce(scattered, axis=1))
 
 

@@ -148,7 +148,7 @@ def _parameters(plan: Plan, price: PlanPrice | None, tables: Tables) -> list[dic
         if move.of_parameter:
             moved[move.value] = moved.get(move.value, 0.0) + move.seconds
     rows: dict[Any, dict[str, Any]] = {}
-    for i in plan.graph.inputs:
+    for at, i in enumerate(plan.graph.inputs):
         if i.kind != "parameter":
             continue
         name = str(i.target)
@@ -157,5 +157,5 @@ def _parameters(plan: Plan, price: PlanPrice | None, tables: Tables) -> list[dic
         if of is not None:
             row |= {"state": rounded(of.state_bytes), "update": rounded(of.seconds), "moves": rounded(moved.get(i.value, 0.0))}
         key = (pattern(name), *row.values())
-        rows.setdefault(key, {"name": pattern(name), "names": [], **row})["names"].append(name)
+        rows.setdefault(key, {"name": pattern(name), "inputs": [], **row})["inputs"].append(at)
     return list(rows.values())
