@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.layout import Layout
 from shardwright.ops import check_strategies, user_line
 from shardwright.partition.program import LocalProgram
+from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.world.current import current_world
@@ -44,11 +46,11 @@ class AutoParallel:
     Args:
         target: an ``nn.Module``; a forward function, which may close over modules and parameters; or a train step,
             which runs as it is while every module it calls and every :func:`value_and_grad` function in it is parallel.
-        parallel_mode: ``"semi_auto"`` (configured operators as told, the rest data parallel), ``"sharding_propagation"``
-            (configured operators as told, the rest with the least redistribution between them), ``"auto"`` (configured
-            operators as told, the rest searched for: the best known, over several device matrices),
-            ``"dynamic_programming"`` (the same by elimination alone, optimal under the cost model),
-            ``"recursive_programming"`` (the same in the least time), ``"data_parallel"`` (strategies are ignored) or ``"stand_alone"`` (the target as it is).
+        parallel_mode: what becomes of operators that are not configured; configured ones are as told. ``"semi_auto"``: data
+            parallel. ``"sharding_propagation"``: the least redistribution from configured ones on. ``"auto"``: the best
+            known, over several device matrices, with a certified gap. ``"dynamic_programming"``: the best under the cost
+            model on a device matrix. ``"recursive_programming"``: found in the least time. ``"data_parallel"``: all of them,
+            strategies are ignored. ``"stand_alone"``: the target as it is.
 
     The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global
     value on every rank.
@@ -137,6 +139,19 @@ class AutoParallel:
             raise ArgumentTypeError(f"shard({strategies!r}): give a dict from name patterns to strategies")
         self.settings.strategies = {**(self.settings.strategies or {}), **strategies}
         self.settings.source = user_line()
+        self._forget()
+        return self
+
+    def load_strategies(self, path: str | os.PathLike[str]) -> AutoParallel:
+        """Follows a plan file: one of the whole plan as it is, one of parts as strategies for the mode to keep.
+
+        Args:
+            path: what :meth:`Plan.save` wrote, or a file written by hand; see the page on plan files.
+
+        Raises:
+            ShardwrightError: no such file, or not a plan file. What does not fit the model is refused at the first call.
+        """
+        self.settings.file = load_plan_file(path)
         self._forget()
         return self
 

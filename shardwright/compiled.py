@@ -71,6 +71,15 @@ def plan_request(devices: int, settings: Settings, parameter_plan: dict[str, tup
     )  # fmt: skip
 
 
+def plan_as_asked(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
+    """The plan of the mode, or of the plan file that the settings name."""
+    if settings.file is None:
+        return plan_graph(graph, request)
+    from shardwright.plan.loading import plan_from_file
+
+    return plan_from_file(settings.file, graph, request, part=settings.of_step)
+
+
 class Compiled:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
@@ -85,7 +94,7 @@ class Compiled:
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         machine = "cpu-gloo" if device.type != "cuda" else "h100"
         request = plan_request(world.size, settings, parameter_plan, machine)
-        self.plan: Plan = plan_graph(self.graph, request)
+        self.plan: Plan = plan_as_asked(self.graph, request, settings)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         self.program: LocalProgram = partition(self.graph, self.plan, Options(enable_alltoall=settings.enable_alltoall))
         self.plan.attach(self.program)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from torch import nn
 
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.repeated import capture_repeated
-from shardwright.compiled import SearchSettings, Settings, before_compiling, gather_marks, plan_request
+from shardwright.compiled import SearchSettings, Settings, before_compiling, gather_marks, plan_as_asked, plan_request
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.errors import ArgumentTypeError
-from shardwright.plan.modes import plan_graph
+from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 
@@ -63,7 +62,9 @@ def plan_for(
     chosen = load_machine(machine)
     limit = memory_bytes(memory) if memory is not None else (chosen.memory or None)
     search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
-    settings = replace(settings or Settings(), mode=mode, search=search, file=file)
+    settings = replace(settings or Settings(), mode=mode, search=search)
+    if file is not None:
+        settings.file = load_plan_file(file)
     root = target if isinstance(target, nn.Module) else FunctionModule(target)
     return _plan(devices, root, tuple(inputs), {}, settings)
 
@@ -72,7 +73,8 @@ def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Setti
     marks, parameter_plan = gather_marks(root, settings)
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
-    return plan_graph(graph, plan_request(devices, settings, parameter_plan, settings.search.machine))
+    request = plan_request(devices, settings, parameter_plan, settings.search.machine)
+    return plan_as_asked(graph, request, settings)
 
 
 class _PlanMade(BaseException):
@@ -94,8 +96,8 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
     plans: list[Plan] = []
 
     def instead(root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> None:
-        target = partial(plan_for, devices, settings=settings, mode=mode or settings.mode, **options)
-        plans.append(target(_Called(root, kwargs) if kwargs else root, *args))
+        called = _Called(root, kwargs) if kwargs else root
+        plans.append(plan_for(devices, called, *args, settings=settings, mode=mode or settings.mode, **options))
         raise _PlanMade
 
     before_compiling.append(instead)

@@ -74,7 +74,12 @@ def _run(op: Operator, needs_grad: tuple[bool, ...]) -> Saved:
         with torch.enable_grad():
             tensors = [_tensor(meta, needs) for meta, needs in zip(op.inputs, needs_grad)]
             args, kwargs = _filled((list(op.args), dict(op.kwargs)), tensors)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+
+            def keep(tensor: Tensor) -> Tensor:
+                kept.append(tensor)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 result = op.target(*args, **kwargs)
     except Exception:  # whatever an operator may raise on meta tensors
         floats = frozenset(i for i, meta in enumerate(op.inputs) if meta.differentiable)

@@ -41,8 +41,9 @@ from shardwright.search.solve import Infeasible, Solution, solve
 GAP = 0.002
 # How often a plan that needs more memory than the search reckoned is looked for again under a tighter limit.
 _TIGHTENINGS = 5
-# The price of all memory against that of all time at which memory is all that counts.
-_MEMORY_ALONE = 1e4
+# Prices of all memory against all time, for what needs least memory: with time left out, the search would think nothing of
+# making large tensors that nobody keeps.
+_MEMORY_WEIGHTS = (1.0, 10.0, 100.0)
 
 
 @dataclass
@@ -62,6 +63,7 @@ class SearchPlanner(Planner):
         self.machine: Machine = load_machine(request.machine)
         self.full_batch = request.dataset_strategy == "full_batch"
         self.building = self.solving = 0.0
+        self.live: dict[int, str] = {}
 
     def plan(self) -> Plan:
         """Searches the meshes that are worth it and returns the best plan.
@@ -71,13 +73,14 @@ class SearchPlanner(Planner):
             MemoryLimitError: no plan fits into the memory of a rank.
         """
         started = time.perf_counter()
+        self.deadline = started + self.request.seconds
         self.find_rules()
         self.check()
         self.problems.raise_if_any("the strategies cannot be followed")
         self.asked = self.refinement
         self.ready = set(ready_values(self.graph, self.full_batch))
         asked = self.request.parameter_plan
-        labels = {i.value: str(asked[str(i.target)]) for i in self.graph.inputs if str(i.target) in asked}
+        labels = {i.value: str(asked[str(i.target)][0]) for i in self.graph.inputs if str(i.target) in asked}
         self.folded = Folded(self.graph, frozenset(self.ready), blocks_of(self.graph, labels))
         how = self.recursive if self.request.mode == "recursive_programming" else self.exact
         tried: list[tuple[tuple[int, ...], float]] = []
@@ -181,7 +184,9 @@ class SearchPlanner(Planner):
             for i in self.graph.inputs
             if i.kind != "parameter" and i.value not in self.ready and (layout := self.placed(i)) is not None
         }
-        return Formulation(self.folded, self.mesh, self.pricing, tables, stored, given, self.request.states, 1.0, gradients)
+        return Formulation(
+            self.folded, self.mesh, self.pricing, tables, stored, given, self.request.states, 1.0, gradients, self.live
+        )
 
     def placed(self, graph_input: Any) -> Layout:
         return self.where[graph_input.value] or Layout.replicated(self.mesh, len(graph_input.meta.shape))
@@ -199,9 +204,13 @@ class SearchPlanner(Planner):
         formulation = self.latest = self.formulate(tables, stored, gradients)
         problem = replace(formulation.problem, limit=limit)
         built = time.perf_counter()
-        solution = solve(problem, gap=GAP, seconds=self.request.seconds)
+        solution = solve(problem, gap=GAP, seconds=self.share_of_time())
         self.building, self.solving = built - started, time.perf_counter() - built
         return Attempt(self.mesh, formulation, solution)
+
+    def share_of_time(self) -> float:
+        """Seconds that the next solution may take: a good part of those that are left."""
+        return max(0.5, (self.deadline - time.perf_counter()) / 3)
 
     def recursive(self, limit: float | None, gradients: float) -> Attempt:
         from shardwright.plan.recursive import Recursion
@@ -215,23 +224,38 @@ class SearchPlanner(Planner):
         (gradients, buffers) makes the plan too large, the limit is tightened by what is missing.
         """
         limit = self.request.memory_limit
-        target, gradients = limit, 0.0
-        first: Attempt | None = None
+        target, gradients, bound = limit, 0.0, 0.0
+        self.live = {}
         for _ in range(_TIGHTENINGS):
             try:
                 attempt = how(target, gradients)
             except Infeasible as error:
-                if first is not None and gradients == 0.0:
-                    target, gradients = limit, 1.0  # gradients outweigh activations
-                    continue
-                raise self.does_not_fit(error) from None
-            first = first or attempt
-            plan = self.assemble(attempt, first.solution.bound)
+                found = self.smallest(error)
+                if limit is None or found is None or found.memory.peak > limit:
+                    raise self.does_not_fit(found, error) from None
+                return replace(found, search=replace(found.search, bound=bound))  # type: ignore[type-var]
+            if target == limit:  # every plan that fits keeps less than this: what it proves holds for all of them
+                bound = max(bound, attempt.solution.bound)
+            plan = self.assemble(attempt, bound)
             if limit is None or plan.memory.peak <= limit:
                 return plan
             assert target is not None
-            target -= max(plan.memory.peak - limit, 0.001 * limit)
-        raise self.too_large(plan)
+            if not self.live and self.near_the_end(plan):
+                self.live = {self.site_of(plan.memory.at[1]): plan.memory.at[0]}
+            elif plan.memory.at[0] != "forward" and not gradients and plan.memory.parts["gradients"] > 0.5 * (limit - target):
+                target, gradients = limit, 1.0  # gradients weigh, too
+            else:
+                target -= max(plan.memory.peak - limit, 0.001 * limit)
+        raise self.does_not_fit(plan, None)
+
+    def near_the_end(self, plan: Plan) -> bool:
+        """Whether a plan needs most where nearly all that is kept is alive, so that it counts in full there."""
+        phase, name = plan.memory.at
+        last = [n.name for n in self.graph.nodes[-max(8, len(self.graph.nodes) // 20) :]]
+        return phase != "optimizer" and name in last and self.site_of(name) in self.folded.sites
+
+    def site_of(self, name: str) -> int:
+        return next(at for at, node in enumerate(self.graph.nodes) if node.name == name)
 
     # -- from answers to a plan -------------------------------------------------------------------------------------
 
@@ -271,18 +295,24 @@ class SearchPlanner(Planner):
 
     # -- what does not fit ------------------------------------------------------------------------------------------
 
-    def does_not_fit(self, error: Infeasible) -> MemoryLimitError:
-        """Says what the smallest plan needs, and what would help."""
+    def smallest(self, error: Infeasible) -> Plan | None:
+        """The plan that needs least, of those that weigh memory more and more against time."""
         if not error.choices:
-            return MemoryLimitError(f"no plan on the mesh {self.mesh} can be made: {error}", math.inf)
+            return None
         problem = self.latest.problem
         cost, memory = problem.price(error.choices)
-        # of the plans that keep least, the cheapest: it has no needlessly large tensors on the way either
-        least = solve(problem.weighted(_MEMORY_ALONE * cost / max(memory, 1.0)), seconds=self.request.seconds)
-        solution = Solution(least.choices, cost, 0.0, memory, "least memory")
-        return self.too_large(self.assemble(Attempt(self.mesh, self.latest, solution), 0.0))
+        plans = []
+        for weight in _MEMORY_WEIGHTS:
+            answer = solve(problem.weighted(weight * cost / max(memory, 1.0)), gap=0.05, seconds=self.share_of_time())
+            cost_of, memory_of = problem.price(answer.choices)
+            solution = Solution(answer.choices, cost_of, 0.0, memory_of, "least memory")
+            plans.append(self.assemble(Attempt(self.mesh, self.latest, solution), 0.0))
+        return min(plans, key=lambda plan: plan.memory.peak)
 
-    def too_large(self, plan: Plan) -> MemoryLimitError:
+    def does_not_fit(self, plan: Plan | None, error: Infeasible | None) -> MemoryLimitError:
+        """Says what the smallest plan found needs, and what would help."""
+        if plan is None:
+            return MemoryLimitError(f"no plan on the mesh {self.mesh} can be made: {error}", math.inf)
         limit, need = self.request.memory_limit or 0.0, plan.memory.peak
         return MemoryLimitError(
             f"no plan for {self.size} devices fits into {bytes_text(int(limit))} a rank; the smallest on the mesh {self.mesh} "

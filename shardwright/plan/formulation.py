@@ -14,7 +14,7 @@ wanted. Repeated blocks of the graph are written once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,7 @@ class Formulation:
         stored: codes in which a parameter may be stored, by value.
         given: codes in which user inputs that are not free come in.
         states: bytes of optimizer state a byte of parameter.
+        live: sites whose own tensors count too, and the phase in which they do: where a plan was found to need most.
         activations, gradients: weights of the two in the memory that is limited; see :mod:`shardwright.plan.solve`.
     """
 
@@ -143,6 +144,7 @@ class Formulation:
     states: float = 2.0
     activations: float = 1.0
     gradients: float = 0.0
+    live: Mapping[int, str] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
     at_site: dict[int, int] = field(default_factory=dict)
@@ -243,7 +245,13 @@ class Formulation:
         node, table, saved = self.graph.nodes[site], self.tables[site], self.saved_of(site)
         outputs = self.pricing.local_bytes(node.op.outputs, table.outputs, len(table))
         alone = Saved(frozenset(), saved.outputs, saved.extra, saved.aliases, saved.guessed)
-        return self.activations * kept_bytes(alone, np.zeros((len(node.inputs), len(table))), outputs, table.fraction)
+        kept = kept_bytes(alone, np.zeros((len(node.inputs), len(table))), outputs, table.fraction)
+        if site in self.live:  # what is alive besides while this operator runs
+            backward = self.live[site] == "backward"
+            grads = [v in self.graph.needs_grad for v in node.inputs]
+            inputs = self.pricing.local_bytes(node.op.inputs, table.inputs, len(table))
+            kept = kept + (inputs[np.asarray(grads, dtype=bool)] if backward else outputs).sum(axis=0)
+        return self.activations * kept
 
     def _add_value(self, value: str) -> None:
         found = [self.needs(use) for use in self.folded.uses[value]]

@@ -185,11 +185,15 @@ class _Match:
     def pinned(self, request: PlanRequest) -> PlanRequest:
         """The request with the file's entries in it."""
         pins = {node.name: self.pin(node) for node in self.graph.nodes if node.name in self.operators}
-        layouts: dict[str, Any] = {n: (e.layout, self.file.where(e)) for n, e in self.parameters.items()}
+        # without the line, which would tell the parameters of repeated layers apart
+        layouts: dict[str, Any] = {n: (e.layout, self.file.path) for n, e in self.parameters.items()}
         asked = request.parameter_plan if request.honour_marks else {}
+        mesh, names = request.mesh, request.mesh_axes
+        if mesh is None and len(self.file.mesh.axes) > 1:  # a mesh of one axis can be cut in any way; others are kept
+            mesh, names = self.file.mesh.sizes, self.file.mesh.axes
         return replace(
             request, parameter_plan={**asked, **layouts}, honour_marks=True, operator_plan=pins,
-            stored=frozenset(self.parameters),
+            stored=frozenset(self.parameters), mesh=mesh, mesh_axes=names,
         )  # fmt: skip
 
 

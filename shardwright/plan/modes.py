@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from shardwright.capture.graph import Graph
 from shardwright.errors import ShardwrightError
@@ -39,4 +40,10 @@ def plan_graph(graph: Graph, request: PlanRequest) -> Plan:
     """
     if request.mode not in PLANNERS:
         raise ShardwrightError(f"mode={request.mode!r} does not plan; use one of {', '.join(PLANNERS)}")
-    return PLANNERS[request.mode](graph, request)
+    plan = PLANNERS[request.mode](graph, request)
+    if plan.machine is not None:
+        return plan
+    from shardwright.cost.machine import load_machine
+
+    full_batch = request.dataset_strategy == "full_batch"
+    return replace(plan, machine=load_machine(request.machine), states=request.states, full_batch=full_batch)

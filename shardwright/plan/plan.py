@@ -93,7 +93,7 @@ class Plan:
         from shardwright.cost.machine import load_machine
         from shardwright.plan.price import price_plan
 
-        return price_plan(self, load_machine(machine))
+        return price_plan(self, load_machine(machine), self.full_batch, self.states)
 
     @property
     def price(self) -> PlanPrice:

@@ -168,12 +168,12 @@ class _Breakdown:
         self.copies: dict[str, list[tuple[int, str]]] = {}
 
     def price(self) -> PlanPrice:
-        operators = {}
+        operators: dict[str, OperatorPrice] = {}
         for site in self.form.folded.sites:
             price = self._operator(site)
             operators.update((self.graph.nodes[node].name, price) for _, node in self.form.folded.copies(site))
         moves = tuple(self._moves())
-        parameters = {}
+        parameters: dict[str, ParameterPrice] = {}
         for value in self.form.at_parameter:
             price_of = self._parameter(value)
             names = [name for _, name in self.form.parameter_copies(value)]
@@ -300,11 +300,11 @@ class _Breakdown:
         meta, grad = self.graph.metas[value], value in self.graph.needs_grad
         target, mask = np.array(need[0], dtype=np.int8), np.array(need[1], dtype=bool)
         describe, size = self.pricing.communication.describe, meta.dtype.itemsize
-        forward = describe(meta.shape, size, code, target)
+        forward = describe(meta.shape, size, code.tolist(), target.tolist())
         backward: tuple[CollectivePrice, ...] = ()
         if grad:
             back_from, back_to = gradient_codes(code[None], target[None], mask[None])
-            backward = describe(meta.shape, size, back_from[0], back_to[0])
+            backward = describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
         axes = tuple(a for a, partial in zip(self.mesh.axes, need[1]) if partial) if grad else ()
         hidden = self.pricing.machine.overlap if stored else 0.0
         seconds = sum(s.seconds for s in (*forward, *backward)) * (1 - hidden)

@@ -49,8 +49,14 @@ class Pricing:
 
     def interned_table(self, table: ChoiceTable) -> ChoiceTable:
         """The table over interned arrays."""
-        names = ("inputs", "gradients", "computed", "outputs")
-        return replace(table, **{name: tuple(map(self.interned, getattr(table, name))) for name in names})
+
+        def one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(map(self.interned, arrays))
+
+        return replace(
+            table, inputs=one(table.inputs), gradients=one(table.gradients), computed=one(table.computed),
+            outputs=one(table.outputs),
+        )  # fmt: skip
 
     def zeros(self, count: int) -> Array:
         return self._once(("zeros", count), (), lambda: np.zeros(count))  # type: ignore[no-any-return]

@@ -71,6 +71,7 @@ class Recursion:
         if best is None:
             least = self._descend(1e6)
             if least.memory > self.limit:
+                assert least.formulation is not None
                 self.planner.latest = least.formulation
                 raise Infeasible(least.memory, least.answer, self.limit)
             best = least

@@ -12,9 +12,10 @@ from shardwright.mesh import Mesh
 from shardwright.plan.edges import is_configured
 from shardwright.plan.plan import Plan
 from shardwright.plan.price import MovePrice, PlanPrice
-from shardwright.rules.operator import TensorMeta
+from shardwright.rules.operator import Slot, TensorMeta
 
 _MOST_TEXT = 120  # characters of an operator's arguments
+_UNSAID = ("device", "pin_memory", "layout")  # arguments that say nothing here
 
 
 class Tables:
@@ -182,14 +183,16 @@ def _arguments(node: Node) -> str:
     """The arguments that are not tensors.
 
     >>> import torch
-    >>> from shardwright.rules.operator import Operator, Slot
-    >>> op = Operator(torch.ops.aten.cat.default, ((Slot(0), Slot(1)), -1), {"a": None}, (), ())
-    >>> _arguments(Node("cat", op, (), ()))
-    '($0, $1), -1, a=None'
+    >>> from shardwright.rules.operator import Operator
+    >>> op = Operator(torch.ops.aten.to.dtype, (Slot(0), torch.float32), {"copy": True}, (), ())
+    >>> _arguments(Node("to", op, (), ()))
+    'float32, copy=True'
     """
-    from shardwright.rules.operator import Slot
-
-    plain = [repr(a) for a in node.op.args if not isinstance(a, Slot)]
-    named = [f"{name}={a!r}" for name, a in node.op.kwargs.items() if not isinstance(a, Slot)]
+    plain = [_plain(a) for a in node.op.args if not isinstance(a, Slot)]
+    named = [f"{k}={_plain(a)}" for k, a in node.op.kwargs.items() if not isinstance(a, Slot) and k not in _UNSAID]
     text = ", ".join([*plain, *named])
     return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 1] + "…"
+
+
+def _plain(argument: Any) -> str:
+    return repr(argument).replace("torch.", "")

@@ -69,7 +69,7 @@ def test_layers_read_from_further_back_are_no_block():
             for layer in self.layers:
                 kept.append(x)
                 x = F.gelu(layer(x))
-            for layer in self.layers:
+            for _ in self.layers:
                 x = x + kept.pop()
             return x.square().mean()
 
