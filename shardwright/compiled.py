@@ -48,6 +48,7 @@ class Settings:
     of_step: bool = False  # one part of a train step: a pattern may be another part's
     search: SearchSettings = field(default_factory=lambda: SearchSettings())
     file: Any = None  # a plan file whose layouts are pinned
+    planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def plan_request(devices: int, settings: Settings, parameter_plan: dict[str, tup
 
 
 def plan_as_asked(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
-    """The plan of the mode, or of the plan file that the settings name."""
+    """The plan of the mode, of the plan file that the settings name, or of the planner that stands in for both."""
+    if settings.planner is not None:
+        return settings.planner(graph, request)
     if settings.file is None:
         return plan_graph(graph, request)
     from shardwright.plan.loading import plan_from_file

@@ -1,7 +1,10 @@
-"""Memory: bytes that a rank holds of tensors and that operators keep, in closed form."""
+"""Memory: bytes that a rank holds of tensors, that operators keep, and that redistributions need, in closed form."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +12,17 @@ import numpy as np
 
 from shardwright.cost.saved import Saved
 from shardwright.layout import Layout
+from shardwright.redistribute.step import TRANSFERS, Step
 
 Array = np.ndarray[Any, Any]
+Shape = tuple[int, ...]
+
+# The algorithm of a collective: of its kind, the number of ranks, the bytes, and what is possible.
+Choose = Callable[[str, int, int, Collection[str]], str]
+
+_MANY = 1 << 18  # elements from which gathered pieces are put in place as they arrive; as in the distributed world
+_MOST_COPIES = 64 << 20  # bytes of whole tensors that one member may hold for the others
+_CHUNK, _MOST_CHUNKS, _WINDOW = 2 << 20, 16, 3  # of a chain
 
 
 def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: Array) -> Array:
@@ -19,8 +31,12 @@ def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: 
     Args:
         input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, what a rank holds of each tensor.
         fraction: ``(C,)``, share of the operator's work that a rank does; what is neither input nor output scales with it.
+
+    >>> saved = Saved(frozenset({0}), frozenset(), (((8, 4), 4),), {})
+    >>> kept_bytes(saved, np.array([[64.0, 32.0]]), np.zeros((0, 2)), np.array([1.0, 0.5]))
+    array([192.,  96.])
     """
-    total = saved.extra * fraction
+    total = saved.extra_bytes * fraction
     for i in saved.inputs:
         total = total + input_bytes[i]
     for o in saved.outputs:
@@ -30,17 +46,148 @@ def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: 
 
 
 @lru_cache(maxsize=65536)
-def local_bytes(layout: Layout, shape: tuple[int, ...], itemsize: int) -> float:
-    """Bytes of the largest piece of a tensor of global ``shape``; without looking at every rank.
+def local_shape(layout: Layout, shape: Shape) -> Shape:
+    """Shape of the largest piece of a tensor of global ``shape``, without looking at every rank: the first rank's.
+
+    >>> local_shape(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8))
+    (3, 2)
+    """
+    found = []
+    for size, axes, explicit in zip(shape, layout.bound, layout.sizes):
+        if explicit is None:
+            for axis in axes:
+                size = -(-size // layout.mesh.axis_size(axis))
+        found.append(size if explicit is None else max(explicit))
+    return tuple(found)
+
+
+def local_numel(layout: Layout, shape: Shape) -> int:
+    """Elements of the largest piece of a tensor of global ``shape``."""
+    return math.prod(local_shape(layout, shape))
+
+
+@lru_cache(maxsize=65536)
+def local_bytes(layout: Layout, shape: Shape, itemsize: int) -> float:
+    """Bytes of the largest piece of a tensor of global ``shape``.
 
     >>> local_bytes(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8), 4)
     24.0
     """
-    total = float(itemsize)
-    for size, axes, explicit in zip(shape, layout.bound, layout.sizes):
-        piece = max(explicit) if explicit is not None else size
-        if explicit is None:
-            for axis in axes:
-                piece = -(-piece // layout.mesh.axis_size(axis))
-        total *= piece
-    return total
+    return float(itemsize * local_numel(layout, shape))
+
+
+# -- redistributions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one step of a redistribution needs besides its argument.
+
+    Args:
+        result: new memory of the result; 0 where it is the argument or a view of it.
+        workspace: needed while it runs.
+        scratch: needed while it runs, from a buffer that is kept for the next time.
+        holds: whether a step that was started needs argument, workspace and scratch until somebody waits for it; other
+            steps are done with them soon after.
+    """
+
+    result: float = 0.0
+    workspace: float = 0.0
+    scratch: float = 0.0
+    holds: bool = False
+
+
+def step_memory(
+    step: Step, shape: Shape, itemsize: int, choose: Choose | None, contiguous: bool = True, inplace: bool = False,
+    hub: bool = True,
+) -> StepMemory:  # fmt: skip
+    """What a step needs on a rank with the largest pieces.
+
+    Args:
+        choose: which of gloo's algorithms does it; ``None``: the backend's own collectives, as under NCCL.
+        contiguous: whether the argument lies in memory in the order of its dims; else it is copied first.
+        inplace: whether a reduction may overwrite the argument.
+        hub: whether the rank is the one that others send to, where one is.
+    """
+    have, want = local_shape(step.source, shape), local_shape(step.target, shape)
+    given, made = float(itemsize * math.prod(have)), float(itemsize * math.prod(want))
+    members = max(1, step.source.mesh.count(step.axes)) if step.axes else 2
+    copy = 0.0 if contiguous else given
+    if step.kind == "slice" or (members == 1 and step.kind not in TRANSFERS):
+        return StepMemory()
+    if step.kind in TRANSFERS:
+        return _transfer(step, have, want, given, made, members, choose)
+    if step.kind == "all_reduce":
+        return _all_reduce(given, copy, members, itemsize, choose, inplace, hub)
+    if step.kind == "all_gather":
+        return _all_gather(step, have, want, made, copy, members, choose)
+    outermost = math.prod(have[: step.dims[0]]) <= 1
+    packed = copy if outermost else given
+    return _reduce_scatter(given, made, packed, members, choose, hub)
+
+
+def _all_reduce(
+    size: float, copy: float, members: int, itemsize: int, choose: Choose | None, inplace: bool, hub: bool
+) -> StepMemory:
+    made = 0.0 if inplace and not copy else size
+    if choose is None:
+        return StepMemory(size if copy or not inplace else 0.0, copy)
+    possible = ["pieces", "chain"]
+    if (members - 1) * size <= _MOST_COPIES:
+        possible += ["hub", "copies"]
+    if members == 2 and itemsize >= 4:
+        possible.append("backend")
+    name = choose("all_reduce", members, int(size), possible)
+    if name == "backend":
+        return StepMemory(made, copy)
+    if name == "copies":
+        return StepMemory(size, copy, (members - 1) * size, True)
+    if name == "hub":  # receives from all; what the others send stays until they ask for the result
+        return StepMemory(made, copy, (members - 1) * size) if hub else StepMemory(made, copy, 0.0, True)
+    if name == "chain":
+        return StepMemory(made, copy, _WINDOW * size / min(_MOST_CHUNKS, max(1, size // _CHUNK)))
+    return StepMemory(made, copy, (members - 1) * math.ceil(size / members))
+
+
+def _all_gather(
+    step: Step, have: Shape, want: Shape, made: float, copy: float, members: int, choose: Choose | None
+) -> StepMemory:
+    outermost = len(step.dims) == 1 and math.prod(want[: step.dims[0]]) <= 1
+    if outermost:
+        return StepMemory(made, copy, 0.0, True)
+    if choose is not None and math.prod(want) >= _MANY:
+        arriving = 0.0 if _is_first(want, step.dims) else made * (members - 1) / members
+        return StepMemory(made, copy + arriving, 0.0, True)
+    return StepMemory(made, copy + made, 0.0, True)  # flat first, then put in place
+
+
+def _reduce_scatter(given: float, made: float, packed: float, members: int, choose: Choose | None, hub: bool) -> StepMemory:
+    if choose is None:
+        return StepMemory(made, packed)
+    possible = ["backend", "direct"] + (["hub"] if (members - 1) * given <= _MOST_COPIES else [])
+    name = choose("reduce_scatter", members, int(given), possible)
+    if name == "hub":
+        return StepMemory(made, packed + given, (members - 1) * given) if hub else StepMemory(made, packed, 0.0, True)
+    if name == "direct":
+        return StepMemory(made, packed, (members - 1) * made, True)
+    return StepMemory(made, packed + members * made, 0.0, True)
+
+
+def _transfer(
+    step: Step, have: Shape, want: Shape, given: float, made: float, members: int, choose: Choose | None
+) -> StepMemory:
+    """Regions that are contiguous on both sides travel without copies."""
+    moved = (members - 1) / members
+    if choose is None:
+        return StepMemory(made, given + made)
+    if step.kind == "permute":
+        return StepMemory(made, 0.0, 0.0, True)
+    cut, joined = (step.dims[1], step.dims[0]) if len(step.dims) == 2 else (0, 0)
+    sends = 0.0 if _is_first(have, (cut,)) else moved * given
+    receives = 0.0 if _is_first(want, (joined,)) else moved * made
+    return StepMemory(made, sends + receives, 0.0, True)
+
+
+def _is_first(shape: Shape, dims: Collection[int]) -> bool:
+    """Whether a range of this dim is contiguous in a tensor of this shape."""
+    return math.prod(shape[: min(dims, default=0)]) <= 1 and len(dims) <= 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,28 +19,38 @@ class Saved:
 
     Args:
         inputs, outputs: positions of the tensors that are kept.
-        extra: bytes of other tensors that are kept, on the global shapes.
+        extra: shape and bytes an element of other tensors that are kept, on the global shapes.
         aliases: output -> the input whose memory it shares.
         guessed: whether the operator could not be run on shapes, and keeps all it might.
     """
 
     inputs: frozenset[int]
     outputs: frozenset[int]
-    extra: float
+    extra: tuple[tuple[tuple[int, ...], int], ...]
     aliases: Mapping[int, int]
     guessed: bool = False
 
+    @property
+    def extra_bytes(self) -> float:
+        """Bytes of what is kept besides inputs and outputs."""
+        return float(sum(math.prod(shape) * size for shape, size in self.extra))
 
-NOTHING = Saved(frozenset(), frozenset(), 0.0, {})
 
-_known: dict[tuple[int, tuple[bool, ...], bool], tuple[Operator, Saved]] = {}
+NOTHING = Saved(frozenset(), frozenset(), (), {})
+
+_by_call: dict[tuple[int, tuple[bool, ...], bool, Any], tuple[Operator, Saved]] = {}
+_by_structure: dict[Hashable, Saved] = {}
+_MOST = 20_000
 
 
-def saved_by(op: Operator, needs_grad: tuple[bool, ...], device: str = "cpu") -> Saved:
+def saved_by(op: Operator, needs_grad: tuple[bool, ...], device: str = "cpu", autocast: tuple[Any, ...] | None = None) -> Saved:
     """What autograd keeps of ``op``, given which inputs need gradients.
+
+    Calls that are alike are looked at once.
 
     Args:
         device: kind of device; others than ``"cpu"`` have kernels that keep less of some operators.
+        autocast: device, dtype and whether it is on, as a node of a graph carries it.
 
     >>> from shardwright.rules.operator import Slot, TensorMeta
     >>> x, w, y = (TensorMeta(shape, torch.float32) for shape in ((8, 16), (4, 16), (8, 4)))
@@ -47,62 +58,129 @@ def saved_by(op: Operator, needs_grad: tuple[bool, ...], device: str = "cpu") ->
     >>> sorted(saved_by(product, (False, True)).inputs), sorted(saved_by(product, (True, True)).inputs)
     ([0], [0, 1])
     """
-    key = (id(op), needs_grad, device == "cpu")
-    if key not in _known:
-        if len(_known) > 20_000:
-            _known.clear()
-        fused = None if device == "cpu" or not any(needs_grad) else _fused(op)
-        _known[key] = (op, fused or _run(op, needs_grad))
-    return _known[key][1]
+    on_cpu = device == "cpu"
+    key = (id(op), needs_grad, on_cpu, autocast)
+    found = _by_call.get(key)
+    if found is None:
+        if len(_by_call) > _MOST:
+            _by_call.clear()
+        found = _by_call[key] = op, _of_structure(op, needs_grad, on_cpu, autocast)
+    return found[1]
 
 
-def _fused(op: Operator) -> Saved | None:
-    """What kernels keep of operators that the CPU takes apart: a norm its input, its weight and one number a row."""
-    if op.name == "aten.rms_norm":
-        rows = op.inputs[0].numel // max(1, op.inputs[0].shape[-1])
-        return Saved(frozenset(range(len(op.inputs))), frozenset(), 4.0 * rows, {})
+def _of_structure(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool, autocast: tuple[Any, ...] | None) -> Saved:
+    key = (op.target, frozen(op.args), frozen(op.kwargs), op.inputs, needs_grad, on_cpu, autocast)
+    if key not in _by_structure:
+        if len(_by_structure) > _MOST:
+            _by_structure.clear()
+        _by_structure[key] = _known(op, needs_grad, on_cpu) or _run(op, needs_grad, autocast)
+    return _by_structure[key]
+
+
+def frozen(value: Any) -> Hashable:
+    """Arguments as a key: equal only where type and value are; 1, 1.0 and True differ.
+
+    >>> frozen([1, slice(0, 2)]) == frozen((1, slice(0, 2))), frozen(1) == frozen(True)
+    (False, False)
+    """
+    if isinstance(value, (list, tuple)):
+        return (type(value), *[frozen(v) for v in value])
+    if isinstance(value, dict):
+        return tuple((k, frozen(v)) for k, v in value.items())
+    if isinstance(value, slice):
+        return "slice", frozen(value.start), frozen(value.stop), frozen(value.step)
+    if isinstance(value, (bool, int, float)):
+        return type(value), value
+    return value  # type: ignore[no-any-return]
+
+
+# -- kernels that are not there on the meta device -----------------------------------------------------------------------
+
+
+def _known(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> Saved | None:
+    """What real devices' own kernels keep where the meta device has none and takes the operator apart."""
+    if not any(needs_grad):
+        return None
+    rows = op.inputs[0].shape[:-1] if op.inputs else ()
+    if op.name == "aten.rms_norm" and not on_cpu:
+        return Saved(frozenset(range(len(op.inputs))), frozenset(), ((rows, 4),), {})
+    if op.name == "aten.scaled_dot_product_attention" and _is_flash(op, needs_grad, on_cpu):
+        # keeps no scores, only the logarithm of their sums
+        return Saved(frozenset(range(len(op.inputs))), frozenset((0,)), ((rows, 4),), {})
+    if op.name == "aten.dropout" and not on_cpu and op.argument("train") and 0 < op.argument("p") < 1:
+        return Saved(frozenset(), frozenset(), ((op.inputs[0].shape, 1),), {})
     return None
 
 
-def _run(op: Operator, needs_grad: tuple[bool, ...]) -> Saved:
-    if op.name == "aten.scaled_dot_product_attention" and any(needs_grad) and not op.argument("dropout_p", 0.0):
-        # real devices have kernels that keep no scores; on the meta device it would be decomposed
-        rows = op.inputs[0].numel // max(1, op.inputs[0].shape[-1])
-        return Saved(frozenset(range(len(op.inputs))), frozenset((0,)), 4.0 * rows, {})
+def _is_flash(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> bool:
+    """Whether attention runs as one kernel. Of a CPU, torch is asked about tensors of these shapes without memory."""
+    if not on_cpu:
+        return True
+    if op.argument("dropout_p", 0.0) > 0.0:
+        return False
+
+    def lean(value: Any) -> Any:
+        if not isinstance(value, Slot):
+            return value
+        meta = op.inputs[value.index]
+        whole = torch.empty(meta.shape[-1:], dtype=meta.dtype).expand(meta.shape)
+        return whole.detach().requires_grad_(needs_grad[value.index] and meta.differentiable)
+
+    try:
+        chosen = torch.ops.aten._fused_sdp_choice.default(*map(lean, op.args), **{k: lean(v) for k, v in op.kwargs.items()})
+    except Exception:  # whatever it may refuse
+        return False
+    return int(chosen) == 1
+
+
+# -- running -------------------------------------------------------------------------------------------------------------
+
+
+def _run(op: Operator, needs_grad: tuple[bool, ...], autocast: tuple[Any, ...] | None) -> Saved:
     kept: list[Tensor] = []
     try:
         with torch.enable_grad():
             tensors = [_tensor(meta, needs) for meta, needs in zip(op.inputs, needs_grad)]
-            args, kwargs = _filled((list(op.args), dict(op.kwargs)), tensors)
-
-            def keep(tensor: Tensor) -> Tensor:
-                kept.append(tensor)
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            given = [_cast(t, op, autocast) for t in tensors]
+            args, kwargs = _filled(op.args, given), _filled(op.kwargs, given)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
                 result = op.target(*args, **kwargs)
     except Exception:  # whatever an operator may raise on meta tensors
         floats = frozenset(i for i, meta in enumerate(op.inputs) if meta.differentiable)
-        return Saved(floats, frozenset(range(len(op.outputs))), 0.0, {}, True) if any(needs_grad) else NOTHING
-    outputs = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
-    return _sorted(tensors, outputs, kept)
+        outputs = frozenset(i for i, meta in enumerate(op.outputs) if meta.differentiable)
+        return Saved(floats, outputs, (), {}, True) if any(needs_grad) else NOTHING
+    results = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
+    return _sorted(tensors, results, kept)
+
+
+_HALF = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "convolution",
+                   "scaled_dot_product_attention", "einsum"})  # fmt: skip
+
+
+def _cast(tensor: Tensor, op: Operator, autocast: tuple[Any, ...] | None) -> Tensor:
+    """What autocast hands the operator: meta tensors are of no device whose autocast would do it."""
+    if autocast is None or not autocast[2] or tensor.dtype != torch.float32:
+        return tensor
+    return tensor.to(autocast[1]) if op.name.removeprefix("aten.") in _HALF else tensor
 
 
 def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) -> Saved:
+    """Tells apart what is kept by the memory it lies in; a view of an input counts as that input."""
     of_input = {_memory(t): i for i, t in reversed(list(enumerate(tensors)))}
     of_output = {_memory(t): i for i, t in reversed(list(enumerate(outputs))) if _memory(t) not in of_input}
-    inputs, mine, extra, seen = set(), set(), 0.0, set()
+    inputs, mine, extra = set(), set(), {}
     for tensor in kept:
         memory = _memory(tensor)
         if memory in of_input:
             inputs.add(of_input[memory])
         elif memory in of_output:
             mine.add(of_output[memory])
-        elif memory not in seen:
-            seen.add(memory)
-            extra += tensor.untyped_storage().nbytes() if tensor.untyped_storage().nbytes() else tensor.nbytes
+        else:
+            nbytes, size = tensor.untyped_storage().nbytes(), tensor.element_size()
+            is_all = nbytes in (0, tensor.nbytes)
+            extra[memory] = (tuple(tensor.shape) if is_all else (nbytes // size,), size)
     aliases = {i: of_input[_memory(t)] for i, t in enumerate(outputs) if _memory(t) in of_input}
-    return Saved(frozenset(inputs), frozenset(mine), extra, aliases)
+    return Saved(frozenset(inputs), frozenset(mine), tuple(extra.values()), aliases)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -25,7 +25,7 @@ from shardwright.errors import MemoryLimitError, StrategyError
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.plan.choice import Choice
-from shardwright.plan.choices import ChoiceTable, Codes, Symbol, choices_of, code_of, layout_of, table_of_choice
+from shardwright.plan.choices import ChoiceTable, Codes, Symbol, choices_of, codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.follow import choice_for_output
 from shardwright.plan.formulation import Folded, Formulation, ready_values, stored_codes
@@ -165,7 +165,7 @@ class SearchPlanner(Planner):
         """The codes in which a parameter may be stored."""
         asked = self.where.get(value)
         if asked is not None:
-            codes = np.array([code_of(asked, self.mesh)], dtype=np.int8)
+            codes = codes_of([asked], self.mesh)
         else:
             codes = stored_codes(self.graph.metas[value], self.mesh)
             if base is not None and free is not None:
@@ -180,9 +180,9 @@ class SearchPlanner(Planner):
         gradients: float = 0.0,
     ) -> Formulation:
         given = {
-            i.value: self.pricing.interned(np.array([code_of(layout, self.mesh)], dtype=np.int8))
+            i.value: self.pricing.interned(codes_of([self.placed(i)], self.mesh))
             for i in self.graph.inputs
-            if i.kind != "parameter" and i.value not in self.ready and (layout := self.placed(i)) is not None
+            if i.kind != "parameter" and i.value not in self.ready
         }
         return Formulation(
             self.folded, self.mesh, self.pricing, tables, stored, given, self.request.states, 1.0, gradients, self.live

@@ -141,6 +141,11 @@ def code_of(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
     return tuple(where.get(axis, REPLICATED) for axis in mesh.axes)
 
 
+def codes_of(layouts: Sequence[Layout], mesh: Mesh) -> Codes:
+    """The codes of layouts, one a row."""
+    return np.array([code_of(layout, mesh) for layout in layouts], dtype=np.int8).reshape(len(layouts), len(mesh.axes))
+
+
 def is_slice(source: Layout, target: Layout) -> bool:
     """Whether every rank has its piece of ``target`` within its piece of ``source``, at the cost of a view at most."""
     if source.mesh != target.mesh:
@@ -225,8 +230,8 @@ def _allowed(
         ways = np.where(np.isin(rows, mine), sizes, 1.0).prod(axis=1)
         fine &= _cut_well(signature.sizes[factor], ways, factor in compound)
     for dim in {s.scatter for s in symbols if s.scatter is not None}:
-        factor = signature.major(signature.outputs[0][dim])
-        mine = [i for i, s in enumerate(symbols) if s.scatter == dim or (s.factor == factor and s.scatter is None)]
+        major = signature.major(signature.outputs[0][dim])
+        mine = [i for i, s in enumerate(symbols) if s.scatter == dim or (s.factor == major and s.scatter is None)]
         ways = np.where(np.isin(rows, mine), sizes, 1.0).prod(axis=1)
         fine &= _cut_well(op.outputs[0].shape[dim], ways, False)
     groups = [i for i, s in enumerate(symbols) if s.pending is not None]
@@ -314,7 +319,7 @@ def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choi
     """A table of one row: a choice that somebody else made, in this mesh's codes as far as they can say it."""
 
     def codes(layouts: Sequence[Layout]) -> tuple[Codes, ...]:
-        return tuple(np.array([code_of(layout, mesh)], dtype=np.int8) for layout in layouts)
+        return tuple(codes_of([layout], mesh) for layout in layouts)
 
     gradients = tuple(np.array([[a in axes for a in mesh.axes]], dtype=bool) for axes in choice.partial_gradient)
     share, inside = 1.0, {a for f, (axes, _) in choice.split.items() if f in signature.inner for a in axes}

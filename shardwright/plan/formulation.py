@@ -156,6 +156,9 @@ class Formulation:
     def __post_init__(self) -> None:
         self.graph = self.folded.graph
         self.parameters = {i.value: i for i in self.graph.inputs if i.kind == "parameter" or i.value in self.stored}
+        names = [*self.graph.outputs, *(v for _, v in self.graph.updates)]
+        # values that the program returns, or writes back: whole on every rank
+        self.kept_whole = {self.folded.alias.get(n, n) for n in names if isinstance(n, str)}
         self.problem = self._build()
 
     # -- variables --------------------------------------------------------------------------------------------------
@@ -221,15 +224,6 @@ class Formulation:
                 seconds, _ = self.pricing.move(self.graph.metas[value], self.given[value], needs.codes, needs.gradients, grad)
                 cost = cost + seconds[0]
         self.at_site[site] = self._add(node.name, cost, self._kept(site))
-
-    @property
-    def kept_whole(self) -> set[str]:
-        """Values that the program returns, or writes back: whole on every rank."""
-        if not hasattr(self, "_whole"):
-            names = [*self.graph.outputs, *(v for _, v in self.graph.updates)]
-            whole = {n for n in names if isinstance(n, str)}
-            self._whole = whole | {self.folded.alias[n] for n in whole if n in self.folded.alias}
-        return self._whole
 
     def needs_grad(self, node: Node) -> tuple[bool, ...]:
         return tuple(v in self.graph.needs_grad for v in node.inputs)

@@ -32,7 +32,10 @@ class _Row:
 
 
 def overview(plan: Plan, width: int = WIDTH) -> str:
-    """A plan as text: parameters and operators, alike ones together, with seconds and communication."""
+    """A plan as text: parameters and operators, alike ones together, with seconds and communication.
+
+    Views that cost nothing are left out; a redistribution that several operators share stands at the first of them.
+    """
     from rich.console import Console  # here: importing it draws from Python's random generator
 
     console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, legacy_windows=False)
@@ -108,7 +111,9 @@ def _rows(plan: Plan) -> Iterable[_Row]:
         place = (node.module, node.op.name)
         seen[place] = seen.get(place, 0) + 1
         choice = plan.choices[node.name]
-        moves = plan.price.moves_to(node.name)
+        moves = [move for move in plan.price.moves_to(node.name) if move.readers[0] == node.name]
+        if not price.seconds and not moves:  # a view
+            continue
         row = _Row(
             pattern(node.module),
             node.op.name.removeprefix("aten."),

@@ -12,7 +12,7 @@ from shardwright.cost.communication import CollectivePrice
 from shardwright.cost.machine import Machine
 from shardwright.layout import Layout
 from shardwright.plan.choice import Choice
-from shardwright.plan.choices import layout_of, table_of_choice
+from shardwright.plan.choices import codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
 from shardwright.plan.pricing import Pricing, gradient_codes
@@ -123,8 +123,7 @@ def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float
         return memo[key]
 
     def codes(value: str) -> Any:
-        layout = plan.input_layouts[value]
-        return pricing.interned(table_code(layout, mesh))
+        return pricing.interned(codes_of([plan.input_layouts[value]], mesh))
 
     tables = {site: table(site) for site in folded.sites}
     stored = {value: codes(value) for value in layouts if value in folded.uses}
@@ -137,12 +136,6 @@ def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float
 def _layouts(choice: Choice) -> Any:
     """What tells one choice of an operator from another."""
     return choice.inputs, choice.partial_gradient, choice.computed, choice.outputs
-
-
-def table_code(layout: Layout, mesh: Any) -> Any:
-    from shardwright.plan.choices import code_of
-
-    return np.array([code_of(layout, mesh)], dtype=np.int8)
 
 
 def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: float = 2.0) -> PlanPrice:

@@ -109,13 +109,23 @@ function pieceBytes([tensor, layout]) {
   return product(largestPiece(data.layouts[layout], shape)) * itemsize;
 }
 
+/** A background in stripes of some axes' colours. */
+function tint(names) {
+  const stripes = names.map((name, i) => {
+    const pale = `color-mix(in srgb, ${axisColour(name)} 22%, var(--card))`;
+    return `${pale} ${(100 * i) / names.length}%, ${pale} ${(100 * (i + 1)) / names.length}%`;
+  });
+  return names.length ? `background:linear-gradient(90deg, ${stripes.join(", ")})` : undefined;
+}
+
 /** A tensor with its layout, as a button: each dim with the axes that split it, grey where it is whole. */
 function tensorChip(what, tensor, layoutIndex, label, computed = layoutIndex) {
   const [shape, dtype] = data.tensors[tensor];
   const layout = data.layouts[layoutIndex];
   const names = data.meshes[layout.mesh].axes;
   const dims = shape.map((size, dim) =>
-    el("span", { class: "dim" }, String(size), layout.dims[dim].map((axis) => axisTag(names[axis]))));
+    el("span", { class: "dim", style: tint(layout.dims[dim].map((axis) => names[axis])) }, String(size),
+      layout.dims[dim].map((axis) => axisTag(names[axis]))));
   const partial = (layout.partial || []).map(([axis, op]) =>
     el("span", { class: "partial", style: `--stripe:${axisColour(names[axis])}` }, el("b", {}, `${op} `, axisTag(names[axis]))));
   return el("button", {
@@ -366,16 +376,17 @@ function drawMemory() {
     const sizes = names.map((name) => value(name, point) > 0 && `${name} ${bytes(value(name, point))}`).filter(Boolean).join(", ");
     moment.replaceChildren(
       el("b", {}, `${bytes(totals[point])} in the ${phaseOf(point)}`), point === highest ? " (the peak)" : "", ", ",
-      node >= 0 ? el("code", {}, placeOf(node)) : "all parameters", `: ${sizes}`);
+      el("code", {}, isNode(point) ? placeOf(node) : node), `: ${sizes}`);
   }
+  const isNode = (point) => typeof memory.nodes[point] === "number"; // the others are steps of the whole program
   const pointAt = (event) => Math.floor(((event.clientX - chart.getBoundingClientRect().left - left) / (width - left)) * count);
   chart.addEventListener("pointermove", (event) => show(pointAt(event)));
   chart.addEventListener("pointerleave", () => show(highest));
-  chart.addEventListener("click", () => memory.nodes[point] >= 0 && reveal(memory.nodes[point]));
+  chart.addEventListener("click", () => isNode(point) && reveal(memory.nodes[point]));
   chart.addEventListener("keydown", (event) => {
     const far = { ArrowLeft: -1, ArrowRight: 1, PageUp: -Math.ceil(count / 50), PageDown: Math.ceil(count / 50) }[event.key];
     if (far) show(point + far);
-    else if (event.key === "Enter" && memory.nodes[point] >= 0) reveal(memory.nodes[point]);
+    else if (event.key === "Enter" && isNode(point)) reveal(memory.nodes[point]);
     else return;
     event.preventDefault();
   });
@@ -398,7 +409,9 @@ const wants = (start, stop) => !wanted || wanted[stop] > wanted[start];
 function drawItems(parent, items, shift, times, path) {
   for (const item of items) {
     if (Array.isArray(item)) drawRuns(parent, item[0] + shift, item[1] + shift, times);
-    else if (wants(item.start + shift, item.start + shift + item.length * item.names.length)) {
+    else if (!wants(item.start + shift, item.start + shift + item.length * item.names.length)) continue;
+    else if (item.length * item.names.length === 1) parent.append(drawOperator(item.start + shift, times, item.names[0]));
+    else {
       parent.append(drawModule(item, shift, times, path));
     }
   }
@@ -459,7 +472,8 @@ function drawModule(item, shift, times, path) {
     el("select", { change: (event) => { copy = event.target.selectedIndex; redraw(); } },
       item.names.map((name, i) => el("option", { selected: i === copy && "" }, join(path, name)))),
     data.step ? `; times are of all ${many * times} together` : "");
-  const name = many > 1 ? `${join(path, item.names[0])} … ${join(path, item.names[many - 1])}` : join(path, item.names[0]);
+  const name = many > 1 ? [join(path, item.names[0]), " … ", join(path, item.names[many - 1])]
+    : [path && el("span", { class: "soft" }, `${path}.`), item.names[0]];
   const made = el("details", { toggle: () => made.open && !inside.childElementCount && redraw() },
     el("summary", { class: heat(sum(cost)).trim() }, el("span", { class: "row" },
       el("span", { class: "label" }, el("span", { class: "module mono" }, name), " ",
@@ -479,7 +493,7 @@ function drawModule(item, shift, times, path) {
 }
 const firstWanted = (node) => { while (!wants(node, node + 1)) node += 1; return node; };
 
-function drawOperator(node, times) {
+function drawOperator(node, times, module = "") {
   const kind = kindOf(node);
   const own = [...kind.cost];
   for (const move of [...kind.moves, ...kind.after]) own[move.parameter ? 3 : 2] -= move.seconds;
@@ -490,15 +504,23 @@ function drawOperator(node, times) {
   const made = kind.outputs.map(([tensor, layout, computed], i) =>
     tensorChip({ node, text: kind.outputs.length > 1 ? `output ${i}` : "output" }, tensor, layout, "", computed));
   return el("div", { class: `operator${heat(sum(cost))}`, id: `node${node}`, "data-node": data.nodes.names[node] },
+    data.step ? "" : kind.inputs.map(([, layout, name], i) => drawChange(valueOf(reads[i]), layout, name)),
     kind.moves.map((move) => drawMove(move, times, kind.inputs[move.of][2] || valueOf(reads[move.of]).name)),
     el("div", { class: "row" },
-      el("span", {}, el("button", { class: "name mono", type: "button",
+      el("span", {}, module && el("span", { class: "mono" }, el("b", {}, module), " / "), el("button", { class: "name mono", type: "button",
         click: (event) => select(event.currentTarget.closest(".operator"), () => showOperator(node)) }, kind.op), " ",
       kind.args ? el("span", { class: "args mono" }, kind.args) : "", " ",
       kind.configured ? el("span", { class: "badge configured" }, "configured") : ""),
       data.step ? numbers(cost) : []),
     el("div", { class: "tensors" }, chips, el("span", { class: "arrow" }, "→"), made),
     kind.after.map((move) => drawMove(move, times, "output")));
+}
+
+/** Where prices are missing: that a value is read in another layout than it is in. */
+function drawChange(value, layout, name) {
+  const [here, there] = [data.layouts[value.layout], data.layouts[layout]];
+  return here.text === there.text && here.mesh === there.mesh ? "" : el("div", { class: "move soft" }, `⇄ ${name || value.name}: `,
+    el("code", {}, `${here.text} → ${there.text}`));
 }
 
 /** A redistribution: what it does forward and backward, each collective a chip. */
@@ -510,7 +532,9 @@ function drawMove(move, times, name) {
   return el("div", { class: `move${heat(sum(cost))}` }, el("div", { class: "row" },
     el("span", { class: "chips" }, el("span", { class: "soft" }, "⇄ ", name),
       move.forward.map(chip("forward")), move.backward.map(chip("backward")),
-      move.shared ? el("span", { class: "soft" }, "shared with an operator above") : ""),
+      move.shared ? el("span", { class: "soft" }, "shared with an operator above") : "",
+    move.parameter && move.seconds * 1.02 < sum([...move.forward, ...move.backward].map((step) => step[3]))
+      ? el("span", { class: "soft" }, "partly hidden") : ""),
     data.step ? numbers(cost) : []));
 }
 
@@ -624,7 +648,8 @@ function showTensor(what, tensor, layoutIndex, computed) {
 
 // -- which rank holds what ------------------------------------------------------------------------------------------------
 
-const MOST_RANKS = 64;
+const MOST_RANKS = 64; // of a device grid that shows every rank
+const ROOMY = 32; // cells of a grid with room for slices
 
 /** The tensor in pieces, the device grid in the same colours, and a question: what does this rank hold? */
 function drawPlacement(layout, shape, itemsize) {
@@ -632,6 +657,7 @@ function drawPlacement(layout, shape, itemsize) {
   const ranks = product(mesh.sizes);
   const splitting = [...new Set(layout.dims.flat())].sort((a, b) => a - b).filter((axis) => mesh.sizes[axis] > 1);
   const pieces = product(splitting.map((axis) => mesh.sizes[axis]));
+  const roomy = Math.min(ranks, pieces === 1 || ranks > MOST_RANKS ? pieces : ranks) <= ROOMY;
   const colour = colours(layout, shape);
   const answer = el("p", {});
   const box = el("div");
@@ -656,15 +682,15 @@ function drawPlacement(layout, shape, itemsize) {
     const slice = bounds.map(boundsText);
     return el("div", { class: empty ? "cell empty" : "cell", style: `background:${colour(bounds)}`, title: `rank ${rank}: [${slice.join(", ")}]`,
       "data-rank": rank, "data-slice": slice.join(","), pointerenter: () => { input.value = rank; say(rank); } },
-    el("b", {}, text === undefined ? String(rank) : text), shownDims(layout).map((dim) => el("span", {}, slice[dim])));
+    el("b", {}, text === undefined ? String(rank) : text), roomy ? shownDims(layout).map((dim) => el("span", {}, slice[dim])) : "");
   };
   const input = el("input", { type: "number", min: 0, id: "rank", value: rankAt(mesh, 0), input: (event) => say(Number(event.target.value)) });
-  box.append(...drawTensor(layout, shape, colour), el("h3", {}, "device grid"),
+  box.append(...drawTensor(layout, shape, colour), el("label", { class: "who" }, "rank", input, "holds"), answer, el("h3", {}, "device grid"),
     ...(ranks <= MOST_RANKS ? deviceGrid(mesh, mesh.sizes.map((_, a) => a), cell)
       : pieces <= MOST_RANKS ? [el("p", { class: "soft" }, reducedText(mesh, splitting, ranks / pieces)), ...deviceGrid(mesh, splitting, cell, ranks / pieces)]
         : strips(layout, shape, splitting, ranks / pieces)));
   setTimeout(() => say(Number(input.value)));
-  return [box, el("label", { class: "who" }, "rank", input, "holds"), answer];
+  return [box];
 }
 const copiesText = (ranks, pieces) => (ranks > pieces ? `the same as ${ranks / pieces - 1} other ${ranks / pieces > 2 ? "ranks" : "rank"}` : "no other rank has it");
 const covers = (shown, held) => shown.length === held.length && shown.every((text, i) => text === "*" || text === held[i]);
@@ -745,10 +771,12 @@ function deviceGrid(mesh, axes, cell, copies = 1) {
       return cell(position, copies > 1 ? `${rankAt(mesh, position)} …` : undefined);
     });
     return el("div", { class: "block" }, inner ? el("div", { class: "soft" }, coordinates.flatMap((c, a) => [axisTag(names[a], `${names[a]} ${c}`), " "])) : "",
-      el("div", { class: "grid", style: `grid-template-columns:repeat(${across},minmax(${across > 8 ? 16 : 42}px,1fr))` }, cells));
+      el("div", { class: "grid", style: `grid-template-columns:repeat(${across},minmax(${across > 8 || !cells[0].querySelector("span") ? 20 : 42}px,1fr))` }, cells));
   });
   const legend = axes.length ? el("p", { class: "soft" }, axes.length > 1 ? [axisTag(names[inner]), " down, "] : "", axisTag(names[names.length - 1]), " to the right") : "";
-  return [legend, el("div", { class: "blocks" }, blocks)];
+  const room = Math.max(1, Math.floor(13 / across)); // blocks that fit beside each other
+  const beside = [...Array(room).keys()].map((i) => room - i).find((n) => blocks.length % n === 0);
+  return [legend, el("div", { class: "blocks", style: `grid-template-columns:repeat(${beside},auto)` }, blocks)];
 }
 function reducedText(mesh, splitting, copies) {
   const idle = mesh.axes.filter((_, a) => !splitting.includes(a) && mesh.sizes[a] > 1);

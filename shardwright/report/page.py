@@ -126,7 +126,7 @@ def _memory(plan: Plan, memory: MemoryTimeline) -> dict[str, Any]:
         "limit": plan.memory_limit,
         "unit": unit,
         "phases": phases,
-        "nodes": [order.get(point.node, -1) for point in memory.points],
+        "nodes": [order.get(point.node, point.node) for point in memory.points],
         "parts": {
             name: _short([round(point.parts[name] / unit) for point in memory.points]) for name in memory.points[0].parts
         },
@@ -152,7 +152,7 @@ def _parameters(plan: Plan, price: PlanPrice | None, tables: Tables) -> list[dic
         if i.kind != "parameter":
             continue
         name = str(i.target)
-        row = {"tensor": tables.tensor(i.meta), "layout": tables.layout(plan.input_layouts[i.value])}
+        row: dict[str, Any] = {"tensor": tables.tensor(i.meta), "layout": tables.layout(plan.input_layouts[i.value])}
         of = price.parameters.get(name) if price is not None else None
         if of is not None:
             row |= {"state": rounded(of.state_bytes), "update": rounded(of.seconds), "moves": rounded(moved.get(i.value, 0.0))}

@@ -180,18 +180,32 @@ class Kinds:
 
 
 def _arguments(node: Node) -> str:
-    """The arguments that are not tensors.
+    """The arguments that are neither tensors nor what they are by default.
 
     >>> import torch
     >>> from shardwright.rules.operator import Operator
     >>> op = Operator(torch.ops.aten.to.dtype, (Slot(0), torch.float32), {"copy": True}, (), ())
     >>> _arguments(Node("to", op, (), ()))
-    'float32, copy=True'
+    'dtype=float32, copy=True'
     """
-    plain = [_plain(a) for a in node.op.args if not isinstance(a, Slot)]
-    named = [f"{k}={_plain(a)}" for k, a in node.op.kwargs.items() if not isinstance(a, Slot) and k not in _UNSAID]
-    text = ", ".join([*plain, *named])
+    schema = getattr(node.op.target, "_schema", None)
+    named = [(a.name, a.default_value) for a in schema.arguments] if schema is not None else []
+    given = [(named[i][0] if i < len(named) else "", a) for i, a in enumerate(node.op.args)]
+    defaults = {name: value for name, value in named if value is not None}
+    said = [
+        f"{name}={_plain(a)}" if name else _plain(a)
+        for name, a in [*given, *node.op.kwargs.items()]
+        if a is not None and not _is_tensor(a) and name not in _UNSAID and defaults.get(name, _is_tensor) != a
+    ]
+    text = ", ".join(said)
     return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 1] + "…"
+
+
+def _is_tensor(argument: Any) -> bool:
+    """Whether an argument is a tensor, or a list of tensors."""
+    if isinstance(argument, (list, tuple)):
+        return len(argument) > 0 and all(map(_is_tensor, argument))
+    return isinstance(argument, Slot)
 
 
 def _plain(argument: Any) -> str:

@@ -1,0 +1,101 @@
+"""`shardwright plan`: on the examples as they are, and on what is wrong with a command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardwright.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.setattr("shardwright.world.current._current", [])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:  # a script's own imports
+        if getattr(sys.modules[name], "__file__", None) and str(EXAMPLES) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def run(capsys, *arguments):
+    code = main(["plan", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_model_and_its_inputs(capsys, tmp_path):
+    page, file = tmp_path / "plan.html", tmp_path / "plan.json"
+    code, out, err = run(
+        capsys, EXAMPLES / "llama.py", "--devices", 64, "--mesh", "8,8", "--axes", "dp,tp", "--machine", "h100",
+        "--set", "size=8b", "--set", "batch=64", "--set", "sequence=2048", "--html", page, "--save", file,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "plan for 64 ranks, mesh dp=8,tp=8, mode auto" in out
+    assert "32 ×  blocks.*.feedforward.gate" in out
+    assert "of 80.0 GB at most" in out
+    assert json.loads(file.read_text())["devices"] == 64
+    assert "<html" in page.read_text()[:200]
+
+
+@pytest.mark.parametrize("script", ["mnist_ops.py", "char_lm.py"])
+def test_a_training_script_as_it_is(capsys, script):
+    code, out, err = run(capsys, EXAMPLES / script, "--devices", 4, "--machine", "a100", "--mode", "auto", "--summary")
+    assert code == 0, err
+    assert out.startswith("plan for 4 ranks")
+    assert "mode auto" in out
+
+
+def test_the_mode_is_the_scripts_own_by_default(capsys):
+    code, out, err = run(capsys, EXAMPLES / "mnist_ops.py", "--devices", 8, "--summary")
+    assert code == 0, err
+    assert "mode semi_auto" in out
+
+
+def test_tensors_without_memory(capsys, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, shardwright as sw\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(*(nn.Linear(65536, 65536, bias=False) for _ in range(8)))\n"  # 137 GB
+        "net = sw.AutoParallel(model)\n"
+        "loss = net(torch.randn(64, 65536)).square().mean()\n"
+        "raise SystemExit('not reached')\n"
+    )
+    code, out, err = run(capsys, script, "--devices", 16, "--meta", "--mode", "auto", "--explain", "3", "--memory", "80GB")
+    assert code == 0, err
+    assert "3/aten.linear" in out or "linear" in out
+
+
+def test_machines_are_listed(capsys):
+    code, out, _ = run(capsys, "none.py", "--devices", 2, "--machine", "list")
+    assert code == 0
+    assert "h100" in out.split()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.py"], "there is no file missing.py"),
+        ([EXAMPLES / "llama.py", "--machine", "h1000"], "machine 'h1000' is not known"),
+        ([EXAMPLES / "llama.py", "--set", "colour=red"], "neither model\\(\\) nor inputs\\(\\)"),
+        ([EXAMPLES / "llama.py", "--set", "colour"], "write NAME=VALUE"),
+        ([EXAMPLES / "llama.py", "--set", "size=tiny", "--set", "batch=8", "--set", "sequence=64", "--mesh", "3,3"], "3·3 = 9"),
+        ([EXAMPLES / "llama.py", "--set", "size=tiny", "--memory", "much"], "memory 'much' is not a size"),
+        ([EXAMPLES / "llama.py", "--set", "size=tiny", "--set", "batch=8", "--set", "sequence=64", "--memory", "1KB"], "no plan for 8 devices"),
+        ([ROOT / "examples" / "language_common.py"], "called no AutoParallel"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(capsys, arguments, message):
+    import re
+
+    code, out, err = run(capsys, *arguments, "--devices", 8)
+    assert code == 2, out
+    assert re.search(message, err), err
