@@ -12,6 +12,7 @@ from typing import Any
 
 from shardwright.errors import ShardwrightError
 from shardwright.plan.plan import Plan
+from shardwright.planning import plan_for, planning
 
 HELP = """\
 Plan a model for a number of devices that need not exist, and say what a step would cost there.
@@ -78,31 +79,38 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
-    from shardwright.planning import plan_for, planning
-
     given = _settings(arguments.set)
-    found = _run(arguments.script, "__shardwright_plan__")
     options = {
         "machine": arguments.machine, "mesh": arguments.mesh, "axes": arguments.axes, "memory": arguments.memory,
         "optimizer": arguments.optimizer, "seconds": arguments.seconds, "file": arguments.load,
     }  # fmt: skip
-    if callable(found.get("model")) and callable(found.get("inputs")):
-        unused = [name for name in given if not any(_accepts(found[f], name) for f in ("model", "inputs"))]
-        if unused:
-            raise ShardwrightError(f"--set {unused[0]}: neither model() nor inputs() of {arguments.script} has that argument")
-        target = found["model"](**_for(found["model"], given))
-        inputs = found["inputs"](**_for(found["inputs"], given))
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        return plan_for(arguments.devices, target, *inputs, mode=arguments.mode or "auto", **options)
+    found: dict[str, Any] = {}
+    # a script without `if __name__ == "__main__":` trains already when it is looked at
+    with planning(arguments.devices, arguments.mode, arguments.meta, options) as plans:
+        found = _run(arguments.script, "__shardwright_plan__")
+    if not plans and callable(found.get("model")) and callable(found.get("inputs")):
+        return _of_functions(found, given, arguments, options)
     if given:
         raise ShardwrightError(f"--set: {arguments.script} defines no model() and inputs()")
-    with planning(arguments.devices, arguments.mode, arguments.meta, options) as plans:
-        _run(arguments.script, "__main__")
+    if not plans:
+        with planning(arguments.devices, arguments.mode, arguments.meta, options) as plans:
+            _run(arguments.script, "__main__")
     if not plans:
         raise ShardwrightError(
             f"{arguments.script} called no AutoParallel and defines no model() and inputs(): define them, or train with it"
         )
     return plans[0]
+
+
+def _of_functions(found: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, options: dict[str, Any]) -> Plan:
+    """The plan of what a script's model() and inputs() return."""
+    unused = [name for name in given if not any(_accepts(found[f], name) for f in ("model", "inputs"))]
+    if unused:
+        raise ShardwrightError(f"--set {unused[0]}: neither model() nor inputs() of {arguments.script} has that argument")
+    target = found["model"](**_for(found["model"], given))
+    inputs = found["inputs"](**_for(found["inputs"], given))
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    return plan_for(arguments.devices, target, *inputs, mode=arguments.mode or "auto", **options)
 
 
 def show(plan: Plan, arguments: argparse.Namespace) -> None:

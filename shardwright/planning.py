@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from shardwright.errors import ArgumentTypeError
 from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
+from shardwright.world.current import init
 
 
 def plan_for(
@@ -100,6 +102,9 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
         plans.append(plan_for(devices, called, *args, settings=settings, mode=mode or settings.mode, **options))
         raise _PlanMade
 
+    before = os.environ.get("SHARDWRIGHT_DEVICES")
+    os.environ["SHARDWRIGHT_DEVICES"] = str(devices)  # scripts ask how many devices there are
+    init(devices)
     before_compiling.append(instead)
     try:
         with torch.device("meta") if meta else nullcontext():
@@ -108,6 +113,10 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
         pass
     finally:
         before_compiling.remove(instead)
+        if before is None:
+            del os.environ["SHARDWRIGHT_DEVICES"]
+        else:
+            os.environ["SHARDWRIGHT_DEVICES"] = before
 
 
 class _Called(nn.Module):

@@ -47,9 +47,9 @@ def test_a_model_and_its_inputs(capsys, tmp_path):
 
 @pytest.mark.parametrize("script", ["mnist_ops.py", "char_lm.py"])
 def test_a_training_script_as_it_is(capsys, script):
-    code, out, err = run(capsys, EXAMPLES / script, "--devices", 4, "--machine", "a100", "--mode", "auto", "--summary")
+    code, out, err = run(capsys, EXAMPLES / script, "--devices", 8, "--machine", "a100", "--mode", "auto", "--summary")
     assert code == 0, err
-    assert out.startswith("plan for 4 ranks")
+    assert "plan for 8 ranks" in out
     assert "mode auto" in out
 
 

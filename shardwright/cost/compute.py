@@ -266,6 +266,6 @@ def optimizer_seconds(parameter_bytes: Array, states: float, machine: Machine) -
         parameter_bytes: bytes of parameters, any shape.
         states: bytes of optimizer state a byte of parameter: 2 for Adam, 1 for momentum, 0 for plain descent.
 
-    Optimizers update all tensors together, so no launch is counted for one.
+    ``machine.optimizer_launch`` is what a parameter takes besides; 0 where optimizers update all tensors together.
     """
-    return parameter_bytes * (3 + 2 * states) / machine.bandwidth_of("optimizer")
+    return machine.optimizer_launch + parameter_bytes * (3 + 2 * states) / machine.bandwidth_of("optimizer")

@@ -27,6 +27,9 @@ VARIABLE = "SHARDWRIGHT_MACHINE"
 _FALLBACK = {"bfloat16": ("float16",), "float16": ("bfloat16",), "float8": ("float8", "bfloat16", "float16")}
 
 
+_LAUNCHES = ("operator_launch", "collective_launch", "optimizer_launch", "step_launch")
+
+
 @dataclass(frozen=True)
 class Level:
     """Links among up to ``size`` ranks; 0: any number.
@@ -56,6 +59,8 @@ class Machine:
         overlap: share of parameter gathers and gradient reductions that hides behind computing.
         rates: bytes a second of operator families that memory bandwidth alone does not explain.
         device: the kind of device as PyTorch names it, ``cpu``, ``cuda`` or ``npu``.
+        optimizer_launch: seconds that updating a parameter takes besides its bytes; ``step_launch``: that a step takes.
+            The presets of accelerators have none: their optimizers update all parameters together.
     """
 
     name: str
@@ -70,6 +75,8 @@ class Machine:
     overlap: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
     device: str = "cuda"
+    optimizer_launch: float = 0.0
+    step_launch: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """Operations a second of a dtype, by its name; one that is not listed counts as its nearest."""
@@ -122,7 +129,7 @@ class Machine:
     def to_toml(self) -> str:
         """The machine as the text of a file."""
         lines = [f"{key} = {_text(getattr(self, key))}" for key in ("name", "description", "device")]
-        for key in ("memory", "memory_bandwidth", "operator_launch", "collective_launch", "overlap"):
+        for key in ("memory", "memory_bandwidth", *_LAUNCHES, "overlap"):
             lines.append(f"{key} = {getattr(self, key)!r}")
         for section in ("flops", "efficiency", "rates"):
             lines += ["", f"[{section}]", *(f"{name} = {float(value)!r}" for name, value in getattr(self, section).items())]
@@ -206,8 +213,8 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
             raise ShardwrightError(f"{path}: [{key}] is missing; list at least one number in it")
         return {name: number(found, name, f"{key}.") for name in found}
 
-    known = {"name", "description", "device", "flops", "efficiency", "rates", "memory", "memory_bandwidth", "operator_launch",
-             "collective_launch", "levels", "overlap"}  # fmt: skip
+    known = {"name", "description", "device", "flops", "efficiency", "rates", "memory", "memory_bandwidth", *_LAUNCHES,
+             "levels", "overlap"}  # fmt: skip
     unknown = sorted(set(values) - known)
     if unknown:
         raise ShardwrightError(f"{path}: {unknown[0]} is not a key of a machine; the keys are {', '.join(sorted(known))}")
@@ -234,4 +241,5 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         table("efficiency", False), number(values, "memory", default=0.0), number(values, "memory_bandwidth"),
         number(values, "operator_launch", default=0.0), number(values, "collective_launch", default=0.0), made,
         min(1.0, number(values, "overlap", default=0.0)), table("rates", False), str(values.get("device", "cuda")),
+        number(values, "optimizer_launch", default=0.0), number(values, "step_launch", default=0.0),
     )  # fmt: skip

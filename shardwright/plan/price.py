@@ -15,7 +15,7 @@ from shardwright.plan.choice import Choice
 from shardwright.plan.choices import codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
-from shardwright.plan.pricing import Pricing, gradient_codes
+from shardwright.plan.pricing import Pricing, gradient_codes, small_parameters
 from shardwright.search.solve import solve
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: fl
     Args:
         states: bytes of optimizer state a byte of parameter; 2 for Adam.
     """
-    pricing = Pricing(machine, plan.mesh)
+    pricing = Pricing(machine, plan.mesh, small_parameters(plan.graph))
     formulation = formulation_of(plan, pricing, full_batch, states)
     solution = solve(formulation.problem)
     return _Breakdown(formulation, solution.choices).price()

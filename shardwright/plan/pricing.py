@@ -13,24 +13,32 @@ from typing import Any
 
 import numpy as np
 
+from shardwright.capture.graph import Graph
 from shardwright.cost.communication import Communication
 from shardwright.cost.compute import local_seconds, optimizer_seconds
 from shardwright.cost.machine import Machine
 from shardwright.mesh import Mesh
+from shardwright.partition.schedule import Schedule
 from shardwright.plan.choices import PARTIAL, REPLICATED, ChoiceTable, Codes, local_sizes
 from shardwright.rules.operator import TensorMeta
 
 Array = np.ndarray[Any, Any]
 
+# Bytes of a piece up to which parameters share the collectives that gather them and reduce their gradients.
+_SMALL = Schedule().small
 # Collectives that a lowering runs itself where a factor is split that reaches no output (a softmax's maximum and sum).
 _INNER = 2
 
 
 class Pricing:
-    """The prices of one machine and mesh."""
+    """The prices of one machine and mesh.
 
-    def __init__(self, machine: Machine, mesh: Mesh):
-        self.machine, self.mesh = machine, mesh
+    Args:
+        sharing: how many small parameters there are, which share collectives.
+    """
+
+    def __init__(self, machine: Machine, mesh: Mesh, sharing: int = 1):
+        self.machine, self.mesh, self.sharing = machine, mesh, sharing
         self.communication = Communication(machine, mesh)
         self._memo: dict[Any, Any] = {}
         self._alive: list[Any] = []  # what ids in keys refer to
@@ -166,7 +174,7 @@ class Pricing:
         forward, backward = self.move_parts(meta, here, there, masks, grad)
         seconds = forward + backward
         if stored:
-            seconds = seconds * (1 - self.machine.overlap)
+            seconds = (seconds - self._shared(meta, here, there, masks, grad)) * (1 - self.machine.overlap)
         memory = self._kept(meta, here, there, counted)[np.ix_(row_of, column_of)] if keeps else None
         return seconds[np.ix_(row_of, column_of)], memory
 
@@ -178,6 +186,17 @@ class Pricing:
             return forward, np.zeros_like(forward)
         back_from, back_to = gradient_codes(source, target, gradients)
         return forward, self.communication.moves(meta.shape, size, back_from, back_to).seconds.T
+
+    def _shared(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> Array:
+        """Seconds that a small parameter saves as it shares collectives: all but its share of what they take without bytes."""
+        larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
+        if self.sharing < 2 or (larger > _SMALL).all():
+            return np.zeros((len(source), len(target)))
+        empty = self.communication.moves(meta.shape, 0, source, target).seconds
+        if grad:
+            back_from, back_to = gradient_codes(source, target, gradients)
+            empty = empty + self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
+        return np.where((larger <= _SMALL) & np.isfinite(empty), empty * (1 - 1 / self.sharing), 0.0)
 
     def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
         _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
@@ -204,6 +223,12 @@ class Pricing:
 
         arrays = (state, state_gradients, target, gradients)
         return self._once(("read", meta.shape, meta.dtype, *map(id, arrays), grad, keeps), arrays, make)  # type: ignore[no-any-return]
+
+
+def small_parameters(graph: Graph) -> int:
+    """How many parameters of a graph are so small that they share collectives."""
+    metas = [i.meta for i in graph.inputs if i.kind == "parameter"]
+    return sum(meta.numel * meta.dtype.itemsize <= _SMALL for meta in metas)
 
 
 def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:

@@ -20,7 +20,10 @@ function el(tag, attributes = {}, ...children) {
 
 function scaled(number, units, base) {
   let at = 0;
-  while (at < units.length - 1 && Math.abs(number) >= 999.5) { number /= base; at += 1; }
+  while (at < units.length - 1 && Math.abs(number) >= 999.5) {
+    number /= base;
+    at += 1;
+  }
   return `${number >= 100 || (at === 0 && Number.isInteger(number)) ? number.toFixed(0) : number.toPrecision(3)} ${units[at]}`;
 }
 const bytes = (count) => scaled(count, ["B", "kB", "MB", "GB", "TB", "PB"], 1000);
@@ -29,11 +32,7 @@ const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
-const COLOUR_OF_PART = {
-  forward: "forward", backward: "backward", redistribution: "redistribution", parameters: "parameters", optimizer: "optimizer",
-  gradients: "gradients", activations: "activations", transient: "transient",
-};
-const swatch = (name) => el("i", { class: "swatch", style: `background:var(--${COLOUR_OF_PART[name]})` });
+const swatch = (name) => el("i", { class: "swatch", style: `background:var(--${name})` });
 
 // -- axes and layouts -----------------------------------------------------------------------------------------------------
 
@@ -124,14 +123,29 @@ function tensorChip(what, tensor, layoutIndex, label, computed = layoutIndex) {
   const layout = data.layouts[layoutIndex];
   const names = data.meshes[layout.mesh].axes;
   const dims = shape.map((size, dim) =>
-    el("span", { class: "dim", style: tint(layout.dims[dim].map((axis) => names[axis])) }, String(size),
-      layout.dims[dim].map((axis) => axisTag(names[axis]))));
+    el(
+      "span",
+      { class: "dim", style: tint(layout.dims[dim].map((axis) => names[axis])) },
+      String(size),
+      layout.dims[dim].map((axis) => axisTag(names[axis])),
+    ),
+  );
   const partial = (layout.partial || []).map(([axis, op]) =>
-    el("span", { class: "partial", style: `--stripe:${axisColour(names[axis])}` }, el("b", {}, `${op} `, axisTag(names[axis]))));
-  return el("button", {
-    class: "tensor", type: "button", "aria-pressed": "false", title: `${dtype} [${shape.join(", ")}] as ${layout.text}`,
-    click: (event) => select(event.currentTarget, () => showTensor(what, tensor, layoutIndex, computed)),
-  }, label && el("span", { class: "of" }, label), dims.length ? dims : el("span", { class: "dim" }, "scalar"), partial);
+    el("span", { class: "partial", style: `--stripe:${axisColour(names[axis])}` }, el("b", {}, `${op} `, axisTag(names[axis]))),
+  );
+  return el(
+    "button",
+    {
+      class: "tensor",
+      type: "button",
+      "aria-pressed": "false",
+      title: `${dtype} [${shape.join(", ")}] as ${layout.text}`,
+      click: (event) => select(event.currentTarget, () => showTensor(what, tensor, layoutIndex, computed)),
+    },
+    label && el("span", { class: "of" }, label),
+    dims.length ? dims : el("span", { class: "dim" }, "scalar"),
+    partial,
+  );
 }
 
 // -- nodes: what they cost, where they stand ------------------------------------------------------------------------------
@@ -189,9 +203,12 @@ function valueOf(number) {
 /** The cells at the right of a row: a bar by part, as long as `full` is the whole bar, seconds, and the share of the step. */
 function numbers(cost, full = whole) {
   const total = sum(cost);
-  const parts = COSTS.map((name, part) => cost[part] > 0 &&
-    el("i", { style: `width:${(100 * cost[part]) / full}%;background:var(--${name})` })).filter(Boolean);
-  const title = COSTS.map((name, part) => cost[part] && `${name} ${seconds(cost[part])}`).filter(Boolean).join(", ");
+  const parts = COSTS.map(
+    (name, part) => cost[part] > 0 && el("i", { style: `width:${(100 * cost[part]) / full}%;background:var(--${name})` }),
+  ).filter(Boolean);
+  const title = COSTS.map((name, part) => cost[part] && `${name} ${seconds(cost[part])}`)
+    .filter(Boolean)
+    .join(", ");
   return [
     parts.length ? el("span", { class: "meter", title }, parts) : el("span"),
     el("span", { class: "time" }, total ? seconds(total) : ""),
@@ -238,25 +255,54 @@ function drawTiles() {
     el("div", { class: "tile" }, el("span", { class: "name" }, name), el("b", {}, value), ...more);
   const small = (...text) => el("span", { class: "small" }, ...text);
   at("facts").append(
-    tile("a step takes", seconds(whole),
-      el("div", { class: "stack", role: "img", "aria-label": label }, parts.map(([name, count]) =>
-        el("i", { style: `flex:${count / whole} 0 0;background:var(--${COLOUR_OF_PART[name]})`, title: `${name} ${seconds(count)}` }))),
-      el("div", { class: "legend" }, parts.map(([name, count]) =>
-        el("span", {}, swatch(name), `${name} ${seconds(count)}`, el("span", { class: "soft" }, percent(count / whole)))))),
+    tile(
+      "a step takes",
+      seconds(whole),
+      el(
+        "div",
+        { class: "stack", role: "img", "aria-label": label },
+        parts.map(([name, count]) =>
+          el("i", { style: `flex:${count / whole} 0 0;background:var(--${name})`, title: `${name} ${seconds(count)}` }),
+        ),
+      ),
+      el(
+        "div",
+        { class: "legend" },
+        parts.map(([name, count]) =>
+          el("span", {}, swatch(name), `${name} ${seconds(count)}`, el("span", { class: "soft" }, percent(count / whole))),
+        ),
+      ),
+    ),
     tile("a rank sends", bytes(step.bytes), small("in a step")),
   );
   if (memory) {
     const share = memory.limit ? memory.peak / memory.limit : 0;
-    at("facts").append(tile("a rank holds at most", bytes(memory.peak),
-      memory.limit ? el("div", { class: share > 1 ? "gauge over" : "gauge" }, el("i", { style: `width:${Math.min(100, 100 * share)}%` })) : "",
-      small(memory.limit ? `${percent(share)} of ${bytes(memory.limit)}` : "no limit was asked for")));
+    at("facts").append(
+      tile(
+        "a rank holds at most",
+        bytes(memory.peak),
+        memory.limit
+          ? el("div", { class: share > 1 ? "gauge over" : "gauge" }, el("i", { style: `width:${Math.min(100, 100 * share)}%` }))
+          : "",
+        small(memory.limit ? `${percent(share)} of ${bytes(memory.limit)}` : "no limit was asked for"),
+      ),
+    );
   }
-  at("facts").append(tile("really split", percent(step.flops_split), small(`of FLOPs; ${percent(step.parameters_split)} of parameters`)));
+  at("facts").append(
+    tile("really split", percent(step.flops_split), small(`of FLOPs; ${percent(step.parameters_split)} of parameters`)),
+  );
   if (search) {
     const tried = search.tried.length > 1 ? `, the best of ${search.tried.length} meshes` : "";
-    at("facts").append(tile("certified", search.gap === null ? "—" : search.gap === 0 ? "optimal" : `≤ ${percentExactly(search.gap)}`,
-      small(search.gap === null ? "nothing is certified; " : search.gap === 0 ? "" : "from the best plan; ",
-        `${search.method}, ${seconds(search.planning)}${tried}`)));
+    at("facts").append(
+      tile(
+        "certified",
+        search.gap === null ? "—" : search.gap === 0 ? "optimal" : `≤ ${percentExactly(search.gap)}`,
+        small(
+          search.gap === null ? "nothing is certified; " : search.gap === 0 ? "" : "from the best plan; ",
+          `${search.method}, ${seconds(search.planning)}${tried}`,
+        ),
+      ),
+    );
   }
 }
 const percentExactly = (share) => `${(100 * share).toPrecision(2)} %`;
@@ -276,7 +322,12 @@ function drawHot() {
       cost[move.parameter ? 3 : 2] = move.seconds;
       add(place, node, moveText(move), cost);
     }
-    add(place, node, kind.op, own.map((part) => Math.max(part, 0)));
+    add(
+      place,
+      node,
+      kind.op,
+      own.map((part) => Math.max(part, 0)),
+    );
   });
   function add(place, node, what, cost) {
     const key = `${place}|${what}`;
@@ -285,12 +336,38 @@ function drawHot() {
     row.cost = row.cost.map((before, part) => before + cost[part]);
     found.set(key, row);
   }
-  const rows = [...found.values()].sort((a, b) => sum(b.cost) - sum(a.cost)).slice(0, 8).filter((row) => sum(row.cost) > 0);
-  at("hot").append(el("ol", {}, rows.map((row) => el("li", {}, el("button", {
-    class: "row", type: "button", title: "show it below", click: () => reveal(row.node),
-  }, el("span", {},
-    el("span", { class: "where mono" }, row.count > 1 ? row.place : modulePaths[row.node] || "the model"),
-    el("span", { class: "what" }, row.count > 1 ? `${row.count} × ` : "", row.what)), numbers(row.cost, sum(rows[0].cost)))))));
+  const rows = [...found.values()]
+    .sort((a, b) => sum(b.cost) - sum(a.cost))
+    .slice(0, 8)
+    .filter((row) => sum(row.cost) > 0);
+  at("hot").append(
+    el(
+      "ol",
+      {},
+      rows.map((row) =>
+        el(
+          "li",
+          {},
+          el(
+            "button",
+            {
+              class: "row",
+              type: "button",
+              title: "show it below",
+              click: () => reveal(row.node),
+            },
+            el(
+              "span",
+              {},
+              el("span", { class: "where mono" }, row.count > 1 ? row.place : modulePaths[row.node] || "the model"),
+              el("span", { class: "what" }, row.count > 1 ? `${row.count} × ` : "", row.what),
+            ),
+            numbers(row.cost, sum(rows[0].cost)),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 const stepText = ([kind, axes]) => `${kind.replaceAll("_", " ")}${axes.length ? ` over ${axes.join(", ")}` : ""}`;
 function moveText(move) {
@@ -304,15 +381,29 @@ function drawMemory() {
   const { memory } = data;
   const names = Object.keys(memory.parts).filter((name) => memory.parts[name] !== 0);
   const count = memory.nodes.length;
-  const value = (name, point) => (Array.isArray(memory.parts[name]) ? memory.parts[name][point] : memory.parts[name]) * memory.unit;
+  const value = (name, point) =>
+    (Array.isArray(memory.parts[name]) ? memory.parts[name][point] : memory.parts[name]) * memory.unit;
   const totals = memory.nodes.map((_, point) => sum(names.map((name) => value(name, point))));
   const highest = totals.indexOf(Math.max(...totals));
-  const chart = el("svg", { id: "chart", tabindex: 0, role: "img", "aria-label": "bytes in use over a step; arrow keys move along it" });
+  const chart = el("svg", {
+    id: "chart",
+    tabindex: 0,
+    role: "img",
+    "aria-label": "bytes in use over a step; arrow keys move along it",
+  });
   const moment = el("p", { id: "moment", "aria-live": "polite" });
-  const legend = el("div", { class: "legend" }, names.map((name) => el("span", {}, swatch(name), name)));
+  const legend = el(
+    "div",
+    { class: "legend" },
+    names.map((name) => el("span", {}, swatch(name), name)),
+  );
   at("memory").append(chart, moment, legend);
-  const left = 52, top = 10, bottom = 20;
-  let width = 0, height = 0, point = highest;
+  const left = 52,
+    top = 10,
+    bottom = 20;
+  let width = 0,
+    height = 0,
+    point = highest;
   const roof = Math.max(memory.peak, memory.limit && memory.limit < 1.8 * memory.peak ? memory.limit : 0) * 1.06;
   const x = (point) => left + ((width - left) * (point + 0.5)) / count;
   const y = (size) => top + (height - top - bottom) * (1 - size / roof);
@@ -329,8 +420,10 @@ function drawMemory() {
     const step = niceStep(roof / 4);
     const found = [];
     for (let size = 0; size <= roof; size += step) {
-      found.push(el("line", { class: "tick", x1: left, x2: width, y1: y(size), y2: y(size) }),
-        el("text", { x: left - 6, y: y(size) + 4, "text-anchor": "end" }, bytes(size)));
+      found.push(
+        el("line", { class: "tick", x1: left, x2: width, y1: y(size), y2: y(size) }),
+        el("text", { x: left - 6, y: y(size) + 4, "text-anchor": "end" }, bytes(size)),
+      );
     }
     return found;
   }
@@ -339,12 +432,19 @@ function drawMemory() {
     const below = shown.map(() => 0);
     return names.map((name) => {
       const under = shown.map((point, i) => `${x(point).toFixed(1)} ${y(below[i]).toFixed(1)}`);
-      shown.forEach((point, i) => { below[i] += value(name, point); });
+      shown.forEach((point, i) => {
+        below[i] += value(name, point);
+      });
       const over = shown.map((point, i) => `${x(point).toFixed(1)} ${y(below[i]).toFixed(1)}`);
-      return el("path", { "data-part": name, d: `M${over.join("L")}L${under.reverse().join("L")}Z`, style: `fill:var(--${COLOUR_OF_PART[name]})` });
+      return el("path", {
+        "data-part": name,
+        d: `M${over.join("L")}L${under.reverse().join("L")}Z`,
+        style: `fill:var(--${name})`,
+      });
     });
   }
-  function columns() { // no more points than there is room for, of each column the highest
+  function columns() {
+    // no more points than there is room for, of each column the highest
     const room = Math.max(1, Math.floor(width));
     if (count <= room) return totals.map((_, point) => point);
     const best = [];
@@ -356,9 +456,12 @@ function drawMemory() {
   }
   function limit() {
     if (!memory.limit) return [];
-    if (memory.limit > roof) return [el("text", { x: width - 4, y: top + 8, "text-anchor": "end" }, `the limit is ${bytes(memory.limit)}, above`)];
-    return [el("line", { class: "limit", x1: left, x2: width, y1: y(memory.limit), y2: y(memory.limit) }),
-      el("text", { x: width - 4, y: y(memory.limit) + 13, "text-anchor": "end" }, `limit ${bytes(memory.limit)}`)];
+    if (memory.limit > roof)
+      return [el("text", { x: width - 4, y: top + 8, "text-anchor": "end" }, `the limit is ${bytes(memory.limit)}, above`)];
+    return [
+      el("line", { class: "limit", x1: left, x2: width, y1: y(memory.limit), y2: y(memory.limit) }),
+      el("text", { x: width - 4, y: y(memory.limit) + 13, "text-anchor": "end" }, `limit ${bytes(memory.limit)}`),
+    ];
   }
   function phases() {
     let start = 0;
@@ -371,12 +474,20 @@ function drawMemory() {
   }
   function show(next) {
     point = Math.max(0, Math.min(count - 1, next));
-    for (const [name, value] of Object.entries({ x1: x(point), x2: x(point), y1: top, y2: height - bottom })) cursor.setAttribute(name, value);
+    for (const [name, value] of Object.entries({ x1: x(point), x2: x(point), y1: top, y2: height - bottom }))
+      cursor.setAttribute(name, value);
     const node = memory.nodes[point];
-    const sizes = names.map((name) => value(name, point) > 0 && `${name} ${bytes(value(name, point))}`).filter(Boolean).join(", ");
+    const sizes = names
+      .map((name) => value(name, point) > 0 && `${name} ${bytes(value(name, point))}`)
+      .filter(Boolean)
+      .join(", ");
     moment.replaceChildren(
-      el("b", {}, `${bytes(totals[point])} in the ${phaseOf(point)}`), point === highest ? " (the peak)" : "", ", ",
-      el("code", {}, isNode(point) ? placeOf(node) : node), `: ${sizes}`);
+      el("b", {}, `${bytes(totals[point])} in the ${phaseOf(point)}`),
+      point === highest ? " (the peak)" : "",
+      ", ",
+      el("code", {}, isNode(point) ? placeOf(node) : node),
+      `: ${sizes}`,
+    );
   }
   const isNode = (point) => typeof memory.nodes[point] === "number"; // the others are steps of the whole program
   const pointAt = (event) => Math.floor(((event.clientX - chart.getBoundingClientRect().left - left) / (width - left)) * count);
@@ -419,7 +530,7 @@ function drawItems(parent, items, shift, times, path) {
 /** Operators in a row; many that are made where they are wanted, at no price, are put away together. */
 function drawRuns(parent, start, stop, times) {
   const free = (node) => data.step && !wanted && !kindOf(node).price && !kindOf(node).moves.length;
-  for (let node = start; node < stop; ) {
+  for (let node = start; node < stop;) {
     let end = node + 1;
     while (end < stop && free(end) === free(node)) end += 1;
     if (free(node) && end - node >= FEW) parent.append(drawAside(node, end, times));
@@ -429,9 +540,25 @@ function drawRuns(parent, start, stop, times) {
 }
 function drawAside(start, stop, times) {
   const inside = el("div", { class: "inside" });
-  const made = el("details", { toggle: () => made.open && made.show() },
-    el("summary", {}, el("span", { class: "label" }, el("span", { class: "soft" }, `${stop - start} operators that every rank runs, at no price: `,
-      [...new Set(Array.from({ length: stop - start }, (_, i) => kindOf(start + i).op))].join(", ")))), inside);
+  const made = el(
+    "details",
+    { toggle: () => made.open && made.show() },
+    el(
+      "summary",
+      {},
+      el(
+        "span",
+        { class: "label" },
+        el(
+          "span",
+          { class: "soft" },
+          `${stop - start} operators that every rank runs, at no price: `,
+          [...new Set(Array.from({ length: stop - start }, (_, i) => kindOf(start + i).op))].join(", "),
+        ),
+      ),
+    ),
+    inside,
+  );
   made.holds = (node) => node >= start && node < stop;
   made.show = () => {
     if (!inside.childElementCount) drawRun(inside, start, stop, times);
@@ -446,11 +573,21 @@ function drawRun(parent, start, stop, times) {
     if (!wants(node, node + 1)) continue;
     if (drawn++ >= MOST_ROWS) {
       const rest = node;
-      parent.append(el("button", { class: "more", type: "button", click: (event) => {
-        const box = el("div");
-        drawRun(box, rest, stop, times);
-        event.currentTarget.replaceWith(...box.children);
-      } }, `${stop - node} more operators`));
+      parent.append(
+        el(
+          "button",
+          {
+            class: "more",
+            type: "button",
+            click: (event) => {
+              const box = el("div");
+              drawRun(box, rest, stop, times);
+              event.currentTarget.replaceWith(...box.children);
+            },
+          },
+          `${stop - node} more operators`,
+        ),
+      );
       return;
     }
     parent.append(drawOperator(node, times));
@@ -468,22 +605,57 @@ function drawModule(item, shift, times, path) {
     if (many > 1) inside.append(copySelect());
     drawItems(inside, item.items, shift + copy * item.length, times * many, join(path, item.names[copy]));
   };
-  const copySelect = () => el("label", { class: "copies" }, "shown is",
-    el("select", { change: (event) => { copy = event.target.selectedIndex; redraw(); } },
-      item.names.map((name, i) => el("option", { selected: i === copy && "" }, join(path, name)))),
-    data.step ? `; times are of all ${many * times} together` : "");
-  const name = many > 1 ? [join(path, item.names[0]), " … ", join(path, item.names[many - 1])]
-    : [path && el("span", { class: "soft" }, `${path}.`), item.names[0]];
-  const made = el("details", { toggle: () => made.open && !inside.childElementCount && redraw() },
-    el("summary", { class: heat(sum(cost)).trim() }, el("span", { class: "row" },
-      el("span", { class: "label" }, el("span", { class: "module mono" }, name), " ",
-        many > 1 ? el("span", { class: "badge alike" }, `${many} alike`) : "", " ",
-        el("span", { class: "badge" }, `${item.length} ${item.length === 1 ? "operator" : "operators"}`)),
-      data.step ? numbers(cost) : [])),
-    inside);
-  made.show = (node) => { // opens the module at the copy that a node stands in
+  const copySelect = () =>
+    el(
+      "label",
+      { class: "copies" },
+      "shown is",
+      el(
+        "select",
+        {
+          change: (event) => {
+            copy = event.target.selectedIndex;
+            redraw();
+          },
+        },
+        item.names.map((name, i) => el("option", { selected: i === copy && "" }, join(path, name))),
+      ),
+      data.step ? `; times are of all ${many * times} together` : "",
+    );
+  const name =
+    many > 1
+      ? [join(path, item.names[0]), " … ", join(path, item.names[many - 1])]
+      : [path && el("span", { class: "soft" }, `${path}.`), item.names[0]];
+  const made = el(
+    "details",
+    { toggle: () => made.open && !inside.childElementCount && redraw() },
+    el(
+      "summary",
+      { class: heat(sum(cost)).trim() },
+      el(
+        "span",
+        { class: "row" },
+        el(
+          "span",
+          { class: "label" },
+          el("span", { class: "module mono" }, name),
+          " ",
+          many > 1 ? el("span", { class: "badge alike" }, `${many} alike`) : "",
+          " ",
+          el("span", { class: "badge" }, `${item.length} ${item.length === 1 ? "operator" : "operators"}`),
+        ),
+        data.step ? numbers(cost) : [],
+      ),
+    ),
+    inside,
+  );
+  made.show = (node) => {
+    // opens the module at the copy that a node stands in
     const next = Math.floor((node - start) / item.length);
-    if (next !== copy || !inside.childElementCount) { copy = next; redraw(); }
+    if (next !== copy || !inside.childElementCount) {
+      copy = next;
+      redraw();
+    }
     made.open = true;
     return inside;
   };
@@ -491,7 +663,10 @@ function drawModule(item, shift, times, path) {
   if (wanted) made.show(firstWanted(start));
   return made;
 }
-const firstWanted = (node) => { while (!wants(node, node + 1)) node += 1; return node; };
+const firstWanted = (node) => {
+  while (!wants(node, node + 1)) node += 1;
+  return node;
+};
 
 function drawOperator(node, times, module = "") {
   const kind = kindOf(node);
@@ -500,42 +675,89 @@ function drawOperator(node, times, module = "") {
   const cost = own.map((part) => Math.max(0, part) * times);
   const reads = data.nodes.reads[node];
   const chips = kind.inputs.map(([tensor, layout, name], i) =>
-    tensorChip({ node, text: `input ${i}`, value: valueOf(reads[i]).name }, tensor, layout, name));
+    tensorChip({ node, text: `input ${i}`, value: valueOf(reads[i]).name }, tensor, layout, name),
+  );
   const made = kind.outputs.map(([tensor, layout, computed], i) =>
-    tensorChip({ node, text: kind.outputs.length > 1 ? `output ${i}` : "output" }, tensor, layout, "", computed));
-  return el("div", { class: `operator${heat(sum(cost))}`, id: `node${node}`, "data-node": data.nodes.names[node] },
+    tensorChip({ node, text: kind.outputs.length > 1 ? `output ${i}` : "output" }, tensor, layout, "", computed),
+  );
+  return el(
+    "div",
+    { class: `operator${heat(sum(cost))}`, id: `node${node}`, "data-node": data.nodes.names[node] },
     data.step ? "" : kind.inputs.map(([, layout, name], i) => drawChange(valueOf(reads[i]), layout, name)),
     kind.moves.map((move) => drawMove(move, times, kind.inputs[move.of][2] || valueOf(reads[move.of]).name)),
-    el("div", { class: "row" },
-      el("span", {}, module && el("span", { class: "mono" }, el("b", {}, module), " / "), el("button", { class: "name mono", type: "button",
-        click: (event) => select(event.currentTarget.closest(".operator"), () => showOperator(node)) }, kind.op), " ",
-      kind.args ? el("span", { class: "args mono" }, kind.args) : "", " ",
-      kind.configured ? el("span", { class: "badge configured" }, "configured") : ""),
-      data.step ? numbers(cost) : []),
+    el(
+      "div",
+      { class: "row" },
+      el(
+        "span",
+        {},
+        module && el("span", { class: "mono" }, el("b", {}, module), " / "),
+        el(
+          "button",
+          {
+            class: "name mono",
+            type: "button",
+            click: (event) => select(event.currentTarget.closest(".operator"), () => showOperator(node)),
+          },
+          kind.op,
+        ),
+        " ",
+        kind.args ? el("span", { class: "args mono" }, kind.args) : "",
+        " ",
+        kind.configured ? el("span", { class: "badge configured" }, "configured") : "",
+      ),
+      data.step ? numbers(cost) : [],
+    ),
     el("div", { class: "tensors" }, chips, el("span", { class: "arrow" }, "→"), made),
-    kind.after.map((move) => drawMove(move, times, "output")));
+    kind.after.map((move) => drawMove(move, times, "output")),
+  );
 }
 
 /** Where prices are missing: that a value is read in another layout than it is in. */
 function drawChange(value, layout, name) {
   const [here, there] = [data.layouts[value.layout], data.layouts[layout]];
-  return here.text === there.text && here.mesh === there.mesh ? "" : el("div", { class: "move soft" }, `⇄ ${name || value.name}: `,
-    el("code", {}, `${here.text} → ${there.text}`));
+  return here.text === there.text && here.mesh === there.mesh
+    ? ""
+    : el("div", { class: "move soft" }, `⇄ ${name || value.name}: `, el("code", {}, `${here.text} → ${there.text}`));
 }
 
 /** A redistribution: what it does forward and backward, each collective a chip. */
 function drawMove(move, times, name) {
   const cost = [0, 0, move.parameter ? 0 : move.seconds * times, move.parameter ? move.seconds * times : 0];
-  const chip = (direction) => ([kind, axes, size, time]) => el("span", { class: `step ${direction}`,
-    title: `${direction}: ${kind} over ${axes.join(", ") || "all axes"}, a rank sends ${bytes(size)}` },
-  direction === "backward" ? "← " : "", kind, axes.map((axis) => axisTag(axis)), el("span", { class: "soft" }, bytes(size), " ", seconds(time)));
-  return el("div", { class: `move${heat(sum(cost))}` }, el("div", { class: "row" },
-    el("span", { class: "chips" }, el("span", { class: "soft" }, "⇄ ", name),
-      move.forward.map(chip("forward")), move.backward.map(chip("backward")),
-      move.shared ? el("span", { class: "soft" }, "shared with an operator above") : "",
-    move.parameter && move.seconds * 1.02 < sum([...move.forward, ...move.backward].map((step) => step[3]))
-      ? el("span", { class: "soft" }, "partly hidden") : ""),
-    data.step ? numbers(cost) : []));
+  const chip =
+    (direction) =>
+    ([kind, axes, size, time]) =>
+      el(
+        "span",
+        {
+          class: `step ${direction}`,
+          title: `${direction}: ${kind} over ${axes.join(", ") || "all axes"}, a rank sends ${bytes(size)}`,
+        },
+        direction === "backward" ? "← " : "",
+        kind,
+        axes.map((axis) => axisTag(axis)),
+        el("span", { class: "soft" }, bytes(size), " ", seconds(time)),
+      );
+  return el(
+    "div",
+    { class: `move${heat(sum(cost))}` },
+    el(
+      "div",
+      { class: "row" },
+      el(
+        "span",
+        { class: "chips" },
+        el("span", { class: "soft" }, "⇄ ", name),
+        move.forward.map(chip("forward")),
+        move.backward.map(chip("backward")),
+        move.shared ? el("span", { class: "soft" }, "shared with an operator above") : "",
+        move.parameter && move.seconds * 1.02 < sum([...move.forward, ...move.backward].map((step) => step[3]))
+          ? el("span", { class: "soft" }, "partly hidden")
+          : "",
+      ),
+      data.step ? numbers(cost) : [],
+    ),
+  );
 }
 
 function drawTree() {
@@ -544,27 +766,41 @@ function drawTree() {
   drawItems(tree, data.tree, 0, 1, "");
   if (!wanted) {
     if (data.returned.length) {
-      tree.append(el("div", { class: "operator" }, el("span", { class: "mono" }, "returned"),
-        data.returned.map((move) => drawMove(move, 1, "output"))));
+      tree.append(
+        el(
+          "div",
+          { class: "operator" },
+          el("span", { class: "mono" }, "returned"),
+          data.returned.map((move) => drawMove(move, 1, "output")),
+        ),
+      );
     }
     const modules = [...tree.children].filter((child) => child.show);
-    const costs = new Map(modules.map((child) => [child, data.tree.find((item) => item.start !== undefined && child.holds(item.start))]).filter(([, item]) => item));
+    const costs = new Map(
+      modules
+        .map((child) => [child, data.tree.find((item) => item.start !== undefined && child.holds(item.start))])
+        .filter(([, item]) => item),
+    );
     const hottest = modules.filter((child) => costs.has(child)).sort((a, b) => total(costs.get(b)) - total(costs.get(a)))[0];
     if (hottest) hottest.show(costs.get(hottest).start);
   }
 }
-const total = (item) => sum(costOf(item.start, item.start + item.length * item.names.length)) || item.length * item.names.length;
+const total = (item) =>
+  sum(costOf(item.start, item.start + item.length * item.names.length)) || item.length * item.names.length;
 
 /** Opens what a node stands in, and shows it. */
 function reveal(node) {
-  if (wanted && !wants(node, node + 1)) { at("search").value = ""; search(""); }
+  if (wanted && !wants(node, node + 1)) {
+    at("search").value = "";
+    search("");
+  }
   let inside = at("tree");
   for (;;) {
     const next = [...inside.children].find((child) => child.holds && child.holds(node));
     if (!next) break;
     inside = next.show(node);
   }
-  for (let more; !at(`node${node}`) && (more = inside.querySelector(":scope > .more")); ) more.click();
+  for (let more; !at(`node${node}`) && (more = inside.querySelector(":scope > .more"));) more.click();
   const row = at(`node${node}`);
   row.scrollIntoView({ block: "center" });
   row.querySelector(".name").focus({ preventScroll: true });
@@ -590,7 +826,10 @@ function search(query) {
 
 let selected = null;
 function select(element, show) {
-  if (selected) { selected.classList.remove("selected"); if (selected.matches(".tensor")) selected.setAttribute("aria-pressed", "false"); }
+  if (selected) {
+    selected.classList.remove("selected");
+    if (selected.matches(".tensor")) selected.setAttribute("aria-pressed", "false");
+  }
   selected = element;
   if (element.matches(".tensor")) element.setAttribute("aria-pressed", "true");
   else element.classList.add("selected");
@@ -598,29 +837,56 @@ function select(element, show) {
   at("inspector").scrollTop = 0;
 }
 function factsOf(pairs) {
-  return el("dl", { class: "facts" }, pairs.filter(([, text]) => text !== "" && text !== undefined && text !== null)
-    .flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]));
+  return el(
+    "dl",
+    { class: "facts" },
+    pairs
+      .filter(([, text]) => text !== "" && text !== undefined && text !== null)
+      .flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]),
+  );
 }
 
 function showOperator(node) {
   const kind = kindOf(node);
   const name = data.nodes.names[node];
   const [forward, backward, own, kept] = kind.price || [];
-  const chip = ([tensor, layout, label], i) => el("div", { class: "tensors" }, tensorChip({ node, text: `input ${i}`, value: valueOf(data.nodes.reads[node][i]).name }, tensor, layout, label || valueOf(data.nodes.reads[node][i]).name));
+  const chip = ([tensor, layout, label], i) =>
+    el(
+      "div",
+      { class: "tensors" },
+      tensorChip(
+        { node, text: `input ${i}`, value: valueOf(data.nodes.reads[node][i]).name },
+        tensor,
+        layout,
+        label || valueOf(data.nodes.reads[node][i]).name,
+      ),
+    );
   return [
     el("h2", {}, placeOf(node)),
     factsOf([
-      ["name", el("code", {}, name)], ["arguments", kind.args && el("code", {}, kind.args)], ["source", kind.source],
-      ["forward", kind.price && seconds(forward)], ["backward", kind.price && seconds(backward)],
-      ["its own sums", own ? seconds(own) : ""], ["kept for backward", kept ? bytes(kept) : ""],
+      ["name", el("code", {}, name)],
+      ["arguments", kind.args && el("code", {}, kind.args)],
+      ["source", kind.source],
+      ["forward", kind.price && seconds(forward)],
+      ["backward", kind.price && seconds(backward)],
+      ["its own sums", own ? seconds(own) : ""],
+      ["kept for backward", kept ? bytes(kept) : ""],
     ]),
     kind.price ? el("p", { class: "soft" }, "of this one operator, on the busiest rank") : "",
-    el("h3", {}, "reads"), ...kind.inputs.map(chip),
-    el("h3", {}, "makes"), ...kind.outputs.map(([tensor, layout, computed], i) =>
-      el("div", { class: "tensors" }, tensorChip({ node, text: `output ${i}` }, tensor, layout, "", computed))),
-    ...kind.moves.concat(kind.after).flatMap((move, i) => [i ? "" : el("h3", {}, "redistributes"), el("p", {}, moveText(move), ": ",
-      el("code", {}, `${data.layouts[move.from].text} → ${data.layouts[move.to].text}`))]),
-    el("h3", {}, "why, and what else it could do"), el("code", {}, `print(plan.explain("${name}"))`),
+    el("h3", {}, "reads"),
+    ...kind.inputs.map(chip),
+    el("h3", {}, "makes"),
+    ...kind.outputs.map(([tensor, layout, computed], i) =>
+      el("div", { class: "tensors" }, tensorChip({ node, text: `output ${i}` }, tensor, layout, "", computed)),
+    ),
+    ...kind.moves
+      .concat(kind.after)
+      .flatMap((move, i) => [
+        i ? "" : el("h3", {}, "redistributes"),
+        el("p", {}, moveText(move), ": ", el("code", {}, `${data.layouts[move.from].text} → ${data.layouts[move.to].text}`)),
+      ]),
+    el("h3", {}, "why, and what else it could do"),
+    el("code", {}, `print(plan.explain("${name}"))`),
   ];
 }
 
@@ -636,7 +902,8 @@ function showTensor(what, tensor, layoutIndex, computed) {
     el("h2", {}, where),
     factsOf([
       ["value", what.value && el("code", {}, what.value)],
-      ["tensor", el("code", {}, `${dtype} [${shape.join(", ")}]`)], ["whole", bytes(all)],
+      ["tensor", el("code", {}, `${dtype} [${shape.join(", ")}]`)],
+      ["whole", bytes(all)],
       ["layout", el("code", {}, layout.text)],
       ["computed as", computed !== layoutIndex ? el("code", {}, data.layouts[computed].text) : ""],
       ["a rank holds", `[${piece.join(", ")}] · ${bytes(product(piece) * itemsize)}`],
@@ -661,18 +928,25 @@ function drawPlacement(layout, shape, itemsize) {
   const colour = colours(layout, shape);
   const answer = el("p", {});
   const box = el("div");
-  const light = (bounds) => box.querySelectorAll("[data-slice]").forEach((cell) =>
-    cell.classList.toggle("lit", covers(cell.dataset.slice.split(","), bounds.map(boundsText))));
+  const light = (bounds) =>
+    box
+      .querySelectorAll("[data-slice]")
+      .forEach((cell) => cell.classList.toggle("lit", covers(cell.dataset.slice.split(","), bounds.map(boundsText))));
   const say = (rank) => {
     const position = positionOf(mesh, rank);
-    if (position < 0) { answer.replaceChildren(`no rank of this mesh; it has ${ranks}`); return; }
+    if (position < 0) {
+      answer.replaceChildren(`no rank of this mesh; it has ${ranks}`);
+      return;
+    }
     const bounds = holds(layout, shape, rank);
     const coordinates = coordinatesOf(mesh, position);
     const local = localShape(bounds);
-    answer.replaceChildren(el("code", { id: "slice" }, `[${bounds.map(boundsText).join(", ")}]`),
+    answer.replaceChildren(
+      el("code", { id: "slice" }, `[${bounds.map(boundsText).join(", ")}]`),
       ` · [${local.join(", ")}] · ${bytes(product(local) * itemsize)} · `,
       ...mesh.axes.map((name, a) => axisTag(name, `${name} ${coordinates[a]}`)).flatMap((tag) => [tag, " "]),
-      copiesText(ranks, pieces));
+      copiesText(ranks, pieces),
+    );
     light(bounds);
   };
   const cell = (position, text) => {
@@ -680,19 +954,53 @@ function drawPlacement(layout, shape, itemsize) {
     const bounds = holds(layout, shape, rank);
     const empty = bounds.some(([start, stop]) => start === stop);
     const slice = bounds.map(boundsText);
-    return el("div", { class: empty ? "cell empty" : "cell", style: `background:${colour(bounds)}`, title: `rank ${rank}: [${slice.join(", ")}]`,
-      "data-rank": rank, "data-slice": slice.join(","), pointerenter: () => { input.value = rank; say(rank); } },
-    el("b", {}, text === undefined ? String(rank) : text), roomy ? shownDims(layout).map((dim) => el("span", {}, slice[dim])) : "");
+    return el(
+      "div",
+      {
+        class: empty ? "cell empty" : "cell",
+        style: `background:${colour(bounds)}`,
+        title: `rank ${rank}: [${slice.join(", ")}]`,
+        "data-rank": rank,
+        "data-slice": slice.join(","),
+        pointerenter: () => {
+          input.value = rank;
+          say(rank);
+        },
+      },
+      el("b", {}, text === undefined ? String(rank) : text),
+      roomy ? shownDims(layout).map((dim) => el("span", {}, slice[dim])) : "",
+    );
   };
-  const input = el("input", { type: "number", min: 0, id: "rank", value: rankAt(mesh, 0), input: (event) => say(Number(event.target.value)) });
-  box.append(...drawTensor(layout, shape, colour), el("label", { class: "who" }, "rank", input, "holds"), answer, el("h3", {}, "device grid"),
-    ...(ranks <= MOST_RANKS ? deviceGrid(mesh, mesh.sizes.map((_, a) => a), cell)
-      : pieces <= MOST_RANKS ? [el("p", { class: "soft" }, reducedText(mesh, splitting, ranks / pieces)), ...deviceGrid(mesh, splitting, cell, ranks / pieces)]
-        : strips(layout, shape, splitting, ranks / pieces)));
+  const input = el("input", {
+    type: "number",
+    min: 0,
+    id: "rank",
+    value: rankAt(mesh, 0),
+    input: (event) => say(Number(event.target.value)),
+  });
+  box.append(
+    ...drawTensor(layout, shape, colour),
+    el("label", { class: "who" }, "rank", input, "holds"),
+    answer,
+    el("h3", {}, "device grid"),
+    ...(ranks <= MOST_RANKS
+      ? deviceGrid(
+          mesh,
+          mesh.sizes.map((_, a) => a),
+          cell,
+        )
+      : pieces <= MOST_RANKS
+        ? [
+            el("p", { class: "soft" }, reducedText(mesh, splitting, ranks / pieces)),
+            ...deviceGrid(mesh, splitting, cell, ranks / pieces),
+          ]
+        : strips(layout, shape, splitting, ranks / pieces)),
+  );
   setTimeout(() => say(Number(input.value)));
   return [box];
 }
-const copiesText = (ranks, pieces) => (ranks > pieces ? `the same as ${ranks / pieces - 1} other ${ranks / pieces > 2 ? "ranks" : "rank"}` : "no other rank has it");
+const copiesText = (ranks, pieces) =>
+  ranks > pieces ? `the same as ${ranks / pieces - 1} other ${ranks / pieces > 2 ? "ranks" : "rank"}` : "no other rank has it";
 const covers = (shown, held) => shown.length === held.length && shown.every((text, i) => text === "*" || text === held[i]);
 
 /** The dims that cells and the picture show: up to two, split ones first. */
@@ -708,12 +1016,16 @@ function colours(layout, shape) {
   const order = counts.map((_, dim) => dim).sort((a, b) => counts[b] - counts[a]);
   const index = ([start], dim) => {
     const explicit = layout.sizes && layout.sizes[dim];
-    return explicit ? explicit.findIndex((_, i) => sum(explicit.slice(0, i + 1)) > start) : Math.floor((start * counts[dim]) / Math.max(1, shape[dim]));
+    return explicit
+      ? explicit.findIndex((_, i) => sum(explicit.slice(0, i + 1)) > start)
+      : Math.floor((start * counts[dim]) / Math.max(1, shape[dim]));
   };
   return (bounds) => {
     if (!bounds.length) return "hsl(209 65% 82%)";
     const hue = (209 + (360 * index(bounds[order[0]], order[0])) / counts[order[0]]) % 360;
-    const others = order.slice(1).reduce(([at, of], dim) => [at * counts[dim] + index(bounds[dim], dim), of * counts[dim]], [0, 1]);
+    const others = order
+      .slice(1)
+      .reduce(([at, of], dim) => [at * counts[dim] + index(bounds[dim], dim), of * counts[dim]], [0, 1]);
     return `hsl(${hue.toFixed(0)} 65% ${(84 - (26 * others[0]) / others[1]).toFixed(0)}%)`;
   };
 }
@@ -723,24 +1035,50 @@ function drawTensor(layout, shape, colour) {
   const dims = shownDims(layout);
   if (!dims.length || shape.includes(0)) return [];
   const cuts = dims.map((dim) => piecesOf(layout, dim, shape[dim]));
-  if (cuts.some((list) => list.length > 256)) return [el("p", { class: "soft" }, `cut into ${cuts.map((list) => list.length).join(" × ")} pieces`)];
+  if (cuts.some((list) => list.length > 256))
+    return [el("p", { class: "soft" }, `cut into ${cuts.map((list) => list.length).join(" × ")} pieces`)];
   const [rows, columns] = dims.length === 2 ? cuts : [[[0, 1]], cuts[0]];
-  const width = 360, height = dims.length === 2 ? 130 : 34, left = 46, top = 4;
+  const width = 360,
+    height = dims.length === 2 ? 130 : 34,
+    left = 46,
+    top = 4;
   const [down, across] = dims.length === 2 ? dims.map((dim) => shape[dim]) : [1, shape[dims[0]]];
-  const picture = el("svg", { class: "picture", viewBox: `0 0 ${width + left + 4} ${height + top + 18}`, role: "img", "aria-label": "the tensor in pieces" });
-  for (const row of rows) for (const column of columns) {
-    const bounds = shape.map((size) => [0, size]);
-    dims.forEach((dim, i) => { bounds[dim] = dims.length === 2 ? [row, column][i] : column; });
-    const slice = bounds.map((pair, dim) => (dims.includes(dim) || !layout.dims[dim].length ? boundsText(pair) : "*"));
-    picture.append(el("rect", { x: left + (width * column[0]) / across, y: top + (height * row[0]) / down,
-      width: (width * (column[1] - column[0])) / across, height: (height * (row[1] - row[0])) / down,
-      "data-slice": slice.join(","), style: `fill:${colour(bounds)}` }));
-  }
+  const picture = el("svg", {
+    class: "picture",
+    viewBox: `0 0 ${width + left + 4} ${height + top + 18}`,
+    role: "img",
+    "aria-label": "the tensor in pieces",
+  });
+  for (const row of rows)
+    for (const column of columns) {
+      const bounds = shape.map((size) => [0, size]);
+      dims.forEach((dim, i) => {
+        bounds[dim] = dims.length === 2 ? [row, column][i] : column;
+      });
+      const slice = bounds.map((pair, dim) => (dims.includes(dim) || !layout.dims[dim].length ? boundsText(pair) : "*"));
+      picture.append(
+        el("rect", {
+          x: left + (width * column[0]) / across,
+          y: top + (height * row[0]) / down,
+          width: (width * (column[1] - column[0])) / across,
+          height: (height * (row[1] - row[0])) / down,
+          "data-slice": slice.join(","),
+          style: `fill:${colour(bounds)}`,
+        }),
+      );
+    }
   const label = (x, y, anchor, text) => el("text", { x, y, "text-anchor": anchor }, text);
-  picture.append(label(left, height + top + 13, "start", "0"), label(left + width, height + top + 13, "end", String(across)),
-    label(left + width / 2, height + top + 13, "middle", `dim ${dims[dims.length - 1]}`));
-  if (dims.length === 2) picture.append(label(left - 5, top + 10, "end", "0"), label(left - 5, top + height, "end", String(down)),
-    label(left - 5, top + height / 2 + 4, "end", `dim ${dims[0]}`));
+  picture.append(
+    label(left, height + top + 13, "start", "0"),
+    label(left + width, height + top + 13, "end", String(across)),
+    label(left + width / 2, height + top + 13, "middle", `dim ${dims[dims.length - 1]}`),
+  );
+  if (dims.length === 2)
+    picture.append(
+      label(left - 5, top + 10, "end", "0"),
+      label(left - 5, top + height, "end", String(down)),
+      label(left - 5, top + height / 2 + 4, "end", `dim ${dims[0]}`),
+    );
   const hidden = layout.dims.map((axes, dim) => axes.length && !dims.includes(dim) && `dim ${dim}`).filter(Boolean);
   return [picture, hidden.length ? el("p", { class: "soft" }, `${hidden.join(" and ")} split too, not drawn`) : ""];
 }
@@ -751,7 +1089,10 @@ function piecesOf(layout, dim, size) {
   if (count > 256) return new Array(count);
   return Array.from({ length: count }, (_, index) => {
     const coordinates = [];
-    for (const axis of [...axes].reverse()) { coordinates[axis] = index % sizes[axis]; index = Math.floor(index / sizes[axis]); }
+    for (const axis of [...axes].reverse()) {
+      coordinates[axis] = index % sizes[axis];
+      index = Math.floor(index / sizes[axis]);
+    }
     return boundsOfDim(layout, dim, size, coordinates);
   });
 }
@@ -770,38 +1111,87 @@ function deviceGrid(mesh, axes, cell, copies = 1) {
       const position = sum(all.map((coordinate, a) => coordinate * strides[a]));
       return cell(position, copies > 1 ? `${rankAt(mesh, position)} …` : undefined);
     });
-    return el("div", { class: "block" }, inner ? el("div", { class: "soft" }, coordinates.flatMap((c, a) => [axisTag(names[a], `${names[a]} ${c}`), " "])) : "",
-      el("div", { class: "grid", style: `grid-template-columns:repeat(${across},minmax(${across > 8 || !cells[0].querySelector("span") ? 20 : 42}px,1fr))` }, cells));
+    return el(
+      "div",
+      { class: "block" },
+      inner
+        ? el(
+            "div",
+            { class: "soft" },
+            coordinates.flatMap((c, a) => [axisTag(names[a], `${names[a]} ${c}`), " "]),
+          )
+        : "",
+      el(
+        "div",
+        {
+          class: "grid",
+          style: `grid-template-columns:repeat(${across},minmax(${across > 8 || !cells[0].querySelector("span") ? 20 : 42}px,1fr))`,
+        },
+        cells,
+      ),
+    );
   });
-  const legend = axes.length ? el("p", { class: "soft" }, axes.length > 1 ? [axisTag(names[inner]), " down, "] : "", axisTag(names[names.length - 1]), " to the right") : "";
+  const legend = axes.length
+    ? el(
+        "p",
+        { class: "soft" },
+        axes.length > 1 ? [axisTag(names[inner]), " down, "] : "",
+        axisTag(names[names.length - 1]),
+        " to the right",
+      )
+    : "";
   const room = Math.max(1, Math.floor(13 / across)); // blocks that fit beside each other
   const beside = [...Array(room).keys()].map((i) => room - i).find((n) => blocks.length % n === 0);
   return [legend, el("div", { class: "blocks", style: `grid-template-columns:repeat(${beside},auto)` }, blocks)];
 }
 function reducedText(mesh, splitting, copies) {
   const idle = mesh.axes.filter((_, a) => !splitting.includes(a) && mesh.sizes[a] > 1);
-  return idle.length ? `one cell a piece; ${copies.toLocaleString("en")} ranks hold each, along ${idle.join(", ")}` : "one cell a piece";
+  return idle.length
+    ? `one cell a piece; ${copies.toLocaleString("en")} ranks hold each, along ${idle.join(", ")}`
+    : "one cell a piece";
 }
 
 /** For a grid that is too large: what each coordinate of an axis means, the axes above it at 0. */
 function strips(layout, shape, splitting, copies) {
   const mesh = data.meshes[layout.mesh];
-  const found = [el("p", { class: "soft" }, `${product(mesh.sizes).toLocaleString("en")} ranks: along each axis, the slice at each index, the axes that cut before it at 0; `,
-    copies > 1 ? `${copies.toLocaleString("en")} ranks hold each piece` : "each rank holds another piece")];
+  const found = [
+    el(
+      "p",
+      { class: "soft" },
+      `${product(mesh.sizes).toLocaleString("en")} ranks: along each axis, the slice at each index, the axes that cut before it at 0; `,
+      copies > 1 ? `${copies.toLocaleString("en")} ranks hold each piece` : "each rank holds another piece",
+    ),
+  ];
   for (const axis of splitting) {
     const dim = layout.dims.findIndex((axes) => axes.includes(axis));
     const depth = layout.dims[dim].indexOf(axis) + 1;
     const size = mesh.sizes[axis];
     const shown = size <= 8 ? [...Array(size).keys()] : [0, 1, 2, 3, 4, -1, size - 1];
-    found.push(el("p", {}, axisTag(mesh.axes[axis], `${mesh.axes[axis]} = ${size}`), ` cuts dim ${dim}`),
-      el("div", { class: "strip" }, shown.map((index) => {
-        if (index < 0) return el("div", { class: "cell empty" }, "…");
-        const coordinates = mesh.sizes.map(() => 0);
-        coordinates[axis] = index;
-        const [start, stop] = boundsOfDim(layout, dim, shape[dim], coordinates, depth);
-        return el("div", { class: "cell", style: `background:hsl(${(209 + (360 * index) / size).toFixed(0)} 65% 82%)`, "data-axis": mesh.axes[axis], "data-index": index },
-          el("b", {}, String(index)), el("span", {}, String(start)), el("span", {}, `:${stop}`));
-      })));
+    found.push(
+      el("p", {}, axisTag(mesh.axes[axis], `${mesh.axes[axis]} = ${size}`), ` cuts dim ${dim}`),
+      el(
+        "div",
+        { class: "strip" },
+        shown.map((index) => {
+          if (index < 0) return el("div", { class: "cell empty" }, "…");
+          const coordinates = mesh.sizes.map(() => 0);
+          coordinates[axis] = index;
+          const [start, stop] = boundsOfDim(layout, dim, shape[dim], coordinates, depth);
+          return el(
+            "div",
+            {
+              class: "cell",
+              style: `background:hsl(${(209 + (360 * index) / size).toFixed(0)} 65% 82%)`,
+              "data-axis": mesh.axes[axis],
+              "data-index": index,
+            },
+            el("b", {}, String(index)),
+            el("span", {}, String(start)),
+            el("span", {}, `:${stop}`),
+          );
+        }),
+      ),
+    );
   }
   return found;
 }
@@ -822,24 +1212,66 @@ function drawParameters() {
   const columns = data.step ? COLUMNS : COLUMNS.slice(0, 5);
   let order = [4, -1];
   const body = el("tbody");
-  const heads = columns.map(([name], column) => el("th", { scope: "col", class: column === 0 || column === 2 ? "" : "number" },
-    el("button", { type: "button", click: () => { order = [column, order[0] === column ? -order[1] : column === 0 || column === 2 ? 1 : -1]; fill(); } }, name)));
+  const heads = columns.map(([name], column) =>
+    el(
+      "th",
+      { scope: "col", class: column === 0 || column === 2 ? "" : "number" },
+      el(
+        "button",
+        {
+          type: "button",
+          click: () => {
+            order = [column, order[0] === column ? -order[1] : column === 0 || column === 2 ? 1 : -1];
+            fill();
+          },
+        },
+        name,
+      ),
+    ),
+  );
   function fill() {
     const [column, direction] = order;
     const key = columns[column][1];
     const rows = [...data.parameters].sort((a, b) => direction * (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0));
-    body.replaceChildren(...rows.map((row) => el("tr", {}, columns.map(([name, value], column) => {
-      if (column === 0) return el("td", { class: "mono" }, rangeText(row));
-      if (column === 1) return el("td", { class: "number" }, String(value(row)));
-      if (column === 2) return el("td", {}, tensorChip({ text: rangeText(row) }, row.tensor, row.layout, ""));
-      return el("td", { class: "number" }, column < 6 ? bytes(value(row)) : value(row) ? seconds(value(row)) : "");
-    }))));
-    heads.forEach((head, i) => head.setAttribute("aria-sort", i !== column ? "none" : direction > 0 ? "ascending" : "descending"));
+    body.replaceChildren(
+      ...rows.map((row) =>
+        el(
+          "tr",
+          {},
+          columns.map(([name, value], column) => {
+            if (column === 0) return el("td", { class: "mono" }, rangeText(row));
+            if (column === 1) return el("td", { class: "number" }, String(value(row)));
+            if (column === 2) return el("td", {}, tensorChip({ text: rangeText(row) }, row.tensor, row.layout, ""));
+            return el("td", { class: "number" }, column < 6 ? bytes(value(row)) : value(row) ? seconds(value(row)) : "");
+          }),
+        ),
+      ),
+    );
+    heads.forEach((head, i) =>
+      head.setAttribute("aria-sort", i !== column ? "none" : direction > 0 ? "ascending" : "descending"),
+    );
   }
   fill();
-  const totals = columns.map(([, value], column) => column === 0 ? el("td", {}, "all") : column === 2 ? el("td")
-    : el("td", { class: "number" }, column === 1 ? String(sum(data.parameters.map(value))) : (column < 6 ? bytes : seconds)(sum(data.parameters.map(value)))));
-  at("parameters").append(el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads)), body, el("tfoot", {}, el("tr", {}, totals)))));
+  const totals = columns.map(([, value], column) =>
+    column === 0
+      ? el("td", {}, "all")
+      : column === 2
+        ? el("td")
+        : el(
+            "td",
+            { class: "number" },
+            column === 1
+              ? String(sum(data.parameters.map(value)))
+              : (column < 6 ? bytes : seconds)(sum(data.parameters.map(value))),
+          ),
+  );
+  at("parameters").append(
+    el(
+      "div",
+      { class: "scroll" },
+      el("table", {}, el("thead", {}, el("tr", {}, heads)), body, el("tfoot", {}, el("tr", {}, totals))),
+    ),
+  );
 }
 /** blocks.*.norm of several layers as blocks.{0…31}.norm */
 function rangeText(row) {
@@ -855,8 +1287,14 @@ drawTree();
 if (data.step) drawHot();
 if (data.memory) drawMemory();
 drawParameters();
-at("inspector").append(el("h2", {}, "Which rank holds what"),
-  el("p", { class: "soft" }, "Select a tensor to see its pieces on the device grid, or an operator's name to see what it costs."));
+at("inspector").append(
+  el("h2", {}, "Which rank holds what"),
+  el(
+    "p",
+    { class: "soft" },
+    "Select a tensor to see its pieces on the device grid, or an operator's name to see what it costs.",
+  ),
+);
 
 let waiting;
 at("search").addEventListener("input", (event) => {
@@ -864,5 +1302,8 @@ at("search").addEventListener("input", (event) => {
   waiting = setTimeout(() => search(event.target.value), 120);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "/" && !event.target.matches("input, select")) { at("search").focus(); event.preventDefault(); }
+  if (event.key === "/" && !event.target.matches("input, select")) {
+    at("search").focus();
+    event.preventDefault();
+  }
 });
