@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 from models import GPT, MLP  # noqa: E402
 
 import shardwright as sw  # noqa: E402
+from shardwright.plan.memory import memory_of  # noqa: E402
+from shardwright.world import collectives  # noqa: E402
 
 WITHIN, SHARE = 0.05, 0.9
 
@@ -86,7 +89,7 @@ NORMS = ("ln1", "ln2", "norm1", "norm2")
 def megatron(net: nn.Module, layout: Any) -> dict[str, Any]:
     """The first product of each pair by columns, the second by rows."""
     plan: dict[str, Any] = {}
-    for name, parameter in net.named_parameters():
+    for name, _ in net.named_parameters():
         module, _, kind = name.rpartition(".")
         if module.endswith(COLUMNS):
             plan[name] = layout("tp", "None") if kind == "weight" else layout("tp")
@@ -151,19 +154,25 @@ def prepared(name: str, strategy: str, ranks: int) -> tuple[nn.Module, Any]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
+class Continued(collectives._Continued):
+    """What is under way, for whom :class:`MainThread` is not one more that holds it."""
+
+    __slots__ = ("__weakref__",)
+
+
 class MainThread:
     """Stands for the thread that ends what was started: the next that starts ends the one before."""
 
     def __init__(self) -> None:
-        self.last: Any = None
+        self.last: Callable[[], Continued | None] = lambda: None
 
-    def put(self, handle: Any) -> None:
-        last, self.last = self.last, handle
+    def put(self, handle: Continued) -> None:
+        last, self.last = self.last(), weakref.ref(handle)
         if last is not None:
             last.advance()
 
     def close(self) -> None:
-        self.last = None
+        self.last = lambda: None
 
 
 def settled(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,8 +249,6 @@ def by_hand() -> None:
 
 def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
     """One case on this rank: what it needed, what was predicted, how long the prediction took."""
-    from shardwright.plan.memory import memory_of
-
     gc.collect()
     world._groups.scratch._kept = None  # an earlier case's
     found: dict[str, Any] = {}
@@ -277,10 +284,8 @@ def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
 
 def worker(out: str, only: str) -> None:
     """One rank: all cases in turn."""
-    from shardwright.world import collectives
-
     torch.set_num_threads(1)
-    collectives._Later = MainThread
+    collectives._Later, collectives._Continued = MainThread, Continued
     collectives._backend_algorithm = settled(collectives._backend_algorithm)
     world = sw.init()
     by_hand()

@@ -15,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import os
 import random
 import statistics
@@ -30,25 +31,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from truth_models import FITTED, SUBJECTS, Inputs, Subject  # noqa: E402
+from truth_models import FITTED, SUBJECTS, Inputs, Subject
 
-import shardwright as sw  # noqa: E402
-import shardwright.plan.automatic as automatic  # noqa: E402
-from shardwright.capture.graph import Graph  # noqa: E402
-from shardwright.layout import Layout  # noqa: E402
-from shardwright.plan.modes import plan_graph  # noqa: E402
-from shardwright.plan.plan import Plan  # noqa: E402
-from shardwright.plan.semi_auto import PlanRequest  # noqa: E402
-from shardwright.search.problem import Problem  # noqa: E402
-from shardwright.search.solve import Solution  # noqa: E402
+import shardwright as sw
+import shardwright.plan.automatic as automatic
+from shardwright.capture.graph import Graph
+from shardwright.cost.fit import terms_of
+from shardwright.cost.machine import load_machine
+from shardwright.layout import Layout
+from shardwright.plan.modes import plan_graph
+from shardwright.plan.plan import Plan
+from shardwright.plan.semi_auto import PlanRequest
+from shardwright.search.problem import Problem
+from shardwright.search.solve import Solution
 
 RANKS = 4
 MESHES = ((4,), (2, 2))
-CORRELATION, ERROR, CLOSE, MEMORY, BEST = 0.95, 0.15, 0.15, 0.05, 1.05
+CORRELATION, ERROR, CLOSE, BEST = 0.95, 0.15, 0.15, 1.05
 # How much the prices that a random plan is searched by are blurred: the deviation of their logarithms.
 BLURS = (0.3, 0.7, 1.5, 3.0)
 
@@ -144,9 +146,10 @@ class Case:
     inputs: Inputs
     optimizer: torch.optim.Optimizer | None = None
     times: list[float] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)  # this process, in the same steps
+    busy: list[float] = field(default_factory=list)  # all processes of the machine
     predicted: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
-    memory: tuple[float, float] = (0.0, 0.0)
 
     def prepare(self) -> None:
         self.net.compile(*self.inputs)
@@ -161,44 +164,6 @@ class Case:
         loss = self.net(*self.inputs)
         loss.backward()
         self.optimizer.step()
-
-    def stays(self) -> float:
-        """Bytes that are there before a step: parameters, states, buffers and inputs."""
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
-        kept = [*self.net.parameters(), *self.net.module.buffers(), *self.inputs]
-        for state in self.optimizer.state.values():
-            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        return float(sum(_local(t).untyped_storage().nbytes() for t in kept))
-
-
-def measure_memory(cases: Sequence[Case]) -> None:
-    """The peak over a step that is not the first: what stays, and what the step allocates and releases."""
-    for case in cases:
-        case.step()
-    stays = [case.stays() for case in cases]
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for at, case in enumerate(cases):
-            with record_function(f"case {at}"):
-                case.step()
-                case.stays()  # lets go of the gradients
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    used, base, peaks = 0.0, 0.0, [0.0] * len(cases)
-    at = -1
-    for event in events:
-        name = event.name()
-        if name == "[memory]":
-            used += event.nbytes()
-            peaks[at] = max(peaks[at], used - base)
-        elif name.startswith("case "):
-            at, base = int(name.split()[1]), used
-    for case, own, peak in zip(cases, stays, peaks):
-        case.memory = case.net.plan.memory.peak, own + peak
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor  # type: ignore[no-any-return]
 
 
 def pair_cases(names: Sequence[str], pairs: int, subjects: dict[str, Subject]) -> list[Case]:
@@ -238,12 +203,17 @@ def take_turns(cases: Sequence[Case], seconds: float, least: int = 5) -> int:
     while True:
         draw.shuffle(order)
         for case in order:
+            dist.barrier()
+            busy, spent = busy_seconds(), time.process_time()
             case.step()  # what was evicted comes back
             for _ in range(2):
                 dist.barrier()
                 begin = time.perf_counter()
                 case.step()
                 case.times.append(time.perf_counter() - begin)
+            dist.barrier()
+            case.spent.append(time.process_time() - spent)
+            case.busy.append(busy_seconds() - busy)
         rounds += 1
         over = torch.tensor(float(rounds >= least and time.perf_counter() - start > seconds))
         dist.broadcast(over, 0)
@@ -251,18 +221,32 @@ def take_turns(cases: Sequence[Case], seconds: float, least: int = 5) -> int:
             return rounds
 
 
+def busy_seconds() -> float:
+    """Seconds that the cores of this machine have worked, for whomever."""
+    user, nice, system, _, _, irq, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def quiet_median(times: Sequence[float], foreign: Sequence[float]) -> float:
+    """The median of the steps, two a turn, of the half of the turns in which others used the machine least."""
+    order = np.argsort(np.asarray(foreign), kind="stable")[: (len(foreign) + 1) // 2]
+    return statistics.median([times[2 * turn + i] for turn in order for i in range(2)])
+
+
 def rows_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """What was measured, of the slowest rank; memory of the rank that needs most."""
     found = []
     for case in cases:
-        numbers = torch.tensor([*case.times, case.memory[1]], dtype=torch.float64)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        *times, memory = numbers.tolist()
+        times, spent = torch.tensor(case.times, dtype=torch.float64), torch.tensor(case.spent, dtype=torch.float64)
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+        dist.all_reduce(spent)
+        foreign = [max(0.0, busy - own) for busy, own in zip(case.busy, spent.tolist())]
         found.append(
             {
-                "model": case.model, "plan": case.plan, "batch": case.batch, "seconds": statistics.median(times),
-                "low": float(np.quantile(times, 0.25)), "predicted": case.predicted, "parts": case.parts,
-                "memory": memory, "memory predicted": case.memory[0], "mesh": list(case.net.plan.mesh.sizes),
+                "model": case.model, "plan": case.plan, "batch": case.batch, "predicted": case.predicted,
+                "seconds": quiet_median(times.tolist(), foreign), "median": times.median().item(),
+                "low": times.quantile(0.25).item(), "foreign": sum(foreign) / sum(case.busy), "parts": case.parts,
+                "mesh": list(case.net.plan.mesh.sizes),
             }
         )  # fmt: skip
     return found
@@ -283,12 +267,15 @@ def worker(options: argparse.Namespace) -> None:
         for case in cases:
             case.prepare()
             case.step()
-        if kind == "pairs":
-            measure_memory(cases)
         if world.rank == 0:
             print(f"{kind}: {len(cases)} plans ready after {time.perf_counter() - began:.0f} s", flush=True)
         rounds = take_turns(cases, options.seconds)
         result[kind] = rows_of(cases)
+        if options.terms and world.rank == 0:
+            for row, case in zip(result[kind], cases):
+                plan = case.net.plan
+                row["collectives"] = collectives_of(case.net.program)
+                row["terms"] = terms_of(lambda machine, plan=plan: plan.priced_on(machine).seconds, load_machine("cpu-gloo"))
         if world.rank == 0:
             print(f"{kind}: {rounds} rounds after {time.perf_counter() - began:.0f} s", flush=True)
         del cases
@@ -300,6 +287,21 @@ def worker(options: argparse.Namespace) -> None:
 # -- what it says ---------------------------------------------------------------------------------------------------------
 
 
+def collectives_of(program: Any) -> list[tuple[str, int, int]]:
+    """Kind, ranks and bytes of every collective of a step; those that small tensors share once."""
+    found = []
+    for instruction in program.instructions:
+        moves = getattr(instruction, "moves", ()) or ((instruction,) if hasattr(instruction, "redistribution") else ())
+        for phase in ("forward", "backward") if moves and moves[0].needs_grad else ("forward",) if moves else ():
+            for steps in zip(*(getattr(m.redistribution, phase) for m in moves)):
+                if steps[0].kind != "slice":
+                    ranks = steps[0].source.mesh.count(steps[0].axes) or steps[0].source.mesh.size
+                    shapes = [(at, m.redistribution.shape) for at, m in zip(steps, moves)]
+                    sizes = [[math.prod(lay.local_shape(s, 0)) for lay in (at.source, at.target)] for at, s in shapes]
+                    found.append((steps[0].kind, ranks, 4 * max(map(sum, zip(*sizes)))))
+    return found
+
+
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's."""
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
@@ -307,29 +309,25 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def pairs_table(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    lines = ["| model | pairs | rank correlation | median error | bias | within 15 % | memory within 5 % |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    missed, every = [], []
+    lines = ["| model | pairs | rank correlation | median error | bias | within 15 % |"]
+    lines.append("|---|---|---|---|---|---|")
+    missed, every = [], 0.0
     models = list(dict.fromkeys(row["model"] for row in rows))
     for model in [*models, "all"]:
         mine = [row for row in rows if model in (row["model"], "all")]
         ratios = np.array([row["predicted"] / row["seconds"] for row in mine])
         errors = np.abs(ratios - 1)
-        memory = np.array([row["memory predicted"] / max(row["memory"], 1.0) for row in mine])
         correlation = rank_correlation([r["predicted"] for r in mine], [r["seconds"] for r in mine])
-        close, held = float((errors <= CLOSE).mean()), float((np.abs(memory - 1) <= MEMORY).mean())
+        close = float((errors <= CLOSE).mean())
         shown = "" if model == "all" else f"{correlation:.3f}"
         lines.append(
-            f"| {model} | {len(mine)} | {shown} | {np.median(errors):.1%} | {np.median(ratios) - 1:+.1%} | {close:.0%} | "
-            f"{held:.0%} |"
+            f"| {model} | {len(mine)} | {shown} | {np.median(errors):.1%} | {np.median(ratios) - 1:+.1%} | {close:.0%} |"
         )
         if model != "all" and correlation < CORRELATION:
             missed.append(f"{model}: rank correlation {correlation:.3f}, not {CORRELATION}")
-        every = [float(np.median(errors)), held]
-    if every and every[0] > ERROR:
-        missed.append(f"median error {every[0]:.1%}, not {ERROR:.0%}")
-    if every and every[1] < 0.9:
-        missed.append(f"memory within 5 % of {every[1]:.0%} of the pairs, not 90 %")
+        every = float(np.median(errors))
+    if every > ERROR:
+        missed.append(f"median error {every:.1%}, not {ERROR:.0%}")
     return "\n".join(lines), missed
 
 
@@ -356,6 +354,7 @@ def launch(options: argparse.Namespace, machine: Path | None) -> dict[str, Any]:
         command += ["--worker", out, "--pairs", str(options.pairs), "--seconds", str(options.seconds)]
         command += ["--models", *options.models] if options.models else []
         command += ["--fitted"] if options.fitted else []
+        command += ["--terms"] if options.terms else []
         command += ["--only", options.only] if options.only else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if machine is not None:
@@ -376,6 +375,7 @@ def main() -> int:
     parser.add_argument("--fitted", action="store_true", help="the models that calibration may see, instead")
     parser.add_argument("--only", choices=("pairs", "best"))
     parser.add_argument("--json", type=Path, help="where to keep all numbers")
+    parser.add_argument("--terms", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -15,6 +15,7 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, GraphInput
 from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
+from shardwright.cost.machine import load_machine
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import partition
@@ -99,7 +100,8 @@ class Compiled:
         request = plan_request(world.size, settings, parameter_plan, machine)
         self.plan: Plan = plan_as_asked(self.graph, request, settings)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
-        self.program: LocalProgram = partition(self.graph, self.plan, Options(enable_alltoall=settings.enable_alltoall))
+        links = load_machine(request.machine).links(self.plan.mesh)
+        self.program: LocalProgram = partition(self.graph, self.plan, Options(links, enable_alltoall=settings.enable_alltoall))
         self.plan.attach(self.program)
         self.run: Callable[..., Any] = world.bind(self.program)
         self._read = [self._reader(i) for i in self.graph.inputs]

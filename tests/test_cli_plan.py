@@ -80,6 +80,9 @@ def test_machines_are_listed(capsys):
     assert "h100" in out.split()
 
 
+TINY = [EXAMPLES / "llama.py", "--set", "size=tiny", "--set", "batch=8", "--set", "sequence=64"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -87,9 +90,9 @@ def test_machines_are_listed(capsys):
         ([EXAMPLES / "llama.py", "--machine", "h1000"], "machine 'h1000' is not known"),
         ([EXAMPLES / "llama.py", "--set", "colour=red"], "neither model\\(\\) nor inputs\\(\\)"),
         ([EXAMPLES / "llama.py", "--set", "colour"], "write NAME=VALUE"),
-        ([EXAMPLES / "llama.py", "--set", "size=tiny", "--set", "batch=8", "--set", "sequence=64", "--mesh", "3,3"], "3·3 = 9"),
-        ([EXAMPLES / "llama.py", "--set", "size=tiny", "--memory", "much"], "memory 'much' is not a size"),
-        ([EXAMPLES / "llama.py", "--set", "size=tiny", "--set", "batch=8", "--set", "sequence=64", "--memory", "1KB"], "no plan for 8 devices"),
+        ([*TINY, "--mesh", "3,3"], "3·3 = 9"),
+        ([*TINY, "--memory", "much"], "memory 'much' is not a size"),
+        ([*TINY, "--memory", "1KB"], "no plan for 8 devices"),
         ([ROOT / "examples" / "language_common.py"], "called no AutoParallel"),
     ],
 )  # fmt: skip

@@ -153,12 +153,13 @@ def _all_gather(
     step: Step, have: Shape, want: Shape, made: float, copy: float, members: int, choose: Choose | None
 ) -> StepMemory:
     outermost = len(step.dims) == 1 and math.prod(want[: step.dims[0]]) <= 1
-    if outermost:
-        return StepMemory(made, copy, 0.0, True)
-    if choose is not None and math.prod(want) >= _MANY:
+    if choose is not None and math.prod(want) >= _MANY and not outermost:
         arriving = 0.0 if _is_first(want, step.dims) else made * (members - 1) / members
         return StepMemory(made, copy + arriving, 0.0, True)
-    return StepMemory(made, copy + made, 0.0, True)  # flat first, then put in place
+    flat = 0.0 if outermost else made  # pieces one after the other first, then put in place
+    if choose is not None and choose("all_gather", members, int(made), ["backend", "direct", "hub"]) == "backend":
+        flat += made  # gloo's own gather goes through a copy
+    return StepMemory(made, copy + flat, 0.0, True)
 
 
 def _reduce_scatter(given: float, made: float, packed: float, members: int, choose: Choose | None, hub: bool) -> StepMemory:

@@ -283,8 +283,9 @@ class SearchPlanner(Planner):
         for i in self.graph.inputs:
             if i.value not in layouts:
                 layouts[i.value] = self.placed(i) if i.kind == "input" else Layout.replicated(self.mesh, len(i.meta.shape))
+        fixed = self.machine.step_launch
         search = Search(
-            attempt.solution.cost, bound, attempt.solution.method, building=self.building, solving=self.solving
+            attempt.solution.cost + fixed, bound + fixed, attempt.solution.method, building=self.building, solving=self.solving
         )  # fmt: skip
         plan = Plan(
             self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode,

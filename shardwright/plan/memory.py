@@ -244,28 +244,64 @@ class _Backward:
     shared: float
 
 
+# What kernels of the CPU need meanwhile, or keep in a result that is smaller than its memory, which shapes do not tell:
+# by operator, bytes from arguments and results. Found by profiling single calls; see tests/plan/test_memory.py.
+def _like_all(args: Sequence[Any], results: Sequence[Tensor]) -> float:
+    return float(sum(t.nbytes for t in (*args[:3], *results[:1]) if isinstance(t, Tensor)))
+
+
+def _convolved(args: Sequence[Any], results: Sequence[Tensor]) -> float:
+    return _like_all(args[:2], results) if args[6] else float(results[0].nbytes)
+
+
+def _normed_back(args: Sequence[Any], results: Sequence[Tensor]) -> float:
+    """A second tensor like the input, where gradient and input lie in memory alike."""
+    return float(args[1].nbytes) if args[0].stride() == args[1].stride() else 0.0
+
+
+_WORKSPACE: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], float]] = {
+    "aten.convolution.default": _convolved,
+    "aten.convolution_backward.default": lambda args, results: _like_all(args, ()),
+    "aten.native_batch_norm_backward.default": _normed_back,
+    "aten.logsumexp.default": lambda args, results: float(args[0].nbytes),
+}
+_WHOLE_RESULT = frozenset({"aten.mse_loss.default", "aten.smooth_l1_loss.default", "aten.huber_loss.default"})
+# Fake tensors take these out of place in backward formulas, real ones in place.
+_IN_PLACE = frozenset({"aten.index_add.default", "aten.scatter_add.default"})
+
+
 class _Watch(TorchDispatchMode):
     """Adds up the memory of tensors that are made, and takes off that of those that are gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool) -> None:
         super().__init__()
+        self.on_cpu = on_cpu
+        self.backward = False
         self.sizes: dict[int, float] = {}
         self.live = self.given = self.peak = self.peak_with = 0.0
         self.giving = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.see(tensor)
+        tensors = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
+        if self.backward and str(function) in _IN_PLACE and self.sizes.get(args[0].untyped_storage()._cdata):
+            self.leave_out(args[0].untyped_storage()._cdata)
+        whole = self.on_cpu and str(function) in _WHOLE_RESULT and not tensors[0].shape
+        for tensor in tensors:
+            self.see(tensor, args[0].nbytes if whole else None)
+        need = _WORKSPACE.get(str(function)) if self.on_cpu else None
+        if need is not None:
+            more = need(args, tensors)
+            self.peak, self.peak_with = max(self.peak, self.live + more), max(self.peak_with, self.live + self.given + more)
         return result
 
-    def see(self, tensor: Tensor, counts: bool = True) -> None:
+    def see(self, tensor: Tensor, size: float | None = None) -> None:
+        """Counts a tensor's memory, or so many bytes, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.sizes:
             return
-        size = float(storage.nbytes()) if counts else 0.0
+        size = float(storage.nbytes()) if size is None else size
         self.sizes[key] = size
         if self.giving:
             self.given += size
@@ -346,7 +382,7 @@ class _LocalCall:
     device: str
 
     def forward(self) -> _Forward:
-        watch = _Watch()
+        watch = _Watch(self.device == "cpu")
         try:
             with ExitStack() as stack:
                 inputs, results, kept = self._run(stack, watch)
@@ -367,7 +403,7 @@ class _LocalCall:
 
     def backward(self, strides: tuple[tuple[int, ...] | None, ...]) -> _Backward:
         """The backward for gradients with these strides; ``None`` for outputs that get none."""
-        watch = _Watch()
+        watch = _Watch(self.device == "cpu")
         with ExitStack() as stack:
             inputs, results, _ = self._run(stack, watch)
             known = {t.untyped_storage()._cdata: _Where("input", i) for i, t in reversed(list(enumerate(inputs)))}
@@ -383,7 +419,7 @@ class _LocalCall:
                 watch.leave_out(seed.untyped_storage()._cdata)
             leaves = [inputs[i] for i in wanted]
             del results, tensor
-            watch.peak, watch.peak_with = watch.live, watch.live
+            watch.peak, watch.peak_with, watch.backward = watch.live, watch.live, True
             got = torch.autograd.grad(seeds, leaves, [torch.ones_like(s) for s in seeds], allow_unused=True)
             return _gradients(len(inputs), wanted, got, known, watch)
 
@@ -408,11 +444,10 @@ class _LocalCall:
 
         stack.enter_context(_fake())
         inputs = [
-            torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device="cpu").requires_grad_(t.needs)
-            for t in self.tensors
+            torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device="cpu").requires_grad_(t.needs) for t in self.tensors
         ]
         for tensor in inputs:
-            watch.see(tensor, counts=False)
+            watch.see(tensor, 0.0)
         stack.enter_context(watch)
         with ExitStack() as inner:
             inner.enter_context(torch.set_grad_enabled(call.grad))
@@ -507,6 +542,14 @@ class _Value(NamedTuple):
     tensor: _Tensor
 
 
+@dataclass
+class _UnderWay:
+    """What a move under way holds besides its result: memory, and bytes of a buffer that is kept for the next."""
+
+    storages: list[_Storage]
+    scratch: float
+
+
 class _Gradient(NamedTuple):
     storage: _Storage
     shape: tuple[int, ...]
@@ -593,7 +636,8 @@ class _Play:
         self.kept: dict[_Storage, None] = {}
         self.guessed: dict[str, None] = {}
         self.parameters: dict[str, float] = {}
-        self.travelling: dict[str, tuple[list[_Storage], float]] = {}
+        self.travelling: dict[str, tuple[_Storage, _UnderWay]] = {}
+        self.ending = _UnderWay([], 0.0)
         self.refs = [_refs_of(i) for i in self.instructions]
         self.makers = {o: i for i in self.instructions for o in i.outputs}
         self.reads: Counter[str] = Counter(name for refs in self.refs for name in refs)
@@ -760,30 +804,38 @@ class _Play:
         plan = move.redistribution
         size, peak, needs = self._steps(move, plan.forward, True, False, move.source in self.makers)
         self.memory.point(move.cause, peak)
-        held, buffer = self._under_way(needs, size, source.storage, move.source)
-        self.travelling[move.output] = held, buffer
+        self.travelling[move.output] = self._under_way(needs, size, source.storage, move.source)
         if source.tensor.needs and move.needs_grad and move.grad:
             self.tape.append(partial(self._start_back, move))
 
-    def _under_way(self, needs: Sequence[StepMemory], size: float, given: _Storage, label: str) -> tuple[list[_Storage], float]:
-        """What a started move holds until somebody waits for it: its result comes first."""
-        held = [self.memory.make(size, "activations" if self.memory.phase == "forward" else "transient", label)]
-        buffer = 0.0
-        for need in needs:
-            if need.holds:
-                held += [given, self.memory.make(need.workspace, "transient", label)]
-                buffer = self.memory.take(need.scratch) if need.scratch else buffer
-        for storage in held:
-            self.memory.hold(storage)
-        return held, buffer
+    def _under_way(self, needs: Sequence[StepMemory], size: float, given: _Storage, label: str) -> tuple[_Storage, _UnderWay]:
+        """What a started move holds until somebody waits for it: its result comes first.
+
+        A thread ends moves that others depend on; it is taken to be done with one when the next starts.
+        """
+        memory = self.memory
+        self._done_with(self.ending)
+        part = "activations" if memory.phase == "forward" else "transient"
+        result = memory.hold(memory.make(size, part, label))
+        if any(need.result for need in needs):
+            needed = [memory.hold(given), memory.hold(memory.make(sum(n.workspace for n in needs), "transient", label))]
+            more = _UnderWay(needed, memory.take(max(n.scratch for n in needs)))
+            if not any(need.holds for need in needs):
+                self.ending = more
+            return result, more
+        return result, _UnderWay([], 0.0)
+
+    def _done_with(self, under_way: _UnderWay) -> None:
+        for storage in under_way.storages:
+            self.memory.drop(storage)
+        under_way.storages.clear()
+        self.memory.give(under_way.scratch)
+        under_way.scratch = 0.0
 
     def _waited(self, output: str) -> _Storage:
         """Ends what was under way; returns the memory of its result, which the caller holds already."""
-        (result, *others), buffer = self.travelling.pop(output)
-        for storage in others:
-            self.memory.drop(storage)
-        if buffer:
-            self.memory.give(buffer)
+        result, more = self.travelling.pop(output)
+        self._done_with(more)
         return result
 
     def _end(self, move: Move) -> None:
@@ -950,10 +1002,9 @@ class _Play:
         if not size:
             self.gradients[f"{move.output} under way"] = gradient
             return
-        held, buffer = self._under_way(needs, size, gradient.storage, move.source)
-        self.travelling[move.output] = held, buffer
+        result, _ = self.travelling[move.output] = self._under_way(needs, size, gradient.storage, move.source)
         self.memory.drop(gradient.storage)
-        self.gradients[f"{move.output} under way"] = gradient._replace(storage=held[0])
+        self.gradients[f"{move.output} under way"] = gradient._replace(storage=result)
 
     def _start_back(self, move: Move) -> None:
         gradient = self.gradients.pop(f"{move.output} under way", None)

@@ -178,6 +178,7 @@ class _Breakdown:
             + sum(p.collectives for p in operators.values()),
             "parameters": sum(m.seconds for m in moves if m.of_parameter),
             "optimizer": sum(p.seconds for p in parameters.values()),
+            "step": self.pricing.machine.step_launch,
         }
         return PlanPrice(self.pricing.machine, sum(parts.values()), parts, operators, moves, parameters)
 
@@ -299,8 +300,10 @@ class _Breakdown:
             back_from, back_to = gradient_codes(code[None], target[None], mask[None])
             backward = describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
         axes = tuple(a for a, partial in zip(self.mesh.axes, need[1]) if partial) if grad else ()
-        hidden = self.pricing.machine.overlap if stored else 0.0
-        seconds = sum(s.seconds for s in (*forward, *backward)) * (1 - hidden)
+        seconds = sum(s.seconds for s in (*forward, *backward))
+        if stored:
+            seconds -= float(self.pricing.saved_by_sharing(meta, code[None], target[None], mask[None], grad)[0, 0])
+            seconds *= 1 - self.pricing.machine.overlap
         ndim = len(meta.shape)
         here, there = layout_of(code, ndim, self.mesh), layout_of(target, ndim, self.mesh)
         return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds)

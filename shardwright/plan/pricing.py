@@ -174,7 +174,7 @@ class Pricing:
         forward, backward = self.move_parts(meta, here, there, masks, grad)
         seconds = forward + backward
         if stored:
-            seconds = (seconds - self._shared(meta, here, there, masks, grad)) * (1 - self.machine.overlap)
+            seconds = (seconds - self.saved_by_sharing(meta, here, there, masks, grad)) * (1 - self.machine.overlap)
         memory = self._kept(meta, here, there, counted)[np.ix_(row_of, column_of)] if keeps else None
         return seconds[np.ix_(row_of, column_of)], memory
 
@@ -187,7 +187,7 @@ class Pricing:
         back_from, back_to = gradient_codes(source, target, gradients)
         return forward, self.communication.moves(meta.shape, size, back_from, back_to).seconds.T
 
-    def _shared(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> Array:
+    def saved_by_sharing(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> Array:
         """Seconds that a small parameter saves as it shares collectives: all but its share of what they take without bytes."""
         larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
         if self.sharing < 2 or (larger > _SMALL).all():
@@ -228,7 +228,7 @@ class Pricing:
 def small_parameters(graph: Graph) -> int:
     """How many parameters of a graph are so small that they share collectives."""
     metas = [i.meta for i in graph.inputs if i.kind == "parameter"]
-    return sum(meta.numel * meta.dtype.itemsize <= _SMALL for meta in metas)
+    return sum(meta.bytes <= _SMALL for meta in metas)
 
 
 def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:

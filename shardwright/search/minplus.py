@@ -50,7 +50,7 @@ def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -
     if len(tables) == 1:
         return tables[0].min(axis=0)
     tables.sort(key=lambda t: t.size)
-    shape = np.broadcast_shapes(*(t.shape for t in tables))[1:]
+    shape = tuple(map(max, *(t.shape for t in tables)))[1:]  # np.broadcast_shapes takes a few dozen tables at most
     result = np.empty(shape)
     looped = 0  # leading axes that are walked one by one
     while looped < len(shape) - 1 and prod(shape[looped + 1 :]) > _CHUNK:

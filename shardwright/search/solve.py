@@ -56,7 +56,7 @@ def _second_opinion(problem: Problem, found: Solution, gap: float, seconds: floa
     """The better of both assignments under the better of both bounds."""
     try:
         other = solve_integer_program(problem, seconds, gap)
-    except (TimeoutError, Infeasible, ImportError):  # scipy is no dependency
+    except (TimeoutError, Infeasible):
         return found
     best = min(found, other, key=lambda solution: solution.cost)
     bound = min(max(found.bound, other.bound), best.cost)
