@@ -321,7 +321,7 @@ def _moving(net: Network, now: Array, target: Array, later: Array) -> Array:
 
 
 def _gather(net: Network, paths: Paths, later: Array) -> Iterator[Paths]:
-    """The gathers that remain: all together, dim by dim, or axis by axis, of those that are last in a dim the slowest."""
+    """The gathers that remain: all together; dim by dim, the slowest first; or axis by axis, of those last in a dim the slowest."""
     mask = np.bitwise_or.reduce(later, axis=1)
     arrived = replace(paths, now=paths.target)
     held = 1 / net.count[paths.split()]
@@ -332,9 +332,11 @@ def _gather(net: Network, paths: Paths, later: Array) -> Iterator[Paths]:
     paths, later, held = arrived.take(several), later[several], held[several]
     by_dim = np.flatnonzero((later != 0).sum(axis=1) > 1)
     if len(by_dim):
-        at, share = paths.take(by_dim), held[by_dim]
-        for dim in np.flatnonzero(later[by_dim].any(axis=0)):
-            at, share = _gathered(net, at, later[by_dim, dim], share)
+        at, share, masks = paths.take(by_dim), held[by_dim], later[by_dim]
+        order = np.argsort(-net.second[masks], axis=1, kind="stable")
+        rows = np.arange(len(at))
+        for dim in order.T[(masks[rows, order.T] != 0).any(axis=1)]:
+            at, share = _gathered(net, at, masks[rows, dim], share)
         yield at
     none = 1 << net.axes
     while later.any():

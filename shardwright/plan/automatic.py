@@ -151,13 +151,22 @@ class SearchPlanner(Planner):
 
     # -- the problem ------------------------------------------------------------------------------------------------
 
-    def table(self, site: int, base: tuple[Symbol, ...] | None = None, free: Sequence[int] | None = None) -> ChoiceTable:
+    def table(
+        self,
+        site: int,
+        base: tuple[Symbol, ...] | None = None,
+        free: Sequence[int] | None = None,
+        among: frozenset[Symbol] | None = None,
+    ) -> ChoiceTable:
+        """The choices of a site; see :func:`shardwright.plan.choices.choices_of`."""
         if site in self.pinned:
             return self.pinned[site]
         node = self.graph.nodes[site]
-        key = (id(node.op), base, None if free is None else tuple(free))
+        if free is not None and len(free) == len(self.mesh.axes):
+            base = free = None
+        key = (id(node.op), base, None if free is None else tuple(free), among)
         if key not in self.tables:
-            found = choices_of(node.op, self.signatures[node.name], self.mesh, base, free)
+            found = choices_of(node.op, self.signatures[node.name], self.mesh, base, free, among)
             self.tables[key] = self.pricing.interned_table(found)
         return self.tables[key]
 

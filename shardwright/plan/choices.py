@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,17 +177,20 @@ def choices_of(
     mesh: Mesh,
     base: Sequence[Symbol] | None = None,
     free: Sequence[int] | None = None,
+    among: Container[Symbol] | None = None,
 ) -> ChoiceTable:
     """Every choice of an operator on a mesh.
 
     Args:
         base, free: where given, only the axes at the positions ``free`` vary, the others do what ``base`` says.
+        among: the symbols that axes may have; default: all.
     """
     symbols = symbols_of(op, signature)
     index = {symbol: i for i, symbol in enumerate(symbols)}
     varying = range(len(mesh.axes)) if free is None else free
+    allowed = [i for i, symbol in enumerate(symbols) if among is None or symbol in among]
     options = [
-        list(range(len(symbols))) if a in varying and mesh.sizes[a] > 1 else [index[base[a]] if base is not None else 0]
+        allowed if a in varying and mesh.sizes[a] > 1 else [index[base[a]] if base is not None else 0]
         for a in range(len(mesh.axes))
     ]
     found = list(itertools.product(*options))

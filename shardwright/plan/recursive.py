@@ -1,13 +1,15 @@
-"""Recursive search: the devices are cut along one mesh axis after another, each cut an exact problem of a few choices.
+"""Recursive search: the devices are cut along two mesh axes after the other, each cut an exact problem of a few choices.
 
-At each level an operator picks what the axis does for it, all other axes staying as they are; the outermost axis, whose
-links are the slowest, comes first. Then every axis is gone through again with the others as found, until nothing gets
-better. The work grows with the number of axes, not with the number of devices.
+At each level an operator picks what two neighbouring axes do for it, all other axes staying as they are; the innermost,
+whose links are the fastest and carry most, come first. On more than two axes a last level looks at all of them at once,
+with no other ways to split an operator than the levels before it found: which axis does what may change, so that nothing
+hangs on the order of the levels. The work grows with the number of axes, not with the number of devices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +22,10 @@ from shardwright.search.solve import Infeasible, Solution, solve
 if TYPE_CHECKING:
     from shardwright.plan.automatic import Attempt, SearchPlanner
 
-# Passes over all axes after the first, and tries of a price for memory.
-_PASSES = 3
+# Tries of a price for memory.
 _PRICES = 12
+# How far from its optimum a level may end: what the levels lose between them is more.
+_GAP = 0.005
 
 
 @dataclass
@@ -84,24 +87,29 @@ class Recursion:
             {site: (IDLE,) * count for site in planner.folded.sites},
             {value: (REPLICATED,) * count for value in planner.read_parameters()},
         )
-        for axis in self.axes:
-            state = self._level(state, axis, price)
-        for _ in range(_PASSES if len(self.axes) > 1 else 0):
-            before = state.cost + price * state.memory
-            for axis in self.axes:
-                state = self._level(state, axis, price)
-            if state.cost + price * state.memory >= before * (1 - 1e-4):
-                break
-        return state
+        if len(self.axes) <= 2:
+            return self._level(state, tuple(self.axes), price)
+        met = {site: set(symbols) for site, symbols in state.symbols.items()}
+        for axes in reversed(list(pairwise(self.axes))):
+            state = self._level(state, axes, price)
+            for site, symbols in state.symbols.items():
+                met[site].update(symbols)
+        together = self._level(state, tuple(self.axes), price, met)
+        return min(state, together, key=lambda found: found.cost + price * found.memory)
 
-    def _level(self, state: _State, axis: int, price: float) -> _State:
-        """The best that one axis can do while the others stay as they are."""
+    def _level(
+        self, state: _State, axes: tuple[int, ...], price: float, among: dict[int, set[Symbol]] | None = None
+    ) -> _State:
+        """The best that some axes can do while the others stay as they are, with all symbols or ``among`` some of a site's."""
         planner = self.planner
-        tables = {site: planner.table(site, state.symbols[site], (axis,)) for site in planner.folded.sites}
-        stored = {value: planner.stored(value, code, (axis,)) for value, code in state.stored.items()}
+        tables = {
+            site: planner.table(site, state.symbols[site], axes, among and frozenset(among[site]))
+            for site in planner.folded.sites
+        }
+        stored = {value: planner.stored(value, code, axes) for value, code in state.stored.items()}
         form = planner.formulate(tables, stored, self.gradients)
         problem = _priced(form.problem, price) if price else form.problem
-        answer = [self._one(rows) for rows in solve(problem).choices]
+        answer = [self._one(rows) for rows in solve(problem, _GAP, self.planner.share_of_time()).choices]
         cost, memory = form.problem.price(_spread(form.problem, answer))
         symbols = dict(state.symbols)
         for site, variable in form.at_site.items():

@@ -285,7 +285,7 @@ class _Planner:
         return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
-        """The gathers that remain, joined in one, dim by dim, or one axis at a time with the slowest links first."""
+        """The gathers that remain, joined in one, dim by dim or one axis at a time, the slowest links first."""
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
         if self.is_hopeless(path, messages=1 if left else 0):
             return
@@ -296,7 +296,7 @@ class _Planner:
         yield self.then(path, "all_gather", everything, target, tuple(left))
         if len(left) > 1:
             by_dim = path
-            for dim, axes in left.items():
+            for dim, axes in sorted(left.items(), key=lambda gather: self.options.links.speed(gather[1])[1]):
                 by_dim = self.then(by_dim, "all_gather", axes, _with_dim(by_dim.now, target, dim, target.bound[dim]), (dim,))
             yield by_dim
         if len(everything) > 1:

@@ -77,6 +77,19 @@ def test_described_steps_add_up_to_the_price():
         assert all(set(s.axes) <= set(mesh.axes) and s.axes for s in steps)
 
 
+def test_a_price_does_not_depend_on_which_dim_is_which():
+    """Of a table, pairs that differ in the order of dims only have one price; each of them must be worth that alone."""
+    mesh = Mesh(("a", "b", "c"), (2, 4, 8))
+    codes = np.array(list(itertools.product(range(-2, 2), repeat=3)), dtype=np.int8)
+    targets = codes[(codes != -2).all(axis=1)]
+    prices = Communication(load_machine("h100"), mesh)
+    table = prices.moves((4096, 8192), 2, codes, targets).seconds
+    for s, t in itertools.product(range(len(codes)), range(len(targets))):
+        if np.isfinite(table[s, t]):
+            steps = prices.describe((4096, 8192), 2, codes[s], targets[t])
+            assert sum(step.seconds for step in steps) == pytest.approx(table[s, t]), (codes[s], targets[t])
+
+
 def test_a_table_is_what_its_pairs_are_alone():
     mesh = MESHES[-1]
     codes = np.array(list(itertools.product(range(-2, 2), repeat=3)), dtype=np.int8)
