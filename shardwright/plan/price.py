@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ class MovePrice:
     backward: tuple[CollectivePrice, ...]
     of_parameter: bool
     seconds: float
+    # of a small parameter's forward and backward collectives, what others of the same kind over the same axes share
+    launches: tuple[float, float] = (0.0, 0.0)
 
     @property
     def bytes(self) -> float:
@@ -82,6 +85,8 @@ class PlanPrice:
         parts: seconds of ``forward``, ``backward``, ``redistribution``, ``parameters`` (gathers and gradient reductions that
             do not hide) and ``optimizer``.
         operators, moves, parameters: by node, in order, and by parameter name.
+        unshared: seconds, within ``parameters``, of small parameters' collectives that find fewer others to share a launch
+            with than there are small parameters. A search, which looks at one parameter at a time, takes them all to share.
     """
 
     machine: Machine
@@ -90,6 +95,7 @@ class PlanPrice:
     operators: dict[str, OperatorPrice]
     moves: tuple[MovePrice, ...]
     parameters: dict[str, ParameterPrice]
+    unshared: float = 0.0
     _by_reader: dict[str, list[MovePrice]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -165,7 +171,9 @@ class _Breakdown:
         for site in self.form.folded.sites:
             price = self._operator(site)
             operators.update((self.graph.nodes[node].name, price) for _, node in self.form.folded.copies(site))
-        moves = tuple(self._moves())
+        alone = self._moves()
+        moves = self._sharing(alone)
+        unshared = sum(m.seconds for m in moves) - sum(m.seconds for m in alone)
         parameters: dict[str, ParameterPrice] = {}
         for value in self.form.at_parameter:
             price_of = self._parameter(value)
@@ -180,7 +188,7 @@ class _Breakdown:
             "optimizer": sum(p.seconds for p in parameters.values()),
             "step": self.pricing.machine.step_launch,
         }
-        return PlanPrice(self.pricing.machine, sum(parts.values()), parts, operators, moves, parameters)
+        return PlanPrice(self.pricing.machine, sum(parts.values()), parts, operators, moves, parameters, unshared)
 
     def _row(self, variable: int, copy: int = 0) -> int:
         rows = self.choices[variable]
@@ -219,6 +227,23 @@ class _Breakdown:
                 whole = ((-1,) * len(self.mesh.axes), none)
                 found.append(self._move(value, name, ("output",), self._code(value, copy), whole, False, 1))
         return [move for move in found if move.forward or move.backward]
+
+    def _sharing(self, moves: Sequence[MovePrice]) -> tuple[MovePrice, ...]:
+        """The moves with small parameters' launches shared by those whose collectives are alike, as they are when run."""
+        assumed, exposed = 1 / max(1, self.pricing.sharing), 1 - self.pricing.machine.overlap
+
+        def kinds(move: MovePrice) -> list[Any]:
+            phases = (move.forward, move.backward)
+            return [(phase, *((step.kind, step.axes) for step in steps)) for phase, steps in enumerate(phases)]
+
+        found = Counter(kind for move in moves if any(move.launches) for kind in kinds(move))
+        result = []
+        for move in moves:
+            if any(move.launches):
+                more = sum(launch * (1 / found[kind] - assumed) for launch, kind in zip(move.launches, kinds(move)))
+                move = replace(move, seconds=move.seconds + more * exposed)
+            result.append(move)
+        return tuple(result)
 
     def _copies(self, value: str) -> list[tuple[int, str]]:
         """``(copy, name)`` of every value that a value of the problem stands for."""
@@ -301,9 +326,14 @@ class _Breakdown:
             backward = describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
         axes = tuple(a for a, partial in zip(self.mesh.axes, need[1]) if partial) if grad else ()
         seconds = sum(s.seconds for s in (*forward, *backward))
+        launches = (0.0, 0.0)
         if stored:
-            seconds -= float(self.pricing.saved_by_sharing(meta, code[None], target[None], mask[None], grad)[0, 0])
+            pair = (meta, code[None], target[None], mask[None], grad)
+            if self.pricing.sharing > 1:
+                ahead, back = self.pricing.launches(*pair)
+                launches = float(ahead[0, 0]), float(back[0, 0])
+            seconds -= float(self.pricing.saved_by_sharing(*pair)[0, 0])
             seconds *= 1 - self.pricing.machine.overlap
         ndim = len(meta.shape)
         here, there = layout_of(code, ndim, self.mesh), layout_of(target, ndim, self.mesh)
-        return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds)
+        return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds, launches)

@@ -188,15 +188,26 @@ class Pricing:
         return forward, self.communication.moves(meta.shape, size, back_from, back_to).seconds.T
 
     def saved_by_sharing(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> Array:
-        """Seconds that a small parameter saves as it shares collectives: all but its share of what they take without bytes."""
-        larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
-        if self.sharing < 2 or (larger > _SMALL).all():
+        """Seconds that a small parameter saves if all of them share collectives: all but its share of the launches."""
+        if self.sharing < 2:
             return np.zeros((len(source), len(target)))
-        empty = self.communication.moves(meta.shape, 0, source, target).seconds
+        forward, backward = self.launches(meta, source, target, gradients, grad)
+        return (forward + backward) * (1 - 1 / self.sharing)
+
+    def launches(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
+    ) -> tuple[Array, Array]:
+        """What a small parameter's collectives take without bytes, forward and backward; 0 where it is not small."""
+        larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
+        none = np.zeros((len(source), len(target)))
+        if (larger > _SMALL).all():
+            return none, none
+        empty = [self.communication.moves(meta.shape, 0, source, target).seconds, none]
         if grad:
             back_from, back_to = gradient_codes(source, target, gradients)
-            empty = empty + self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
-        return np.where((larger <= _SMALL) & np.isfinite(empty), empty * (1 - 1 / self.sharing), 0.0)
+            empty[1] = self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
+        shares = (larger <= _SMALL) & np.isfinite(empty[0]) & np.isfinite(empty[1])
+        return np.where(shares, empty[0], 0.0), np.where(shares, empty[1], 0.0)
 
     def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
         _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
