@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from models import GPT, MLP, tensor_parallel_gpt_plan
 from torch import Tensor, nn
-from truth_models import Convolutions, Llama, Mixer, Pictures, Recommender, Tagger
+from truth_models import Convolutions, Llama, Recommender
 
 import shardwright as sw
+from shardwright.whole_steps import Mixer, Pictures, Tagger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -46,9 +48,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         sizes = [width, width, 2 * width, 4 * width, 8 * width]
-        self.convs1 = nn.ModuleList(nn.Conv2d(a, b, 3, 1 if a == b else 2, 1, bias=False) for a, b in zip(sizes, sizes[1:]))
+        self.convs1 = nn.ModuleList(nn.Conv2d(a, b, 3, 1 if a == b else 2, 1, bias=False) for a, b in pairwise(sizes))
         self.convs2 = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1, bias=False) for b in sizes[1:])
-        self.skips = nn.ModuleList(nn.Conv2d(a, b, 1, 1 if a == b else 2, bias=False) for a, b in zip(sizes, sizes[1:]))
+        self.skips = nn.ModuleList(nn.Conv2d(a, b, 1, 1 if a == b else 2, bias=False) for a, b in pairwise(sizes))
         self.norms1 = nn.ModuleList(nn.BatchNorm2d(b) for b in sizes[1:])
         self.norms2 = nn.ModuleList(nn.BatchNorm2d(b) for b in sizes[1:])
         self.out = nn.Linear(8 * width, classes)
@@ -68,8 +70,8 @@ class UNet(nn.Module):
         super().__init__()
         sizes = [width << level for level in range(levels + 1)]
         self.stem, self.out = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 1, 1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:]))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(list(zip(sizes, sizes[1:]))))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(list(pairwise(sizes))))
         self.join = nn.ModuleList(nn.Conv2d(2 * a, a, 3, padding=1) for a in reversed(sizes[:-1]))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class Autoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [3000, 1500, 300, 30, 300, 1500, 3000]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -344,8 +346,7 @@ REFERENCES: dict[str, Reference] = {
     ),
     "expert parallel": Reference(
         lambda: (ExpertNet(2048, 8192, 64), (torch.empty(8, 2048, 2048),)), (8,),
-        {"": {"in_strategy": (_line(8)("None", "None", "None"),), "parameter_plan": {
-            f"{side}.{at}": _line(8)("tp", "None", "None") for side in ("up", "down") for at in (0, 1)}}},
+        {f"{side}.{at}": _line(8)("tp", "None", "None") for side in ("up", "down") for at in (0, 1)},
         memory="80GB",
     ),
 }  # fmt: skip

@@ -7,17 +7,24 @@ import io
 import math
 import os
 import runpy
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardwright import cli_plan
+from shardwright.cost.machine import PRESETS, Machine, calibrated, load_machine
+from shardwright.cost.machine import VARIABLE as MACHINE
 from shardwright.errors import LayoutError, ShardwrightError
 from shardwright.layout import Layout
+from shardwright.world.calibration import VARIABLE as CALIBRATION
 from shardwright.world.calibration import Calibration, location
 from shardwright.world.current import init
+
+if TYPE_CHECKING:
+    from shardwright.cost.calibration import Sample
 
 DEVICES = "SHARDWRIGHT_DEVICES"
 DEFAULT_DEVICES = 8
@@ -49,20 +56,25 @@ examples:
   torchrun --nproc-per-node 8 examples/mnist_ops.py        (the same job as with --distributed, started by hand)"""
 
 CALIBRATE_HELP = """\
-Measure which algorithm is fastest for each collective on this machine, by size and by number of ranks.
+Measure this machine: which algorithm is fastest for each collective, and what operators and training steps take.
 
 Starts N processes that communicate over gloo and lets all algorithms take turns, from 1 KB to 16 MB, among 2 to N ranks.
 What is found is kept in a file that jobs read when they start: what SHARDWRIGHT_CALIBRATION names, else
 shardwright/calibration.json in XDG_CACHE_HOME, else in ~/.cache. It changes how long collectives take, never what they
 compute. NCCL has its own ways and needs no calibration.
 
-Run it while the machine has nothing else to do. Without the file, values measured on a machine of two cores hold."""
+Then all ranks time operators, which takes half as long again, and train three small models under many plans, about two
+minutes. This makes the machine cpu-gloo, on which plans are priced: shardwright/cpu-gloo.toml beside the other file.
+
+Run it while the machine has nothing else to do. Without the files, values measured on a machine of two cores hold."""
 
 CALIBRATE_EXAMPLES = """\
 examples:
   shardwright calibrate
   shardwright calibrate --ranks 8 --seconds 60
-  shardwright calibrate --output cluster.json         (then SHARDWRIGHT_CALIBRATION=cluster.json torchrun ... train.py)"""
+  shardwright calibrate --no-steps                    (prices are then further from the times that steps take)
+  shardwright calibrate --output cluster.json         (then SHARDWRIGHT_CALIBRATION=cluster.json torchrun ... train.py,
+                                                       and SHARDWRIGHT_MACHINE=cluster.toml for prices)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,15 +173,24 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = commands.add_parser(
         "calibrate",
-        help="measure which collective algorithms are fastest on this machine",
+        help="measure this machine: its collectives, and what operators and steps take",
         description=CALIBRATE_HELP,
         epilog=CALIBRATE_EXAMPLES,
         formatter_class=style,
     )
     calibrate.set_defaults(command=_calibrate, name="calibrate")
     calibrate.add_argument("--ranks", type=_count, default=4, metavar="N", help="number of processes; default: 4")
-    calibrate.add_argument("--seconds", type=_seconds, default=20.0, metavar="S", help="how long to measure; default: 20")
-    calibrate.add_argument("--output", type=Path, metavar="FILE", help="where to keep it, instead of where jobs look")
+    calibrate.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=20.0,
+        metavar="S",
+        help="of collectives; operators take half as much besides, steps as much at least; default: 20",
+    )
+    calibrate.add_argument("--no-steps", action="store_true", help="leave out the training steps")
+    calibrate.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="where to keep it, instead of where jobs look; the machine: FILE.toml"
+    )
     return parser
 
 
@@ -244,8 +265,7 @@ def _one_layout(base: Layout, text: str, shape: tuple[int, ...]) -> Layout:
 
 
 def _layout_table(tensors: Sequence[tuple[Layout, tuple[int, ...]]]) -> str:
-    from rich.console import Console  # here: importing it draws from Python's random generator
-    from rich.table import Table
+    from rich.table import Table  # here: importing it draws from Python's random generator
 
     mesh = tensors[0][0].mesh
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -260,13 +280,7 @@ def _layout_table(tensors: Sequence[tuple[Layout, tuple[int, ...]]]) -> str:
         for (layout, shape), held in zip(tensors, slices, strict=True):
             row += [_slice_text(held[rank]), str(list(layout.local_shape(shape, rank)))]
         table.add_row(*row)
-    console = Console(file=io.StringIO(), width=10_000, no_color=True, highlight=False, markup=False)
-    for layout, shape in tensors:
-        console.print(f"{layout} of {list(shape)}")
-    console.print()
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+    return _printed(*(f"{layout} of {list(shape)}" for layout, shape in tensors), "", table)
 
 
 def _slice_text(slices: Sequence[slice]) -> str:
@@ -335,27 +349,87 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from rich.console import Console  # here: importing it draws from Python's random generator
     from rich.progress import Progress
 
+    from shardwright.cost.calibration import fit_machine, save_machine
     from shardwright.world.calibrate import measure
 
+    ranks, seconds = arguments.ranks, arguments.seconds
     path = arguments.output or location()
+    toml = calibrated() if arguments.output is None else path.with_suffix(".toml")
+    if toml == path:
+        raise _UsageError(f"--output {path}: the machine goes into {toml}; name another file, {path.with_suffix('.json')}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(f"measuring {arguments.ranks} ranks", total=1.0)
-            found = measure(arguments.ranks, arguments.seconds, lambda done: progress.update(task, completed=done))
-        found.save(path)
+            task = progress.add_task(f"measuring {ranks} ranks", total=1.0)
+            found = measure(ranks, seconds, lambda done: progress.update(task, completed=done))
+            found.collectives.save(path)
+            # from the preset: what an older calibration found is over
+            base, said = load_machine(PRESETS / "cpu-gloo.toml"), f"measured by shardwright calibrate with {ranks} ranks"
+            machine = fit_machine(base, found.operators, found.collectives.links, said)
+            texts = [_calibration_table(found.collectives), _machine_table(machine, found.operators)]
+            if not arguments.no_steps:
+                steps = progress.add_task(f"training on {ranks} ranks", total=1.0)
+                machine, text = _fit_steps(arguments, machine, path, lambda done: progress.update(steps, completed=done))
+                texts.append(text)
+        save_machine(machine, toml)
     except ShardwrightError as error:
         raise _UsageError(str(error)) from None
     except OSError as error:
         raise _UsageError(f"{path} cannot be written: {error}") from None
-    print(_calibration_table(found))
-    print(f"\nkept in {path}")
+    print("\n\n".join(texts))
+    print(f"\nkept in {path} and {toml}")
+    if arguments.output is None and os.environ.get(MACHINE):
+        print(f"plans are priced on {os.environ[MACHINE]} all the same, which {MACHINE} names")
     return 0
+
+
+def _fit_steps(
+    arguments: argparse.Namespace, machine: Machine, calibration: Path, progress: Callable[[float], None]
+) -> tuple[Machine, str]:
+    """The machine on which the prices of whole steps are nearest the times they take, and what became of it."""
+    from shardwright.cost.fit import fit_terms
+    from shardwright.whole_steps import measure_steps
+
+    before = os.environ.get(CALIBRATION)
+    os.environ[CALIBRATION] = str(calibration)  # the steps use the collectives just found to be the fastest
+    try:
+        steps = measure_steps(arguments.ranks, arguments.seconds, machine, progress)
+    finally:
+        del os.environ[CALIBRATION]
+        if before is not None:
+            os.environ[CALIBRATION] = before
+    found = fit_terms(machine, [s.price for s in steps], [s.terms for s in steps], [s.seconds for s in steps])
+    level = found.machine.levels[0]
+    return found.machine, (
+        f"in training steps a collective takes {found.machine.collective_launch * 1e6:.0f} µs, a message "
+        f"{level.latency * 1e6:.0f} µs, and a rank sends {level.bandwidth / 1e6:.0f} MB/s;\nprices of {len(steps)} steps were "
+        f"{found.before:.0%} off in the median, and now are {found.after:.0%}"
+    )
+
+
+def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
+    """What operators reach, by family, and how many times off their prices are."""
+    from rich.table import Table
+
+    from shardwright.cost.calibration import errors_of
+
+    off = errors_of(machine, samples)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("operators", "GFLOP/s", "GB/s", "off by"):
+        table.add_column(name, justify="left" if name == "operators" else "right", no_wrap=True)
+    for family, dtype in dict.fromkeys((s.family, s.dtype) for s in samples if s.family in off):
+        works = any(s.flops for s in samples if s.family == family)
+        rate = machine.rate(family, dtype) if works else machine.bandwidth_of(family)
+        name, text = f"{family} {dtype}" if works else family, f"{rate / 1e9:.1f}"
+        table.add_row(name, *((text, "") if works else ("", text)), f"{off[family]:.2f}×")
+    launch = f"a call takes {machine.operator_launch * 1e6:.1f} µs to start"
+    if not off:
+        return launch
+    return f"{_printed(table)}\n\n{launch}; prices of operators are {statistics.median(off.values()):.2f}× off in the median"
 
 
 def _calibration_table(found: Calibration) -> str:
     """What was chosen: the fastest algorithms, by the size up to which they are."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -367,13 +441,20 @@ def _calibration_table(found: Calibration) -> str:
             best = [names[0] + _limit_text(limit) for (limit, names), is_last in zip(rows, last) if is_last]
             table.add_row(operation, str(ranks), ", ".join(best))
     links = found.links
-    console = Console(file=io.StringIO(), width=10_000, no_color=True, highlight=False, markup=False)
-    console.print(table)
-    console.print()
-    console.print(
+    said = (
         f"an operation takes {links.launch * 1e6:.0f} µs, a message {links.latency * 1e6:.0f} µs, and a rank sends "
         f"{links.bandwidth / 1e6:.0f} MB/s when all do"
     )
+    return f"{_printed(table)}\n\n{said}"
+
+
+def _printed(*tables: Any) -> str:
+    """Tables and texts as text, whatever the terminal."""
+    from rich.console import Console  # here: importing it draws from Python's random generator
+
+    console = Console(file=io.StringIO(), width=10_000, no_color=True, highlight=False, markup=False)
+    for table in tables:
+        console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 

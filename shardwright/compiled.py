@@ -15,7 +15,7 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, GraphInput
 from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
-from shardwright.cost.machine import load_machine
+from shardwright.cost.machine import Machine, load_machine
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import partition
@@ -64,7 +64,9 @@ class SearchSettings:
     seconds: float = 30.0
 
 
-def plan_request(devices: int, settings: Settings, parameter_plan: dict[str, tuple[Any, str]], machine: str) -> PlanRequest:
+def plan_request(
+    devices: int, settings: Settings, parameter_plan: dict[str, tuple[Any, str]], machine: Machine | str
+) -> PlanRequest:
     """What the settings ask of a plan for a number of devices; ``machine`` where they name none."""
     search = settings.search
     return PlanRequest(
@@ -96,11 +98,12 @@ class Compiled:
         marks, parameter_plan = gather_marks(root, settings)
         with torch.enable_grad():
             self.graph: Graph = capture(root, args, kwargs, device, marks)
-        machine = "cpu-gloo" if device.type != "cuda" else "h100"
-        request = plan_request(world.size, settings, parameter_plan, machine)
+        named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
+        machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
+        request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
         self.plan: Plan = plan_as_asked(self.graph, request, settings)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
-        links = load_machine(request.machine).links(self.plan.mesh)
+        links = machine.links(self.plan.mesh)
         self.program: LocalProgram = partition(self.graph, self.plan, Options(links, enable_alltoall=settings.enable_alltoall))
         self.plan.attach(self.program)
         self.run: Callable[..., Any] = world.bind(self.program)

@@ -219,7 +219,8 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
     bytes a second of a family are means of logarithms: a price is as often and as many times too high as too low.
 
     Args:
-        links: as measured among the same ranks; taken for the innermost level, and all levels where there is one only.
+        links: as measured among the same ranks; taken for the innermost level, and all levels where there is one only. A
+            launch of 0, which two ranks alone cannot tell from messages, stays as in ``base``.
 
     >>> from shardwright.cost.machine import load_machine
     >>> samples = [Sample("launch", "float32", 2, 0, 1e-5), Sample("matmul", "float32", 1e9, 1e6, 0.1)]
@@ -254,7 +255,7 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
         rates=rates,
         memory_bandwidth=rates.get("copy", base.memory_bandwidth),
         operator_launch=launch,
-        collective_launch=base.collective_launch if links is None else links.launch,
+        collective_launch=(links.launch if links is not None else 0.0) or base.collective_launch,
         levels=levels,
     )
 

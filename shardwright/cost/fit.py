@@ -8,9 +8,9 @@ say nothing about stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,18 @@ Price = Callable[[Machine], float]
 
 # Families that operations bound; the memory bounds the others.
 _WORKING = ("matmul", "attention", "conv")
+# How many times slower or faster a fit may make each number. Operators and links can be timed alone, and mostly are; what a
+# collective takes where ranks wait for each other, and what a step takes besides its operators, only whole steps tell.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*_WORKING, "traffic", "optimizer"), (0.5, 2.0)),
+    "operator_launch": (0.2, 5.0),
+    "optimizer_launch": (0.1, 10.0),
+    "step_launch": (0.1, 10.0),
+    "exposed": (0.2, 2.0),
+    "collective_launch": (0.5, 100.0),
+    "latency": (0.5, 20.0),
+    "bandwidth": (0.5, 4.0),
+}
 # How much a factor is held at what it was: as much as so many measurements that say it is right.
 _HELD = 0.02
 _SWEEPS, _REWEIGHTINGS, _ROUNDS = 200, 5, 3
@@ -37,6 +49,11 @@ def _efficiency(kind: str) -> Callable[[Machine, float], Machine]:
         return replace(machine, efficiency={**machine.efficiency, kind: share / factor})
 
     return change
+
+
+def _exposed(machine: Machine, factor: float) -> Machine:
+    """More or less of the gradient reductions' time does not hide."""
+    return replace(machine, overlap=min(1.0, max(0.0, 1 - (1 - machine.overlap) * factor)))
 
 
 def _traffic(machine: Machine, factor: float) -> Machine:
@@ -65,6 +82,7 @@ TERMS: dict[str, Callable[[Machine, float], Machine]] = {
     "operator_launch": _scaled("operator_launch"),
     "optimizer_launch": _scaled("optimizer_launch"),
     "step_launch": _scaled("step_launch"),
+    "exposed": _exposed,
     "collective_launch": _scaled("collective_launch"),
     "latency": _links("latency", 1.0),
     "bandwidth": _links("bandwidth", -1.0),
@@ -98,6 +116,9 @@ def terms_of(price: Price, machine: Machine) -> dict[str, float]:
 def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float]) -> Machine:
     """The machine whose prices come nearest to times that were measured.
 
+    Rates of operators may become twice as high or low at most: they can be timed alone. What a collective takes in a step,
+    where ranks wait for each other, may be far from what it takes alone.
+
     Args:
         machine: where to start: what the measurements do not tell is as here. A launch that is 0 stays 0.
         prices: what each measured step costs on a machine.
@@ -111,32 +132,74 @@ def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float
     True
     """
     measured = np.asarray(seconds, dtype=float)
+    least, most = (np.array([_RANGES[name][end] for name in TERMS]) for end in (0, 1))
+    so_far = np.ones(len(TERMS))
     for _ in range(_ROUNDS):  # which algorithm is the cheapest follows the numbers
         found = [terms_of(price, machine) for price in prices]
         table = np.array([[terms[name] for name in TERMS] for terms in found])
         whole = np.array([price(machine) for price in prices])
         rest = whole - table.sum(axis=1)
-        factors = solve_factors(table / measured[:, None], 1 - rest / measured)
+        factors = solve_factors(table / measured[:, None], 1 - rest / measured, least / so_far, most / so_far)
+        so_far *= factors
         machine = scaled(machine, dict(zip(TERMS, factors.tolist())))
     return machine
 
 
-def solve_factors(table: Array, wanted: Array) -> Array:
-    """Positive factors for which ``table @ factors`` is nearest ``wanted``, by absolute rather than squared errors.
+class Fit(NamedTuple):
+    """A machine fitted to measured times, and how far prices were off before and after: the median, as a share."""
+
+    machine: Machine
+    before: float
+    after: float
+
+
+def fit_terms(machine: Machine, prices: Sequence[float], terms: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> Fit:
+    """As :func:`fit_steps`, from what steps cost on ``machine`` alone: their prices, and what :func:`terms_of` says of them.
+
+    Where no machine's prices are nearer, the machine is as it was.
+
+    >>> from shardwright.cost.machine import load_machine
+    >>> h100 = load_machine("h100")
+    >>> launches = [{"collective_launch": n * h100.collective_launch} for n in (10, 20, 40)]
+    >>> prices = [sum(term.values()) for term in launches]
+    >>> fitted = fit_terms(h100, prices, launches, [3 * price for price in prices])
+    >>> fitted.before > 0.6, fitted.after < 0.01, round(fitted.machine.collective_launch / h100.collective_launch, 2)
+    (True, True, 3.0)
+    """
+    measured, before = np.asarray(seconds, dtype=float), np.asarray(prices, dtype=float)
+    table = np.array([[each.get(name, 0.0) for name in TERMS] for each in terms])
+    rest = before - table.sum(axis=1)
+    least, most = (np.array([_RANGES[name][end] for name in TERMS]) for end in (0, 1))
+    factors = np.ones(len(TERMS))
+    for _ in range(_ROUNDS):  # each holds what the one before found
+        scaled_table = table * factors / measured[:, None]
+        factors = factors * solve_factors(scaled_table, 1 - rest / measured, least / factors, most / factors)
+    off = [float(np.median(np.abs(found / measured - 1))) for found in (before, rest + table @ factors)]
+    if off[1] >= off[0]:
+        return Fit(machine, off[0], off[0])
+    return Fit(scaled(machine, dict(zip(TERMS, factors.tolist()))), *off)
+
+
+def solve_factors(table: Array, wanted: Array, least: Array | float = 0.1, most: Array | float = 10.0) -> Array:
+    """Factors for which ``table @ factors`` is nearest ``wanted``, by absolute rather than squared errors.
 
     Least squares by coordinate descent, the weights of what is far off lowered from time to time; so a step that something
     else disturbed has little say.
+
+    Args:
+        least, most: bounds of each factor.
     """
     count = table.shape[1]
     factors, held = np.ones(count), _HELD * len(table) * np.maximum((table**2).mean(axis=0), 1e-3)
     weights = np.ones(len(table))
+    low, high = np.broadcast_to(least, count).tolist(), np.broadcast_to(most, count).tolist()
     for _ in range(_REWEIGHTINGS):
         for _ in range(_SWEEPS):
             for at in range(count):
                 column = table[:, at]
                 without = wanted - table @ factors + column * factors[at]
                 value = (weights @ (column * without) + held[at]) / (weights @ column**2 + held[at])
-                factors[at] = min(10.0, max(0.1, value))
+                factors[at] = min(high[at], max(low[at], value))
         off = np.abs(wanted - table @ factors)
         weights = 1 / np.maximum(off, 0.05) * 0.05
     return factors

@@ -56,7 +56,7 @@ class Machine:
         memory_bandwidth: bytes a second that a device reads and writes in its memory.
         operator_launch, collective_launch: seconds it takes to start one.
         levels: links, the innermost first; ranks that are neighbours are on the innermost.
-        overlap: share of parameter gathers and gradient reductions that hides behind computing.
+        overlap: share of gradient reductions that hides behind computing; ``gather_overlap``: of parameter gathers.
         rates: bytes a second of operator families that memory bandwidth alone does not explain.
         device: the kind of device as PyTorch names it, ``cpu``, ``cuda`` or ``npu``.
         optimizer_launch: seconds that updating a parameter takes besides its bytes; ``step_launch``: that a step takes.
@@ -77,6 +77,11 @@ class Machine:
     device: str = "cuda"
     optimizer_launch: float = 0.0
     step_launch: float = 0.0
+    gather_overlap: float = 0.0
+
+    def exposed(self, gather: Any, reduction: Any) -> Any:
+        """Seconds of a parameter's gather and of its gradient's reduction, numbers or arrays, that do not hide."""
+        return gather * (1 - self.gather_overlap) + reduction * (1 - self.overlap)
 
     def peak(self, dtype: str) -> float:
         """Operations a second of a dtype, by its name; one that is not listed counts as its nearest."""
@@ -129,7 +134,7 @@ class Machine:
     def to_toml(self) -> str:
         """The machine as the text of a file."""
         lines = [f"{key} = {_text(getattr(self, key))}" for key in ("name", "description", "device")]
-        for key in ("memory", "memory_bandwidth", *_LAUNCHES, "overlap"):
+        for key in ("memory", "memory_bandwidth", *_LAUNCHES, "overlap", "gather_overlap"):
             lines.append(f"{key} = {getattr(self, key)!r}")
         for section in ("flops", "efficiency", "rates"):
             lines += ["", f"[{section}]", *(f"{name} = {float(value)!r}" for name, value in getattr(self, section).items())]
@@ -214,7 +219,7 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         return {name: number(found, name, f"{key}.") for name in found}
 
     known = {"name", "description", "device", "flops", "efficiency", "rates", "memory", "memory_bandwidth", *_LAUNCHES,
-             "levels", "overlap"}  # fmt: skip
+             "levels", "overlap", "gather_overlap"}  # fmt: skip
     unknown = sorted(set(values) - known)
     if unknown:
         raise ShardwrightError(f"{path}: {unknown[0]} is not a key of a machine; the keys are {', '.join(sorted(known))}")
@@ -242,4 +247,5 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         number(values, "operator_launch", default=0.0), number(values, "collective_launch", default=0.0), made,
         min(1.0, number(values, "overlap", default=0.0)), table("rates", False), str(values.get("device", "cuda")),
         number(values, "optimizer_launch", default=0.0), number(values, "step_launch", default=0.0),
+        min(1.0, number(values, "gather_overlap", default=number(values, "overlap", default=0.0))),
     )  # fmt: skip

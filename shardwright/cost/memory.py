@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -124,6 +124,65 @@ def step_memory(
     outermost = math.prod(have[: step.dims[0]]) <= 1
     packed = copy if outermost else given
     return _reduce_scatter(given, made, packed, members, choose, hub)
+
+
+@dataclass(frozen=True)
+class RedistributionMemory:
+    """Bytes that the steps of a redistribution, one after the other, need besides their argument.
+
+    Args:
+        result: new memory of the result; 0 where it is the argument or a view of it.
+        peak: new memory in use at most meanwhile, the result included.
+        steps: what each step needs.
+    """
+
+    result: float
+    peak: float
+    steps: tuple[StepMemory, ...]
+
+
+def redistribution_memory(
+    steps: Sequence[Step], shape: Shape, itemsize: int, choose: Choose | None, contiguous: bool = True,
+    inplace: bool = False, hub: bool = True, compact: bool = False, kept_scratch: float = 0.0,
+) -> RedistributionMemory:  # fmt: skip
+    """What a redistribution of a tensor of global ``shape`` needs on a rank with the largest pieces.
+
+    Args:
+        choose, contiguous, inplace, hub: as in :func:`step_memory`, of the first step.
+        compact: whether a result that is only a part of the argument gets memory of its own, so that the argument can go.
+        kept_scratch: bytes of the scratch buffer that is there already.
+    """
+    found: list[StepMemory] = []
+    result = peak = 0.0
+    is_view = False
+    for step in steps:
+        need = step_memory(step, shape, itemsize, choose, contiguous, inplace, hub)
+        found.append(need)
+        peak = max(peak, result + need.result + need.workspace + max(0.0, need.scratch - kept_scratch))
+        result = need.result or result
+        is_view = step.kind == "slice"
+        contiguous = not is_view or (contiguous and not any(step.dims))
+        inplace = inplace or not is_view  # what a step made is nobody else's
+    if is_view and (compact or inplace):
+        piece = local_bytes(steps[-1].target, shape, itemsize)
+        result, peak = piece, max(peak, result + piece)
+    return RedistributionMemory(result, peak, tuple(found))
+
+
+def shared_collective_memory(moves: Sequence[tuple[Step, Shape, int]]) -> tuple[list[float], float]:
+    """What redistributions of one step each need that share a collective.
+
+    Args:
+        moves: of each redistribution its step, the global shape and the bytes an element; at least one.
+
+    Returns:
+        Bytes of new memory of each result, and of new memory at most meanwhile.
+    """
+    given = sum(local_bytes(step.source, shape, itemsize) for step, shape, itemsize in moves)
+    results = [local_bytes(step.target, shape, itemsize) for step, shape, itemsize in moves]
+    made = sum(results)
+    gathers = moves[0][0].kind == "all_gather"  # what arrives is ordered by rank first, by tensor after
+    return results, max(given + made, (3 if gathers else 2) * made)
 
 
 def _all_reduce(

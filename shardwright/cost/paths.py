@@ -321,7 +321,7 @@ def _moving(net: Network, now: Array, target: Array, later: Array) -> Array:
 
 
 def _gather(net: Network, paths: Paths, later: Array) -> Iterator[Paths]:
-    """The gathers that remain: all together; dim by dim, the slowest first; or axis by axis, of those last in a dim the slowest."""
+    """The gathers that remain, the slowest first: all together, dim by dim, or axis by axis from the end of a dim."""
     mask = np.bitwise_or.reduce(later, axis=1)
     arrived = replace(paths, now=paths.target)
     held = 1 / net.count[paths.split()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,12 +138,17 @@ def _is_flash(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> bool:
 
 def _run(op: Operator, needs_grad: tuple[bool, ...], autocast: tuple[Any, ...] | None) -> Saved:
     kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
     try:
         with torch.enable_grad():
             tensors = [_tensor(meta, needs) for meta, needs in zip(op.inputs, needs_grad)]
             given = [_cast(t, op, autocast) for t in tensors]
-            args, kwargs = _filled(op.args, given), _filled(op.kwargs, given)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+            args, kwargs = filled((op.args, op.kwargs), given, "meta")
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 result = op.target(*args, **kwargs)
     except Exception:  # whatever an operator may raise on meta tensors
         floats = frozenset(i for i, meta in enumerate(op.inputs) if meta.differentiable)
@@ -166,11 +171,11 @@ def _cast(tensor: Tensor, op: Operator, autocast: tuple[Any, ...] | None) -> Ten
 
 def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) -> Saved:
     """Tells apart what is kept by the memory it lies in; a view of an input counts as that input."""
-    of_input = {_memory(t): i for i, t in reversed(list(enumerate(tensors)))}
-    of_output = {_memory(t): i for i, t in reversed(list(enumerate(outputs))) if _memory(t) not in of_input}
+    of_input = {storage_key(t): i for i, t in reversed(list(enumerate(tensors)))}
+    of_output = {storage_key(t): i for i, t in reversed(list(enumerate(outputs))) if storage_key(t) not in of_input}
     inputs, mine, extra = set(), set(), {}
     for tensor in kept:
-        memory = _memory(tensor)
+        memory = storage_key(tensor)
         if memory in of_input:
             inputs.add(of_input[memory])
         elif memory in of_output:
@@ -179,11 +184,12 @@ def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) ->
             nbytes, size = tensor.untyped_storage().nbytes(), tensor.element_size()
             is_all = nbytes in (0, tensor.nbytes)
             extra[memory] = (tuple(tensor.shape) if is_all else (nbytes // size,), size)
-    aliases = {i: of_input[_memory(t)] for i, t in enumerate(outputs) if _memory(t) in of_input}
+    aliases = {i: of_input[storage_key(t)] for i, t in enumerate(outputs) if storage_key(t) in of_input}
     return Saved(frozenset(inputs), frozenset(mine), tuple(extra.values()), aliases)
 
 
-def _memory(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """What tells the memory of tensors apart, views having that of their base, as long as both are alive."""
     return tensor.untyped_storage()._cdata
 
 
@@ -195,15 +201,19 @@ def _tensor(meta: TensorMeta, needs: bool) -> Tensor:
     return made.requires_grad_(needs and meta.differentiable)
 
 
-def _filled(value: Any, tensors: list[Tensor]) -> Any:
-    """The arguments with tensors in their places, on the meta device."""
+def filled(value: Any, tensors: Sequence[Tensor], device: str) -> Any:
+    """Arguments with tensors in the places of their :class:`~shardwright.rules.operator.Slot`, devices being ``device``.
+
+    >>> filled(([Slot(0), 2], {"device": torch.device("cpu")}), [torch.ones(1)], "meta")
+    ([tensor([1.]), 2], {'device': device(type='meta')})
+    """
     if isinstance(value, Slot):
         return tensors[value.index]
     if isinstance(value, torch.device):
-        return torch.device("meta")
+        return torch.device(device)
     if isinstance(value, (list, tuple)):
-        filled = [_filled(v, tensors) for v in value]
-        return tuple(filled) if isinstance(value, tuple) else filled
+        items = [filled(v, tensors, device) for v in value]
+        return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {k: _filled(v, tensors) for k, v in value.items()}
+        return {k: filled(v, tensors, device) for k, v in value.items()}
     return value

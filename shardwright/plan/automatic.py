@@ -35,6 +35,7 @@ from shardwright.plan.pricing import Pricing, small_parameters
 from shardwright.plan.semi_auto import Planner, PlanRequest
 from shardwright.plan.strategy import resolve_strategy
 from shardwright.plan.table import bytes_text
+from shardwright.search.problem import Problem
 from shardwright.search.solve import Infeasible, Solution, solve
 
 # A gap below this is not worth more time.
@@ -213,9 +214,14 @@ class SearchPlanner(Planner):
         formulation = self.latest = self.formulate(tables, stored, gradients)
         problem = replace(formulation.problem, limit=limit)
         built = time.perf_counter()
-        solution = solve(problem, gap=GAP, seconds=self.share_of_time())
+        solution = self.find(problem, GAP)
         self.building, self.solving = built - started, time.perf_counter() - built
         return Attempt(self.mesh, formulation, solution)
+
+    def find(self, problem: Problem, gap: float) -> Solution:
+        """The search itself, by one process of a job."""
+        found: Solution = self.request.once(lambda: solve(problem, gap=gap, seconds=self.share_of_time()))
+        return found
 
     def share_of_time(self) -> float:
         """Seconds that the next solution may take: a good part of those that are left."""
@@ -313,7 +319,7 @@ class SearchPlanner(Planner):
         cost, memory = problem.price(error.choices)
         plans = []
         for weight in _MEMORY_WEIGHTS:
-            answer = solve(problem.weighted(weight * cost / max(memory, 1.0)), gap=0.05, seconds=self.share_of_time())
+            answer = self.find(problem.weighted(weight * cost / max(memory, 1.0)), 0.05)
             cost_of, memory_of = problem.price(answer.choices)
             solution = Solution(answer.choices, cost_of, 0.0, memory_of, "least memory")
             plans.append(self.assemble(Attempt(self.mesh, self.latest, solution), 0.0))

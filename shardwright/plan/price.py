@@ -230,7 +230,7 @@ class _Breakdown:
 
     def _sharing(self, moves: Sequence[MovePrice]) -> tuple[MovePrice, ...]:
         """The moves with small parameters' launches shared by those whose collectives are alike, as they are when run."""
-        assumed, exposed = 1 / max(1, self.pricing.sharing), 1 - self.pricing.machine.overlap
+        assumed = 1 / max(1, self.pricing.sharing)
 
         def kinds(move: MovePrice) -> list[Any]:
             phases = (move.forward, move.backward)
@@ -240,8 +240,8 @@ class _Breakdown:
         result = []
         for move in moves:
             if any(move.launches):
-                more = sum(launch * (1 / found[kind] - assumed) for launch, kind in zip(move.launches, kinds(move)))
-                move = replace(move, seconds=move.seconds + more * exposed)
+                gather, reduction = (n * (1 / found[kind] - assumed) for n, kind in zip(move.launches, kinds(move)))
+                move = replace(move, seconds=move.seconds + self.pricing.machine.exposed(gather, reduction))
             result.append(move)
         return tuple(result)
 
@@ -325,15 +325,14 @@ class _Breakdown:
             back_from, back_to = gradient_codes(code[None], target[None], mask[None])
             backward = describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
         axes = tuple(a for a, partial in zip(self.mesh.axes, need[1]) if partial) if grad else ()
-        seconds = sum(s.seconds for s in (*forward, *backward))
-        launches = (0.0, 0.0)
+        phases, launches = [sum(step.seconds for step in steps) for steps in (forward, backward)], (0.0, 0.0)
+        seconds = sum(phases)
         if stored:
             pair = (meta, code[None], target[None], mask[None], grad)
-            if self.pricing.sharing > 1:
-                ahead, back = self.pricing.launches(*pair)
-                launches = float(ahead[0, 0]), float(back[0, 0])
-            seconds -= float(self.pricing.saved_by_sharing(*pair)[0, 0])
-            seconds *= 1 - self.pricing.machine.overlap
+            ahead, back = self.pricing.launches(*pair)
+            launches = float(ahead[0, 0]), float(back[0, 0])
+            saved = [float(each[0, 0]) for each in self.pricing.saved_by_sharing(*pair)]
+            seconds = self.pricing.machine.exposed(*(phase - less for phase, less in zip(phases, saved)))
         ndim = len(meta.shape)
         here, there = layout_of(code, ndim, self.mesh), layout_of(target, ndim, self.mesh)
         return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds, launches)

@@ -172,9 +172,11 @@ class Pricing:
         columns, column_of = self._unique(target, gradients)
         here, there, masks = source[rows], target[columns], gradients[columns]
         forward, backward = self.move_parts(meta, here, there, masks, grad)
-        seconds = forward + backward
         if stored:
-            seconds = (seconds - self.saved_by_sharing(meta, here, there, masks, grad)) * (1 - self.machine.overlap)
+            first, second = self.saved_by_sharing(meta, here, there, masks, grad)
+            seconds = self.machine.exposed(forward - first, backward - second)
+        else:
+            seconds = forward + backward
         memory = self._kept(meta, here, there, counted)[np.ix_(row_of, column_of)] if keeps else None
         return seconds[np.ix_(row_of, column_of)], memory
 
@@ -187,12 +189,13 @@ class Pricing:
         back_from, back_to = gradient_codes(source, target, gradients)
         return forward, self.communication.moves(meta.shape, size, back_from, back_to).seconds.T
 
-    def saved_by_sharing(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> Array:
-        """Seconds that a small parameter saves if all of them share collectives: all but its share of the launches."""
-        if self.sharing < 2:
-            return np.zeros((len(source), len(target)))
+    def saved_by_sharing(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
+    ) -> tuple[Array, Array]:
+        """Seconds that a small parameter saves, forward and backward, if all share collectives: the others' launches."""
+        others = 1 - 1 / max(1, self.sharing)
         forward, backward = self.launches(meta, source, target, gradients, grad)
-        return (forward + backward) * (1 - 1 / self.sharing)
+        return forward * others, backward * others
 
     def launches(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool

@@ -17,7 +17,7 @@ import numpy as np
 from shardwright.plan.choices import IDLE, REPLICATED, Symbol
 from shardwright.plan.formulation import Formulation
 from shardwright.search.problem import Problem
-from shardwright.search.solve import Infeasible, Solution, solve
+from shardwright.search.solve import Infeasible, Solution
 
 if TYPE_CHECKING:
     from shardwright.plan.automatic import Attempt, SearchPlanner
@@ -103,13 +103,13 @@ class Recursion:
         """The best that some axes can do while the others stay as they are, with all symbols or ``among`` some of a site's."""
         planner = self.planner
         tables = {
-            site: planner.table(site, state.symbols[site], axes, among and frozenset(among[site]))
+            site: planner.table(site, state.symbols[site], axes, None if among is None else frozenset(among[site]))
             for site in planner.folded.sites
         }
         stored = {value: planner.stored(value, code, axes) for value, code in state.stored.items()}
         form = planner.formulate(tables, stored, self.gradients)
         problem = _priced(form.problem, price) if price else form.problem
-        answer = [self._one(rows) for rows in solve(problem, _GAP, self.planner.share_of_time()).choices]
+        answer = [self._one(rows) for rows in self.planner.find(problem, _GAP).choices]
         cost, memory = form.problem.price(_spread(form.problem, answer))
         symbols = dict(state.symbols)
         for site, variable in form.at_site.items():

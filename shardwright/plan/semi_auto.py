@@ -12,7 +12,7 @@ Three passes over the graph:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,8 @@ class PlanRequest:
         states: bytes of optimizer state a byte of parameter.
         seconds: how long a search may look for a better plan.
         operator_plan: how nodes are to run, by name, as a plan file says; it replaces what the nodes' marks ask for.
+        once: makes a value once for all processes of a job: what a search ends with may hang on the clock, and processes
+            that had different plans would wait for each other for ever.
         stored: parameters whose layout in ``parameter_plan`` is also how they are stored, whatever their readers want.
     """
 
@@ -72,6 +74,7 @@ class PlanRequest:
     seconds: float = 30.0
     operator_plan: dict[str, Pin] = field(default_factory=dict)
     stored: frozenset[str] = frozenset()
+    once: Callable[[Callable[[], Any]], Any] = lambda make: make()
 
 
 def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:

@@ -120,8 +120,8 @@ def moves_of(price: PlanPrice, graph: Graph, tables: Tables) -> dict[tuple[str, 
 
 def _is_paid_by_each(price: PlanPrice, move: MovePrice) -> bool:
     """Whether each reader redistributes for itself; otherwise they share one."""
-    once = sum(step.seconds for step in (*move.forward, *move.backward))
-    once *= 1 - price.machine.overlap if move.of_parameter else 1
+    gather, reduction = (sum(step.seconds for step in steps) for steps in (move.forward, move.backward))
+    once = price.machine.exposed(gather, reduction) if move.of_parameter else gather + reduction
     return len(move.readers) > 1 and once > 0 and move.seconds > 1.5 * once
 
 

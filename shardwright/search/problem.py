@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,9 @@ class Infeasible(ShardwrightError):
             text = f"the least memory that any assignment needs is {least_memory:g}, over the limit of {limit:g}"
         super().__init__(text)
         self.least_memory, self.choices, self.limit = least_memory, choices, limit
+
+    def __reduce__(self) -> Any:  # so that it reaches other processes whole
+        return type(self), (self.least_memory, self.choices, self.limit)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Measures what is fastest on this machine: every algorithm of every collective, in real gloo processes.
+"""Measures this machine in real gloo processes: every algorithm of every collective, and what operators take.
 
 :func:`measure` starts this module once a rank. All algorithms of a case (an operation, a number of ranks, a size) take
 turns, so that what else the machine does meets all alike, and medians count. The ranks share every time that was taken,
-the slowest rank's, so that all go on to the same thing and end at the same time without being told.
+the slowest rank's, so that all go on to the same thing and end at the same time without being told. At last all time
+operators at once, by :mod:`shardwright.cost.calibration`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwright.cost.calibration import Sample, time_operators
 from shardwright.errors import WorldError
 from shardwright.redistribute.links import Links
 from shardwright.world.calibration import ALGORITHMS, Calibration, Table
@@ -38,7 +40,8 @@ _LEAST_ROUNDS = 3
 _HOPELESS = 3.0  # algorithms whose best is so many times slower than the fastest one's get no further turn
 _DO_NOT_SCALE = ("hub", "copies")  # once hopeless, at all larger sizes too
 _PATIENCE = 60.0  # seconds in which ranks have to start, and to answer
-_SECONDS = "SHARDWRIGHT_CALIBRATE_SECONDS"
+_OPERATORS = 0.5  # time that operators get, for each second that collectives get
+SECONDS = "SHARDWRIGHT_CALIBRATE_SECONDS"
 
 
 class Measured(NamedTuple):
@@ -57,6 +60,13 @@ class Measured(NamedTuple):
     seconds: dict[str, float]
 
 
+class Measurements(NamedTuple):
+    """What was found out about a machine: its collectives, and how long operators took."""
+
+    collectives: Calibration
+    operators: list[Sample]
+
+
 def group_sizes(ranks: int) -> list[int]:
     """The numbers of ranks that are measured in a job of ``ranks``.
 
@@ -67,12 +77,13 @@ def group_sizes(ranks: int) -> list[int]:
     return sorted({*powers, ranks, *([3] if ranks >= 3 else [])})
 
 
-def measure(ranks: int = 4, seconds: float = 20.0, progress: Callable[[float], None] | None = None) -> Calibration:
+def measure(ranks: int = 4, seconds: float = 20.0, progress: Callable[[float], None] | None = None) -> Measurements:
     """Measures this machine with processes of its own.
 
     Args:
         ranks: how many to start; two at least.
-        seconds: how long to measure, beside the few seconds that processes take to start.
+        seconds: how long to measure collectives; operators get half as long besides, and processes take a few seconds to
+            start.
         progress: is told the fraction that is done, now and then.
 
     Raises:
@@ -80,8 +91,10 @@ def measure(ranks: int = 4, seconds: float = 20.0, progress: Callable[[float], N
     """
     if ranks < 2:
         raise WorldError(f"ranks={ranks}: a rank alone has nobody to communicate with; calibrate with 2 or more")
-    found = [Measured(*case) for case in _run_ranks(ranks, seconds, progress or (lambda done: None))]
-    return Calibration(tables_of(found), links_of(found), os.cpu_count() or 1, f"measured with {ranks} ranks")
+    result = run_ranks(ranks, __name__, {SECONDS: str(seconds)}, progress or (lambda done: None))
+    found = [Measured(*case) for case in result["collectives"]]
+    collectives = Calibration(tables_of(found), links_of(found), os.cpu_count() or 1, f"measured with {ranks} ranks")
+    return Measurements(collectives, [Sample(*each) for each in result["operators"]])
 
 
 # -- what follows from the times ----------------------------------------------------------------------------------------
@@ -147,17 +160,25 @@ def links_of(found: list[Measured]) -> Links:
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
-def _run_ranks(ranks: int, seconds: float, progress: Callable[[float], None]) -> list[Any]:
-    """Starts the processes, listens to the first, and returns what it measured."""
+def run_ranks(ranks: int, module: str, variables: Mapping[str, str], progress: Callable[[float], None]) -> dict[str, Any]:
+    """Runs a module in a process a rank, listens to the first, and returns what it found out.
+
+    Args:
+        variables: of the environment, besides this process's own.
+        progress: is told the numbers that the first process prints, a line of JSON each; what else it prints is the result.
+
+    Raises:
+        WorldError: a process failed; with what it said.
+    """
     environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    environment[_SECONDS] = str(seconds)
+    environment.update(variables)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the first rank is to keep the store itself
     root = Path(__file__).resolve().parents[2]
     if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", __name__]
-    result: list[Any] | None = None
+    command = [sys.executable, "-m", module]
+    result: dict[str, Any] | None = None
     with tempfile.TemporaryFile("w+") as errors:
         jobs: list[subprocess.Popen[str]] = []
         try:
@@ -166,7 +187,7 @@ def _run_ranks(ranks: int, seconds: float, progress: Callable[[float], None]) ->
                 jobs.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=errors, text=True))
             for line in jobs[0].stdout or ():
                 said = json.loads(line)
-                if isinstance(said, list):
+                if isinstance(said, dict):
                     result = said
                 else:
                     progress(said)
@@ -189,7 +210,8 @@ def _free_port() -> int:
 
 def _work() -> None:
     """What each process does; the first one says what comes of it, a line of JSON at a time."""
-    seconds = float(os.environ[_SECONDS])
+    seconds = float(os.environ[SECONDS])
+    share = 1 / (1 + _OPERATORS)  # of the whole time
     dist.init_process_group("gloo", timeout=timedelta(seconds=_PATIENCE + 2 * seconds))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     groups = {n: dist.group.WORLD if n == ranks else dist.new_group(range(n)) for n in group_sizes(ranks)}
@@ -199,13 +221,25 @@ def _work() -> None:
             link = Link(range(n), group, is_gloo=True)
             for measured, done in _measure_group(link, seconds / len(groups)):
                 found.append(measured)
-                if rank == 0:
-                    print(json.dumps((at + done) / len(groups)), flush=True)
+                say(share * (at + done) / len(groups))
             link.close()
-    if rank == 0:
-        print(json.dumps(found), flush=True)
+    samples = time_operators(_OPERATORS * seconds, dist.barrier, largest, lambda done: say(share + (1 - share) * done))
+    say({"collectives": found, "operators": samples})
     dist.barrier()
     dist.destroy_process_group()
+
+
+def say(what: Any) -> None:
+    """The first rank's words to the process that started the ranks."""
+    if dist.get_rank() == 0:
+        print(json.dumps(what), flush=True)
+
+
+def largest(own: float) -> float:
+    """The largest of the numbers that the ranks have."""
+    numbers = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return float(numbers)
 
 
 def _measure_group(link: Link, seconds: float) -> Iterator[tuple[Measured, float]]:

@@ -109,6 +109,20 @@ class DistributedWorld:
     def __repr__(self) -> str:
         return f"DistributedWorld(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
 
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What a function makes on rank 0, on every rank, or what it raises: where ranks must not differ, as by the clock."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                found = [(make(), None)]
+            except Exception as error:
+                found = [(None, error)]
+        dist.broadcast_object_list(found, 0)
+        value, failure = found[0]
+        if failure is not None:
+            raise failure
+        return value
+
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
 

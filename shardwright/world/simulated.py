@@ -45,6 +45,10 @@ class SimulatedWorld:
     def __repr__(self) -> str:
         return f"SimulatedWorld({self.size})"
 
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What a function makes; among processes, the first one's on all."""
+        return make()
+
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as global tensors.
 

@@ -153,8 +153,8 @@ def test_folded_layers_cost_what_they_cost_one_by_one(monkeypatch):
     monkeypatch.setattr(automatic, "blocks_of", lambda *given: ())
     flat = plan(model, inputs, mesh=(2, 4), memory=1e15)
     assert flat.search.seconds == pytest.approx(folded.search.seconds, rel=1e-9)
-    for plan in (folded, flat):
-        assert plan.price.seconds - plan.price.unshared == pytest.approx(plan.search.seconds, rel=1e-6)
+    for each in (folded, flat):
+        assert each.price.seconds - each.price.unshared == pytest.approx(each.search.seconds, rel=1e-6)
 
 
 def test_price_does_not_depend_on_how_layers_are_folded(monkeypatch):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import os
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.cost.machine import PRESETS
 from shardwright.partition import partitioner
 from shardwright.partition.schedule import Schedule
+from shardwright.plan import automatic
 from shardwright.world import current
 from shardwright.world.parameters import full_value
 from shardwright.world.simulated import SimulatedWorld
@@ -93,6 +98,7 @@ def main():
     delayed(world)
     sliced_data(world)
     other_seeds(world)
+    one_plan(world)
     bits(world)
 
 
@@ -145,6 +151,33 @@ def other_seeds(world):
     torch.testing.assert_close(sw.AutoParallel(model)(x), reference(x))
     if world.rank == 0:
         print("passed other seeds", flush=True)
+
+
+def one_plan(world):
+    """Ranks with other machines, and searches that end elsewhere, still have one plan: rank 0's."""
+    torch.manual_seed(3)
+    model = GPT(vocab=24, d=16, layers=2, heads=2, length=6).double()
+    plain = copy.deepcopy(model)
+    exact = automatic.solve
+
+    def another(problem, **options):
+        free = copy.deepcopy(problem.nodes)
+        for node in free:
+            node.cost[:] *= np.random.default_rng(world.rank).random(len(node.cost))
+        return exact(dataclasses.replace(problem, nodes=free), **options)
+
+    automatic.solve = another
+    os.environ["SHARDWRIGHT_MACHINE"] = str(PRESETS / ("h100.toml" if world.rank else "cpu-gloo.toml"))
+    ids = torch.randint(0, 24, (6, 7), generator=torch.Generator().manual_seed(1))
+    for mode in ("auto", "recursive_programming"):
+        net = sw.AutoParallel(copy.deepcopy(model), mode)
+        loss = net(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        torch.testing.assert_close(loss, plain(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
+        assert net.plan.machine.name == "cpu-gloo"
+    automatic.solve = exact
+    del os.environ["SHARDWRIGHT_MACHINE"]
+    if world.rank == 0:
+        print("passed one plan", flush=True)
 
 
 def bits(world):

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from shardwright import cli
+from shardwright import cli, whole_steps
+from shardwright.cost.calibration import Sample
+from shardwright.cost.fit import TERMS
+from shardwright.cost.machine import calibrated, load_machine
 from shardwright.errors import WorldError
 from shardwright.redistribute.links import Links
-from shardwright.world.calibrate import Measured, links_of, measure, tables_of
+from shardwright.world.calibrate import Measured, Measurements, links_of, measure, tables_of
 from shardwright.world.calibration import ALGORITHMS, DEFAULT, Calibration, load, location
 
 
 @pytest.fixture(autouse=True)
 def _nobodys_file(monkeypatch, tmp_path):
     monkeypatch.delenv("SHARDWRIGHT_CALIBRATION", raising=False)
+    monkeypatch.delenv("SHARDWRIGHT_MACHINE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -116,19 +120,91 @@ def test_links_from_times():
     assert links.bandwidth == pytest.approx(1e9)
 
 
-def test_measuring_by_the_command(capsys, tmp_path):
-    path = tmp_path / "deep" / "own.json"
-    assert cli.main(["calibrate", "--ranks", "2", "--seconds", "1", "--output", str(path)]) == 0
-    said = capsys.readouterr()
-    assert said.out.rstrip().endswith(f"kept in {path}")
-    for operation in ALGORITHMS:
-        assert f"\n{operation}" in said.out
-    found = load(path)
+def test_measuring_by_the_command(capsys):
+    preset = load_machine("cpu-gloo")
+    assert cli.main(["calibrate", "--ranks", "2", "--seconds", "0.5", "--no-steps"]) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith(f"kept in {location()} and {calibrated()}")
+    for name in (*ALGORITHMS, "matmul float32", "pointwise", "optimizer", "a call takes", "an operation takes"):
+        assert f"\n{name}" in said
+    found = load()
     assert set(found.tables) == set(ALGORITHMS)
     assert all(set(measured) == {2} for measured in found.tables.values())
     assert 1e5 < found.links.bandwidth < 1e12
     assert 1e-7 < found.links.latency < 1
+    machine = load_machine("cpu-gloo")
+    assert machine.description == "measured by shardwright calibrate with 2 ranks"
+    assert (machine.levels[0].latency, machine.levels[0].bandwidth) == (found.links.latency, found.links.bandwidth)
+    assert 1e8 < machine.rate("matmul", "float32") < 1e14
+    assert {"pointwise", "copy", "norm", "optimizer"} <= set(machine.rates)
+    assert machine.flops["float64"] == preset.flops["float64"], "what is not measured stays"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Nothing is measured; times are made up."""
+    samples = [Sample("launch", "float32", 32.0, 0.0, 32e-5), Sample("matmul", "float32", 1e9, 1e6, 0.01)]
+    monkeypatch.setattr("shardwright.world.calibrate.measure", lambda *_: Measurements(some(), samples))
+    return samples
+
+
+def test_another_file_leaves_those_that_jobs_read_alone(measured, capsys, tmp_path):
+    path = tmp_path / "deep" / "own.json"
+    assert cli.main(["calibrate", "--no-steps", "--output", str(path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"kept in {path} and {path.with_suffix('.toml')}")
+    assert load(path) == some()
+    assert load_machine(path.with_suffix(".toml")).peak("float32") == pytest.approx(1e11, rel=0.01)
     assert not location().exists()
+    assert not calibrated().exists()
+
+
+def test_calibrating_forgets_the_machine_found_before_even_a_broken_one(measured):
+    calibrated().parent.mkdir(parents=True)
+    calibrated().write_text("broken", "utf-8")
+    assert cli.main(["calibrate", "--no-steps"]) == 0
+    assert load_machine("cpu-gloo").operator_launch == 1e-5
+
+
+def test_a_machine_of_ones_own_is_left_alone_and_told_of(measured, monkeypatch, capsys, tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text(load_machine("cpu-gloo").to_toml(), "utf-8")
+    before = own.read_bytes()
+    monkeypatch.setenv("SHARDWRIGHT_MACHINE", str(own))
+    assert cli.main(["calibrate", "--no-steps"]) == 0
+    assert f"plans are priced on {own} all the same" in capsys.readouterr().out
+    assert own.read_bytes() == before
+
+
+def test_training_steps_move_the_machine(measured, monkeypatch, capsys):
+    """Collectives take three times as long in steps as alone."""
+    seen = []
+
+    def steps(ranks, seconds, machine, progress):
+        seen.append((ranks, seconds, machine.collective_launch, os.environ["SHARDWRIGHT_CALIBRATION"]))
+        progress(1.0)
+        found = []
+        for count in (10, 20, 40):
+            terms = {**dict.fromkeys(TERMS, 0.0), "collective_launch": count * machine.collective_launch}
+            price = sum(terms.values())
+            found.append(whole_steps.MeasuredStep("model", f"plan {count}", 3 * price, price, terms))
+        return found
+
+    monkeypatch.setattr("shardwright.whole_steps.measure_steps", steps)
+    assert cli.main(["calibrate", "--ranks", "2", "--seconds", "5"]) == 0
+    assert seen == [(2, 5.0, 1e-5, str(location()))], "some() has a launch of 10 µs"
+    assert "SHARDWRIGHT_CALIBRATION" not in os.environ
+    assert load_machine("cpu-gloo").collective_launch == pytest.approx(3e-5, rel=0.05)
+    said = capsys.readouterr().out
+    assert "in training steps a collective takes 30 µs" in said
+    assert "prices of 3 steps were 67% off in the median, and now are 0%" in said
+
+
+def test_help_says_what_is_measured_and_for_how_long(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["calibrate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("half as long again", "cpu-gloo", "--no-steps", "default: 20", "SHARDWRIGHT_MACHINE", "examples:"):
+        assert part in said
 
 
 def test_mistakes_of_the_command(capsys, tmp_path):
@@ -138,6 +214,8 @@ def test_mistakes_of_the_command(capsys, tmp_path):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["calibrate", "--seconds", wrong])
         assert f"{wrong!r} is not a number of seconds" in capsys.readouterr().err
+    assert cli.main(["calibrate", "--output", str(tmp_path / "own.toml")]) == 2
+    assert "own.json" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["calibrate", "--output", str(tmp_path / "file" / "own.json")]) == 2
     assert "own.json cannot be written" in capsys.readouterr().err

@@ -25,4 +25,4 @@ def test_programs_on_real_ranks(ranks):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     passed = [line for line in done.stdout.splitlines() if line.startswith("passed")]
-    assert len(passed) == 14, passed
+    assert len(passed) == 15, passed

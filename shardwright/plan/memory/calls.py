@@ -1,0 +1,137 @@
+"""Calls: plays the local calls of a program, and their backward.
+
+Calls that are alike, in this program or another, are run on fake tensors once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from shardwright.capture.torch_private import pytree
+from shardwright.cost.saved import frozen
+from shardwright.partition.program import Call
+from shardwright.plan.memory.local_call import BackwardMemory, ForwardMemory, LocalCall, Place
+from shardwright.plan.memory.rank_state import Gradient, RankState
+from shardwright.plan.memory.usage import Storage
+from shardwright.rules.lowering import PerRank, Ref
+from shardwright.rules.operator import Slot
+
+_forwards: dict[Hashable, tuple[LocalCall, ForwardMemory]] = {}
+_backwards: dict[Hashable, BackwardMemory] = {}
+_MOST_REMEMBERED = 20_000
+
+
+class CallPlayer:
+    """Plays calls on the state of a rank.
+
+    Args:
+        state: what the rank has.
+        device: kind of device, which decides what kernels keep.
+    """
+
+    def __init__(self, state: RankState, device: str):
+        self.state, self.usage, self.device = state, state.usage, device
+
+    def play(self, call: Call) -> None:
+        """Makes the outputs of a call, and keeps what its backward needs."""
+        arguments, names = _with_slots(call)
+        inputs = [self.state.values[name].storage for name in names]
+        tensors = tuple(self.state.values[name].tensor for name in names)
+        key = (call.function, frozen(arguments), tensors, call.autocast, call.grad, call.sequence, self.device)
+        local, made = _forward_memory(key, LocalCall(call, tensors, arguments, self.device))
+        self.usage.point(call.cause, made.peak, "activations")
+        new = [Storage(size, "activations", call.cause) for size in made.sizes]
+        for name, (tensor, place) in zip(call.outputs, made.outputs):
+            self.state.define(name, _storage_at(place, inputs, new), tensor)
+        if made.guessed:
+            self.state.guessed.setdefault(call.cause)
+        if not any(tensor.needs_grad for tensor, _ in made.outputs):
+            return
+        saved = self.state.save(_storage_at(place, inputs, new) for place in made.kept)
+        if made.kept_besides:
+            saved += self.state.save([Storage(made.kept_besides, "activations", call.cause)])
+        self.state.tape.append(partial(self._play_backward, key, local, call, names, made, saved))
+
+    def _play_backward(
+        self, key: Hashable, local: LocalCall, call: Call, names: Sequence[str], made: ForwardMemory, saved: Sequence[Storage]
+    ) -> None:
+        given = [self.state.gradients.pop(name, None) for name in call.outputs]
+        if not any(given):
+            self._drop(saved, given)
+            return
+        back = self._backward_memory(key, local, tuple(g.stride if g is not None else None for g in given), made)
+        if back.guessed:
+            self.state.guessed.setdefault(call.cause)
+        storages = {id(g.storage): g.storage for g in given if g is not None}.values()
+        if all(s.users == 1 for s in storages):  # the backward may free what it is given, which is in use already
+            more = back.peak_with_given - sum(s.size for s in storages)
+        else:
+            more = back.peak
+        self.usage.point(call.cause, more - made.kept_besides)
+        inputs = [self.state.all_values[name].storage for name in names]
+        new = [Storage(size, "transient", call.cause) for size in back.sizes]
+        found = []
+        for name, gradient in zip(names, back.gradients):
+            if gradient is not None:
+                stride, place = gradient
+                found.append((name, self.usage.hold(_storage_at(place, inputs, new, given)), stride))
+        self._drop(saved, given)
+        for name, storage, stride in found:
+            self.state.add_gradient(name, storage, self.state.all_values[name].tensor.shape, stride, call.cause)
+            self.usage.drop(storage)
+
+    def _drop(self, saved: Iterable[Storage], given: Iterable[Gradient | None]) -> None:
+        for gradient in given:
+            if gradient is not None:
+                self.usage.drop(gradient.storage)
+        for storage in saved:
+            self.usage.drop(storage)
+
+    def _backward_memory(
+        self, key: Hashable, local: LocalCall, strides: tuple[Any, ...], made: ForwardMemory
+    ) -> BackwardMemory:
+        full_key = (key, strides)
+        if full_key not in _backwards:
+            try:
+                back = None if made.guessed else local.backward(strides)
+            except Exception:  # whatever the backward of an operator may raise on fake tensors
+                back = None
+            _backwards[full_key] = back or local.guess_backward(strides, made)
+        return _backwards[full_key]
+
+
+def _forward_memory(key: Hashable, local: LocalCall) -> tuple[LocalCall, ForwardMemory]:
+    """What a call makes, and the first call that was like it."""
+    if key not in _forwards:
+        if len(_forwards) > _MOST_REMEMBERED:
+            _forwards.clear()
+            _backwards.clear()
+        _forwards[key] = local, local.forward()
+    return _forwards[key]
+
+
+def _storage_at(
+    place: Place, inputs: Sequence[Storage], new: Sequence[Storage], given: Sequence[Gradient | None] = ()
+) -> Storage:
+    if place.kind == "input":
+        return inputs[place.position]
+    if place.kind == "new":
+        return new[place.position]
+    gradient = given[place.position]
+    assert gradient is not None, "a gradient that the backward was not given"
+    return gradient.storage
+
+
+def _with_slots(call: Call) -> tuple[Any, list[str]]:
+    """A call's arguments on the first rank, with a slot for each tensor, and the tensors' names."""
+    names: list[str] = []
+
+    def replace(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            names.append(leaf.name)
+            return Slot(len(names) - 1)
+        return leaf.of(0) if isinstance(leaf, PerRank) else leaf
+
+    return pytree.tree_map(replace, (call.args, call.kwargs)), names

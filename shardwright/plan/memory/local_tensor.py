@@ -1,0 +1,43 @@
+"""Local tensor: what a local call sees of a tensor, without its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+Strides = tuple[int, ...]
+
+
+class LocalTensor(NamedTuple):
+    """Local shape, strides, dtype, and whether autograd brings it a gradient."""
+
+    shape: tuple[int, ...]
+    stride: Strides
+    dtype: torch.dtype
+    needs_grad: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it lies in memory in the order of its dims."""
+        return self.stride == contiguous_strides(self.shape)
+
+
+def contiguous_strides(shape: Sequence[int]) -> Strides:
+    """Strides of a tensor that lies in memory in the order of its dims.
+
+    >>> contiguous_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

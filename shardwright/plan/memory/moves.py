@@ -1,0 +1,249 @@
+"""Moves: plays the redistributions of a program, and their backward.
+
+A move that is started early travels until somebody waits for its result; in the backward its gradient starts to travel
+where the forward waited, and is waited for where the forward started. Moves may also share a collective.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from shardwright.cost.memory import (
+    Choose,
+    RedistributionMemory,
+    local_shape,
+    redistribution_memory,
+    shared_collective_memory,
+    step_memory,
+)
+from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Together
+from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
+from shardwright.plan.memory.rank_state import Gradient, RankState
+from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
+from shardwright.redistribute.step import Step
+from shardwright.rules.operator import OpOverload
+
+# Operators whose result is new memory that autograd does not keep, so that a sum over ranks may be done in place; as in
+# the distributed world.
+_RESULT_IS_FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
+
+
+@dataclass
+class _Travelling:
+    """A move that was started: its result, and the memory and bytes of scratch that it holds until it is done."""
+
+    result: Storage
+    held: list[Storage] = field(default_factory=list)
+    scratch: float = 0.0
+
+
+class MovePlayer:
+    """Plays moves on the state of a rank.
+
+    Args:
+        state: what the rank has.
+        program: all of it; moves depend on what makes and reads their source.
+        returned: local names of what the program returns.
+        choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
+        hub: whether the rank is the one that others send to, where one is.
+    """
+
+    def __init__(self, state: RankState, program: LocalProgram, returned: Sequence[str], choose: Choose | None, hub: bool):
+        self.state, self.usage, self.choose, self.hub = state, state.usage, choose, hub
+        self.instructions, self.returned = program.instructions, returned
+        self.makers = {output: i for i in program.instructions for output in i.outputs}
+        self.reads = Counter(name for i in program.instructions for name in program.refs_of(i))
+        self.travelling: dict[str, _Travelling] = {}  # by output
+        # gradients under way, by output; where the backward makes no new memory nothing travels
+        self.returning: dict[str, tuple[Gradient, _Travelling | None]] = {}
+        self.ending: _Travelling | None = None  # is done with when the next move starts
+
+    def keep_scratch(self, trains: bool) -> None:
+        """Keeps the scratch buffer that is there since the step before.
+
+        Args:
+            trains: whether that step had a backward.
+        """
+        if self.choose is None:
+            return
+        largest = 0.0
+        for move in self.instructions:
+            if isinstance(move, Move):
+                plan = move.redistribution
+                steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
+                needs = [step_memory(s, plan.shape, move.dtype.itemsize, self.choose, hub=self.hub) for s in steps]
+                scratch = max((need.scratch for need in needs), default=0.0)
+                largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
+        self.usage.give_scratch(self.usage.take_scratch(largest))
+
+    # -- one move, at once --------------------------------------------------------------------------------------------
+
+    def play(self, move: Move, source_dies: bool) -> None:
+        """Makes the result of a move that is not started early.
+
+        Args:
+            source_dies: whether nothing reads the source any more.
+        """
+        maker = self.makers.get(move.source)
+        is_only_reader = self.reads[move.source] == 1 and move.source not in self.returned
+        need = self._need(
+            move,
+            move.redistribution.forward,
+            contiguous=self.state.values[move.source].tensor.is_contiguous,
+            inplace=is_only_reader and _result_is_free(maker),
+            compact=maker is not None and source_dies,
+        )
+        self.usage.point(move.cause, need.peak)
+        self._define(move, Storage(need.result, "activations", move.source) if need.result else None)
+        self._record(move, self._play_backward)
+
+    def _play_backward(self, move: Move) -> None:
+        gradient = self.state.gradients.pop(move.output, None)
+        if gradient is None:
+            return
+        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous)
+        self.usage.point(move.cause, need.peak)
+        self._return_gradient(move, gradient, need.result)
+
+    def _need(
+        self, move: Move, steps: Sequence[Step], contiguous: bool = True, inplace: bool = False, compact: bool = True
+    ) -> RedistributionMemory:
+        return redistribution_memory(
+            steps, move.redistribution.shape, move.dtype.itemsize, self.choose, contiguous, inplace, self.hub, compact,
+            self.usage.kept_scratch,
+        )  # fmt: skip
+
+    def _define(self, move: Move, made: Storage | None) -> None:
+        """Names the result of a move: in this memory, or where nothing was made in that of its source."""
+        source = self.state.values[move.source]
+        shape = local_shape(move.redistribution.target, move.redistribution.shape)
+        stride = source.tensor.stride if made is None else contiguous_strides(shape)
+        tensor = LocalTensor(shape, stride, source.tensor.dtype, self._needs_grad(move))
+        self.state.define(move.output, made or source.storage, tensor)
+
+    def _needs_grad(self, move: Move) -> bool:
+        return self.state.values[move.source].tensor.needs_grad and move.needs_grad and move.grad
+
+    def _record(self, move: Move, backward: Callable[[Move], None]) -> None:
+        if self._needs_grad(move):
+            self.state.tape.append(partial(backward, move))
+
+    def _return_gradient(self, move: Move, gradient: Gradient, size: float) -> None:
+        """Hands the source of a move its gradient: in so many bytes of new memory, or for 0 in that of the result's."""
+        if size:
+            made = self.usage.hold(Storage(size, "transient", move.source))
+            self.usage.drop(gradient.storage)
+            self._give_source(move, made)
+        else:
+            self._give_source(move, gradient.storage, gradient.stride)
+
+    def _give_source(self, move: Move, storage: Storage, stride: Strides | None = None) -> None:
+        """Hands the source of a move its gradient, which is held here until then; contiguous, unless it has a stride."""
+        shape = local_shape(move.redistribution.source, move.redistribution.shape)
+        self.state.add_gradient(move.source, storage, shape, stride or contiguous_strides(shape), move.cause)
+        self.usage.drop(storage)
+
+    # -- one move, started early --------------------------------------------------------------------------------------
+
+    def start(self, move: Move) -> None:
+        """A move sets off."""
+        need = self._need(move, move.redistribution.forward, compact=move.source in self.makers)
+        self.usage.point(move.cause, need.peak)
+        self.travelling[move.output] = self._set_off(move, need, self.state.values[move.source].storage, "activations")
+        self._record(move, self._end_backward)
+
+    def end(self, move: Move) -> None:
+        """Somebody waits for the result of a move that was started."""
+        result = self._arrived(self.travelling.pop(move.output))
+        self._define(move, result if result.size else None)
+        self.usage.drop(result)
+        self._record(move, self._start_backward)
+
+    def _start_backward(self, move: Move) -> None:
+        gradient = self.state.gradients.pop(move.output, None)
+        if gradient is None:
+            return
+        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous)
+        self.usage.point(move.cause, need.peak)
+        travelling = None
+        if need.result:
+            travelling = self._set_off(move, need, gradient.storage, "transient")
+            self.usage.drop(gradient.storage)
+        self.returning[move.output] = gradient, travelling
+
+    def _end_backward(self, move: Move) -> None:
+        gradient, travelling = self.returning.pop(move.output, (None, None))
+        if travelling is not None:
+            self._give_source(move, self._arrived(travelling))
+        elif gradient is not None:
+            self._give_source(move, gradient.storage, gradient.stride)
+
+    def _set_off(self, move: Move, need: RedistributionMemory, given: Storage, part: str) -> _Travelling:
+        """What a started move holds until somebody waits for it.
+
+        A thread ends moves that others depend on; it is taken to be done with one when the next starts.
+        """
+        self._release(self.ending)
+        travelling = _Travelling(self.usage.hold(Storage(need.result, part, move.source)))
+        if any(step.result for step in need.steps):
+            workspace = Storage(sum(step.workspace for step in need.steps), "transient", move.source)
+            travelling.held = [self.usage.hold(given), self.usage.hold(workspace)]
+            travelling.scratch = self.usage.take_scratch(max(step.scratch for step in need.steps))
+            if not any(step.holds for step in need.steps):
+                self.ending = travelling
+        return travelling
+
+    def _arrived(self, travelling: _Travelling) -> Storage:
+        """The result of a started move, which is held here; nothing else of it is."""
+        self._release(travelling)
+        return travelling.result
+
+    def _release(self, travelling: _Travelling | None) -> None:
+        """Frees what a started move holds besides its result; a second time does nothing."""
+        if travelling is not None:
+            for storage in travelling.held:
+                self.usage.drop(storage)
+            self.usage.give_scratch(travelling.scratch)
+            travelling.held, travelling.scratch = [], 0.0
+
+    # -- moves that share a collective --------------------------------------------------------------------------------
+
+    def play_together(self, together: Together) -> None:
+        """Makes the results of moves that share a collective."""
+        moves = together.moves
+        sizes, peak = _shared(moves, [m.redistribution.forward for m in moves])
+        self.usage.point(together.cause, peak)
+        for move, size in zip(moves, sizes):
+            self._define(move, Storage(size, "activations", move.source) if size else None)
+        if any(map(self._needs_grad, moves)):
+            self.state.tape.append(partial(self._play_together_backward, together))
+
+    def _play_together_backward(self, together: Together) -> None:
+        """Moves whose results got no gradient take no part."""
+        moves = [move for move in together.moves if move.output in self.state.gradients]
+        sizes, peak = _shared(moves, [m.redistribution.backward for m in moves])
+        self.usage.point(together.cause, peak)
+        gradients = [self.state.gradients.pop(move.output) for move in moves]
+        for move, gradient, size in zip(moves, gradients, sizes):
+            self._return_gradient(move, gradient, size)
+
+
+def _shared(moves: Sequence[Move], steps: Sequence[Sequence[Step]]) -> tuple[list[float], float]:
+    """New memory of each result, and bytes at most meanwhile; moves of a kind have one step each, or none has any."""
+    if not any(steps):
+        return [0.0] * len(moves), 0.0
+    return shared_collective_memory(
+        [(step, move.redistribution.shape, move.dtype.itemsize) for move, (step,) in zip(moves, steps)]
+    )
+
+
+def _result_is_free(maker: Instruction | None) -> bool:
+    function = maker.function if isinstance(maker, Call) else None
+    return (
+        isinstance(function, OpOverload)
+        and function.namespace == "aten"
+        and function.overloadpacket.__name__ in _RESULT_IS_FREE
+    )

@@ -1,0 +1,111 @@
+"""Rank state: what a rank has while a step is played: values, their gradients, and the tape that the backward follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
+from shardwright.plan.memory.usage import Storage, Usage
+
+
+class Value(NamedTuple):
+    """A local tensor and the memory it lies in."""
+
+    storage: Storage
+    tensor: LocalTensor
+
+
+class Gradient(NamedTuple):
+    """The gradient of a value, so far."""
+
+    storage: Storage
+    shape: tuple[int, ...]
+    stride: Strides
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it lies in memory in the order of its dims."""
+        return self.stride == contiguous_strides(self.shape)
+
+
+class RankState:
+    """What the rank with the largest pieces has.
+
+    Attributes:
+        usage: what is in use.
+        values: what the program still has, by local name.
+        all_values: what it ever had.
+        saved: what autograd ever kept, in order.
+        tape: what the backward does, to be called in reverse order.
+        gradients: of values, by local name.
+        parameters: bytes of each parameter that is trained.
+        guessed: operators that could not be played through, in order.
+    """
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.values: dict[str, Value] = {}
+        self.all_values: dict[str, Value] = {}
+        self.saved: dict[Storage, None] = {}
+        self.tape: list[Callable[[], None]] = []
+        self.gradients: dict[str, Gradient] = {}
+        self.parameters: dict[str, float] = {}
+        self.guessed: dict[str, None] = {}
+
+    def define(self, name: str, storage: Storage, tensor: LocalTensor) -> None:
+        """The program has a new value, in this memory."""
+        self.values[name] = self.all_values[name] = Value(self.usage.hold(storage), tensor)
+
+    def forget(self, name: str) -> None:
+        """Nothing reads a value any more."""
+        value = self.values.pop(name, None)
+        if value is not None:
+            self.usage.drop(value.storage)
+
+    def save(self, storages: Iterable[Storage]) -> list[Storage]:
+        """Holds what autograd keeps for one operator; returns it, each storage once, to be dropped after its backward."""
+        found = list(dict.fromkeys(storages))
+        for storage in found:
+            self.usage.hold(storage)
+            self.saved.setdefault(storage)
+        return found
+
+    def add_gradient(self, name: str, storage: Storage, shape: tuple[int, ...], stride: Strides, cause: str) -> None:
+        """Hands a value its gradient, or adds to the one it has: in place where nobody else holds that."""
+        usage = self.usage
+        usage.hold(storage)
+        before = self.gradients.get(name)
+        if before is not None:
+            contiguous = contiguous_strides(shape)
+            if before.storage.users == 1 and before.stride == contiguous:
+                usage.drop(storage)
+                return
+            total = Storage(float(math.prod(shape)) * self.all_values[name].tensor.dtype.itemsize, "transient", name)
+            usage.point(cause, total.size)
+            usage.hold(total)
+            usage.drop(storage)
+            usage.drop(before.storage)
+            storage, stride = total, contiguous
+        self.gradients[name] = Gradient(storage, shape, stride)
+        if name in self.parameters:
+            usage.reassign(storage, "gradients")
+
+    def hand_over_gradients(self) -> None:
+        """At the end of the backward gradients become the parameters' own: contiguous, and nobody else's."""
+        usage = self.usage
+        for name, size in self.parameters.items():
+            gradient = self.gradients.pop(name, None)
+            if gradient is None:
+                continue
+            if gradient.storage.users > 1 or not gradient.is_contiguous:
+                copy = Storage(size, "gradients", name)
+                usage.point(name, copy.size)
+                usage.hold(copy)
+                usage.drop(gradient.storage)
+            else:
+                usage.reassign(gradient.storage, "gradients")
+        for gradient in self.gradients.values():
+            usage.drop(gradient.storage)
+        usage.point("gradients", 0.0)

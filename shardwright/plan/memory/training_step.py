@@ -1,0 +1,139 @@
+"""Training step: one step of one rank, played through on shapes: forward, backward, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from shardwright.capture.graph import Graph
+from shardwright.cost.memory import Choose, local_shape
+from shardwright.partition.program import Call, Instruction, LocalProgram, Start, Together
+from shardwright.plan.memory.calls import CallPlayer
+from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
+from shardwright.plan.memory.moves import MovePlayer
+from shardwright.plan.memory.rank_state import RankState
+from shardwright.plan.memory.timeline import MemoryTimeline
+from shardwright.plan.memory.usage import Storage
+
+_MOST_LISTED = 20  # of the tensors that are kept for the backward
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """What an optimizer needs.
+
+    Args:
+        states: bytes of state a byte of parameter.
+        temporary: bytes of temporaries a byte of the largest parameter, while it is updated.
+    """
+
+    states: float
+    temporary: float = 2.0
+
+
+class TrainingStep:
+    """One step of one rank, from the second on: optimizer states are there, and gradients are not.
+
+    Args:
+        graph: what the program was made from.
+        program: of the rank with the largest pieces.
+        optimizer: ``None``: no training, only the forward.
+        device: kind of device, which decides what kernels keep.
+        choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
+        hub: whether the rank is the one that others send to, where one is.
+    """
+
+    def __init__(
+        self, graph: Graph, program: LocalProgram, optimizer: OptimizerMemory | None, device: str, choose: Choose | None,
+        hub: bool,
+    ):  # fmt: skip
+        self.graph, self.program, self.optimizer = graph, program, optimizer
+        self.returned = [o for o in program.outputs if isinstance(o, str)] + [value for _, value in program.updates]
+        self.state = RankState()
+        self.usage = self.state.usage
+        self.calls = CallPlayer(self.state, device)
+        self.moves = MovePlayer(self.state, program, self.returned, choose, hub)
+
+    def run(self) -> MemoryTimeline:
+        """Plays the step; once."""
+        self._define_inputs()
+        for instruction, dying in zip(self.program.instructions, self.program.last_uses()):
+            self._play(instruction, dying)
+            for name in dying:
+                self.state.forget(name)
+        largest = self._largest_saved()
+        if self.optimizer is not None:
+            self._play_backward()
+            self.usage.phase = "optimizer"
+            self.usage.point("step", self._temporaries(self.optimizer))
+        names = {i.value: str(i.target) for i in self.graph.inputs}
+        pieces = [(names[value], size) for value, size in self.state.parameters.items()]
+        pieces.sort(key=lambda piece: (-piece[1], piece[0]))
+        return MemoryTimeline(tuple(self.usage.points), largest, tuple(pieces), tuple(self.state.guessed))
+
+    def _define_inputs(self) -> None:
+        """What is there when the step begins: parameters, buffers, inputs, optimizer states, and a scratch buffer."""
+        trains = self.optimizer is not None
+        for given, placed in zip(self.graph.inputs, self.program.inputs):
+            meta, layout = given.meta, placed.layout
+            shape = local_shape(layout, meta.shape)
+            is_whole = layout.is_replicated and len(meta.stride) == len(shape)
+            tensor = LocalTensor(
+                shape, meta.stride if is_whole else contiguous_strides(shape), meta.dtype, given.requires_grad and trains
+            )
+            part = "parameters" if given.kind in ("parameter", "buffer") else "activations"
+            storage = Storage(float(tensor.bytes), part, given.value)
+            self.usage.hold(storage)  # by whoever handed it in
+            self.state.define(given.value, storage, tensor)
+            if given.kind == "parameter" and given.requires_grad:
+                self.state.parameters[given.value] = storage.size
+        if self.optimizer is not None:
+            states = self.optimizer.states * sum(self.state.parameters.values())
+            self.usage.hold(Storage(states, "optimizer", ""))
+        self.moves.keep_scratch(trains)
+
+    def _play(self, instruction: Instruction, dying: Sequence[str]) -> None:
+        if isinstance(instruction, Call):
+            self.calls.play(instruction)
+        elif isinstance(instruction, Start):
+            self.moves.start(instruction.move)
+        elif isinstance(instruction, Together):
+            self.moves.play_together(instruction)
+        elif instruction.started:
+            self.moves.end(instruction)
+        else:
+            self.moves.play(instruction, instruction.source in dying)
+
+    def _play_backward(self) -> None:
+        self.usage.phase = "backward"
+        for name in self._losses():
+            tensor = self.state.values[name].tensor
+            gradient = Storage(float(tensor.bytes), "transient", name)
+            self.state.add_gradient(name, gradient, tensor.shape, tensor.stride, "")
+        for play in reversed(self.state.tape):
+            play()
+        self.state.tape.clear()
+        self.state.hand_over_gradients()
+
+    def _losses(self) -> list[str]:
+        """What the backward starts from: scalars that are returned, or all that is."""
+        found = [n for n in dict.fromkeys(self.returned) if self.state.values[n].tensor.needs_grad]
+        return [n for n in found if not self.state.values[n].tensor.shape] or found
+
+    def _temporaries(self, optimizer: OptimizerMemory) -> float:
+        """Bytes that the optimizer needs meanwhile: for a parameter, and half of that still of the one before."""
+        sizes = [0.0, *self.state.parameters.values()]
+        return max((optimizer.temporary * (now + before / 2) for before, now in pairwise(sizes)), default=0.0)
+
+    def _largest_saved(self) -> tuple[tuple[str, str, float], ...]:
+        """What is kept for the backward and was not handed in, the largest first: value, module, bytes."""
+        made_by = {node.name: (node.outputs[0], node.module) for node in self.graph.nodes if node.outputs}
+        made_by |= {value: (value, node.module) for node in self.graph.nodes for value in node.outputs}
+        handed_in = {i.value for i in self.graph.inputs if i.kind == "input"}
+        found = []
+        for storage in self.state.saved:
+            if storage.users and storage.part == "activations" and storage.label not in handed_in:
+                value, module = made_by.get(storage.label, (storage.label, ""))
+                found.append((value, module, storage.size))
+        return tuple(sorted(found, key=lambda item: (-item[2], item[0]))[:_MOST_LISTED])

@@ -1,0 +1,101 @@
+"""Usage: the storages that a rank has in use, the bytes of each part, and the points so far.
+
+A storage counts while somebody holds it, once, however many tensors lie in it.
+"""
+
+from __future__ import annotations
+
+from shardwright.plan.memory.timeline import Point
+
+PARTS = ("parameters", "optimizer", "gradients", "activations", "transient")
+
+# Bytes of the scratch buffers that collectives keep for the next time; as in the distributed world.
+_LEAST_KEPT, _MOST_KEPT = 1 << 18, 1 << 26
+
+
+class Storage:
+    """Memory that several tensors may share.
+
+    Args:
+        size: bytes.
+        part: one of :data:`PARTS`.
+        label: the operator, value or parameter it is for.
+    """
+
+    __slots__ = ("label", "part", "size", "users")
+
+    def __init__(self, size: float, part: str, label: str):
+        self.size, self.part, self.label = size, part, label
+        self.users = 0
+
+
+class Usage:
+    """What is in use.
+
+    Attributes:
+        parts, total: bytes in use.
+        points: of the step so far.
+        phase: of points to come.
+        kept_scratch: bytes of the scratch buffer that collectives keep for the next time, which are in use too.
+    """
+
+    def __init__(self) -> None:
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        self.total = 0.0
+        self.points: list[Point] = []
+        self.phase = "forward"
+        self.kept_scratch = 0.0
+
+    def hold(self, storage: Storage) -> Storage:
+        """One more user of a storage."""
+        if storage.users == 0:
+            self.parts[storage.part] += storage.size
+            self.total += storage.size
+        storage.users += 1
+        return storage
+
+    def drop(self, storage: Storage) -> None:
+        """One user less; after the last the storage is free."""
+        storage.users -= 1
+        if storage.users == 0:
+            self.parts[storage.part] -= storage.size
+            self.total -= storage.size
+
+    def reassign(self, storage: Storage, part: str) -> None:
+        """A storage belongs to another part from now on."""
+        if storage.users:
+            self.parts[storage.part] -= storage.size
+            self.parts[part] += storage.size
+        storage.part = part
+
+    def point(self, node: str, more: float, part: str = "transient") -> None:
+        """What is in use while an operator runs that needs so many bytes more meanwhile."""
+        parts = dict(self.parts)
+        parts[part] += more
+        self.points.append(Point(self.phase, node, self.total + more, parts))
+
+    # -- scratch ------------------------------------------------------------------------------------------------------
+
+    def take_scratch(self, size: float) -> float:
+        """Takes the scratch buffer that is kept, or a new one where it is too small; returns the bytes it has."""
+        kept, self.kept_scratch = self.kept_scratch, 0.0
+        if kept >= size:
+            return kept
+        self._count_scratch(-kept)
+        self._count_scratch(size)
+        return size
+
+    def give_scratch(self, size: float) -> None:
+        """Gives back what was taken: the larger of it and the buffer that is kept remains, and the other is free."""
+        if size > self.kept_scratch and is_kept_as_scratch(size):
+            size, self.kept_scratch = self.kept_scratch, size
+        self._count_scratch(-size)
+
+    def _count_scratch(self, size: float) -> None:
+        self.parts["transient"] += size
+        self.total += size
+
+
+def is_kept_as_scratch(size: float) -> bool:
+    """Whether collectives keep a buffer of so many bytes for the next time."""
+    return _LEAST_KEPT <= size <= _MOST_KEPT
