@@ -24,7 +24,7 @@ MESHES = [(8,), (8, 8), (32, 8), (2, 8, 8)]
 FLAT = [(2, 4), (8, 8), (64, 8), (2048, 8)]
 # meta-pytorch/autoparallel on 8·8, on a machine like this one: build, solve, all with capture, GiB
 PEER = {"build and solve": 168 + 159, "all": 366, "GiB": 6.4}
-REPEATS = 9
+REPEATS, ROUNDS = 9, 4
 
 
 def one(size: str, layers: int | None, mesh: tuple[int, ...], mode: str, repeats: int) -> dict[str, float]:
@@ -116,7 +116,10 @@ def main() -> int:
             reached(f"{name}: GiB", row["GiB"], 1.5)
     print(f"  the peer on 8·8: {PEER['build and solve']} s to build and solve, {PEER['all']} s in all, {PEER['GiB']} GiB")
 
-    flat = [(f"8B on {'·'.join(map(str, m))}", apart("8b", None, m, "auto", REPEATS)) for m in FLAT]
+    turns = [[apart("8b", None, m, "auto", REPEATS) for m in FLAT] for _ in range(ROUNDS)]
+    # the least of several: what else the machine does only adds
+    flat = [(f"8B on {'·'.join(map(str, m))}", {key: min(row[key] for row in rows) for key in rows[0]})
+            for m, rows in zip(FLAT, zip(*turns))]  # fmt: skip
     table(flat)
     times = [row["build and solve again"] for _, row in flat]
     reached("8 to 16,384 devices, build and solve, slowest over 8 devices", max(times) / times[0], 1.1)

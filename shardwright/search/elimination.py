@@ -56,7 +56,7 @@ def best_order(sizes: Sizes, scopes: Iterable[tuple[int, ...]], keep: frozenset[
     scopes = list(scopes)
     by_size = _greedy_order(sizes, scopes, keep, by_fill=False)
     # Cheaper to do than to improve; or a graph on which counting fill takes too long.
-    if by_size.operations < 1e7 or len(sizes) > 400:
+    if by_size.operations < 4e6 or len(sizes) > 400:
         return by_size
     by_fill = _greedy_order(sizes, scopes, keep, by_fill=True)
     return min(by_size, by_fill, key=lambda order: order.operations)
