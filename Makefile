@@ -24,6 +24,8 @@ types: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/redistribution.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/plan_quality.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
