@@ -1,0 +1,1 @@
+"""What training at scale needs beyond a plan: one feature a file."""

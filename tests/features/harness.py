@@ -1,0 +1,122 @@
+"""How features are tested: a program is a function without arguments that trains on whatever world is current.
+
+A test file lists its programs and runs them in both worlds::
+
+    PROGRAMS = (three_steps, with_momentum)
+
+    @pytest.mark.parametrize("program", PROGRAMS)
+    @pytest.mark.parametrize("devices", [2, 4])
+    def test_simulated(program, devices):
+        simulated(program, devices)
+
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_on_real_ranks(ranks):
+        on_ranks(__file__, ranks, PROGRAMS)
+
+    if __name__ == "__main__":
+        main(PROGRAMS)
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.world import current
+
+Program = Callable[[], None]
+
+
+def simulated(program: Program, devices: int) -> None:
+    """Runs a program on simulated ranks, and leaves the world as it was."""
+    before = list(current._current)
+    try:
+        sw.init(devices=devices)
+        torch.manual_seed(0)
+        program()
+    finally:
+        current._current[:] = before
+
+
+def on_ranks(file: str, ranks: int, programs: Sequence[Program], timeout: float = 300) -> None:
+    """Runs a test file's programs on real gloo processes; each says by name that it passed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), file]
+    tests = Path(__file__).resolve().parent.parent
+    paths = [str(tests / "features"), str(tests), str(tests.parent / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    passed = {line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")}
+    assert passed == {program.__name__ for program in programs}, passed
+
+
+def main(programs: Sequence[Program]) -> None:
+    """What a test file does when torchrun runs it."""
+    torch.set_num_threads(1)
+    world = sw.init()
+    for program in programs:
+        torch.manual_seed(0)
+        program()
+        if not world.is_simulated and world.rank == 0:
+            print(f"passed {program.__name__}", flush=True)
+
+
+def compare(expected: nn.Module, got: nn.Module, what: str = "", tolerance: float = 1e-9, gradients: bool = True) -> None:
+    """Every parameter, its gradient and every buffer of two modules are the same, up to rounding."""
+    for (name, a), (_, b) in zip(expected.named_parameters(), got.named_parameters(), strict=True):
+        for kind, left, right in (("value", a, b), ("gradient", a.grad, b.grad))[: 2 if gradients else 1]:
+            if left is None or right is None:
+                assert left is None and right is None, f"{what}: {kind} of {name}: {left} and {right}"
+                continue
+            right = sw.full_value(right)
+            scale = max(float(left.detach().abs().max()), 1e-5)
+            error = float((left - right).detach().abs().max()) / scale
+            assert error <= tolerance, f"{what}: {kind} of {name} differs by {error:.2e}"
+    for (name, a), (_, b) in zip(expected.named_buffers(), got.named_buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double()), f"{what}: buffer {name}"
+
+
+def same_steps(
+    model: nn.Module,
+    batches: Sequence[tuple[Any, ...]],
+    prepare: Callable[[nn.Module], Any],
+    optimizer: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.AdamW(parameters, 1e-2),
+    tolerance: float = 1e-9,
+    plain: nn.Module | None = None,
+) -> Any:
+    """Trains a model and its parallel form on the same batches; losses, gradients and weights agree after every step.
+
+    Args:
+        model: a module whose result is the loss, in float64.
+        prepare: the model -> what is called in parallel, such as ``lambda m: sw.AutoParallel(m).hsdp()``.
+        plain: what the single device trains, if not a copy of ``model``; its parameters are named as the model's.
+
+    Returns:
+        What ``prepare`` made.
+    """
+    plain = copy.deepcopy(model) if plain is None else plain
+    net = prepare(model)
+    pairs = [(plain, plain, optimizer(plain.parameters())), (net, model, optimizer(model.parameters()))]
+    for number, batch in enumerate(batches):
+        losses = []
+        for run, _, update in pairs:
+            update.zero_grad()
+            torch.manual_seed(number)  # the same dropout masks
+            loss = run(*batch)
+            loss.backward()
+            losses.append(float(loss.detach()))
+        compare(plain, model, f"step {number}", tolerance)
+        assert abs(losses[0] - losses[1]) <= tolerance * max(1.0, abs(losses[0])), (number, losses)
+        for _, _, update in pairs:
+            update.step()
+    compare(plain, model, "at the end", tolerance, gradients=False)
+    return net
