@@ -75,7 +75,7 @@ def compare(expected: nn.Module, got: nn.Module, what: str = "", tolerance: floa
     for (name, a), (_, b) in zip(expected.named_parameters(), got.named_parameters(), strict=True):
         for kind, left, right in (("value", a, b), ("gradient", a.grad, b.grad))[: 2 if gradients else 1]:
             if left is None or right is None:
-                assert left is None and right is None, f"{what}: {kind} of {name}: {left} and {right}"
+                assert left is right, f"{what}: {kind} of {name}: {left} and {right}"
                 continue
             right = sw.full_value(right)
             scale = max(float(left.detach().abs().max()), 1e-5)
