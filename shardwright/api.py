@@ -31,6 +31,8 @@ from shardwright.partition.program import LocalProgram
 from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
+from shardwright.train.communication_fusion import read_fusion
+from shardwright.train.optimizer_parallel import read_hsdp
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
@@ -185,6 +187,46 @@ class AutoParallel:
         chosen = None if machine is None else load_machine(machine)
         limit = None if memory is None else memory_bytes(memory)
         self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
+        self._forget()
+        return self
+
+    def hsdp(self, shard_size: int = -1, threshold: int = 64, optimizer_level: str = "level1") -> AutoParallel:
+        """Stores parameters split over the ranks that would hold the same, with their gradients and optimizer states.
+
+        Args:
+            shard_size: how many ranks share a parameter, neighbours in the order of ranks; -1: all that would hold the
+                same. Ignored where it does not divide their number.
+            threshold: KB; a smaller parameter stays as it is.
+            optimizer_level: ``"level1"``: parameters are gathered once a step. ``"level2"``: with micro-batches, their
+                gradients are scattered each time, so that they add up in pieces. ``"level3"``: gathered parameters are
+                dropped after use and gathered again for the backward pass.
+
+        A parameter with ``parameter.parallel_optimizer = False`` stays as it is.
+
+        Raises:
+            ShardwrightError: a value that makes no sense.
+        """
+        self.settings.hsdp = read_hsdp(shard_size, threshold, optimizer_level)
+        self._forget()
+        return self
+
+    def comm_fusion(self, config: dict[str, Any]) -> AutoParallel:
+        """Says which parameters share the collectives that reduce their gradients or gather them.
+
+        Args:
+            config: ``{"openstate": True, "allreduce": {"mode": ..., "config": ...}, "allgather": ..., "reducescatter": ...}``.
+                Modes: ``"auto"``: buckets of 64 MB. ``"size"``: of ``config`` MB, a bucket being full when it holds that
+                much; 0: each parameter alone. ``"index"`` (of ``allreduce``): ``config`` lists where buckets begin,
+                ``[20, 35]``, counted in the order in which parameters are read. With ``openstate`` false each
+                parameter is alone. Kinds that are not named keep what holds without settings.
+
+        Parameters with the attribute ``comm_fusion`` (:func:`shardwright.set_comm_fusion`) share with those that have the
+        same number, whatever the sizes.
+
+        Raises:
+            ShardwrightError: a configuration that makes no sense.
+        """
+        self.settings.schedule = read_fusion(config)
         self._forget()
         return self
 

@@ -18,13 +18,17 @@ from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.errors import Problems
 from shardwright.layout import Layout
-from shardwright.partition.partitioner import partition
+from shardwright.partition.partitioner import scheduled, unscheduled
 from shardwright.partition.program import LocalProgram
+from shardwright.partition.schedule import Schedule
 from shardwright.plan.modes import plan_graph
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest
 from shardwright.redistribute.planner import Options
 from shardwright.rules.operator import Operator
+from shardwright.train.communication_fusion import buckets_of
+from shardwright.train.gradient_accumulation import AccumulatedRun, GradAccumulation, cut_program, given_a_part
+from shardwright.train.optimizer_parallel import OptimizerParallel, split_parameters
 from shardwright.world import parameters as distributed_parameters
 from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
@@ -50,6 +54,8 @@ class Settings:
     search: SearchSettings = field(default_factory=lambda: SearchSettings())
     file: Any = None  # a plan file whose layouts are pinned
     planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
+    hsdp: OptimizerParallel | None = None
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,15 @@ def plan_request(
     )  # fmt: skip
 
 
-def plan_as_asked(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
+def plan_as_asked(root: nn.Module, graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
+    """The plan of the mode, or what stands in for it, with its parameters stored as the settings ask."""
+    plan = _plan_of_operators(graph, request, settings)
+    if settings.hsdp is not None:
+        plan = split_parameters(plan, settings.hsdp, dict(root.named_parameters(remove_duplicate=False)))
+    return plan
+
+
+def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
     """The plan of the mode, of the plan file that the settings name, or of the planner that stands in for both."""
     if settings.planner is not None:
         return settings.planner(graph, request)
@@ -94,22 +108,44 @@ class Compiled:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
         device = _device(root, world)
+        self.micro = root if isinstance(root, GradAccumulation) else None
+        if self.micro is not None:
+            args, kwargs = self._first_part(self.micro, args, kwargs)
         args, kwargs = self._global_inputs(args, kwargs, settings)
         marks, parameter_plan = gather_marks(root, settings)
-        with torch.enable_grad():
+        with torch.enable_grad(), given_a_part(self.micro):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
         machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
         request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
-        self.plan: Plan = plan_as_asked(self.graph, request, settings)
+        self.plan: Plan = plan_as_asked(root, self.graph, request, settings)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         links = machine.links(self.plan.mesh)
-        self.program: LocalProgram = partition(self.graph, self.plan, Options(links, enable_alltoall=settings.enable_alltoall))
+        options = Options(links, enable_alltoall=settings.enable_alltoall)
+        ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
+        program = unscheduled(self.graph, self.plan, options)
+        how = replace(settings.schedule, ids=ids)
+        self.program: LocalProgram = scheduled(program, how)
         self.plan.attach(self.program)
-        self.run: Callable[..., Any] = world.bind(self.program)
+        self.run: Callable[..., Any]
+        self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, how, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(_draws(n.op) for n in self.graph.nodes)
         self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
+
+    @staticmethod
+    def _first_part(module: GradAccumulation, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return pytree.tree_unflatten(module.parts(leaves)[0], spec)
+
+    def _accumulated(self, program: LocalProgram, how: Schedule, settings: Settings) -> AccumulatedRun:
+        """The program in two parts, and what runs them."""
+        assert self.micro is not None
+        gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
+        first, second, handed = cut_program(program, gathers_once)
+        once = self.world.bind(scheduled(first, how), keep=handed)
+        each = self.world.bind(scheduled(second, how))
+        return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
     def _global_inputs(self, args: Any, kwargs: Any, settings: Settings) -> Any:
         """Inputs of global shape: those of ranks that hand in their own slices are as large as all slices together."""

@@ -76,7 +76,7 @@ def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Setti
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
     request = plan_request(devices, settings, parameter_plan, settings.search.machine)
-    return plan_as_asked(graph, request, settings)
+    return plan_as_asked(root, graph, request, settings)
 
 
 class _PlanMade(BaseException):

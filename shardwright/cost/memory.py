@@ -185,6 +185,52 @@ def shared_collective_memory(moves: Sequence[tuple[Step, Shape, int]]) -> tuple[
     return results, max(given + made, (3 if gathers else 2) * made)
 
 
+@dataclass(frozen=True)
+class BucketMemory:
+    """Bytes that collectives need which many tensors share and which were started early.
+
+    Args:
+        results: of each tensor.
+        flight: in use from the start until somebody waits for it; the last collective's result may be part of it.
+        peak: new memory at most when they are started, the flight included.
+        scratch: needed meanwhile, from a buffer that is kept for the next time.
+    """
+
+    results: tuple[float, ...]
+    flight: float
+    peak: float
+    scratch: float
+
+
+def bucket_memory(
+    tensors: Sequence[tuple[Sequence[Step], Shape, int]], choose: Choose | None, hub: bool = True
+) -> BucketMemory:
+    """What redistributions of like steps need that share their collectives.
+
+    Args:
+        tensors: of each its steps, the global shape and the bytes an element; at least one.
+        choose, hub: as in :func:`step_memory`.
+    """
+    first = [(steps[0], shape, itemsize) for steps, shape, itemsize in tensors]
+    step, _, itemsize = first[0]
+    given = sum(local_bytes(s.source, shape, size) for s, shape, size in first)
+    made = sum(local_bytes(s.target, shape, size) for s, shape, size in first)
+    results = tuple(local_bytes(steps[-1].target, shape, size) for steps, shape, size in tensors)
+    members = max(1, step.source.mesh.count(step.axes))
+    if step.kind == "all_reduce":
+        need = _all_reduce(given, 0.0, members, itemsize, choose, True, hub)
+        flight = max(given, need.result) + (need.workspace if need.holds else 0.0)
+        return BucketMemory(results, flight, given + need.result + need.workspace, need.scratch)
+    if step.kind == "all_gather":
+        flat = made if choose is not None and choose("all_gather", members, int(made), _GATHERS) == "backend" else 0.0
+        return BucketMemory(results, given + made + flat, given + made + flat, 0.0)
+    need = _reduce_scatter(given, made, given, members, choose, hub)
+    return BucketMemory(results, need.result + need.workspace, need.result + need.workspace, need.scratch)
+
+
+_GATHERS = ("backend", "direct", "hub")
+
+
 def _all_reduce(
     size: float, copy: float, members: int, itemsize: int, choose: Choose | None, inplace: bool, hub: bool
 ) -> StepMemory:

@@ -29,22 +29,37 @@ from shardwright.rules.signature import Signature
 _NO_GRADIENT = ("detach", "argmax", "ge", "lt", "eq", "ne")
 
 
-def partition(graph: Graph, plan: Plan, options: Options | None = None) -> LocalProgram:
+def partition(
+    graph: Graph, plan: Plan, options: Options | None = None, schedule_options: Schedule | None = None
+) -> LocalProgram:
     """The program one rank runs, with every collective the plan asks for.
 
     Args:
         options: what redistributions may use and what they cost; the item size is that of each tensor.
+        schedule_options: which moves share collectives.
 
     Returns:
         A :class:`LocalProgram` whose outputs are whole on every rank.
     """
-    return _Partitioner(graph, plan, options or Options()).run()
+    return _Partitioner(graph, plan, options or Options(), schedule_options).run()
+
+
+def unscheduled(graph: Graph, plan: Plan, options: Options) -> LocalProgram:
+    """The same, each move where its result is read first and by itself."""
+    return _Partitioner(graph, plan, options).unscheduled()
+
+
+def scheduled(program: LocalProgram, options: Schedule) -> LocalProgram:
+    """The program with its moves together and early, as the options say."""
+    parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
+    return replace(program, instructions=schedule(program.instructions, options, parameters))
 
 
 class _Partitioner:
-    def __init__(self, graph: Graph, plan: Plan, options: Options):
-        self.graph, self.plan = graph, plan
-        self.options = {options.itemsize: options}
+    def __init__(self, graph: Graph, plan: Plan, options: Options, schedule_options: Schedule | None = None):
+        self.graph, self.plan, self.schedule = graph, plan, schedule_options or Schedule()
+        self.options = {(options.itemsize, False): options}
+        self.parameters = {i.value for i in graph.inputs if i.kind == "parameter"}
         self.size = plan.mesh.size
         self.instructions: list[Instruction] = []
         self.lanes: dict[str, lane.Lanes] = {}
@@ -66,14 +81,16 @@ class _Partitioner:
         self.needs.setdefault(value, {})[layout.normal(self.graph.metas[value].shape), gradient] = None
 
     def run(self) -> LocalProgram:
+        return scheduled(self.unscheduled(), self.schedule)
+
+    def unscheduled(self) -> LocalProgram:
         inputs = tuple(self._input(i) for i in self.graph.inputs)
         for node in self.graph.nodes:
             self._node(node)
         self.node = None
         outputs = tuple(self._whole(o, "output") if isinstance(o, str) else o for o in self.graph.outputs)
         updates = tuple((name, self._whole(value, name)) for name, value in self.graph.updates)
-        instructions = schedule(self.instructions, Schedule())
-        return LocalProgram(self.size, inputs, instructions, outputs, updates, self.lanes, self.layouts, self.place)
+        return LocalProgram(self.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts, self.place)
 
     def _input(self, graph_input: Any) -> ProgramInput:
         layout = self.plan.input_layouts[graph_input.value].normal(graph_input.meta.shape)
@@ -120,7 +137,7 @@ class _Partitioner:
         source = self.place[value]
         start = self.layouts[source]
         wanted = tuple(n for n in self.needs.get(value, ()))
-        options = self.options_for(meta.dtype)
+        options = self.options_for(meta.dtype, value in self.parameters)
         tree = sharing(start, wanted, meta.shape, value in self.graph.needs_grad, options) if len(wanted) > 1 else {}
         need: Need = (layout, gradient)
         chain = [need]
@@ -142,11 +159,17 @@ class _Partitioner:
             )  # fmt: skip
         return self.moved[key]
 
-    def options_for(self, dtype: torch.dtype) -> Options:
-        size = dtype.itemsize
-        if size not in self.options:
-            self.options[size] = replace(next(iter(self.options.values())), itemsize=size)
-        return self.options[size]
+    def options_for(self, dtype: torch.dtype, of_parameter: bool = False) -> Options:
+        """What a move may use and costs. Those of parameters share their messages with others: only bytes count."""
+        key = (dtype.itemsize, of_parameter)
+        if key not in self.options:
+            options = next(iter(self.options.values()))
+            links = options.links
+            if of_parameter:
+                axes = tuple((axis, 0.0, bandwidth) for axis, _, bandwidth in links.axes)
+                links = replace(links, launch=0.0, latency=0.0, axes=axes)
+            self.options[key] = replace(options, links=links, itemsize=key[0])
+        return self.options[key]
 
     def new_name(self, hint: str) -> str:
         while True:
@@ -166,7 +189,7 @@ class _Partitioner:
         edge: str,
         needs_grad: bool = True,
     ) -> str:
-        plan = redistribution(before, after, shape, gradient, self.options_for(dtype))
+        plan = redistribution(before, after, shape, gradient, self.options_for(dtype, source in self.parameters))
         if plan.is_identity:
             return source
         name = self.new_name(source.rstrip("0123456789").rstrip("_") or source)

@@ -72,9 +72,12 @@ class Move:
 
 @dataclass(frozen=True)
 class Start:
-    """Begins a move, whose own instruction ends it: it travels meanwhile. In the backward pass it is the other way round."""
+    """Begins moves, whose own instructions end them: they travel meanwhile. In the backward pass it is the other way round.
 
-    move: Move
+    Several moves share their collectives: in the backward pass these begin when the last of the gradients is there.
+    """
+
+    moves: tuple[Move, ...]
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -82,7 +85,7 @@ class Start:
 
     @property
     def cause(self) -> str:
-        return self.move.cause
+        return self.moves[0].cause
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,12 @@ class LocalProgram:
     @property
     def together(self) -> list[tuple[Move, ...]]:
         """The moves that share their collectives."""
-        return [i.moves for i in self.instructions if isinstance(i, Together)]
+        return [i.moves for i in self.instructions if isinstance(i, (Start, Together)) and len(i.moves) > 1]
 
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
         if isinstance(instruction, Move):
             return (instruction.source,)
-        if isinstance(instruction, Start):
-            return (instruction.move.source,)
-        if isinstance(instruction, Together):
+        if isinstance(instruction, (Start, Together)):
             return tuple(move.source for move in instruction.moves)
         leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
         return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
@@ -192,7 +193,8 @@ def argument_text(argument: Any) -> str:
 
 def _instruction_text(instruction: Instruction, rank: int) -> str:
     if isinstance(instruction, Start):
-        return f"start({instruction.move.output})  # {instruction.move.edge}"
+        edges = "; ".join(m.edge for m in instruction.moves)
+        return f"start({', '.join(m.output for m in instruction.moves)})  # {edges}"
     if isinstance(instruction, Together):
         names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
         edges = "; ".join(m.edge for m in instruction.moves)

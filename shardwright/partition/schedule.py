@@ -1,16 +1,20 @@
 """Schedule: which moves share a collective, and which start early.
 
-Small moves of one kind over the same axes, whose tensors are all there at the first one's place, share their collectives:
-a message costs more than its bytes. Large moves start as soon as their tensor is there and end where it is read, so that
-they travel while ranks compute. The backward pass mirrors both: a gradient starts to travel as soon as it is there, and
-is waited for where the forward pass started, which for a parameter is the very end.
+Moves of parameters come in buckets: those of one kind, in the order in which they are read, share their collectives.
+They start early and each ends where its parameter is read, so that they travel while ranks compute. The backward pass
+mirrors it: the last layers' gradients are complete first, and start to travel, all of a bucket at once, while the layers
+before are computed; they are waited for where the forward pass started, which for a gradient's sum is the very end.
+
+Other small moves whose tensors are all there at the first one's place share their collectives too: a message costs more
+than its bytes. Other large ones start as soon as their tensor is there and end where it is read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from shardwright.partition.program import Call, Instruction, Move, Start, Together
@@ -19,37 +23,102 @@ from shardwright.redistribute.volume import is_even
 
 
 @dataclass(frozen=True)
+class Buckets:
+    """How moves of parameters of one kind are put into buckets.
+
+    Args:
+        bytes: of whole gradients (or gathered parameters) from which a bucket is full; 0: every move is alone.
+        starts: where buckets begin, counted in moves of the kind in the order in which they are read; in place of bytes.
+    """
+
+    bytes: int = 0
+    starts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """What counts as small and as large.
+    """What counts as small and as large, and what comes in buckets.
 
     Args:
         small: bytes of a local tensor up to which moves share collectives.
         bucket: bytes that share one collective at most.
         large: bytes of a local tensor from which a move is worth starting early.
+        sums: buckets of moves that only sum gradients; ``gathers`` of those that gather parameters.
+        ids: buckets by name of the program's input: those with the same number share, 0 is alone.
     """
 
     small: int = 1 << 16
     bucket: int = 1 << 20
     large: int = 1 << 16
+    sums: Buckets = Buckets(16 << 20)
+    gathers: Buckets = Buckets(4 << 20)
+    ids: Mapping[str, int] = field(default_factory=dict)
 
 
-def schedule(instructions: Sequence[Instruction], options: Schedule) -> tuple[Instruction, ...]:
-    """The same instructions with small moves joined and large ones started early."""
-    return _started(_joined(instructions, options), options)
+def schedule(
+    instructions: Sequence[Instruction], options: Schedule, parameters: Collection[str] = ()
+) -> tuple[Instruction, ...]:
+    """The same instructions, with moves that share collectives put together and large ones started early.
+
+    Args:
+        parameters: inputs of the program whose moves come in buckets.
+    """
+    buckets = _buckets(instructions, options, parameters)
+    alone = {move.output for members in buckets for move in members}
+    return _started(_joined(instructions, options, alone), options, buckets)
+
+
+# -- buckets of parameters -------------------------------------------------------------------------------------------------
+
+
+def _buckets(instructions: Sequence[Instruction], options: Schedule, parameters: Collection[str]) -> list[list[Move]]:
+    """Moves of parameters, those that share their collectives together, in the order in which they are read."""
+    kinds: dict[Any, list[Move]] = {}
+    for move in instructions:
+        if isinstance(move, Move) and move.source in parameters and (kind := _kind(move)) is not None:
+            kinds.setdefault((kind, options.ids.get(move.source)), []).append(move)
+    found: list[list[Move]] = []
+    for (_, number), moves in kinds.items():
+        if number is not None:
+            found += [moves] if number else [[move] for move in moves]
+            continue
+        rule = options.gathers if _communicates(moves[0].redistribution.forward) else options.sums
+        found += _by_place(moves, rule.starts) if rule.starts is not None else _by_size(moves, rule.bytes)
+    return [members for members in found if members]
+
+
+def _by_place(moves: Sequence[Move], starts: Sequence[int]) -> list[list[Move]]:
+    ends = [0, *starts, len(moves)]
+    return [list(moves[a:b]) for a, b in pairwise(ends)]
+
+
+def _by_size(moves: Sequence[Move], full: int) -> list[list[Move]]:
+    """Filled from the last one read, so that what is left over is the bucket that nothing can hide, and a small one."""
+    found: list[list[Move]] = []
+    total = full
+    for move in reversed(moves):
+        if total >= full:
+            found.append([])
+            total = 0
+        found[-1].append(move)
+        total += _bytes(move)
+    return [members[::-1] for members in reversed(found)]
 
 
 # -- joining ---------------------------------------------------------------------------------------------------------------
 
 
-def _joined(instructions: Sequence[Instruction], options: Schedule) -> list[Instruction]:
+def _joined(instructions: Sequence[Instruction], options: Schedule, alone: Collection[str]) -> list[Instruction]:
     made_at = {name: at for at, i in enumerate(instructions) for name in i.outputs}
     open_groups: dict[Any, tuple[int, int, list[Move]]] = {}  # key -> place, bytes, members
     groups: dict[int, list[list[Move]]] = {}
     for at, move in enumerate(instructions):
-        key = _kind(move, options) if isinstance(move, Move) else None
-        if key is None:
+        if not isinstance(move, Move) or move.output in alone or _bytes(move) > options.small:
             continue
-        assert isinstance(move, Move)
+        plan = move.redistribution
+        key = _kind(move)
+        if key is None or len(plan.forward) > 1 or (move.needs_grad and len(plan.backward) > 1):
+            continue
         size = _bytes(move)
         place, total, members = open_groups.get(key, (at, options.bucket, []))
         if total + size > options.bucket or made_at.get(move.source, -1) >= place:
@@ -67,11 +136,11 @@ def _joined(instructions: Sequence[Instruction], options: Schedule) -> list[Inst
     return joined
 
 
-def _kind(move: Move, options: Schedule) -> Any:
+def _kind(move: Move) -> Any:
     """What moves have in common that can share collectives; ``None`` for one that cannot."""
     plan = move.redistribution
     directions = [plan.forward, plan.backward if move.needs_grad else ()]
-    if not any(directions) or any(len(steps) > 1 for steps in directions) or _bytes(move) > options.small:
+    if not any(directions):
         return None
     steps = [s for steps in directions for s in steps]
     if not all(_can_join(step, plan.shape) for step in steps):
@@ -95,12 +164,16 @@ def _bytes(move: Move) -> int:
 # -- starting early --------------------------------------------------------------------------------------------------------
 
 
-def _started(instructions: Sequence[Instruction], options: Schedule) -> tuple[Instruction, ...]:
-    """Starts a move right after its tensor is made, but no forward collective before the one ahead of it has ended.
+def _started(
+    instructions: Sequence[Instruction], options: Schedule, buckets: Sequence[Sequence[Move]]
+) -> tuple[Instruction, ...]:
+    """Starts moves right after their tensor is made, but no forward collective before the one ahead of it has ended.
 
-    More than one gather under way would hold more than one gathered tensor too early.
+    More than one gather under way would hold more than one bucket of gathered tensors too early.
     """
-    starts: dict[int, list[Move]] = {}
+    bucket_of = {move.output: members for members in buckets for move in members}
+    starts: dict[int, list[Start]] = {}
+    begun: set[str] = set()
     ready = {name: at + 1 for at, i in enumerate(instructions) for name in i.outputs}
     result = list(instructions)
     calls = [isinstance(i, Call) for i in instructions]
@@ -110,18 +183,23 @@ def _started(instructions: Sequence[Instruction], options: Schedule) -> tuple[In
             earliest = at + 1
         if not isinstance(move, Move):
             continue
+        members = bucket_of.get(move.output, (move,))
         plan = move.redistribution
         forward = _communicates(plan.forward)
-        place = max(ready.get(move.source, 0), earliest if forward else 0)
-        if (forward or (move.needs_grad and _communicates(plan.backward))) and _bytes(move) >= options.large:
-            if any(calls[place:at]):
-                result[at] = replace(move, started=True)
-                starts.setdefault(place, []).append(move)
+        if move.output in begun:
+            result[at] = replace(move, started=True)
+            continue
+        place = max(max(ready.get(m.source, 0) for m in members), earliest if forward else 0)
+        is_large = (forward or (move.needs_grad and _communicates(plan.backward))) and _bytes(move) >= options.large
+        if len(members) > 1 or (is_large and any(calls[place:at])):
+            result[at] = replace(move, started=True)
+            starts.setdefault(place, []).append(Start(tuple(members)))
+            begun.update(m.output for m in members)
         if forward:
             earliest = at + 1
     merged: list[Instruction] = []
     for at, instruction in enumerate(result):
-        merged += [Start(move) for move in starts.get(at, ())]
+        merged += starts.get(at, ())
         merged.append(instruction)
     return tuple(merged)
 

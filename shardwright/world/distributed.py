@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +33,7 @@ from shardwright.rules.lowering import PerRank
 from shardwright.rules.operator import OpOverload
 from shardwright.world.collectives import backend_of
 from shardwright.world.distributed_moves import DistributedMove, MovesTogether, PieceMove
+from shardwright.world.distributed_starts import StartedMoves
 from shardwright.world.distributed_steps import Groups
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
 from shardwright.world.source import SourceWriter
@@ -282,31 +282,34 @@ def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
     only_read_once = _read_once(program) - set(keep or ())
     made_by = {o: i for i in program.instructions for o in i.outputs}
-    moves: dict[str, DistributedMove] = {}
+    started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
+    left: dict[str, int] = {}
 
     def move_of(move: Move, dead: Sequence[str]) -> DistributedMove:
-        """The move, prepared at its first instruction: its start, if it has one."""
-        if move.output not in moves:
-            maker = made_by.get(move.source)
-            inplace = not move.started and move.source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
-            compact = maker is not None and (move.started or move.source in dead)
-            moves[move.output] = DistributedMove(move, rank, groups, inplace, compact)
-        return moves[move.output]
+        maker = made_by.get(move.source)
+        inplace = move.source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
+        return DistributedMove(move, rank, groups, inplace, compact=maker is not None and move.source in dead)
 
     for instruction, dead in zip(program.instructions, dying, strict=True):
-        first = instruction.move if isinstance(instruction, Start) else instruction
-        first = first.moves[0] if isinstance(first, Together) else first
+        first = instruction.moves[0] if isinstance(instruction, (Start, Together)) else instruction
         writer.context(first.autocast, first.grad)
         if isinstance(instruction, Start):
-            name = writer.constant("start", move_of(replace(instruction.move, started=True), dead).start_move)
-            writer.line(f"_{instruction.move.output}_started = {name}({instruction.move.source})")
+            compact = any(made_by.get(move.source) is not None for move in instruction.moves)
+            name = writer.constant("start", StartedMoves(instruction.moves, rank, groups, compact))
+            under_way = f"_{instruction.moves[0].output}_started"
+            writer.line(f"{under_way} = {name}({', '.join(move.source for move in instruction.moves)})")
+            started |= {move.output: (under_way, index) for index, move in enumerate(instruction.moves)}
+            left[under_way] = len(instruction.moves)
         elif isinstance(instruction, Together):
             name = writer.constant("together", MovesTogether(instruction.moves, rank, groups))
             sources = ", ".join(move.source for move in instruction.moves)
             writer.line(f"{', '.join(instruction.outputs)}, = {name}({sources})")
         elif isinstance(instruction, Move) and instruction.started:
-            writer.line(f"{instruction.output} = _{instruction.output}_started.end()")
-            writer.line(f"_{instruction.output}_started = None")
+            under_way, index = started[instruction.output]
+            writer.line(f"{instruction.output} = {under_way}.end({index})")
+            left[under_way] -= 1
+            if not left[under_way]:
+                writer.line(f"{under_way} = None")
         elif isinstance(instruction, Move):
             move = move_of(instruction, dead)
             name = writer.constant("move", move if instruction.needs_grad else move.without_gradient)

@@ -1,7 +1,7 @@
 """Moves on one rank: redistributions as differentiable functions of local tensors.
 
-A move runs at once, or is started early and ended where its result is read; then the backward pass starts the gradient on
-its way at the end's place and waits for it at the start's. Small moves of one kind share their collectives.
+A move runs at once; those that are started early are in :mod:`.distributed_starts`. Small moves of one kind share their
+collectives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardwright.errors import WorldError
 from shardwright.partition.program import Move
 from shardwright.redistribute.steps import Redistribution
 from shardwright.world import record
-from shardwright.world.distributed_steps import Groups, Runner, UnderWay, prepare_shared, prepare_steps
+from shardwright.world.distributed_steps import Groups, Runner, prepare_shared, prepare_steps
 
 
 class DistributedMove:
@@ -53,94 +53,21 @@ class DistributedMove:
     def without_gradient(self, value: Tensor) -> Tensor:
         return self.forward(value.detach() if value.requires_grad else value)
 
-    # -- started early --------------------------------------------------------------------------------------------
-
-    def start_move(self, value: Tensor) -> _Travelling:
-        """Starts the move; the result's ``end()`` gives what a call would."""
-        travelling = _Travelling(self)
-        if self.needs_grad and value.requires_grad and torch.is_grad_enabled():
-            travelling.token = _StartFunction.apply(travelling, value)
-        else:
-            travelling.start_forward(value.detach())
-        return travelling
-
-
-class _Travelling:
-    """A move under way, and later its gradient."""
-
-    def __init__(self, move: DistributedMove):
-        self.move = move
-        self.value: UnderWay | None = None
-        self.gradient: UnderWay | None = None
-        self.token: Tensor | None = None
-
-    def start_forward(self, value: Tensor) -> None:
-        if record._active:
-            record.emit(self.move.record, value.dtype, "forward")
-        self.value = self.move.run_forward.start(value)
-
-    def start_backward(self, gradient: Tensor) -> None:
-        if record._active:
-            record.emit(self.move.record, gradient.dtype, "backward")
-        self.gradient = self.move.run_backward.start(gradient)
-
-    def end_forward(self) -> Tensor:
-        assert self.value is not None, "a move is ended once"
-        result, self.value = self.value.wait(), None
-        return result
-
-    def end_backward(self) -> Tensor:
-        assert self.gradient is not None, "a gradient is ended once"
-        result, self.gradient = self.gradient.wait(), None
-        return result
-
-    def end(self) -> Tensor:
-        if self.token is None:
-            return self.end_forward()
-        token, self.token = self.token, None
-        return _EndFunction.apply(self, token)  # type: ignore[no-any-return]
-
-
-class _StartFunction(torch.autograd.Function):
-    """To a token that ties the end to the start in the autograd graph."""
-
-    @staticmethod
-    def forward(ctx: Any, travelling: _Travelling, value: Tensor) -> Tensor:
-        ctx.travelling = travelling
-        travelling.start_forward(value.detach())
-        return value.new_empty(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, token: Tensor) -> tuple[Any, Tensor]:
-        return None, ctx.travelling.end_backward()
-
-
-class _EndFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, travelling: _Travelling, token: Tensor) -> Tensor:
-        ctx.travelling = travelling
-        result = travelling.end_forward()
-        return result.view_as(result)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
-        ctx.travelling.start_backward(gradient)
-        return None, gradient.new_empty(())
-
 
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, move: DistributedMove | PieceMove, value: Tensor) -> Tensor:
         ctx.move = move
+        ctx.set_materialize_grads(False)
         result = move.forward(value)
         assert result is not None
         # autograd forbids to return an argument, and what was changed in place must not count as one
         return result.view_as(result) if result is value else result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Tensor | None]:
+        if gradient is None:  # the result plays no part, on any rank
+            return None, None
         if torch.is_grad_enabled():  # create_graph=True: what is asked for cannot be had; said when it is used
             return _backward_once(ctx, gradient)  # type: ignore[no-any-return]
         return None, ctx.move.backward(gradient)
@@ -184,9 +111,7 @@ class MovesTogether:
     def _prepare(self, phase: str, members: Sequence[int]) -> Callable[[list[Tensor]], list[Tensor]]:
         plans = [self.plans[i] for i in members]
         steps = [plan.forward if phase == "forward" else plan.backward for plan in plans]
-        if not steps[0]:
-            return lambda values: values
-        return prepare_shared([s for (s,) in steps], [plan.shape for plan in plans], self.rank, self.groups)
+        return prepare_shared(steps, [plan.shape for plan in plans], self.rank, self.groups)
 
 
 class _TogetherFunction(torch.autograd.Function):

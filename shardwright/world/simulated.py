@@ -109,14 +109,18 @@ class _EnterFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pieces: list[tuple[slice, ...]], value: Tensor) -> tuple[Tensor, ...]:
         ctx.pieces, ctx.shape = pieces, value.shape
+        ctx.set_materialize_grads(False)
         return tuple(value[piece] for piece in pieces)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        whole = gradients[0].new_empty(ctx.shape)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        known = next((g for g in gradients if g is not None), None)
+        if known is None:
+            return None, None
+        whole = known.new_empty(ctx.shape)
         for piece, gradient in zip(ctx.pieces, gradients, strict=True):
-            whole[piece] = gradient
+            whole[piece] = 0 if gradient is None else gradient
         return None, whole
 
 
@@ -135,26 +139,38 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., 
     writer = SourceWriter("simulated", [i.name for i in program.inputs])
     dying = program.last_uses()
     for item in program.inputs:
+        if item.kind == "local":
+            continue  # handed in as lanes
         if max(program.lanes[item.name]) > 0:
             call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.lanes[i.name]))
             writer.line(f"{item.name} = {call}({item.name})")
         else:
             writer.line(f"{item.name} = [{item.name}]")
+    bucket_of: dict[str, tuple[Move, ...]] = {}
+    begun: set[str] = set()
     for instruction, dead in zip(program.instructions, dying, strict=True):
-        if isinstance(instruction, Start):
-            continue  # nothing travels here: the move itself does it all
-        if isinstance(instruction, Together):
-            writer.context(instruction.moves[0].autocast, instruction.moves[0].grad)
-            together = writer.constant("together", SimulatedTogether(instruction.moves, program.lanes))
-            sources = ", ".join(move.source for move in instruction.moves)
-            writer.line(f"{', '.join(instruction.outputs)} = {together}({sources})")
-            writer.forget([name for name in dead if name not in (keep or ())])
+        if isinstance(instruction, Start):  # nothing travels here: the first of the moves to end does it all
+            if len(instruction.moves) > 1:
+                bucket_of |= dict.fromkeys((move.output for move in instruction.moves), instruction.moves)
             continue
-        writer.context(instruction.autocast, instruction.grad)
-        if isinstance(instruction, Move):
+        members = instruction.moves if isinstance(instruction, Together) else ()
+        if isinstance(instruction, Move) and instruction.output not in begun:
+            members = bucket_of.get(instruction.output, ())
+        if members:
+            writer.context(members[0].autocast, members[0].grad)
+            together = writer.constant("together", SimulatedTogether(members, program.lanes))
+            sources = ", ".join(move.source for move in members)
+            writer.line(f"{', '.join(move.output for move in members)} = {together}({sources})")
+            begun.update(move.output for move in members)
+        elif isinstance(instruction, Move):
+            if instruction.output in begun:
+                writer.forget([name for name in dead if name not in (keep or ())])
+                continue
+            writer.context(instruction.autocast, instruction.grad)
             move = writer.constant("move", SimulatedMove(instruction, program.lanes[instruction.source]))
             writer.line(f"{instruction.output} = {move}({instruction.source})")
-        else:
+        elif isinstance(instruction, Call):
+            writer.context(instruction.autocast, instruction.grad)
             _write_call(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)

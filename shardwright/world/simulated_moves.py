@@ -150,13 +150,20 @@ def apply_move(move: SimulatedMove | SimulatedPieces, lanes: Sequence[Tensor]) -
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, move: SimulatedMove | SimulatedPieces, *lanes: Tensor) -> tuple[Tensor, ...]:
-        ctx.move = move
-        return tuple(_distinct(move.forward(lanes), lanes))
+        ctx.move, ctx.count = move, len(lanes)
+        ctx.set_materialize_grads(False)
+        results = tuple(_distinct(move.forward(lanes), lanes))
+        ctx.shapes = [result.shape for result in results]
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return (None, *ctx.move.backward(gradients))
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        known = next((g for g in gradients if g is not None), None)
+        if known is None:  # the result plays no part
+            return (None,) * (1 + ctx.count)
+        filled = [known.new_zeros(shape) if g is None else g for g, shape in zip(gradients, ctx.shapes, strict=True)]
+        return (None, *ctx.move.backward(filled))
 
 
 def representatives(lanes: Lanes) -> list[int]:

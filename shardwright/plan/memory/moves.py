@@ -19,8 +19,9 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Together
-from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
+from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Start, Together
+from shardwright.plan.memory.buckets import BucketPlayer
+from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
 from shardwright.redistribute.step import Step
@@ -59,6 +60,7 @@ class MovePlayer:
         self.travelling: dict[str, _Travelling] = {}  # by output
         # gradients under way, by output; where the backward makes no new memory nothing travels
         self.returning: dict[str, tuple[Gradient, _Travelling | None]] = {}
+        self.buckets = BucketPlayer(state, choose, hub)
         self.ending: _Travelling | None = None  # is done with when the next move starts
 
     def keep_scratch(self, trains: bool) -> None:
@@ -71,7 +73,10 @@ class MovePlayer:
             return
         largest = 0.0
         for move in self.instructions:
-            if isinstance(move, Move):
+            if isinstance(move, Start) and len(move.moves) > 1:
+                scratch = self.buckets.scratch(move, trains)
+                largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
+            elif isinstance(move, Move):
                 plan = move.redistribution
                 steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
                 needs = [step_memory(s, plan.shape, move.dtype.itemsize, self.choose, hub=self.hub) for s in steps]
@@ -136,20 +141,18 @@ class MovePlayer:
         if size:
             made = self.usage.hold(Storage(size, "transient", move.source))
             self.usage.drop(gradient.storage)
-            self._give_source(move, made)
+            self.state.give_source(move, made)
         else:
-            self._give_source(move, gradient.storage, gradient.stride)
-
-    def _give_source(self, move: Move, storage: Storage, stride: Strides | None = None) -> None:
-        """Hands the source of a move its gradient, which is held here until then; contiguous, unless it has a stride."""
-        shape = local_shape(move.redistribution.source, move.redistribution.shape)
-        self.state.add_gradient(move.source, storage, shape, stride or contiguous_strides(shape), move.cause)
-        self.usage.drop(storage)
+            self.state.give_source(move, gradient.storage, gradient.stride)
 
     # -- one move, started early --------------------------------------------------------------------------------------
 
-    def start(self, move: Move) -> None:
-        """A move sets off."""
+    def start(self, start: Start) -> None:
+        """Moves set off."""
+        if len(start.moves) > 1:
+            self.buckets.start(start)
+            return
+        (move,) = start.moves
         need = self._need(move, move.redistribution.forward, compact=move.source in self.makers)
         self.usage.point(move.cause, need.peak)
         self.travelling[move.output] = self._set_off(move, need, self.state.values[move.source].storage, "activations")
@@ -157,6 +160,12 @@ class MovePlayer:
 
     def end(self, move: Move) -> None:
         """Somebody waits for the result of a move that was started."""
+        if move.output in self.buckets.of:
+            made = self.buckets.end(move, self._needs_grad(move))
+            self._define(move, made)
+            if made is not None:
+                self.usage.drop(made)
+            return
         result = self._arrived(self.travelling.pop(move.output))
         self._define(move, result if result.size else None)
         self.usage.drop(result)
@@ -177,9 +186,9 @@ class MovePlayer:
     def _end_backward(self, move: Move) -> None:
         gradient, travelling = self.returning.pop(move.output, (None, None))
         if travelling is not None:
-            self._give_source(move, self._arrived(travelling))
+            self.state.give_source(move, self._arrived(travelling))
         elif gradient is not None:
-            self._give_source(move, gradient.storage, gradient.stride)
+            self.state.give_source(move, gradient.storage, gradient.stride)
 
     def _set_off(self, move: Move, need: RedistributionMemory, given: Storage, part: str) -> _Travelling:
         """What a started move holds until somebody waits for it.

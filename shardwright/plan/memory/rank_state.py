@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from shardwright.cost.memory import local_shape
+from shardwright.partition.program import Move
 from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
 from shardwright.plan.memory.usage import Storage, Usage
 
@@ -91,6 +93,12 @@ class RankState:
         self.gradients[name] = Gradient(storage, shape, stride)
         if name in self.parameters:
             usage.reassign(storage, "gradients")
+
+    def give_source(self, move: Move, storage: Storage, stride: Strides | None = None) -> None:
+        """Hands the source of a move its gradient, held by the caller until then; contiguous, unless it has a stride."""
+        shape = local_shape(move.redistribution.source, move.redistribution.shape)
+        self.add_gradient(move.source, storage, shape, stride or contiguous_strides(shape), move.cause)
+        self.usage.drop(storage)
 
     def hand_over_gradients(self) -> None:
         """At the end of the backward gradients become the parameters' own: contiguous, and nobody else's."""

@@ -97,7 +97,7 @@ class TrainingStep:
         if isinstance(instruction, Call):
             self.calls.play(instruction)
         elif isinstance(instruction, Start):
-            self.moves.start(instruction.move)
+            self.moves.start(instruction)
         elif isinstance(instruction, Together):
             self.moves.play_together(instruction)
         elif instruction.started:

@@ -1,0 +1,116 @@
+"""Buckets: plays moves that were started together, which share their collectives and end one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shardwright.cost.memory import BucketMemory, Choose, bucket_memory
+from shardwright.partition.program import Move, Start
+from shardwright.plan.memory.rank_state import Gradient, RankState
+from shardwright.plan.memory.usage import Storage
+from shardwright.redistribute.step import Step
+
+
+@dataclass
+class _Bucket:
+    """Moves under way, and later their gradients."""
+
+    moves: tuple[Move, ...]
+    flight: Storage | None = None  # what travels, until the first result is waited for
+    scratch: float = 0.0
+    results: dict[str, Storage] = field(default_factory=dict)
+    expected: int = 0  # results that may get a gradient
+    given: dict[str, Gradient] = field(default_factory=dict)
+    returning: list[tuple[Move, float]] = field(default_factory=list)
+
+
+class BucketPlayer:
+    """Plays buckets on the state of a rank.
+
+    Args:
+        choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
+        hub: whether the rank is the one that others send to, where one is.
+    """
+
+    def __init__(self, state: RankState, choose: Choose | None, hub: bool):
+        self.state, self.usage, self.choose, self.hub = state, state.usage, choose, hub
+        self.of: dict[str, _Bucket] = {}
+
+    def _need(self, moves: Sequence[Move], steps: Sequence[Sequence[Step]]) -> BucketMemory:
+        tensors = [(found, m.redistribution.shape, m.dtype.itemsize) for m, found in zip(moves, steps, strict=True)]
+        return bucket_memory(tensors, self.choose, self.hub)
+
+    def scratch(self, start: Start, trains: bool) -> float:
+        """Bytes of scratch that a bucket's collectives need."""
+        phases = [[m.redistribution.forward for m in start.moves]]
+        phases += [[m.redistribution.backward for m in start.moves]] if trains and start.moves[0].needs_grad else []
+        return max((self._need(start.moves, steps).scratch for steps in phases if any(steps)), default=0.0)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def start(self, start: Start) -> None:
+        """Moves set off together: what they gather is in flight until the first of them is waited for."""
+        bucket = _Bucket(start.moves)
+        self.of |= dict.fromkeys((move.output for move in start.moves), bucket)
+        if any(move.redistribution.forward for move in start.moves):
+            need = self._need(start.moves, [move.redistribution.forward for move in start.moves])
+            self._set_off(bucket, need, start.cause)
+        self.state.tape.append(lambda: self._end_backward(bucket))
+
+    def end(self, move: Move, needs_grad: bool) -> Storage | None:
+        """New memory of a move's result, held here; ``None`` where it is its source's."""
+        bucket = self.of[move.output]
+        forward = [m.redistribution.forward for m in bucket.moves]
+        if any(forward) and bucket.flight is not None:
+            need = self._need(bucket.moves, forward)
+            self.usage.point(move.cause, sum(need.results))
+            bucket.results = {
+                m.output: self.usage.hold(Storage(size, "activations", m.source))
+                for m, size in zip(bucket.moves, need.results, strict=True)
+            }
+            self._arrived(bucket)
+        if needs_grad:
+            bucket.expected += 1
+            self.state.tape.append(lambda: self._hand_in(bucket, move))
+        return bucket.results.pop(move.output, None)
+
+    def _set_off(self, bucket: _Bucket, need: BucketMemory, cause: str) -> None:
+        self.usage.point(cause, need.peak)
+        bucket.flight = self.usage.hold(Storage(need.flight, "transient", cause))
+        bucket.scratch = self.usage.take_scratch(need.scratch)
+
+    def _arrived(self, bucket: _Bucket) -> None:
+        if bucket.flight is not None:
+            self.usage.drop(bucket.flight)
+            self.usage.give_scratch(bucket.scratch)
+            bucket.flight = None
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def _hand_in(self, bucket: _Bucket, move: Move) -> None:
+        """Takes the gradient of one result; the last one starts them all."""
+        bucket.expected -= 1
+        gradient = self.state.gradients.pop(move.output, None)
+        if gradient is not None:
+            bucket.given[move.output] = gradient
+        if not bucket.expected and len(bucket.given) == len(bucket.moves):
+            self._start_backward(bucket)
+
+    def _start_backward(self, bucket: _Bucket) -> None:
+        moves = [move for move in bucket.moves if move.output in bucket.given]
+        need = self._need(moves, [move.redistribution.backward for move in moves])
+        self._set_off(bucket, need, moves[0].cause)
+        for gradient in bucket.given.values():
+            self.usage.drop(gradient.storage)
+        bucket.given = {}
+        bucket.returning = list(zip(moves, need.results, strict=True))
+
+    def _end_backward(self, bucket: _Bucket) -> None:
+        if bucket.given:
+            self._start_backward(bucket)
+        made = [(move, self.usage.hold(Storage(size, "transient", move.source))) for move, size in bucket.returning]
+        self._arrived(bucket)
+        bucket.returning = []
+        for move, storage in made:
+            self.state.give_source(move, storage)

@@ -1,0 +1,163 @@
+"""Moves that are started early on one rank, and ended one by one where their results are read.
+
+The backward pass is the mirror of it: where a move ends in the forward pass its gradient is handed in; when the last of
+those that share their collectives is there they start on their way; and where the moves were started they are waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardwright.partition.program import Move
+from shardwright.world import record
+from shardwright.world.distributed_steps import Groups, SharedUnderWay, UnderWay, prepare_shared, prepare_steps
+
+
+class StartedMoves:
+    """Moves of one kind on this rank, prepared; one alone may be of any kind.
+
+    Args:
+        compact: whether results must not be views into the arguments, which they would keep alive.
+    """
+
+    def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool):
+        self.plans = [move.redistribution for move in moves]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge) for move in moves]
+        self.needs_grad = moves[0].needs_grad
+        self.moves_forward = any(plan.forward for plan in self.plans)
+        self.rank, self.groups, self.compact = rank, groups, compact
+        self._starters: dict[tuple[str, tuple[int, ...]], Callable[[list[Tensor]], UnderWay | SharedUnderWay]] = {}
+        self.everyone = tuple(range(len(moves)))
+        if self.moves_forward:
+            self._starter("forward", self.everyone)
+        self._starter("backward", self.everyone)
+
+    def __call__(self, *values: Tensor) -> Travelling:
+        """Starts the moves; ``end(i)`` of the result gives what each would give by itself."""
+        travelling = Travelling(self, values)
+        if self.needs_grad and torch.is_grad_enabled() and any(value.requires_grad for value in values):
+            travelling.token = _StartFunction.apply(travelling, *values)
+        else:
+            travelling.start_forward([value.detach() for value in values])
+        return travelling
+
+    def start(self, phase: str, members: tuple[int, ...], values: list[Tensor]) -> UnderWay | SharedUnderWay:
+        """Starts the steps of one phase on the tensors of some of the moves."""
+        if record._active:
+            record.emit([self.record[i] for i in members], values[0].dtype, phase)
+        return self._starter(phase, members)(values)
+
+    def _starter(
+        self, phase: str, members: tuple[int, ...]
+    ) -> Callable[[list[Tensor]], UnderWay | SharedUnderWay]:
+        key = (phase, members)
+        if key not in self._starters:
+            plans = [self.plans[i] for i in members]
+            steps = [plan.forward if phase == "forward" else plan.backward for plan in plans]
+            if len(self.plans) == 1:
+                compact = self.compact if phase == "forward" else True
+                run = prepare_steps(steps[0], plans[0].shape, self.rank, self.groups, compact=compact)
+                self._starters[key] = lambda values: run.start(values[0])
+            else:
+                shapes, views = [plan.shape for plan in plans], phase == "backward"
+                self._starters[key] = prepare_shared(steps, shapes, self.rank, self.groups, views).start
+        return self._starters[key]
+
+
+class Travelling:
+    """Moves under way, and later their gradients."""
+
+    def __init__(self, moves: StartedMoves, values: Sequence[Tensor]):
+        self.moves = moves
+        self.under_way: UnderWay | SharedUnderWay | None = None
+        self.values: list[Tensor | None] = []
+        self.given: dict[int, Tensor] = {}
+        self.gradients: UnderWay | SharedUnderWay | None = None
+        self.started: tuple[int, ...] = ()
+        self.token: Tensor | None = None
+
+    def start_forward(self, values: list[Tensor]) -> None:
+        if self.moves.moves_forward:
+            self.under_way = self.moves.start("forward", self.moves.everyone, values)
+        else:
+            self.values = list(values)
+
+    def end(self, index: int) -> Tensor:
+        """The result of one of the moves."""
+        if self.token is None:
+            return self.end_forward(index)
+        return _EndFunction.apply(self, index, self.token)  # type: ignore[no-any-return]
+
+    def end_forward(self, index: int) -> Tensor:
+        if self.under_way is not None:
+            self.values, self.under_way = _results(self.under_way), None
+        result, self.values[index] = self.values[index], None
+        assert result is not None, "a move is ended once"
+        return result
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def hand_in(self, index: int, gradient: Tensor) -> None:
+        """Takes the gradient of one result; the last one starts them all."""
+        self.given[index] = gradient
+        if len(self.given) == len(self.moves.everyone):
+            self.start_backward()
+
+    def start_backward(self) -> None:
+        self.started = tuple(sorted(self.given))
+        self.gradients = self.moves.start("backward", self.started, [self.given[i] for i in self.started])
+        self.given = {}
+
+    def end_backward(self) -> list[Tensor | None]:
+        """The gradients of the arguments, ``None`` for those whose results had none."""
+        if self.given:  # some results play no part in what is differentiated
+            self.start_backward()
+        found: list[Tensor | None] = [None] * len(self.moves.everyone)
+        if self.gradients is not None:
+            for index, gradient in zip(self.started, _results(self.gradients), strict=True):
+                found[index] = gradient
+            self.gradients = None
+        return found
+
+
+def _results(under_way: UnderWay | SharedUnderWay) -> list[Any]:
+    found = under_way.wait()
+    return found if isinstance(found, list) else [found]
+
+
+class _StartFunction(torch.autograd.Function):
+    """To a token that ties the ends to the start in the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, travelling: Travelling, *values: Tensor) -> Tensor:
+        ctx.travelling = travelling
+        travelling.start_forward([value.detach() for value in values])
+        return values[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.travelling.end_backward()
+
+
+class _EndFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, travelling: Travelling, index: int, token: Tensor) -> Tensor:
+        ctx.travelling, ctx.index = travelling, index
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(token)
+        result = travelling.end_forward(index)
+        return result.view_as(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Any, Tensor]:
+        if gradient is not None:
+            ctx.travelling.hand_in(ctx.index, gradient)
+        (token,) = ctx.saved_tensors
+        return None, None, token
