@@ -16,7 +16,7 @@ from shardwright.plan.choice import Choice
 from shardwright.plan.choices import codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
-from shardwright.plan.pricing import Pricing, gradient_codes, small_parameters
+from shardwright.plan.pricing import GATHERS, SUMS, Pricing, count_parameters, gradient_codes
 from shardwright.search.solve import solve
 
 if TYPE_CHECKING:
@@ -57,8 +57,11 @@ class MovePrice:
     backward: tuple[CollectivePrice, ...]
     of_parameter: bool
     seconds: float
-    # of a small parameter's forward and backward collectives, what others of the same kind over the same axes share
+    # of a parameter's forward and backward collectives, what others of the same kind over the same axes share; the share of
+    # it that ``seconds`` counts; and bytes of the larger end
     launches: tuple[float, float] = (0.0, 0.0)
+    share: float = 0.0
+    size: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -85,8 +88,8 @@ class PlanPrice:
         parts: seconds of ``forward``, ``backward``, ``redistribution``, ``parameters`` (gathers and gradient reductions that
             do not hide) and ``optimizer``.
         operators, moves, parameters: by node, in order, and by parameter name.
-        unshared: seconds, within ``parameters``, of small parameters' collectives that find fewer others to share a launch
-            with than there are small parameters. A search, which looks at one parameter at a time, takes them all to share.
+        unshared: seconds, within ``parameters``, of parameters' collectives that find fewer others to share a launch with
+            than there are parameters. A search, which looks at one parameter at a time, takes them all to share.
     """
 
     machine: Machine
@@ -150,7 +153,7 @@ def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: fl
     Args:
         states: bytes of optimizer state a byte of parameter; 2 for Adam.
     """
-    pricing = Pricing(machine, plan.mesh, small_parameters(plan.graph))
+    pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph))
     formulation = formulation_of(plan, pricing, full_batch, states)
     solution = solve(formulation.problem)
     return _Breakdown(formulation, solution.choices).price()
@@ -229,19 +232,26 @@ class _Breakdown:
         return [move for move in found if move.forward or move.backward]
 
     def _sharing(self, moves: Sequence[MovePrice]) -> tuple[MovePrice, ...]:
-        """The moves with small parameters' launches shared by those whose collectives are alike, as they are when run."""
-        assumed = 1 / max(1, self.pricing.sharing)
+        """The moves with parameters' launches shared by those whose collectives are alike, as they are when run."""
 
         def kinds(move: MovePrice) -> list[Any]:
             phases = (move.forward, move.backward)
             return [(phase, *((step.kind, step.axes) for step in steps)) for phase, steps in enumerate(phases)]
 
-        found = Counter(kind for move in moves if any(move.launches) for kind in kinds(move))
+        count: Counter[Any] = Counter()
+        size: Counter[Any] = Counter()
+        for move in moves:
+            if any(move.launches):
+                for kind in kinds(move):
+                    count[kind] += 1
+                    size[kind] += move.size  # type: ignore[assignment]
         result = []
         for move in moves:
             if any(move.launches):
-                gather, reduction = (n * (1 / found[kind] - assumed) for n, kind in zip(move.launches, kinds(move)))
-                move = replace(move, seconds=move.seconds + self.pricing.machine.exposed(gather, reduction))
+                bucket = GATHERS if move.forward else SUMS
+                shares = [max(1.0, size[kind] / bucket) / count[kind] - move.share for kind in kinds(move)]
+                more = [launch * share for launch, share in zip(move.launches, shares)]
+                move = replace(move, seconds=move.seconds + self.pricing.machine.exposed(*more))
             result.append(move)
         return tuple(result)
 
@@ -326,13 +336,14 @@ class _Breakdown:
             backward = describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
         axes = tuple(a for a, partial in zip(self.mesh.axes, need[1]) if partial) if grad else ()
         phases, launches = [sum(step.seconds for step in steps) for steps in (forward, backward)], (0.0, 0.0)
-        seconds = sum(phases)
+        seconds, share, bytes_ = sum(phases), 0.0, 0.0
         if stored:
             pair = (meta, code[None], target[None], mask[None], grad)
-            ahead, back = self.pricing.launches(*pair)
-            launches = float(ahead[0, 0]), float(back[0, 0])
+            ahead, back, shares = self.pricing.launches(*pair)
+            launches, share = (float(ahead[0, 0]), float(back[0, 0])), float(shares[0, 0])
+            bytes_ = float(max(self.pricing.piece_bytes(meta, codes[None])[0] for codes in (code, target)))
             saved = [float(each[0, 0]) for each in self.pricing.saved_by_sharing(*pair)]
             seconds = self.pricing.machine.exposed(*(phase - less for phase, less in zip(phases, saved)))
         ndim = len(meta.shape)
         here, there = layout_of(code, ndim, self.mesh), layout_of(target, ndim, self.mesh)
-        return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds, launches)
+        return MovePrice(value, (), here, there, axes, forward, backward, stored, seconds, launches, share, bytes_)

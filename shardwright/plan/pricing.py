@@ -24,8 +24,8 @@ from shardwright.rules.operator import TensorMeta
 
 Array = np.ndarray[Any, Any]
 
-# Bytes of a piece up to which parameters share the collectives that gather them and reduce their gradients.
-_SMALL = Schedule().small
+# Bytes of parameters that share the collectives that sum their gradients, and those that gather them.
+SUMS, GATHERS = float(Schedule().sums.bytes), float(Schedule().gathers.bytes)
 # Collectives that a lowering runs itself where a factor is split that reaches no output (a softmax's maximum and sum).
 _INNER = 2
 
@@ -34,7 +34,7 @@ class Pricing:
     """The prices of one machine and mesh.
 
     Args:
-        sharing: how many small parameters there are, which share collectives.
+        sharing: how many parameters there are, which share collectives.
     """
 
     def __init__(self, machine: Machine, mesh: Mesh, sharing: int = 1):
@@ -192,25 +192,26 @@ class Pricing:
     def saved_by_sharing(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
     ) -> tuple[Array, Array]:
-        """Seconds that a small parameter saves, forward and backward, if all share collectives: the others' launches."""
-        others = 1 - 1 / max(1, self.sharing)
-        forward, backward = self.launches(meta, source, target, gradients, grad)
-        return forward * others, backward * others
+        """Seconds that a parameter saves, forward and backward, as it shares collectives: the others' launches."""
+        forward, backward, share = self.launches(meta, source, target, gradients, grad)
+        return forward * (1 - share), backward * (1 - share)
 
     def launches(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
-    ) -> tuple[Array, Array]:
-        """What a small parameter's collectives take without bytes, forward and backward; 0 where it is not small."""
+    ) -> tuple[Array, Array, Array]:
+        """What a parameter's collectives take without bytes, forward and backward, and its share of them.
+
+        Its share of a bucket, but no less than if all parameters were in one: a search looks at one parameter at a time.
+        """
         larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
-        none = np.zeros((len(source), len(target)))
-        if (larger > _SMALL).all():
-            return none, none
-        empty = [self.communication.moves(meta.shape, 0, source, target).seconds, none]
+        empty = [self.communication.moves(meta.shape, 0, source, target).seconds, np.zeros_like(larger)]
         if grad:
             back_from, back_to = gradient_codes(source, target, gradients)
             empty[1] = self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
-        shares = (larger <= _SMALL) & np.isfinite(empty[0]) & np.isfinite(empty[1])
-        return np.where(shares, empty[0], 0.0), np.where(shares, empty[1], 0.0)
+        bucket = np.where(empty[0] > 0, GATHERS, SUMS)
+        share = np.clip(larger / bucket, 1 / max(1, self.sharing), 1.0)
+        possible = np.isfinite(empty[0]) & np.isfinite(empty[1])
+        return np.where(possible, empty[0], 0.0), np.where(possible, empty[1], 0.0), share
 
     def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
         _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
@@ -239,10 +240,9 @@ class Pricing:
         return self._once(("read", meta.shape, meta.dtype, *map(id, arrays), grad, keeps), arrays, make)  # type: ignore[no-any-return]
 
 
-def small_parameters(graph: Graph) -> int:
-    """How many parameters of a graph are so small that they share collectives."""
-    metas = [i.meta for i in graph.inputs if i.kind == "parameter"]
-    return sum(meta.bytes <= _SMALL for meta in metas)
+def count_parameters(graph: Graph) -> int:
+    """How many parameters a graph has."""
+    return sum(i.kind == "parameter" for i in graph.inputs)
 
 
 def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:

@@ -11,7 +11,7 @@ from shardwright.capture.graph import Node
 from shardwright.layout import Layout
 from shardwright.plan.choices import ChoiceTable, choices_of, code_of, layout_of, table_of_choice
 from shardwright.plan.formulation import ready_values
-from shardwright.plan.pricing import Array, Pricing, small_parameters
+from shardwright.plan.pricing import Array, Pricing, count_parameters
 
 if TYPE_CHECKING:
     from shardwright.plan.plan import Plan
@@ -49,7 +49,7 @@ class Repricer:
         from shardwright.cost.machine import load_machine
 
         self.plan, self.graph, self.mesh = plan, plan.graph, plan.mesh
-        self.pricing = Pricing(load_machine(plan.machine or "cpu-gloo"), plan.mesh, small_parameters(plan.graph))
+        self.pricing = Pricing(load_machine(plan.machine or "cpu-gloo"), plan.mesh, count_parameters(plan.graph))
         self.ready = ready_values(plan.graph, plan.full_batch)
         self.producer = {value: node for node in plan.graph.nodes for value in node.outputs}
         self.uses: dict[str, list[tuple[Node, int]]] = {}
