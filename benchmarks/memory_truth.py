@@ -125,6 +125,11 @@ def at_random(seed: int) -> Callable[[nn.Module, Any], dict[str, Any]]:
     return strategies
 
 
+def recomputed(net: nn.Module) -> list[str]:
+    """The layers of a model that has them."""
+    return [n for n, m in net.named_modules() if n.rpartition(".")[2].isdigit() and len(list(m.children())) > 1]
+
+
 STRATEGIES: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
     "data parallel": lambda net, layout: {},
     "tensor parallel": megatron,
@@ -132,12 +137,15 @@ STRATEGIES: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
     "random 1": at_random(1),
     "random 2": at_random(2),
     "search": lambda net, layout: {},
+    "data parallel, recomputed": lambda net, layout: {},
+    "tensor parallel, recomputed": megatron,
+    "tensor and sequence, recomputed": sequence_parallel,
 }
 
 
 def cases(ranks: int) -> list[tuple[str, str]]:
     found = [(m, s) for m in MODELS for s in STRATEGIES]
-    return [(m, s) for m, s in found if s != "tensor and sequence" or m in ("gpt", "llama")]
+    return [(m, s) for m, s in found if (not s.startswith("tensor and") and "recomp" not in s) or m in ("gpt", "llama")]
 
 
 def prepared(name: str, strategy: str, ranks: int) -> tuple[nn.Module, Any]:
@@ -148,7 +156,8 @@ def prepared(name: str, strategy: str, ranks: int) -> tuple[nn.Module, Any]:
     if strategy == "search":
         return net, sw.AutoParallel(net, "auto")
     layout = sw.Layout((ranks,), ("tp",)) if ranks < 4 else sw.Layout((ranks // 2, 2), ("dp", "tp"))
-    return net, sw.AutoParallel(net).shard(STRATEGIES[strategy](net, layout))
+    call = sw.AutoParallel(net).shard(STRATEGIES[strategy](net, layout))
+    return net, call.recompute(recomputed(net)) if strategy.endswith("recomputed") else call
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -270,7 +279,9 @@ def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
         mark()
         plan = call.plan
         began = time.process_time()
-        timeline = memory_of(plan.graph, plan.choices, plan.signatures, plan.input_layouts, "adamw")
+        timeline = memory_of(
+            plan.graph, plan.choices, plan.signatures, plan.input_layouts, "adamw", passes=plan.passes
+        )  # fmt: skip
         found.update(
             predicted=timeline.peak, at=timeline.at, parts=dict(timeline.parts), guessed=timeline.guessed,
             seconds=time.process_time() - began,

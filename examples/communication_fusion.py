@@ -1,7 +1,7 @@
 """Communication fusion: how many collectives reduce the gradients of a network, under several settings.
 
-    python examples/communication_fusion.py          on 4 simulated ranks
-    torchrun --nproc-per-node 4 examples/communication_fusion.py
+python examples/communication_fusion.py          on 4 simulated ranks
+torchrun --nproc-per-node 4 examples/communication_fusion.py
 """
 
 import os

@@ -1,7 +1,7 @@
 """Gradient accumulation: a batch in four parts, one part's activations at a time, one reduction of the gradients.
 
-    python examples/gradient_accumulation.py         on 4 simulated ranks
-    torchrun --nproc-per-node 4 examples/gradient_accumulation.py
+python examples/gradient_accumulation.py         on 4 simulated ranks
+torchrun --nproc-per-node 4 examples/gradient_accumulation.py
 """
 
 import os

@@ -1,7 +1,7 @@
 """Optimizer parallel: three layers on eight ranks, each parameter, gradient and optimizer state on one of them in pieces.
 
-    python examples/optimizer_parallel.py            on 8 simulated ranks
-    torchrun --nproc-per-node 4 examples/optimizer_parallel.py
+python examples/optimizer_parallel.py            on 8 simulated ranks
+torchrun --nproc-per-node 4 examples/optimizer_parallel.py
 """
 
 import os

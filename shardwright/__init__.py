@@ -4,6 +4,7 @@ import shardwright.rules.tables as _tables  # noqa: F401  (registers the rules)
 from shardwright import errors as errors
 from shardwright import ops as ops
 from shardwright.api import AutoParallel as AutoParallel
+from shardwright.api import recompute as recompute
 from shardwright.api import reshard as reshard
 from shardwright.api import shard as shard
 from shardwright.api import value_and_grad as value_and_grad

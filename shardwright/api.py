@@ -33,6 +33,7 @@ from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.train.communication_fusion import read_fusion
 from shardwright.train.optimizer_parallel import read_hsdp
+from shardwright.train.recompute_request import REQUEST, request_for
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
@@ -227,6 +228,29 @@ class AutoParallel:
             ShardwrightError: a configuration that makes no sense.
         """
         self.settings.schedule = read_fusion(config)
+        self._forget()
+        return self
+
+    def recompute(self, targets: Any, *, memory: float | str | None = None, **switches: bool) -> AutoParallel:
+        """Has modules computed again in the backward pass, so that what is inside them need not be kept until then.
+
+        Args:
+            targets: a name pattern (as in ``fnmatch``), a module, or several of these; or ``"auto"``: as many modules as it
+                takes to stay under a memory limit, at the least cost.
+            memory: with ``"auto"``, bytes a rank may use over a step, ``"80GB"`` or a number; default: that of :meth:`search`.
+            switches: ``mp_comm_recompute``, ``parallel_optimizer_comm_recompute``, ``recompute_slice_activation``; see
+                :func:`recompute`.
+
+        Raises:
+            ShardwrightError: an unknown switch. A pattern that matches no module is refused at the first call.
+
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        >>> net = AutoParallel(model).recompute("0")
+        """
+        limit = None if memory is None else memory_bytes(memory)
+        request = request_for("recompute", targets, user_line(), switches, limit)
+        self.settings.recompute = (*self.settings.recompute, request)
         self._forget()
         return self
 
@@ -434,6 +458,35 @@ def shard(
         raise ArgumentTypeError("parameter_plan needs a module: a function owns no parameters")
     name = getattr(fn_or_module, "__name__", type(fn_or_module).__name__)
     return ShardedFunction(fn_or_module, Mark(name, in_strategy, out_strategy, source=user_line()))
+
+
+def recompute(module: nn.Module, **switches: bool) -> nn.Module:
+    """Marks a module: in the backward pass it is computed again, so that only its inputs and outputs are kept until then.
+
+    Values and gradients are the same to the bit, random masks included. Of modules within modules the outermost counts;
+    an operator with a setting of its own (:meth:`shardwright.ops.Primitive.recompute`) follows that.
+
+    Args:
+        module: marked in place.
+        switches: ``mp_comm_recompute=True``: collectives within are done again too; ``False`` keeps their results, for more
+            memory and less communication. ``parallel_optimizer_comm_recompute=False``: parameters that are stored in pieces
+            are gathered again too. ``recompute_slice_activation=False``: what is kept is kept in slices, one on each of the
+            ranks that hold the same, and gathered again.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ShardwrightError: an unknown switch.
+
+    >>> import torch
+    >>> block = recompute(torch.nn.Linear(4, 4), mp_comm_recompute=False)
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentTypeError(f"recompute({module!r}): give a module; for one operator, shardwright.ops.MatMul().recompute()")
+    request = request_for(f"recompute({type(module).__name__})", module, user_line(), switches)
+    module.__dict__[REQUEST] = replace(request, targets=())  # a copy of the module has a request of its own
+    return module
 
 
 def reshard(tensor: Tensor, layout: Layout) -> Tensor:

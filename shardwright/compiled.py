@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,9 @@ from shardwright.rules.operator import Operator
 from shardwright.train.communication_fusion import buckets_of
 from shardwright.train.gradient_accumulation import AccumulatedRun, GradAccumulation, cut_program, given_a_part
 from shardwright.train.optimizer_parallel import OptimizerParallel, split_parameters
+from shardwright.train.recompute import recompute_parameter_gathers
+from shardwright.train.recompute_auto import plan_with_recompute
+from shardwright.train.recompute_request import RecomputeRequest, gather_requests
 from shardwright.world import parameters as distributed_parameters
 from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
@@ -53,6 +56,7 @@ class Settings:
     of_step: bool = False  # one part of a train step: a pattern may be another part's
     search: SearchSettings = field(default_factory=lambda: SearchSettings())
     file: Any = None  # a plan file whose layouts are pinned
+    recompute: tuple[RecomputeRequest, ...] = ()
     planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
     hsdp: OptimizerParallel | None = None
     schedule: Schedule = field(default_factory=Schedule)
@@ -81,12 +85,24 @@ def plan_request(
     )  # fmt: skip
 
 
-def plan_as_asked(root: nn.Module, graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
-    """The plan of the mode, or what stands in for it, with its parameters stored as the settings ask."""
-    plan = _plan_of_operators(graph, request, settings)
-    if settings.hsdp is not None:
+def plan_as_asked(
+    root: nn.Module, graph: Graph, request: PlanRequest, settings: Settings, again: Mapping[str, RecomputeRequest] | None = None
+) -> Plan:
+    """The plan of the mode, or what stands in for it, with its parameters stored as the settings ask.
+
+    Args:
+        again: by module path, what is computed again in the backward pass.
+    """
+
+    def make(request: PlanRequest) -> Plan:
+        plan = _plan_of_operators(graph, request, settings)
+        if settings.hsdp is None:
+            return plan
         plan = split_parameters(plan, settings.hsdp, dict(root.named_parameters(remove_duplicate=False)))
-    return plan
+        return replace(plan, passes=(*plan.passes, recompute_parameter_gathers)) if settings.hsdp.gathers_again else plan
+
+    automatic = next((r for r in settings.recompute if r.is_automatic), None)
+    return plan_with_recompute(make, request, again or {}, automatic)
 
 
 def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
@@ -113,17 +129,20 @@ class Compiled:
             args, kwargs = self._first_part(self.micro, args, kwargs)
         args, kwargs = self._global_inputs(args, kwargs, settings)
         marks, parameter_plan = gather_marks(root, settings)
+        again = gather_again(root, settings)
         with torch.enable_grad(), given_a_part(self.micro):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
         machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
         request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
-        self.plan: Plan = plan_as_asked(root, self.graph, request, settings)
+        self.plan: Plan = plan_as_asked(root, self.graph, request, settings, again)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         links = machine.links(self.plan.mesh)
         options = Options(links, enable_alltoall=settings.enable_alltoall)
         ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
         program = unscheduled(self.graph, self.plan, options)
+        for change in self.plan.passes:
+            program = change(program)
         how = replace(settings.schedule, ids=ids)
         self.program: LocalProgram = scheduled(program, how)
         self.plan.attach(self.program)
@@ -283,6 +302,11 @@ def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, M
                 plan[names[id(own[name])]] = (entry, what)
     problems.raise_if_any("the strategies cannot be followed")
     return marks, plan
+
+
+def gather_again(root: nn.Module, settings: Settings) -> dict[str, RecomputeRequest]:
+    """By module path, what the settings and the modules' own marks say is computed again in the backward pass."""
+    return gather_requests(root, settings.recompute, _fits, settings.of_step)
 
 
 def check_patterns(step: nn.Module, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,21 +72,31 @@ class Primitive:
         """
         check_strategies(in_strategy, out_strategy)
         if in_strategy is not None:
-            self.mark = Mark(self.name, in_strategy, out_strategy, source=user_line())
+            attributes = self.mark.attributes if self.mark else {}
+            self.mark = Mark(self.name, in_strategy, out_strategy, attributes=attributes, source=user_line())
         return self
 
     def add_prim_attr(self, name: str, value: Any) -> Primitive:
-        """Sets an operator attribute. None is supported yet; each is refused by name."""
+        """Sets an operator attribute: ``"recompute"``, as :meth:`recompute` does; others are refused by name."""
+        if name == "recompute":
+            return self.recompute(value)
         raise ShardwrightError(
             f"{self.name}.add_prim_attr({name!r}, {value!r}) at {user_line()}: this attribute is not supported; remove it"
         )
 
     def recompute(self, mode: bool = True) -> Primitive:
-        """Asks for recomputation in the backward pass. Not supported yet, except to switch it off."""
+        """Has the operator's output, and what it keeps within, computed again in the backward pass instead of kept.
+
+        Args:
+            mode: ``False`` keeps them, also where the operator's module is computed again.
+
+        Returns:
+            The operator itself.
+        """
         if not isinstance(mode, bool):
-            raise ArgumentTypeError(f"recompute({mode!r}): give True or False")
-        if mode:
-            raise ShardwrightError(f"{self.name}.recompute() at {user_line()}: recomputation is not supported; remove it")
+            raise ArgumentTypeError(f"{self.name}.recompute({mode!r}): give True or False")
+        mark = self.mark or Mark(self.name, source=user_line())
+        self.mark = replace(mark, attributes={**mark.attributes, "recompute": mode})
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +107,7 @@ class Primitive:
         return function(*args, **settings)
 
     def __repr__(self) -> str:
-        strategy = f".shard({self.mark.in_strategy})" if self.mark else ""
+        strategy = f".shard({self.mark.in_strategy})" if self.mark and self.mark.in_strategy is not None else ""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())}){strategy}"
 
 

@@ -29,7 +29,7 @@ from shardwright.capture.functionalise import (
 )
 from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
-from shardwright.capture.session import CALL, PIN, Session, marked_modules, session
+from shardwright.capture.session import CALL, PIN, RECOMPUTE, Session, marked_modules, session
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.errors import CaptureError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
@@ -455,10 +455,14 @@ class _Converter:
             self.metas[value] = meta
         operator = self._operator_call(overload, args, kwargs, inputs, outputs, sequence)
         autocast, grad = self.context
+        custom = at.meta.get("custom") or {}
         self.nodes.append(
-            Node(name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad)
-        )
-        self.calls[name] = at.meta.get("custom") or {}
+            Node(
+                name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad,
+                recompute=custom.get(RECOMPUTE),
+            )
+        )  # fmt: skip
+        self.calls[name] = custom
         return outputs
 
     def _describe(self, value: str) -> TensorMeta:

@@ -33,7 +33,8 @@ class Node:
 
     ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
     ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
-    of the operator's ``i``-th input.
+    of the operator's ``i``-th input. ``recompute`` is whether the user wants its result computed again in the backward pass;
+    ``None``: not said.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Node:
     region: Mark | None = None
     autocast: tuple[Any, ...] | None = None
     grad: bool = True
+    recompute: bool | None = None
 
     @property
     def where(self) -> str:

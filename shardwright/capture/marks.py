@@ -27,3 +27,8 @@ class Mark:
     source: str = ""
     is_pin: bool = False
     module_path: str | None = None
+
+    @property
+    def asks_for_layouts(self) -> bool:
+        """Whether it says anything about layouts."""
+        return any(asked is not None for asked in (self.in_strategy, self.out_strategy, self.parameter_plan))

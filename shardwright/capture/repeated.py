@@ -309,7 +309,8 @@ def same_graphs(a: Graph, b: Graph) -> bool:
 
 
 def _same_nodes(a: Node, b: Node) -> bool:
-    plain = ("name", "inputs", "outputs", "module", "source", "mark_positions", "mark_count", "autocast", "grad", "op")
+    plain = ("name", "inputs", "outputs", "module", "source", "mark_positions", "mark_count", "autocast", "grad", "op",
+             "recompute")  # fmt: skip
     if any(getattr(a, name) != getattr(b, name) for name in plain) or repr(a.op.args) != repr(b.op.args):
         return False
     return _same_marks(a.mark, b.mark) and _same_marks(a.region, b.region)

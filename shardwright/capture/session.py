@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import annotate, pytree
 
-CALL, PIN = "shardwright_call", "shardwright_pin"
+CALL, PIN, RECOMPUTE = "shardwright_call", "shardwright_pin", "shardwright_recompute"
 
 
 @dataclass
@@ -28,6 +28,13 @@ class Session:
 
     def run(self, mark: Mark, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``function`` with every tensor input and output pinned and every operator tagged."""
+        again = mark.attributes.get("recompute")
+        if again is None:
+            return self._run(mark, function, args, kwargs)
+        with annotate({RECOMPUTE: again}):
+            return self._run(mark, function, args, kwargs) if mark.asks_for_layouts else function(*args, **kwargs)
+
+    def _run(self, mark: Mark, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = len(self.calls)
         self.calls.append(mark)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

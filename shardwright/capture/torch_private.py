@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.traceback import annotate, preserve_node_meta
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -14,15 +15,22 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as cur
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
+# The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
+current_graph_task = torch._C._current_graph_task_id
+queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "StorageWeakRef",
     "StridedShard",
     "TorchDispatchMode",
     "annotate",
     "current_dispatch_modes",
+    "current_graph_task",
     "disable_current_modes",
     "preserve_node_meta",
     "pytree",
+    "queue_callback",
     "will_execute_node",
 ]

@@ -36,7 +36,8 @@ class ProgramInput:
 
 @dataclass(frozen=True)
 class Call:
-    """A local call. ``cause`` is the name of the graph node it comes from."""
+    """A local call. ``cause`` is the name of the graph node it comes from; with ``recompute`` its results, and what it saves
+    within, are not kept for the backward pass but computed again there."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -47,6 +48,7 @@ class Call:
     lanes: Lanes
     autocast: Autocast = None
     grad: bool = True
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Move:
     grad: bool = True
     autocast: Autocast = None
     started: bool = False  # a Start before it begins it
+    recompute: bool = False  # its result is not kept for the backward pass but moved again there
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -90,9 +93,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Together:
-    """Moves of one kind over the same axes that share their collectives, forward and backward."""
+    """Moves of one kind over the same axes that share their collectives, forward and backward, and again."""
 
     moves: tuple[Move, ...]
+
+    @property
+    def recompute(self) -> bool:
+        return self.moves[0].recompute
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -103,7 +110,23 @@ class Together:
         return self.moves[0].cause
 
 
-Instruction = Call | Move | Start | Together
+@dataclass(frozen=True)
+class KeepPiece:
+    """From here on a value is kept for the backward pass as the piece that ``cut`` makes; ``gather`` makes it whole again."""
+
+    cut: Move
+    gather: Move
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def cause(self) -> str:
+        return self.cut.cause
+
+
+Instruction = Call | Move | Start | Together | KeepPiece
 
 
 @dataclass(frozen=True)
@@ -111,7 +134,8 @@ class LocalProgram:
     """What one rank runs.
 
     ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
-    each value of the graph, as it comes out of its operator.
+    each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
+    are kept nevertheless: those of a whole that is computed again.
     """
 
     world_size: int
@@ -122,6 +146,7 @@ class LocalProgram:
     lanes: dict[str, Lanes]
     layouts: dict[str, Layout]
     places: dict[str, str] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
     def text(self, rank: int = 0) -> str:
         """The program of one rank as readable code."""
@@ -157,6 +182,8 @@ class LocalProgram:
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
         if isinstance(instruction, Move):
             return (instruction.source,)
+        if isinstance(instruction, KeepPiece):
+            return (instruction.cut.source,)
         if isinstance(instruction, (Start, Together)):
             return tuple(move.source for move in instruction.moves)
         leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
@@ -195,6 +222,12 @@ def _instruction_text(instruction: Instruction, rank: int) -> str:
     if isinstance(instruction, Start):
         edges = "; ".join(m.edge for m in instruction.moves)
         return f"start({', '.join(m.output for m in instruction.moves)})  # {edges}"
+    if isinstance(instruction, KeepPiece):
+        return f"keep_piece({instruction.cut.source}, {str(instruction.cut.redistribution)!r})  # {instruction.cause}"
+    return _plain_text(instruction, rank) + (", computed again in the backward" if instruction.recompute else "")
+
+
+def _plain_text(instruction: Call | Move | Together, rank: int) -> str:
     if isinstance(instruction, Together):
         names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
         edges = "; ".join(m.edge for m in instruction.moves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.plan.choice import Choice
 from shardwright.rules.signature import Signature
+
+# What changes a local program without changing what it computes.
+ProgramPass = Callable[["LocalProgram"], "LocalProgram"]
 
 if TYPE_CHECKING:
     import os
@@ -64,6 +68,7 @@ class Plan:
         states: bytes of optimizer state a byte of parameter.
         full_batch: whether every rank is handed the whole batch.
         memory_limit: bytes a rank may use, where that was asked for.
+        passes: what the local program goes through before it runs, such as what is computed again in the backward.
     """
 
     graph: Graph
@@ -78,6 +83,7 @@ class Plan:
     states: float = 2.0
     full_batch: bool = True
     memory_limit: float | None = None
+    passes: tuple[ProgramPass, ...] = field(default=(), compare=False, repr=False)
     _cache: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def attach(self, program: LocalProgram) -> None:
@@ -115,6 +121,7 @@ class Plan:
                 self.input_layouts,
                 self.states,
                 self.machine.device if self.machine is not None else "cpu",
+                passes=self.passes,
             )
         return self._cache["memory"]  # type: ignore[no-any-return]
 

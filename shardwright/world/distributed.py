@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
-from shardwright.partition.program import Call, LocalProgram, Move, Start, Together
+from shardwright.partition.program import Call, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.lowering import PerRank
@@ -36,6 +36,8 @@ from shardwright.world.distributed_moves import DistributedMove, MovesTogether, 
 from shardwright.world.distributed_starts import StartedMoves
 from shardwright.world.distributed_steps import Groups
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
+from shardwright.world.recipes import Computation
+from shardwright.world.recording import computation_of, needs_recording, recorded
 from shardwright.world.source import SourceWriter
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -142,7 +144,10 @@ class DistributedWorld:
                 f"--nproc-per-node {program.world_size}, or make its layouts over {self.size} ranks"
             )
         self._groups.make(_steps_of(program))
-        return _bind(program, self.rank, self._groups, keep)
+        plain = _bind(program, self.rank, self._groups, keep)
+        if keep is not None or not needs_recording(program):
+            return plain
+        return recorded(_bind(program, self.rank, self._groups, None, records=True), plain)
 
     def redistribute(
         self,
@@ -268,15 +273,19 @@ def _default_device() -> torch.device:
 
 def _steps_of(program: LocalProgram) -> list[Step]:
     """Every step of every move, forward and backward."""
-    return [s for m in program.moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
+    moves = [*program.moves, *(i.gather for i in program.instructions if isinstance(i, KeepPiece))]
+    return [s for m in moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
 
 
 # -- binding -----------------------------------------------------------------------------------------------------------
 
 
-def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...] | None) -> Callable[..., Any]:
+def _bind(
+    program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...] | None, records: bool = False
+) -> Callable[..., Any]:
+    """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
     names = [i.name for i in program.inputs]
-    writer = SourceWriter("distributed", names)
+    writer = SourceWriter("distributed", ["_run", *names] if records else names)
     dying = program.last_uses()
     check = writer.constant("check", _InputCheck(program, rank))
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
@@ -288,32 +297,55 @@ def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...
     def move_of(move: Move, dead: Sequence[str]) -> DistributedMove:
         maker = made_by.get(move.source)
         inplace = move.source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
+        if move.recompute and not (isinstance(maker, Call) and maker.recompute):
+            inplace = False  # what it is moved from again must stay as it is
         return DistributedMove(move, rank, groups, inplace, compact=maker is not None and move.source in dead)
 
     for instruction, dead in zip(program.instructions, dying, strict=True):
+        if isinstance(instruction, KeepPiece):
+            if records:
+                _write_keep_piece(writer, instruction, rank, groups)
+            writer.forget([name for name in dead if name not in (keep or ())])
+            continue
         first = instruction.moves[0] if isinstance(instruction, (Start, Together)) else instruction
         writer.context(first.autocast, first.grad)
         if isinstance(instruction, Start):
             compact = any(made_by.get(move.source) is not None for move in instruction.moves)
-            name = writer.constant("start", StartedMoves(instruction.moves, rank, groups, compact))
+            together_started = StartedMoves(instruction.moves, rank, groups, compact)
+            name = writer.constant("start", together_started)
             under_way = f"_{instruction.moves[0].output}_started"
-            writer.line(f"{under_way} = {name}({', '.join(move.source for move in instruction.moves)})")
+            sources = ", ".join(move.source for move in instruction.moves)
+            writer.line(f"{under_way} = {name}({sources})")
+            if records and first.recompute:
+                writer.line(
+                    f"{under_way}_again = _run.begin({_again(writer, instruction, together_started, program)}, ({sources},))"
+                )
             started |= {move.output: (under_way, index) for index, move in enumerate(instruction.moves)}
             left[under_way] = len(instruction.moves)
         elif isinstance(instruction, Together):
-            name = writer.constant("together", MovesTogether(instruction.moves, rank, groups))
+            together = MovesTogether(instruction.moves, rank, groups)
+            name = writer.constant("together", together)
             sources = ", ".join(move.source for move in instruction.moves)
             writer.line(f"{', '.join(instruction.outputs)}, = {name}({sources})")
+            if records and instruction.recompute:
+                again = writer.constant("again", Computation(together.again))
+                writer.line(f"_run.moved({again}, ({sources},), ({', '.join(instruction.outputs)},))")
         elif isinstance(instruction, Move) and instruction.started:
             under_way, index = started[instruction.output]
             writer.line(f"{instruction.output} = {under_way}.end({index})")
+            if records and instruction.recompute:
+                writer.line(f"_run.made({under_way}_again, {index}, {instruction.output})")
             left[under_way] -= 1
             if not left[under_way]:
-                writer.line(f"{under_way} = None")
+                writer.line(f"{under_way} = {under_way}_again = None")
         elif isinstance(instruction, Move):
             move = move_of(instruction, dead)
             name = writer.constant("move", move if instruction.needs_grad else move.without_gradient)
             writer.line(f"{instruction.output} = {name}({instruction.source})")
+            if records:
+                _write_moved(writer, instruction, move)
+        elif records and instruction.recompute:
+            _write_recorded_call(writer, instruction, program, rank)
         else:
             _write_call(writer, instruction, rank)
         writer.forget([name for name in dead if name not in (keep or ())])
@@ -323,6 +355,41 @@ def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...
     outputs = [o if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
     updates = [name for _, name in program.updates]
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _again(writer: SourceWriter, start: Start, moves: StartedMoves, program: LocalProgram) -> str:
+    """How started moves are done again: those of parameters may be on their way before anybody waits for them."""
+    parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
+    is_ahead = all(move.source in parameters for move in start.moves)
+    return writer.constant("again", Computation(moves.again, start=moves.start_again if is_ahead else None))
+
+
+def _write_moved(writer: SourceWriter, move: Move, runner: DistributedMove) -> None:
+    """Tells the recording of a move; one that is not repeated may have written over memory that it knows."""
+    if move.recompute:
+        again = writer.constant("again", Computation(runner.again, overwrites=runner.inplace))
+        writer.line(f"_run.moved({again}, ({move.source},), ({move.output},))")
+    elif runner.inplace:
+        writer.line(f"_run.kept({move.output})")
+
+
+def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, rank: int, groups: Groups) -> None:
+    cut, gather = (DistributedMove(m, rank, groups, False, compact=True) for m in (instruction.cut, instruction.gather))
+    again = writer.constant("again", Computation(gather.again))
+    piece = writer.constant("cut", lambda values: [cut.run_forward(values[0])])
+    writer.line(f"_run.keep_pieces({again}, {piece}, ({instruction.cut.source},))")
+
+
+def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram, rank: int) -> None:
+    computation, names = computation_of(call, program, rank)
+    writer.line(f"many = _run.call({', '.join([writer.constant('again', computation), *names])})")
+    _write_many(writer, call)
+
+
+def _write_many(writer: SourceWriter, call: Call) -> None:
+    for position, name in enumerate(call.outputs):
+        writer.line(f"{name} = many[{position}]")
+    writer.line("many = None")
 
 
 def _write_call(writer: SourceWriter, call: Call, rank: int) -> None:
@@ -335,9 +402,7 @@ def _write_call(writer: SourceWriter, call: Call, rank: int) -> None:
         writer.line(f"{call.outputs[0]} = {text}")
     else:
         writer.line(f"many = {text}")
-        for position, name in enumerate(call.outputs):
-            writer.line(f"{name} = many[{position}]")
-        writer.line("many = None")
+        _write_many(writer, call)
 
 
 def _read_once(program: LocalProgram) -> set[str]:

@@ -32,6 +32,7 @@ class DistributedMove:
         plan = move.redistribution
         self.record = [record.Moved(plan, move.cause, move.edge)]
         self.needs_grad = move.needs_grad
+        self.inplace = inplace and bool(plan.forward)
         self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
         self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
 
@@ -44,6 +45,12 @@ class DistributedMove:
         if record._active:
             record.emit(self.record, gradient.dtype, "backward")
         return self.run_backward(gradient)
+
+    def again(self, value: Tensor) -> tuple[Tensor]:
+        """Forward once more, for the backward pass."""
+        if record._active:
+            record.emit(self.record, value.dtype, "recompute")
+        return (self.run_forward(value),)
 
     def __call__(self, value: Tensor) -> Tensor:
         if value.requires_grad and torch.is_grad_enabled():
@@ -99,6 +106,10 @@ class MovesTogether:
             return _TogetherFunction.apply(self, *values)  # type: ignore[no-any-return]
         return self.run("forward", list(range(len(values))), [v.detach() for v in values])
 
+    def again(self, *values: Tensor) -> list[Tensor]:
+        """Forward once more, for the backward pass."""
+        return self.run("recompute", list(range(len(values))), list(values))
+
     def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
         """The steps of one phase on the tensors of some of the moves."""
         if record._active:
@@ -110,7 +121,7 @@ class MovesTogether:
 
     def _prepare(self, phase: str, members: Sequence[int]) -> Callable[[list[Tensor]], list[Tensor]]:
         plans = [self.plans[i] for i in members]
-        steps = [plan.forward if phase == "forward" else plan.backward for plan in plans]
+        steps = [plan.backward if phase == "backward" else plan.forward for plan in plans]
         return prepare_shared(steps, [plan.shape for plan in plans], self.rank, self.groups)
 
 

@@ -52,15 +52,21 @@ class StartedMoves:
             record.emit([self.record[i] for i in members], values[0].dtype, phase)
         return self._starter(phase, members)(values)
 
-    def _starter(
-        self, phase: str, members: tuple[int, ...]
-    ) -> Callable[[list[Tensor]], UnderWay | SharedUnderWay]:
+    def again(self, *values: Tensor) -> list[Tensor]:
+        """Forward once more, for the backward pass."""
+        return _results(self.start_again(list(values)))
+
+    def start_again(self, values: list[Tensor]) -> UnderWay | SharedUnderWay:
+        """Starts what :meth:`again` does."""
+        return self.start("recompute", self.everyone, values)
+
+    def _starter(self, phase: str, members: tuple[int, ...]) -> Callable[[list[Tensor]], UnderWay | SharedUnderWay]:
         key = (phase, members)
         if key not in self._starters:
             plans = [self.plans[i] for i in members]
-            steps = [plan.forward if phase == "forward" else plan.backward for plan in plans]
+            steps = [plan.backward if phase == "backward" else plan.forward for plan in plans]
             if len(self.plans) == 1:
-                compact = self.compact if phase == "forward" else True
+                compact = True if phase == "backward" else self.compact
                 run = prepare_steps(steps[0], plans[0].shape, self.rank, self.groups, compact=compact)
                 self._starters[key] = lambda values: run.start(values[0])
             else:

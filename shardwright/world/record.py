@@ -23,7 +23,7 @@ class CommunicationEvent:
         bytes: bytes that the busiest rank sends, by the bandwidth-optimal algorithm of the collective.
         shape: global shape of the tensor; ``dtype`` its dtype.
         cause: name of the operator that needs it, ``edge`` the edge it stands on.
-        phase: ``forward`` or ``backward``.
+        phase: ``forward``, ``backward``, or ``recompute``: forward once more, for the backward.
         launch: number of the collective within the log: tensors that share one have the same.
     """
 
@@ -94,7 +94,7 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str) -> None:
         first = log.events[-1].launch + 1 if log.events else 0
         for moved in moves:
             plan, launch = moved.redistribution, first
-            for step in plan.forward if phase == "forward" else plan.backward:
+            for step in plan.backward if phase == "backward" else plan.forward:
                 if step.kind == "slice":
                     continue
                 groups = tuple(tuple(g) for g in groups_that_communicate(step, plan.shape))

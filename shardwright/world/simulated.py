@@ -7,6 +7,7 @@ computed once. Collectives are differentiable functions over such lists.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch.autograd.function import once_differentiable
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
-from shardwright.partition.program import Call, LocalProgram, Move, Start, Together
+from shardwright.partition.program import Call, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.steps import redistribution, steps_between
 from shardwright.rules.lowering import PerRank
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
+from shardwright.world.recipes import Computation
+from shardwright.world.recording import computation_of, needs_recording, recorded
 from shardwright.world.simulated_moves import SimulatedMove, SimulatedPieces, SimulatedTogether, apply_move, representatives
 from shardwright.world.simulated_steps import run_steps
 from shardwright.world.source import SourceWriter
@@ -58,7 +61,10 @@ class SimulatedWorld:
         Returns:
             A function to ``(outputs, updated buffers)``, global tensors.
         """
-        return _bind(program, keep)
+        plain = _bind(program, keep)
+        if keep is not None or not needs_recording(program):
+            return plain
+        return recorded(_bind(program, None, records=True), plain)
 
     def redistribute(
         self,
@@ -135,8 +141,10 @@ def enter(value: Tensor, layout: Layout, lanes: Lanes) -> list[Tensor]:
     return [value[piece] for piece in pieces]
 
 
-def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., Any]:
-    writer = SourceWriter("simulated", [i.name for i in program.inputs])
+def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = False) -> Callable[..., Any]:
+    """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    names = [i.name for i in program.inputs]
+    writer = SourceWriter("simulated", ["_run", *names] if records else names)
     dying = program.last_uses()
     for item in program.inputs:
         if item.kind == "local":
@@ -158,20 +166,22 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., 
             members = bucket_of.get(instruction.output, ())
         if members:
             writer.context(members[0].autocast, members[0].grad)
-            together = writer.constant("together", SimulatedTogether(members, program.lanes))
-            sources = ", ".join(move.source for move in members)
-            writer.line(f"{', '.join(move.output for move in members)} = {together}({sources})")
+            _write_together(writer, members, program, records)
             begun.update(move.output for move in members)
         elif isinstance(instruction, Move):
             if instruction.output in begun:
                 writer.forget([name for name in dead if name not in (keep or ())])
                 continue
             writer.context(instruction.autocast, instruction.grad)
-            move = writer.constant("move", SimulatedMove(instruction, program.lanes[instruction.source]))
-            writer.line(f"{instruction.output} = {move}({instruction.source})")
+            _write_move(writer, instruction, program, records)
         elif isinstance(instruction, Call):
             writer.context(instruction.autocast, instruction.grad)
-            _write_call(writer, instruction, program)
+            if records and instruction.recompute:
+                _write_recorded_call(writer, instruction, program)
+            else:
+                _write_call(writer, instruction, program)
+        elif isinstance(instruction, KeepPiece) and records:
+            _write_keep_piece(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
     if keep is not None:
@@ -179,6 +189,47 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., 
     outputs = [f"{o}[0]" if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
     updates = [f"{name}[0]" for _, name in program.updates]
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _write_together(writer: SourceWriter, moves: Sequence[Move], program: LocalProgram, records: bool) -> None:
+    runner = SimulatedTogether(moves, program.lanes)
+    sources, outputs = [move.source for move in moves], [move.output for move in moves]
+    writer.line(f"{', '.join(outputs)} = {writer.constant('together', runner)}({', '.join(sources)})")
+    if records and moves[0].recompute:
+        again = writer.constant("again", Computation(runner.again))
+        writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
+
+
+def _write_move(writer: SourceWriter, move: Move, program: LocalProgram, records: bool) -> None:
+    runner = SimulatedMove(move, program.lanes[move.source])
+    writer.line(f"{move.output} = {writer.constant('move', runner)}({move.source})")
+    if records and move.recompute:
+        writer.line(f"_run.moved({writer.constant('again', Computation(runner.again))}, {move.source}, {move.output})")
+
+
+def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, program: LocalProgram) -> None:
+    cut = SimulatedMove(instruction.cut, program.lanes[instruction.cut.source])
+    gather = SimulatedMove(replace(instruction.gather, lanes=program.lanes[instruction.cut.source]), instruction.cut.lanes)
+    again = writer.constant("again", Computation(gather.again))
+    pieces = writer.constant("cut", lambda values: [piece.clone() for piece in cut.move_forward(values)])
+    writer.line(f"_run.keep_pieces({again}, {pieces}, {instruction.cut.source})")
+
+
+def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
+    """The call of every lane, by itself: what it saves is computed again lane by lane."""
+    made = []
+    for rank in representatives(call.lanes):
+        computation, names = computation_of(call, program, rank)
+        values = [f"{name}[{program.lanes[name][rank]}]" for name in names]
+        made.append(f"_run.call({', '.join([writer.constant('again', computation), *values])})")
+    writer.line(f"many = [{', '.join(made)}]")
+    _write_many(writer, call)
+
+
+def _write_many(writer: SourceWriter, call: Call) -> None:
+    for position, name in enumerate(call.outputs):
+        writer.line(f"{name} = [each[{position}] for each in many]")
+    writer.line("many = None")
 
 
 def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
@@ -220,8 +271,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
         writer.line(f"{call.outputs[0]} = {text}")
     else:
         writer.line(f"many = {text}")
-        for position, name in enumerate(call.outputs):
-            writer.line(f"{name} = [each[{position}] for each in many]")
+        _write_many(writer, call)
 
 
 def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: Lanes) -> Tensor:

@@ -40,6 +40,12 @@ class SimulatedMove:
             record.emit(self.record, lanes[0].dtype, "forward")
         return self.move_forward(lanes)
 
+    def again(self, *lanes: Tensor) -> list[Tensor]:
+        """Forward once more, for the backward pass."""
+        if record._active:
+            record.emit(self.record, lanes[0].dtype, "recompute")
+        return self.move_forward(lanes)
+
     def move_forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
         values = self.there(lanes)
         return [values[i] for i in self.takes]
@@ -68,11 +74,15 @@ class SimulatedTogether:
             return _split(_TogetherFunction.apply(self, *flat), self.counts[1])
         return _split(self.forward(flat), self.counts[1])
 
-    def forward(self, flat: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, flat: Sequence[Tensor], phase: str = "forward") -> list[Tensor]:
         if record._active:
-            record.emit(self.record, flat[0].dtype, "forward")
+            record.emit(self.record, flat[0].dtype, phase)
         given = _split(flat, self.counts[0])
         return [v for part, lanes in zip(self.parts, given, strict=True) for v in part.move_forward(lanes)]
+
+    def again(self, *flat: Tensor) -> list[Tensor]:
+        """Forward once more, for the backward pass."""
+        return self.forward(flat, "recompute")
 
     def backward(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of the members whose outputs have any."""

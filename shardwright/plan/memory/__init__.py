@@ -13,6 +13,7 @@ cost nothing and keep their base alive.
 ``calls``           plays local calls and their backward
 ``moves``           plays redistributions and their backward
 ``rank_state``      what the rank has meanwhile: values, gradients, the tape of the backward
+``recipes``         plays what is computed again in the backward
 ``usage``           the storages in use, and bytes by part
 ``local_call``      what one call makes, keeps and needs, found by running it on fake tensors
 ``local_tensor``    what a call sees of a tensor

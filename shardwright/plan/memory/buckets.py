@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from shardwright.cost.memory import BucketMemory, Choose, bucket_memory
 from shardwright.partition.program import Move, Start
 from shardwright.plan.memory.rank_state import Gradient, RankState
+from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage
 from shardwright.redistribute.step import Step
 
@@ -70,6 +71,13 @@ class BucketPlayer:
                 for m, size in zip(bucket.moves, need.results, strict=True)
             }
             self._arrived(bucket)
+            if move.recompute:
+                sources = [self.state.values[m.source].storage for m in bucket.moves]
+                peak = max(need.peak, need.flight + sum(need.results))
+                Recipe(
+                    self.usage, self.state.makers, move.cause, sources, list(bucket.results.values()), peak,
+                    ahead=self.state.ahead, flight=need.flight,
+                )  # fmt: skip
         if needs_grad:
             bucket.expected += 1
             self.state.tape.append(lambda: self._hand_in(bucket, move))

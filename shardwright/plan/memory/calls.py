@@ -5,7 +5,7 @@ Calls that are alike, in this program or another, are run on fake tensors once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from shardwright.cost.saved import frozen
 from shardwright.partition.program import Call
 from shardwright.plan.memory.local_call import BackwardMemory, ForwardMemory, LocalCall, Place
 from shardwright.plan.memory.rank_state import Gradient, RankState
+from shardwright.plan.memory.recipes import Kept, Reader, Recipe
 from shardwright.plan.memory.usage import Storage
 from shardwright.rules.lowering import PerRank, Ref
 from shardwright.rules.operator import Slot
@@ -29,10 +30,11 @@ class CallPlayer:
     Args:
         state: what the rank has.
         device: kind of device, which decides what kernels keep.
+        kept: local names of results that are kept, though their calls are done again.
     """
 
-    def __init__(self, state: RankState, device: str):
-        self.state, self.usage, self.device = state, state.usage, device
+    def __init__(self, state: RankState, device: str, kept: Collection[str] = ()):
+        self.state, self.usage, self.device, self.kept = state, state.usage, device, kept
 
     def play(self, call: Call) -> None:
         """Makes the outputs of a call, and keeps what its backward needs."""
@@ -47,20 +49,47 @@ class CallPlayer:
             self.state.define(name, _storage_at(place, inputs, new), tensor)
         if made.guessed:
             self.state.guessed.setdefault(call.cause)
-        if not any(tensor.needs_grad for tensor, _ in made.outputs):
-            return
+        recipe = self._recipe(call, inputs, new, made) if call.recompute else None
+        if any(tensor.needs_grad for tensor, _ in made.outputs):
+            self._save(key, local, call, names, made, inputs, new, recipe)
+        if recipe is not None:
+            recipe.end_if_unused()
+
+    def _save(
+        self, key: Hashable, local: LocalCall, call: Call, names: Sequence[str], made: ForwardMemory,
+        inputs: Sequence[Storage], new: Sequence[Storage], recipe: Recipe | None,
+    ) -> None:  # fmt: skip
+        """Keeps what the backward of a call needs, or a reader of it where that is computed again."""
         saved = self.state.save(_storage_at(place, inputs, new) for place in made.kept)
-        if made.kept_besides:
+        if made.kept_besides and recipe is not None:
+            saved.append(Reader(recipe, None))
+        elif made.kept_besides:
             saved += self.state.save([Storage(made.kept_besides, "activations", call.cause)])
         self.state.tape.append(partial(self._play_backward, key, local, call, names, made, saved))
 
+    def _recipe(self, call: Call, inputs: Sequence[Storage], new: Sequence[Storage], made: ForwardMemory) -> Recipe:
+        """How what a call makes is made again; results that are kept nevertheless are not."""
+        results: dict[Storage, None] = {}
+        for name, (_, place) in zip(call.outputs, made.outputs):
+            storage = _storage_at(place, inputs, new)
+            if name in self.kept:
+                self.state.makers.pop(storage, None)
+            elif place.kind == "new":
+                results[storage] = None
+        return Recipe(
+            self.usage, self.state.makers, call.cause, inputs, list(results), made.peak, made.kept_besides
+        )  # fmt: skip
+
     def _play_backward(
-        self, key: Hashable, local: LocalCall, call: Call, names: Sequence[str], made: ForwardMemory, saved: Sequence[Storage]
-    ) -> None:
+        self, key: Hashable, local: LocalCall, call: Call, names: Sequence[str], made: ForwardMemory,
+        saved: Sequence[Kept | Reader],
+    ) -> None:  # fmt: skip
         given = [self.state.gradients.pop(name, None) for name in call.outputs]
         if not any(given):
             self._drop(saved, given)
             return
+        for item in saved:
+            item.take()
         back = self._backward_memory(key, local, tuple(g.stride if g is not None else None for g in given), made)
         if back.guessed:
             self.state.guessed.setdefault(call.cause)
@@ -82,12 +111,12 @@ class CallPlayer:
             self.state.add_gradient(name, storage, self.state.all_values[name].tensor.shape, stride, call.cause)
             self.usage.drop(storage)
 
-    def _drop(self, saved: Iterable[Storage], given: Iterable[Gradient | None]) -> None:
+    def _drop(self, saved: Iterable[Kept | Reader], given: Iterable[Gradient | None]) -> None:
         for gradient in given:
             if gradient is not None:
                 self.usage.drop(gradient.storage)
-        for storage in saved:
-            self.usage.drop(storage)
+        for item in saved:
+            item.let_go()
 
     def _backward_memory(
         self, key: Hashable, local: LocalCall, strides: tuple[Any, ...], made: ForwardMemory

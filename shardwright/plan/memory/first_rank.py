@@ -6,25 +6,30 @@ the proof that no rank's values vary where a layout says that ranks replicate, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwright.capture.graph import Node
 from shardwright.cost.memory import local_shape
-from shardwright.partition.partitioner import _Local, _Partitioner
+from shardwright.partition.partitioner import _Local, _Partitioner, scheduled
 from shardwright.partition.program import Call, LocalProgram
-from shardwright.plan.plan import Plan
+from shardwright.partition.schedule import Schedule
+from shardwright.plan.plan import Plan, ProgramPass
 from shardwright.redistribute.planner import Options
 from shardwright.rules.lowering import PerRank, Ref
 
 
-def first_rank_program(plan: Plan, options: Options) -> LocalProgram:
+def first_rank_program(plan: Plan, options: Options, passes: Sequence[ProgramPass] = ()) -> LocalProgram:
     """The scheduled program of the first rank; ``lanes`` of what calls make are empty.
 
     Args:
         options: what redistributions may use, as the partitioner is given them.
+        passes: what the program goes through before it is scheduled.
     """
-    return _FirstRankPartitioner(plan.graph, plan, options).run()
+    program = _FirstRankPartitioner(plan.graph, plan, options).unscheduled()
+    for change in passes:
+        program = change(program)
+    return scheduled(program, Schedule())
 
 
 class _FirstRankPartitioner(_Partitioner):

@@ -14,18 +14,21 @@ from functools import partial
 from shardwright.cost.memory import (
     Choose,
     RedistributionMemory,
+    local_bytes,
     local_shape,
     redistribution_memory,
     shared_collective_memory,
     step_memory,
 )
-from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Start, Together
+from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.rank_state import Gradient, RankState
+from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
 from shardwright.redistribute.step import Step
 from shardwright.rules.operator import OpOverload
+from shardwright.train.recompute import communicates
 
 # Operators whose result is new memory that autograd does not keep, so that a sum over ranks may be done in place; as in
 # the distributed world.
@@ -102,8 +105,36 @@ class MovePlayer:
             compact=maker is not None and source_dies,
         )
         self.usage.point(move.cause, need.peak)
+        given = self.state.values[move.source].storage
         self._define(move, Storage(need.result, "activations", move.source) if need.result else None)
+        self._make_again(move, given, need.peak, is_over_source=not need.result and communicates(move))
         self._record(move, self._play_backward)
+
+    def keep_piece(self, instruction: KeepPiece) -> None:
+        """A value is kept as a piece from which it is gathered again."""
+        cut, gather = instruction.cut, instruction.gather
+        value = self.state.values[cut.source].storage
+        if value in self.state.makers:
+            return
+        piece = local_bytes(cut.redistribution.target, cut.redistribution.shape, cut.dtype.itemsize)
+        need = self._need(gather, gather.redistribution.forward)
+        made = Storage(piece, "activations", cut.source)
+        Recipe(self.usage, self.state.makers, gather.cause, [made], [value], need.peak)
+
+    def _make_again(
+        self, move: Move, given: Storage, peak: float, is_over_source: bool = False, flight: float | None = None
+    ) -> None:
+        """A move whose result is moved again in the backward pass; one written over its source is no longer the source.
+
+        Args:
+            flight: of a move that is started early, what travels.
+        """
+        made = self.state.values[move.output].storage
+        if move.recompute and (made is not given or is_over_source):
+            ahead = self.state.ahead if move.source in self.state.parameters and flight is not None else None
+            Recipe(self.usage, self.state.makers, move.cause, [given], [made], peak, ahead=ahead, flight=flight or 0.0)
+        elif is_over_source:
+            self.state.makers.pop(made, None)
 
     def _play_backward(self, move: Move) -> None:
         gradient = self.state.gradients.pop(move.output, None)
@@ -167,8 +198,11 @@ class MovePlayer:
                 self.usage.drop(made)
             return
         result = self._arrived(self.travelling.pop(move.output))
+        given = self.state.values[move.source].storage
         self._define(move, result if result.size else None)
         self.usage.drop(result)
+        need = self._need(move, move.redistribution.forward)
+        self._make_again(move, given, need.peak, flight=need.result + sum(step.workspace for step in need.steps))
         self._record(move, self._start_backward)
 
     def _start_backward(self, move: Move) -> None:
@@ -225,8 +259,12 @@ class MovePlayer:
         moves = together.moves
         sizes, peak = _shared(moves, [m.redistribution.forward for m in moves])
         self.usage.point(together.cause, peak)
+        given = [self.state.values[move.source].storage for move in moves]
         for move, size in zip(moves, sizes):
             self._define(move, Storage(size, "activations", move.source) if size else None)
+        if together.recompute and any(sizes):
+            made = [self.state.values[move.output].storage for move in moves]
+            Recipe(self.usage, self.state.makers, together.cause, given, made, peak)
         if any(map(self._needs_grad, moves)):
             self.state.tape.append(partial(self._play_together_backward, together))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from shardwright.capture.graph import Graph
 from shardwright.layout import Layout
@@ -11,7 +11,7 @@ from shardwright.plan.choice import Choice
 from shardwright.plan.memory.first_rank import first_rank_program
 from shardwright.plan.memory.timeline import MemoryTimeline
 from shardwright.plan.memory.training_step import OptimizerMemory, TrainingStep
-from shardwright.plan.plan import Plan
+from shardwright.plan.plan import Plan, ProgramPass
 from shardwright.redistribute.planner import Options
 from shardwright.rules.signature import Signature
 from shardwright.world import calibration
@@ -31,6 +31,7 @@ def memory_of(
     optimizer: str | float | None = 2.0,
     device: str = "cpu",
     options: Options | None = None,
+    passes: Sequence[ProgramPass] = (),
 ) -> MemoryTimeline:
     """The memory of the rank with the largest pieces over a step: forward, backward, optimizer, gradients set to None.
 
@@ -42,6 +43,7 @@ def memory_of(
             training, only the forward.
         device: the kind of device, which decides what kernels keep and, the CPU having gloo, what collectives need.
         options: what redistributions may use, as the partitioner is given them.
+        passes: what the local program goes through before it runs.
 
     Returns:
         Bytes over the step, one point an instruction of the local program and direction.
@@ -51,7 +53,7 @@ def memory_of(
     """
     mesh = next((c.mesh for c in choices.values()), None) or next(iter(input_layouts.values())).mesh
     plan = Plan(graph, mesh, dict(choices), dict(signatures), dict(input_layouts))
-    program = first_rank_program(plan, options or Options())
+    program = first_rank_program(plan, options or Options(), passes)
     states = _of_optimizer(optimizer)
     choose = calibration.load().choose if device == "cpu" else None
     timeline = TrainingStep(graph, program, states, device, choose, hub=True).run()

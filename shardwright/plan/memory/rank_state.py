@@ -9,6 +9,7 @@ from typing import NamedTuple
 from shardwright.cost.memory import local_shape
 from shardwright.partition.program import Move
 from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
+from shardwright.plan.memory.recipes import Kept, Reader, Recipe
 from shardwright.plan.memory.usage import Storage, Usage
 
 
@@ -44,6 +45,8 @@ class RankState:
         gradients: of values, by local name.
         parameters: bytes of each parameter that is trained.
         guessed: operators that could not be played through, in order.
+        makers: recipes of the storages that are not kept but made again.
+        ahead: recipes that may run ahead of their readers, in order.
     """
 
     def __init__(self) -> None:
@@ -55,6 +58,8 @@ class RankState:
         self.gradients: dict[str, Gradient] = {}
         self.parameters: dict[str, float] = {}
         self.guessed: dict[str, None] = {}
+        self.makers: dict[Storage, Recipe] = {}
+        self.ahead: list[Recipe] = []
 
     def define(self, name: str, storage: Storage, tensor: LocalTensor) -> None:
         """The program has a new value, in this memory."""
@@ -66,12 +71,15 @@ class RankState:
         if value is not None:
             self.usage.drop(value.storage)
 
-    def save(self, storages: Iterable[Storage]) -> list[Storage]:
-        """Holds what autograd keeps for one operator; returns it, each storage once, to be dropped after its backward."""
-        found = list(dict.fromkeys(storages))
-        for storage in found:
-            self.usage.hold(storage)
-            self.saved.setdefault(storage)
+    def save(self, storages: Iterable[Storage]) -> list[Kept | Reader]:
+        """Holds what autograd keeps for one operator; returns it, each storage once, to be let go of after its backward."""
+        found: list[Kept | Reader] = []
+        for storage in dict.fromkeys(storages):
+            if storage in self.makers:
+                found.append(Reader(self.makers[storage], storage))
+            else:
+                found.append(Kept(self.usage, storage))
+                self.saved.setdefault(storage)
         return found
 
     def add_gradient(self, name: str, storage: Storage, shape: tuple[int, ...], stride: Strides, cause: str) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from shardwright.capture.graph import Graph
 from shardwright.cost.memory import Choose, local_shape
-from shardwright.partition.program import Call, Instruction, LocalProgram, Start, Together
+from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Start, Together
 from shardwright.plan.memory.calls import CallPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.moves import MovePlayer
@@ -52,7 +52,7 @@ class TrainingStep:
         self.returned = [o for o in program.outputs if isinstance(o, str)] + [value for _, value in program.updates]
         self.state = RankState()
         self.usage = self.state.usage
-        self.calls = CallPlayer(self.state, device)
+        self.calls = CallPlayer(self.state, device, program.kept)
         self.moves = MovePlayer(self.state, program, self.returned, choose, hub)
 
     def run(self) -> MemoryTimeline:
@@ -98,6 +98,8 @@ class TrainingStep:
             self.calls.play(instruction)
         elif isinstance(instruction, Start):
             self.moves.start(instruction)
+        elif isinstance(instruction, KeepPiece):
+            self.moves.keep_piece(instruction)
         elif isinstance(instruction, Together):
             self.moves.play_together(instruction)
         elif instruction.started:

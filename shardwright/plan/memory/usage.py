@@ -5,12 +5,20 @@ A storage counts while somebody holds it, once, however many tensors lie in it.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from shardwright.plan.memory.timeline import Point
 
 PARTS = ("parameters", "optimizer", "gradients", "activations", "transient")
 
 # Bytes of the scratch buffers that collectives keep for the next time; as in the distributed world.
 _LEAST_KEPT, _MOST_KEPT = 1 << 18, 1 << 26
+
+
+class WhenFree(Protocol):
+    """Who wants to know that a storage is free."""
+
+    def is_free(self, storage: Storage) -> None: ...
 
 
 class Storage:
@@ -20,13 +28,18 @@ class Storage:
         size: bytes.
         part: one of :data:`PARTS`.
         label: the operator, value or parameter it is for.
+
+    Attributes:
+        users: who hold it.
+        when_free: is told when nobody does any more.
     """
 
-    __slots__ = ("label", "part", "size", "users")
+    __slots__ = ("label", "part", "size", "users", "when_free")
 
     def __init__(self, size: float, part: str, label: str):
         self.size, self.part, self.label = size, part, label
         self.users = 0
+        self.when_free: WhenFree | None = None
 
 
 class Usage:
@@ -45,6 +58,12 @@ class Usage:
         self.points: list[Point] = []
         self.phase = "forward"
         self.kept_scratch = 0.0
+        self._number = 0
+
+    def next_number(self) -> int:
+        """A number larger than all before."""
+        self._number += 1
+        return self._number
 
     def hold(self, storage: Storage) -> Storage:
         """One more user of a storage."""
@@ -60,6 +79,8 @@ class Usage:
         if storage.users == 0:
             self.parts[storage.part] -= storage.size
             self.total -= storage.size
+            if storage.when_free is not None:
+                storage.when_free.is_free(storage)
 
     def reassign(self, storage: Storage, part: str) -> None:
         """A storage belongs to another part from now on."""
