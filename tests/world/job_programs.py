@@ -16,8 +16,7 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.cost.machine import PRESETS
-from shardwright.partition import partitioner
-from shardwright.partition.schedule import Schedule
+from shardwright.partition.schedule import Buckets, Schedule
 from shardwright.plan import automatic
 from shardwright.world import current
 from shardwright.world.parameters import full_value
@@ -193,14 +192,14 @@ def bits(world):
         ("cnn", cnn, (images,)),
         ("cnn bfloat16", copy.deepcopy(cnn).bfloat16(), (images.bfloat16(),)),
     ]
-    schedules = {"default": Schedule(), "all early": Schedule(small=0, large=0), "all joined": Schedule(1 << 30, 1 << 30)}
+    schedules = {"default": Schedule(), "all early": Schedule(small=0, large=0, sums=Buckets(), gathers=Buckets()), "all joined": Schedule(1 << 30, 1 << 30)}
     for (name, model, batch), (how, chosen) in itertools.product(cases, schedules.items()):
-        partitioner.Schedule = lambda chosen=chosen: chosen
         found = []
         for where in (SimulatedWorld(world.size), world):
             current._current[:] = [where]
             module = copy.deepcopy(model)
             net = sw.AutoParallel(module)
+            net.settings.schedule = chosen
             torch.manual_seed(9)
             loss = loss_of(net(*batch))
             loss.backward()
@@ -212,7 +211,6 @@ def bits(world):
         for n, gradient in gradients.items():
             equal = others[n] is None if gradient is None else torch.equal(gradient, others[n])
             assert equal, f"{name}, {how}: the gradient of {n} has other bits"
-    partitioner.Schedule = Schedule
     if world.rank == 0:
         print("passed bits", flush=True)
 
