@@ -11,6 +11,7 @@ from shardwright.api import value_and_grad as value_and_grad
 from shardwright.layout import Layout as Layout
 from shardwright.mesh import Mesh as Mesh
 from shardwright.planning import plan_for as plan_for
+from shardwright.train import collectives as collectives
 from shardwright.train.communication_fusion import set_comm_fusion as set_comm_fusion
 from shardwright.train.gradient_accumulation import GradAccumulation as GradAccumulation
 from shardwright.verify import verify as verify

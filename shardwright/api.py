@@ -25,6 +25,7 @@ from shardwright.capture.torch_private import pytree
 from shardwright.compiled import MARK, Compiled, SearchSettings, Settings, check_patterns
 from shardwright.cost.machine import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
+from shardwright.hybrid import HybridCompiled
 from shardwright.layout import Layout
 from shardwright.ops import check_strategies, user_line
 from shardwright.partition.program import LocalProgram
@@ -33,14 +34,14 @@ from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.train.communication_fusion import read_fusion
 from shardwright.train.optimizer_parallel import read_hsdp
+from shardwright.train.over import chosen_over
 from shardwright.train.recompute_request import REQUEST, request_for
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
 
 SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
-MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "stand_alone")
-LATER = ("hybrid_parallel",)
+MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "hybrid_parallel", "stand_alone")
 
 
 class AutoParallel:
@@ -53,7 +54,8 @@ class AutoParallel:
             parallel. ``"sharding_propagation"``: the least redistribution from configured ones on. ``"auto"``: the best
             known, over several device matrices, with a certified gap. ``"dynamic_programming"``: the best under the cost
             model on a device matrix. ``"recursive_programming"``: found in the least time. ``"data_parallel"``: all of them,
-            strategies are ignored. ``"stand_alone"``: the target as it is.
+            strategies are ignored. ``"hybrid_parallel"``: the target is the program of one rank, with
+            :mod:`collectives <shardwright.train.collectives>` of its own. ``"stand_alone"``: the target as it is.
 
     The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global
     value on every rank.
@@ -69,14 +71,12 @@ class AutoParallel:
     """
 
     def __init__(self, target: Callable[..., Any], parallel_mode: str = "semi_auto"):
-        if parallel_mode in LATER:
-            raise ShardwrightError(f"parallel_mode={parallel_mode!r} is not available yet; use one of {', '.join(MODES)}")
         if parallel_mode not in MODES:
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
         self.target = target
-        self.settings = Settings(mode=parallel_mode)
+        self.settings = Settings(mode=parallel_mode, over=chosen_over())
         self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
         self._is_step: bool | None = False if isinstance(target, nn.Module) else None
         self._compiled: dict[Any, Compiled] = {}
@@ -254,6 +254,44 @@ class AutoParallel:
         self._forget()
         return self
 
+    def enable_gradients_mean(self, enable: bool = True) -> AutoParallel:
+        """Says whether ``"hybrid_parallel"`` averages what the ranks compute over the data axes; it does by default.
+
+        Each rank's loss counts as its share of the batch, so that a mean over its part becomes the mean over the whole batch,
+        and gradients are those of one device. In the other modes losses are global and there is nothing to choose.
+
+        Args:
+            enable: where ``False``, losses and with them gradients are summed over the data axes: right where the loss is a
+                sum over the batch.
+
+        Raises:
+            ShardwrightError: ``False`` in another mode.
+        """
+        if not isinstance(enable, bool):
+            raise ArgumentTypeError(f"enable_gradients_mean({enable!r}): give True or False")
+        if not enable and self.settings.mode != "hybrid_parallel":
+            raise ShardwrightError(
+                f"enable_gradients_mean(False): in mode {self.settings.mode!r} gradients are those of the loss on the whole "
+                "batch; for their sum, sum the loss over the batch (reduction='sum')"
+            )
+        self.settings.gradients_mean = enable
+        self._forget()
+        return self
+
+    def disable_gradient_fp32_sync(self) -> AutoParallel:
+        """Refused: half gradients are never cast for their sum, so there is no cast to leave out.
+
+        They travel as halves, and each rank adds three or more of them in float32 and rounds once (two halves are rounded
+        once in any case).
+
+        Raises:
+            ShardwrightError: always.
+        """
+        raise ShardwrightError(
+            "disable_gradient_fp32_sync(): fp16 and bf16 gradients travel as they are, and are added in float32 and rounded "
+            "once, at no cost in bytes: there is nothing to switch off; drop the call"
+        )
+
     def _forget(self) -> None:
         self._compiled.clear()
         self._step = None
@@ -320,7 +358,8 @@ class AutoParallel:
         if self._root is None:
             self._root = FunctionModule(self.target)
         with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
-            return Compiled(self._root, args, kwargs, current_world(), self.settings)
+            kind = HybridCompiled if self.settings.mode == "hybrid_parallel" else Compiled
+            return kind(self._root, args, kwargs, current_world(), self.settings)
 
     def _state_key(self) -> Any:
         """What else the graph depends on: train or eval of every module, frozen parameters, autocast, the world."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,6 @@ from shardwright.plan.modes import plan_graph
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest
 from shardwright.redistribute.planner import Options
-from shardwright.rules.operator import Operator
 from shardwright.train.communication_fusion import buckets_of
 from shardwright.train.gradient_accumulation import AccumulatedRun, GradAccumulation, cut_program, given_a_part
 from shardwright.train.optimizer_parallel import OptimizerParallel, split_parameters
@@ -60,6 +60,8 @@ class Settings:
     planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
     hsdp: OptimizerParallel | None = None
     schedule: Schedule = field(default_factory=Schedule)
+    over: Any = None  # of hybrid_parallel: the mesh of the user's collectives
+    gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Compiled:
         for notice in before_compiling:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
-        device = _device(root, world)
+        device = device_of(root, world)
         self.micro = root if isinstance(root, GradAccumulation) else None
         if self.micro is not None:
             args, kwargs = self._first_part(self.micro, args, kwargs)
@@ -149,7 +151,7 @@ class Compiled:
         self.run: Callable[..., Any]
         self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, how, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
-        self._is_random = any(_draws(n.op) for n in self.graph.nodes)
+        self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
 
     @staticmethod
@@ -240,6 +242,10 @@ class Compiled:
             self._update(values, updates)
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
 
+    def single_device(self) -> AbstractContextManager[None]:
+        """Within the block, the target runs as on a single device."""
+        return nullcontext()
+
     def _update(self, values: list[Any], updates: list[Tensor]) -> None:
         """Writes back what the callable changed in place: buffers, or inputs."""
         by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
@@ -248,14 +254,8 @@ class Compiled:
                 values[by_name[name]].copy_(new)
 
 
-def _draws(op: Operator) -> bool:
-    """Whether an operator call takes numbers from the generator."""
-    if torch.Tag.nondeterministic_seeded not in getattr(op.target, "tags", ()):
-        return False
-    return bool(op.argument("train", True)) and op.argument("dropout_p", 1.0) > 0.0
-
-
-def _device(root: nn.Module, world: World) -> torch.device:
+def device_of(root: nn.Module, world: World) -> torch.device:
+    """Where the program will run."""
     if not world.is_simulated:
         return world.device  # type: ignore[union-attr]
     devices = {p.device for p in root.parameters() if p.device.type != "meta"}

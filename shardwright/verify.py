@@ -80,11 +80,12 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
     buffers = {n: b.clone() for n, b in root.named_buffers()}
 
     single_parameters = {n: nn.Parameter(v.clone(), parameters[n].requires_grad) for n, v in whole.items()}
-    expected = _run(
-        lambda: torch.func.functional_call(root, {**single_parameters, **_copies(buffers)}, inputs, kwargs),
-        [single_parameters[n] for n in names],
-        state,
-    )
+    with compiled.single_device():
+        expected = _run(
+            lambda: torch.func.functional_call(root, {**single_parameters, **_copies(buffers)}, inputs, kwargs),
+            [single_parameters[n] for n in names],
+            state,
+        )
     got = _run(lambda: compiled(leaves), [parameters[n] for n in names], state)
     _restore(root, buffers)
     limit = tolerance if tolerance is not None else _tolerance([*whole.values(), *expected[0]])
@@ -95,7 +96,7 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
         for n, e, g in zip(names, expected[1], got[1], strict=True)
     }
     report = Verification(outputs, gradients)
-    if not report.ok:
+    if not report.ok and compiled.program.places:
         report = replace(report, first_operator=_first_difference(compiled, whole, buffers, leaves, state, limit))
     torch.set_rng_state(state)
     return report

@@ -110,12 +110,6 @@ def test_unknown_mode(mode):
         sw.AutoParallel(nn.ReLU(), parallel_mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["hybrid_parallel"])
-def test_mode_that_is_not_there_yet(mode):
-    with pytest.raises(ShardwrightError, match="not available"):
-        sw.AutoParallel(nn.ReLU(), parallel_mode=mode)
-
-
 def test_wrong_types():
     with pytest.raises(TypeError):
         sw.ops.MatMul().shard([(2, 4), (4, 1)])

@@ -31,7 +31,7 @@ from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import CALL, PIN, RECOMPUTE, Session, marked_modules, session
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
-from shardwright.errors import CaptureError
+from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 
 _SKIPPED = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
@@ -74,7 +74,7 @@ class StepFound(BaseException):
     """Raised within a capture by something only a train step does: a backward pass or an optimizer step."""
 
 
-_PASS_THROUGH = (CaptureError, StepFound)
+_PASS_THROUGH = (ShardwrightError, StepFound)
 
 
 @contextlib.contextmanager
@@ -667,12 +667,14 @@ def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:
 
 
 def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[list[Node], list[Any]]:
-    """Removes operators whose results nothing reads. Random ones stay: they advance the generator."""
+    """Removes operators whose results nothing reads. Random ones stay: they advance the generator; and collectives that a user
+    calls: other ranks wait for them."""
     needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
     kept = []
     for node in reversed(nodes):
         random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
-        if random or any(v in needed for v in node.outputs) or not node.outputs:
+        called = getattr(node.op.target, "namespace", "") == "shardwright"
+        if random or called or any(v in needed for v in node.outputs) or not node.outputs:
             kept.append(node)
             needed.update(node.inputs)
     return kept[::-1], outputs

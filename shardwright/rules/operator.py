@@ -72,6 +72,13 @@ class Operator:
         """``aten.linear``: the overload's packet, without the overload."""
         return operator_name(self.target)
 
+    @property
+    def draws(self) -> bool:
+        """Whether the call takes numbers from the generator."""
+        if torch.Tag.nondeterministic_seeded not in getattr(self.target, "tags", ()):
+            return False
+        return bool(self.argument("train", True)) and bool(self.argument("dropout_p", 1.0) > 0.0)
+
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name, whether given by position or keyword; the schema's default if not given."""
         if not self._named:

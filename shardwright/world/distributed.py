@@ -28,7 +28,7 @@ from shardwright.errors import WorldError
 from shardwright.layout import Layout
 from shardwright.partition.program import Call, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
-from shardwright.redistribute.steps import redistribution
+from shardwright.redistribute.steps import Redistribution, redistribution
 from shardwright.rules.lowering import PerRank
 from shardwright.rules.operator import OpOverload
 from shardwright.world.collectives import backend_of
@@ -191,6 +191,18 @@ class DistributedWorld:
             if move.wants and dtype is None:
                 raise WorldError(f"rank {self.rank} hands in nothing and is to receive: give the tensor's dtype=")
         return move(value, dtype, self.device)
+
+    def prepared(self, key: Any, plan: Callable[[], Redistribution], cause: str) -> PieceMove:
+        """Steps that are given, ready to run on this rank's tensor, and remembered by ``key``. All ranks of the job call it.
+
+        Args:
+            cause: what the record of communication says they are for.
+        """
+        if key not in self._moves:
+            made = plan()
+            self._groups.make((*made.forward, *made.backward))
+            self._moves[key] = PieceMove(made, self.rank, self._groups, cause)
+        return self._moves[key]
 
     def close(self) -> None:
         """Ends this world's process groups, and the job if :meth:`from_environment` started it. Twice does no harm."""

@@ -151,9 +151,9 @@ class _TogetherFunction(torch.autograd.Function):
 class PieceMove:
     """A redistribution of one tensor on this rank, prepared."""
 
-    def __init__(self, plan: Redistribution, rank: int, groups: Groups):
+    def __init__(self, plan: Redistribution, rank: int, groups: Groups, cause: str = "redistribute"):
         self.plan = plan
-        self.record = [record.Moved(plan, "redistribute", "redistribute")]
+        self.record = [record.Moved(plan, cause, cause)]
         bounds = plan.source.bounds(plan.shape).get(rank)
         self.given = None if bounds is None else torch.Size(b - a for a, b in bounds)
         self.wants = rank in plan.target.mesh.ranks

@@ -186,6 +186,26 @@ def distribute_parameters(root: nn.Module, layouts: Mapping[str, Layout], device
     return stored_layouts(root)
 
 
+def adopt_slices(root: nn.Module, slices: Mapping[str, tuple[Layout, tuple[int, ...]]], device: torch.device) -> None:
+    """Makes DTensors of parameters that are this rank's pieces already; every rank of the job makes this call.
+
+    Args:
+        slices: of every such parameter, by the first of its names, its layout and the shape of the whole. Ranks that should
+            hold the same piece get that of the first of them.
+    """
+    found = _Found(root)
+    for name, (layout, shape) in slices.items():
+        old, over = found.parameters[name], device_mesh(layout.mesh, device.type)
+        piece = old.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+        for i, axis in enumerate(layout.mesh.axes):
+            if layout.mesh.sizes[i] > 1 and axis not in layout.split_axes:
+                source = layout.mesh.group_of(dist.get_rank(), (axis,))[0]
+                dist.broadcast(piece.view(-1).view(torch.uint8), source, group=over.get_group(i))
+        gradient = None if old.grad is None else _as_dtensor(old.grad.to(device), layout, torch.Size(shape), over)
+        _replace(old, _as_dtensor(piece, layout, torch.Size(shape), over), gradient)
+    found.adopt()
+
+
 def stored_layouts(root: nn.Module) -> dict[str, Layout]:
     """The layout of every distributed parameter of a module, under each of its names."""
     named = root.named_parameters(remove_duplicate=False)
@@ -390,15 +410,7 @@ class _Distribution:
     def _move(self, old: nn.Parameter, piece: torch.Tensor, layout: Layout) -> None:
         assert self.device_mesh is not None
         value = _as_dtensor(piece, layout, old.shape, self.device_mesh)
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
-        vars(new).update(vars(old))
-        if old.grad is not None:
-            new.grad = _like(new, old.grad)
-        if old._backward_hooks is not None:
-            new._backward_hooks = old._backward_hooks  # the same dict, so that the user's handles still remove them
-        if old._post_accumulate_grad_hooks is not None:
-            new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
-        _leave(old, new)
+        _replace(old, value, None if old.grad is None else _like(value, old.grad))
 
     # -- between ranks -----------------------------------------------------------------------------------------
 
@@ -473,7 +485,19 @@ def _as_dtensor(piece: torch.Tensor, layout: Layout, shape: torch.Size, mesh: De
     return DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=tuple(strides))
 
 
-def _like(parameter: nn.Parameter, value: torch.Tensor) -> DTensor:
+def _replace(old: nn.Parameter, value: DTensor, gradient: DTensor | None) -> None:
+    """Puts a new parameter in the place of an old one, which becomes a handle of it."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    new.grad = gradient
+    if old._backward_hooks is not None:
+        new._backward_hooks = old._backward_hooks  # the same dict, so that the user's handles still remove them
+    if old._post_accumulate_grad_hooks is not None:
+        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
+    _leave(old, new)
+
+
+def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
     """A whole value, the same on all ranks, as a DTensor beside a parameter: sliced alike if it has its shape."""
     assert isinstance(parameter, DTensor)
     layout = layout_of(parameter)
