@@ -17,7 +17,7 @@ PACKAGE = "shardwright"
 
 # From the top. A module may import from its own level and from those below it.
 LAYERS = (
-    ("__init__", "__main__", "api", "cli", "cli_plan", "compiled", "ops", "planning", "testing", "train_step", "verify",
+    ("__init__", "__main__", "api", "cli", "cli_plan", "compiled", "data", "ops", "planning", "testing", "train_step", "verify",
      "whole_steps"),
     ("checkpoint", "launch", "report"),
     ("capture", "partition", "plan", "train", "world"),
