@@ -1,7 +1,7 @@
 """Trains a convolutional network whose images reach the ranks cut along the batch and the width.
 
-    python examples/data_sharded.py                              # 8 simulated devices
-    torchrun --nproc-per-node 4 examples/data_sharded.py         # a real job: each rank reads its slices alone
+python examples/data_sharded.py                              # 8 simulated devices
+torchrun --nproc-per-node 4 examples/data_sharded.py         # a real job: each rank reads its slices alone
 """
 
 from __future__ import annotations

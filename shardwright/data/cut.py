@@ -94,7 +94,7 @@ class Cut:
             read = max(1, rows[1] - rows[0])
             if shape[0] != read:
                 raise StrategyError(
-                    f"dataset_strategy cuts dim 0 as {layout.short()}, but a batch of {read} samples was collated into a tensor "
+                    f"dataset_strategy cuts dim 0 as {layout.short()}, but a batch of {read} samples became a tensor "
                     f"{shape}; let the collate_fn put samples along dim 0, or leave dim 0 whole"
                 )
             shape[0], offset = count, rows[0]

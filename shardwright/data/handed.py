@@ -52,7 +52,7 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     slices = [t for t in tensors if isinstance(t, Slice) and not t.changed]
     leaves = [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves]
-    layouts = [t.layout if isinstance(t, Slice) and not t.changed else Layout.replicated(_mesh(slices, world), t.ndim)
+    layouts = [t.where if isinstance(t, Slice) and not t.changed else Layout.replicated(_mesh(slices, world), t.ndim)
                for t in tensors]  # fmt: skip
     shapes = [tuple(t.shape) for t in tensors]
     plain = not slices
@@ -62,7 +62,7 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
 
 
 def _mesh(slices: Sequence[Slice], world: World) -> Any:
-    return slices[0].layout.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
+    return slices[0].where.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ class Slice(Tensor):
     """
 
     piece: Tensor
-    layout: Layout
+    where: Layout
     by_name: bool
     _world: World
     _shape: Shape
@@ -94,7 +94,7 @@ class Slice(Tensor):
     @staticmethod
     def of(piece: Tensor, shape: Shape, layout: Layout, world: World, by_name: bool) -> Slice:
         made = piece.detach().as_subclass(Slice)
-        made.__dict__.update(piece=piece, layout=layout, by_name=by_name, _world=world, _shape=shape, _whole=None)
+        made.__dict__.update(piece=piece, where=layout, by_name=by_name, _world=world, _shape=shape, _whole=None)
         return made
 
     def whole(self) -> Tensor:
@@ -105,8 +105,8 @@ class Slice(Tensor):
             if world.is_simulated:
                 own["_whole"] = piece.view_as(piece) if piece.requires_grad else piece.detach()
             else:
-                target = Layout.replicated(own["layout"].mesh, len(own["_shape"]))
-                own["_whole"] = world.redistribute(piece, own["layout"], target, own["_shape"])
+                target = Layout.replicated(own["where"].mesh, len(own["_shape"]))
+                own["_whole"] = world.redistribute(piece, own["where"], target, own["_shape"])
             own["_version_then"] = own["_whole"]._version
         return own["_whole"]  # type: ignore[no-any-return]
 
@@ -114,7 +114,9 @@ class Slice(Tensor):
     def changed(self) -> bool:
         """Whether the whole tensor was changed in place since it was gathered."""
         whole = self.__dict__["_whole"]
-        return whole is not None and (whole._version != self.__dict__["_version_then"] or whole.requires_grad != self.piece.requires_grad)
+        if whole is None:
+            return False
+        return whole._version != self.__dict__["_version_then"] or whole.requires_grad != self.piece.requires_grad
 
     def run_on(self) -> Tensor:
         """What a net reads: the slice, or the whole tensor where that was changed."""
@@ -192,7 +194,7 @@ def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Pro
             size, other = found.setdefault(piece, (given[rank][dim], rank))
             if size != given[rank][dim]:
                 problems.add(
-                    f"input {position}: rank {other} hands in {list(given[other])} and rank {rank} {list(given[rank])}, but by "
+                    f"input {position}: rank {other} hands in {list(given[other])}, rank {rank} {list(given[rank])}, but by "
                     f"the dataset strategy {layout.short()} they have the same slice of dim {dim}; give them the same size"
                 )
         pieces = tuple(size for _, (size, _) in sorted(found.items()))
@@ -201,7 +203,8 @@ def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Pro
             sizes[dim] = pieces
         elif sizes[dim] is not None and pieces != sizes[dim]:
             problems.add(
-                f"input {position}: ranks hand in {list(pieces)} of dim {dim}, the dataset strategy says {list(sizes[dim] or ())}"
+                f"input {position}: ranks hand in {list(pieces)} of dim {dim}, by the dataset strategy it is "
+                f"{list(sizes[dim] or ())}"
             )
     return tuple(shape), Layout.of(mesh, layout.bound, (), sizes)
 

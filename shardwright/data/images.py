@@ -87,8 +87,8 @@ class SlicePatches:
         patches = self.num_height * self.num_width
         if size % patches:
             raise ShardwrightError(
-                f"SlicePatches: {self.num_height}x{self.num_width} = {patches} patches do not divide {size} ranks; use a number "
-                f"among {[n for n in range(1, size + 1) if size % n == 0]}"
+                f"SlicePatches: {self.num_height}x{self.num_width} = {patches} patches do not divide {size} ranks; use "
+                f"a number among {[n for n in range(1, size + 1) if size % n == 0]}"
             )
         return self(image)[rank // (size // patches)]
 

@@ -16,6 +16,7 @@ from shardwright.data.reader import Reader, Request, StreamReader, mixed
 from shardwright.errors import ArgumentTypeError, WorldError
 from shardwright.world.current import World, current_world
 
+
 class Loader:
     """Batches of a data set, epoch by epoch; made by :func:`shardwright.data.loader`.
 
@@ -172,7 +173,7 @@ class Loader:
 
     def __repr__(self) -> str:
         order = self.order
-        return f"Loader(batch_size={order.batch_size}, strategy={self.strategy!r}, epoch={self.epoch}, of {order.length} samples)"
+        return f"Loader(batch_size={order.batch_size}, strategy={self.strategy!r}, epoch={self.epoch}, samples={order.length})"
 
 
 def _all_the_same(name: str, values: Sequence[int]) -> None:

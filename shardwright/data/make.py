@@ -120,7 +120,7 @@ def _check(dataset: Any, batch_size: Any, shuffle: Any, seed: Any, workers: Any,
         raise ShardwrightError("loader(shuffle=True, order=...): the two contradict each other; drop one")
     taken = [name for name in options if name in _TAKEN]
     if taken:
-        raise ArgumentTypeError(f"loader({taken[0]}=...): the loader decides the order itself; give order=, a function of the epoch")
+        raise ArgumentTypeError(f"loader({taken[0]}=...): the loader decides the order itself; give order=")
     if _is_stream(dataset):
         if shuffle or order is not None:
             raise ShardwrightError("loader: a stream has no order but its own; let the data set shuffle, by the epoch")

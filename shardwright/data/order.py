@@ -89,8 +89,8 @@ def position_in(state: Any, order: Order) -> Position:
     for name, here, change in (("length", order.length, "the data set"), ("shuffle", order.shuffle, "shuffle=")):
         if state[name] != here:
             raise ShardwrightError(
-                f"load_state_dict: the state was saved with {name} {state[name]}, this loader has {here}: the rest of the epoch "
-                f"would be other samples. Change {change} back, or start at an epoch with set_epoch({state['epoch'] + 1})"
+                f"load_state_dict: the state was saved with {name} {state[name]}, this loader has {here}: the rest of the "
+                f"epoch would be other samples. Change {change} back, or start at an epoch with set_epoch({state['epoch'] + 1})"
             )
     order.seed = int(state["seed"])
     return Position(int(state["epoch"]), int(state["samples"]))
