@@ -20,8 +20,6 @@ from digits import load_digits
 
 
 class Network(nn.Module):
-    """Two convolutions with batch norm and pooling; returns the loss."""
-
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
@@ -33,9 +31,8 @@ class Network(nn.Module):
 
 
 def main(steps: int = 8, batch_size: int = 32) -> None:
-    started = {"RANK", "SHARDWRIGHT_DEVICES"} & set(os.environ)
-    world = sw.init() if started else sw.init(devices=8)
-    columns = 4 if world.size % 4 == 0 else world.size
+    world = sw.init() if {"RANK", "SHARDWRIGHT_DEVICES"} & set(os.environ) else sw.init(devices=8)
+    columns = 4 if world.size % 4 == 0 else world.size  # of every image; the ranks left over cut the batch
     rows = world.size // columns
     torch.manual_seed(1)
     model = Network()
@@ -45,7 +42,7 @@ def main(steps: int = 8, batch_size: int = 32) -> None:
     digits = TensorDataset(*load_digits())
     slices = sw.data.loader(digits, batch_size, net=net, shuffle=True, seed=1)
     batches = sw.data.loader(digits, batch_size, shuffle=True, seed=1)  # the same ones, whole
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, single)]
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (model, single)]
     for step, (own, whole) in enumerate(islice(zip(slices, batches), steps)):
         losses = []
         for run, batch, optimizer in zip((net, single), (own, whole), optimizers):

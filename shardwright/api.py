@@ -306,7 +306,7 @@ class AutoParallel:
             compiled = self._compile(args, kwargs, leaves, handed)
             # parameters may have been replaced by distributed ones
             self._flags = None
-            self._compiled[(*key[:3], self._state_key())] = compiled
+            self._compiled[(spec, key[1], handed, self._state_key())] = compiled
         self._latest = compiled
         return leaves, compiled
 

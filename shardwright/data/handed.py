@@ -52,7 +52,7 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     slices = [t for t in tensors if isinstance(t, Slice) and not t.changed]
     leaves = [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves]
-    layouts = [t.where if isinstance(t, Slice) and not t.changed else Layout.replicated(_mesh(slices, world), t.ndim)
+    layouts = [t.laid_out if isinstance(t, Slice) and not t.changed else Layout.replicated(_mesh(slices, world), t.ndim)
                for t in tensors]  # fmt: skip
     shapes = [tuple(t.shape) for t in tensors]
     plain = not slices
@@ -62,7 +62,7 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
 
 
 def _mesh(slices: Sequence[Slice], world: World) -> Any:
-    return slices[0].where.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
+    return slices[0].laid_out.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ class Slice(Tensor):
     """
 
     piece: Tensor
-    where: Layout
+    laid_out: Layout
     by_name: bool
     _world: World
     _shape: Shape
@@ -94,21 +94,23 @@ class Slice(Tensor):
     @staticmethod
     def of(piece: Tensor, shape: Shape, layout: Layout, world: World, by_name: bool) -> Slice:
         made = piece.detach().as_subclass(Slice)
-        made.__dict__.update(piece=piece, where=layout, by_name=by_name, _world=world, _shape=shape, _whole=None)
+        made.__dict__.update(piece=piece, laid_out=layout, by_name=by_name, _world=world, _shape=shape, _whole=None)
         return made
 
     def whole(self) -> Tensor:
         """The global tensor; gathered at the first call, which all ranks make."""
         own = self.__dict__
-        if own["_whole"] is None:
-            piece, world = own["piece"], own["_world"]
+        whole: Tensor | None = own["_whole"]
+        if whole is None:
+            piece, world, layout = own["piece"], own["_world"], own["laid_out"]
             if world.is_simulated:
-                own["_whole"] = piece.view_as(piece) if piece.requires_grad else piece.detach()
+                whole = piece.view_as(piece) if piece.requires_grad else piece.detach()
             else:
-                target = Layout.replicated(own["where"].mesh, len(own["_shape"]))
-                own["_whole"] = world.redistribute(piece, own["where"], target, own["_shape"])
-            own["_version_then"] = own["_whole"]._version
-        return own["_whole"]  # type: ignore[no-any-return]
+                target = Layout.replicated(layout.mesh, layout.ndim)
+                whole = world.redistribute(piece, layout, target, own["_shape"])
+            assert whole is not None
+            own.update(_whole=whole, _version_then=whole._version)
+        return whole
 
     @property
     def changed(self) -> bool:
@@ -134,8 +136,9 @@ class Slice(Tensor):
 
 
 # What can be told of the whole tensor without gathering it.
-_ABOUT_SHAPE = {Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}
-_ABOUT_PIECE = {Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__, Tensor.is_floating_point}
+_ABOUT_SHAPE: set[Any] = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}
+_ABOUT_SHAPE |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim")}
+_ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requires_grad")}
 
 
 # -- from local shapes to global ones ------------------------------------------------------------------------------------
@@ -175,11 +178,11 @@ def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) 
     problems = Problems()
     joined = [_joined(i, layout, [r[i] for r in by_rank], problems) for i, layout in enumerate(layouts)]
     problems.raise_if_any("the slices that ranks hand in do not fit together")
-    shapes, exact = tuple(shape for shape, _ in joined), tuple(layout for _, layout in joined)
+    whole, exact = tuple(shape for shape, _ in joined), tuple(layout for _, layout in joined)
+    as_told = exact == tuple(layouts)
     if strategy == "data_parallel":
-        even = all(shape[0] % size == 0 for shape, carried in zip(shapes, carries) if carried) and exact == tuple(layouts)
-        return Handed(shapes, exact, strategy if even else exact)
-    return Handed(shapes, exact, strategy if exact == tuple(layouts) else exact)
+        as_told = as_told and all(shape[0] % size == 0 for shape, carried in zip(whole, carries) if carried)
+    return Handed(whole, exact, strategy if as_told else exact)
 
 
 def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Problems) -> tuple[Shape, Layout]:

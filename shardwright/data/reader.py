@@ -20,12 +20,12 @@ from shardwright.data.cut import Cut
 
 
 class Request(NamedTuple):
-    """Samples to read for one global batch of ``count``: positions ``rows`` of it, in the data set at ``indices``."""
+    """Samples to read for one global batch of ``total``: positions ``rows`` of it, in the data set at ``indices``."""
 
     epoch: int
     indices: list[int]
     rows: tuple[int, int]
-    count: int
+    total: int
 
 
 class Reader(Dataset[Any]):
@@ -48,7 +48,7 @@ class Reader(Dataset[Any]):
         else:
             with random_state_kept():
                 samples = self._all(request)
-        return self.cut(self.collate(samples), request.rows, request.count)
+        return self.cut(self.collate(samples), request.rows, request.total)
 
     def _all(self, request: Request) -> list[Any]:
         many = getattr(self.dataset, "__getitems__", None)
