@@ -24,7 +24,7 @@ from shardwright.capture.session import current_session
 from shardwright.capture.torch_private import pytree
 from shardwright.compiled import MARK, Compiled, SearchSettings, Settings, check_patterns
 from shardwright.cost.machine import load_machine
-from shardwright.data.handed import Handed, handed_in, step_inputs
+from shardwright.data.handed import Handed, handed_in, step_inputs, whole_samples
 from shardwright.data.strategy import check_dataset_strategy
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.layout import Layout
@@ -34,6 +34,7 @@ from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.train.communication_fusion import read_fusion
+from shardwright.train.gradient_accumulation import GradAccumulation
 from shardwright.train.optimizer_parallel import read_hsdp
 from shardwright.train.recompute_request import REQUEST, request_for
 from shardwright.world.current import current_world
@@ -300,6 +301,8 @@ class AutoParallel:
         handed: Handed | None = None
         if self.settings.dataset_strategy != "full_batch":
             leaves, handed = handed_in(leaves, self.settings.dataset_strategy, current_world(), self.settings.of_step)
+            if isinstance(self._root, GradAccumulation):
+                leaves, handed = whole_samples(leaves, handed, current_world())
         key = (spec, tuple(map(_leaf_key, leaves)), handed, self._state_key())
         compiled = self._compiled.get(key)
         if compiled is None:

@@ -61,6 +61,29 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
     return leaves, Handed(tuple(shapes), tuple(layouts), followed)
 
 
+def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[list[Any], Handed]:
+    """What was handed in, with slices of dim 0 gathered: for nets that take their batch in parts, one after the other.
+
+    A part of a rank's slice is not the rank's slice of a part: which samples meet in a batch norm or get which dropout mask
+    would be another matter than on a single device.
+    """
+    if not any(layout.ndim and layout.bound[0] for layout in handed.layouts):
+        return list(leaves), handed
+    known = iter(zip(handed.shapes, handed.layouts))
+    found, layouts = [], []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            shape, layout = next(known)
+            if layout.ndim and layout.bound[0]:
+                target = Layout.of(layout.mesh, [(), *layout.bound[1:]], (), [None, *layout.sizes[1:]])
+                leaf = leaf if world.is_simulated else world.redistribute(leaf, layout, target, shape)
+                layout = target
+            layouts.append(layout)
+        found.append(leaf)
+    strategy = "full_batch" if all(layout.is_replicated for layout in layouts) else tuple(layouts)
+    return found, Handed(handed.shapes, tuple(layouts), strategy)
+
+
 def _mesh(slices: Sequence[Slice], world: World) -> Any:
     return slices[0].laid_out.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
 

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from features_data import Counted, Images, Noisy, Stream
-from harness import compare, main, on_ranks, simulated
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 import shardwright as sw
+from harness import compare, main, on_ranks, simulated
 from shardwright.data.order import Order
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import ShardwrightError, StrategyError, WorldError
+from shardwright.train.gradient_accumulation import GradAccumulation
 from shardwright.world.current import current_world
 
 DOUBLE = torch.float64
@@ -277,6 +278,74 @@ def ranks_that_differ():
         list(streams)
 
 
+def accumulated():
+    """A batch in parts: slices of the batch and of the width; the parts are those of the single device."""
+    size = current_world().size
+    images, labels = some_images(6 * size)
+    for strategy, counts in (
+        ("data_parallel", ((size, 1, 1, 1), (size,))),
+        (((1, 1, 1, size), (1,)), ((1, 1, 1, size), (1,))),
+        (((size, 1, 1, 1), (1,)), ((size, 1, 1, 1), (1,))),
+    ):
+        cut = lambda batch, counts=counts: tuple(map(piece, batch, counts))  # noqa: E731
+        trained(lambda: GradAccumulation(Net(), 3), strategy, [(images, labels)], cut)
+
+
+def gradients_of_inputs():
+    """The gradient of what a rank hands in is its slice of the whole one's; in a train step too."""
+    size = current_world().size
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh()).double()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2 * size + 1, 6, dtype=DOUBLE)
+    whole = x.clone().requires_grad_()
+    plain(whole).square().mean().backward()
+    for counts in ((size, 1), (1, size)):
+        for own in (False, True):
+            given = piece(x, counts).clone().requires_grad_()
+
+            def step(x):
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss.detach()
+
+            net = sw.AutoParallel(step if own else model).dataset_strategy((counts,))
+            if own:
+                net(given)
+            else:
+                net(given).square().mean().backward()
+            torch.testing.assert_close(given.grad, piece(whole.grad, counts), rtol=1e-9, atol=1e-12)
+
+
+def changed_in_a_step():
+    """What a step writes to its inputs is what its nets read; code that only asks for shapes gathers nothing."""
+    size = current_world().size
+    torch.manual_seed(6)
+    model = nn.Linear(6, 4).double()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2 * size, 6, dtype=DOUBLE)
+
+    def step(x, changes):
+        assert (x.shape, x.ndim, len(x), x.size(1), x.dtype) == ((2 * size, 6), 2, 2 * size, 6, DOUBLE)
+        if changes:
+            x[0] = 7.0
+            x.mul_(2)
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    net = sw.AutoParallel(step).dataset_strategy("data_parallel")
+    for changes in (False, True, False):
+        expected = x.clone()
+        if changes:
+            expected[0] = 7.0
+            expected = expected * 2
+        with sw.record_communication() as log:
+            got = net(piece(x, (size, 1)).clone(), changes)
+        torch.testing.assert_close(got, plain(expected).square().mean().detach())
+        assert changes or not [e for e in log.events if e.phase == "forward" and e.shape == tuple(x.shape)]
+
+
 def slices_that_do_not_fit():
     """Slices that are not of one global tensor are refused on every rank, and the net goes on working."""
     world = current_world()
@@ -306,6 +375,9 @@ PROGRAMS = (
     train_steps,
     functional_steps,
     loaders,
+    accumulated,
+    gradients_of_inputs,
+    changed_in_a_step,
     ranks_that_differ,
     slices_that_do_not_fit,
 )
