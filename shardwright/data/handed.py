@@ -76,7 +76,8 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
             shape, layout = next(known)
             if layout.ndim and layout.bound[0]:
                 target = Layout.of(layout.mesh, [(), *layout.bound[1:]], (), [None, *layout.sizes[1:]])
-                leaf = leaf if world.is_simulated else world.redistribute(leaf, layout, target, shape)
+                if not world.is_simulated:
+                    leaf = world.redistribute(leaf, layout, target, shape)  # type: ignore[arg-type]
                 layout = target
             layouts.append(layout)
         found.append(leaf)
