@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from shardwright.data.cut import Cut
-from shardwright.data.order import Order, Position, position_in, state_of
+from shardwright.data.order import Order, Position, Samples, position_in, state_of
 from shardwright.data.reader import Reader, Request, StreamReader, mixed
 from shardwright.errors import ArgumentTypeError, WorldError
 from shardwright.world.current import World, current_world
@@ -105,7 +105,7 @@ class Loader:
         if self._latest is token:
             self._position = Position(start.epoch + 1)
 
-    def _indexed(self, cut: Cut, start: Position, samples: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def _indexed(self, cut: Cut, start: Position, samples: Samples) -> Iterator[tuple[int, Any]]:
         counts: list[int] = []  # of the batches requested, which workers do ahead of time
 
         def requests() -> Iterator[Request]:
@@ -150,7 +150,7 @@ class Loader:
         generator = torch.Generator().manual_seed(mixed(self.order.seed, self.epoch))  # leaves the global one alone
         return DataLoader(reader, batch_size=None, collate_fn=_as_it_is, generator=generator, **self.options, **given)
 
-    def _agree(self, world: World, start: Position, samples: Sequence[int] | None) -> None:
+    def _agree(self, world: World, start: Position, samples: Samples | None) -> None:
         """Compares what ranks are about to read; all of them raise if they differ."""
         if world.is_simulated or world.size == 1:
             return

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwright.data.reader import mixed
 from shardwright.errors import ShardwrightError
 
 OrderFunction = Callable[[int], Sequence[int]]
+Samples = Sequence[int] | Tensor
 
 
 @dataclass
@@ -33,21 +35,22 @@ class Order:
     drop_last: bool
     given: OrderFunction | None = None
 
-    def samples(self, epoch: int) -> Sequence[int]:
-        """The indices of an epoch's samples in the order in which they are read."""
+    def samples(self, epoch: int) -> Samples:
+        """The indices of an epoch's samples in the order in which they are read; a tensor where they are shuffled."""
         assert self.length is not None
         if self.given is not None:
             return list(self.given(epoch))
         if not self.shuffle:
             return range(self.length)
         generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
-        return torch.randperm(self.length, generator=generator).tolist()  # type: ignore[no-any-return]
+        return torch.randperm(self.length, generator=generator)
 
-    def batches(self, epoch: int, skipped: int = 0, samples: Sequence[int] | None = None) -> Iterator[list[int]]:
+    def batches(self, epoch: int, skipped: int = 0, samples: Samples | None = None) -> Iterator[list[int]]:
         """The indices of one global batch after another, from the sample at position ``skipped`` on."""
         samples = self.samples(epoch) if samples is None else samples
         for start in range(skipped, len(samples), self.batch_size):
-            indices = list(samples[start : start + self.batch_size])
+            part = samples[start : start + self.batch_size]
+            indices = part.tolist() if isinstance(part, Tensor) else list(part)
             if len(indices) == self.batch_size or not self.drop_last:
                 yield indices
 
@@ -69,7 +72,7 @@ def state_of(position: Position, order: Order) -> dict[str, Any]:
     return {
         "epoch": position.epoch,
         "samples": position.samples,
-        "batch": order.count(position.samples) if not order.drop_last else position.samples // order.batch_size,
+        "batch": -(-position.samples // order.batch_size),
         "seed": order.seed,
         "shuffle": order.shuffle,
         "length": order.length,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from features_data import Counted, Images, Noisy, Stream
 from torch import nn
+from torch.distributed import checkpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
@@ -540,6 +541,19 @@ def test_a_state_tells_what_was_handed_out_not_what_workers_have_read():
     iterator = iter(found)
     next(iterator)
     assert found.state_dict() == {"epoch": 0, "samples": 2, "batch": 1, "seed": 0, "shuffle": False, "length": 20}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # what no_dist=True asks for
+def test_checkpoints_take_loaders(tmp_path):
+    sw.init(devices=1)
+    found = sw.data.loader(Counted(6), 2, shuffle=True, seed=1)
+    iterator = iter(found)
+    next(iterator)
+    checkpoint.save({"loader": found}, checkpoint_id=str(tmp_path), no_dist=True)
+    rest = list(iterator)
+    again = sw.data.loader(Counted(6), 2, shuffle=True)
+    checkpoint.load({"loader": again}, checkpoint_id=str(tmp_path), no_dist=True)
+    assert torch.equal(torch.cat(list(again)), torch.cat(rest))
 
 
 def test_an_epoch_that_was_left_starts_over_and_epochs_can_be_set():
