@@ -1,6 +1,7 @@
 """shardwright trains a PyTorch model written for one device on many, without rewriting it."""
 
 import shardwright.rules.tables as _tables  # noqa: F401  (registers the rules)
+from shardwright import data as data
 from shardwright import errors as errors
 from shardwright import ops as ops
 from shardwright.api import AutoParallel as AutoParallel

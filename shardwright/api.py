@@ -24,6 +24,8 @@ from shardwright.capture.session import current_session
 from shardwright.capture.torch_private import pytree
 from shardwright.compiled import MARK, Compiled, SearchSettings, Settings, check_patterns
 from shardwright.cost.machine import load_machine
+from shardwright.data.handed import Handed, handed_in, step_inputs, whole_samples
+from shardwright.data.strategy import check_dataset_strategy
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.hybrid import HybridCompiled
 from shardwright.layout import Layout
@@ -33,6 +35,7 @@ from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.train.communication_fusion import read_fusion
+from shardwright.train.gradient_accumulation import GradAccumulation
 from shardwright.train.optimizer_parallel import read_hsdp
 from shardwright.train.over import chosen_over
 from shardwright.train.recompute_request import REQUEST, request_for
@@ -95,24 +98,14 @@ class AutoParallel:
         Args:
             config: ``"full_batch"`` (the default: every rank hands in the whole batch), ``"data_parallel"`` (its slice
                 of dim 0 of every input that has the batch there), or a tuple with slice counts or a Layout an input.
-                In the simulated world the caller hands in the whole batch in every case.
+                In the simulated world the caller hands in the whole batch in every case. :func:`shardwright.data.loader`
+                makes batches that fit.
 
         Raises:
-            ShardwrightError: no such strategy.
+            ShardwrightError: no such strategy; an :class:`ArgumentTypeError` where a type is wrong. What does not fit the
+                inputs is refused at the first call.
         """
-        if config is None:
-            raise ShardwrightError("dataset_strategy(None): give 'full_batch', 'data_parallel' or a tuple")
-        if isinstance(config, str):
-            if config not in ("full_batch", "data_parallel"):
-                raise ShardwrightError(f"dataset_strategy({config!r}): give 'full_batch', 'data_parallel' or a tuple")
-        elif not isinstance(config, tuple):
-            raise ArgumentTypeError(f"dataset_strategy({config!r}): give a tuple, one entry an input")
-        else:
-            for entry in config:
-                if not isinstance(entry, (tuple, Layout)):
-                    raise ArgumentTypeError(f"dataset_strategy holds {entry!r}: give slice counts or a Layout")
-                if isinstance(entry, tuple) and any(not isinstance(c, int) or isinstance(c, bool) for c in entry):
-                    raise ArgumentTypeError(f"dataset_strategy holds {entry!r}: slice counts are ints")
+        check_dataset_strategy(config)
         self.settings.dataset_strategy = config
         self._forget()
         return self
@@ -316,6 +309,9 @@ class AutoParallel:
         if self._step is None:
             check_patterns(FunctionModule(self.target), self.settings)
             self._step = train_step.StepContext(self._child)
+        is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
+        if self.settings.dataset_strategy != "full_batch" and not is_hybrid:
+            args, kwargs = step_inputs(args, kwargs, self.settings.dataset_strategy, current_world())
         with self._step.active():
             return self.target(*args, **kwargs)
 
@@ -341,25 +337,32 @@ class AutoParallel:
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (spec, tuple(map(_leaf_key, leaves)), self._state_key())
+        handed: Handed | None = None
+        is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
+        if self.settings.dataset_strategy != "full_batch" and not is_hybrid:
+            leaves, handed = handed_in(leaves, self.settings.dataset_strategy, current_world(), self.settings.of_step)
+            if isinstance(self._root, GradAccumulation):
+                leaves, handed = whole_samples(leaves, handed, current_world())
+        key = (spec, tuple(map(_leaf_key, leaves)), handed, self._state_key())
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compile(args, kwargs, leaves)
+            compiled = self._compile(args, kwargs, leaves, handed)
             # parameters may have been replaced by distributed ones
             self._flags = None
-            self._compiled[(spec, key[1], self._state_key())] = compiled
+            self._compiled[(spec, key[1], handed, self._state_key())] = compiled
         self._latest = compiled
         return leaves, compiled
 
-    def _compile(self, args: Any, kwargs: Any, leaves: list[Any]) -> Compiled:
+    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], handed: Handed | None) -> Compiled:
         if self._compiled:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
             logger.warning("planning again: new inputs (shapes %s) or another mode of the model", shapes)
         if self._root is None:
             self._root = FunctionModule(self.target)
         with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
-            kind = HybridCompiled if self.settings.mode == "hybrid_parallel" else Compiled
-            return kind(self._root, args, kwargs, current_world(), self.settings)
+            if self.settings.mode == "hybrid_parallel":
+                return HybridCompiled(self._root, args, kwargs, current_world(), self.settings)
+            return Compiled(self._root, args, kwargs, current_world(), self.settings, handed)
 
     def _state_key(self) -> Any:
         """What else the graph depends on: train or eval of every module, frozen parameters, autocast, the world."""

@@ -17,6 +17,7 @@ from shardwright.capture.graph import Graph, GraphInput
 from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
+from shardwright.data.handed import Handed
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import scheduled, unscheduled
@@ -121,7 +122,10 @@ def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -
 class Compiled:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
-    def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings):
+    def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None):
+        if handed is not None:
+            args, kwargs = self._global_inputs(args, kwargs, handed.shapes)
+            settings = replace(settings, dataset_strategy=handed.strategy)
         for notice in before_compiling:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
@@ -129,7 +133,6 @@ class Compiled:
         self.micro = root if isinstance(root, GradAccumulation) else None
         if self.micro is not None:
             args, kwargs = self._first_part(self.micro, args, kwargs)
-        args, kwargs = self._global_inputs(args, kwargs, settings)
         marks, parameter_plan = gather_marks(root, settings)
         again = gather_again(root, settings)
         with torch.enable_grad(), given_a_part(self.micro):
@@ -168,30 +171,15 @@ class Compiled:
         each = self.world.bind(scheduled(second, how))
         return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
-    def _global_inputs(self, args: Any, kwargs: Any, settings: Settings) -> Any:
-        """Inputs of global shape: those of ranks that hand in their own slices are as large as all slices together."""
-        strategy = settings.dataset_strategy
-        if self.world.is_simulated or strategy == "full_batch":
-            return args, kwargs
+    def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        """Inputs of these shapes, one a tensor: where ranks hand in slices, those of the global tensors."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        first = next((t.shape[0] for t in tensors if t.ndim), 0)
-        position = -1
+        known = iter(shapes)
 
         def whole(leaf: Any) -> Any:
-            nonlocal position
             if not isinstance(leaf, Tensor):
                 return leaf
-            position += 1
-            shape = list(leaf.shape)
-            if isinstance(strategy, str):
-                if shape and shape[0] == first:
-                    shape[0] *= self.world.size
-            elif position < len(strategy):
-                entry = strategy[position]
-                counts = [entry.mesh.count(a) for a in entry.bound] if isinstance(entry, Layout) else entry
-                shape = [s * c for s, c in zip(shape, counts, strict=False)]
-            made = torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+            made = torch.empty(next(known), dtype=leaf.dtype, device="meta")
             return made.requires_grad_(leaf.requires_grad)
 
         return pytree.tree_unflatten([whole(leaf) for leaf in leaves], spec)

@@ -31,6 +31,7 @@ from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import Redistribution, redistribution
 from shardwright.rules.lowering import PerRank
 from shardwright.rules.operator import OpOverload
+from shardwright.world.agreement import Agreement
 from shardwright.world.collectives import backend_of
 from shardwright.world.distributed_moves import DistributedMove, MovesTogether, PieceMove
 from shardwright.world.distributed_starts import StartedMoves
@@ -69,6 +70,7 @@ class DistributedWorld:
         self._groups = Groups(self.rank, self.size, self.device.type)
         self._owns_job = False
         self._moves: dict[Any, PieceMove] = {}
+        self._agreement: Agreement | None = None
         atexit.register(self._close_at_exit)
 
     @classmethod
@@ -124,6 +126,12 @@ class DistributedWorld:
         if failure is not None:
             raise failure
         return value
+
+    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's numbers, by rank. All ranks of the job call it."""
+        if self._agreement is None:
+            self._agreement = Agreement(self.size)
+        return self._agreement(numbers)
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.

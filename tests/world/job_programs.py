@@ -192,7 +192,8 @@ def bits(world):
         ("cnn", cnn, (images,)),
         ("cnn bfloat16", copy.deepcopy(cnn).bfloat16(), (images.bfloat16(),)),
     ]
-    schedules = {"default": Schedule(), "all early": Schedule(small=0, large=0, sums=Buckets(), gathers=Buckets()), "all joined": Schedule(1 << 30, 1 << 30)}
+    early = Schedule(small=0, large=0, sums=Buckets(), gathers=Buckets())
+    schedules = {"default": Schedule(), "all early": early, "all joined": Schedule(1 << 30, 1 << 30)}
     for (name, model, batch), (how, chosen) in itertools.product(cases, schedules.items()):
         found = []
         for where in (SimulatedWorld(world.size), world):

@@ -1,0 +1,249 @@
+"""What ranks hand in: slices, whose global shapes all ranks together know.
+
+- :func:`handed_in` is for a call of a net: local tensors to global shapes and the strategy to plan with. In a real job the
+  ranks compare the shapes of their slices at each call, for a rank cannot tell from its own slice that another one's is
+  shorter, as in an uneven last batch.
+- :func:`step_inputs` is for a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
+  take as slices and any other code sees as the whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.capture.torch_private import pytree
+from shardwright.data.strategy import layouts_of
+from shardwright.errors import Problems, StrategyError
+from shardwright.layout import Layout, chunk_pieces
+from shardwright.world.current import World
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the tensors of a call are: their global shapes, their layouts, and the strategy that plans follow."""
+
+    shapes: tuple[Shape, ...]
+    layouts: tuple[Layout, ...]
+    strategy: Any
+
+
+def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], Handed]:
+    """The tensors to run on, and what they are of global ones.
+
+    Args:
+        leaves: the flat inputs of a call, tensors and others.
+        strategy: the dataset strategy, not ``"full_batch"``.
+        of_step: whether the call is made by a train step: then only its inputs are slices.
+
+    Raises:
+        StrategyError: the strategy does not fit the inputs, or the ranks' slices do not fit together.
+    """
+    if not of_step:
+        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        return list(leaves), _describe(shapes, strategy, world)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    slices = [t for t in tensors if isinstance(t, Slice) and not t.changed]
+    leaves = [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves]
+    layouts = [t.laid_out if isinstance(t, Slice) and not t.changed else Layout.replicated(_mesh(slices, world), t.ndim)
+               for t in tensors]  # fmt: skip
+    shapes = [tuple(t.shape) for t in tensors]
+    plain = not slices
+    same = strategy == "data_parallel" and len(slices) == len(tensors) and all(t.by_name for t in slices)
+    followed = "full_batch" if plain else "data_parallel" if same else tuple(layouts)
+    return leaves, Handed(tuple(shapes), tuple(layouts), followed)
+
+
+def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[list[Any], Handed]:
+    """What was handed in, with slices of dim 0 gathered: for nets that take their batch in parts, one after the other.
+
+    A part of a rank's slice is not the rank's slice of a part: which samples meet in a batch norm or get which dropout mask
+    would be another matter than on a single device.
+    """
+    if not any(layout.ndim and layout.bound[0] for layout in handed.layouts):
+        return list(leaves), handed
+    known = iter(zip(handed.shapes, handed.layouts))
+    found, layouts = [], []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            shape, layout = next(known)
+            if layout.ndim and layout.bound[0]:
+                target = Layout.of(layout.mesh, [(), *layout.bound[1:]], (), [None, *layout.sizes[1:]])
+                if not world.is_simulated:
+                    leaf = world.redistribute(leaf, layout, target, shape)  # type: ignore[arg-type]
+                layout = target
+            layouts.append(layout)
+        found.append(leaf)
+    strategy = "full_batch" if all(layout.is_replicated for layout in layouts) else tuple(layouts)
+    return found, Handed(handed.shapes, tuple(layouts), strategy)
+
+
+def _mesh(slices: Sequence[Slice], world: World) -> Any:
+    return slices[0].laid_out.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
+
+
+def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
+    """The inputs of a train step, each tensor as a :class:`Slice` of the global one."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+    handed = _describe(shapes, strategy, world)
+    by_name = handed.strategy == "data_parallel"
+    known = iter(zip(handed.shapes, handed.layouts))
+    marked = [Slice.of(leaf, *next(known), world, by_name) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(marked, spec)  # type: ignore[no-any-return]
+
+
+class Slice(Tensor):
+    """A rank's slice of a tensor that was handed to a train step: for any code but a net, the whole tensor.
+
+    The first operator that reads it gathers it, so that the step computes what the single device computes. A net reads the
+    slice itself. What was changed in place is a slice no more.
+    """
+
+    piece: Tensor
+    laid_out: Layout
+    by_name: bool
+    _world: World
+    _shape: Shape
+    _whole: Tensor | None
+    _version_then: int
+
+    @staticmethod
+    def of(piece: Tensor, shape: Shape, layout: Layout, world: World, by_name: bool) -> Slice:
+        made = piece.detach().as_subclass(Slice)
+        made.__dict__.update(piece=piece, laid_out=layout, by_name=by_name, _world=world, _shape=shape, _whole=None)
+        return made
+
+    def whole(self) -> Tensor:
+        """The global tensor; gathered at the first call, which all ranks make."""
+        own = self.__dict__
+        whole: Tensor | None = own["_whole"]
+        if whole is None:
+            piece, world, layout = own["piece"], own["_world"], own["laid_out"]
+            if world.is_simulated:
+                whole = piece.view_as(piece) if piece.requires_grad else piece.detach()
+            else:
+                target = Layout.replicated(layout.mesh, layout.ndim)
+                whole = world.redistribute(piece, layout, target, own["_shape"])
+            assert whole is not None
+            own.update(_whole=whole, _version_then=whole._version)
+        return whole
+
+    @property
+    def changed(self) -> bool:
+        """Whether the whole tensor was changed in place since it was gathered."""
+        whole = self.__dict__["_whole"]
+        if whole is None:
+            return False
+        return whole._version != self.__dict__["_version_then"] or whole.requires_grad != self.piece.requires_grad
+
+    def run_on(self) -> Tensor:
+        """What a net reads: the slice, or the whole tensor where that was changed."""
+        return self.whole() if self.changed else self.piece
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else None
+        if func in _ABOUT_SHAPE and isinstance(first, Slice):
+            return func(torch.empty(first.__dict__["_shape"], device="meta"), *args[1:], **(kwargs or {}))
+        if func in _ABOUT_PIECE and isinstance(first, Slice):
+            return func(first.run_on(), *args[1:], **(kwargs or {}))
+        args, kwargs = pytree.tree_map(lambda a: a.whole() if isinstance(a, Slice) else a, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+# What can be told of the whole tensor without gathering it.
+_ABOUT_SHAPE: set[Any] = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}
+_ABOUT_SHAPE |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim")}
+_ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requires_grad")}
+
+
+# -- from local shapes to global ones ------------------------------------------------------------------------------------
+
+
+def _describe(shapes: Sequence[Shape], strategy: Any, world: World) -> Handed:
+    """What tensors of these shapes are, of the global ones: the ranks' together, the caller's where he has the whole."""
+    if world.is_simulated or world.size == 1:
+        return _of_whole(tuple(shapes), strategy, world.size)
+    numbers = [n for shape in shapes for n in (len(shape), *shape)]
+    everyone = tuple(map(tuple, world.gather_numbers(numbers)))  # type: ignore[union-attr]
+    return _of_slices(everyone, strategy, world.size)
+
+
+@lru_cache(maxsize=1024)
+def _of_whole(shapes: tuple[Shape, ...], strategy: Any, size: int) -> Handed:
+    first = next((shape[0] for shape in shapes if shape), 0)
+    carries = [bool(shape) and shape[0] == first for shape in shapes]
+    layouts = tuple(layouts_of(strategy, list(map(len, shapes)), carries, size))
+    uneven = strategy == "data_parallel" and first % size
+    return Handed(shapes, layouts, layouts if uneven else strategy)
+
+
+@lru_cache(maxsize=1024)
+def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) -> Handed:
+    by_rank = [_shapes(numbers) for numbers in everyone]
+    here = by_rank[0]
+    for rank, shapes in enumerate(by_rank):
+        if list(map(len, shapes)) != list(map(len, here)):
+            raise StrategyError(
+                f"rank 0 hands in tensors {_text(here)} and rank {rank} {_text(shapes)}; hand in as many on all ranks, of as "
+                "many dims"
+            )
+    lead = next((i for i, shape in enumerate(here) if shape), None)
+    carries = [lead is not None and bool(s) and all(r[i][0] == r[lead][0] for r in by_rank) for i, s in enumerate(here)]
+    layouts = layouts_of(strategy, list(map(len, here)), carries, size)
+    problems = Problems()
+    joined = [_joined(i, layout, [r[i] for r in by_rank], problems) for i, layout in enumerate(layouts)]
+    problems.raise_if_any("the slices that ranks hand in do not fit together")
+    whole, exact = tuple(shape for shape, _ in joined), tuple(layout for _, layout in joined)
+    as_told = exact == tuple(layouts)
+    if strategy == "data_parallel":
+        as_told = as_told and all(shape[0] % size == 0 for shape, carried in zip(whole, carries) if carried)
+    return Handed(whole, exact, strategy if as_told else exact)
+
+
+def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Problems) -> tuple[Shape, Layout]:
+    """The global shape of an input of which each rank has such a slice; the layout, with the slices' sizes if need be."""
+    mesh, sizes, shape = layout.mesh, list(layout.sizes), []
+    for dim, axes in enumerate(layout.bound):
+        found: dict[int, tuple[int, int]] = {}  # piece -> its size, and the rank that said so
+        for rank in mesh.ranks:
+            coordinates, piece = mesh.coordinates(rank), 0
+            for axis in axes:
+                piece = piece * mesh.axis_size(axis) + coordinates[axis]
+            size, other = found.setdefault(piece, (given[rank][dim], rank))
+            if size != given[rank][dim]:
+                problems.add(
+                    f"input {position}: rank {other} hands in {list(given[other])}, rank {rank} {list(given[rank])}, but by "
+                    f"the dataset strategy {layout.short()} they have the same slice of dim {dim}; give them the same size"
+                )
+        pieces = tuple(size for _, (size, _) in sorted(found.items()))
+        shape.append(sum(pieces))
+        if axes and sizes[dim] is None and pieces != chunk_pieces(sum(pieces), tuple(mesh.axis_size(a) for a in axes)):
+            sizes[dim] = pieces
+        elif sizes[dim] is not None and pieces != sizes[dim]:
+            problems.add(
+                f"input {position}: ranks hand in {list(pieces)} of dim {dim}, by the dataset strategy it is "
+                f"{list(sizes[dim] or ())}"
+            )
+    return tuple(shape), Layout.of(mesh, layout.bound, (), sizes)
+
+
+def _shapes(numbers: Sequence[int]) -> list[Shape]:
+    """Shapes out of one row of numbers: of each, how many dims and which."""
+    shapes, at = [], 0
+    while at < len(numbers):
+        shapes.append(tuple(numbers[at + 1 : at + 1 + numbers[at]]))
+        at += 1 + numbers[at]
+    return shapes
+
+
+def _text(shapes: Sequence[Shape]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes) or "none"
