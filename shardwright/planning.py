@@ -13,7 +13,15 @@ from torch import nn
 
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.repeated import capture_repeated
-from shardwright.compiled import SearchSettings, Settings, before_compiling, gather_marks, plan_as_asked, plan_request
+from shardwright.compiled import (
+    SearchSettings,
+    Settings,
+    before_compiling,
+    follow_attributes,
+    gather_marks,
+    plan_as_asked,
+    plan_request,
+)
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.errors import ArgumentTypeError
 from shardwright.plan.files import load_plan_file
@@ -75,6 +83,7 @@ def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Setti
     marks, parameter_plan = gather_marks(root, settings)
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
+    graph = follow_attributes(graph, devices, settings, parameter_plan)
     request = plan_request(devices, settings, parameter_plan, settings.search.machine)
     return plan_as_asked(root, graph, request, settings)
 

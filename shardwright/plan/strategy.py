@@ -26,7 +26,8 @@ from shardwright.rules.signature import Signature, Split
 class Checked:
     """A strategy whose form is right: slice counts by factor, or Layouts by input.
 
-    ``pinned``: where the layouts are a plan file's, to be taken as they are, how to name its entry.
+    ``pinned``: where the layouts are to be taken as they are (a plan file's, an exact mark's), how to name where they are
+    said.
     """
 
     counts: dict[str, int] | None
@@ -150,7 +151,8 @@ def _check_layouts(
         for i, (entry, meta) in enumerate(zip(entries, node.op.inputs, strict=True))
         if entry is not None
     ]
-    return Checked(None, tuple(entries), node.mark.out_strategy) if all(fine) else None  # type: ignore[union-attr]
+    exact = what if node.mark.exact else ""  # type: ignore[union-attr]
+    return Checked(None, tuple(entries), node.mark.out_strategy, exact) if all(fine) else None  # type: ignore[union-attr]
 
 
 def _check_slices(
@@ -324,7 +326,7 @@ def _split_of_layouts(
                 )
                 fine = False
                 continue
-            taken = next((f for f, (a, _) in split.items() if f != factor and set(a) & set(axes)), None)
+            taken = signature.taken(factor, axes, split)
             if taken is not None:
                 problems.add(
                     f"{what}: {source[taken]} and {here} use the same axis for different dims of the operator; an axis "
