@@ -20,7 +20,7 @@ from shardwright.plan.choice import late_layout
 from shardwright.plan.follow import propose
 from shardwright.plan.nd_tensor_parallel import Pattern, Product, pattern_of, product_of, same_axes, weight_for
 from shardwright.plan.own_layouts import self_defined, split_by_hand
-from shardwright.plan.strategy import check_layout
+from shardwright.plan.strategy import check_layout, where_of
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import signature_of
 
@@ -90,7 +90,7 @@ class _Attributes:
         if attributes.get("enable_nd_tp") and (own or product_of(node.op) is not None):
             return self.high_dimensional(node, attributes.get("ndtp_reduce_scatter_axis"))
         if "ndtp_reduce_scatter_axis" in attributes and not attributes.get("enable_nd_tp"):
-            self.problems.add(f"{node.where}: ndtp_reduce_scatter_axis goes with enable_nd_tp; set that too")
+            self.problems.add(f"{where_of(node)}: ndtp_reduce_scatter_axis goes with enable_nd_tp; set that too")
         if "manual_split" in attributes:
             table, indices = self.given(node, 0), self.given(node, 1)
             return split_by_hand(node, attributes["manual_split"], table, indices, self.devices, self.problems)
@@ -108,7 +108,7 @@ class _Attributes:
         self.followed.add(id(mark))
         if product is None:
             why = "is for products of a matrix by a matrix, which this operator is not; remove it"
-            self.problems.add(f"{node.where}: enable_nd_tp {why}")
+            self.problems.add(f"{where_of(node)}: enable_nd_tp {why}")
             return node
         found = self.pattern(node, product, scatter)
         if found is None:
@@ -132,7 +132,7 @@ class _Attributes:
         """The pattern of the layouts given to a product; ``None``, and a problem, where there is none."""
 
         def refuse(why: str) -> None:
-            self.problems.add(f"{node.where}: {why}")
+            self.problems.add(f"{where_of(node)}: {why}")
 
         left, right = self.given(node, product.left), self.given(node, product.right)
         if isinstance(left, Layout) and right is None and node.mark is None:
@@ -143,7 +143,7 @@ class _Attributes:
                 refuse(f"enable_nd_tp needs a Layout for activation and weight, but the {name} has {given}; write "
                        'layout("None", ("x", "y")) and layout("x", "y")')  # fmt: skip
                 return None
-            what = f"{node.where} {name}"
+            what = f"{where_of(node)} {name}"
             if not check_layout(entry, len(node.op.inputs[index].shape), self.devices, what, self.problems):
                 return None
         return pattern_of(product, left, right, scatter, refuse)
@@ -183,7 +183,7 @@ class _Attributes:
         for name, entry, right in told:
             fine = isinstance(entry, Layout) and entry.dims is not None and entry.ndim == right.ndim
             if entry is not None and not (fine and all(map(same_axes, entry.bound, right.bound))):
-                self.problems.add(f"{node.where}: {name} is {_text(entry)}, but comes as {right.short()}; write that")
+                self.problems.add(f"{where_of(node)}: {name} is {_text(entry)}, but comes as {right.short()}; write that")
 
     # -- the order of axes ----------------------------------------------------------------------------------------------
 
@@ -221,8 +221,10 @@ class _Attributes:
             for i, layout in enumerate(found):
                 if layout is not None and layout.mesh == mesh:
                     propose(split, signature, signature.inputs[i], layout, node.op.inputs[i].shape)
-            outputs = signature.layouts(mesh, split)[1]
-            self.known.update((v, layout.without_partial()) for v, layout in zip(node.outputs, outputs))
+            nothing: tuple[tuple[str, ...], None] = ((), None)
+            for value, tensor in zip(node.outputs, signature.outputs):  # as users wrote it, axes of size 1 included
+                axes = [split.get(signature.major(factors) or "", nothing)[0] for factors in tensor]
+                self.known[value] = Layout.of(mesh, axes)
         if node.mark is not None and not node.mark.is_pin and isinstance(node.mark.out_strategy, tuple):
             said = zip(node.outputs, node.mark.out_strategy)
             self.known.update((v, e) for v, e in said if isinstance(e, Layout) and e.dims is not None)

@@ -15,7 +15,7 @@ from shardwright.capture.graph import Node
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.plan.plan import Plan
-from shardwright.plan.strategy import check_layout
+from shardwright.plan.strategy import check_layout, where_of
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.field_lookup import lookup_by_field
 from shardwright.rules.operator import Operator, Slot
@@ -33,7 +33,7 @@ def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, d
 
     Where the last dim of the indices is cut into as many slices, each reads its own rows and nothing is summed.
     """
-    what, before = f"{node.where}: manual_split {rows}", len(problems.lines)
+    what, before = f"{where_of(node)}: manual_split {rows}", len(problems.lines)
     if node.op.name != "aten.embedding" or node.op.argument("sparse") or node.op.argument("scale_grad_by_freq"):
         problems.add(f"{what} is for plain lookups of rows (Gather along dim 0, Embedding); remove it")
         return node
@@ -114,7 +114,7 @@ def _lookup_counts(
 def self_defined(node: Node, devices: int, problems: Problems) -> Node:
     """An operator that runs on local pieces in the layouts given; their correctness is the user's."""
     mark, op, before = node.mark, node.op, len(problems.lines)
-    what = f"{node.where}: self_define_shard"
+    what = f"{where_of(node)}: self_define_shard"
     if mark is None:
         problems.add(f"{what} is for one operator, but this function has several; mark the one that is meant")
         return node
@@ -157,10 +157,10 @@ def check_in_place(plan: Plan) -> None:
     problems = Problems()
     for node in asked:
         if node.op.name not in RESHAPES:
-            problems.add(f"{node.where}: skip_redistribution is for reshapes; remove it")
+            problems.add(f"{where_of(node)}: skip_redistribution is for reshapes; remove it")
             continue
         for side, steps in _moves_at(plan, node):
-            problems.add(f"{node.where}: skip_redistribution, but {side} it stands {steps}; lay the neighbours out alike, in a "
+            problems.add(f"{where_of(node)}: skip_redistribution, but {side} it stands {steps}; lay the neighbours out alike, in a "
                          "way that the reshape keeps (split its outer dims), or remove the attribute")  # fmt: skip
     problems.raise_if_any("the operator attributes cannot be followed")
 

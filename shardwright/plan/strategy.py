@@ -117,7 +117,7 @@ def check_strategy(node: Node, signature: Signature, world_size: int, problems: 
     """Checks an operator's strategy against its rule; every problem found is added to ``problems``."""
     mark = node.mark
     assert mark is not None
-    what = _where(node)
+    what = where_of(node)
     kind = check_form(mark.in_strategy, what, problems)
     if kind is None:
         return None
@@ -136,10 +136,13 @@ def check_strategy(node: Node, signature: Signature, world_size: int, problems: 
     return checked if out_ok else None
 
 
-def _where(node: Node) -> str:
+def where_of(node: Node) -> str:
+    """An operator by what the user called it, with the line where it runs, or else the line of its strategy."""
     mark = node.mark
-    name = f"{node.module}.{mark.name}" if mark and node.module else (mark.name if mark else node.op.name)
-    line = node.source or (mark.source if mark else "")
+    if mark is None:
+        return node.where
+    name = f"{node.module}.{mark.name}" if node.module else mark.name
+    line = node.source or mark.source
     return f"{name} ({node.op.name})" + (f" at {line}" if line else "")
 
 
@@ -237,7 +240,7 @@ def resolve_strategy(
     """The choice that a checked strategy asks for, on the refined mesh."""
     if checked.pinned:
         return _pinned(node, signature, checked, refinement, needs_grad, problems)
-    what = _where(node)
+    what = where_of(node)
     found = (
         _split_of_counts(signature, checked, refinement)
         if checked.counts is not None

@@ -227,13 +227,13 @@ def test_the_shapes_of_the_tutorial():
     model = Products((2, 4), 256, 512)
     net = sw.AutoParallel(model).compile(torch.ones(1024, 256, dtype=torch.float64))
     plan = net.plan
-    local = {name: plan.program.layouts[name].local_shape(plan.graph.metas[name].shape, 0) for name in plan.graph.metas}
     made = [node.outputs[0] for node in plan.graph.nodes]
     at_rest, mid, relu, again, out = (plan.program.places[value] for value in made)
     layouts, shapes = plan.program.layouts, [(1024, 256), (1024, 512), (1024, 512), (1024, 512), (1024, 256)]
     held = [layouts[p].local_shape(s, 0) for p, s in zip((at_rest, mid, relu, again, out), shapes)]
     assert held == [(1024, 32), (1024, 64), (1024, 64), (1024, 64), (1024, 32)]
-    assert local["p_w1"] == local["p_w2"][::-1] == (128, 128)
+    weights = {i.target: plan.input_layouts[i.value].local_shape(i.meta.shape, 0) for i in plan.graph.inputs if i.kind != "input"}
+    assert weights == {"w1": (128, 128), "w2": (128, 128)}
     assert layouts[mid].short() == layouts[relu].short() == layouts[again].short() == "None,y>x"
     assert layouts[out].short() == "None,(x,y)"
 

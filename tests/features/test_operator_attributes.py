@@ -195,11 +195,9 @@ def test_values_that_are_no_split(value):
 def test_pieces_of_other_shapes_than_told_are_an_error():
     sw.init(devices=2)
     layout = sw.Layout((2,), ("mp",))
-    operator = Update().shard((layout("mp", "None"), layout("None"), layout("mp", "None")), (layout("None", "mp"),))
+    operator = sw.ops.ReLU().shard((layout("mp", "None"),), (layout("None", "mp"),)).add_prim_attr("self_define_shard", True)
     with pytest.raises(ShardwrightError, match=r"made a piece of shape \[2, 8\], but out_strategy says \[4, 4\]"):
-        sw.AutoParallel(operator.add_prim_attr("self_define_shard", True))(
-            torch.randn(4, 8), torch.tensor([0, 1]), torch.randn(4, 8)[:2]
-        )
+        sw.AutoParallel(operator)(torch.randn(4, 8))
 
 
 def test_layouts_are_needed_for_everything():
