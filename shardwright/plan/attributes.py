@@ -189,7 +189,8 @@ class _Attributes:
 
     def reordered(self, node: Node) -> Node:
         """An operator configured with a tuple of axes reads what a product left in its own order of these axes, in that."""
-        mark, orders = node.mark, {}
+        mark = node.mark
+        orders: dict[frozenset[str], tuple[str, ...]] = {}
         if mark is None or not isinstance(mark.in_strategy, tuple):
             return node
         for i, value in enumerate(node.inputs):
@@ -264,7 +265,10 @@ class _Attributes:
 def _is_entry(node: Node) -> bool:
     """Whether a node is where a value enters a module with ``enable_nd_tp``."""
     return (
-        node.op.target is ALIAS and node.mark is not None and node.mark.is_pin and bool(node.mark.attributes.get("enable_nd_tp"))
+        node.op.target is ALIAS
+        and node.mark is not None
+        and node.mark.is_pin
+        and bool(node.mark.attributes.get("enable_nd_tp"))
     )
 
 
@@ -281,4 +285,3 @@ def _text(entry: Any) -> str:
 
 def _at(source: str) -> str:
     return f" at {source}" if source else ""
-

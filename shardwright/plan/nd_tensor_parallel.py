@@ -76,7 +76,8 @@ def product_of(op: Operator) -> Product | None:
     operands = [i for i in range(len(op.inputs)) if i not in signature.late]
     if len(operands) != 2:
         return None
-    left, right = (signature.inputs[i] for i in operands)
+    at_left, at_right = operands
+    left, right = signature.inputs[at_left], signature.inputs[at_right]
     inner = (next(iter(signature.summed)),)
     result = {factors: dim for dim, factors in enumerate(signature.outputs[0]) if factors}
     columns = [dim for dim, factors in enumerate(right) if factors in result and factors not in left]
@@ -84,7 +85,8 @@ def product_of(op: Operator) -> Product | None:
     if left.count(inner) != 1 or right.count(inner) != 1 or len(columns) != 1:
         return None
     return Product(
-        *operands,
+        at_left,
+        at_right,
         (left.index(inner), right.index(inner)),
         (columns[0], result[right[columns[0]]]),
         tuple((dim, there) for dim, there in shared if left[dim] not in right),
@@ -112,6 +114,8 @@ def pattern_of(product: Product, left: Layout, right: Layout, scatter: int | Non
     if scatter is not None and not -product.ndims[2] <= scatter < product.ndims[2]:
         refuse(f"ndtp_reduce_scatter_axis is {scatter}, but the result has {product.ndims[2]} dims; give one of them")
         return None
+    resting: tuple[dict[int, Axes], dict[int, Axes]]
+    computing: tuple[dict[int, Axes], dict[int, Axes]]
     inner, held, columns = left.bound[product.inner[0]], right.bound[product.inner[1]], right.bound[product.columns[0]]
     if held and columns and {*inner} == {*held, *columns}:
         # 2-D
@@ -185,7 +189,7 @@ def _neither(product: Product, left: Layout, right: Layout) -> str:
     """What to say of layouts that follow neither pattern."""
     a, b = product.inner
     c, row = product.columns[0], product.rows[0][0] if product.rows else None
-    forms = [("2-D", {a: ("x", "y")}, {b: ("x",), c: ("y",)})]
+    forms: list[tuple[str, dict[int, Axes], dict[int, Axes]]] = [("2-D", {a: ("x", "y")}, {b: ("x",), c: ("y",)})]
     if row is not None:
         forms.append(("3-D", {row: ("z", "y"), a: ("x",)}, {b: ("x", "z"), c: ("y",)}))
     known = "; ".join(

@@ -119,8 +119,8 @@ def self_defined(node: Node, devices: int, problems: Problems) -> Node:
         problems.add(f"{what} is for one operator, but this function has several; mark the one that is meant")
         return node
     told = mark.in_strategy if isinstance(mark.in_strategy, tuple) else ()
-    inputs = [told[p] if p is not None and p < len(told) else None for p in node.mark_positions]
-    outputs = list(mark.out_strategy or ())
+    inputs: list[Any] = [told[p] if p is not None and p < len(told) else None for p in node.mark_positions]
+    outputs: list[Any] = list(mark.out_strategy or ())
     if len(outputs) != len(op.outputs) or not all(isinstance(e, Layout) for e in (*inputs, *outputs)):
         problems.add(f"{what} needs a Layout for each of its {len(inputs)} inputs and {len(op.outputs)} outputs; give them to "
                      "shard(in_strategy, out_strategy)")  # fmt: skip
@@ -160,8 +160,8 @@ def check_in_place(plan: Plan) -> None:
             problems.add(f"{where_of(node)}: skip_redistribution is for reshapes; remove it")
             continue
         for side, steps in _moves_at(plan, node):
-            problems.add(f"{where_of(node)}: skip_redistribution, but {side} it stands {steps}; lay the neighbours out alike, in a "
-                         "way that the reshape keeps (split its outer dims), or remove the attribute")  # fmt: skip
+            problems.add(f"{where_of(node)}: skip_redistribution, but {side} it stands {steps}; lay the neighbours out alike, "
+                         "in a way that the reshape keeps (split its outer dims), or remove the attribute")  # fmt: skip
     problems.raise_if_any("the operator attributes cannot be followed")
 
 

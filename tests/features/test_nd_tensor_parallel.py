@@ -232,7 +232,9 @@ def test_the_shapes_of_the_tutorial():
     layouts, shapes = plan.program.layouts, [(1024, 256), (1024, 512), (1024, 512), (1024, 512), (1024, 256)]
     held = [layouts[p].local_shape(s, 0) for p, s in zip((at_rest, mid, relu, again, out), shapes)]
     assert held == [(1024, 32), (1024, 64), (1024, 64), (1024, 64), (1024, 32)]
-    weights = {i.target: plan.input_layouts[i.value].local_shape(i.meta.shape, 0) for i in plan.graph.inputs if i.kind != "input"}
+    weights = {
+        i.target: plan.input_layouts[i.value].local_shape(i.meta.shape, 0) for i in plan.graph.inputs if i.kind != "input"
+    }
     assert weights == {"w1": (128, 128), "w2": (128, 128)}
     assert layouts[mid].short() == layouts[relu].short() == layouts[again].short() == "None,y>x"
     assert layouts[out].short() == "None,(x,y)"
