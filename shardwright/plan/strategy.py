@@ -138,7 +138,7 @@ def check_strategy(node: Node, signature: Signature, world_size: int, problems: 
 
 def where_of(node: Node) -> str:
     """An operator by what the user called it, with the line where it runs, or else the line of its strategy."""
-    mark = node.mark
+    mark = node.mark or node.region
     if mark is None:
         return node.where
     name = f"{node.module}.{mark.name}" if node.module else mark.name

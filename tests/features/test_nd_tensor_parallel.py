@@ -264,9 +264,10 @@ def test_without_the_attribute_sums_are_all_reduced(sizes):
 
 
 def check(operator, *operands):
-    """A marked function computes what it does on one device, and so do its gradients."""
-    report = sw.verify(operator, *operands)
-    assert "matches single device" in str(report), report
+    """A marked function computes what it does on one device, and so do the gradients of all its operands."""
+    operands = nn.ParameterList(operands)
+    report = sw.verify(lambda: operator(*operands))
+    assert str(report) == f"matches single device: 1 outputs, {len(operands)} gradients", report
 
 
 FORMS = {  # transpose_a, transpose_b, leading dims
