@@ -63,12 +63,11 @@ class _Attributes:
         self.maker: dict[str, Node] = {}
         self.aliases: dict[TensorMeta, Operator] = {}  # one for all that are alike, as captures have it
         self.resting: dict[tuple[str, Layout], str] = {}  # value and where it rests -> its alias there
-        self.planned: dict[str, Layout] = {}
+        self.planned: dict[str, Any] = {}
         self.parameters = {i.value for i in graph.inputs if i.kind == "parameter"}
         for i in graph.inputs:
-            entry = parameter_plan.get(str(i.target), (None, ""))[0] if i.kind == "parameter" else None
-            if isinstance(entry, Layout):
-                self.planned[i.value] = entry
+            if i.kind == "parameter" and str(i.target) in parameter_plan:
+                self.planned[i.value] = parameter_plan[str(i.target)][0]
         self.followed: set[int] = set()  # marks whose attribute found its operator
 
     def run(self) -> Graph:
