@@ -18,11 +18,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from harness import main, on_ranks, same_steps, simulated
 from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
+from harness import main, on_ranks, same_steps, simulated
 from shardwright.errors import ShardwrightError, StrategyError
 from shardwright.world.current import current_world
 
@@ -395,6 +395,18 @@ def test_planning_for_devices_one_does_not_have():
     model = Products((4, 8)).to("meta")
     plan = sw.plan_for(32, model, torch.empty(64, 24, device="meta", dtype=torch.float64), mode="semi_auto")
     assert "y>x" in str(plan)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 2, 2)])
+def test_the_price_is_of_what_runs(sizes):
+    """Bytes of every redistribution and of every operator's sums are those recorded."""
+    net, log = recorded(sizes)
+    price = net.plan.price
+    assert {(c.kind, len(c.axes)) for m in price.moves_to("matmul") for c in m.forward} == {("all_gather", 1)}
+    counted = sum(e.bytes for e in log.events if not e.edge.endswith(("matmul -> out", "matmul1 -> out")))
+    assert price.bytes == counted
+    assert "reduce_scatter(x)" in str(net.plan.explain("matmul"))
+    assert "exchange" not in str(net.plan.explain("matmul"))
 
 
 # -- errors -------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import main, on_ranks, same_steps, simulated
 from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
+from harness import main, on_ranks, same_steps, simulated
 from shardwright.capture.attributes import ATTRIBUTES, REFUSED
 from shardwright.errors import ArgumentTypeError, ShardwrightError, StrategyError
 from shardwright.world.current import current_world
