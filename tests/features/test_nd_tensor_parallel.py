@@ -27,6 +27,7 @@ from shardwright.errors import ShardwrightError, StrategyError
 from shardwright.world.current import current_world
 
 MESHES = {  # devices -> meshes of two and of three axes
+    3: [(3, 1), (1, 3), (1, 1, 3)],
     4: [(2, 2), (1, 4), (4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1)],
     6: [(3, 2), (2, 3)],
     8: [(2, 4), (2, 2, 2)],
@@ -141,8 +142,9 @@ def test_simulated(program, devices):
     simulated(program, devices)
 
 
-def test_on_real_ranks():
-    on_ranks(__file__, 4, PROGRAMS)
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_on_real_ranks(ranks):
+    on_ranks(__file__, ranks, PROGRAMS)
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------------

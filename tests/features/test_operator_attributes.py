@@ -111,6 +111,7 @@ def looked_up(strategy, rows, indices, devices=4, **settings):
 def test_fields_read_their_own_rows_without_communication():
     net, log = looked_up(((4, 1), (1, 4)), (10, 20, 30, 4), indices_of((10, 20, 30, 4), 8))
     assert [(e.phase, e.kind, e.edge.endswith("-> output")) for e in log.events] == [("forward", "all_gather", True)]
+    assert next(iter(net.plan.price.operators.values())).collectives == 0
     layout = next(net.plan.input_layouts[i.value] for i in net.plan.graph.inputs if i.kind == "parameter")
     assert [layout.local_shape((64, 6), rank)[0] for rank in range(4)] == [10, 20, 30, 4]
 
