@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright import train_step
+from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.marks import Mark
@@ -128,7 +129,8 @@ class AutoParallel:
 
         Args:
             strategies: pattern (as in ``fnmatch``) -> for modules, an ``in_strategy`` tuple, or a dict with
-                ``in_strategy``, ``out_strategy`` and ``parameter_plan``; for parameters, slice counts or a Layout.
+                ``in_strategy``, ``out_strategy``, ``parameter_plan`` and ``attributes``; for parameters, slice counts or
+                a Layout.
                 A pattern that matches nothing is an error at the first call.
         """
         if not isinstance(strategies, dict):
@@ -465,6 +467,7 @@ def shard(
     in_strategy: Any,
     out_strategy: Any = None,
     parameter_plan: dict[str, Any] | None = None,
+    attributes: dict[str, Any] | None = None,
 ) -> Any:
     """Gives a function or a module a strategy.
 
@@ -477,6 +480,7 @@ def shard(
             operators) ``None`` to leave it where it is.
         out_strategy: one entry a tensor output.
         parameter_plan: parameter name -> slice counts or Layout; modules only.
+        attributes: operator attributes by name, as ``add_prim_attr`` takes them.
 
     Returns:
         The module itself, or a function to call in place of the given one.
@@ -487,11 +491,12 @@ def shard(
     torch.Size([4, 2])
     """
     check_strategies(in_strategy, out_strategy)
+    asked = check_attributes(f"shard at {user_line()}", attributes)
     if parameter_plan is not None and not isinstance(parameter_plan, dict):
         raise ArgumentTypeError(f"parameter_plan is a {type(parameter_plan).__name__}; give a dict of names")
     if isinstance(fn_or_module, nn.Module):
         name = type(fn_or_module).__name__
-        mark = Mark(name, in_strategy, out_strategy, parameter_plan, source=user_line(), module_path="")
+        mark = Mark(name, in_strategy, out_strategy, parameter_plan, asked, user_line(), module_path="")
         fn_or_module.__dict__[MARK] = mark
         return fn_or_module
     if not callable(fn_or_module):
@@ -499,7 +504,7 @@ def shard(
     if parameter_plan is not None:
         raise ArgumentTypeError("parameter_plan needs a module: a function owns no parameters")
     name = getattr(fn_or_module, "__name__", type(fn_or_module).__name__)
-    return ShardedFunction(fn_or_module, Mark(name, in_strategy, out_strategy, source=user_line()))
+    return ShardedFunction(fn_or_module, Mark(name, in_strategy, out_strategy, None, asked, user_line()))
 
 
 def recompute(module: nn.Module, **switches: bool) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, GraphInput
@@ -23,7 +24,9 @@ from shardwright.layout import Layout
 from shardwright.partition.partitioner import scheduled, unscheduled
 from shardwright.partition.program import LocalProgram
 from shardwright.partition.schedule import Schedule
+from shardwright.plan.attributes import with_attributes
 from shardwright.plan.modes import plan_graph
+from shardwright.plan.own_layouts import check_in_place
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest
 from shardwright.redistribute.planner import Options
@@ -88,6 +91,11 @@ def plan_request(
     )  # fmt: skip
 
 
+def follow_attributes(graph: Graph, devices: int, settings: Settings, parameter_plan: dict[str, tuple[Any, str]]) -> Graph:
+    """The graph with the attributes of its operators carried out; not where strategies are ignored."""
+    return graph if settings.mode == "data_parallel" else with_attributes(graph, devices, parameter_plan)
+
+
 def plan_as_asked(
     root: nn.Module, graph: Graph, request: PlanRequest, settings: Settings, again: Mapping[str, RecomputeRequest] | None = None
 ) -> Plan:
@@ -99,6 +107,7 @@ def plan_as_asked(
 
     def make(request: PlanRequest) -> Plan:
         plan = _plan_of_operators(graph, request, settings)
+        check_in_place(plan)
         if settings.hsdp is None:
             return plan
         plan = split_parameters(plan, settings.hsdp, dict(root.named_parameters(remove_duplicate=False)))
@@ -137,6 +146,7 @@ class Compiled:
         again = gather_again(root, settings)
         with torch.enable_grad(), given_a_part(self.micro):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
+        self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
         machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
         request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
@@ -334,11 +344,12 @@ def _match(
         problems.add(f"strategies: {pattern!r} at {source} matches no module and no parameter; modules are {known}")
     for path, module in modules:
         given = strategy if isinstance(strategy, dict) else {"in_strategy": strategy}
-        unknown = set(given) - {"in_strategy", "out_strategy", "parameter_plan"}
+        unknown = set(given) - {"in_strategy", "out_strategy", "parameter_plan", "attributes"}
         if unknown:
             problems.add(f"strategies: {pattern!r} at {source} has the keys {sorted(unknown)}; use in_strategy, "
-                         "out_strategy, parameter_plan")  # fmt: skip
+                         "out_strategy, parameter_plan, attributes")  # fmt: skip
             continue
+        given = {**given, "attributes": check_attributes(f"strategies: {pattern!r} at {source}", given.get("attributes"))}
         marks[module] = Mark(type(module).__name__, **given, source=source, module_path=path)
     if not modules:
         for name in parameters:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from shardwright.capture.attributes import check_attribute
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import current_session
 from shardwright.errors import ArgumentTypeError, ShardwrightError
@@ -53,6 +54,7 @@ class Primitive:
 
     def __init__(self, **settings: Any):
         self.settings = settings
+        self.attributes: dict[str, Any] = {}
         self.mark: Mark | None = None
 
     @property
@@ -72,17 +74,34 @@ class Primitive:
         """
         check_strategies(in_strategy, out_strategy)
         if in_strategy is not None:
-            attributes = self.mark.attributes if self.mark else {}
-            self.mark = Mark(self.name, in_strategy, out_strategy, attributes=attributes, source=user_line())
+            self.mark = Mark(self.name, in_strategy, out_strategy, attributes=self.attributes, source=user_line())
         return self
 
     def add_prim_attr(self, name: str, value: Any) -> Primitive:
-        """Sets an operator attribute: ``"recompute"``, as :meth:`recompute` does; others are refused by name."""
+        """Sets an operator attribute, before or after :meth:`shard`.
+
+        Args:
+            name: ``"recompute"``, which does what :meth:`recompute` does, ``"enable_nd_tp"``,
+                ``"ndtp_reduce_scatter_axis"``, ``"manual_split"``, ``"self_define_shard"`` or ``"skip_redistribution"``; see the page on operator attributes.
+
+        Returns:
+            The operator itself.
+
+        Raises:
+            ShardwrightError: there is no such attribute, it is not supported, or it cannot have this value.
+
+        >>> from shardwright import Layout
+        >>> layout = Layout((2, 4), ("x", "y"))
+        >>> MatMul().shard((layout("None", ("x", "y")), layout("x", "y"))).add_prim_attr("enable_nd_tp", True)
+        MatMul().shard((Layout('None,(x,y) @ x=2,y=4'), Layout('x,y @ x=2,y=4')))
+        """
         if name == "recompute":
             return self.recompute(value)
-        raise ShardwrightError(
-            f"{self.name}.add_prim_attr({name!r}, {value!r}) at {user_line()}: this attribute is not supported; remove it"
-        )
+        check_attribute(f"{self.name}.add_prim_attr({name!r}, {value!r}) at {user_line()}", name, value)
+        self.attributes = {**self.attributes, name: value}
+        mark = self.mark or Mark(self.name, source=user_line())
+        self.mark = replace(mark, attributes=self.attributes)
+        return self
 
     def recompute(self, mode: bool = True) -> Primitive:
         """Has the operator's output, and what it keeps within, computed again in the backward pass instead of kept.
@@ -95,8 +114,8 @@ class Primitive:
         """
         if not isinstance(mode, bool):
             raise ArgumentTypeError(f"{self.name}.recompute({mode!r}): give True or False")
-        mark = self.mark or Mark(self.name, source=user_line())
-        self.mark = replace(mark, attributes={**mark.attributes, "recompute": mode})
+        self.attributes = {**self.attributes, "recompute": mode}
+        self.mark = replace(self.mark or Mark(self.name, source=user_line()), attributes=self.attributes)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +128,15 @@ class Primitive:
     def __repr__(self) -> str:
         strategy = f".shard({self.mark.in_strategy})" if self.mark and self.mark.in_strategy is not None else ""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())}){strategy}"
+
+
+def _matmul(x: torch.Tensor, w: torch.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> torch.Tensor:
+    """One operator in every form, so that a strategy means its operands as they are given."""
+    if not transpose_a and not transpose_b:
+        return torch.matmul(x, w)
+    if not transpose_a and w.ndim == 2:
+        return F.linear(x, w)
+    return torch.einsum(f"...{'km' if transpose_a else 'mk'},...{'nk' if transpose_b else 'kn'}->...mn", x, w)
 
 
 def _flatten(x: torch.Tensor) -> torch.Tensor:
@@ -149,8 +177,8 @@ def _primitive(name: str, function: Callable[..., Any], text: str) -> type[Primi
     return type(name, (Primitive,), {"function": staticmethod(function), "__doc__": text, "__module__": __name__})
 
 
-MatMul = _primitive("MatMul", torch.matmul, "``torch.matmul(x, w)``.")
-BatchMatMul = _primitive("BatchMatMul", torch.matmul, "``torch.matmul(x, y)`` with equal leading dims.")
+MatMul = _primitive("MatMul", _matmul, "``torch.matmul(x, w)``; ``transpose_a``, ``transpose_b``: of ``x.mT``, ``w.mT``.")
+BatchMatMul = _primitive("BatchMatMul", _matmul, "As ``MatMul``, with equal leading dims.")
 Linear = _primitive("Linear", F.linear, "``F.linear(x, weight, bias=None)``.")
 Add = _primitive("Add", torch.add, "``x + y``, broadcasting.")
 Sub = _primitive("Sub", torch.sub, "``x - y``, broadcasting.")

@@ -17,6 +17,7 @@ from shardwright.compiled import (
     SearchSettings,
     Settings,
     before_compiling,
+    follow_attributes,
     gather_again,
     gather_marks,
     plan_as_asked,
@@ -83,6 +84,7 @@ def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Setti
     marks, parameter_plan = gather_marks(root, settings)
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
+    graph = follow_attributes(graph, devices, settings, parameter_plan)
     request = plan_request(devices, settings, parameter_plan, settings.search.machine)
     return plan_as_asked(root, graph, request, settings, gather_again(root, settings))
 

@@ -101,3 +101,21 @@ def test_strategies_of_one_product(ranks):
         assert got == forward
         for shape, expected in (((m, k), of_x), ((k, n), of_w)):
             assert sum(e.bytes for e in log.events if e.phase == "backward" and e.shape == shape) == expected
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 4), (2, 2), (2, 4)])
+def test_columns_then_rows_is_one_all_reduce_forward_and_one_backward(dp, tp):
+    """The pairing of a feed-forward block, operator by operator: only the batch's gradients move besides."""
+    batch, h, e = 8, 16, 32
+    sw.init(devices=dp * tp)
+    first, second = sw.ops.MatMul().shard(((dp, 1), (1, tp))), sw.ops.MatMul().shard(((dp, tp), (tp, 1)))
+    add, gelu = sw.ops.Add().shard(((dp, tp), (tp,))), sw.ops.GeLU().shard(((dp, tp),))
+    w1, b1, w2 = nn.Parameter(torch.randn(h, e)), nn.Parameter(torch.randn(e)), nn.Parameter(torch.randn(e, h))
+    net = sw.AutoParallel(lambda x: second(gelu(add(first(x, w1), b1)), w2))
+    with sw.record_communication() as log:
+        net(torch.randn(batch, h, requires_grad=True)).sum().backward()
+    activations = [(x.phase, x.kind, x.bytes) for x in log.events if x.shape == (batch, h) and "reduce" in x.kind]
+    size = all_reduce(batch // dp * h, tp)
+    assert activations == [("forward", "all_reduce", size), ("backward", "all_reduce", size)]
+    gradients = [x for x in log.events if x.shape in ((h, e), (e,), (e, h)) and x.phase == "backward"]
+    assert len(gradients) == (3 if dp > 1 else 0)

@@ -116,6 +116,15 @@ def test_propagation(technique, monkeypatch, capsys, tmp_path):
     assert all(line.split(" ", 1)[0] in drawing for line in configured)
 
 
+@pytest.mark.parametrize(("dimensions", "bytes_sent"), [("2d", "1310720"), ("3d", "917504")])
+def test_tensor_parallel(dimensions, bytes_sent, monkeypatch, capsys):
+    name = f"tensor_parallel_{dimensions}"
+    text = run(name, monkeypatch, capsys)
+    assert f"{bytes_sent} forward, {bytes_sent} backward; closed form: {bytes_sent}" in text
+    assert text.endswith("matches single device\n")
+    assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60
+
+
 def test_an_example_is_short():
     for technique in PROPAGATION:
         assert len((EXAMPLES / f"propagation_{technique}.py").read_text("utf-8").splitlines()) < 60

@@ -16,6 +16,7 @@ class Mark:
         parameter_plan: parameter name (relative to the module) -> slice counts or a Layout.
         attributes: operator attributes (``add_prim_attr``).
         source: ``file:line`` where the request was made.
+        exact: whether the layouts are all of a choice, inputs and outputs alike, and not to be completed.
         is_pin: a layout pinned onto a value in the middle of a model (``reshard``).
     """
 
@@ -27,6 +28,7 @@ class Mark:
     source: str = ""
     is_pin: bool = False
     module_path: str | None = None
+    exact: bool = False
 
     @property
     def asks_for_layouts(self) -> bool:

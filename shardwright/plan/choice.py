@@ -68,7 +68,7 @@ def make_choice(
     for i, layout in enumerate(inputs):
         working = active
         if i in signature.late and computed[0] != settled[0]:
-            layout = _late_layout(signature, i, settled[0], op)
+            layout = late_layout(signature, i, settled[0], op)
             working = set(settled[0].split_axes)
         own = {*layout.split_axes, *layout.partial_axes}
         needs.append(layout)
@@ -76,7 +76,7 @@ def make_choice(
     return Choice(mesh, dict(split), tuple(needs), tuple(gradients), computed, settled)
 
 
-def _late_layout(signature: Signature, index: int, output: Layout, op: Operator) -> Layout:
+def late_layout(signature: Signature, index: int, output: Layout, op: Operator) -> Layout:
     """The layout of an input that is combined with the reduced output: each of its dims as the output has it."""
     where = {factors: dim for dim, factors in enumerate(signature.outputs[0]) if factors}
     dims, sizes = [], []

@@ -318,6 +318,16 @@ def _fraction(signature: Signature, mesh: Mesh, symbols: Sequence[Symbol], rows:
     return share
 
 
+def _apart(signature: Signature, choice: Choice) -> dict[str, Split]:
+    """How factors are split, of tied ones that the same axes split only one: it is the same work."""
+    found: dict[str, Split] = {}
+    for factor in sorted(choice.split, key=lambda f: f in signature.inner):
+        axes = choice.split[factor][0]
+        if factor not in signature.tied or all(f not in signature.tied or a != axes for f, (a, _) in found.items()):
+            found[factor] = choice.split[factor]
+    return found
+
+
 def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choice) -> ChoiceTable:
     """A table of one row: a choice that somebody else made, in this mesh's codes as far as they can say it."""
 
@@ -325,11 +335,10 @@ def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choi
         return tuple(codes_of([layout], mesh) for layout in layouts)
 
     gradients = tuple(np.array([[a in axes for a in mesh.axes]], dtype=bool) for axes in choice.partial_gradient)
-    share, inside = 1.0, {a for f, (axes, _) in choice.split.items() if f in signature.inner for a in axes}
-    reduced = _largest(op) / math.prod(
-        signature.sizes[f] for f, (axes, _) in choice.split.items() if f in signature.inner and axes
-    )
-    for factor, (axes, pieces) in choice.split.items():
+    split = _apart(signature, choice)
+    share, inside = 1.0, {a for f, (axes, _) in split.items() if f in signature.inner for a in axes}
+    reduced = _largest(op) / math.prod(signature.sizes[f] for f, (axes, _) in split.items() if f in signature.inner and axes)
+    for factor, (axes, pieces) in split.items():
         size = max(1, signature.sizes[factor])
         share *= (max(pieces) if pieces else -(-size // choice.mesh.count(axes))) / size
     return ChoiceTable(

@@ -17,8 +17,11 @@ from shardwright.plan.diff import brief, texts
 from shardwright.plan.edges import counts_of
 from shardwright.plan.files import LOADED, key_pattern, operator_keys
 from shardwright.plan.overview import pattern, seconds_text
+from shardwright.plan.price_orders import has_own_order, steps_price
 from shardwright.plan.reprice import Alternative, Repricer
 from shardwright.plan.table import bytes_text
+from shardwright.redistribute.planner import Options
+from shardwright.redistribute.steps import redistribution
 
 if TYPE_CHECKING:
     from shardwright.cost.communication import CollectivePrice
@@ -240,6 +243,10 @@ def _own(node: Node, choice: Choice, repricer: Repricer) -> str:
         if computed != outputs:
             here, there = (code_of(layout, repricer.mesh) for layout in (computed, outputs))
             steps = repricer.pricing.communication.describe(meta.shape, meta.dtype.itemsize, here, there)
+            if has_own_order(outputs):
+                options = Options(repricer.pricing.machine.links(repricer.mesh), meta.dtype.itemsize)
+                real = redistribution(computed, outputs, meta.shape, (), options).forward
+                steps = steps_price(real, meta.shape, meta.dtype.itemsize, options)
             lines.append(f"{brief(computed)} -> {brief(outputs)}: {_steps(steps)}")
     return "; ".join(lines)
 

@@ -184,7 +184,7 @@ class _Splits:
             return self.refuse(f"{here} {why}")
         if self.split.get(factor, own) != own or (factor in self.seen and factor not in self.split):
             return self.refuse(f"{self.seen[factor]} and {here} are the same dim but are split differently; write both alike")
-        taken = next((f for f, (a, _) in self.split.items() if f != factor and set(a) & set(axes)), None)
+        taken = self.signature.taken(factor, axes, self.split)
         if taken is not None:
             return self.refuse(f"{self.seen[taken]} and {here} use one axis for different dims; an axis can split one of them")
         self.split[factor] = own

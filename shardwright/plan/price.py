@@ -16,6 +16,7 @@ from shardwright.plan.choice import Choice
 from shardwright.plan.choices import codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
+from shardwright.plan.price_orders import in_true_orders
 from shardwright.plan.pricing import GATHERS, SUMS, Pricing, count_parameters, gradient_codes
 from shardwright.search.solve import solve
 
@@ -156,7 +157,7 @@ def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: fl
     pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph))
     formulation = formulation_of(plan, pricing, full_batch, states)
     solution = solve(formulation.problem)
-    return _Breakdown(formulation, solution.choices).price()
+    return in_true_orders(plan, _Breakdown(formulation, solution.choices).price(), machine, MovePrice)
 
 
 class _Breakdown:

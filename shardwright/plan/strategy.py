@@ -26,7 +26,8 @@ from shardwright.rules.signature import Signature, Split
 class Checked:
     """A strategy whose form is right: slice counts by factor, or Layouts by input.
 
-    ``pinned``: where the layouts are a plan file's, to be taken as they are, how to name its entry.
+    ``pinned``: where the layouts are to be taken as they are (a plan file's, an exact mark's), how to name where they are
+    said.
     """
 
     counts: dict[str, int] | None
@@ -116,7 +117,7 @@ def check_strategy(node: Node, signature: Signature, world_size: int, problems: 
     """Checks an operator's strategy against its rule; every problem found is added to ``problems``."""
     mark = node.mark
     assert mark is not None
-    what = _where(node)
+    what = where_of(node)
     kind = check_form(mark.in_strategy, what, problems)
     if kind is None:
         return None
@@ -135,10 +136,13 @@ def check_strategy(node: Node, signature: Signature, world_size: int, problems: 
     return checked if out_ok else None
 
 
-def _where(node: Node) -> str:
-    mark = node.mark
-    name = f"{node.module}.{mark.name}" if mark and node.module else (mark.name if mark else node.op.name)
-    line = node.source or (mark.source if mark else "")
+def where_of(node: Node) -> str:
+    """An operator by what the user called it, with the line where it runs, or else the line of its strategy."""
+    mark = node.mark or node.region
+    if mark is None:
+        return node.where
+    name = f"{node.module}.{mark.name}" if node.module else mark.name
+    line = node.source or mark.source
     return f"{name} ({node.op.name})" + (f" at {line}" if line else "")
 
 
@@ -150,7 +154,8 @@ def _check_layouts(
         for i, (entry, meta) in enumerate(zip(entries, node.op.inputs, strict=True))
         if entry is not None
     ]
-    return Checked(None, tuple(entries), node.mark.out_strategy) if all(fine) else None  # type: ignore[union-attr]
+    exact = what if node.mark.exact else ""  # type: ignore[union-attr]
+    return Checked(None, tuple(entries), node.mark.out_strategy, exact) if all(fine) else None  # type: ignore[union-attr]
 
 
 def _check_slices(
@@ -235,7 +240,7 @@ def resolve_strategy(
     """The choice that a checked strategy asks for, on the refined mesh."""
     if checked.pinned:
         return _pinned(node, signature, checked, refinement, needs_grad, problems)
-    what = _where(node)
+    what = where_of(node)
     found = (
         _split_of_counts(signature, checked, refinement)
         if checked.counts is not None
@@ -324,7 +329,7 @@ def _split_of_layouts(
                 )
                 fine = False
                 continue
-            taken = next((f for f, (a, _) in split.items() if f != factor and set(a) & set(axes)), None)
+            taken = signature.taken(factor, axes, split)
             if taken is not None:
                 problems.add(
                     f"{what}: {source[taken]} and {here} use the same axis for different dims of the operator; an axis "

@@ -46,6 +46,7 @@ class Signature:
         lowering: how the operator runs locally, where it is not the same call on local tensors.
         late: inputs that are used after the output's pending sums are reduced (a bias). Such a call reduces its output
             itself, and these inputs are laid out to fit the reduced output.
+        tied: factors that the same axes may split, all of them at once.
     """
 
     inputs: tuple[TensorFactors, ...]
@@ -58,6 +59,7 @@ class Signature:
     late: frozenset[int] = frozenset()
     inner: frozenset[str] = frozenset()
     order: tuple[str, ...] = field(default=())
+    tied: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         order: dict[str, None] = {}
@@ -76,6 +78,11 @@ class Signature:
 
     def splittable(self, factor: str) -> bool:
         return factor not in self.whole
+
+    def taken(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
+        """A factor that some of these axes split already and that stands against splitting ``factor`` by them."""
+        others = (f for f, (a, _) in split.items() if f != factor and set(a) & set(axes))
+        return next((f for f in others if not {f, factor} <= self.tied), None)
 
     def layouts(self, mesh: Mesh, split: Mapping[str, Split]) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
         """The layouts of inputs and outputs when each factor in ``split`` is split by its axes and piece sizes."""

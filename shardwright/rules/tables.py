@@ -3,6 +3,7 @@
 import shardwright.rules.attention
 import shardwright.rules.conv
 import shardwright.rules.create
+import shardwright.rules.field_lookup
 import shardwright.rules.index
 import shardwright.rules.loss
 import shardwright.rules.matmul
@@ -10,4 +11,5 @@ import shardwright.rules.norm
 import shardwright.rules.pointwise
 import shardwright.rules.random
 import shardwright.rules.reduce
+import shardwright.rules.self_defined
 import shardwright.rules.view  # noqa: F401

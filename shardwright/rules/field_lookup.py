@@ -1,0 +1,71 @@
+"""Lookup by field: an embedding whose columns of indices each read a range of rows of their own (``manual_split``).
+
+The table is cut by rows and the indices by their last dim, both by the same axes, so that a rank reads its own rows only:
+no rank needs another's, and nothing is summed. It is exact as long as the indices keep to the ranges; one that does not
+is an error, on the CPU with a message, elsewhere the device's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shardwright.errors import ShardwrightError
+from shardwright.rules.index import embedding_of_rows, own_row
+from shardwright.rules.lowering import Local, Ref
+from shardwright.rules.operator import Operator
+from shardwright.rules.pieces import of_sizes, start
+from shardwright.rules.registry import rule_for
+from shardwright.rules.signature import Signature, parse
+
+
+def lookup_by_field(table: Tensor, indices: Tensor, padding: int = -1) -> Tensor:
+    """Rows of a table; the same as ``torch.embedding``.
+
+    >>> lookup_by_field(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0])).flatten()
+    tensor([2., 1.])
+    """
+    return torch.embedding(table, indices, padding)
+
+
+@rule_for("lookup_by_field")
+def _rule(op: Operator) -> Signature:
+    """Rows and fields are split together; rows alone by lookups that are zero elsewhere and then summed."""
+    return replace(parse("rows~ e, ... f -> ... f e", op, None, (), _lookup), tied=frozenset({"rows", "f"}))
+
+
+def _lookup(local: Local) -> tuple[Ref, ...]:
+    rows, fields = local.axes_of("rows"), local.axes_of("f")
+    if not rows:
+        return local.same_call()
+    table, indices = local.inputs
+    first, count = start(local, False, 0, 0), local.local_size(False, 0, 0)
+    padding = of_sizes(own_row, local.op.args[2] if len(local.op.args) > 2 else -1, first, count)
+    if rows == fields:
+        return (local.call(own_rows, table, indices, first, padding),)
+    assert not set(rows) & set(fields), "rows and fields share axes but are not split alike"
+    meta, whole = local.op.outputs[0], local.output_layouts[0]
+    found = local.call(embedding_of_rows, table, indices, first, padding)
+    return (local.move(found, meta.shape, whole.with_partial(rows), whole, (), meta.dtype),)
+
+
+def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1) -> Tensor:
+    """Rows of a piece of a table that starts at row ``first``, for indices into the whole table.
+
+    Raises:
+        ShardwrightError: an index into another piece.
+
+    >>> own_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([8, 7]), 7).flatten()
+    tensor([2., 1.])
+    """
+    rows, own = table.shape[0], indices - first if first else indices
+    if table.device.type == "cpu" and own.numel():
+        low, high = (int(i) + first for i in own.aminmax())
+        if low < first or high >= first + rows:
+            raise ShardwrightError(
+                f"manual_split: these fields read rows {first} to {first + rows - 1}, but the indices have {low} to {high}; "
+                "give each slice the rows of its fields, or split the rows only: indices (1, ..., 1)"
+            )
+    return torch.embedding(table, own, padding)

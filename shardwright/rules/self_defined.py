@@ -1,0 +1,66 @@
+"""Self-defined: an operator that runs on its local pieces in layouts of the user's own (``self_define_shard``).
+
+That the local results are the pieces of the global one is the user's word; that they have the right shapes is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from shardwright.errors import ShardwrightError
+from shardwright.rules.lowering import Local, Ref
+from shardwright.rules.operator import Operator, operator_name
+from shardwright.rules.pieces import names, notation
+from shardwright.rules.registry import rule_for
+from shardwright.rules.signature import Signature, parse
+
+
+@dataclass(frozen=True)
+class SelfDefined:
+    """The operator itself, under a name that has no other rule."""
+
+    function: Callable[..., Any]
+
+    @property
+    def __name__(self) -> str:
+        return "self_defined"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@rule_for("self_defined")
+def _rule(op: Operator) -> Signature:
+    """Every dim is a factor of its own; which are split together is up to the layouts."""
+    inputs = [[f"{name}~" for name in names(len(meta.shape), f"i{i}_")] for i, meta in enumerate(op.inputs)]
+    outputs = [names(len(meta.shape), f"o{i}_") for i, meta in enumerate(op.outputs)]
+    signature = parse(notation(inputs, outputs), op, None, (), _on_pieces)
+    return replace(signature, tied=frozenset(signature.order))
+
+
+def _on_pieces(local: Local) -> tuple[Ref, ...]:
+    results = local.same_call()
+    name = operator_name(local.op.target.function)  # type: ignore[attr-defined]
+    return tuple(local.call(of_shape, ref, local.local_shape(True, i), name) for i, ref in enumerate(results))
+
+
+def of_shape(x: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """The tensor itself, if it has this shape.
+
+    Raises:
+        ShardwrightError: it has another.
+
+    >>> import torch
+    >>> of_shape(torch.ones(2), [2], "aten.relu")
+    tensor([1., 1.])
+    """
+    if list(x.shape) != list(shape):
+        raise ShardwrightError(
+            f"self_define_shard: {name} made a piece of shape {list(x.shape)}, but out_strategy says {list(shape)}; give the "
+            "layout that its pieces really have"
+        )
+    return x
