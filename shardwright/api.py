@@ -110,6 +110,11 @@ class AutoParallel:
             for entry in config:
                 if not isinstance(entry, (tuple, Layout)):
                     raise ArgumentTypeError(f"dataset_strategy holds {entry!r}: give slice counts or a Layout")
+                if isinstance(entry, Layout) and entry.copies > 1:
+                    raise ShardwrightError(
+                        f"dataset_strategy holds {entry.short()}: 'interleaved_parallel' cuts what a device computes, not what "
+                        "it is handed; write the layout without it"
+                    )
                 if isinstance(entry, tuple) and any(not isinstance(c, int) or isinstance(c, bool) for c in entry):
                     raise ArgumentTypeError(f"dataset_strategy holds {entry!r}: slice counts are ints")
         self.settings.dataset_strategy = config

@@ -19,6 +19,7 @@ from shardwright.errors import ArgumentTypeError
 from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
+from shardwright.train.interleaved_axis import prepare_copies
 from shardwright.world.current import init
 
 
@@ -75,6 +76,7 @@ def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Setti
     marks, parameter_plan = gather_marks(root, settings)
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
+    graph = prepare_copies(graph, parameter_plan if settings.mode != "data_parallel" else None)
     request = plan_request(devices, settings, parameter_plan, settings.search.machine)
     return plan_as_asked(root, graph, request, settings)
 

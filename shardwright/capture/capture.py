@@ -29,9 +29,9 @@ from shardwright.capture.functionalise import (
 )
 from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
-from shardwright.capture.session import CALL, PIN, Session, marked_modules, session
+from shardwright.capture.session import BATCH, CALL, COPY, PIN, Session, marked_modules, session
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
-from shardwright.errors import CaptureError
+from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 
 _SKIPPED = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
@@ -74,7 +74,7 @@ class StepFound(BaseException):
     """Raised within a capture by something only a train step does: a backward pass or an optimizer step."""
 
 
-_PASS_THROUGH = (CaptureError, StepFound)
+_PASS_THROUGH = (ShardwrightError, StepFound)
 
 
 @contextlib.contextmanager
@@ -455,10 +455,14 @@ class _Converter:
             self.metas[value] = meta
         operator = self._operator_call(overload, args, kwargs, inputs, outputs, sequence)
         autocast, grad = self.context
+        custom = at.meta.get("custom") or {}
         self.nodes.append(
-            Node(name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad)
-        )
-        self.calls[name] = at.meta.get("custom") or {}
+            Node(
+                name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad,
+                copy=custom.get(COPY), carries_batch=BATCH in custom,
+            )
+        )  # fmt: skip
+        self.calls[name] = custom
         return outputs
 
     def _describe(self, value: str) -> TensorMeta:

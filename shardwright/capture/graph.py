@@ -34,6 +34,9 @@ class Node:
     ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
     ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
     of the operator's ``i``-th input.
+
+    ``copy`` is the group of copies and the number within it, of an operator that is run for one of several copies of a
+    batch. ``carries_batch``: dim 0 of its outputs is the batch, or a copy's part of it, by the user's word.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Node:
     region: Mark | None = None
     autocast: tuple[Any, ...] | None = None
     grad: bool = True
+    copy: tuple[int, int] | None = None
+    carries_batch: bool = False
 
     @property
     def where(self) -> str:

@@ -111,7 +111,8 @@ class LocalProgram:
     """What one rank runs.
 
     ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
-    each value of the graph, as it comes out of its operator.
+    each value of the graph, as it comes out of its operator. ``copies`` gives the copy that the calls of a node belong to,
+    where operators run in copies.
     """
 
     world_size: int
@@ -122,6 +123,7 @@ class LocalProgram:
     lanes: dict[str, Lanes]
     layouts: dict[str, Layout]
     places: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, int] = field(default_factory=dict)
 
     def text(self, rank: int = 0) -> str:
         """The program of one rank as readable code."""

@@ -36,7 +36,7 @@ from shardwright.world.distributed_moves import DistributedMove, MovesTogether, 
 from shardwright.world.distributed_starts import StartedMoves
 from shardwright.world.distributed_steps import Groups
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
-from shardwright.world.source import SourceWriter
+from shardwright.world.source import SourceWriter, write_note
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -316,6 +316,7 @@ def _bind(program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...
             writer.line(f"{instruction.output} = {name}({instruction.source})")
         else:
             _write_call(writer, instruction, rank)
+            write_note(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
     if keep is not None:

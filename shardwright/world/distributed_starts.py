@@ -48,8 +48,6 @@ class StartedMoves:
 
     def start(self, phase: str, members: tuple[int, ...], values: list[Tensor]) -> UnderWay | SharedUnderWay:
         """Starts the steps of one phase on the tensors of some of the moves."""
-        if record._active:
-            record.emit([self.record[i] for i in members], values[0].dtype, phase)
         return self._starter(phase, members)(values)
 
     def _starter(
@@ -80,10 +78,21 @@ class Travelling:
         self.gradients: UnderWay | SharedUnderWay | None = None
         self.started: tuple[int, ...] = ()
         self.token: Tensor | None = None
+        self.recorded: list[record.UnderWay] = []
+
+    def _start(self, phase: str, members: tuple[int, ...], values: list[Tensor]) -> UnderWay | SharedUnderWay:
+        if record._active:
+            self.recorded = record.emit([self.moves.record[i] for i in members], values[0].dtype, phase, ends_later=True)
+        return self.moves.start(phase, members, values)
+
+    def _end(self, under_way: UnderWay | SharedUnderWay) -> list[Any]:
+        found = under_way.wait()
+        record.ended(self.recorded)
+        return found if isinstance(found, list) else [found]
 
     def start_forward(self, values: list[Tensor]) -> None:
         if self.moves.moves_forward:
-            self.under_way = self.moves.start("forward", self.moves.everyone, values)
+            self.under_way = self._start("forward", self.moves.everyone, values)
         else:
             self.values = list(values)
 
@@ -95,7 +104,7 @@ class Travelling:
 
     def end_forward(self, index: int) -> Tensor:
         if self.under_way is not None:
-            self.values, self.under_way = _results(self.under_way), None
+            self.values, self.under_way = self._end(self.under_way), None
         result, self.values[index] = self.values[index], None
         assert result is not None, "a move is ended once"
         return result
@@ -110,7 +119,7 @@ class Travelling:
 
     def start_backward(self) -> None:
         self.started = tuple(sorted(self.given))
-        self.gradients = self.moves.start("backward", self.started, [self.given[i] for i in self.started])
+        self.gradients = self._start("backward", self.started, [self.given[i] for i in self.started])
         self.given = {}
 
     def end_backward(self) -> list[Tensor | None]:
@@ -119,15 +128,10 @@ class Travelling:
             self.start_backward()
         found: list[Tensor | None] = [None] * len(self.moves.everyone)
         if self.gradients is not None:
-            for index, gradient in zip(self.started, _results(self.gradients), strict=True):
+            for index, gradient in zip(self.started, self._end(self.gradients), strict=True):
                 found[index] = gradient
             self.gradients = None
         return found
-
-
-def _results(under_way: UnderWay | SharedUnderWay) -> list[Any]:
-    found = under_way.wait()
-    return found if isinstance(found, list) else [found]
 
 
 class _StartFunction(torch.autograd.Function):

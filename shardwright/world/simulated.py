@@ -19,10 +19,11 @@ from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, LocalProgram, Move, Start, Together
 from shardwright.redistribute.steps import redistribution, steps_between
 from shardwright.rules.lowering import PerRank
+from shardwright.world import record
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
 from shardwright.world.simulated_moves import SimulatedMove, SimulatedPieces, SimulatedTogether, apply_move, representatives
 from shardwright.world.simulated_steps import run_steps
-from shardwright.world.source import SourceWriter
+from shardwright.world.source import SourceWriter, write_note
 
 Lanes = lane.Lanes
 
@@ -148,10 +149,16 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., 
             writer.line(f"{item.name} = [{item.name}]")
     bucket_of: dict[str, tuple[Move, ...]] = {}
     begun: set[str] = set()
+    noted: dict[str, SimulatedMove] = {}
     for instruction, dead in zip(program.instructions, dying, strict=True):
         if isinstance(instruction, Start):  # nothing travels here: the first of the moves to end does it all
             if len(instruction.moves) > 1:
                 bucket_of |= dict.fromkeys((move.output for move in instruction.moves), instruction.moves)
+            elif program.copies:  # logs are told, for they say what runs meanwhile
+                (move,) = instruction.moves
+                noted[move.output] = SimulatedMove(move, program.lanes[move.source])
+                writer.names["_logs"] = record._active
+                writer.line(f"if _logs: {writer.constant('start', noted[move.output].note_start)}({move.source})")
             continue
         members = instruction.moves if isinstance(instruction, Together) else ()
         if isinstance(instruction, Move) and instruction.output not in begun:
@@ -167,11 +174,12 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None) -> Callable[..., 
                 writer.forget([name for name in dead if name not in (keep or ())])
                 continue
             writer.context(instruction.autocast, instruction.grad)
-            move = writer.constant("move", SimulatedMove(instruction, program.lanes[instruction.source]))
-            writer.line(f"{instruction.output} = {move}({instruction.source})")
+            prepared = noted.get(instruction.output) or SimulatedMove(instruction, program.lanes[instruction.source])
+            writer.line(f"{instruction.output} = {writer.constant('move', prepared)}({instruction.source})")
         elif isinstance(instruction, Call):
             writer.context(instruction.autocast, instruction.grad)
             _write_call(writer, instruction, program)
+            write_note(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
     if keep is not None:
