@@ -2,9 +2,12 @@
 
     python examples/multi_copy.py
     torchrun --nproc-per-node 2 examples/multi_copy.py
+
+The log of communication says what ran between the start of a collective and its end.
 """
 
 import copy
+import os
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +30,16 @@ class Network(nn.Module):
 
 
 def main() -> None:
-    world = sw.init()
+    started = {"RANK", "SHARDWRIGHT_DEVICES"} & set(os.environ)
+    world = sw.init() if started else sw.init(devices=8)
     torch.manual_seed(0)
     net = sw.MicroBatchInterleaved(Network().double(), interleave_num=2)
     single = copy.deepcopy(net.network)  # the whole batch at once
     layout = sw.Layout((world.size,), ("tp",))
-    columns, rows = layout("tp", "None"), layout("None", "tp")
-    parallel = sw.AutoParallel(net).shard(
-        {"network.up.*.weight": columns, "network.up.*.bias": layout("tp"), "network.down.*.weight": rows}
-    )
+    weights = {f"up.{i}.weight": layout("tp", "None") for i in range(2)} | {f"up.{i}.bias": layout("tp") for i in range(2)}
+    weights |= {f"down.{i}.weight": layout("None", "tp") for i in range(2)}
+    sw.shard(net.network, (layout("None", "None"),), parameter_plan=weights)
+    parallel = sw.AutoParallel(net)
     x = torch.randn(8, 16, dtype=torch.float64)
     parallel.compile(x)
     with sw.record_communication() as log:

@@ -454,8 +454,8 @@ def _check_device_matrix(device_matrix: object, alias_name: object, rank_list: o
         raise LayoutError(f"alias_name {alias_name} repeats an alias: every axis needs a name of its own")
     if INTERLEAVED in alias_name[:-1]:
         raise LayoutError(
-            f"alias_name {alias_name} has {INTERLEAVED!r} at {alias_name.index(INTERLEAVED)}: it cuts what one device holds, so "
-            "it has to be the last alias"
+            f"alias_name {alias_name} has {INTERLEAVED!r} at {alias_name.index(INTERLEAVED)}: it cuts what one device holds, "
+            "so it has to be the last alias"
         )
     if rank_list is not None:
         devices = device_matrix[:-1] if INTERLEAVED in alias_name else device_matrix

@@ -65,9 +65,7 @@ def draws(op: Operator) -> bool:
 class _Turns:
     """The instructions from the first to the last of a group of copies, and the order in which they will run."""
 
-    def __init__(
-        self, program: LocalProgram, instructions: Sequence[Instruction], copies: dict[str, int], drawing: set[str]
-    ):
+    def __init__(self, program: LocalProgram, instructions: Sequence[Instruction], copies: dict[str, int], drawing: set[str]):
         places = [at for at, i in enumerate(instructions) if i.cause in copies]
         first, end = places[0], places[-1] + 1
         self.before, self.after = instructions[:first], instructions[end:]

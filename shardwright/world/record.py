@@ -143,9 +143,10 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str, ends_later: boo
                 under_way.append((log, len(log.events)))
                 log.events.append(
                     CommunicationEvent(
-                        step.kind, step.axes, groups, sent, plan.shape, dtype, moved.cause, moved.edge, phase, launch, at, at + 1
+                        step.kind, step.axes, groups, sent, plan.shape, dtype, moved.cause, moved.edge, phase, launch,
+                        at, at + 1,
                     )
-                )
+                )  # fmt: skip
                 launch += 1
     return under_way if ends_later else []
 

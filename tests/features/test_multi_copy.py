@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import compare, main, on_ranks, same_steps, simulated
 from torch import nn
 
 import shardwright as sw
-from harness import compare, main, on_ranks, same_steps, simulated
 from shardwright.partition.program import Call, Move, Start
 from shardwright.world.current import current_world
 
@@ -514,13 +514,13 @@ def product(x, weight, *layouts, op=None):
 
 def test_the_axis_is_refused_where_it_cannot_be():
     batch = ("dp", AXIS)
-    refused(
-        lambda la, w: lambda x: product(x, w, la("dp", AXIS), la(AXIS, "None")).relu().sum(), "dim 1 of input 0.*write it in dim 0"
-    )
-    refused(
-        lambda la, w: lambda x: product(x, w, la("dp", "None"), la(AXIS, "None")).relu().sum(), "dim 0 of input 1, which is summed"
-    )
-    refused(lambda la, w: lambda x: product(x, w, la(batch, "None"), la("None", "mp")).relu().sum(), "size 6, which 2 slices of 2", 6)
+
+    def products(*entries):
+        return lambda la, w: lambda x: product(x, w, *(la(*e) for e in entries)).relu().sum()
+
+    refused(products(("dp", AXIS), (AXIS, "None")), "dim 1 of input 0.*write it in dim 0")
+    refused(products(("dp", "None"), (AXIS, "None")), "dim 0 of input 1, which is summed")
+    refused(products((batch, "None"), ("None", "mp")), "size 6, which 2 slices of 2", 6)
     refused(lambda la, w: lambda x: product(x, w, la(AXIS, "None"), la("None", "None")), "the only axis of its Layouts")
 
     def two_sizes(la, w):
