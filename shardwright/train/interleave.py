@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 
 from shardwright.capture.graph import Graph
-from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Start
+from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.rules import random_draw
 from shardwright.rules.operator import Operator
@@ -69,14 +69,16 @@ class _Turns:
         places = [at for at, i in enumerate(instructions) if i.cause in copies]
         first, end = places[0], places[-1] + 1
         self.before, self.after = instructions[:first], instructions[end:]
-        self.region = list(instructions[first:end])
+        self.region = [part for i in instructions[first:end] for part in _by_copy(i, copies)]
         self.maker = {name: at for at, i in enumerate(self.region) for name in i.outputs}
         self.draws = [isinstance(i, Call) and i.cause in drawing and i.function not in _NO_DRAWS for i in self.region]
         self.needs = self._needs(program)
         self.queues = self._queues(copies)
         self.leaving: dict[int, list[int]] = {}  # maker of a tensor that travels -> its moves
         for at, instruction in enumerate(self.region):
-            if isinstance(instruction, Move) and instruction.source in self.maker and _travels(instruction):
+            if not (isinstance(instruction, Move) and instruction.cause in copies and _travels(instruction)):
+                continue
+            if instruction.source in self.maker:
                 self.leaving.setdefault(self.maker[instruction.source], []).append(at)
         self.result: list[Instruction] = []
         self.done = [False] * len(self.region)
@@ -127,7 +129,7 @@ class _Turns:
             at = stack[-1]
             missing = [need for need in self.needs[at] if not self.done[need]]
             if missing and not self.done[at]:
-                stack += missing
+                stack += reversed(missing)
                 continue
             stack.pop()
             if not self.done[at]:
@@ -154,6 +156,16 @@ class _Turns:
     def _only_cuts(self, at: int, drawn: int) -> bool:
         instruction = self.region[at]
         return isinstance(instruction, Call) and instruction.function is piece and self.needs[at] == [drawn]
+
+
+def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instruction]:
+    """Moves that share their collectives, those of each copy by themselves: one copy's should not wait for another's."""
+    if not isinstance(instruction, Together):
+        return [instruction]
+    parts: dict[int | None, list[Move]] = {}
+    for move in instruction.moves:
+        parts.setdefault(copies.get(move.cause), []).append(move)
+    return [moves[0] if len(moves) == 1 else Together(tuple(moves)) for moves in parts.values()]
 
 
 def _travels(move: Move) -> bool:

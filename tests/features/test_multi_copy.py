@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, main, on_ranks, same_steps, simulated
 from torch import nn
 
 import shardwright as sw
+from harness import compare, main, on_ranks, same_steps, simulated
 from shardwright.partition.program import Call, Move, Start
 from shardwright.world.current import current_world
 
@@ -433,7 +433,7 @@ def test_every_instruction_is_there_once_and_after_what_it_reads():
             assert not made & set(instruction.outputs)
             made.update(instruction.outputs)
             if isinstance(instruction, Start):
-                started.add(instruction.move.output)
+                started.update(move.output for move in instruction.moves)
             elif isinstance(instruction, Move) and instruction.started:
                 assert instruction.output in started
                 ended.add(instruction.output)
