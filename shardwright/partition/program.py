@@ -64,6 +64,7 @@ class Move:
     grad: bool = True
     autocast: Autocast = None
     started: bool = False  # a Start before it begins it
+    copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -76,9 +76,10 @@ class _Turns:
         self.queues = self._queues(copies)
         self.leaving: dict[int, list[int]] = {}  # maker of a tensor that travels -> its moves
         for at, instruction in enumerate(self.region):
-            if not (isinstance(instruction, Move) and instruction.cause in copies and _travels(instruction)):
+            if not isinstance(instruction, Move) or instruction.cause not in copies or instruction.source not in self.maker:
                 continue
-            if instruction.source in self.maker:
+            instruction = self.region[at] = replace(instruction, copy=copies[instruction.cause])
+            if _travels(instruction):
                 self.leaving.setdefault(self.maker[instruction.source], []).append(at)
         self.result: list[Instruction] = []
         self.done = [False] * len(self.region)

@@ -27,7 +27,7 @@ class StartedMoves:
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool):
         self.plans = [move.redistribution for move in moves]
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge) for move in moves]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy) for move in moves]
         self.needs_grad = moves[0].needs_grad
         self.moves_forward = any(plan.forward for plan in self.plans)
         self.rank, self.groups, self.compact = rank, groups, compact

@@ -53,7 +53,7 @@ class Moment:
             run in copies, for there they can lie between a start and its end.
         phase: ``forward`` or ``backward``.
         what: the edge of the collective, or the node that the call comes from.
-        copy: the copy that the call belongs to, from 0.
+        copy: the copy that it belongs to, from 0; ``None`` for what belongs to none.
     """
 
     kind: str
@@ -114,6 +114,7 @@ class Moved:
     redistribution: Redistribution
     cause: str
     edge: str
+    copy: int | None = None
 
 
 # Where an event that is under way stands: a log, and its number there.
@@ -137,9 +138,9 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str, ends_later: boo
                 groups = tuple(tuple(g) for g in groups_that_communicate(step, plan.shape))
                 sent = sent_elements(step, plan.shape) * dtype.itemsize
                 at = len(log.timeline)
-                log.timeline.append(Moment("start", phase, moved.edge))
+                log.timeline.append(Moment("start", phase, moved.edge, moved.copy))
                 if not ends_later:
-                    log.timeline.append(Moment("end", phase, moved.edge))
+                    log.timeline.append(Moment("end", phase, moved.edge, moved.copy))
                 under_way.append((log, len(log.events)))
                 log.events.append(
                     CommunicationEvent(
@@ -156,7 +157,7 @@ def ended(under_way: list[UnderWay]) -> None:
     for log, number in under_way:
         event = log.events[number]
         log.events[number] = replace(event, ended=len(log.timeline))
-        log.timeline.append(Moment("end", event.phase, event.edge))
+        log.timeline.append(replace(log.timeline[event.started], kind="end"))
     under_way.clear()
 
 

@@ -28,7 +28,7 @@ class SimulatedMove:
         self.plan, self.needs_grad = move.redistribution, move.needs_grad
         self.is_started = self.ends_later = False
         self.recorded: list[record.UnderWay] = []
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge)]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy)]
         shape = self.plan.shape
         self.there = prepare(self.plan.forward, shape, source_lanes)
         self.back = prepare(self.plan.backward, shape, move.lanes)
