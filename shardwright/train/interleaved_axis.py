@@ -15,8 +15,8 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from shardwright.rules.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import signature_of
 from shardwright.rules.signature import Signature, TensorFactors
 from shardwright.train.interleave import draws
+from shardwright.train.interleaved_rules import Cut, check_cut, check_together, cut_layouts
 from shardwright.train.one_copy import Unfit, meta_of, operator_of_one_copy
 from shardwright.train.shared_nodes import share_between_copies
 
@@ -37,7 +38,7 @@ aten = torch.ops.aten
 
 def is_interleaved(graph: Graph) -> bool:
     """Whether some operator has a Layout with the virtual axis."""
-    return any(True for node in graph.nodes for _ in _cut_layouts(node))
+    return any(True for node in graph.nodes for _ in cut_layouts(node))
 
 
 def prepare_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]] | None) -> Graph:
@@ -61,112 +62,10 @@ def in_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]]) -> Gr
     for name, (entry, what) in parameter_plan.items():
         if isinstance(entry, Layout) and entry.copies > 1:
             problems.add(f"{what}: parameter {name!r} has {INTERLEAVED!r}, which cuts a batch; write the layout without it")
-    cuts = [cut for node in graph.nodes if (cut := _check(graph, node, problems)) is not None]
-    _check_together(cuts, problems)
+    cuts = [cut for node in graph.nodes if (cut := check_cut(graph, node, problems)) is not None]
+    check_together(cuts, problems)
     problems.raise_if_any("the strategies cannot be followed")
     return _Copies(graph, cuts).graph() if cuts else graph
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A marked operator: the factor of its rule that is the batch, how many devices cut it, and into how many copies."""
-
-    node: Node
-    factor: str
-    ways: int
-    copies: int
-
-
-def _cut_layouts(node: Node) -> Iterator[tuple[bool, int, Layout]]:
-    """The Layouts of an operator's strategy that have the virtual axis: of an output or not, which, and the Layout."""
-    mark = node.mark
-    if mark is None:
-        return
-    if isinstance(mark.in_strategy, tuple):
-        for i, position in enumerate(node.mark_positions):
-            entry = mark.in_strategy[position] if position is not None and position < len(mark.in_strategy) else None
-            if isinstance(entry, Layout) and entry.copies > 1:
-                yield False, i, entry
-    if isinstance(mark.out_strategy, tuple):
-        for i, entry in enumerate(mark.out_strategy):
-            if isinstance(entry, Layout) and entry.copies > 1 and i < len(node.outputs):
-                yield True, i, entry
-
-
-# -- what is against the rules ----------------------------------------------------------------------------------------
-
-
-def _check(graph: Graph, node: Node, problems: Problems) -> _Cut | None:
-    found = list(_cut_layouts(node))
-    if not found:
-        return None
-    what = f"{node.mark.name if node.mark else node.op.name} ({node.op.name}) at {node.source or '?'}"
-    if node.copy is not None:
-        problems.add(f"{what}: {INTERLEAVED!r} within MicroBatchInterleaved, which makes copies itself; use one of the two")
-        return None
-    signature = signature_of(node.op)
-    if signature is None:
-        problems.add(f"{what}: {INTERLEAVED!r} on an operator without a rule; remove it there")
-        return None
-    before = len(problems.lines)
-    factors = {_factor(node, signature, *entry, what, problems) for entry in found}
-    if len(problems.lines) > before or None in factors:
-        return None
-    if len(factors) > 1:
-        problems.add(f"{what}: {INTERLEAVED!r} cuts dims that are not the same dim of the operator; leave it in one place")
-        return None
-    factor, ways = next(iter(factors)) or "", found[0][2].mesh.count(found[0][2].bound[0])
-    copies, size = found[0][2].copies, signature.sizes[factor]
-    if size % (ways * copies):
-        problems.add(
-            f"{what}: the batch has size {size}, which {ways} slices of {copies} copies each, {ways * copies} parts, do not "
-            "divide; give a batch that they divide"
-        )
-        return None
-    if any(value in graph.outputs for value in node.outputs) and not any(e.split_axes for e in _layouts(node)):
-        problems.add(
-            f"{what}: its output is the program's, and {INTERLEAVED!r} is the only axis of its Layouts; split it over devices "
-            "too, or remove the axis there"
-        )
-    return _Cut(node, factor, ways, copies)
-
-
-def _layouts(node: Node) -> list[Layout]:
-    mark = node.mark
-    assert mark is not None
-    return [e for e in (*(mark.in_strategy or ()), *(mark.out_strategy or ())) if isinstance(e, Layout) and e.dims is not None]
-
-
-def _factor(
-    node: Node, signature: Signature, is_output: bool, index: int, layout: Layout, what: str, problems: Problems
-) -> str | None:
-    """The factor that a Layout cuts into copies."""
-    side = f"{'output' if is_output else 'input'} {index}"
-    meta = (node.op.outputs if is_output else node.op.inputs)[index]
-    dim = layout.interleaved[1] if layout.interleaved is not None else None
-    if layout.ndim != len(meta.shape):
-        return None  # the strategy's own check says so
-    if dim != 0:
-        problems.add(f"{what}: {INTERLEAVED!r} cuts dim {dim} of {side}; it cuts the batch, so write it in dim 0")
-        return None
-    factor = signature.major((signature.outputs if is_output else signature.inputs)[index][0])
-    if factor is None or factor in signature.summed or not signature.splittable(factor):
-        why = "is broadcast" if factor is None else "is summed over" if factor in signature.summed else "must stay whole"
-        problems.add(f"{what}: {INTERLEAVED!r} cuts dim 0 of {side}, which {why} here; it cuts the batch only")
-        return None
-    if factor not in {f for tensor in signature.outputs for dim_factors in tensor for f in dim_factors[:1]}:
-        problems.add(f"{what}: {INTERLEAVED!r} cuts dim 0 of {side}, which no output has as a batch; it cuts the batch only")
-        return None
-    return factor
-
-
-def _check_together(cuts: Sequence[_Cut], problems: Problems) -> None:
-    other = next((cut for cut in cuts if cut.copies != cuts[0].copies), None)
-    if other is not None:
-        problems.add(
-            f"{INTERLEAVED!r} has size {cuts[0].copies} at {cuts[0].node.where} and {other.copies} at {other.node.where}; give "
-            "it one size in all Layouts"
-        )
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -175,7 +74,7 @@ def _check_together(cuts: Sequence[_Cut], problems: Problems) -> None:
 class _Copies:
     """Writes the graph anew, with the operators between the marked ones in copies."""
 
-    def __init__(self, graph: Graph, cuts: Sequence[_Cut]):
+    def __init__(self, graph: Graph, cuts: Sequence[Cut]):
         self.old, self.cuts = graph, {cut.node.name: cut for cut in cuts}
         self.copies, self.ways = cuts[0].copies, math.lcm(*(cut.ways for cut in cuts))
         self.between = _between(graph, self.cuts)
