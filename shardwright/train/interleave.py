@@ -6,6 +6,10 @@ waits for what travelled, and goes on. Nothing is computed otherwise than before
 started before they are ended. Autograd runs backward in the opposite order of the forward, so there the copies take turns
 just so: the gradient of a move starts to travel at its end's place and is waited for at its start's.
 
+Between two moves there often is either much to compute or next to nothing: sums stand where a feed-forward layer ends, and
+those of its gradient where it begins. While another copy waits, much is therefore done in two halves: one hides the forward's
+sum, the other the backward's.
+
 Invariants:
 
 - Every instruction runs after those that make what it reads.
@@ -23,6 +27,7 @@ from dataclasses import replace
 import torch
 
 from shardwright.capture.graph import Graph
+from shardwright.cost.compute import flops
 from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.rules import random_draw
@@ -46,11 +51,12 @@ def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
     if not copies:
         return program
     drawing = {node.name for node in graph.nodes if draws(node.op)}
+    work = {name: flops(node.op) for node in graph.nodes if (name := node.name) in copies}
     instructions: Sequence[Instruction] = program.instructions
     for group in sorted({of for of, _ in copies.values()}):
         members = {name: index for name, (of, index) in copies.items() if of == group}
         if len({members[i.cause] for i in instructions if i.cause in members}) > 1:
-            instructions = _Turns(program, instructions, members, drawing).order()
+            instructions = _Turns(program, instructions, members, drawing, work).order()
     return replace(program, instructions=tuple(instructions), copies={name: index for name, (_, index) in copies.items()})
 
 
@@ -65,7 +71,14 @@ def draws(op: Operator) -> bool:
 class _Turns:
     """The instructions from the first to the last of a group of copies, and the order in which they will run."""
 
-    def __init__(self, program: LocalProgram, instructions: Sequence[Instruction], copies: dict[str, int], drawing: set[str]):
+    def __init__(
+        self,
+        program: LocalProgram,
+        instructions: Sequence[Instruction],
+        copies: dict[str, int],
+        drawing: set[str],
+        work: dict[str, float],
+    ):
         places = [at for at, i in enumerate(instructions) if i.cause in copies]
         first, end = places[0], places[-1] + 1
         self.before, self.after = instructions[:first], instructions[end:]
@@ -81,9 +94,12 @@ class _Turns:
             instruction = self.region[at] = replace(instruction, copy=copies[instruction.cause])
             if _travels(instruction):
                 self.leaving.setdefault(self.maker[instruction.source], []).append(at)
+        self.work = self._work(work)
         self.result: list[Instruction] = []
         self.done = [False] * len(self.region)
         self.started: set[int] = set()
+        self.under_way: set[int] = set()
+        self.has_paused = [False] * len(self.queues)  # within what a copy computes before its next move
 
     def _needs(self, program: LocalProgram) -> list[list[int]]:
         """For every instruction, those that have to run before it."""
@@ -104,24 +120,62 @@ class _Turns:
 
     def _queues(self, copies: dict[str, int]) -> list[deque[int]]:
         """What each copy runs, in its order; what belongs to none goes with what follows it."""
-        owners: list[int] = [0] * len(self.region)
+        self.owners = [0] * len(self.region)
         owner = 0
         for at in reversed(range(len(self.region))):
-            owner = owners[at] = copies.get(self.region[at].cause, owner)
-        count = max(owners) + 1
-        return [deque(at for at, own in enumerate(owners) if own == index) for index in range(count)]
+            owner = self.owners[at] = copies.get(self.region[at].cause, owner)
+        count = max(self.owners) + 1
+        return [deque(at for at, own in enumerate(self.owners) if own == index) for index in range(count)]
+
+    def _work(self, work: dict[str, float]) -> list[float]:
+        """The operations of every instruction: those of an operator at its first call."""
+        counted: set[str] = set()
+        result = []
+        for instruction in self.region:
+            is_first = isinstance(instruction, Call) and instruction.cause not in counted
+            result.append(work.get(instruction.cause, 0.0) if is_first else 0.0)
+            counted.update([instruction.cause] if is_first else [])
+        return result
 
     def order(self) -> list[Instruction]:
         while any(self.queues):
-            for queue in self.queues:
-                self._take_turn(queue)
+            for copy in range(len(self.queues)):
+                self._take_turn(copy)
         return [*self.before, *_without_idle_starts(self.result, self.started, self.region), *self.after]
 
-    def _take_turn(self, queue: deque[int]) -> None:
-        """Runs a copy until something of it has begun to travel, or to its end."""
-        under_way = len(self.started)
-        while queue and len(self.started) == under_way:
-            self._run(queue.popleft())
+    def _take_turn(self, copy: int) -> None:
+        """Runs a copy until something of it has begun to travel, or half of what comes before that is done.
+
+        After its last move it lets the others go first once, so that theirs have something to hide behind.
+        """
+        queue, started = self.queues[copy], len(self.started)
+        is_last = not any(at in self.leaving for at in queue)
+        if is_last and not self.has_paused[copy]:
+            self.has_paused[copy] = True
+            return
+        left = self._work_before_a_move(queue)
+        half = left / 2
+        while queue:
+            at = queue.popleft()
+            self._run(at)
+            left -= self.work[at]
+            if len(self.started) > started:
+                self.has_paused[copy] = False
+                return
+            if 0 < left <= half and not self.has_paused[copy] and self._others_wait(copy):
+                self.has_paused[copy] = True
+                return
+
+    def _work_before_a_move(self, queue: Iterable[int]) -> float:
+        total = 0.0
+        for at in queue:
+            total += self.work[at]
+            if at in self.leaving:
+                break
+        return total
+
+    def _others_wait(self, copy: int) -> bool:
+        return any(self.owners[at] != copy for at in self.under_way)
 
     def _run(self, wanted: int) -> None:
         """Runs an instruction, and before it what it needs."""
@@ -138,6 +192,7 @@ class _Turns:
 
     def _append(self, at: int) -> None:
         self.done[at] = True
+        self.under_way.discard(at)
         instruction = self.region[at]
         if at in self.started:
             assert isinstance(instruction, Move)
@@ -147,6 +202,7 @@ class _Turns:
             started = self.region[move]
             assert isinstance(started, Move)
             self.started.add(move)
+            self.under_way.add(move)
             self.result.append(Start((started,)))
         if self.draws[at]:  # what is drawn whole is cut at once, so that only the piece is kept
             cut = at + 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +214,18 @@ def train_step():
         assert torch.allclose(a, sw.full_value(b), atol=1e-12)
 
 
+def with_optimizer_parallel_and_accumulation():
+    """Parameters stored in pieces; two micro-batches of two copies each."""
+    net = double(sw.MicroBatchInterleaved(Net(), 2))
+    same_steps(net, batches(2, 8), lambda model: in_tensor_parallel(model).hsdp(threshold=0))
+    net = double(sw.MicroBatchInterleaved(Net(), 2))
+    same_steps(net, batches(1, 8), lambda model: sw.AutoParallel(model).hsdp(threshold=0, optimizer_level="level3"))
+    both = double(sw.GradAccumulation(sw.MicroBatchInterleaved(Net(), 2), 2))
+    tensor_parallel(both.network.network, current_world().size)
+    parallel = same_steps(both, batches(2, 8), sw.AutoParallel)
+    assert set(parallel.program.copies.values()) == {0, 1}
+
+
 # -- the order ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +351,7 @@ def pinned_regions():
 PROGRAMS = (
     tensor_parallel_blocks, against_the_whole_batch, three_copies_data_parallel, dropout_masks_are_those_of_the_single_device,
     batch_norm_statistics_are_those_of_a_copy, nested_results_and_tied_weights, sums, a_batch_that_ranks_hand_in, train_step,
-    copies_take_turns, gradients_are_reduced_once, the_axis_changes_no_number, the_axis_makes_copies_take_turns, pinned_regions,
+    with_optimizer_parallel_and_accumulation, copies_take_turns, gradients_are_reduced_once, the_axis_changes_no_number, the_axis_makes_copies_take_turns, pinned_regions,
 )  # fmt: skip
 
 
@@ -442,6 +456,35 @@ def test_every_instruction_is_there_once_and_after_what_it_reads():
         assert all(calls[node.name] for node in parallel.plan.graph.nodes)
 
     simulated(program, 4)
+
+
+@pytest.mark.parametrize("mode", ["auto", "recursive_programming", "data_parallel"])
+def test_modes_that_plan_by_themselves(mode):
+    def program():
+        net = sw.MicroBatchInterleaved(Net(), 2).double()
+        assert sw.verify(sw.AutoParallel(net, mode), *batches(1, 8)[0])
+
+    simulated(program, 4)
+
+
+@pytest.mark.parametrize("mode", ["sharding_propagation", "auto", "data_parallel"])
+def test_the_axis_in_modes_that_plan_by_themselves(mode):
+    def program():
+        parallel = sw.AutoParallel(chain(True), mode)
+        assert sw.verify(parallel, *batches(1, 8)[0])
+        assert set(parallel.program.copies.values()) == (set() if mode == "data_parallel" else {0, 1})
+
+    simulated(program, 4)
+
+
+def test_the_example(monkeypatch, capsys):
+    monkeypatch.setattr("shardwright.world.current._current", [])
+    for name in ("RANK", "SHARDWRIGHT_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "multi_copy.py"), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "6 of 6 collectives travelled while the other copy computed" in text
+    assert "matches single device: loss " in text
 
 
 def test_without_copies_a_program_is_as_it_was():
