@@ -349,9 +349,11 @@ def pinned_regions():
 
 
 PROGRAMS = (
-    tensor_parallel_blocks, against_the_whole_batch, three_copies_data_parallel, dropout_masks_are_those_of_the_single_device,
-    batch_norm_statistics_are_those_of_a_copy, nested_results_and_tied_weights, sums, a_batch_that_ranks_hand_in, train_step,
-    with_optimizer_parallel_and_accumulation, copies_take_turns, gradients_are_reduced_once, the_axis_changes_no_number, the_axis_makes_copies_take_turns, pinned_regions,
+    tensor_parallel_blocks, against_the_whole_batch, three_copies_data_parallel,
+    dropout_masks_are_those_of_the_single_device, batch_norm_statistics_are_those_of_a_copy,
+    nested_results_and_tied_weights, sums, a_batch_that_ranks_hand_in, train_step,
+    with_optimizer_parallel_and_accumulation, copies_take_turns, gradients_are_reduced_once,
+    the_axis_changes_no_number, the_axis_makes_copies_take_turns, pinned_regions,
 )  # fmt: skip
 
 
