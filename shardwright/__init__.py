@@ -15,6 +15,7 @@ from shardwright.planning import plan_for as plan_for
 from shardwright.train import collectives as collectives
 from shardwright.train.communication_fusion import set_comm_fusion as set_comm_fusion
 from shardwright.train.gradient_accumulation import GradAccumulation as GradAccumulation
+from shardwright.train.multi_copy import MicroBatchInterleaved as MicroBatchInterleaved
 from shardwright.verify import verify as verify
 from shardwright.world.current import init as init
 from shardwright.world.delayed_init import no_init_parameters as no_init_parameters

@@ -32,6 +32,8 @@ from shardwright.plan.semi_auto import PlanRequest
 from shardwright.redistribute.planner import Options
 from shardwright.train.communication_fusion import buckets_of
 from shardwright.train.gradient_accumulation import AccumulatedRun, GradAccumulation, cut_program, given_a_part
+from shardwright.train.interleave import interleave
+from shardwright.train.interleaved_axis import is_interleaved, prepare_copies
 from shardwright.train.optimizer_parallel import OptimizerParallel, split_parameters
 from shardwright.train.recompute import recompute_parameter_gathers
 from shardwright.train.recompute_auto import plan_with_recompute
@@ -147,19 +149,20 @@ class Compiled:
         with torch.enable_grad(), given_a_part(self.micro):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
+        self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
         machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
         request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
         self.plan: Plan = plan_as_asked(root, self.graph, request, settings, again)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         links = machine.links(self.plan.mesh)
-        options = Options(links, enable_alltoall=settings.enable_alltoall)
+        options = Options(links, enable_alltoall=settings.enable_alltoall and not is_interleaved(self.graph))
         ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
         program = unscheduled(self.graph, self.plan, options)
         for change in self.plan.passes:
             program = change(program)
         how = replace(settings.schedule, ids=ids)
-        self.program: LocalProgram = scheduled(program, how)
+        self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
         self.plan.attach(self.program)
         self.run: Callable[..., Any]
         self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, how, settings)
@@ -178,7 +181,7 @@ class Compiled:
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
         first, second, handed = cut_program(program, gathers_once)
         once = self.world.bind(scheduled(first, how), keep=handed)
-        each = self.world.bind(scheduled(second, how))
+        each = self.world.bind(interleave(scheduled(second, how), self.graph))
         return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
     def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:

@@ -10,6 +10,8 @@ Invariants:
   the layout without it, and so that the pieces are those of ``torch.distributed.tensor``.
 - A dim may carry explicit piece sizes instead (zero allowed), one a piece, in that order.
 - An axis appears at most once in a layout.
+- The virtual axis moves nothing: it is no axis of the mesh, and every device holds all copies. ``interleaved`` says how many
+  there are and which dim they cut.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from functools import lru_cache
 
 from shardwright.errors import ArgumentTypeError, LayoutError
 from shardwright.mesh import Mesh
+
+# The virtual axis: it cuts what one device holds into copies, and has no devices of its own.
+INTERLEAVED = "interleaved_parallel"
 
 DimSpec = str | tuple[str, ...] | list[str]
 Dims = tuple[tuple[str, ...], ...]
@@ -41,9 +46,12 @@ class Layout:
     that split the dim jointly (the leftmost axis of the device matrix is the most significant, in whatever order the
     tuple lists them), or an explicit order such as ``"sp>dp"``.
 
+    The last alias may be ``"interleaved_parallel"``, a virtual axis whose size is no number of devices: the dim that it splits
+    is cut, on each device, into that many copies. It takes no part in the placement.
+
     Raises:
         TypeError: a device matrix, alias or rank list of the wrong type.
-        LayoutError: lengths that differ, an unknown or repeated alias.
+        LayoutError: lengths that differ, an unknown or repeated alias, a virtual axis that is not the last.
 
     >>> layout = Layout((2, 2, 2), ("dp", "sp", "mp"))
     >>> x = layout("mp", ("sp", "dp"))
@@ -55,19 +63,29 @@ class Layout:
     True
     """
 
-    __slots__ = ("_hash", "dims", "mesh", "partial", "sizes")
+    __slots__ = ("_hash", "dims", "interleaved", "mesh", "partial", "sizes")
 
     mesh: Mesh
     dims: Dims | None
     partial: tuple[tuple[str, str], ...]
     sizes: Sizes
+    interleaved: tuple[int, int | None] | None  # copies on each device, and the dim they cut; None where there are none
 
     def __init__(self, device_matrix: Sequence[int], alias_name: Sequence[str], rank_list: Sequence[int] | None = None) -> None:
         _check_device_matrix(device_matrix, alias_name, rank_list)
-        self._set(Mesh(tuple(alias_name), tuple(device_matrix), tuple(rank_list or ())), None, (), ())
+        real = len(alias_name) - (INTERLEAVED in alias_name)
+        mesh = Mesh(tuple(alias_name[:real]), tuple(device_matrix[:real]), tuple(rank_list or ()))
+        self._set(mesh, None, (), (), (device_matrix[real], None) if real < len(alias_name) else None)
 
-    def _set(self, mesh: Mesh, dims: Dims | None, partial: tuple[tuple[str, str], ...], sizes: Sizes) -> None:
-        self.mesh, self.dims, self.partial, self.sizes = mesh, dims, partial, sizes
+    def _set(
+        self,
+        mesh: Mesh,
+        dims: Dims | None,
+        partial: tuple[tuple[str, str], ...],
+        sizes: Sizes,
+        interleaved: tuple[int, int | None] | None = None,
+    ) -> None:
+        self.mesh, self.dims, self.partial, self.sizes, self.interleaved = mesh, dims, partial, sizes, interleaved
         self._hash = hash((mesh, dims, partial, sizes))
 
     @staticmethod
@@ -106,7 +124,13 @@ class Layout:
                         f"{position}; an axis can split one dim only: use 'None' or another alias for one of them"
                     )
                 seen[axis] = position
-        return Layout.of(self.mesh, dims)
+        if INTERLEAVED not in seen:
+            return Layout.of(self.mesh, dims)
+        assert self.interleaved is not None
+        real = tuple(tuple(a for a in axes if a != INTERLEAVED) for axes in dims)
+        layout = Layout.of(self.mesh, real)
+        layout._set(self.mesh, real, (), layout.sizes, (self.interleaved[0], seen[INTERLEAVED]))
+        return layout
 
     def _parse_entry(self, entry: DimSpec, position: int) -> tuple[str, ...]:
         if isinstance(entry, str):
@@ -121,15 +145,20 @@ class Layout:
         for name in names:
             if not isinstance(name, str):
                 raise ArgumentTypeError(f"layout entry {position} holds {name!r}, a {type(name).__name__}, not an alias")
-            if name != "None" and name not in self.mesh.axes:
+            if name != "None" and name not in self.aliases:
                 raise LayoutError(
                     f"layout entry {position} names {name!r}, which is not an alias of this layout; the aliases are "
-                    f"{', '.join(self.mesh.axes)}"
+                    f"{', '.join(self.aliases)}"
                 )
         names = [n for n in names if n != "None"]
         if len(set(names)) != len(names):
             raise LayoutError(f"layout entry {position} {entry!r} lists an alias twice; list each alias once")
-        return tuple(names) if ordered else self.mesh.ordered(names)
+        if ordered and INTERLEAVED in names[:-1]:
+            raise LayoutError(
+                f"layout entry {position} {entry!r} has {INTERLEAVED!r} above {names[-1]!r}: copies cut what a device holds; "
+                "write it last"
+            )
+        return tuple(names) if ordered else tuple(sorted(names, key=self.aliases.index))
 
     # -- where things are ---------------------------------------------------------------------------------------
 
@@ -143,6 +172,21 @@ class Layout:
     @property
     def ndim(self) -> int:
         return len(self.bound)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The axes of the mesh, and the virtual one where there is one."""
+        return self.mesh.axes if self.interleaved is None else (*self.mesh.axes, INTERLEAVED)
+
+    @property
+    def copies(self) -> int:
+        """How many copies each device cuts its piece into; 1 where it does not.
+
+        >>> layout = Layout((2, 4, 2), ("dp", "mp", "interleaved_parallel"))
+        >>> layout(("dp", "interleaved_parallel"), "mp").copies, layout("dp", "mp").copies, layout.mesh.size
+        (2, 1, 8)
+        """
+        return self.interleaved[0] if self.interleaved is not None and self.interleaved[1] is not None else 1
 
     @property
     def split_axes(self) -> tuple[str, ...]:
@@ -189,15 +233,18 @@ class Layout:
     def to_dict(self) -> dict[str, object]:
         """The layout as plain data; ``tensor_map`` counts the axes that split each dim from the right, -1 for none.
 
+        ``interleaved_parallel`` says whether the last axis is the virtual one.
+
         >>> Layout((2, 4), ("dp", "mp"))("dp", "None").to_dict()["tensor_map"]
         (1, -1)
         """
-        position = {a: len(self.mesh.axes) - 1 - i for i, a in enumerate(self.mesh.axes)}
-        maps = [tuple(position[a] for a in axes) for axes in self.bound]
+        position = {a: len(self.aliases) - 1 - i for i, a in enumerate(self.aliases)}
+        maps = [tuple(position[a] for a in self._axes_and_copies(dim)) for dim in range(self.ndim)]
         return {
-            "device_matrix": self.mesh.sizes,
+            "device_matrix": (*self.mesh.sizes, *(self.interleaved[:1] if self.interleaved else ())),
             "tensor_map": tuple(-1 if not m else m[0] if len(m) == 1 else m for m in maps),
-            "alias_name": self.mesh.axes,
+            "interleaved_parallel": self.interleaved is not None,
+            "alias_name": self.aliases,
             "rank_list": list(self.mesh.ranks),
         }
 
@@ -228,6 +275,7 @@ class Layout:
             and self.partial == other.partial
             and self.sizes == other.sizes
             and self.mesh == other.mesh
+            and self.interleaved == other.interleaved
         )
 
     def __hash__(self) -> int:
@@ -238,9 +286,10 @@ class Layout:
 
     def __str__(self) -> str:
         """``mp,(dp,sp) @ dp=2,sp=2,mp=2``: entries a dim, pending reductions, then the mesh. Parses back."""
-        if self.dims is None:
-            return f"@ {self.mesh}"
-        return f"{self.short()} @ {self.mesh}"
+        axes, found, ranks = str(self.mesh).partition(" ranks=")
+        if self.interleaved is not None:
+            axes = f"{axes}{',' if axes else ''}{INTERLEAVED}={self.interleaved[0]}"
+        return f"{self.short() if self.dims is not None else ''} @ {axes}{found}{ranks}".lstrip()
 
     def short(self) -> str:
         """The text form without the mesh: ``mp,(dp,sp)``, ``None,tp +sum(dp)``."""
@@ -252,17 +301,21 @@ class Layout:
         return text
 
     def _entry_text(self, dim: int) -> str:
-        axes = self.bound[dim]
+        axes = self._axes_and_copies(dim)
         if not axes:
             text = "None"
         elif len(axes) == 1:
             text = axes[0]
-        elif axes == self.mesh.ordered(axes):
+        elif axes == tuple(sorted(axes, key=self.aliases.index)):
             text = f"({','.join(axes)})"
         else:
             text = ">".join(axes)
         explicit = self.sizes[dim]
         return text if explicit is None else f"{text}[{' '.join(map(str, explicit))}]"
+
+    def _axes_and_copies(self, dim: int) -> tuple[str, ...]:
+        """The axes of a dim, with the virtual one where it cuts this dim."""
+        return (*self.bound[dim], INTERLEAVED) if self.interleaved and self.interleaved[1] == dim else self.bound[dim]
 
     @staticmethod
     def parse(text: str, mesh: Mesh | None = None) -> Layout:
@@ -272,11 +325,15 @@ class Layout:
             mesh: that of a text which names none, such as ``layout.short()``.
         """
         dims_text, found, mesh_text = text.partition("@")
+        virtual = re.search(rf",?\s*{INTERLEAVED}=(\d+)", mesh_text)
+        if virtual:
+            mesh_text = mesh_text.replace(virtual[0], "", 1)
         if found:
             mesh = Mesh.parse(mesh_text)
         elif mesh is None:
             raise LayoutError(f"{text!r} has no mesh: write 'dp,None @ dp=2,mp=4'")
-        base = Layout(mesh.sizes, mesh.axes, list(mesh.ranks))
+        sizes, axes = (int(virtual[1]),) if virtual else (), (INTERLEAVED,) if virtual else ()
+        base = Layout((*mesh.sizes, *sizes), (*mesh.axes, *axes), list(mesh.ranks))
         dims_text, *reductions = dims_text.split("+")
         if not dims_text.strip():
             return base
@@ -304,7 +361,10 @@ class Layout:
         for axis, _ in partial:
             if axis not in self.mesh.axes or axis in bound.split_axes:
                 raise LayoutError(f"{axis!r} cannot be partial: it must be an alias of the layout that splits no dim")
-        return Layout.of(self.mesh, bound.bound, partial, sizes)
+        layout = Layout.of(self.mesh, bound.bound, partial, sizes)
+        if bound.interleaved is not None:
+            layout._set(self.mesh, layout.dims, layout.partial, layout.sizes, bound.interleaved)
+        return layout
 
 
 @lru_cache(maxsize=65536)
@@ -392,8 +452,14 @@ def _check_device_matrix(device_matrix: object, alias_name: object, rank_list: o
         )
     if len(set(alias_name)) != len(alias_name):
         raise LayoutError(f"alias_name {alias_name} repeats an alias: every axis needs a name of its own")
+    if INTERLEAVED in alias_name[:-1]:
+        raise LayoutError(
+            f"alias_name {alias_name} has {INTERLEAVED!r} at {alias_name.index(INTERLEAVED)}: it cuts what one device holds, "
+            "so it has to be the last alias"
+        )
     if rank_list is not None:
-        _check_rank_list(rank_list, math.prod(device_matrix))
+        devices = device_matrix[:-1] if INTERLEAVED in alias_name else device_matrix
+        _check_rank_list(rank_list, math.prod(devices))
 
 
 def _check_rank_list(rank_list: object, count: int) -> None:

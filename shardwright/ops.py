@@ -82,7 +82,8 @@ class Primitive:
 
         Args:
             name: ``"recompute"``, which does what :meth:`recompute` does, ``"enable_nd_tp"``,
-                ``"ndtp_reduce_scatter_axis"``, ``"manual_split"``, ``"self_define_shard"`` or ``"skip_redistribution"``; see the page on operator attributes.
+                ``"ndtp_reduce_scatter_axis"``, ``"manual_split"``, ``"self_define_shard"`` or ``"skip_redistribution"``; see
+                the page on operator attributes.
 
         Returns:
             The operator itself.

@@ -28,6 +28,7 @@ from shardwright.errors import ArgumentTypeError
 from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
+from shardwright.train.interleaved_axis import prepare_copies
 from shardwright.world.current import init
 
 
@@ -85,6 +86,7 @@ def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Setti
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
     graph = follow_attributes(graph, devices, settings, parameter_plan)
+    graph = prepare_copies(graph, parameter_plan if settings.mode != "data_parallel" else None)
     request = plan_request(devices, settings, parameter_plan, settings.search.machine)
     return plan_as_asked(root, graph, request, settings, gather_again(root, settings))
 

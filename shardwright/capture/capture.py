@@ -29,7 +29,7 @@ from shardwright.capture.functionalise import (
 )
 from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
-from shardwright.capture.session import CALL, PIN, RECOMPUTE, Session, marked_modules, session
+from shardwright.capture.session import BATCH, CALL, COPY, PIN, RECOMPUTE, Session, marked_modules, session
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
@@ -460,6 +460,7 @@ class _Converter:
             Node(
                 name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad,
                 recompute=custom.get(RECOMPUTE),
+                copy=custom.get(COPY), carries_batch=BATCH in custom,
             )
         )  # fmt: skip
         self.calls[name] = custom

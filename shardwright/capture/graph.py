@@ -35,6 +35,9 @@ class Node:
     ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
     of the operator's ``i``-th input. ``recompute`` is whether the user wants its result computed again in the backward pass;
     ``None``: not said.
+
+    ``copy`` is the group of copies and the number within it, of an operator that is run for one of several copies of a
+    batch. ``carries_batch``: dim 0 of its outputs is the batch, or a copy's part of it, by the user's word.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Node:
     autocast: tuple[Any, ...] | None = None
     grad: bool = True
     recompute: bool | None = None
+    copy: tuple[int, int] | None = None
+    carries_batch: bool = False
 
     @property
     def where(self) -> str:

@@ -6,7 +6,7 @@ Outside a session a marked operator is the plain operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import annotate, pytree
 
 CALL, PIN, RECOMPUTE = "shardwright_call", "shardwright_pin", "shardwright_recompute"
+COPY, BATCH = "shardwright_copy", "shardwright_batch"
 
 
 @dataclass
@@ -25,6 +26,20 @@ class Session:
 
     calls: list[Mark] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    groups: int = 0  # of copies
+
+    def new_group(self) -> int:
+        """A number for the copies of one call of a network."""
+        self.groups += 1
+        return self.groups
+
+    def copy(self, group: int, index: int) -> AbstractContextManager[None]:
+        """Within the block, operators belong to one of the copies of a group."""
+        return annotate({COPY: (group, index)})
+
+    def of_batch(self) -> AbstractContextManager[None]:
+        """Within the block, dim 0 of what operators make is the batch, although their rules cannot know it."""
+        return annotate({BATCH: True})
 
     def run(self, mark: Mark, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs ``function`` with every tensor input and output pinned and every operator tagged."""

@@ -51,6 +51,11 @@ def _check_entry(entry: Any, position: int) -> None:
     if isinstance(entry, Layout):
         if entry.dims is None:
             raise ShardwrightError(f"{what} is the Layout ({entry.mesh}) without dims; call it with one entry a dim")
+        if entry.copies > 1:
+            raise ShardwrightError(
+                f"{what}, {entry.short()}, has the axis 'interleaved_parallel', which cuts what a device computes, not what it "
+                "is handed; write the layout without it"
+            )
         if entry.partial:
             raise ShardwrightError(f"{what}, {entry.short()}, has pending sums, which an input cannot have; leave them out")
         return

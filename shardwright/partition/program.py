@@ -67,6 +67,7 @@ class Move:
     autocast: Autocast = None
     started: bool = False  # a Start before it begins it
     recompute: bool = False  # its result is not kept for the backward pass but moved again there
+    copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -135,7 +136,8 @@ class LocalProgram:
 
     ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
     each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
-    are kept nevertheless: those of a whole that is computed again.
+    are kept nevertheless: those of a whole that is computed again. ``copies`` gives the copy that the calls of a node belong
+    to, where operators run in copies.
     """
 
     world_size: int
@@ -147,6 +149,7 @@ class LocalProgram:
     layouts: dict[str, Layout]
     places: dict[str, str] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    copies: dict[str, int] = field(default_factory=dict)
 
     def text(self, rank: int = 0) -> str:
         """The program of one rank as readable code."""

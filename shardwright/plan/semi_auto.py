@@ -224,6 +224,14 @@ class Planner:
                 continue
             choice = follow(node.op, self.signatures[node.name], known, self.needs[node.name], self.mesh)
             self.batch.update(zip(node.outputs, choice.outputs, strict=True))
+            if node.carries_batch:
+                self.batch.update(
+                    (v, self.batch_layout(m.shape)) for v, m in zip(node.outputs, node.op.outputs, strict=True) if m.shape
+                )
+
+    def batch_layout(self, shape: tuple[int, ...]) -> Layout:
+        """A tensor whose dim 0 is the batch, split over the ranks."""
+        return Layout.of(self.mesh, [self.batch_axes(shape[0]), *[()] * (len(shape) - 1)]).normal(shape)
 
     def batch_layouts(self) -> list[tuple[GraphInput, Layout]]:
         """The user inputs that carry the batch, split as the dataset strategy says."""
@@ -252,9 +260,9 @@ class Planner:
         axes: tuple[str, ...] = ()
         for axis in self.mesh.axes:
             if self.mesh.count((*axes, axis)) > batch:
-                self.notes.append(
-                    f"the batch of {batch} is split over {self.mesh.count(axes)} of {self.size} ranks; the others repeat"
-                )
+                note = f"the batch of {batch} is split over {self.mesh.count(axes)} of {self.size} ranks; the others repeat"
+                if note not in self.notes:
+                    self.notes.append(note)
                 break
             axes = (*axes, axis)
         return axes

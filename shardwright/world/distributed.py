@@ -39,7 +39,7 @@ from shardwright.world.distributed_steps import Groups
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
 from shardwright.world.recipes import Computation
 from shardwright.world.recording import computation_of, needs_recording, recorded
-from shardwright.world.source import SourceWriter
+from shardwright.world.source import SourceWriter, write_note
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -368,6 +368,7 @@ def _bind(
             _write_recorded_call(writer, instruction, program, rank)
         else:
             _write_call(writer, instruction, rank)
+            write_note(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
     if keep is not None:

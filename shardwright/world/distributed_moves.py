@@ -30,7 +30,7 @@ class DistributedMove:
 
     def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool):
         plan = move.redistribution
-        self.record = [record.Moved(plan, move.cause, move.edge)]
+        self.record = [record.Moved(plan, move.cause, move.edge, move.copy)]
         self.needs_grad = move.needs_grad
         self.inplace = inplace and bool(plan.forward)
         self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
@@ -96,7 +96,7 @@ class MovesTogether:
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups):
         self.plans = [move.redistribution for move in moves]
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge) for move in moves]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy) for move in moves]
         self.needs_grad = moves[0].needs_grad
         self.rank, self.groups = rank, groups
         self.prepared: dict[tuple[str, tuple[int, ...]], Callable[[list[Tensor]], list[Tensor]]] = {}

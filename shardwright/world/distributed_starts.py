@@ -27,7 +27,7 @@ class StartedMoves:
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool):
         self.plans = [move.redistribution for move in moves]
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge) for move in moves]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy) for move in moves]
         self.needs_grad = moves[0].needs_grad
         self.moves_forward = any(plan.forward for plan in self.plans)
         self.rank, self.groups, self.compact = rank, groups, compact
@@ -48,16 +48,17 @@ class StartedMoves:
 
     def start(self, phase: str, members: tuple[int, ...], values: list[Tensor]) -> UnderWay | SharedUnderWay:
         """Starts the steps of one phase on the tensors of some of the moves."""
-        if record._active:
-            record.emit([self.record[i] for i in members], values[0].dtype, phase)
         return self._starter(phase, members)(values)
 
     def again(self, *values: Tensor) -> list[Tensor]:
         """Forward once more, for the backward pass."""
-        return _results(self.start_again(list(values)))
+        found = self.start_again(list(values)).wait()
+        return found if isinstance(found, list) else [found]
 
     def start_again(self, values: list[Tensor]) -> UnderWay | SharedUnderWay:
         """Starts what :meth:`again` does."""
+        if record._active:
+            record.emit(self.record, values[0].dtype, "recompute")
         return self.start("recompute", self.everyone, values)
 
     def _starter(self, phase: str, members: tuple[int, ...]) -> Callable[[list[Tensor]], UnderWay | SharedUnderWay]:
@@ -86,10 +87,21 @@ class Travelling:
         self.gradients: UnderWay | SharedUnderWay | None = None
         self.started: tuple[int, ...] = ()
         self.token: Tensor | None = None
+        self.recorded: list[record.UnderWay] = []
+
+    def _start(self, phase: str, members: tuple[int, ...], values: list[Tensor]) -> UnderWay | SharedUnderWay:
+        if record._active:
+            self.recorded = record.emit([self.moves.record[i] for i in members], values[0].dtype, phase, ends_later=True)
+        return self.moves.start(phase, members, values)
+
+    def _end(self, under_way: UnderWay | SharedUnderWay) -> list[Any]:
+        found = under_way.wait()
+        record.ended(self.recorded)
+        return found if isinstance(found, list) else [found]
 
     def start_forward(self, values: list[Tensor]) -> None:
         if self.moves.moves_forward:
-            self.under_way = self.moves.start("forward", self.moves.everyone, values)
+            self.under_way = self._start("forward", self.moves.everyone, values)
         else:
             self.values = list(values)
 
@@ -101,7 +113,7 @@ class Travelling:
 
     def end_forward(self, index: int) -> Tensor:
         if self.under_way is not None:
-            self.values, self.under_way = _results(self.under_way), None
+            self.values, self.under_way = self._end(self.under_way), None
         result, self.values[index] = self.values[index], None
         assert result is not None, "a move is ended once"
         return result
@@ -116,7 +128,7 @@ class Travelling:
 
     def start_backward(self) -> None:
         self.started = tuple(sorted(self.given))
-        self.gradients = self.moves.start("backward", self.started, [self.given[i] for i in self.started])
+        self.gradients = self._start("backward", self.started, [self.given[i] for i in self.started])
         self.given = {}
 
     def end_backward(self) -> list[Tensor | None]:
@@ -125,15 +137,10 @@ class Travelling:
             self.start_backward()
         found: list[Tensor | None] = [None] * len(self.moves.everyone)
         if self.gradients is not None:
-            for index, gradient in zip(self.started, _results(self.gradients), strict=True):
+            for index, gradient in zip(self.started, self._end(self.gradients), strict=True):
                 found[index] = gradient
             self.gradients = None
         return found
-
-
-def _results(under_way: UnderWay | SharedUnderWay) -> list[Any]:
-    found = under_way.wait()
-    return found if isinstance(found, list) else [found]
 
 
 class _StartFunction(torch.autograd.Function):

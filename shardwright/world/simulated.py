@@ -20,12 +20,13 @@ from shardwright.partition import lanes as lane
 from shardwright.partition.program import Call, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.steps import redistribution, steps_between
 from shardwright.rules.lowering import PerRank
+from shardwright.world import record
 from shardwright.world.pieces import check_differentiable, check_layouts, check_piece
 from shardwright.world.recipes import Computation
 from shardwright.world.recording import computation_of, needs_recording, recorded
 from shardwright.world.simulated_moves import SimulatedMove, SimulatedPieces, SimulatedTogether, apply_move, representatives
 from shardwright.world.simulated_steps import run_steps
-from shardwright.world.source import SourceWriter
+from shardwright.world.source import SourceWriter, write_note
 
 Lanes = lane.Lanes
 
@@ -156,10 +157,16 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
             writer.line(f"{item.name} = [{item.name}]")
     bucket_of: dict[str, tuple[Move, ...]] = {}
     begun: set[str] = set()
+    noted: dict[str, SimulatedMove] = {}
     for instruction, dead in zip(program.instructions, dying, strict=True):
         if isinstance(instruction, Start):  # nothing travels here: the first of the moves to end does it all
             if len(instruction.moves) > 1:
                 bucket_of |= dict.fromkeys((move.output for move in instruction.moves), instruction.moves)
+            elif program.copies:  # logs are told, for they say what runs meanwhile
+                (move,) = instruction.moves
+                noted[move.output] = SimulatedMove(move, program.lanes[move.source])
+                writer.names["_logs"] = record._active
+                writer.line(f"if _logs: {writer.constant('start', noted[move.output].note_start)}({move.source})")
             continue
         members = instruction.moves if isinstance(instruction, Together) else ()
         if isinstance(instruction, Move) and instruction.output not in begun:
@@ -173,13 +180,14 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
                 writer.forget([name for name in dead if name not in (keep or ())])
                 continue
             writer.context(instruction.autocast, instruction.grad)
-            _write_move(writer, instruction, program, records)
+            _write_move(writer, instruction, program, records, noted.get(instruction.output))
         elif isinstance(instruction, Call):
             writer.context(instruction.autocast, instruction.grad)
             if records and instruction.recompute:
                 _write_recorded_call(writer, instruction, program)
             else:
                 _write_call(writer, instruction, program)
+            write_note(writer, instruction, program)
         elif isinstance(instruction, KeepPiece) and records:
             _write_keep_piece(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
@@ -200,8 +208,10 @@ def _write_together(writer: SourceWriter, moves: Sequence[Move], program: LocalP
         writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
 
 
-def _write_move(writer: SourceWriter, move: Move, program: LocalProgram, records: bool) -> None:
-    runner = SimulatedMove(move, program.lanes[move.source])
+def _write_move(
+    writer: SourceWriter, move: Move, program: LocalProgram, records: bool, noted: SimulatedMove | None
+) -> None:
+    runner = noted or SimulatedMove(move, program.lanes[move.source])
     writer.line(f"{move.output} = {writer.constant('move', runner)}({move.source})")
     if records and move.recompute:
         writer.line(f"_run.moved({writer.constant('again', Computation(runner.again))}, {move.source}, {move.output})")

@@ -19,11 +19,16 @@ Lanes = lane.Lanes
 
 
 class SimulatedMove:
-    """One move of the program, over lanes."""
+    """One move of the program, over lanes.
+
+    Where the program starts it before, that is told to logs alone, by :meth:`note_start`.
+    """
 
     def __init__(self, move: Move, source_lanes: Lanes):
         self.plan, self.needs_grad = move.redistribution, move.needs_grad
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge)]
+        self.is_started = self.ends_later = False
+        self.recorded: list[record.UnderWay] = []
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy)]
         shape = self.plan.shape
         self.there = prepare(self.plan.forward, shape, source_lanes)
         self.back = prepare(self.plan.backward, shape, move.lanes)
@@ -35,9 +40,20 @@ class SimulatedMove:
             return apply_move(self, lanes)
         return self.forward(lanes)
 
+    def note_start(self, lanes: Sequence[Tensor]) -> None:
+        """Tells the logs that the move starts, and in the backward pass, where it is the other way round, that it is over."""
+        self.recorded = record.emit(self.record, lanes[0].dtype, "forward", ends_later=True)
+        self.is_started, self.ends_later = True, lanes[0].grad_fn is not None
+        if lanes[0].grad_fn is not None:
+            lanes[0].grad_fn.register_prehook(lambda gradients: record.ended(self.recorded))
+
     def forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
         if record._active:
-            record.emit(self.record, lanes[0].dtype, "forward")
+            if self.is_started:
+                record.ended(self.recorded)
+                self.is_started = False
+            else:
+                record.emit(self.record, lanes[0].dtype, "forward")
         return self.move_forward(lanes)
 
     def again(self, *lanes: Tensor) -> list[Tensor]:
@@ -52,7 +68,7 @@ class SimulatedMove:
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         if record._active:
-            record.emit(self.record, gradients[0].dtype, "backward")
+            self.recorded = record.emit(self.record, gradients[0].dtype, "backward", self.ends_later)
         return self.move_backward(gradients)
 
     def move_backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from shardwright.partition.program import Call, LocalProgram
 from shardwright.rules.lowering import PerRank, Ref
 from shardwright.rules.operator import OpOverload
+from shardwright.world import record
 
 _PLAIN = (int, float, bool, str, type(None))
 
@@ -96,6 +98,14 @@ class SourceWriter:
         function: Callable[..., Any] = scope[self.name]
         function.source = source  # type: ignore[attr-defined]
         return function
+
+
+def write_note(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
+    """Writes the line by which a call of a program in copies tells the logs that it was made; they are seldom active."""
+    if program.copies:
+        writer.names["_logs"] = record._active
+        note = writer.constant("note", record.CallNote(call.cause, program.copies.get(call.cause)))
+        writer.line(f"if _logs: {note}({call.outputs[0]})")
 
 
 @cache
