@@ -136,6 +136,21 @@ def mixed_precision():
     assert abs(losses[0] - losses[1]) < 2e-2, losses
 
 
+def stored_in_pieces_and_computed_again():
+    def prepare(model):
+        net = sw.AutoParallel(model, "data_parallel", compile=FAST).hsdp(threshold=0, optimizer_level="level3")
+        return net.recompute("*blocks.0")
+
+    net = same_steps(gpt(d=12), [tokens()] * 2, prepare)
+    assert segment_calls(net)
+
+
+def accumulated():
+    model = gpt(layers=1)
+    plain = copy.deepcopy(model)
+    same_steps(sw.GradAccumulation(model, 2), [tokens()], lambda m: sw.AutoParallel(m, compile=FAST), plain=plain)
+
+
 def inductor():
     model = Heads().double()
     net = sw.AutoParallel(model, compile=True)
@@ -155,9 +170,10 @@ def world_size():
 
 
 PROGRAMS = (data_parallel_gpt, tensor_parallel_gpt, dropout_and_two_losses, convolutions, mixed_precision, inductor)
+PROGRAMS += (stored_in_pieces_and_computed_again, accumulated)
 
 
-ON_RANKS = (tensor_parallel_gpt, dropout_and_two_losses, convolutions, inductor)
+ON_RANKS = (tensor_parallel_gpt, dropout_and_two_losses, convolutions, stored_in_pieces_and_computed_again, inductor)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
