@@ -36,6 +36,7 @@ from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.train.communication_fusion import read_fusion
+from shardwright.train.compile import segment_compiler
 from shardwright.train.gradient_accumulation import GradAccumulation
 from shardwright.train.optimizer_parallel import read_hsdp
 from shardwright.train.over import chosen_over
@@ -60,12 +61,13 @@ class AutoParallel:
             model on a device matrix. ``"recursive_programming"``: found in the least time. ``"data_parallel"``: all of them,
             strategies are ignored. ``"hybrid_parallel"``: the target is the program of one rank, with
             :mod:`collectives <shardwright.train.collectives>` of its own. ``"stand_alone"``: the target as it is.
+        compile: ``True`` compiles what runs between collectives with ``torch.compile``; a string names its backend.
 
     The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global
     value on every rank.
 
     Raises:
-        ShardwrightError: an unknown mode, or a target that is not callable.
+        ShardwrightError: an unknown mode or backend, or a target that is not callable.
 
     >>> import torch
     >>> model = torch.nn.Linear(4, 2)
@@ -74,13 +76,14 @@ class AutoParallel:
     torch.Size([6, 2])
     """
 
-    def __init__(self, target: Callable[..., Any], parallel_mode: str = "semi_auto"):
+    def __init__(self, target: Callable[..., Any], parallel_mode: str = "semi_auto", compile: bool | str = False):
         if parallel_mode not in MODES:
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
         self.target = target
-        self.settings = Settings(mode=parallel_mode, over=chosen_over())
+        compiler = segment_compiler(compile, parallel_mode)
+        self.settings = Settings(mode=parallel_mode, over=chosen_over(), compiler=compiler)
         self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
         self._is_step: bool | None = False if isinstance(target, nn.Module) else None
         self._compiled: dict[Any, Compiled] = {}

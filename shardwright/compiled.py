@@ -31,6 +31,7 @@ from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest
 from shardwright.redistribute.planner import Options
 from shardwright.train.communication_fusion import buckets_of
+from shardwright.train.compile import SegmentCompiler
 from shardwright.train.gradient_accumulation import AccumulatedRun, GradAccumulation, cut_program, given_a_part
 from shardwright.train.interleave import interleave
 from shardwright.train.interleaved_axis import is_interleaved, prepare_copies
@@ -68,6 +69,7 @@ class Settings:
     schedule: Schedule = field(default_factory=Schedule)
     over: Any = None  # of hybrid_parallel: the mesh of the user's collectives
     gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
+    compiler: SegmentCompiler | None = None  # compiles what runs between moves
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -
 class Compiled:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
+    compiler: SegmentCompiler | None = None
+
     def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None):
         if handed is not None:
             args, kwargs = self._global_inputs(args, kwargs, handed.shapes)
@@ -141,6 +145,8 @@ class Compiled:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
         device = device_of(root, world)
+        if settings.compiler is not None:
+            settings.compiler.check(device)
         self.micro = root if isinstance(root, GradAccumulation) else None
         if self.micro is not None:
             args, kwargs = self._first_part(self.micro, args, kwargs)
@@ -164,8 +170,10 @@ class Compiled:
         how = replace(settings.schedule, ids=ids)
         self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
         self.plan.attach(self.program)
+        self.compiler = settings.compiler
+        self.runs = self.program  # what runs: the program, or its form of compiled segments
         self.run: Callable[..., Any]
-        self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, how, settings)
+        self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, how, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
@@ -175,13 +183,20 @@ class Compiled:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return pytree.tree_unflatten(module.parts(leaves)[0], spec)
 
+    def _bound(self, program: LocalProgram) -> Callable[..., Any]:
+        """The program bound to the world, compiled if that is asked for."""
+        self.runs = program
+        if self.compiler is not None:
+            self.runs = self.compiler.compiled(program, self.graph, self.world.is_simulated)
+        return self.world.bind(self.runs)
+
     def _accumulated(self, program: LocalProgram, how: Schedule, settings: Settings) -> AccumulatedRun:
         """The program in two parts, and what runs them."""
         assert self.micro is not None
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
         first, second, handed = cut_program(program, gathers_once)
         once = self.world.bind(scheduled(first, how), keep=handed)
-        each = self.world.bind(interleave(scheduled(second, how), self.graph))
+        each = self._bound(interleave(scheduled(second, how), self.graph))
         return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
     def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:

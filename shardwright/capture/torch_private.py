@@ -12,6 +12,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
 
+
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor uses.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return get_cpp_compiler()
+
+
+def untraceable() -> tuple[type[Exception], ...]:
+    """What ``torch.compile`` raises where it cannot trace or compile a function."""
+    from torch._dynamo import exc
+
+    return (exc.TorchDynamoException,)
+
+
+def failed_toolchain(error: BaseException) -> bool:
+    """Whether such an error comes from a compiler outside of PyTorch that is missing or fails."""
+    from torch._inductor import exc
+
+    kinds = (exc.InvalidCxxCompiler, exc.CppCompileError, exc.TritonMissing, exc.GPUTooOldForTriton)
+    return any(isinstance(e, kinds) for e in (error, error.__cause__, getattr(error, "inner_exception", None)))
+
+
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
@@ -26,11 +53,14 @@ __all__ = [
     "StridedShard",
     "TorchDispatchMode",
     "annotate",
+    "cpp_compiler",
     "current_dispatch_modes",
     "current_graph_task",
     "disable_current_modes",
+    "failed_toolchain",
     "preserve_node_meta",
     "pytree",
     "queue_callback",
+    "untraceable",
     "will_execute_node",
 ]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
-from shardwright.partition.program import Call, KeepPiece, LocalProgram, Move, Start, Together
+from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import Redistribution, redistribution
 from shardwright.rules.lowering import PerRank
@@ -316,7 +316,7 @@ def _bind(
 
     def move_of(move: Move, dead: Sequence[str]) -> DistributedMove:
         maker = made_by.get(move.source)
-        inplace = move.source in only_read_once and isinstance(maker, Call) and _result_is_free(maker)
+        inplace = move.source in only_read_once and _is_free(move.source, maker)
         if move.recompute and not (isinstance(maker, Call) and maker.recompute):
             inplace = False  # what it is moved from again must stay as it is
         return DistributedMove(move, rank, groups, inplace, compact=maker is not None and move.source in dead)
@@ -436,9 +436,12 @@ def _read_once(program: LocalProgram) -> set[str]:
     return {name for name, count in reads.items() if count == 1 and name not in kept}
 
 
-def _result_is_free(call: Call) -> bool:
-    function = call.function
-    return (
+def _is_free(name: str, maker: Instruction | None) -> bool:
+    """Whether a value is new memory that its maker and autograd do not keep."""
+    if not isinstance(maker, Call):
+        return False
+    function = maker.function
+    return name in getattr(function, "fresh", ()) or (
         isinstance(function, OpOverload)
         and function.namespace == "aten"
         and function.overloadpacket.__name__ in _RESULT_IS_FREE

@@ -38,7 +38,8 @@ class SourceWriter:
 
     def callable(self, function: Callable[..., Any]) -> str:
         """A name for a function, the fastest public Python entry where an ATen overload has one."""
-        function = python_entry(function)
+        if isinstance(function, OpOverload):
+            function = python_entry(function)
         if id(function) not in self._by_id:
             self._by_id[id(function)] = self.constant("f", function)
         return self._by_id[id(function)]
