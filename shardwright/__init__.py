@@ -15,6 +15,8 @@ from shardwright.planning import plan_for as plan_for
 from shardwright.train import collectives as collectives
 from shardwright.train.communication_fusion import set_comm_fusion as set_comm_fusion
 from shardwright.train.gradient_accumulation import GradAccumulation as GradAccumulation
+from shardwright.train.gradient_norm import clip_grad_norm_ as clip_grad_norm_
+from shardwright.train.gradient_norm import get_total_norm as get_total_norm
 from shardwright.train.multi_copy import MicroBatchInterleaved as MicroBatchInterleaved
 from shardwright.verify import verify as verify
 from shardwright.world.current import init as init

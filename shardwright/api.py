@@ -276,19 +276,34 @@ class AutoParallel:
         self._forget()
         return self
 
-    def disable_gradient_fp32_sync(self) -> AutoParallel:
-        """Refused: half gradients are never cast for their sum, so there is no cast to leave out.
+    def mixed_precision(
+        self, dtype: torch.dtype | None = torch.bfloat16, reduce_dtype: torch.dtype | None = None
+    ) -> AutoParallel:
+        """Computes under autocast, with parameters, their gradients and the optimizer's states in their own dtype.
 
-        They travel as halves, and each rank adds three or more of them in float32 and rounds once (two halves are rounded
-        once in any case).
+        Args:
+            dtype: ``torch.bfloat16`` or ``torch.float16``; ``None``: no autocast but the one around the call.
+            reduce_dtype: dtype in which gradients of parameters are summed over ranks; default: their own, half precision
+                in float32.
 
         Raises:
-            ShardwrightError: always.
+            ShardwrightError: not such a dtype; a ``reduce_dtype`` beside :meth:`disable_gradient_fp32_sync`.
         """
-        raise ShardwrightError(
-            "disable_gradient_fp32_sync(): fp16 and bf16 gradients travel as they are, and are added in float32 and rounded "
-            "once, at no cost in bytes: there is nothing to switch off; drop the call"
-        )
+        self.settings.precision = replace(self.settings.precision, dtype=dtype, reduce_dtype=reduce_dtype)
+        self._forget()
+        return self
+
+    def disable_gradient_fp32_sync(self) -> AutoParallel:
+        """Sums gradients of parameters over ranks in half precision where they are in half precision: half the bytes."""
+        self.settings.precision = replace(self.settings.precision, gradient_fp32_sync=False)
+        self._forget()
+        return self
+
+    def enable_fp32_communication(self) -> AutoParallel:
+        """Takes every sum over ranks of half-precision tensors in float32, forward and backward; twice the bytes."""
+        self.settings.precision = replace(self.settings.precision, fp32_communication=True)
+        self._forget()
+        return self
 
     def _forget(self) -> None:
         self._compiled.clear()
@@ -298,7 +313,10 @@ class AutoParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if current_session() is not None or self.settings.mode == "stand_alone":
-            return self.target(*args, **kwargs)
+            if self.settings.precision.dtype is None:
+                return self.target(*args, **kwargs)
+            with self.settings.precision.computing(next((p.device.type for p in self.parameters()), "cpu")):
+                return self.target(*args, **kwargs)
         if self._is_step is None:
             self._is_step = train_step.looks_like_step(self.target)
         if not self._is_step:

@@ -35,6 +35,7 @@ from shardwright.train.compile import SegmentCompiler
 from shardwright.train.gradient_accumulation import AccumulatedRun, GradAccumulation, cut_program, given_a_part
 from shardwright.train.interleave import interleave
 from shardwright.train.interleaved_axis import is_interleaved, prepare_copies
+from shardwright.train.mixed_precision import Precision, with_wires
 from shardwright.train.optimizer_parallel import OptimizerParallel, split_parameters
 from shardwright.train.recompute import recompute_parameter_gathers
 from shardwright.train.recompute_auto import plan_with_recompute
@@ -70,6 +71,7 @@ class Settings:
     over: Any = None  # of hybrid_parallel: the mesh of the user's collectives
     gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
     compiler: SegmentCompiler | None = None  # compiles what runs between moves
+    precision: Precision = field(default_factory=Precision)
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,13 @@ class Compiled:
         device = device_of(root, world)
         if settings.compiler is not None:
             settings.compiler.check(device)
+        self.device_type = device.type
         self.micro = root if isinstance(root, GradAccumulation) else None
         if self.micro is not None:
             args, kwargs = self._first_part(self.micro, args, kwargs)
         marks, parameter_plan = gather_marks(root, settings)
         again = gather_again(root, settings)
-        with torch.enable_grad(), given_a_part(self.micro):
+        with torch.enable_grad(), given_a_part(self.micro), settings.precision.computing(device.type):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
@@ -165,6 +168,8 @@ class Compiled:
         options = Options(links, enable_alltoall=settings.enable_alltoall and not is_interleaved(self.graph))
         ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
         program = unscheduled(self.graph, self.plan, options)
+        adds_wide = world.is_simulated or device.type == "cpu"
+        program = with_wires(program, self.graph, settings.precision, self.micro is not None, adds_wide)
         for change in self.plan.passes:
             program = change(program)
         how = replace(settings.schedule, ids=ids)
@@ -253,7 +258,11 @@ class Compiled:
                 values[n] = value
         if self._is_random and not self.world.is_simulated:
             agree_on_random_state(self.world.device)  # type: ignore[union-attr]
-        outputs, updates = self.run(*values)
+        if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
+            with torch.autocast(self.device_type, enabled=False):
+                outputs, updates = self.run(*values)
+        else:
+            outputs, updates = self.run(*values)
         if updates:
             self._update(values, updates)
         return pytree.tree_unflatten(outputs, self.graph.out_spec)

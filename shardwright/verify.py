@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.api import AutoParallel
+from shardwright.capture.graph import Graph
 from shardwright.capture.torch_private import pytree
 from shardwright.compiled import Compiled
 from shardwright.errors import ShardwrightError
@@ -80,15 +82,16 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
     buffers = {n: b.clone() for n, b in root.named_buffers()}
 
     single_parameters = {n: nn.Parameter(v.clone(), parameters[n].requires_grad) for n, v in whole.items()}
-    with compiled.single_device():
-        expected = _run(
-            lambda: torch.func.functional_call(root, {**single_parameters, **_copies(buffers)}, inputs, kwargs),
-            [single_parameters[n] for n in names],
-            state,
-        )
+
+    def single() -> Any:
+        device = next((v.device.type for v in whole.values()), "cpu")
+        with compiled.single_device(), net.settings.precision.computing(device):
+            return torch.func.functional_call(root, {**single_parameters, **_copies(buffers)}, inputs, kwargs)
+
+    expected = _run(single, [single_parameters[n] for n in names], state)
     got = _run(lambda: compiled(leaves), [parameters[n] for n in names], state)
     _restore(root, buffers)
-    limit = tolerance if tolerance is not None else _tolerance([*whole.values(), *expected[0]])
+    limit = tolerance if tolerance is not None else _tolerance(compiled.graph)
     outputs = {f"{i}": difference(e, g, limit) for i, (e, g) in enumerate(zip(expected[0], got[0], strict=True))}
     floor = _rounding(expected[1]) / limit
     gradients = {
@@ -129,8 +132,8 @@ def _run(call: Callable[[], Any], parameters: list[Tensor], state: Tensor) -> tu
     return [o.detach() for o in outputs], list(gradients)
 
 
-def _tolerance(tensors: list[Tensor]) -> float:
-    floating = [t.dtype for t in tensors if t.is_floating_point()]
+def _tolerance(graph: Graph) -> float:
+    floating = {meta.dtype for meta in graph.metas.values() if meta.dtype.is_floating_point}
     return max((TOLERANCE.get(d, 1e-4) for d in floating), default=1e-10)
 
 
@@ -159,7 +162,8 @@ def _first_difference(
             args, kwargs = pytree.tree_map(
                 lambda a, here=here: here[a.index] if isinstance(a, Slot) else a, (node.op.args, node.op.kwargs)
             )
-            result = node.op.target(*args, **kwargs)
+            with nullcontext() if node.autocast is None else torch.autocast(*node.autocast):
+                result = node.op.target(*args, **kwargs)
             results = list(result) if node.op.returns_sequence else [result]
             values.update(zip(node.outputs, results, strict=True))
             for value, meta in zip(node.outputs, node.op.outputs, strict=True):

@@ -67,7 +67,14 @@ def capture(
                 if isinstance(error, _PASS_THROUGH):
                     raise
                 raise CaptureError(_capture_message(module, error)) from error
-        return _Converter(module, exported, now, flat).graph()
+        return _Converter(module, exported, now, flat, autocast_around(device)).graph()
+
+
+def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
+    """The autocast that is on for a kind of device, as nodes carry it: operators keep it wherever they are run."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()
 
 
 class StepFound(BaseException):
@@ -142,7 +149,7 @@ def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[
 class _Converter:
     """Turns an exported program into a Graph: lifts inputs, inlines regions, makes in-place operators functional."""
 
-    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any]):
+    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any):
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
         self.module = module
         self.inputs: list[GraphInput] = []
@@ -154,7 +161,7 @@ class _Converter:
         self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
         self.operators: dict[Any, Operator] = {}
         self.calls: dict[str, Any] = {}  # node name -> custom meta
-        self.context: tuple[Any, bool] = (None, True)
+        self.context: tuple[Any, bool] = (autocast, True)
 
     def graph(self) -> Graph:
         graph_module = self.exported.graph_module

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -39,12 +43,20 @@ def failed_toolchain(error: BaseException) -> bool:
     return any(isinstance(e, kinds) for e in (error, error.__cause__, getattr(error, "inner_exception", None)))
 
 
+def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts what ``make`` returns in the place of the function by which DTensor runs an operator that it does not dispatch."""
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers[operator] = make(handlers[operator])
+
+
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+# The norms of many tensors in few kernels, as torch.nn.utils.get_total_norm takes them.
+foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
 __all__ = [
     "FakeTensor",
@@ -58,9 +70,11 @@ __all__ = [
     "current_graph_task",
     "disable_current_modes",
     "failed_toolchain",
+    "foreach_norm",
     "preserve_node_meta",
     "pytree",
     "queue_callback",
+    "replace_dtensor_handler",
     "untraceable",
     "will_execute_node",
 ]

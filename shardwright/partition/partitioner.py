@@ -16,7 +16,7 @@ from shardwright.capture.graph import Graph, Node
 from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
-from shardwright.partition.program import Call, Instruction, LocalProgram, Move, ProgramInput
+from shardwright.partition.program import Autocast, Call, Instruction, LocalProgram, Move, ProgramInput
 from shardwright.partition.schedule import Schedule, schedule
 from shardwright.partition.sharing import Need, sharing
 from shardwright.plan.choice import Choice
@@ -198,11 +198,19 @@ class _Partitioner:
         self.instructions.append(
             Move(
                 source, name, plan, dtype, node.name if node else edge, edge, out_lanes, needs_grad,
-                node.grad if node else True, node.autocast if node else None,
+                node.grad if node else True, _autocast_of_move(node, dtype),
             )
         )  # fmt: skip
         self.lanes[name], self.layouts[name] = out_lanes, plan.target
         return name
+
+
+def _autocast_of_move(node: Node | None, dtype: torch.dtype) -> Autocast:
+    """That of the operators around it, so that they share a block; none where autocast cannot concatenate the dtype."""
+    autocast = node.autocast if node else None
+    if autocast is None or (dtype.is_floating_point and dtype not in (torch.float32, torch.float64, autocast[1])):
+        return None
+    return autocast
 
 
 class _Local:

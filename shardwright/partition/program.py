@@ -52,6 +52,24 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Wire:
+    """The dtypes in which a move travels, where they are not the value's own.
+
+    Args:
+        forward: what the value is cast to before it moves; ``result``: after it.
+        backward: what the gradient is cast to before it moves back. The source gets it in its own dtype.
+    """
+
+    forward: torch.dtype
+    result: torch.dtype
+    backward: torch.dtype
+
+    def of(self, phase: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """What a value of ``dtype``, or its gradient, is cast to before it moves, and what after, in a phase of a step."""
+        return (self.backward, dtype) if phase == "backward" else (self.forward, self.result)
+
+
+@dataclass(frozen=True)
 class Move:
     """A redistribution of one value; the source layout's pending sums and the gradient's are reduced on the way."""
 
@@ -68,10 +86,15 @@ class Move:
     started: bool = False  # a Start before it begins it
     recompute: bool = False  # its result is not kept for the backward pass but moved again there
     copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
+    wire: Wire | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return (self.output,)
+
+    def itemsize(self, phase: str) -> int:
+        """Bytes an element as it travels, ``forward`` or ``backward``."""
+        return (self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]).itemsize
 
 
 @dataclass(frozen=True)
@@ -234,10 +257,19 @@ def _plain_text(instruction: Call | Move | Together, rank: int) -> str:
     if isinstance(instruction, Together):
         names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
         edges = "; ".join(m.edge for m in instruction.moves)
-        return f"{names} = move_together({sources}, {str(instruction.moves[0].redistribution)!r})  # {edges}"
+        what = f"{str(instruction.moves[0].redistribution)!r}{_wire_text(instruction.moves[0])}"
+        return f"{names} = move_together({sources}, {what})  # {edges}"
     if isinstance(instruction, Move):
-        return f"{instruction.output} = move({instruction.source}, {str(instruction.redistribution)!r})  # {instruction.edge}"
+        what = f"{str(instruction.redistribution)!r}{_wire_text(instruction)}"
+        return f"{instruction.output} = move({instruction.source}, {what})  # {instruction.edge}"
     args, kwargs = resolve((instruction.args, instruction.kwargs), rank)
     parts = [*(argument_text(a) for a in args), *(f"{k}={argument_text(v)}" for k, v in kwargs.items())]
     name = operator_name(instruction.function)
     return f"{', '.join(instruction.outputs)} = {name}({', '.join(parts)})  # {instruction.cause}"
+
+
+def _wire_text(move: Move) -> str:
+    if move.wire is None:
+        return ""
+    names = [str(dtype).removeprefix("torch.") for dtype in (move.wire.forward, move.wire.result, move.wire.backward)]
+    return f", '{names[0]} -> {names[1]} | {names[2]}'"

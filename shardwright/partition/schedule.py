@@ -146,7 +146,7 @@ def _kind(move: Move) -> Any:
     if not all(_can_join(step, plan.shape) for step in steps):
         return None
     kinds = tuple(tuple((s.kind, s.axes, s.op, s.source.mesh) for s in steps) for steps in directions)
-    return kinds, move.dtype, move.needs_grad, move.grad, move.autocast, move.recompute
+    return kinds, move.dtype, move.wire, move.needs_grad, move.grad, move.autocast, move.recompute
 
 
 def _can_join(step: Step, shape: tuple[int, ...]) -> bool:

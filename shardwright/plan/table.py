@@ -104,9 +104,9 @@ def _communication(moves: Iterable[Move]) -> tuple[str, str]:
     backward: list[str] = []
     for move in moves:
         plan = move.redistribution
-        forward += [_step(s, plan.shape, move.dtype.itemsize) for s in plan.forward if s.kind != "slice"]
+        forward += [_step(s, plan.shape, move.itemsize("forward")) for s in plan.forward if s.kind != "slice"]
         if move.needs_grad:
-            backward += [_step(s, plan.shape, move.dtype.itemsize) for s in plan.backward if s.kind != "slice"]
+            backward += [_step(s, plan.shape, move.itemsize("backward")) for s in plan.backward if s.kind != "slice"]
     return "\n".join(forward), "\n".join(backward)
 
 
@@ -139,7 +139,7 @@ def _totals(plan: Plan) -> list[str]:
                 if step.kind != "slice":
                     launch = (phase, shared.get(move.output, move.output), step.kind)
                     totals[phase][0] += move.output not in shared or launch not in seen
-                    totals[phase][1] += sent_elements(step, redistribution.shape) * move.dtype.itemsize
+                    totals[phase][1] += sent_elements(step, redistribution.shape) * move.itemsize(phase)
                     seen.add(launch)
     held = sum(instruction_bytes(plan, i.value) for i in plan.graph.inputs if i.kind == "parameter")
     whole = sum(i.meta.bytes for i in plan.graph.inputs if i.kind == "parameter")

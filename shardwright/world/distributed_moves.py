@@ -17,7 +17,7 @@ from shardwright.errors import WorldError
 from shardwright.partition.program import Move
 from shardwright.redistribute.steps import Redistribution
 from shardwright.world import record
-from shardwright.world.distributed_steps import Groups, Runner, prepare_shared, prepare_steps
+from shardwright.world.distributed_steps import CastRunner, Groups, Runner, prepare_shared, prepare_steps
 
 
 class DistributedMove:
@@ -30,11 +30,14 @@ class DistributedMove:
 
     def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool):
         plan = move.redistribution
-        self.record = [record.Moved(plan, move.cause, move.edge, move.copy)]
+        self.record = [record.Moved(plan, move.cause, move.edge, move.copy, move.wire)]
         self.needs_grad = move.needs_grad
         self.inplace = inplace and bool(plan.forward)
-        self.run_forward = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
-        self.run_backward = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
+        self.run_forward: Runner = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
+        self.run_backward: Runner = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
+        if move.wire is not None:
+            self.run_forward = CastRunner(self.run_forward, move.wire.forward, move.wire.result)
+            self.run_backward = CastRunner(self.run_backward, move.wire.backward, move.dtype)
 
     def forward(self, value: Tensor) -> Tensor:
         if record._active:
@@ -96,8 +99,8 @@ class MovesTogether:
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups):
         self.plans = [move.redistribution for move in moves]
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy) for move in moves]
-        self.needs_grad = moves[0].needs_grad
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy, move.wire) for move in moves]
+        self.needs_grad, self.wire, self.dtype = moves[0].needs_grad, moves[0].wire, moves[0].dtype
         self.rank, self.groups = rank, groups
         self.prepared: dict[tuple[str, tuple[int, ...]], Callable[[list[Tensor]], list[Tensor]]] = {}
 
@@ -122,7 +125,11 @@ class MovesTogether:
     def _prepare(self, phase: str, members: Sequence[int]) -> Callable[[list[Tensor]], list[Tensor]]:
         plans = [self.plans[i] for i in members]
         steps = [plan.backward if phase == "backward" else plan.forward for plan in plans]
-        return prepare_shared(steps, [plan.shape for plan in plans], self.rank, self.groups)
+        run = prepare_shared(steps, [plan.shape for plan in plans], self.rank, self.groups)
+        if self.wire is None:
+            return run
+        before, after = self.wire.of(phase, self.dtype)
+        return lambda values: [v.to(after) for v in run([v.to(before) for v in values])]
 
 
 class _TogetherFunction(torch.autograd.Function):

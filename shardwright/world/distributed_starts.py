@@ -27,8 +27,8 @@ class StartedMoves:
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool):
         self.plans = [move.redistribution for move in moves]
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy) for move in moves]
-        self.needs_grad = moves[0].needs_grad
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy, move.wire) for move in moves]
+        self.needs_grad, self.wire, self.dtype = moves[0].needs_grad, moves[0].wire, moves[0].dtype
         self.moves_forward = any(plan.forward for plan in self.plans)
         self.rank, self.groups, self.compact = rank, groups, compact
         self._starters: dict[tuple[str, tuple[int, ...]], Callable[[list[Tensor]], UnderWay | SharedUnderWay]] = {}
@@ -48,7 +48,10 @@ class StartedMoves:
 
     def start(self, phase: str, members: tuple[int, ...], values: list[Tensor]) -> UnderWay | SharedUnderWay:
         """Starts the steps of one phase on the tensors of some of the moves."""
-        return self._starter(phase, members)(values)
+        if self.wire is None:
+            return self._starter(phase, members)(values)
+        before, after = self.wire.of(phase, self.dtype)
+        return CastUnderWay(self._starter(phase, members)([value.to(before) for value in values]), after)
 
     def again(self, *values: Tensor) -> list[Tensor]:
         """Forward once more, for the backward pass."""
@@ -74,6 +77,17 @@ class StartedMoves:
                 shapes, views = [plan.shape for plan in plans], phase == "backward"
                 self._starters[key] = prepare_shared(steps, shapes, self.rank, self.groups, views).start
         return self._starters[key]
+
+
+class CastUnderWay:
+    """What is under way, and the dtype in which it is handed on."""
+
+    def __init__(self, under_way: UnderWay | SharedUnderWay, dtype: torch.dtype):
+        self.under_way, self.dtype = under_way, dtype
+
+    def wait(self) -> Any:
+        found = self.under_way.wait()
+        return [value.to(self.dtype) for value in found] if isinstance(found, list) else found.to(self.dtype)
 
 
 class Travelling:
@@ -103,7 +117,8 @@ class Travelling:
         if self.moves.moves_forward:
             self.under_way = self._start("forward", self.moves.everyone, values)
         else:
-            self.values = list(values)
+            wire = self.moves.wire
+            self.values = list(values) if wire is None else [value.to(wire.result) for value in values]
 
     def end(self, index: int) -> Tensor:
         """The result of one of the moves."""

@@ -329,6 +329,19 @@ class _Chain:
         return _Followed(under_way, _Chain(rest)) if rest else under_way
 
 
+class CastRunner:
+    """A runner whose argument is cast to one dtype, and whose result is cast to another."""
+
+    def __init__(self, runner: Runner, before: torch.dtype, after: torch.dtype):
+        self.runner, self.before, self.after = runner, before, after
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.runner(x.to(self.before)).to(self.after)
+
+    def start(self, x: Tensor) -> UnderWay:
+        return _Followed(self.runner.start(x.to(self.before)), lambda result: result.to(self.after))
+
+
 class _Followed:
     """What is under way, and what is to be done with its result."""
 

@@ -41,6 +41,7 @@ from shardwright.errors import WorldError
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
 from shardwright.world.delayed_init import is_delayed, materialise
+from shardwright.world.found_inf import agree_on_found_inf
 
 T = TypeVar("T")
 
@@ -597,6 +598,7 @@ def _leave(old: nn.Parameter, new: nn.Parameter) -> None:
 def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    agree_on_found_inf()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -672,8 +674,6 @@ def _begin_local_step(optimizer: Optimizer) -> None:
     """Gives the optimizer local tensors instead of DTensors, until the step has ended."""
     groups, its = optimizer.param_groups, vars(optimizer)
     if type(optimizer) not in _ELEMENTWISE or any(group.get("differentiable") for group in groups):
-        return
-    if its.get("grad_scale") is not None or its.get("found_inf") is not None:
         return
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return  # they may want to see the true parameters

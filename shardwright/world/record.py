@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shardwright.partition.program import Wire
 from shardwright.redistribute.steps import Redistribution
 from shardwright.redistribute.volume import groups_that_communicate, sent_elements
 
@@ -109,12 +110,13 @@ def record_communication() -> Iterator[CommunicationLog]:
 
 @dataclass(frozen=True)
 class Moved:
-    """What the record needs to know of a move: its steps there and back, and why it is."""
+    """What the record needs to know of a move: its steps there and back, why it is, and dtypes that are not the value's."""
 
     redistribution: Redistribution
     cause: str
     edge: str
     copy: int | None = None
+    wire: Wire | None = None
 
 
 # Where an event that is under way stands: a log, and its number there.
@@ -132,6 +134,8 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str, ends_later: boo
         first = log.events[-1].launch + 1 if log.events else 0
         for moved in moves:
             plan, launch = moved.redistribution, first
+            if moved.wire is not None:
+                dtype = moved.wire.of(phase, dtype)[0]
             for step in plan.backward if phase == "backward" else plan.forward:
                 if step.kind == "slice":
                     continue

@@ -26,9 +26,10 @@ class SimulatedMove:
 
     def __init__(self, move: Move, source_lanes: Lanes):
         self.plan, self.needs_grad = move.redistribution, move.needs_grad
+        self.wire, self.dtype = move.wire, move.dtype
         self.is_started = self.ends_later = False
         self.recorded: list[record.UnderWay] = []
-        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy)]
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy, move.wire)]
         shape = self.plan.shape
         self.there = prepare(self.plan.forward, shape, source_lanes)
         self.back = prepare(self.plan.backward, shape, move.lanes)
@@ -63,7 +64,11 @@ class SimulatedMove:
         return self.move_forward(lanes)
 
     def move_forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
+        if self.wire is not None:
+            lanes = [v.to(self.wire.forward) for v in lanes]
         values = self.there(lanes)
+        if self.wire is not None:
+            values = [v.to(self.wire.result) for v in values]
         return [values[i] for i in self.takes]
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -72,7 +77,11 @@ class SimulatedMove:
         return self.move_backward(gradients)
 
     def move_backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        if self.wire is not None:
+            gradients = [g.to(self.wire.backward) for g in gradients]
         values = self.back(gradients)
+        if self.wire is not None:
+            values = [v.to(self.dtype) for v in values]
         return [values[i] for i in self.gives]
 
 

@@ -160,11 +160,6 @@ def test_the_example(monkeypatch, capsys):
     assert all(ours == single for ours, single in losses)
 
 
-def test_there_is_no_cast_to_switch_off():
-    with pytest.raises(sw.errors.ShardwrightError, match="added in float32"):
-        sw.AutoParallel(nn.ReLU(), "data_parallel").disable_gradient_fp32_sync()
-
-
 def test_gradients_are_those_of_the_global_loss():
     net = sw.AutoParallel(nn.ReLU(), "data_parallel")
     assert net.enable_gradients_mean() is net
