@@ -137,6 +137,8 @@ STRATEGIES: dict[str, Callable[[nn.Module, Any], dict[str, Any]]] = {
     "random 1": at_random(1),
     "random 2": at_random(2),
     "search": lambda net, layout: {},
+    "optimizer parallel": lambda net, layout: {},
+    "optimizer parallel, gathered again": lambda net, layout: {},
     "data parallel, recomputed": lambda net, layout: {},
     "tensor parallel, recomputed": megatron,
     "tensor and sequence, recomputed": sequence_parallel,
@@ -155,6 +157,8 @@ def prepared(name: str, strategy: str, ranks: int) -> tuple[nn.Module, Any]:
         return net, sw.AutoParallel(net, "data_parallel")
     if strategy == "search":
         return net, sw.AutoParallel(net, "auto")
+    if strategy.startswith("optimizer parallel"):
+        return net, sw.AutoParallel(net).hsdp(optimizer_level="level3" if strategy.endswith("again") else "level1")
     layout = sw.Layout((ranks,), ("tp",)) if ranks < 4 else sw.Layout((ranks // 2, 2), ("dp", "tp"))
     call = sw.AutoParallel(net).shard(STRATEGIES[strategy](net, layout))
     return net, call.recompute(recomputed(net)) if strategy.endswith("recomputed") else call

@@ -466,7 +466,7 @@ class _Converter:
         self.nodes.append(
             Node(
                 name, operator, tuple(inputs), tuple(outputs), _module_path(at), _source(at), autocast=autocast, grad=grad,
-                recompute=custom.get(RECOMPUTE),
+                recompute=custom.get(RECOMPUTE), calls=_module_calls(at),
                 copy=custom.get(COPY), carries_batch=BATCH in custom,
             )
         )  # fmt: skip
@@ -593,6 +593,13 @@ def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     last: Any = list(stack.values())[-1] if stack else ("", "")
     return str(last[0])
+
+
+def _module_calls(node: fx.Node) -> tuple[tuple[str, int], ...]:
+    """Path and number of the call of every module around a node, first calls left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = [(str(entry[0]), key.rpartition("@")[2]) for key, entry in stack.items() if "@" in key]
+    return tuple((path, int(number)) for path, number in found if number.isdigit())
 
 
 _TORCH = os.path.dirname(torch.__file__)

@@ -34,7 +34,8 @@ class Node:
     ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
     ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
     of the operator's ``i``-th input. ``recompute`` is whether the user wants its result computed again in the backward pass;
-    ``None``: not said.
+    ``None``: not said. ``calls`` gives, of the modules it stands in that are called more than once, path and number of the
+    call; first calls are left out.
 
     ``copy`` is the group of copies and the number within it, of an operator that is run for one of several copies of a
     batch. ``carries_batch``: dim 0 of its outputs is the batch, or a copy's part of it, by the user's word.
@@ -55,6 +56,7 @@ class Node:
     recompute: bool | None = None
     copy: tuple[int, int] | None = None
     carries_batch: bool = False
+    calls: tuple[tuple[str, int], ...] = ()
 
     @property
     def where(self) -> str:

@@ -244,6 +244,7 @@ class _Expansion:
             changes: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
             if copy != k:
                 changes["module"] = self._moved(node.module, run, copy, k)
+                changes["calls"] = tuple([(self._moved(path, run, copy, k), n) for path, n in node.calls])
                 for name in ("mark", "region"):
                     if getattr(node, name) is not None:
                         changes[name] = self._mark(getattr(node, name), run, copy, k)
@@ -310,7 +311,7 @@ def same_graphs(a: Graph, b: Graph) -> bool:
 
 def _same_nodes(a: Node, b: Node) -> bool:
     plain = ("name", "inputs", "outputs", "module", "source", "mark_positions", "mark_count", "autocast", "grad", "op",
-             "recompute")  # fmt: skip
+             "recompute", "calls")  # fmt: skip
     if any(getattr(a, name) != getattr(b, name) for name in plain) or repr(a.op.args) != repr(b.op.args):
         return False
     return _same_marks(a.mark, b.mark) and _same_marks(a.region, b.region)

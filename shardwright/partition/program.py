@@ -182,12 +182,19 @@ class LocalProgram:
             local = list(i.layout.local_shape(i.meta.shape, rank))
             lines.append(f"    # {i.name}: {i.kind} {i.target} {local} of {list(i.meta.shape)}, {i.layout.short() or 'scalar'}")
         for instruction in self.instructions:
-            lines.append(f"    {_instruction_text(instruction, rank)}")
+            lines.append(f"    {_instruction_text(instruction, rank)}{self._remark(instruction)}")
         lines.append(f"    return {', '.join(str(o) for o in self.outputs)}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.text(0)
+
+    def _remark(self, instruction: Instruction) -> str:
+        if isinstance(instruction, (Start, KeepPiece)) or not instruction.recompute:
+            return ""
+        if self.kept.issuperset(instruction.outputs):
+            return ", kept; what it saves within is computed again"
+        return ", computed again in the backward"
 
     @property
     def moves(self) -> list[Move]:
@@ -250,10 +257,6 @@ def _instruction_text(instruction: Instruction, rank: int) -> str:
         return f"start({', '.join(m.output for m in instruction.moves)})  # {edges}"
     if isinstance(instruction, KeepPiece):
         return f"keep_piece({instruction.cut.source}, {str(instruction.cut.redistribution)!r})  # {instruction.cause}"
-    return _plain_text(instruction, rank) + (", computed again in the backward" if instruction.recompute else "")
-
-
-def _plain_text(instruction: Call | Move | Together, rank: int) -> str:
     if isinstance(instruction, Together):
         names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
         edges = "; ".join(m.edge for m in instruction.moves)

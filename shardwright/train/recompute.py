@@ -41,6 +41,10 @@ def recompute_parameter_gathers(program: LocalProgram) -> LocalProgram:
     return with_recompute(program, chosen)
 
 
+# A module that is computed again, and the number of its call: each call is a whole of its own.
+Whole = tuple[str, int]
+
+
 def recompute_pass(graph: Graph, requests: Mapping[str, RecomputeRequest]) -> tuple[Callable[..., LocalProgram], ...]:
     """The pass that does what marks ask for, or none where nothing is to be computed again."""
     if not requests and not any(node.recompute for node in graph.nodes):
@@ -59,7 +63,10 @@ def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str,
         requests: by module path.
     """
     asked = {node.name: node.recompute for node in graph.nodes}
-    whole_of = {node.name: outermost(node.module, requests) for node in graph.nodes}
+    whole_of: dict[str, Whole | None] = {}
+    for node in graph.nodes:
+        path = outermost(node.module, requests)
+        whole_of[node.name] = None if path is None else (path, dict(node.calls).get(path, 0))
     marking = _Marking(program, asked, whole_of, requests)
     marked = marking.run()
     return keep_in_pieces(marked, graph, marking.in_pieces) if marking.in_pieces else marked
@@ -67,7 +74,7 @@ def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str,
 
 def outermost(module: str, paths: Iterable[str]) -> str | None:
     """The shortest of the paths that a module is, or lies in."""
-    found = [path for path in paths if not path or module == path or module.startswith((path + ".", path + "@"))]
+    found = [path for path in paths if not path or module == path or module.startswith(path + ".")]
     return min(found, key=len, default=None)
 
 
@@ -76,11 +83,11 @@ class _Marking:
 
     Args:
         asked: by node, what the operator was told.
-        whole_of: by node, the module that is computed again as a whole and that it lies in.
+        whole_of: by node, what is computed again as a whole and it lies in.
     """
 
     def __init__(
-        self, program: LocalProgram, asked: Mapping[str, bool | None], whole_of: Mapping[str, str | None],
+        self, program: LocalProgram, asked: Mapping[str, bool | None], whole_of: Mapping[str, Whole | None],
         requests: Mapping[str, RecomputeRequest],
     ):  # fmt: skip
         self.program, self.asked, self.whole_of, self.requests = program, asked, whole_of, requests
@@ -123,7 +130,7 @@ class _Marking:
         if move.output in self.read_outside:
             self._leaves({move.output}, move.cause)
             return
-        request = self.requests[whole]
+        request = self.requests[whole[0]]
         if is_parameter:
             again = request.parallel_optimizer_comm_recompute and communicates(move)
         else:
@@ -135,13 +142,13 @@ class _Marking:
         """Values that are read outside of the whole that the operator ``cause`` is in are kept."""
         self.kept.update(values)
         whole = self.whole_of.get(cause)
-        if whole is not None and self.requests[whole].recompute_slice_activation:
+        if whole is not None and self.requests[whole[0]].recompute_slice_activation:
             self.in_pieces.update(values)
 
     def _read_outside(self) -> set[str]:
         """Values that leave the whole they are made in: read outside of it, or returned."""
         program = self.program
-        made_in: dict[str, str | None] = {}
+        made_in: dict[str, Whole | None] = {}
         found = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
         for instruction in program.instructions:
             here = self.whole_of.get(instruction.cause)

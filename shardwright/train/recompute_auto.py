@@ -21,6 +21,10 @@ from shardwright.train.recompute_request import RecomputeRequest
 
 SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
 
+# Limits that plans are searched for, as shares of the one that holds with recompute: the fastest plan of all, those that
+# need little recompute, and one that needs none.
+_PLANNED_FOR = (None, 2.0, 1.4, 1.0)
+
 
 def plan_with_recompute(
     make: Callable[[PlanRequest], Plan], request: PlanRequest, marked: Mapping[str, RecomputeRequest],
@@ -46,16 +50,23 @@ def plan_with_recompute(
             f"recompute('auto') at {automatic.source} has no memory to fit: give recompute('auto', memory='80GB'), or "
             ".search(memory='80GB')"
         )
-    free = replace(make(replace(request, memory_limit=None)), memory_limit=limit)
-    plan, seconds = _fitting(free, limit, marked, automatic, request)
-    if seconds and request.mode in SEARCHES:  # a plan that fits without may be faster
+    found: list[tuple[Plan, float]] = []
+    problem: MemoryLimitError | None = None
+    for allowed in _PLANNED_FOR if request.mode in SEARCHES else (None,):
+        if found and allowed not in (None, 1.0):
+            continue  # only where neither the fastest plan nor the smallest fits
         try:
-            other = make(replace(request, memory_limit=limit))
-        except MemoryLimitError:
-            return plan
-        if request.once(lambda: other.price.seconds < plan.price.seconds + seconds):
-            return replace(other, passes=(*other.passes, *recompute_pass(other.graph, marked)))
-    return plan
+            plan = make(replace(request, memory_limit=None if allowed is None else allowed * limit))
+            found.append(_fitting(replace(plan, memory_limit=limit), limit, marked, automatic, request))
+        except MemoryLimitError as error:
+            problem = error if problem is None or error.least < problem.least else problem
+            continue
+        if not found[-1][1]:
+            break  # nothing is to be computed again
+    if not found:
+        assert problem is not None
+        raise problem
+    return found[request.once(lambda: min(range(len(found)), key=lambda i: found[i][0].price.seconds + found[i][1]))][0]
 
 
 def _fitting(
@@ -111,7 +122,7 @@ class Chooser:
         best = least or self.timeline([])
         return (
             f"recompute('auto') at {self.automatic.source}: no choice of modules fits into {bytes_text(int(limit))} a rank; "
-            f"at least {best}\n  allow memory='{math.ceil(best.peak / 1e6):g}MB', use more devices or a smaller batch",
+            f"at least {best}\n  allow memory='{math.ceil(best.peak / 1e5) / 10:g}MB', use more devices or a smaller batch",
             best.peak,
         )
 
@@ -155,7 +166,7 @@ class Chooser:
         """Modules of several operators that are no mere lists of others and are not computed again anyway."""
         nodes: dict[str, list[str]] = {}
         for node in self.plan.graph.nodes:
-            parts = node.module.split("@")[0].split(".") if node.module else []
+            parts = node.module.split(".") if node.module else []
             for depth in range(1, len(parts) + 1):
                 nodes.setdefault(".".join(parts[:depth]), []).append(node.name)
         children: dict[str, set[str]] = {}

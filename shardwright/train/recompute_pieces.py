@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -48,10 +47,10 @@ def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> Keep
 
 
 def sliced(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
-    """The layout in which ranks that hold the same share it: its largest dim is split by the axes that split nothing.
+    """The layout in which ranks that hold the same share it: the first dim that divides is split, or the largest.
 
     >>> str(sliced(Layout((2, 4), ("dp", "tp"))("dp", "None"), (8, 64)))
-    "layout('dp', 'tp')"
+    '(dp,tp),None @ dp=2,tp=4'
     """
     mesh = layout.mesh
     free = [a for a in mesh.axes if a not in layout.split_axes and mesh.axis_size(a) > 1]
@@ -61,8 +60,9 @@ def sliced(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
     candidates = [d for d in range(len(shape)) if layout.sizes[d] is None]
     if not candidates:
         return None
-    dim = max(candidates, key=lambda d: local[d])
-    if local[dim] < math.prod(mesh.axis_size(a) for a in free):
+    count = mesh.count(free)
+    dim = next((d for d in candidates if local[d] and local[d] % count == 0), max(candidates, key=lambda d: local[d]))
+    if local[dim] < count:
         return None
     dims = [tuple(axes) + (tuple(free) if d == dim else ()) for d, axes in enumerate(layout.bound)]
     return Layout.of(mesh, dims, (), layout.sizes).normal(shape)

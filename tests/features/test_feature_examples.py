@@ -43,3 +43,10 @@ def test_gradient_accumulation(run):
 
 def test_communication_fusion(run):
     assert re.findall(r": (\d+) collectives", run("communication_fusion")) == ["1", "16", "2", "3", "2"]
+
+
+def test_recompute(run):
+    text = run("recompute")
+    kept, again = re.findall(r"loss (\S+), gradients' norm (\S+), held for the backward +(\S+) MB", text)
+    assert kept[:2] == again[:2]
+    assert float(again[2]) < 0.1 * float(kept[2])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import shardwright as sw
 from harness import main, on_ranks, same_steps, simulated
@@ -203,6 +204,95 @@ def operators() -> None:
     assert all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
 
 
+class Convolutions(nn.Module):
+    """Batch norm, whose buffers change, and a layer that is called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.again = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.GELU(), nn.Dropout(0.1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = x + self.again(x)
+        return F.cross_entropy(self.head(x.mean((2, 3))), target)
+
+
+def convolutions_and_buffers() -> None:
+    model = Convolutions().double()
+    other = copy.deepcopy(model)
+    batch = torch.randn(8, 3, 6, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+    loss, gradients = step(sw.AutoParallel(model), model, batch)
+    net = sw.AutoParallel(other).recompute(["first", "again", "head"])
+    loss_again, gradients_again = step(net, other, batch)
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    for (name, a), (_, b) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(net.program.kept) >= 4  # the output of every call
+
+
+def sliced_activations() -> None:
+    """What leaves a block is kept in slices, and gathered once each."""
+    whole = sw.Layout((ranks(),), ("tp",))("None", "None", "None")
+    between = {"blocks.?": {"in_strategy": (whole,), "out_strategy": (whole,)}}
+
+    def prepare(model: nn.Module) -> Any:
+        return sw.AutoParallel(model).shard({**columns_and_rows(model, ranks()), **between})
+
+    bit_equal(prepare, lambda net: net.recompute("blocks.*", recompute_slice_activation=True), Stack(dim=24).double())
+    model = Stack(dim=24).double()
+    net = prepare(model).recompute("blocks.*", recompute_slice_activation=True)
+    (batch,) = batches(1)
+    step(net, model, batch)
+    with sw.record_communication() as log:
+        step(net, model, batch)
+    gathers = [e for e in log.events if e.phase == "recompute" and e.edge.endswith("kept in pieces")]
+    assert len(gathers) == (0 if ranks() == 1 else len(model.blocks))
+    assert len({e.edge for e in gathers}) == len(gathers)
+
+
+def half_precision() -> None:
+    """Under autocast, within the model and around it."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = Stack()
+
+        def forward(self, *batch: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.stack(*batch)
+
+    bit_equal(sw.AutoParallel, lambda net: net.recompute("stack.blocks.*"), Half())
+    with torch.autocast("cpu", torch.bfloat16):
+        bit_equal(sw.AutoParallel, lambda net: net.recompute("blocks.*"), Stack())
+
+
+def several_backwards() -> None:
+    """The same graph twice, a part of it, and two forwards before their backwards."""
+    model = Stack().double()
+    net = sw.AutoParallel(model).shard(columns_and_rows(model, ranks())).recompute("blocks.*")
+    first, second = batches(2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(5)
+    loss = net(*first)
+    once = torch.autograd.grad(loss, parameters, retain_graph=True)
+    part = torch.autograd.grad(loss, parameters[-3:], retain_graph=True)
+    twice = torch.autograd.grad(loss, parameters)
+    for a, b in zip(once, twice, strict=True):
+        assert torch.equal(sw.full_value(a), sw.full_value(b))
+    for a, b in zip(once[-3:], part, strict=True):
+        assert torch.equal(sw.full_value(a), sw.full_value(b))
+    torch.manual_seed(5)
+    losses = [net(*first), net(*second)]
+    found = [torch.autograd.grad(each, parameters) for each in losses]
+    for a, b in zip(once, found[0], strict=True):
+        assert torch.equal(sw.full_value(a), sw.full_value(b))
+
+
 PROGRAMS = (
     blocks_of_data_parallel,
     blocks_of_tensor_parallel,
@@ -211,6 +301,10 @@ PROGRAMS = (
     uneven_batch,
     gathers_again,
     operators,
+    convolutions_and_buffers,
+    sliced_activations,
+    half_precision,
+    several_backwards,
 )
 
 
@@ -223,6 +317,194 @@ def test_simulated(program, devices):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
+
+
+# -- in one process ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def world(request, monkeypatch):
+    monkeypatch.setattr("shardwright.world.current._current", [])
+    torch.manual_seed(0)
+
+
+def held(forward: Callable[[], Any]) -> int:
+    """Bytes that are allocated in the forward pass and are there after it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = forward()
+    total = sum(event.self_cpu_memory_usage for event in seen.key_averages())
+    assert result is not None
+    return total
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_held_drops_to_what_blocks_take_and_give(devices):
+    sw.init(devices=devices)
+    model = Stack(layers=4, dim=64, heads=4)
+    (batch,) = batches(1, batch=8, length=32)
+    found = []
+    for net in (sw.AutoParallel(model), sw.AutoParallel(model).recompute("blocks.?")):
+        net.compile(*batch)
+        found.append(held(lambda net=net: net(*batch)))
+    boundary = 8 * 32 * 64 * 4
+    around = 4 * 8 * 32 * 32 * 4 + 3 * boundary  # embedding, head and loss
+    assert found[1] < 4 * boundary + around < found[0] / 4
+
+
+def test_an_operators_result_is_not_held():
+    sw.init(devices=2)
+
+    class Net(nn.Module):
+        def __init__(self, mode: bool):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(16, 512)), nn.Parameter(torch.randn(512, 16))
+            self.first, self.act = sw.ops.MatMul().recompute(mode), sw.ops.GeLU().recompute(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.act(self.first(x, self.up)) @ self.down).square().mean()
+
+    x = torch.randn(64, 16)
+    found = []
+    for mode in (False, True):
+        net = sw.AutoParallel(Net(mode))
+        net.compile(x)
+        found.append(held(lambda net=net: net(x)))
+    assert found[0] - found[1] == 2 * 64 * 512 * 4  # what goes into gelu, and what comes out
+
+
+def test_an_operator_that_is_told_otherwise_is_kept_within_its_module():
+    sw.init(devices=2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.soft = sw.ops.Softmax().recompute(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.soft(x.exp()).sin() * 2).cos()
+
+    model = sw.recompute(nn.Sequential(Net()))
+    net = sw.AutoParallel(model)
+    net.compile(torch.randn(4, 4, requires_grad=True))
+    lines = [line for line in str(net.program).splitlines() if "computed again" in line and "aten." in line]
+    again = {line.split("aten.")[1].split("(")[0] for line in lines}
+    assert again == {"exp", "sin", "mul", "cos"}
+
+
+def test_collectives_are_not_done_twice_where_their_results_are_kept():
+    sw.init(devices=4)
+    model = Stack()
+    (batch,) = batches(1)
+    counts = {}
+    for switch in (None, True, False):
+        net = sw.AutoParallel(model).shard(columns_and_rows(model, 4))
+        if switch is not None:
+            net.recompute("blocks.*", mp_comm_recompute=switch)
+        with sw.record_communication() as log:
+            step(net, model, batch)
+        counts[switch] = [sum(e.phase == phase for e in log.events) for phase in ("forward", "recompute", "backward")]
+    assert counts[None][1] == 0
+    assert counts[False] == counts[None]
+    assert counts[True][1] > 0
+    assert counts[True][::2] == counts[None][::2]
+
+
+def test_nothing_without_gradients():
+    sw.init(devices=2)
+    model = Stack().eval()
+    net = sw.AutoParallel(model).shard(columns_and_rows(model, 2)).recompute("blocks.*")
+    (batch,) = batches(1)
+    with torch.no_grad(), sw.record_communication() as log:
+        assert not net(*batch).requires_grad
+    assert not [e for e in log.events if e.phase == "recompute"]
+    torch.testing.assert_close(net(*batch), model(*batch))
+
+
+def test_a_change_in_place_before_the_backward_is_noticed():
+    sw.init(devices=2)
+    model = Stack()
+    net = sw.AutoParallel(model).recompute("blocks.*")
+    (batch,) = batches(1)
+    loss = net(*batch)
+    with torch.no_grad():
+        model.blocks[1].up.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_functions_and_train_steps():
+    sw.init(devices=2)
+    model, (batch,) = Stack().double(), batches(1)
+    plain = copy.deepcopy(model)
+    net = sw.AutoParallel(lambda *b: model(*b)).recompute("blocks.*")
+    torch.manual_seed(1)
+    net(*batch).backward()
+    assert net.program.kept
+    torch.manual_seed(1)
+    plain(*batch).backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.allclose(a.grad, b.grad, atol=1e-12)
+
+    def train(ids: Tensor, target: Tensor) -> Tensor:
+        loss = model(ids, target)
+        loss.backward()
+        return loss.detach()
+
+    trained = sw.AutoParallel(train).recompute("blocks.*")
+    trained(*batch)
+    assert trained.program.kept
+
+
+def test_automatic():
+    sw.init(devices=2)
+    model, (batch,) = Stack(layers=4, dim=32), batches(1, batch=8, length=32)
+    free = sw.AutoParallel(model)
+    free.compile(*batch)
+    whole = sw.AutoParallel(model).recompute("blocks.?")
+    whole.compile(*batch)
+    most, least = free.plan.memory.peak, whole.plan.memory.peak
+    assert least < 0.8 * most
+    seen = []
+    for limit in (most, 0.5 * (most + least), least):
+        net = sw.AutoParallel(model).search(memory=limit).recompute("auto")
+        net.compile(*batch)
+        assert net.plan.memory.peak <= limit
+        seen.append(str(net.program).count("computed again"))
+    assert seen[0] == 0 < seen[1] < seen[2]
+    with pytest.raises(sw.errors.MemoryLimitError, match="no choice of modules fits") as caught:
+        sw.AutoParallel(model).recompute("auto", memory=0.3 * least).compile(*batch)
+    assert caught.value.least > 0.3 * least
+    fastest = sw.AutoParallel(model, "auto").compile(*batch).plan
+    searched = sw.AutoParallel(model, "auto").recompute("auto", memory=0.6 * fastest.memory.peak).compile(*batch)
+    assert searched.plan.memory.peak <= 0.6 * fastest.memory.peak
+    step(searched, model, batch)
+
+
+def test_bad_arguments():
+    net = sw.AutoParallel(Stack())
+    (batch,) = batches(1)
+    refused: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: sw.ops.MatMul().recompute(1), TypeError, "MatMul.recompute\\(1\\): give True or False"),
+        (lambda: sw.ops.MatMul().add_prim_attr("recompute", "yes"), TypeError, "give True or False"),
+        (lambda: net.recompute("blocks.*", mp_comm_recompute=1), TypeError, "mp_comm_recompute=1; give True or False"),
+        (lambda: net.recompute("blocks.*", use_reentrant=True), ValueError, "use_reentrant is no setting of it; use mp_"),
+        (lambda: net.recompute(3), TypeError, "3; give a name pattern"),
+        (lambda: net.recompute([3]), TypeError, "3 is a int"),
+        (lambda: net.recompute([]), ValueError, "names no module"),
+        (lambda: net.recompute("blocks.*", memory="8GB"), ValueError, "decides what 'auto' computes again"),
+        (lambda: net.recompute(["auto", "blocks.*"]), ValueError, "'auto' decides for all modules"),
+        (lambda: net.recompute("auto", memory="lots"), ValueError, "not a size"),
+        (lambda: sw.recompute(torch.relu), TypeError, "give a module; for one operator"),
+        (lambda: sw.recompute(nn.Linear(2, 2), early_stop=False), ValueError, "early_stop is no setting"),
+        (lambda: sw.recompute(nn.Linear(2, 2), recompute_slice_activation=None), TypeError, "give True or False"),
+        (lambda: sw.AutoParallel(Stack()).recompute("layers.*")(*batch), ValueError, "'layers.\\*' at test_recompute"),
+        (lambda: sw.AutoParallel(Stack()).recompute(nn.ReLU())(*batch), ValueError, "ReLU at test_recompute"),
+        (lambda: sw.AutoParallel(Stack()).recompute("auto")(*batch), ValueError, "has no memory to fit"),
+    ]
+    for call, kind, message in refused:
+        with pytest.raises(kind, match=message) as caught:
+            call()
+        assert isinstance(caught.value, sw.errors.ShardwrightError)
 
 
 if __name__ == "__main__":
