@@ -33,6 +33,7 @@ from shardwright.train.recompute import recompute_parameter_gathers
 from shardwright.train.recompute_auto import plan_with_recompute
 from shardwright.train.recompute_request import RecomputeRequest, gather_requests
 from shardwright.world import parameters as distributed_parameters
+from shardwright.world.agreement import check_same_shapes
 from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
 from shardwright.world.random_state import agree_on_random_state
@@ -175,6 +176,7 @@ class Compiled:
             return args, kwargs
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        check_same_shapes([t.shape for t in tensors], self.world.size)
         first = next((t.shape[0] for t in tensors if t.ndim), 0)
         position = -1
 
