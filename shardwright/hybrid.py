@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwright.capture.torch_private import pytree
@@ -25,6 +24,7 @@ from shardwright.train.hybrid_ranks import Handed, capture_ranks
 from shardwright.train.over import Over
 from shardwright.train.own import own_of
 from shardwright.world import parameters as distributed_parameters
+from shardwright.world.agreement import check_same_shapes
 from shardwright.world.current import World
 
 Shape = tuple[int, ...]
@@ -132,7 +132,7 @@ def _handed_in(leaves: Sequence[Any], strategy: Any, over: Over, world: World) -
         used = [_as_told(entry, shape, over, i) for i, (entry, shape) in enumerate(_pairs(strategy, shapes))]
     whole = world.is_simulated or strategy == "full_batch"
     if not whole:
-        _check_agreement(shapes, world)
+        check_same_shapes(shapes, world.size)
         shapes = [_all_slices(shape, layout) for shape, layout in zip(shapes, used, strict=True)]
     found = {}
     for at, shape, layout in zip(positions, shapes, used, strict=True):
@@ -186,12 +186,3 @@ def _check_rows(shape: Shape, layout: Layout, over: Over) -> None:
                 f"an input {list(shape)} is shared out along {', '.join(axes)}, but dim {dim} leaves one of the {count} ranks "
                 f"without a row: hand in {count} rows or more, best a multiple"
             )
-
-
-def _check_agreement(shapes: Sequence[Shape], world: Any) -> None:
-    """Refuses slices of several shapes, on all ranks."""
-    found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, list(shapes))
-    if any(other != found[0] for other in found):
-        listed = "; ".join(f"rank {r}: {', '.join(str(list(s)) for s in given)}" for r, given in enumerate(found[:8]))
-        raise WorldError(f"the ranks hand in slices of several shapes: {listed}; hand in slices of one shape")

@@ -321,7 +321,8 @@ class _Converter:
     def _operator(self, node: fx.Node) -> None:
         metas = node.meta["val"]
         sequence = isinstance(metas, (tuple, list))
-        outputs = self.emit_node(node, node.target, node.args, node.kwargs, list(metas) if sequence else [metas])
+        args, kwargs = _with_dense_gradient(node)
+        outputs = self.emit_node(node, node.target, args, kwargs, list(metas) if sequence else [metas])
         parent = self._viewed(node, metas[0] if sequence and metas else metas)
         tracked: list[Any] = []
         for i, (value, meta) in enumerate(zip(outputs, metas if sequence else [metas], strict=True)):
@@ -581,6 +582,16 @@ def _attribute(owner: Any, path: str) -> Any:
     for part in path.split("."):
         owner = getattr(owner, part)
     return owner
+
+
+def _with_dense_gradient(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an operator, whose gradient is to be dense: ranks cannot add sparse ones; the values are the same."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "sparse" not in names:
+        return node.args, node.kwargs
+    at = names.index("sparse")
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "sparse"}
+    return tuple(False if i == at else a for i, a in enumerate(node.args)), kwargs
 
 
 def _input_name(kind: str, target: Any, fallback: str) -> str:

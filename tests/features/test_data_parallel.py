@@ -81,6 +81,37 @@ def own_slices():
         compare(plain, model, tolerance=1e-8)
 
 
+class Rows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 4, sparse=True, padding_idx=1, dtype=torch.float64)
+
+    def forward(self, rows):
+        return self.table(rows).square().mean()
+
+
+def gradients_of_rows():
+    """A sparse gradient is summed as a dense one."""
+    model = Rows()
+    plain = copy.deepcopy(model)
+    rows = torch.randint(10, (4 * current_world().size, 3))
+    for mode in ("data_parallel", "hybrid_parallel"):
+        model.table.weight.grad = plain.table.weight.grad = None
+        sw.AutoParallel(model, mode)(rows).backward()
+        plain(rows).backward()
+        assert torch.allclose(sw.full_value(model.table.weight.grad), plain.table.weight.grad.to_dense(), rtol=1e-12)
+
+
+def slices_of_several_shapes():
+    """An error on all ranks, and no hang, where ranks run a program of their own."""
+    world = current_world()
+    if not world.is_simulated:
+        net = sw.AutoParallel(nn.Linear(4, 4), "hybrid_parallel").dataset_strategy("data_parallel")
+        with pytest.raises(sw.errors.WorldError, match=r"slices of several shapes: rank 0: \[2, 4\]; rank 1: \[3, 4\]"):
+            net(torch.ones(2 + world.rank, 4))
+        assert net(torch.ones(2, 4)).shape == (2 * world.size, 4)
+
+
 def strategies_are_ignored():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)).double()
     n = current_world().size
@@ -134,6 +165,8 @@ PROGRAMS = (
     steps,
     evaluation,
     own_slices,
+    slices_of_several_shapes,
+    gradients_of_rows,
     strategies_are_ignored,
     gradients_travel_as_they_get_ready,
     halves_are_added_in_float32,

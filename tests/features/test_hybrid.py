@@ -121,7 +121,7 @@ class Each(nn.Module):
 
 
 def collectives_in_programs():
-    for mesh in meshes():
+    for mesh in list(meshes())[:2]:
         for name, (function, expected) in CASES.items():
             for axis in mesh.axes:
                 x, y, weights, gradient = _tensors(mesh, lambda x, e=expected, a=axis, m=mesh: grouped(m, a, x, e))
