@@ -21,6 +21,7 @@ from shardwright.capture.torch_private import pytree
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import Problems, StrategyError
 from shardwright.layout import Layout, chunk_pieces
+from shardwright.mesh import Mesh
 from shardwright.world.current import World
 
 Shape = tuple[int, ...]
@@ -50,15 +51,19 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
         return list(leaves), _describe(shapes, strategy, world)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    slices = [t for t in tensors if isinstance(t, Slice) and not t.changed]
-    leaves = [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves]
-    layouts = [t.laid_out if isinstance(t, Slice) and not t.changed else Layout.replicated(_mesh(slices, world), t.ndim)
-               for t in tensors]  # fmt: skip
-    shapes = [tuple(t.shape) for t in tensors]
-    plain = not slices
-    same = strategy == "data_parallel" and len(slices) == len(tensors) and all(t.by_name for t in slices)
-    followed = "full_batch" if plain else "data_parallel" if same else tuple(layouts)
-    return leaves, Handed(tuple(shapes), tuple(layouts), followed)
+    slices = [t if isinstance(t, Slice) and not t.changed else None for t in tensors]
+    mesh = next((t.laid_out.mesh for t in slices if t is not None), Mesh(("batch",), (world.size,)))
+    layouts = [Layout.replicated(mesh, t.ndim) if s is None else s.laid_out for s, t in zip(slices, tensors)]
+    entries = [(1,) * t.ndim if s is None else s.entry for s, t in zip(slices, tensors)]
+    followed: Any = tuple(layouts)
+    if not any(s is not None for s in slices):
+        followed = "full_batch"
+    elif all(entry == "data_parallel" for entry in entries):
+        followed = "data_parallel"
+    elif all(isinstance(entry, tuple) for entry in entries):
+        followed = tuple(entries)
+    described = Handed(tuple(tuple(t.shape) for t in tensors), tuple(layouts), followed)
+    return [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves], described
 
 
 def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[list[Any], Handed]:
@@ -85,18 +90,15 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
     return found, Handed(handed.shapes, tuple(layouts), strategy)
 
 
-def _mesh(slices: Sequence[Slice], world: World) -> Any:
-    return slices[0].laid_out.mesh if slices else layouts_of("full_batch", [0], [False], world.size)[0].mesh
-
-
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
     """The inputs of a train step, each tensor as a :class:`Slice` of the global one."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
     handed = _describe(shapes, strategy, world)
-    by_name = handed.strategy == "data_parallel"
-    known = iter(zip(handed.shapes, handed.layouts))
-    marked = [Slice.of(leaf, *next(known), world, by_name) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    told = handed.strategy
+    entries = told if isinstance(told, tuple) else [told] * len(handed.shapes)
+    known = iter(zip(handed.shapes, handed.layouts, entries))
+    marked = [Slice.of(leaf, *next(known), world) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(marked, spec)  # type: ignore[no-any-return]
 
 
@@ -109,16 +111,16 @@ class Slice(Tensor):
 
     piece: Tensor
     laid_out: Layout
-    by_name: bool
+    entry: Any  # what the strategy says of it
     _world: World
     _shape: Shape
     _whole: Tensor | None
     _version_then: int
 
     @staticmethod
-    def of(piece: Tensor, shape: Shape, layout: Layout, world: World, by_name: bool) -> Slice:
+    def of(piece: Tensor, shape: Shape, layout: Layout, entry: Any, world: World) -> Slice:
         made = piece.detach().as_subclass(Slice)
-        made.__dict__.update(piece=piece, laid_out=layout, by_name=by_name, _world=world, _shape=shape, _whole=None)
+        made.__dict__.update(piece=piece, laid_out=layout, entry=entry, _world=world, _shape=shape, _whole=None)
         return made
 
     def whole(self) -> Tensor:

@@ -24,6 +24,7 @@ from harness import compare, main, on_ranks, simulated
 from shardwright.data.order import Order
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import ShardwrightError, StrategyError, WorldError
+from shardwright.planning import planning
 from shardwright.train.gradient_accumulation import GradAccumulation
 from shardwright.world.current import current_world
 
@@ -412,6 +413,22 @@ def test_every_mode_takes_width_slices(mode):
         assert layout.local_shape(images.shape, 1) == (6, 1, 8, 3)
 
     simulated(program, 4)
+
+
+def test_a_step_is_planned_for_another_number_of_devices():
+    """What the nets of a step follow are the counts that were given, not what they are on the devices at hand."""
+    model = nn.Linear(4, 4)
+
+    def step(x):
+        model(x).sum().backward()
+
+    with planning(8, None, False, {}) as plans:
+        sw.init(devices=4)
+        sw.AutoParallel(step).dataset_strategy(((2, 1),))(torch.ones(8, 4))
+    (plan,) = plans
+    assert plan.mesh.size == 8
+    (layout,) = (plan.input_layouts[i.value] for i in plan.graph.inputs if i.kind == "input")
+    assert [layout.local_shape((8, 4), rank) for rank in (0, 3, 4)] == [(4, 4)] * 3
 
 
 # -- a loader as another rank of another job sees it ------------------------------------------------------------------------
