@@ -51,7 +51,7 @@ def asked(node: Node) -> dict[str, Any]:
     mark = node.mark if node.mark is not None else node.region
     if mark is None or mark.is_pin or not mark.attributes or node.op.target is ALIAS:
         return {}
-    return {name: value for name, value in mark.attributes.items() if value is not False}
+    return {name: value for name, value in mark.attributes.items() if value is not False and name != "recompute"}
 
 
 class _Attributes:
@@ -159,9 +159,20 @@ class _Attributes:
             name = f"{node.name}_at_rest_{index}"
             pin = Mark(f"{mark.name} input {index}", (layout,), source=mark.source, is_pin=True, module_path=mark.module_path)
             op = self.aliases.setdefault(meta, Operator(ALIAS, (Slot(0),), {}, (meta,), (meta,)))
-            self.nodes.append(
-                Node(name, op, (value,), (name,), node.module, node.source, pin, (0,), 1, None, node.autocast, node.grad)
+            alias = replace(
+                node,
+                name=name,
+                op=op,
+                inputs=(value,),
+                outputs=(name,),
+                mark=pin,
+                mark_positions=(0,),
+                mark_count=1,
+                region=None,
             )
+            if value in self.told.parameters:  # not the first reader's alone
+                alias = replace(alias, recompute=None, copy=None, carries_batch=False)
+            self.nodes.append(alias)
             self.resting[key] = name
         return self.resting[key]
 
