@@ -37,6 +37,7 @@ ATTRIBUTES: dict[str, Callable[[Any], str | None]] = {
     "manual_split": _row_counts,
     "self_define_shard": _flag,
     "skip_redistribution": _flag,
+    "recompute": _flag,
 }
 
 # name -> why it is refused, and what to do instead; False, which asks for nothing, is accepted
@@ -46,7 +47,6 @@ REFUSED: dict[str, str] = {
         "many ranks there are and replicated parameters would drift apart; reduce by group instead, which is the same on one "
         "device: x.unflatten(0, (groups, -1)).mean(1)"
     ),
-    "recompute": "recomputation has its own setting; call .recompute() instead",
     "primitive_target": "running single operators on the host is not built yet; remove it",
     "manual_split_with_offset": "offsets follow from the rows of the slices; give manual_split=(rows, rows, ...)",
 }

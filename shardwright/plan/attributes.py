@@ -17,10 +17,10 @@ from shardwright.capture.marks import Mark
 from shardwright.errors import Problems
 from shardwright.layout import Layout
 from shardwright.plan.choice import late_layout
-from shardwright.plan.follow import propose
 from shardwright.plan.nd_tensor_parallel import Pattern, Product, pattern_of, product_of, same_axes, weight_for
 from shardwright.plan.own_layouts import self_defined, split_by_hand
 from shardwright.plan.strategy import check_layout, where_of
+from shardwright.plan.told_layouts import ToldLayouts
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import signature_of
 
@@ -51,7 +51,7 @@ def asked(node: Node) -> dict[str, Any]:
     mark = node.mark if node.mark is not None else node.region
     if mark is None or mark.is_pin or not mark.attributes or node.op.target is ALIAS:
         return {}
-    return {name: value for name, value in mark.attributes.items() if value is not False}
+    return {name: value for name, value in mark.attributes.items() if value is not False and name != "recompute"}
 
 
 class _Attributes:
@@ -59,15 +59,10 @@ class _Attributes:
         self.graph, self.devices = graph, devices
         self.problems = Problems()
         self.nodes: list[Node] = []
-        self.known: dict[str, Layout] = {}  # values whose layouts users gave, or that follow from those
+        self.told = ToldLayouts(graph, parameter_plan)
         self.maker: dict[str, Node] = {}
         self.aliases: dict[TensorMeta, Operator] = {}  # one for all that are alike, as captures have it
         self.resting: dict[tuple[str, Layout], str] = {}  # value and where it rests -> its alias there
-        self.planned: dict[str, Any] = {}
-        self.parameters = {i.value for i in graph.inputs if i.kind == "parameter"}
-        for i in graph.inputs:
-            if i.kind == "parameter" and str(i.target) in parameter_plan:
-                self.planned[i.value] = parameter_plan[str(i.target)][0]
         self.followed: set[int] = set()  # marks whose attribute found its operator
 
     def run(self) -> Graph:
@@ -75,7 +70,7 @@ class _Attributes:
             changed = self.node(node)
             self.nodes.append(changed)
             self.maker.update(dict.fromkeys(changed.outputs, changed))
-            self.learn(changed)
+            self.told.learn(changed)
         for node in self.graph.nodes:
             mark = node.region
             if asked(node).get("enable_nd_tp") and mark is not None and id(mark) not in self.followed:
@@ -91,13 +86,13 @@ class _Attributes:
         if "ndtp_reduce_scatter_axis" in attributes and not attributes.get("enable_nd_tp"):
             self.problems.add(f"{where_of(node)}: ndtp_reduce_scatter_axis goes with enable_nd_tp; set that too")
         if "manual_split" in attributes:
-            table, indices = self.given(node, 0), self.given(node, 1)
+            table, indices = self.told.given(node, 0), self.told.given(node, 1)
             return split_by_hand(node, attributes["manual_split"], table, indices, self.devices, self.problems)
         if attributes.get("self_define_shard"):
             return self_defined(node, self.devices, self.problems)
         if attributes.get("skip_redistribution"):
             return self.kept_in_place(node)
-        return self.reordered(node) if self.followed else node
+        return self.told.reordered(node) if self.followed else node
 
     # -- high-dimension tensor parallel -------------------------------------------------------------------------------
 
@@ -133,7 +128,7 @@ class _Attributes:
         def refuse(why: str) -> None:
             self.problems.add(f"{where_of(node)}: {why}")
 
-        left, right = self.given(node, product.left), self.given(node, product.right)
+        left, right = self.told.given(node, product.left), self.told.given(node, product.right)
         if isinstance(left, Layout) and right is None and node.mark is None:
             right = self.weight_of(node, product, left)
         for name, entry, index in (("activation", left, product.left), ("weight", right, product.right)):
@@ -151,7 +146,7 @@ class _Attributes:
         """The weight's layout within a module whose inputs alone were given one."""
         if left.dims is None or left.ndim != product.ndims[0]:
             return None
-        have = self.known.get(node.inputs[product.left])
+        have = self.told.of.get(node.inputs[product.left])
         return weight_for(product, have if have is not None and have.ndim == left.ndim else left)
 
     def at_rest(self, node: Node, index: int, layout: Layout, mark: Mark) -> str:
@@ -164,9 +159,20 @@ class _Attributes:
             name = f"{node.name}_at_rest_{index}"
             pin = Mark(f"{mark.name} input {index}", (layout,), source=mark.source, is_pin=True, module_path=mark.module_path)
             op = self.aliases.setdefault(meta, Operator(ALIAS, (Slot(0),), {}, (meta,), (meta,)))
-            self.nodes.append(
-                Node(name, op, (value,), (name,), node.module, node.source, pin, (0,), 1, None, node.autocast, node.grad)
+            alias = replace(
+                node,
+                name=name,
+                op=op,
+                inputs=(value,),
+                outputs=(name,),
+                mark=pin,
+                mark_positions=(0,),
+                mark_count=1,
+                region=None,
             )
+            if value in self.told.parameters:  # not the first reader's alone
+                alias = replace(alias, recompute=None, copy=None, carries_batch=False)
+            self.nodes.append(alias)
             self.resting[key] = name
         return self.resting[key]
 
@@ -176,73 +182,13 @@ class _Attributes:
         if mark is None:
             return
         product = product_of(node.op)
-        told = [("the bias", self.given(node, i), layout) for i, layout in enumerate(layouts)
+        told = [("the bias", self.told.given(node, i), layout) for i, layout in enumerate(layouts)
                 if product is not None and i not in (product.left, product.right)]  # fmt: skip
         told += [("out_strategy", entry, result) for entry in mark.out_strategy or ()]
         for name, entry, right in told:
             fine = isinstance(entry, Layout) and entry.dims is not None and entry.ndim == right.ndim
             if entry is not None and not (fine and all(map(same_axes, entry.bound, right.bound))):
                 self.problems.add(f"{where_of(node)}: {name} is {_text(entry)}, but comes as {right.short()}; write that")
-
-    # -- the order of axes ----------------------------------------------------------------------------------------------
-
-    def reordered(self, node: Node) -> Node:
-        """An operator configured with a tuple of axes reads what a product left in its own order of these axes, in that."""
-        mark = node.mark
-        orders: dict[frozenset[str], tuple[str, ...]] = {}
-        if mark is None or not isinstance(mark.in_strategy, tuple):
-            return node
-        for i, value in enumerate(node.inputs):
-            given, have = self.given(node, i), self.known.get(value)
-            if not isinstance(given, Layout) or given.dims is None or have is None or given.mesh != have.mesh:
-                continue
-            for mine, theirs in zip(given.bound, have.bound):
-                if mine != theirs and same_axes(mine, theirs) and mine == given.mesh.ordered(mine):
-                    orders.setdefault(frozenset(mine), theirs)
-        if not orders:
-            return node
-
-        def again(strategy: Any) -> Any:
-            return tuple(_in_order(entry, orders) for entry in strategy) if isinstance(strategy, tuple) else strategy
-
-        return replace(node, mark=replace(mark, in_strategy=again(mark.in_strategy), out_strategy=again(mark.out_strategy)))
-
-    def learn(self, node: Node) -> None:
-        """Notes where an operator's outputs are, as far as the layouts given so far say."""
-        given = [self.given(node, i) for i in range(len(node.inputs))]
-        found = [
-            entry if isinstance(entry, Layout) and entry.dims is not None and entry.ndim == len(meta.shape) else None
-            for entry, meta in zip(given, node.op.inputs)
-        ]
-        split: dict[str, Any] = {}
-        mesh = next((layout.mesh for layout in found if layout is not None), None)
-        signature = signature_of(node.op) if mesh is not None else None
-        if mesh is not None and signature is not None:
-            for i, layout in enumerate(found):
-                if layout is not None and layout.mesh == mesh:
-                    propose(split, signature, signature.inputs[i], layout, node.op.inputs[i].shape)
-            nothing: tuple[tuple[str, ...], None] = ((), None)
-            for value, tensor in zip(node.outputs, signature.outputs):  # as users wrote it, axes of size 1 included
-                axes = [split.get(signature.major(factors) or "", nothing)[0] for factors in tensor]
-                self.known[value] = Layout.of(mesh, axes)
-        if node.mark is not None and not node.mark.is_pin and isinstance(node.mark.out_strategy, tuple):
-            said = zip(node.outputs, node.mark.out_strategy)
-            self.known.update((v, e) for v, e in said if isinstance(e, Layout) and e.dims is not None)
-
-    def given(self, node: Node, index: int) -> Any:
-        """What a user gave for an operator's input: to it, to the function or module that it stands in, to a parameter."""
-        if index >= len(node.inputs):
-            return None
-        value = node.inputs[index]
-        if node.mark is not None and isinstance(node.mark.in_strategy, tuple):
-            position = node.mark_positions[index]
-            return node.mark.in_strategy[position] if position is not None and position < len(node.mark.in_strategy) else None
-        if value in self.planned:
-            return self.planned[value]
-        strategy = node.region.in_strategy if node.region is not None else None
-        if value in self.parameters and isinstance(strategy, tuple) and len(strategy) > 1 and product_of(node.op) is not None:
-            return strategy[1]  # of a module: its input, then its weight
-        return self.known.get(value)
 
     # -- reshapes -------------------------------------------------------------------------------------------------------
 
@@ -269,13 +215,6 @@ def _is_entry(node: Node) -> bool:
         and node.mark.is_pin
         and bool(node.mark.attributes.get("enable_nd_tp"))
     )
-
-
-def _in_order(entry: Any, orders: Mapping[frozenset[str], tuple[str, ...]]) -> Any:
-    if not isinstance(entry, Layout) or entry.dims is None:
-        return entry
-    dims = [orders.get(frozenset(a), a) if a == entry.mesh.ordered(a) else a for a in entry.bound]
-    return Layout.of(entry.mesh, dims, entry.partial, entry.sizes)
 
 
 def _text(entry: Any) -> str:

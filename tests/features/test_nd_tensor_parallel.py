@@ -127,7 +127,31 @@ def a_frozen_weight():
         same_steps(model, batches(24, 24), sw.AutoParallel)
 
 
+def computed_again():
+    for sizes in meshes():
+        same_steps(Layers(), batches(24, 24), lambda model, sizes=sizes: by_name(model, sizes).recompute("layers.*"))
+
+
+def two_copies_of_the_batch():
+    for sizes in meshes():
+        same_steps(sw.MicroBatchInterleaved(Products(sizes)), batches(24, 24), sw.AutoParallel)
+
+
+def parts_of_the_batch_one_after_the_other():
+    for sizes in meshes():
+        same_steps(sw.GradAccumulation(Products(sizes), 2), batches(24, 24), sw.AutoParallel)
+
+
+def optimizer_parallel():
+    for sizes in meshes():
+        same_steps(Layers(), batches(24, 24), lambda model, sizes=sizes: by_name(model, sizes).hsdp(threshold=0))
+
+
 PROGRAMS = (
+    computed_again,
+    two_copies_of_the_batch,
+    parts_of_the_batch_one_after_the_other,
+    optimizer_parallel,
     products,
     products_of_uneven_sizes,
     linear_modules_with_biases,
