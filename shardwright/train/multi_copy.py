@@ -71,7 +71,8 @@ class MicroBatchInterleaved(nn.Module):
         if batch % self.interleave_num:
             raise ShardwrightError(
                 f"MicroBatchInterleaved({_name(self.network)}): dim 0 of the inputs has size {batch}, which "
-                f"{self.interleave_num} copies do not divide; give a batch that is a multiple of {self.interleave_num}, or another interleave_num"
+                f"{self.interleave_num} copies do not divide; give a batch that "
+                f"is a multiple of {self.interleave_num}, or another interleave_num"
             )
         size = batch // self.interleave_num
         now = current_session()
