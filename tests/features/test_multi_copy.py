@@ -226,6 +226,15 @@ def with_optimizer_parallel_and_accumulation():
     assert set(parallel.program.copies.values()) == {0, 1}
 
 
+def with_recompute():
+    """Blocks computed again in the backward pass, their dropout and the copies' collectives with them."""
+    net = double(sw.MicroBatchInterleaved(Net(drop=0.2), 2))
+    same_steps(net, batches(2, 8), lambda model: in_tensor_parallel(model).recompute("*blocks.*"))
+    torch.manual_seed(5)
+    net = double(sw.MicroBatchInterleaved(Net(), 2))
+    same_steps(net, batches(2, 8), lambda model: in_tensor_parallel(model).hsdp(threshold=0).recompute("*blocks.0"))
+
+
 # -- the order ----------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +361,7 @@ PROGRAMS = (
     tensor_parallel_blocks, against_the_whole_batch, three_copies_data_parallel,
     dropout_masks_are_those_of_the_single_device, batch_norm_statistics_are_those_of_a_copy,
     nested_results_and_tied_weights, sums, a_batch_that_ranks_hand_in, train_step,
-    with_optimizer_parallel_and_accumulation, copies_take_turns, gradients_are_reduced_once,
+    with_optimizer_parallel_and_accumulation, with_recompute, copies_take_turns, gradients_are_reduced_once,
     the_axis_changes_no_number, the_axis_makes_copies_take_turns, pinned_regions,
 )  # fmt: skip
 
