@@ -374,7 +374,7 @@ def test_simulated(program, devices):
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_on_real_ranks(ranks):
-    on_ranks(__file__, ranks, PROGRAMS)
+    on_ranks(__file__, ranks, PROGRAMS, timeout=500)
 
 
 # -- plain PyTorch ------------------------------------------------------------------------------------------------------
