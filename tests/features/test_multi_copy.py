@@ -498,6 +498,22 @@ def test_the_example(monkeypatch, capsys):
     assert "matches single device: loss " in text
 
 
+def test_large_tensors_that_would_start_early_take_turns_too():
+    """A schedule of its own starts large ones early; which copy runs meanwhile is decided here."""
+
+    def program():
+        torch.manual_seed(0)
+        net = sw.MicroBatchInterleaved(Net(dim=16), 2)
+        parallel = in_tensor_parallel(net)
+        parallel(torch.randn(64, 16, 16), torch.randint(5, (64, 16)))
+        starts = [i.moves[0] for i in parallel.program.instructions if isinstance(i, Start) and len(i.moves) == 1]
+        assert sum(move.copy is not None for move in starts) >= 12
+        assert Counter(move.output for move in starts).most_common(1)[0][1] == 1
+        assert sw.verify(parallel, torch.randn(64, 16, 16), torch.randint(5, (64, 16)))
+
+    simulated(program, 4)
+
+
 def test_without_copies_a_program_is_as_it_was():
     def program():
         parallel = sw.AutoParallel(Net().double())
