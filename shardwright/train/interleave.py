@@ -61,11 +61,8 @@ def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
 
 
 def draws(op: Operator) -> bool:
-    """Whether an operator call takes numbers from the generator."""
-    if torch.Tag.nondeterministic_seeded not in getattr(op.target, "tags", ()):
-        return False
-    drops = op.argument("p", 1.0) if op.name.endswith("dropout") else op.argument("dropout_p", 1.0)
-    return op.argument("train", True) is not False and drops > 0.0
+    """Whether an operator call takes numbers from the generator; a dropout of nothing takes none."""
+    return op.draws and not (op.name.endswith("dropout") and op.argument("p") == 0)
 
 
 class _Turns:
@@ -82,7 +79,7 @@ class _Turns:
         places = [at for at, i in enumerate(instructions) if i.cause in copies]
         first, end = places[0], places[-1] + 1
         self.before, self.after = instructions[:first], instructions[end:]
-        self.region = [part for i in instructions[first:end] for part in _by_copy(i, copies)]
+        self.region = [part for i in _not_started(instructions[first:end], copies) for part in _by_copy(i, copies)]
         self.maker = {name: at for at, i in enumerate(self.region) for name in i.outputs}
         self.draws = [isinstance(i, Call) and i.cause in drawing and i.function not in _NO_DRAWS for i in self.region]
         self.needs = self._needs(program)
@@ -213,6 +210,20 @@ class _Turns:
     def _only_cuts(self, at: int, drawn: int) -> bool:
         instruction = self.region[at]
         return isinstance(instruction, Call) and instruction.function is piece and self.needs[at] == [drawn]
+
+
+def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) -> list[Instruction]:
+    """The same without early starts of copies' own tensors: where these start is decided anew."""
+    made = {name for i in instructions for name in i.outputs}
+    own = {i.moves[0].output for i in instructions if isinstance(i, Start) and i.cause in copies and i.moves[0].source in made}
+    kept: list[Instruction] = []
+    for instruction in instructions:
+        if isinstance(instruction, Start) and instruction.moves[0].output in own:
+            continue
+        if isinstance(instruction, Move) and instruction.output in own:
+            instruction = replace(instruction, started=False)
+        kept.append(instruction)
+    return kept
 
 
 def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instruction]:

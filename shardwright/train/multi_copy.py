@@ -70,8 +70,9 @@ class MicroBatchInterleaved(nn.Module):
         batch = _batch_size(leaves)
         if batch % self.interleave_num:
             raise ShardwrightError(
-                f"MicroBatchInterleaved: dim 0 of the inputs has size {batch}, which {self.interleave_num} copies do not "
-                f"divide; give a batch that is a multiple of {self.interleave_num}, or another interleave_num"
+                f"MicroBatchInterleaved({_name(self.network)}): dim 0 of the inputs has size {batch}, which "
+                f"{self.interleave_num} copies do not divide; give a batch that "
+                f"is a multiple of {self.interleave_num}, or another interleave_num"
             )
         size = batch // self.interleave_num
         now = current_session()

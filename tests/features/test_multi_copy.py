@@ -226,6 +226,15 @@ def with_optimizer_parallel_and_accumulation():
     assert set(parallel.program.copies.values()) == {0, 1}
 
 
+def with_recompute():
+    """Blocks computed again in the backward pass, their dropout and the copies' collectives with them."""
+    net = double(sw.MicroBatchInterleaved(Net(drop=0.2), 2))
+    same_steps(net, batches(2, 8), lambda model: in_tensor_parallel(model).recompute("*blocks.*"))
+    torch.manual_seed(5)
+    net = double(sw.MicroBatchInterleaved(Net(), 2))
+    same_steps(net, batches(2, 8), lambda model: in_tensor_parallel(model).hsdp(threshold=0).recompute("*blocks.0"))
+
+
 # -- the order ----------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +361,7 @@ PROGRAMS = (
     tensor_parallel_blocks, against_the_whole_batch, three_copies_data_parallel,
     dropout_masks_are_those_of_the_single_device, batch_norm_statistics_are_those_of_a_copy,
     nested_results_and_tied_weights, sums, a_batch_that_ranks_hand_in, train_step,
-    with_optimizer_parallel_and_accumulation, copies_take_turns, gradients_are_reduced_once,
+    with_optimizer_parallel_and_accumulation, with_recompute, copies_take_turns, gradients_are_reduced_once,
     the_axis_changes_no_number, the_axis_makes_copies_take_turns, pinned_regions,
 )  # fmt: skip
 
@@ -365,7 +374,7 @@ def test_simulated(program, devices):
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_on_real_ranks(ranks):
-    on_ranks(__file__, ranks, PROGRAMS)
+    on_ranks(__file__, ranks, PROGRAMS, timeout=500)
 
 
 # -- plain PyTorch ------------------------------------------------------------------------------------------------------
@@ -487,6 +496,22 @@ def test_the_example(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "6 of 6 collectives travelled while the other copy computed" in text
     assert "matches single device: loss " in text
+
+
+def test_large_tensors_that_would_start_early_take_turns_too():
+    """A schedule of its own starts large ones early; which copy runs meanwhile is decided here."""
+
+    def program():
+        torch.manual_seed(0)
+        net = sw.MicroBatchInterleaved(Net(dim=16), 2)
+        parallel = in_tensor_parallel(net)
+        parallel(torch.randn(64, 16, 16), torch.randint(5, (64, 16)))
+        starts = [i.moves[0] for i in parallel.program.instructions if isinstance(i, Start) and len(i.moves) == 1]
+        assert sum(move.copy is not None for move in starts) >= 12
+        assert Counter(move.output for move in starts).most_common(1)[0][1] == 1
+        assert sw.verify(parallel, torch.randn(64, 16, 16), torch.randint(5, (64, 16)))
+
+    simulated(program, 4)
 
 
 def test_without_copies_a_program_is_as_it_was():
