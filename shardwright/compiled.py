@@ -295,7 +295,10 @@ def materialise_whole(root: nn.Module) -> None:
     values = materialise(wanted, lambda name, value: value.clone())
     for name, tensor in wanted.items():
         if isinstance(tensor, nn.Parameter):
-            torch.utils.swap_tensors(tensor, nn.Parameter(values[name], requires_grad=tensor.requires_grad))
+            made = nn.Parameter(values[name], requires_grad=tensor.requires_grad)
+            made.__class__ = type(tensor)  # with what the user hung on it
+            vars(made).update(vars(tensor))
+            torch.utils.swap_tensors(tensor, made)
         else:
             torch.utils.swap_tensors(tensor, values[name])
 

@@ -104,7 +104,13 @@ def _parameter_layouts(root: nn.Module, mesh: Mesh) -> tuple[dict[str, Layout], 
     layouts, slices = {}, {}
     for name, parameter in root.named_parameters():
         told = own_of(parameter)
+        stored = distributed_parameters.layout_of(parameter)
         if told is None:
+            if stored is not None and stored.split_axes:
+                raise LayoutError(
+                    f"parameter {name!r} is split already, {stored.short()}, and does not say that ranks own it: it is a copy "
+                    "of one that they own, or of another mode's; call the model itself, or copy it before its first call"
+                )
             layouts[name] = Layout.replicated(mesh, parameter.ndim)
             continue
         if told.mesh != mesh:
@@ -113,7 +119,7 @@ def _parameter_layouts(root: nn.Module, mesh: Mesh) -> tuple[dict[str, Layout], 
                 "AutoParallel within one 'with sw.collectives.over(mesh):'"
             )
         layouts[name] = told.layout
-        if told.is_slice and distributed_parameters.layout_of(parameter) is None:
+        if told.is_slice and stored is None:
             slices[name] = told.shape
     return layouts, slices
 

@@ -14,6 +14,7 @@ from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.train.over import current_over
 from shardwright.world.current import current_world
+from shardwright.world.delayed_init import is_delayed
 
 _OWN = "shardwright_own"
 
@@ -83,7 +84,7 @@ def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool =
     requires_grad = value.requires_grad if isinstance(value, nn.Parameter) else True
     data = value.detach()
     world = current_world()
-    if not world.is_simulated and told.mesh.size > 1:
+    if not world.is_simulated and told.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
         if not is_slice:
             data = data[told.layout.slices(told.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
         told = replace(told, is_slice=True)

@@ -377,6 +377,32 @@ def in_parts():
             assert sum("norm_weight" in e.edge for e in log.events if e.phase == "backward") == (n > 1)
 
 
+def begun_late():
+    """A model that has no values yet, a state that is loaded, and gradients that are clipped by the norm of all slices."""
+    n = current_world().size
+    with cc.over(sw.Mesh(("mp",), (n,))):
+        make = functools.partial(Tensor2D, "mp")
+        plain = built_alone(make)
+        with sw.no_init_parameters():
+            model = built(make)
+        net = sw.AutoParallel(model, "hybrid_parallel")
+        ((x, y),) = _batches(6, 1)
+        net.compile(x, y)
+        compare(plain, model, gradients=False)
+        for parameter in plain.parameters():
+            parameter.data.mul_(1.5)
+        model.load_state_dict(plain.state_dict())
+        for run, each in ((plain, plain), (net, model)):
+            run(x, y).backward()
+            torch.nn.utils.clip_grad_norm_(each.parameters(), 0.1)
+        compare(plain, model)
+        other = sw.AutoParallel(model, "hybrid_parallel")  # of a model that is distributed already
+        assert abs(float(other(x, y).detach()) - float(plain(x, y).detach())) < 1e-10
+        model.eval()
+        with torch.no_grad():
+            assert abs(float(net(x, y)) - float(plain(x, y))) < 1e-10
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -421,6 +447,7 @@ PROGRAMS = (
     columns_of_the_input,
     train_step,
     in_parts,
+    begun_late,
     buffers,
 )
 
