@@ -21,6 +21,7 @@ from shardwright.train.communication_fusion import buckets_of
 from shardwright.train.gradient_accumulation import GradAccumulation, given_a_part
 from shardwright.train.hybrid import local_program
 from shardwright.train.hybrid_ranks import Handed, capture_ranks
+from shardwright.train.mixed_precision import Precision
 from shardwright.train.over import Over
 from shardwright.train.own import own_of
 from shardwright.world import parameters as distributed_parameters
@@ -48,7 +49,8 @@ class HybridCompiled(Compiled):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         handed = _handed_in(leaves, settings.dataset_strategy, self.over, world)
         device = device_of(root, world)
-        with torch.enable_grad(), given_a_part(self.micro):
+        self.device_type = device.type
+        with torch.enable_grad(), given_a_part(self.micro), settings.precision.computing(device.type):
             ranks = capture_ranks(root, leaves, spec, handed, self.over, device)
         shapes = {n: own.shape if (own := own_of(p)) else tuple(p.shape) for n, p in root.named_parameters()}
         as_stored = {n: (shapes[n], layout, layout) for n, layout in layouts.items()}
@@ -96,6 +98,10 @@ def _check_settings(settings: Settings) -> None:
         problems.add("hsdp() splits what a plan stores: a parameter is split by sw.collectives.own(...); drop the call")
     if settings.recompute:
         problems.add("recompute(...) changes a plan, and a program of one rank has none; drop the call")
+    if settings.compiler is not None:
+        problems.add("compiled segments are not there for a program of one rank: drop the call")
+    if settings.precision != Precision(dtype=settings.precision.dtype):
+        problems.add("what reduces in another dtype is not there for a program of one rank: cast in the program; drop the call")
     problems.raise_if_any("hybrid_parallel runs what is written")
 
 

@@ -235,7 +235,7 @@ def dropout_is_that_of_the_simulated_world():
 PROGRAMS = (said_on_all_ranks, parameters_of_real_ranks, twice_is_refused, dropout_is_that_of_the_simulated_world)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3])
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

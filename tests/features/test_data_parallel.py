@@ -179,7 +179,7 @@ def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 
