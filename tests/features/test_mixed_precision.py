@@ -123,8 +123,8 @@ def as_near_as_a_single_device(dtype, prepare) -> None:
 
 
 def autocast_around() -> None:
-    for lay_out in layouts():
-        for dtype in (BF16, FP16):
+    for number, lay_out in enumerate(layouts()):
+        for dtype in (BF16, FP16)[: 1 + (number == 2)]:
             as_near_as_a_single_device(dtype, lambda model, lay_out=lay_out: lay_out(sw.AutoParallel(model)))
 
 
@@ -196,9 +196,10 @@ def same_bits(prepare, half: bool, lay_out, micro: bool = False) -> None:
 
 def every_setting_has_the_bits_of_exact_sums() -> None:
     for prepare in SETTINGS:
-        for lay_out in whole_layouts():
-            for half in (False, True):
-                same_bits(prepare, half, lay_out)
+        for half in (False, True):
+            same_bits(prepare, half, whole_layouts()[-1])
+    for lay_out in whole_layouts():
+        same_bits(lambda net: net.disable_gradient_fp32_sync(), False, lay_out)
     for lay_out in whole_layouts()[:2]:
         same_bits(lambda net: net.disable_gradient_fp32_sync(), False, lay_out, micro=True)
 
@@ -356,33 +357,34 @@ def the_scale_is_that_of_a_single_device() -> None:
 # -- clipping -----------------------------------------------------------------------------------------------------------
 
 
-def clipped(order: float, ours: bool, lay_out, dtype=torch.float64, foreach: bool | None = None) -> None:
+def clipped(ours: bool, lay_out, cases, dtype=torch.float64) -> None:
     torch.manual_seed(3)
     model = Block().to(dtype)
     model.norm.bias.requires_grad_(False)
     single = copy.deepcopy(model)
     net = lay_out(sw.AutoParallel(model))
-    for run in (single, net):
-        run(*words(2)).backward()
-    expected = nn.utils.clip_grad_norm_(single.parameters(), 0.01, order, foreach=foreach)
     clip = sw.clip_grad_norm_ if ours else nn.utils.clip_grad_norm_
-    total = sw.full_value(clip(model.parameters(), 0.01, order, foreach=foreach))
-    exact = dtype == torch.float64
-    assert math.isclose(total.item(), expected.item(), rel_tol=1e-9 if exact else 2e-2)
-    compare(single, model, f"order {order}", 1e-9 if exact else 5e-2)
+    for order, foreach in cases:
+        for run in (single, net):
+            for parameter in run.parameters():
+                parameter.grad = None
+            run(*words(2)).backward()
+        expected = nn.utils.clip_grad_norm_(single.parameters(), 0.01, order, foreach=foreach)
+        total = sw.full_value(clip(model.parameters(), 0.01, order, foreach=foreach))
+        exact = dtype == torch.float64
+        assert math.isclose(total.item(), expected.item(), rel_tol=1e-9 if exact else 2e-2)
+        compare(single, model, f"order {order}", 1e-9 if exact else 5e-2)
 
 
 def clipping_counts_every_element_once() -> None:
     for lay_out in layouts():
-        for order, foreach in ((1.0, None), (2.0, False), (2.0, True), (3.0, None), (math.inf, False), (math.inf, None)):
-            clipped(order, True, lay_out, foreach=foreach)
-        clipped(2.0, True, lay_out, dtype=BF16)
+        clipped(True, lay_out, [(1.0, None), (2.0, False), (2.0, True), (3.0, None), (math.inf, False), (math.inf, None)])
+    clipped(True, layouts()[2], [(2.0, None)], BF16)
 
 
 def torch_clips_right_too() -> None:
-    for lay_out in layouts():
-        for order, foreach in ((1.0, None), (2.0, False), (2.0, True)):
-            clipped(order, False, lay_out, foreach=foreach)
+    for lay_out in layouts()[1:]:
+        clipped(False, lay_out, [(1.0, None), (2.0, False), (2.0, True)])
 
 
 def clipping_communicates_once() -> None:
@@ -397,26 +399,25 @@ def clipping_communicates_once() -> None:
 
 def half_models_train() -> None:
     """Parameters, gradients and states in bfloat16, as on a single device, whatever the optimizer's implementation."""
-    for kind in ({"foreach": True}, {"fused": True}, {"foreach": False}):
-        for lay_out in layouts()[:3]:
-            torch.manual_seed(3)
-            model = Block().to(BF16)
-            single = copy.deepcopy(model)
-            net = lay_out(sw.AutoParallel(model))
-            runs = [(run, torch.optim.AdamW(m.parameters(), 1e-2, **kind)) for run, m in ((single, single), (net, model))]
-            for number in range(3):
-                losses = []
-                for run, optimizer in runs:
-                    loss = run(*words(number))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.item())
-                assert math.isclose(*losses, rel_tol=2e-2)
-            left, right = (list(optimizer.state.values()) for _, optimizer in runs)
-            for one, other in zip(left, right, strict=True):
-                assert {k: v.dtype for k, v in one.items()} == {k: v.dtype for k, v in other.items()}
-                assert one["exp_avg"].shape == other["exp_avg"].shape
+    for kind, lay_out in zip(({"foreach": True}, {"fused": True}, {"foreach": False}), layouts(), strict=False):
+        torch.manual_seed(3)
+        model = Block().to(BF16)
+        single = copy.deepcopy(model)
+        net = lay_out(sw.AutoParallel(model))
+        runs = [(run, torch.optim.AdamW(m.parameters(), 1e-2, **kind)) for run, m in ((single, single), (net, model))]
+        for number in range(3):
+            losses = []
+            for run, optimizer in runs:
+                loss = run(*words(number))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            assert math.isclose(*losses, rel_tol=2e-2)
+        left, right = (list(optimizer.state.values()) for _, optimizer in runs)
+        for one, other in zip(left, right, strict=True):
+            assert {k: v.dtype for k, v in one.items()} == {k: v.dtype for k, v in other.items()}
+            assert one["exp_avg"].shape == other["exp_avg"].shape
 
 
 def clipping_by_value() -> None:
@@ -473,12 +474,12 @@ def test_the_example_has_the_losses_and_scales_of_a_single_device(monkeypatch, c
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [3, 4])
+@pytest.mark.parametrize("devices", [3])
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [4])
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 
@@ -534,8 +535,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("given", [torch.float32, BF16, FP16, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("dtype", "given"), [(BF16, torch.float32), (BF16, FP16), (FP16, torch.float32)], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_results_have_the_dtype_of_a_single_device(name, dtype, given, four):
     """What a function returns under autocast, its inputs' gradients, and all values on the way."""
@@ -572,13 +572,12 @@ def dtypes_are_those_of(graph: Graph, program, tensors) -> None:
 def test_every_value_of_a_model_has_the_dtype_of_a_single_device(four):
     model = Block()
     for lay_out in layouts():
-        for dtype in (BF16, FP16):
-            net = lay_out(sw.AutoParallel(model)).mixed_precision(dtype)
-            batch = words(1)
-            net.compile(*batch)
-            tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(enumerate(batch))
-            assert {m.dtype for m in net.latest.graph.metas.values()} >= {dtype, torch.float32}
-            dtypes_are_those_of(net.latest.graph, net.program, tensors)
+        net = lay_out(sw.AutoParallel(model)).mixed_precision(BF16)
+        batch = words(1)
+        net.compile(*batch)
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(enumerate(batch))
+        assert {m.dtype for m in net.latest.graph.metas.values()} >= {BF16, torch.float32}
+        dtypes_are_those_of(net.latest.graph, net.program, tensors)
 
 
 def test_the_program_says_what_travels_in_which_dtype(four):
