@@ -279,13 +279,14 @@ def train(
     def work(mark: Callable[[], None]) -> None:
         net, call = prepare()
         batch = inputs()
-        optimizer = None
+        if isinstance(call, sw.AutoParallel):
+            call.compile(*batch)  # replaces the parameters
+        optimizer = optimize(net)
         for number in range(3):
             if number == 1:
                 gc.collect()
                 mark()
             loss = call(*batch)
-            optimizer = optimizer or optimize(net)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

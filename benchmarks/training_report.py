@@ -60,7 +60,8 @@ class Ratio:
         return self.value < self.least
 
     def __str__(self) -> str:
-        return f"{self.ours} is {self.value:.2f} times as fast as {self.peer} ({self.low:.2f} to {self.high:.2f}), not {self.least}"
+        spread = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.ours} is {self.value:.2f} times as fast as {self.peer} ({spread}), not {self.least}"
 
 
 def ratios(case: str, found: Found) -> list[Ratio]:

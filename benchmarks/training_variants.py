@@ -106,7 +106,9 @@ class Trained:
         self.name, self.ranks = name, ranks
         self.module, self.call = prepared(name, case, ranks, dtype)
         self.inputs = own_inputs(name, case, ranks, dtype)
-        self.optimizer: torch.optim.Optimizer | None = None
+        if isinstance(self.call, sw.AutoParallel):
+            self.call.compile(*self.inputs)  # replaces the parameters; FSDP2 does it after the first forward
+        self.optimizer = adamw(self.module)
         self.losses: list[float] = []
         self.times: list[float] = []
         self.foreign: list[float] = []
@@ -114,8 +116,6 @@ class Trained:
     def step(self) -> None:
         """Forward, backward and AdamW; the loss is read."""
         loss = self.call(*self.inputs)
-        if self.optimizer is None:  # the first call may have replaced the parameters
-            self.optimizer = adamw(self.module)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 import training
 from models import GPT, MLP
 from training_memory import closed_form
