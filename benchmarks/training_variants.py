@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from memory_truth import images, tokens
+from memory_truth import images, sequence_parallel, tokens
 from models import GPT, MLP
 from peers import Parallel, PeerCalls, ddp, dtensor, fsdp2, hand_written
 from step_time import ours as tensor_parallel
 from torch import Tensor, nn
-from truth_models import SUBJECTS
 
 import shardwright as sw
 
@@ -29,9 +28,10 @@ BUCKET = 4  # MB, of the variants that say how much may share a collective
 
 
 def _sequence_parallel(net: nn.Module, inputs: Inputs, ranks: int) -> Parallel:
-    strategies = SUBJECTS["gpt"].sequence_parallel
-    assert strategies is not None
-    return net, sw.AutoParallel(net).shard(strategies(sw.Layout((ranks,), ("tp",))))
+    """Megatron's split; between its pairs of products, blocks and norms are on pieces of the sequence."""
+    layout = sw.Layout((ranks,), ("tp",))
+    blocks = {"blocks.?": {"in_strategy": (layout("None", "tp", "None"),)}}
+    return net, sw.AutoParallel(net).shard({**sequence_parallel(net, layout), **blocks})
 
 
 def _data_parallel(settings: Callable[[sw.AutoParallel], sw.AutoParallel]) -> Callable[[nn.Module, Inputs, int], Parallel]:
@@ -42,14 +42,24 @@ def _sized(*kinds: str) -> dict[str, Any]:
     return {kind: {"mode": "size", "config": BUCKET} for kind in kinds}
 
 
+def _hsdp(level: str, *fused: str) -> Callable[[nn.Module, Inputs, int], Parallel]:
+    def settings(net: sw.AutoParallel) -> sw.AutoParallel:
+        return net.hsdp(optimizer_level=level, threshold=threshold(net.module))
+
+    return _data_parallel(lambda net: settings(net).comm_fusion(_sized(*fused)) if fused else settings(net))
+
+
+def threshold(net: nn.Module) -> int:
+    """KB from which optimizer parallelism splits a parameter: the default, but every one of a tiny model."""
+    return 64 if sum(p.numel() for p in net.parameters()) > 1 << 20 else 0
+
+
 OURS: dict[str, Callable[[nn.Module, Inputs, int], Parallel]] = {
     "data parallel": _data_parallel(lambda net: net),
     "data parallel, fused": _data_parallel(lambda net: net.comm_fusion(_sized("allreduce"))),
-    "hsdp level1": _data_parallel(lambda net: net.hsdp(optimizer_level="level1")),
-    "hsdp level3": _data_parallel(lambda net: net.hsdp(optimizer_level="level3")),
-    "hsdp level1, fused": _data_parallel(
-        lambda net: net.hsdp(optimizer_level="level1").comm_fusion(_sized("allgather", "reducescatter"))
-    ),
+    "hsdp level1": _hsdp("level1"),
+    "hsdp level3": _hsdp("level3"),
+    "hsdp level1, fused": _hsdp("level1", "allgather", "reducescatter"),
     "tensor parallel": tensor_parallel,
     "sequence parallel": _sequence_parallel,
     "auto": lambda net, inputs, ranks: (net, sw.AutoParallel(net, "auto")),
@@ -137,9 +147,15 @@ class Trained:
             return {"counts": dict(calls.counts), "bytes": calls.bytes}
         with sw.record_communication() as log:
             self.step()
-        tensors: dict[str, int] = {}
-        for event in log.events:
-            size = event.dtype.itemsize * torch.Size(event.shape).numel()
-            tensors[event.kind] = tensors.get(event.kind, 0) + size
-        counts = {kind: log.count(kind) for kind in tensors}
-        return {"counts": counts, "bytes": log.bytes(), "tensors": tensors}
+        counts = {kind: log.count(kind) for kind in dict.fromkeys(event.kind for event in log.events)}
+        return {"counts": counts, "bytes": log.bytes(), "of_parameters": _of_parameters(log)}
+
+
+def _of_parameters(log: sw.CommunicationLog) -> dict[str, tuple[int, int]]:
+    """By kind, how many collectives bring parameters or gradients, and how many bytes these have."""
+    found: dict[str, tuple[set[int], int]] = {}
+    for event in log.events:
+        if event.edge.split(" ->")[0].endswith(("_weight", "_bias")):
+            launches, size = found.get(event.kind, (set(), 0))
+            found[event.kind] = launches | {event.launch}, size + event.dtype.itemsize * torch.Size(event.shape).numel()
+    return {kind: (len(launches), size) for kind, (launches, size) in found.items()}
