@@ -74,7 +74,7 @@ def race(names: Sequence[str], case: str, ranks: int, seconds: float, dtype: tor
         runners[name] = runner = Trained(name, case, ranks, dtype)
         for _ in range(STEPS - 1):
             runner.step()
-        runner.collectives = runner.counted_step()
+        runner.counted_step()
     single = Trained(SINGLE, case, ranks, dtype)
     for _ in range(STEPS):
         single.step()

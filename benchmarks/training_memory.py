@@ -126,10 +126,10 @@ def _stored(name: str, size: int, strategy: str, ranks: int, least: int) -> floa
     return size / ranks if any(part in name for part in (*columns, *rows)) else size
 
 
-def _gpt(net: GPT, inputs: tuple[Tensor, ...], strategy: str, ranks: int, rows: int) -> tuple[float, ...]:
+def _gpt(net: Any, inputs: tuple[Tensor, ...], strategy: str, ranks: int, rows: int) -> tuple[float, ...]:
     """Elements besides what the rank stores: at the loss, and at the first GELU to go backward."""
-    d, vocabulary, heads = net.tokens.embedding_dim, net.tokens.num_embeddings, net.blocks[0].attention.q.out_features
-    heads //= net.blocks[0].attention.head
+    d, vocabulary = net.tokens.embedding_dim, net.tokens.num_embeddings
+    heads = d // net.blocks[0].attention.head
     tensor = ranks if strategy in ("tensor parallel", "sequence parallel") else 1
     sequence = ranks if strategy == "sequence parallel" else 1
     t = rows * inputs[0].shape[1]
@@ -141,7 +141,7 @@ def _gpt(net: GPT, inputs: tuple[Tensor, ...], strategy: str, ranks: int, rows: 
     return at_loss, at_gelu
 
 
-def _mlp(net: nn.Module, strategy: str, ranks: int, rows: int) -> tuple[float, ...]:
+def _mlp(net: Any, strategy: str, ranks: int, rows: int) -> tuple[float, ...]:
     widths = [layer.out_features for layer in net.layers]
     if strategy == "tensor parallel":
         widths[0] /= ranks

@@ -120,6 +120,7 @@ class Trained:
             self.call.compile(*self.inputs)  # replaces the parameters; FSDP2 does it after the first forward
         self.optimizer = adamw(self.module)
         self.losses: list[float] = []
+        self.collectives: dict[str, Any] = {}  # of one step
         self.times: list[float] = []
         self.foreign: list[float] = []
 
@@ -139,16 +140,17 @@ class Trained:
             found /= self.ranks
         return found.tolist()
 
-    def counted_step(self) -> dict[str, Any]:
-        """Takes a step; its collectives by kind, the bytes that a rank sends, and for ours what shares each."""
+    def counted_step(self) -> None:
+        """Takes a step; notes its collectives by kind, the bytes that a rank sends, and for ours what brings parameters."""
         if self.name in PEERS:
             with PeerCalls() as calls:
                 self.step()
-            return {"counts": dict(calls.counts), "bytes": calls.bytes}
+            self.collectives = {"counts": dict(calls.counts), "bytes": calls.bytes}
+            return
         with sw.record_communication() as log:
             self.step()
         counts = {kind: log.count(kind) for kind in dict.fromkeys(event.kind for event in log.events)}
-        return {"counts": counts, "bytes": log.bytes(), "of_parameters": _of_parameters(log)}
+        self.collectives = {"counts": counts, "bytes": log.bytes(), "of_parameters": _of_parameters(log)}
 
 
 def _of_parameters(log: sw.CommunicationLog) -> dict[str, tuple[int, int]]:
