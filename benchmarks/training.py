@@ -89,7 +89,8 @@ def turns(runners: dict[str, Trained], case: str, seconds: float, found: Found) 
     """Times by variant, and by turn; more turns of those that miss a target, and of what they are compared with."""
     rounds, who = 0, list(runners)
     for attempt in range(1 + MORE):
-        taken = take_turns([runners[name] for name in who], seconds if not attempt else seconds / 2)
+        share, least = (1.0, 4) if not attempt else (0.5, 2)
+        taken = take_turns([runners[name] for name in who], share * seconds, least=least)
         for name in who:
             runner, mine = runners[name], found[name]
             mine["turns"] = mine.get("turns", []) + list(range(rounds, rounds + taken))
@@ -98,6 +99,8 @@ def turns(runners: dict[str, Trained], case: str, seconds: float, found: Found) 
             mine["times"] = slowest.view(-1, 2).mean(1).tolist()
             mine["seconds"] = seconds_of(runner)
         rounds += taken
+        if dist.get_rank() == 0:
+            print(f"{case}: {taken} turns of {', '.join(who)}", flush=True)
         again = [sorted({name for ratio in ratios(case, found) if ratio.missed for name in ratio.names})]
         dist.broadcast_object_list(again, 0)
         who = again[0]

@@ -14,6 +14,7 @@ from step_time import ours as tensor_parallel
 from torch import Tensor, nn
 
 import shardwright as sw
+from shardwright.world.record import CommunicationLog
 
 Inputs = tuple[Tensor, ...]
 
@@ -153,7 +154,7 @@ class Trained:
         self.collectives = {"counts": counts, "bytes": log.bytes(), "of_parameters": _of_parameters(log)}
 
 
-def _of_parameters(log: sw.CommunicationLog) -> dict[str, tuple[int, int]]:
+def _of_parameters(log: CommunicationLog) -> dict[str, tuple[int, int]]:
     """By kind, how many collectives bring parameters or gradients, and how many bytes these have."""
     found: dict[str, tuple[set[int], int]] = {}
     for event in log.events:
