@@ -18,9 +18,10 @@ its size, so a step ends with ``4 p``. In the forward there are no gradients but
 - A layer of the MLP keeps its result after the ReLU.
 
 Towards the end activations are gone and gradients are there, of the last layers first. A gradient ``g`` that is being
-summed is there besides its sum, ``2 g`` in all; one that is scattered over ``n`` ranks is there whole, besides the pieces
-that come from the others and their sum: ``g + (n - 1) g / n + g / n``, ``2 g`` again. Optimizer parallelism adds the whole
-parameters where the strategy has them: all of them under ``level1``, those of the largest layer under ``level3``.
+summed is there besides its sum, ``2 g`` in all. Optimizer parallelism adds the whole parameters where the strategy has them:
+under ``level1`` all that the backward has not come by yet, under ``level3`` one. A gradient is made while its parameter is
+there whole, ``2 g``; when that is gone and it is scattered over ``n`` ranks, it is there besides the pieces that come from
+the others and their sum, ``g + (n - 1) g / n + g / n``, which is as much.
 
 The peak is the highest of: the loss, the first GELU, and every gradient.
 """
@@ -103,18 +104,18 @@ def closed_form(net: nn.Module, inputs: tuple[Tensor, ...], strategy: str, ranks
     least = threshold(net) << 10
     stored = sum(_stored(name, size, strategy, ranks, least) for name, size in sizes.items())
     given = sum(t.nbytes for t in inputs)
-    gathered = 0.0
-    if "hsdp" in strategy:
-        whole = [size for size in sizes.values() if size >= least]
-        gathered = sum(whole) if "level1" in strategy else max(whole, default=0)
+    whole = {name: size for name, size in sizes.items() if "hsdp" in strategy and size >= least}
+    gathered = float(sum(whole.values()) if "level1" in strategy else max(whole.values(), default=0))
     kept = _gpt(net, inputs, strategy, ranks, rows) if isinstance(net, GPT) else _mlp(net, strategy, ranks, rows)
-    moments = [SIZE * elements for elements in kept]
-    done = 0.0
+    moments = [SIZE * elements + gathered for elements in kept]
+    done, held = 0.0, gathered
     for name, size in reversed(sizes.items()):
         piece = _stored(name, size, strategy, ranks, least)
-        moments.append(done + (piece if split else 2 * size))
+        held = held if "level1" in strategy else whole.get(name, 0)
+        moments.append(done + held + (piece if split else size if name in whole else 2 * size))
         done += piece
-    return given + 3 * stored + gathered + max(moments)
+        held -= whole.get(name, 0)
+    return given + 3 * stored + max(moments)
 
 
 def _stored(name: str, size: int, strategy: str, ranks: int, least: int) -> float:
