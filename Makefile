@@ -23,6 +23,7 @@ types: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/redistribution.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/plan_quality.py

@@ -260,27 +260,48 @@ def by_hand() -> None:
     assert got == expected, (got, expected)
 
 
-def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
-    """One case on this rank: what it needed, what was predicted, how long the prediction took."""
+def train(
+    prepare: Callable[[], tuple[nn.Module, Any]],
+    inputs: Callable[[], tuple[Tensor, ...]],
+    optimize: Callable[[nn.Module], torch.optim.Optimizer],
+    after: Callable[[Any], None],
+    world: Any,
+) -> list[tuple[int, int]]:
+    """Three steps, with marks round the last two; returns what :func:`profiled` does.
+
+    Args:
+        prepare: makes a module and what is called for a loss.
+        after: gets what was called, when it is over.
+    """
     gc.collect()
     world._groups.scratch._kept = None  # an earlier case's
-    found: dict[str, Any] = {}
 
     def work(mark: Callable[[], None]) -> None:
-        net, call = prepared(name, strategy, world.size)
-        inputs = MODELS[name][1]()
-        optimizer = None
+        net, call = prepare()
+        batch = inputs()
+        if isinstance(call, sw.AutoParallel):
+            call.compile(*batch)  # replaces the parameters
+        optimizer = optimize(net)
         for number in range(3):
             if number == 1:
                 gc.collect()
                 mark()
-            loss = call(*inputs)
-            optimizer = optimizer or torch.optim.AdamW(net.parameters(), 1e-3)
+            loss = call(*batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             del loss
         mark()
+        after(call)
+
+    return profiled(work)
+
+
+def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
+    """One case on this rank: what it needed, what was predicted, how long the prediction took."""
+    found: dict[str, Any] = {}
+
+    def predict(call: Any) -> None:
         plan = call.plan
         began = time.process_time()
         timeline = memory_of(
@@ -291,17 +312,25 @@ def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
             seconds=time.process_time() - began,
         )  # fmt: skip
 
-    events = profiled(work)
+    def adamw(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(net.parameters(), 1e-3)
+
+    events = train(lambda: prepared(name, strategy, world.size), MODELS[name][1], adamw, predict, world)
     if os.environ.get("EVENTS"):
         Path(f"{os.environ['EVENTS']}.{world.rank}").write_text(json.dumps(events))
     return found | {"measured": peak_between_marks(events)}
 
 
+def watch_this_thread() -> None:
+    """Has this thread do what others would, from now on: the profiler sees what is allocated and freed here only."""
+    collectives._Later, collectives._Continued = MainThread, Continued
+    collectives._backend_algorithm = settled(collectives._backend_algorithm)
+
+
 def worker(out: str, only: str) -> None:
     """One rank: all cases in turn."""
     torch.set_num_threads(1)
-    collectives._Later, collectives._Continued = MainThread, Continued
-    collectives._backend_algorithm = settled(collectives._backend_algorithm)
+    watch_this_thread()
     world = sw.init()
     by_hand()
     results = []

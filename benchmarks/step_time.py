@@ -9,7 +9,6 @@ take turns step by step, the median of each is quoted and only ratios of medians
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import statistics
@@ -28,6 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from models import GPT, MLP, Feedforward, tensor_parallel_gpt_plan  # noqa: E402
+from peers import Parallel, dtensor, hand_written  # noqa: E402
 
 import shardwright as sw  # noqa: E402
 
@@ -51,49 +51,30 @@ def model(case: str) -> nn.Module:
     return MLP() if case.startswith("mlp") else Feedforward(256) if case.startswith("feed") else GPT()
 
 
-def ours(case: str, ranks: int) -> tuple[nn.Module, Callable[..., Any]]:
-    net, layout = model(case), sw.Layout((ranks,), ("tp",))
-    if case.startswith("gpt"):
+def ours(net: nn.Module, inputs: tuple[torch.Tensor, ...], ranks: int) -> Parallel:
+    layout = sw.Layout((ranks,), ("tp",))
+    whole = tuple(layout(*["None"] * t.ndim) for t in inputs)
+    if isinstance(net, GPT):
         plan = {name: layout(*axes) for name, axes in tensor_parallel_gpt_plan().items()}
         for block in net.blocks:
             sw.shard(block, (layout("None", "None", "None"),), parameter_plan=plan)
     else:
-        names = ("layers.0", "layers.1") if case.startswith("mlp") else ("up", "down")
+        names = ("layers.0", "layers.1") if isinstance(net, MLP) else ("up", "down")
         plan = {f"{names[0]}.weight": layout("tp", "None"), f"{names[1]}.weight": layout("None", "tp")}
-        sw.shard(net, tuple(layout(*["None"] * t.ndim) for t in batch(case)), parameter_plan=plan)
-    whole = tuple(layout(*["None"] * t.ndim) for t in batch(case))
+        sw.shard(net, whole, parameter_plan=plan)
     return net, sw.AutoParallel(net).dataset_strategy(whole)
 
 
-def hand_written(case: str, ranks: int) -> tuple[nn.Module, Callable[..., Any]]:
-    from handwritten import HandFeedforward, HandGPT, HandMLP
-
-    make = HandMLP if case.startswith("mlp") else HandFeedforward if case.startswith("feed") else HandGPT
-    net = make(model(case))
-    return net, net
-
-
-def dtensor(case: str, ranks: int) -> tuple[nn.Module, Callable[..., Any]]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    net, mesh = model(case), init_device_mesh("cpu", (ranks,))
-    if case.startswith("gpt"):
-        for block in net.blocks:
-            columns = dict.fromkeys(("attention.q", "attention.k", "attention.v", "up"), ColwiseParallel())
-            parallelize_module(block, mesh, {**columns, "attention.proj": RowwiseParallel(), "down": RowwiseParallel()})
-    else:
-        names = ("layers.0", "layers.1") if case.startswith("mlp") else ("up", "down")
-        parallelize_module(net, mesh, {names[0]: ColwiseParallel(), names[1]: RowwiseParallel()})
-    return net, net
-
-
-VARIANTS = {"shardwright": ours, "hand-written": hand_written, "DTensor": dtensor}
+VARIANTS: dict[str, Callable[..., Parallel]] = {
+    "shardwright": ours,
+    "hand-written": lambda net, inputs, ranks: hand_written(net),
+    "DTensor": lambda net, inputs, ranks: dtensor(net),
+}
 
 
 def stepper(case: str, variant: str, ranks: int) -> Callable[[], float]:
-    net, call = VARIANTS[variant](case, ranks)
     inputs = batch(case)
+    net, call = VARIANTS[variant](model(case), inputs, ranks)
     optimizer: list[torch.optim.Optimizer] = []
 
     def step() -> float:
@@ -142,8 +123,8 @@ def simulated(rounds: int) -> dict[str, float]:
     for case in CASES:
         if case.startswith("feed"):
             continue
-        net, call = ours(case, 8)
-        single, inputs = copy.deepcopy(model(case)), batch(case)
+        inputs, single = batch(case), model(case)
+        net, call = ours(model(case), inputs, 8)
         pairs = {"parallel": (net, call), "single": (single, single)}
         times: dict[str, list[float]] = {name: [] for name in pairs}
         optimizers = {name: torch.optim.SGD(m.parameters(), 1e-2) for name, (m, _) in pairs.items()}

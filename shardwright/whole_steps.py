@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -216,8 +216,18 @@ class Case:
         self.optimizer.step()
 
 
+class Timed(Protocol):
+    """What takes turns: a step, the times of it on this rank, and the shares of the cores that others had."""
+
+    times: list[float]
+    foreign: list[float]
+
+    def step(self) -> None:
+        """One step, the same on every rank."""
+
+
 def take_turns(
-    cases: Sequence[Case], seconds: float, progress: Callable[[float], None] = lambda done: None, least: int = _LEAST_ROUNDS
+    cases: Sequence[Timed], seconds: float, progress: Callable[[float], None] = lambda done: None, least: int = _LEAST_ROUNDS
 ) -> int:
     """Rounds of all cases, each in an order of its own, until the time is over; returns how many."""
     draw, start, rounds = random.Random(0), time.perf_counter(), 0
@@ -257,7 +267,7 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
-def seconds_of(case: Case) -> float:
+def seconds_of(case: Timed) -> float:
     """Seconds of a step, of the slowest rank: the median over the half of the turns in which others used the machine least."""
     times = torch.tensor(case.times, dtype=torch.float64)
     dist.all_reduce(times, dist.ReduceOp.MAX)

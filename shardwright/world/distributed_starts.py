@@ -1,7 +1,8 @@
 """Moves that are started early on one rank, and ended one by one where their results are read.
 
-The backward pass is the mirror of it: where a move ends in the forward pass its gradient is handed in; when the last of
-those that share their collectives is there they start on their way; and where the moves were started they are waited for.
+In the autograd graph those that share their collectives have one start and one end, where the first of them is read: a
+node of Python costs some 20 us forward and as much backward. The backward pass is the mirror of it: when the last of their
+gradients is there they start on their way, and where the moves were started they are waited for.
 """
 
 from __future__ import annotations
@@ -97,7 +98,6 @@ class Travelling:
         self.moves = moves
         self.under_way: UnderWay | SharedUnderWay | None = None
         self.values: list[Tensor | None] = []
-        self.given: dict[int, Tensor] = {}
         self.gradients: UnderWay | SharedUnderWay | None = None
         self.started: tuple[int, ...] = ()
         self.token: Tensor | None = None
@@ -122,34 +122,32 @@ class Travelling:
 
     def end(self, index: int) -> Tensor:
         """The result of one of the moves."""
-        if self.token is None:
-            return self.end_forward(index)
-        return _EndFunction.apply(self, index, self.token)  # type: ignore[no-any-return]
-
-    def end_forward(self, index: int) -> Tensor:
-        if self.under_way is not None:
-            self.values, self.under_way = self._end(self.under_way), None
+        if self.token is not None:
+            token, self.token = self.token, None
+            self.values = list(_EndFunction.apply(self, token))
+        elif self.under_way is not None:
+            self.values = self.end_forward()
         result, self.values[index] = self.values[index], None
         assert result is not None, "a move is ended once"
         return result
 
+    def end_forward(self) -> list[Any]:
+        """The results of all of them."""
+        if self.under_way is not None:
+            self.values, self.under_way = self._end(self.under_way), None
+        values, self.values = self.values, []
+        return values
+
     # -- backward -------------------------------------------------------------------------------------------------
 
-    def hand_in(self, index: int, gradient: Tensor) -> None:
-        """Takes the gradient of one result; the last one starts them all."""
-        self.given[index] = gradient
-        if len(self.given) == len(self.moves.everyone):
-            self.start_backward()
-
-    def start_backward(self) -> None:
-        self.started = tuple(sorted(self.given))
-        self.gradients = self._start("backward", self.started, [self.given[i] for i in self.started])
-        self.given = {}
+    def start_backward(self, gradients: Sequence[Tensor | None]) -> None:
+        """Starts the gradients of results; some may play no part in what is differentiated."""
+        self.started = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        if self.started:
+            self.gradients = self._start("backward", self.started, [g for g in gradients if g is not None])
 
     def end_backward(self) -> list[Tensor | None]:
         """The gradients of the arguments, ``None`` for those whose results had none."""
-        if self.given:  # some results play no part in what is differentiated
-            self.start_backward()
         found: list[Tensor | None] = [None] * len(self.moves.everyone)
         if self.gradients is not None:
             for index, gradient in zip(self.started, self._end(self.gradients), strict=True):
@@ -159,7 +157,7 @@ class Travelling:
 
 
 class _StartFunction(torch.autograd.Function):
-    """To a token that ties the ends to the start in the autograd graph."""
+    """To a token that ties the end to the start in the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, travelling: Travelling, *values: Tensor) -> Tensor:
@@ -175,17 +173,14 @@ class _StartFunction(torch.autograd.Function):
 
 class _EndFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, travelling: Travelling, index: int, token: Tensor) -> Tensor:
-        ctx.travelling, ctx.index = travelling, index
+    def forward(ctx: Any, travelling: Travelling, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.travelling = travelling
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(token)
-        result = travelling.end_forward(index)
-        return result.view_as(result)
+        return tuple([result.view_as(result) for result in travelling.end_forward()])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Any, Tensor]:
-        if gradient is not None:
-            ctx.travelling.hand_in(ctx.index, gradient)
-        (token,) = ctx.saved_tensors
-        return None, None, token
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, Tensor | None]:
+        ctx.travelling.start_backward(gradients)
+        known = next((gradient for gradient in gradients if gradient is not None), None)
+        return None, None if known is None else known.new_zeros(())

@@ -19,6 +19,8 @@ from shardwright.world import calibration
 _OPTIMIZERS = {
     "adamw": OptimizerMemory(2.0, 2.0),
     "adam": OptimizerMemory(2.0, 2.0),
+    "fused adamw": OptimizerMemory(2.0, 0.0),  # updates in place
+    "fused adam": OptimizerMemory(2.0, 0.0),
     "sgd": OptimizerMemory(0.0, 0.0),
 }
 
@@ -39,8 +41,8 @@ def memory_of(
         graph: of global tensors.
         choices, signatures: by node name.
         input_layouts: of every graph input, as the program receives it.
-        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"``, or bytes of optimizer state a byte of parameter; ``None``: no
-            training, only the forward.
+        optimizer: ``"adam"``, ``"adamw"``, each also as in ``"fused adamw"``, ``"sgd"``, or bytes of optimizer state a byte
+            of parameter; ``None``: no training, only the forward.
         device: the kind of device, which decides what kernels keep and, the CPU having gloo, what collectives need.
         options: what redistributions may use, as the partitioner is given them.
         passes: what the local program goes through before it runs.
