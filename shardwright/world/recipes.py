@@ -46,6 +46,7 @@ class Computation:
         again: runs it for the backward pass, where that differs.
         start: begins it, where it may run ahead of its readers.
         overwrites: whether it may write its result over its tensor.
+        writes: positions of tensors that it changes besides, such as running statistics; only the first time.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Computation:
         draws: bool | None = False,
         start: Callable[[list[Tensor]], UnderWay] | None = None,
         overwrites: bool = False,
+        writes: Sequence[int] = (),
     ):
         self.run, self.autocast, self.grad = run, autocast, grad
         self.kept, self.draws, self.start, self.overwrites = tuple(kept), draws, start, overwrites
+        self.writes = tuple(writes)
 
 
 class Task:
@@ -326,6 +329,8 @@ class Recipe:
 
     def _run(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         computation, wanted = self.computation, self.inner_wanted
+        for index in computation.writes:
+            tensors[index] = tensors[index].clone()
         position = -1
 
         def save(tensor: Tensor) -> None:
