@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint types benchmark clean
+.PHONY: demo test test-all lint types benchmark clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m shardwright run --devices 8 examples/mnist_ops.py
@@ -14,6 +14,10 @@ demo: $(INSTALLED)
 # One thread per process: the two test processes would otherwise fight over the cores.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# With every number of ranks, and not only those that tell most: half an hour.
+test-all: lint types
+	SHARDWRIGHT_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

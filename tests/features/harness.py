@@ -5,11 +5,11 @@ A test file lists its programs and runs them in both worlds::
     PROGRAMS = (three_steps, with_momentum)
 
     @pytest.mark.parametrize("program", PROGRAMS)
-    @pytest.mark.parametrize("devices", [2, 4])
+    @pytest.mark.parametrize("devices", rank_counts(4, more=(2, 3)))
     def test_simulated(program, devices):
         simulated(program, devices)
 
-    @pytest.mark.parametrize("ranks", [2, 4])
+    @pytest.mark.parametrize("ranks", rank_counts(2, more=(3, 4)))
     def test_on_real_ranks(ranks):
         on_ranks(__file__, ranks, PROGRAMS)
 
@@ -34,6 +34,15 @@ import shardwright as sw
 from shardwright.world import current
 
 Program = Callable[[], None]
+
+
+# Every number of ranks that tests know, in place of the few that tell most.
+ALL_SIZES = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
+
+
+def rank_counts(*few: int, more: Sequence[int] = ()) -> list[int]:
+    """Numbers of ranks to test on; those in ``more`` only where all are asked for, ``make test-all``."""
+    return [*few, *more] if ALL_SIZES else [*few]
 
 
 def simulated(program: Program, devices: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shardwright as sw
-from harness import main, on_ranks, same_steps, simulated
+from harness import main, on_ranks, rank_counts, same_steps, simulated
 from networks import Layers, Net, ids_batches, layer_batches
 
 CONFIGS = (
@@ -66,12 +66,12 @@ PROGRAMS = (every_configuration, numbered_parameters, results_that_play_no_part)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", rank_counts(3, more=(2,)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", rank_counts(3, more=(2,)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

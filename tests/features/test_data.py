@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 import shardwright as sw
-from harness import compare, main, on_ranks, simulated
+from harness import compare, main, on_ranks, rank_counts, simulated
 from shardwright.data.order import Order
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import ShardwrightError, StrategyError, WorldError
@@ -386,12 +386,12 @@ PROGRAMS = (
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("devices", rank_counts(3, more=(2, 4)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", rank_counts(3, more=(2, 4)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

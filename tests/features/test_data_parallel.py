@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from harness import compare, main, on_ranks, same_steps, simulated
+from harness import compare, main, on_ranks, rank_counts, same_steps, simulated
 from shardwright.world import current
 from shardwright.world.current import current_world
 
@@ -174,12 +174,12 @@ PROGRAMS = (
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [1, 3, 4])
+@pytest.mark.parametrize("devices", rank_counts(3, more=(1, 4)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", rank_counts(3, more=(2,)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

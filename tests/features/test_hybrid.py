@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from harness import compare, main, on_ranks, same_steps, simulated
+from harness import compare, main, on_ranks, rank_counts, same_steps, simulated
 from shardwright.world import current
 from shardwright.world.current import current_world
 
@@ -453,7 +453,7 @@ PROGRAMS = (
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [1, 3, 4])
+@pytest.mark.parametrize("devices", rank_counts(4, more=(1, 3)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
@@ -474,7 +474,7 @@ def test_the_example(monkeypatch, capsys):
     assert text.endswith("matches single device: 1 outputs, 1 gradients\n")
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", rank_counts(3, more=(4,)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import shardwright as sw
-from harness import compare, main, on_ranks, same_steps, simulated
+from harness import compare, main, on_ranks, rank_counts, same_steps, simulated
 from shardwright.partition.program import Call, Move, Start
 from shardwright.world.current import current_world
 
@@ -367,12 +367,12 @@ PROGRAMS = (
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("devices", rank_counts(4, more=(2, 3)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", rank_counts(2, more=(3, 4)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS, timeout=500)
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from harness import main, on_ranks, same_steps, simulated
+from harness import main, on_ranks, rank_counts, same_steps, simulated
 from shardwright.errors import ShardwrightError, StrategyError
 from shardwright.world.current import current_world
 
@@ -238,7 +238,7 @@ def test_a_rank_holds_its_share_of_the_parameters(sizes):
             assert set(held) == {i.meta.numel // ranks}
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", rank_counts(4, more=(2, 8)))
 def test_the_one_dimensional_form(ranks):
     """Columns, then rows: one all-reduce, 2 (P-1) bs h / P."""
     sw.init(devices=ranks)

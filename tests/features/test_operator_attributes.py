@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from harness import main, on_ranks, same_steps, simulated
+from harness import main, on_ranks, rank_counts, same_steps, simulated
 from shardwright.capture.attributes import ATTRIBUTES, REFUSED
 from shardwright.errors import ArgumentTypeError, ShardwrightError, StrategyError
 from shardwright.world.current import current_world
@@ -81,12 +81,12 @@ PROGRAMS = (a_table_cut_by_fields, a_table_cut_by_rows_alone, an_operator_in_lay
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", rank_counts(4, more=(2,)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", rank_counts(2, more=(4,)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from harness import main, on_ranks, same_steps, simulated
+from harness import main, on_ranks, rank_counts, same_steps, simulated
 from networks import Layers, Net, Pictures, ids_batches, image_batches, layer_batches
 from shardwright.train.optimizer_parallel import replica_axes
 from shardwright.world.current import current_world
@@ -80,12 +80,12 @@ PROGRAMS = (every_level, sizes_that_nothing_divides, other_optimizers, with_tens
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [3, 4, 8])
+@pytest.mark.parametrize("devices", rank_counts(3, 8, more=(4,)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", rank_counts(3, more=(2, 4)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shardwright as sw
-from harness import compare, on_ranks, simulated
+from harness import compare, on_ranks, rank_counts, simulated
 from harness import main as run_programs
 from shardwright.world.current import current_world
 
@@ -123,7 +123,7 @@ def all_pairs() -> None:
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-@pytest.mark.parametrize("devices", [4, 3])
+@pytest.mark.parametrize("devices", rank_counts(4, more=(3,)))
 def test_simulated(names, devices):
     simulated(lambda: train_pair(names), devices)
 

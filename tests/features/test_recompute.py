@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import shardwright as sw
-from harness import main, on_ranks, same_steps, simulated
+from harness import main, on_ranks, rank_counts, same_steps, simulated
 from shardwright.capture.graph import Graph
 from shardwright.layout import Layout
 from shardwright.plan.plan import Plan
@@ -310,12 +310,12 @@ PROGRAMS = (
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", rank_counts(4, more=(1, 2)))
 def test_simulated(program, devices):
     simulated(program, devices)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", rank_counts(2, more=(3, 4)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS)
 
