@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardwright.capture.torch_private import FakeTensorMode, TorchDispatchMode, pytree
 from shardwright.cost.saved import filled
-from shardwright.rules.operator import Operator
+from shardwright.rules.operator import Operator, TensorMeta
 
 Casts = tuple["torch.dtype | None", ...]
 
@@ -40,12 +40,19 @@ def cast_by_autocast(op: Operator, autocast: tuple[Any, ...]) -> Casts:
 def _run(op: Operator, autocast: tuple[Any, ...]) -> Casts:
     device, dtype, enabled, _ = autocast
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fakes = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device=device) for m in op.inputs]
+        fakes = [_fake(meta, device) for meta in op.inputs]
         args, kwargs = filled((op.args, op.kwargs), fakes, device)
         watch = _Watch(fakes)
         with torch.no_grad(), torch.autocast(device, dtype, enabled, False), watch:
             op.target(*args, **kwargs)
     return tuple(next(iter(to)) if len(to) == 1 else None for to in watch.read_as)
+
+
+def _fake(meta: TensorMeta, device: str) -> Tensor:
+    """A tensor as the description says, contiguous where it does not say how it lies in memory."""
+    if len(meta.stride) == len(meta.shape):
+        return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
+    return torch.empty(meta.shape, dtype=meta.dtype, device=device)
 
 
 class _Watch(TorchDispatchMode):

@@ -128,10 +128,9 @@ def test_may_be_split_where_it_is_promised(name: str) -> None:
     [
         (lambda x, m: x.index_put((m,), torch.zeros((), dtype=x.dtype)), (doubles(4), torch.tensor([True, False] * 2))),
         (lambda i, w: F.embedding(i, w, scale_grad_by_freq=True), (below(5, 4), doubles(5, 2))),
-        (lambda i, w: F.embedding(i, w, sparse=True), (below(5, 4), doubles(5, 2))),
         (lambda x: x.put(torch.tensor([1]), torch.ones(1, dtype=x.dtype)), (doubles(4),)),
     ],
-    ids=["index_put of a mask", "embedding scaled by frequency", "sparse embedding", "put"],
+    ids=["index_put of a mask", "embedding scaled by frequency", "put"],
 )
 def test_what_has_no_rule(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     assert free_dims(function, *args) == ()
