@@ -89,12 +89,14 @@ class StepMemory:
         scratch: needed while it runs, from a buffer that is kept for the next time.
         holds: whether a step that was started needs argument, workspace and scratch until somebody waits for it; other
             steps are done with them soon after.
+        frees: whether it is done with its argument as soon as it has started.
     """
 
     result: float = 0.0
     workspace: float = 0.0
     scratch: float = 0.0
     holds: bool = False
+    frees: bool = False
 
 
 def step_memory(
@@ -243,8 +245,8 @@ def _all_reduce(
     if members == 2 and itemsize >= 4:
         possible.append("backend")
     name = choose("all_reduce", members, int(size), possible)
-    if name == "backend":
-        return StepMemory(made, copy)
+    if name == "backend":  # works on a copy
+        return StepMemory(made, copy, frees=not inplace)
     if name == "copies":
         return StepMemory(size, copy, (members - 1) * size, True)
     if name == "hub":  # receives from all; what the others send stays until they ask for the result

@@ -93,15 +93,22 @@ def _by_place(moves: Sequence[Move], starts: Sequence[int]) -> list[list[Move]]:
 
 
 def _by_size(moves: Sequence[Move], full: int) -> list[list[Move]]:
-    """Filled from the last one read, so that what is left over is the bucket that nothing can hide, and a small one."""
+    """Filled from the last one read, so that what is left over is the bucket that nothing can hide, and a small one.
+
+    What would fill a bucket by itself is alone: it gains nothing by a launch less, and need not be copied.
+    """
     found: list[list[Move]] = []
     total = full
     for move in reversed(moves):
+        size = _bytes(move)
+        if size >= full:
+            found.append([move])
+            continue
         if total >= full:
-            found.append([])
+            found.append(bucket := [])
             total = 0
-        found[-1].append(move)
-        total += _bytes(move)
+        bucket.append(move)
+        total += size
     return [members[::-1] for members in reversed(found)]
 
 

@@ -43,7 +43,7 @@ def four_ranks():
 
 def test_gradients_travel_together_and_early():
     net, parallel, x = compiled()
-    parallel.settings.schedule = Schedule(sums=Buckets(160 * 160 * 8))
+    parallel.settings.schedule = Schedule(sums=Buckets(160 * 160 * 8 + 1))
     with sw.record_communication() as log:
         parallel(x)[0].backward()
     program = parallel.program

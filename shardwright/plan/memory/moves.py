@@ -233,7 +233,8 @@ class MovePlayer:
         travelling = _Travelling(self.usage.hold(Storage(need.result, part, move.source)))
         if any(step.result for step in need.steps):
             workspace = Storage(sum(step.workspace for step in need.steps), "transient", move.source)
-            travelling.held = [self.usage.hold(given), self.usage.hold(workspace)]
+            kept = [workspace] if need.steps[0].frees else [given, workspace]
+            travelling.held = [self.usage.hold(storage) for storage in kept]
             travelling.scratch = self.usage.take_scratch(max(step.scratch for step in need.steps))
             if not any(step.holds for step in need.steps):
                 self.ending = travelling
