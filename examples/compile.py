@@ -2,8 +2,7 @@
 
     python examples/compile.py [--backend inductor] [--devices 4] [--steps 3]
 
-Prints the program that runs, in which what stands between collectives is one compiled function, and how far the weights
-of the two runs are apart.
+Prints the program that runs: what stands between collectives is one compiled function.
 """
 
 import argparse

@@ -2,8 +2,6 @@
 
     python examples/multi_copy.py
     torchrun --nproc-per-node 2 examples/multi_copy.py
-
-The log of communication says what ran between the start of a collective and its end.
 """
 
 import copy
@@ -16,8 +14,6 @@ import shardwright as sw
 
 
 class Network(nn.Module):
-    """Residual feed-forward blocks, and a mean of squares as loss."""
-
     def __init__(self, blocks: int = 2, dim: int = 16):
         super().__init__()
         self.up = nn.ModuleList(nn.Linear(dim, 4 * dim) for _ in range(blocks))
