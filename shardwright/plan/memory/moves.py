@@ -75,11 +75,13 @@ class MovePlayer:
         if self.choose is None:
             return
         largest = 0.0
+        together: set[str] = set()
         for move in self.instructions:
             if isinstance(move, Start) and len(move.moves) > 1:
+                together.update(member.output for member in move.moves)
                 scratch = self.buckets.scratch(move, trains)
                 largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
-            elif isinstance(move, Move):
+            elif isinstance(move, Move) and move.output not in together:
                 plan = move.redistribution
                 steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
                 needs = [step_memory(s, plan.shape, move.dtype.itemsize, self.choose, hub=self.hub) for s in steps]
