@@ -65,7 +65,8 @@ class GradAccumulation(nn.Module):
         found = []
         for part in self.parts(leaves):
             part_args, part_kwargs = pytree.tree_unflatten(part, spec)
-            found.append(pytree.tree_flatten(self.network(*part_args, **part_kwargs)))
+            (loss, *beside), out_spec = pytree.tree_flatten(self.network(*part_args, **part_kwargs))
+            found.append(([loss, *(b.detach() if isinstance(b, Tensor) else b for b in beside)], out_spec))
         results = [self.joined([leaves for leaves, _ in found], position) for position in range(len(found[0][0]))]
         return pytree.tree_unflatten(results, found[0][1])
 

@@ -79,12 +79,6 @@ def test_on_real_ranks(ranks):
 # -- how many ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def four(monkeypatch):
-    monkeypatch.setattr("shardwright.world.current._current", [])
-    sw.init(devices=4)
-
-
 def reductions(net):
     """The tensors of each reduction of parameters' gradients, in order."""
     net(*layer_batches(1)[0]).backward()

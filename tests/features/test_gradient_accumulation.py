@@ -90,6 +90,8 @@ def results_beside_the_loss():
     loss, logits = sw.AutoParallel(model)(*batch)
     expected, expected_logits = plain(*batch)
     torch.testing.assert_close((loss, logits), (expected, expected_logits), check_stride=False)
+    assert not logits.requires_grad
+    assert not expected_logits.requires_grad
     loss.backward()
     expected.backward()
     torch.testing.assert_close(sw.full_value(model.network.layer.weight.grad), plain.network.layer.weight.grad)
@@ -113,12 +115,6 @@ def test_on_real_ranks(ranks):
 
 
 # -- collectives -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def four(monkeypatch):
-    monkeypatch.setattr("shardwright.world.current._current", [])
-    sw.init(devices=4)
 
 
 def counted(net):

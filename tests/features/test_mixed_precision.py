@@ -487,12 +487,6 @@ def test_on_real_ranks(ranks):
 # -- in one process -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def four(monkeypatch):
-    monkeypatch.setattr("shardwright.world.current._current", [])
-    sw.init(devices=4)
-
-
 def a(*shape: int) -> torch.Tensor:
     return torch.rand(shape) + 0.1
 
