@@ -17,14 +17,12 @@ from torch import Tensor
 
 from shardwright.capture.torch_private import failed_toolchain, untraceable
 from shardwright.errors import ShardwrightError
+from shardwright.partition.free_results import result_is_free
 from shardwright.partition.program import Call
-from shardwright.rules.operator import OpOverload, operator_name
+from shardwright.rules.operator import operator_name
 from shardwright.world.source import SourceWriter
 
 logger = logging.getLogger("shardwright")
-
-# Operators whose result is new memory that autograd does not keep.
-_RESULT_IS_FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
 
 # Seconds after which a compilation is worth a warning that it is what takes so long.
 _LONG = 20.0
@@ -83,7 +81,7 @@ class Written:
     def __init__(self, calls: Sequence[Call], inputs: Sequence[str], outputs: Sequence[str], inside: frozenset[str]):
         self.calls, self.inputs, self.outputs = calls, inputs, outputs
         made = {name: call for call in calls for name in call.outputs}
-        self.fresh = frozenset(o for o in outputs if o not in inside and _is_fresh(made[o]))
+        self.fresh = frozenset(o for o in outputs if o not in inside and result_is_free(made[o]))
         self.name = f"segment_to_{outputs[-1]}"
         first, last = (operator_name(call.function) for call in (calls[0], calls[-1]))
         self.what = f"{len(calls)} calls, {first} to {last} at {calls[-1].cause}"
@@ -144,15 +142,6 @@ class SegmentOfRank:
 
     def __call__(self, segment: CompiledSegment, *tensors: Tensor) -> Any:
         return segment(*tensors)
-
-
-def _is_fresh(call: Call) -> bool:
-    function = call.function
-    return (
-        isinstance(function, OpOverload)
-        and function.namespace == "aten"
-        and (function.overloadpacket.__name__ in _RESULT_IS_FREE)
-    )
 
 
 def _identity(value: Any) -> Any:

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
+from shardwright.partition.free_results import result_is_free
 from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import Redistribution, redistribution
 from shardwright.rules.lowering import PerRank
-from shardwright.rules.operator import OpOverload
 from shardwright.world.agreement import Agreement
 from shardwright.world.collectives import backend_of
 from shardwright.world.distributed_moves import DistributedMove, MovesTogether, PieceMove
@@ -42,9 +42,6 @@ from shardwright.world.recording import computation_of, needs_recording, recorde
 from shardwright.world.source import SourceWriter, write_note
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-# Operators whose result is new memory that autograd does not keep, so that a sum over ranks may be done in place.
-_RESULT_IS_FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
 
 
 class DistributedWorld:
@@ -438,14 +435,9 @@ def _read_once(program: LocalProgram) -> set[str]:
 
 def _is_free(name: str, maker: Instruction | None) -> bool:
     """Whether a value is new memory that its maker and autograd do not keep."""
-    if not isinstance(maker, Call):
-        return False
-    function = maker.function
-    return name in getattr(function, "fresh", ()) or (
-        isinstance(function, OpOverload)
-        and function.namespace == "aten"
-        and function.overloadpacket.__name__ in _RESULT_IS_FREE
-    )
+    if result_is_free(maker):
+        return True
+    return isinstance(maker, Call) and name in getattr(maker.function, "fresh", ())
 
 
 class _InputCheck:

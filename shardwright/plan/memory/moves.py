@@ -20,19 +20,15 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Move, Start, Together
+from shardwright.partition.free_results import result_is_free
+from shardwright.partition.program import KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
 from shardwright.redistribute.step import Step
-from shardwright.rules.operator import OpOverload
 from shardwright.train.recompute import communicates
-
-# Operators whose result is new memory that autograd does not keep, so that a sum over ranks may be done in place; as in
-# the distributed world.
-_RESULT_IS_FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
 
 
 @dataclass
@@ -103,7 +99,7 @@ class MovePlayer:
             move,
             move.redistribution.forward,
             contiguous=self.state.values[move.source].tensor.is_contiguous,
-            inplace=is_only_reader and _result_is_free(maker),
+            inplace=is_only_reader and result_is_free(maker),
             compact=maker is not None and source_dies,
         )
         self.usage.point(move.cause, need.peak)
@@ -287,13 +283,4 @@ def _shared(moves: Sequence[Move], steps: Sequence[Sequence[Step]]) -> tuple[lis
         return [0.0] * len(moves), 0.0
     return shared_collective_memory(
         [(step, move.redistribution.shape, move.dtype.itemsize) for move, (step,) in zip(moves, steps)]
-    )
-
-
-def _result_is_free(maker: Instruction | None) -> bool:
-    function = maker.function if isinstance(maker, Call) else None
-    return (
-        isinstance(function, OpOverload)
-        and function.namespace == "aten"
-        and function.overloadpacket.__name__ in _RESULT_IS_FREE
     )
