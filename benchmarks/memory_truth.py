@@ -302,11 +302,8 @@ def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def predict(call: Any) -> None:
-        plan = call.plan
         began = time.process_time()
-        timeline = memory_of(
-            plan.graph, plan.choices, plan.signatures, plan.input_layouts, "adamw", passes=plan.passes
-        )  # fmt: skip
+        timeline = memory_of(call.plan, "adamw")
         found.update(
             predicted=timeline.peak, at=timeline.at, parts=dict(timeline.parts), guessed=timeline.guessed,
             seconds=time.process_time() - began,

@@ -49,10 +49,7 @@ def measure(name: str, case: str, world: Any) -> dict[str, Any]:
 
     def predict(call: Any) -> None:
         if name in OURS:
-            plan = call.plan
-            timeline = memory_of(
-                plan.graph, plan.choices, plan.signatures, plan.input_layouts, "fused adamw", passes=plan.passes
-            )
+            timeline = memory_of(call.plan, "fused adamw")
             found.update(predicted=timeline.peak, at=timeline.at)
 
     plain_all_reduce = dist.all_reduce

@@ -94,6 +94,7 @@ def plan_request(
     return PlanRequest(
         devices, settings.dataset_strategy, parameter_plan, settings.mode != "data_parallel", settings.mode,
         search.machine or machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
+        schedule=settings.schedule,
     )  # fmt: skip
 
 
@@ -111,12 +112,15 @@ def plan_as_asked(
         again: by module path, what is computed again in the backward pass.
     """
 
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    schedule = replace(settings.schedule, ids=buckets_of(graph.inputs, parameters))
+
     def make(request: PlanRequest) -> Plan:
-        plan = _plan_of_operators(graph, request, settings)
+        plan = replace(_plan_of_operators(graph, request, settings), schedule=schedule)
         check_in_place(plan)
         if settings.hsdp is None:
             return plan
-        plan = split_parameters(plan, settings.hsdp, dict(root.named_parameters(remove_duplicate=False)))
+        plan = split_parameters(plan, settings.hsdp, parameters)
         return replace(plan, passes=(*plan.passes, recompute_parameter_gathers)) if settings.hsdp.gathers_again else plan
 
     automatic = next((r for r in settings.recompute if r.is_automatic), None)
@@ -166,13 +170,12 @@ class Compiled:
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         links = machine.links(self.plan.mesh)
         options = Options(links, enable_alltoall=settings.enable_alltoall and not is_interleaved(self.graph))
-        ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
         program = unscheduled(self.graph, self.plan, options)
         adds_wide = world.is_simulated or device.type == "cpu"
         program = with_wires(program, self.graph, settings.precision, self.micro is not None, adds_wide)
         for change in self.plan.passes:
             program = change(program)
-        how = replace(settings.schedule, ids=ids)
+        how = self.plan.schedule
         self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
         self.plan.attach(self.program)
         self.compiler = settings.compiler

@@ -23,6 +23,7 @@ Choose = Callable[[str, int, int, Collection[str]], str]
 _MANY = 1 << 18  # elements from which gathered pieces are put in place as they arrive; as in the distributed world
 _MOST_COPIES = 64 << 20  # bytes of whole tensors that one member may hold for the others
 _CHUNK, _MOST_CHUNKS, _WINDOW = 2 << 20, 16, 3  # of a chain
+_PART, _LEAST_PART, _AHEAD = 6 << 20, 1 << 20, 2  # of pieces that arrive part by part
 
 
 def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: Array) -> Array:
@@ -253,7 +254,17 @@ def _all_reduce(
         return StepMemory(made, copy, (members - 1) * size) if hub else StepMemory(made, copy, 0.0, True)
     if name == "chain":
         return StepMemory(made, copy, _WINDOW * size / min(_MOST_CHUNKS, max(1, size // _CHUNK)))
-    return StepMemory(made, copy, (members - 1) * math.ceil(size / members))
+    return StepMemory(made, copy, arriving_bytes(math.ceil(size / members), members))
+
+
+def arriving_bytes(piece: float, members: int) -> float:
+    """Bytes that a member holds of what gloo's other members send it of its piece: of a large one, two parts at a time.
+
+    >>> arriving_bytes(3 << 20, 4) / 2**20, arriving_bytes(100 << 20, 4) / 2**20
+    (9.0, 12.0)
+    """
+    parts = max(1, math.ceil(piece / max(_LEAST_PART, _PART // (members - 1))))
+    return (members - 1) * math.ceil(piece / parts) * min(_AHEAD, parts)
 
 
 def _all_gather(
@@ -277,7 +288,7 @@ def _reduce_scatter(given: float, made: float, packed: float, members: int, choo
     if name == "hub":
         return StepMemory(made, packed + given, (members - 1) * given) if hub else StepMemory(made, packed, 0.0, True)
     if name == "direct":
-        return StepMemory(made, packed, (members - 1) * made, True)
+        return StepMemory(made, packed, arriving_bytes(made, members), True)
     return StepMemory(made, packed + members * made, 0.0, True)
 
 

@@ -126,7 +126,7 @@ class SearchPlanner(Planner):
         self.refinement.finish()
         self.mesh = self.refinement.meshes[0]
         self.choices = {}
-        self.pricing = Pricing(self.machine, self.mesh, count_parameters(self.graph))
+        self.pricing = Pricing(self.machine, self.mesh, count_parameters(self.graph), self.request.schedule)
         self.tables: dict[Any, ChoiceTable] = {}
         self.pinned: dict[int, ChoiceTable] = {}
         for site in self.folded.sites:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shardwright.capture.graph import Graph
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
+from shardwright.partition.schedule import Schedule
 from shardwright.plan.choice import Choice
 from shardwright.rules.signature import Signature
 
@@ -69,6 +70,7 @@ class Plan:
         full_batch: whether every rank is handed the whole batch.
         memory_limit: bytes a rank may use, where that was asked for.
         passes: what the local program goes through before it runs, such as what is computed again in the backward.
+        schedule: which of its moves share collectives, and which start early.
     """
 
     graph: Graph
@@ -84,6 +86,7 @@ class Plan:
     full_batch: bool = True
     memory_limit: float | None = None
     passes: tuple[ProgramPass, ...] = field(default=(), compare=False, repr=False)
+    schedule: Schedule = field(default_factory=Schedule, compare=False, repr=False)
     _cache: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def attach(self, program: LocalProgram) -> None:
@@ -114,15 +117,8 @@ class Plan:
         if "memory" not in self._cache:
             from shardwright.plan.memory import memory_of
 
-            self._cache["memory"] = memory_of(
-                self.graph,
-                self.choices,
-                self.signatures,
-                self.input_layouts,
-                self.states,
-                self.machine.device if self.machine is not None else "cpu",
-                passes=self.passes,
-            )
+            device = self.machine.device if self.machine is not None else "cpu"
+            self._cache["memory"] = memory_of(self, self.states, device)
         return self._cache["memory"]  # type: ignore[no-any-return]
 
     def save(self, path: str | os.PathLike[str]) -> None:

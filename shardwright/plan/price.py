@@ -17,7 +17,7 @@ from shardwright.plan.choices import codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
 from shardwright.plan.price_orders import in_true_orders
-from shardwright.plan.pricing import GATHERS, SUMS, Pricing, count_parameters, gradient_codes
+from shardwright.plan.pricing import Pricing, count_parameters, gradient_codes, launches_of
 from shardwright.search.solve import solve
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: fl
     Args:
         states: bytes of optimizer state a byte of parameter; 2 for Adam.
     """
-    pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph))
+    pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph), plan.schedule)
     formulation = formulation_of(plan, pricing, full_batch, states)
     solution = solve(formulation.problem)
     return in_true_orders(plan, _Breakdown(formulation, solution.choices).price(), machine, MovePrice)
@@ -249,8 +249,8 @@ class _Breakdown:
         result = []
         for move in moves:
             if any(move.launches):
-                bucket = GATHERS if move.forward else SUMS
-                shares = [max(1.0, size[kind] / bucket) / count[kind] - move.share for kind in kinds(move)]
+                buckets = self.pricing.gathers if move.forward else self.pricing.sums
+                shares = [launches_of(buckets, size[kind], count[kind]) / count[kind] - move.share for kind in kinds(move)]
                 more = [launch * share for launch, share in zip(move.launches, shares)]
                 move = replace(move, seconds=move.seconds + self.pricing.machine.exposed(*more))
             result.append(move)

@@ -18,14 +18,12 @@ from shardwright.cost.communication import Communication
 from shardwright.cost.compute import local_seconds, optimizer_seconds
 from shardwright.cost.machine import Machine
 from shardwright.mesh import Mesh
-from shardwright.partition.schedule import Schedule
+from shardwright.partition.schedule import Buckets, Schedule
 from shardwright.plan.choices import PARTIAL, REPLICATED, ChoiceTable, Codes, local_sizes
 from shardwright.rules.operator import TensorMeta
 
 Array = np.ndarray[Any, Any]
 
-# Bytes of parameters that share the collectives that sum their gradients, and those that gather them.
-SUMS, GATHERS = float(Schedule().sums.bytes), float(Schedule().gathers.bytes)
 # Collectives that a lowering runs itself where a factor is split that reaches no output (a softmax's maximum and sum).
 _INNER = 2
 
@@ -35,10 +33,12 @@ class Pricing:
 
     Args:
         sharing: how many parameters there are, which share collectives.
+        schedule: how many bytes of them share those that sum their gradients, and those that gather them.
     """
 
-    def __init__(self, machine: Machine, mesh: Mesh, sharing: int = 1):
-        self.machine, self.mesh, self.sharing = machine, mesh, sharing
+    def __init__(self, machine: Machine, mesh: Mesh, sharing: int = 1, schedule: Schedule | None = None):
+        self.machine, self.mesh, self.sharing = machine, mesh, max(1, sharing)
+        self.sums, self.gathers = (schedule or Schedule()).sums, (schedule or Schedule()).gathers
         self.communication = Communication(machine, mesh)
         self._memo: dict[Any, Any] = {}
         self._alive: list[Any] = []  # what ids in keys refer to
@@ -208,10 +208,15 @@ class Pricing:
         if grad:
             back_from, back_to = gradient_codes(source, target, gradients)
             empty[1] = self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
-        bucket = np.where(empty[0] > 0, GATHERS, SUMS)
-        share = np.clip(larger / bucket, 1 / max(1, self.sharing), 1.0)
+        share = np.where(empty[0] > 0, self._share(self.gathers, larger), self._share(self.sums, larger))
         possible = np.isfinite(empty[0]) & np.isfinite(empty[1])
         return np.where(possible, empty[0], 0.0), np.where(possible, empty[1], 0.0), share
+
+    def _share(self, buckets: Buckets, size: Array) -> Array:
+        """Shares of a launch of parameters of so many bytes."""
+        if buckets.starts is not None:
+            return np.full_like(size, min(1.0, (1 + len(buckets.starts)) / self.sharing))
+        return np.clip(size / buckets.bytes, 1 / self.sharing, 1.0) if buckets.bytes else np.ones_like(size)
 
     def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
         _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
@@ -238,6 +243,17 @@ class Pricing:
 
         arrays = (state, state_gradients, target, gradients)
         return self._once(("read", meta.shape, meta.dtype, *map(id, arrays), grad, keeps), arrays, make)  # type: ignore[no-any-return]
+
+
+def launches_of(buckets: Buckets, size: float, count: int) -> float:
+    """How many collectives ``count`` parameters of ``size`` bytes in all make; a bucket that is not full counts as a part.
+
+    >>> launches_of(Buckets(4 << 20), 6 << 20, 10), launches_of(Buckets(), 6 << 20, 10)
+    (1.5, 10.0)
+    """
+    if buckets.starts is not None:
+        return float(min(count, 1 + len(buckets.starts)))
+    return min(float(count), max(1.0, size / buckets.bytes)) if buckets.bytes else float(count)
 
 
 def count_parameters(graph: Graph) -> int:

@@ -49,7 +49,8 @@ class Repricer:
         from shardwright.cost.machine import load_machine
 
         self.plan, self.graph, self.mesh = plan, plan.graph, plan.mesh
-        self.pricing = Pricing(load_machine(plan.machine or "cpu-gloo"), plan.mesh, count_parameters(plan.graph))
+        machine = load_machine(plan.machine or "cpu-gloo")
+        self.pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph), plan.schedule)
         self.ready = ready_values(plan.graph, plan.full_batch)
         self.producer = {value: node for node in plan.graph.nodes for value in node.outputs}
         self.uses: dict[str, list[tuple[Node, int]]] = {}

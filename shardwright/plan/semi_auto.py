@@ -21,6 +21,7 @@ import torch
 from shardwright.capture.graph import Graph, GraphInput, Node
 from shardwright.errors import Problems
 from shardwright.layout import Layout
+from shardwright.partition.schedule import Schedule
 from shardwright.plan.choice import Choice, make_choice
 from shardwright.plan.follow import choice_for_output, follow
 from shardwright.plan.pins import Pin, check_pin, pinned_graph
@@ -58,6 +59,7 @@ class PlanRequest:
         operator_plan: how nodes are to run, by name, as a plan file says; it replaces what the nodes' marks ask for.
         once: makes a value once for all processes of a job: what a search ends with may hang on the clock, and processes
             that had different plans would wait for each other for ever.
+        schedule: which moves share collectives, and which start early.
         stored: parameters whose layout in ``parameter_plan`` is also how they are stored, whatever their readers want.
     """
 
@@ -74,6 +76,7 @@ class PlanRequest:
     seconds: float = 30.0
     operator_plan: dict[str, Pin] = field(default_factory=dict)
     stored: frozenset[str] = frozenset()
+    schedule: Schedule = field(default_factory=Schedule)
     once: Callable[[Callable[[], Any]], Any] = lambda make: make()
 
 

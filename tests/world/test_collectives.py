@@ -147,6 +147,28 @@ def long_chains(link):
         point_to_point._CHUNK = 2 << 20
 
 
+def large_pieces(link):
+    """More parts of a piece than are asked for at once, and not all pieces of as many parts."""
+    point_to_point._PART = point_to_point._LEAST_PART = 4096
+    try:
+        for count, order in itertools.product((4100 * link.size, 12345), orders(link.size)[:4]):
+            values = tensors(link, count)
+            expected = reduce([values[m] for m in order], "sum")
+            for inplace in (False, True):
+                operation = link.prepare_all_reduce(count, "sum", order, inplace, "pieces")
+                assert same_bits(operation(values[link.position].clone()), expected)
+                started = [operation.start(values[link.position].clone()) for _ in range(3)]
+                assert all(same_bits(handle.wait(), expected) for handle in reversed(started))
+            sizes = [1, *[0] * (link.size - 2), count - 1]
+            operation = link.prepare_reduce_scatter(sizes, "sum", order, "direct")
+            started = [operation.start(values[link.position]) for _ in range(3)]
+            mine = expected.split(sizes)[link.position]
+            assert all(same_bits(handle.wait(), mine) for handle in reversed(started))
+            assert same_bits(operation(values[link.position]), mine)
+    finally:
+        point_to_point._PART, point_to_point._LEAST_PART = 6 << 20, 1 << 20
+
+
 def not_numbers(link):
     """NaN wins every comparison, and gives a sum; of two zeros the first is kept as torch keeps it."""
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1.0])
@@ -326,7 +348,7 @@ def silent_peer(link):
         dist.barrier()
 
 
-SCENARIOS = (all_reduces, all_reduces_in_place, long_chains, not_numbers, reduce_scatters, all_gathers, exchanges)
+SCENARIOS = (all_reduces, all_reduces_in_place, long_chains, large_pieces, not_numbers, reduce_scatters, all_gathers, exchanges)
 SCENARIOS += (nothing_at_all, many_at_once, odd_tensors, other_backends, choices)
 
 

@@ -6,30 +6,28 @@ the proof that no rank's values vary where a layout says that ranks replicate, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from shardwright.capture.graph import Node
 from shardwright.cost.memory import local_shape
 from shardwright.partition.partitioner import _Local, _Partitioner, scheduled
 from shardwright.partition.program import Call, LocalProgram
-from shardwright.partition.schedule import Schedule
-from shardwright.plan.plan import Plan, ProgramPass
+from shardwright.plan.plan import Plan
 from shardwright.redistribute.planner import Options
 from shardwright.rules.lowering import PerRank, Ref
 
 
-def first_rank_program(plan: Plan, options: Options, passes: Sequence[ProgramPass] = ()) -> LocalProgram:
+def first_rank_program(plan: Plan, options: Options) -> LocalProgram:
     """The scheduled program of the first rank; ``lanes`` of what calls make are empty.
 
     Args:
         options: what redistributions may use, as the partitioner is given them.
-        passes: what the program goes through before it is scheduled.
     """
     program = _FirstRankPartitioner(plan.graph, plan, options).unscheduled()
-    for change in passes:
+    for change in plan.passes:
         program = change(program)
-    return scheduled(program, Schedule())
+    return scheduled(program, plan.schedule)
 
 
 class _FirstRankPartitioner(_Partitioner):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from shardwright.capture.graph import Graph
-from shardwright.layout import Layout
 from shardwright.partition.program import Start
-from shardwright.plan.choice import Choice
 from shardwright.plan.memory.first_rank import first_rank_program
 from shardwright.plan.memory.timeline import MemoryTimeline
 from shardwright.plan.memory.training_step import OptimizerMemory, TrainingStep
-from shardwright.plan.plan import Plan, ProgramPass
+from shardwright.plan.plan import Plan
 from shardwright.redistribute.planner import Options
-from shardwright.rules.signature import Signature
 from shardwright.world import calibration
 
 _OPTIMIZERS = {
@@ -26,26 +20,16 @@ _OPTIMIZERS = {
 
 
 def memory_of(
-    graph: Graph,
-    choices: Mapping[str, Choice],
-    signatures: Mapping[str, Signature],
-    input_layouts: Mapping[str, Layout],
-    optimizer: str | float | None = 2.0,
-    device: str = "cpu",
-    options: Options | None = None,
-    passes: Sequence[ProgramPass] = (),
+    plan: Plan, optimizer: str | float | None = 2.0, device: str = "cpu", options: Options | None = None
 ) -> MemoryTimeline:
     """The memory of the rank with the largest pieces over a step: forward, backward, optimizer, gradients set to None.
 
     Args:
-        graph: of global tensors.
-        choices, signatures: by node name.
-        input_layouts: of every graph input, as the program receives it.
+        plan: with the passes that its program goes through, and its schedule.
         optimizer: ``"adam"``, ``"adamw"``, each also as in ``"fused adamw"``, ``"sgd"``, or bytes of optimizer state a byte
             of parameter; ``None``: no training, only the forward.
         device: the kind of device, which decides what kernels keep and, the CPU having gloo, what collectives need.
-        options: what redistributions may use, as the partitioner is given them.
-        passes: what the local program goes through before it runs.
+        options: what redistributions may use, as the partitioner is given them; default: the links of the plan's machine.
 
     Returns:
         Bytes over the step, one point an instruction of the local program and direction.
@@ -53,15 +37,15 @@ def memory_of(
     Raises:
         KeyError: an optimizer's name that is not one of these.
     """
-    mesh = next((c.mesh for c in choices.values()), None) or next(iter(input_layouts.values())).mesh
-    plan = Plan(graph, mesh, dict(choices), dict(signatures), dict(input_layouts))
-    program = first_rank_program(plan, options or Options(), passes)
+    if options is None:
+        options = Options() if plan.machine is None else Options(plan.machine.links(plan.mesh))
+    program = first_rank_program(plan, options)
     states = _of_optimizer(optimizer)
     choose = calibration.load().choose if device == "cpu" else None
-    timeline = TrainingStep(graph, program, states, device, choose, hub=True).run()
+    timeline = TrainingStep(plan.graph, program, states, device, choose, hub=True).run()
     if choose is not None and any(isinstance(i, Start) for i in program.instructions):
         # what the others send to the first rank stays until they wait for the result
-        other = TrainingStep(graph, program, states, device, choose, hub=False).run()
+        other = TrainingStep(plan.graph, program, states, device, choose, hub=False).run()
         timeline = max(timeline, other, key=lambda t: t.peak)
     return timeline
 

@@ -58,6 +58,7 @@ class Usage:
         self.points: list[Point] = []
         self.phase = "forward"
         self.kept_scratch = 0.0
+        self._scratch_taken = 0
         self._number = 0
 
     def next_number(self) -> int:
@@ -98,7 +99,13 @@ class Usage:
     # -- scratch ------------------------------------------------------------------------------------------------------
 
     def take_scratch(self, size: float) -> float:
-        """Takes the scratch buffer that is kept, or a new one where it is too small; returns the bytes it has."""
+        """Takes the scratch buffer that is kept, or a new one where it is too small; returns the bytes it has.
+
+        Where somebody has one already it is waited for, and nothing is taken.
+        """
+        if not size or self._scratch_taken:
+            return 0.0
+        self._scratch_taken += 1
         kept, self.kept_scratch = self.kept_scratch, 0.0
         if kept >= size:
             return kept
@@ -108,6 +115,9 @@ class Usage:
 
     def give_scratch(self, size: float) -> None:
         """Gives back what was taken: the larger of it and the buffer that is kept remains, and the other is free."""
+        if not size:
+            return
+        self._scratch_taken -= 1
         if size > self.kept_scratch and is_kept_as_scratch(size):
             size, self.kept_scratch = self.kept_scratch, size
         self._count_scratch(-size)
