@@ -1,12 +1,26 @@
-"""Free results: what operators make that nobody else holds, so that a sum over ranks may be done in place."""
+"""Free results: values and gradients that nobody else holds, so that a sum over ranks may be done in place."""
 
 from __future__ import annotations
 
-from shardwright.partition.program import Call, Instruction
+from collections import Counter
+
+from shardwright.partition.program import Call, Instruction, LocalProgram
+from shardwright.rules.lowering import Ref
 from shardwright.rules.operator import OpOverload
 
 # Operators whose result is new memory that autograd does not keep.
 _FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
+# Operators whose backward makes the gradients of their first two operands in new memory. (A bias's may be the gradient of the
+# result itself, which others get too.)
+_FREE_BACKWARD = frozenset({"linear", "matmul", "mm", "bmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"})
+
+
+def _name(call: Instruction | None) -> str:
+    """Of torch's operator that a call runs; empty for anything else."""
+    function = call.function if isinstance(call, Call) else None
+    if isinstance(function, OpOverload) and function.namespace == "aten":
+        return str(function.overloadpacket.__name__)
+    return ""
 
 
 def result_is_free(maker: Instruction | None) -> bool:
@@ -15,9 +29,15 @@ def result_is_free(maker: Instruction | None) -> bool:
     Args:
         maker: of the value; ``None`` for an input of the program.
     """
-    function = maker.function if isinstance(maker, Call) else None
-    return (
-        isinstance(function, OpOverload)
-        and function.namespace == "aten"
-        and function.overloadpacket.__name__ in _FREE
-    )
+    return _name(maker) in _FREE
+
+
+def values_with_free_gradients(program: LocalProgram) -> frozenset[str]:
+    """Values that one operator alone reads, once, which makes their gradient in new memory."""
+    reads = Counter(name for i in program.instructions for name in program.refs_of(i))
+    kept = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
+    found: set[str] = set()
+    for call in program.instructions:
+        if isinstance(call, Call) and _name(call) in _FREE_BACKWARD:
+            found.update(a.name for a in call.args[:2] if isinstance(a, Ref) and reads[a.name] == 1 and a.name not in kept)
+    return frozenset(found)

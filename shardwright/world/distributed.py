@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
-from shardwright.partition.free_results import result_is_free
+from shardwright.partition.free_results import result_is_free, values_with_free_gradients
 from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import Redistribution, redistribution
@@ -307,6 +307,7 @@ def _bind(
     check = writer.constant("check", _InputCheck(program, rank))
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
     only_read_once = _read_once(program) - set(keep or ())
+    free_gradients = values_with_free_gradients(program)
     made_by = {o: i for i in program.instructions for o in i.outputs}
     started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
     left: dict[str, int] = {}
@@ -328,7 +329,8 @@ def _bind(
         writer.context(first.autocast, first.grad)
         if isinstance(instruction, Start):
             compact = any(made_by.get(move.source) is not None for move in instruction.moves)
-            together_started = StartedMoves(instruction.moves, rank, groups, compact)
+            inplace = instruction.moves[0].output in free_gradients
+            together_started = StartedMoves(instruction.moves, rank, groups, compact, inplace)
             name = writer.constant("start", together_started)
             under_way = f"_{instruction.moves[0].output}_started"
             sources = ", ".join(move.source for move in instruction.moves)

@@ -24,14 +24,15 @@ class StartedMoves:
 
     Args:
         compact: whether results must not be views into the arguments, which they would keep alive.
+        inplace: whether the gradient of the result of one alone may be overwritten.
     """
 
-    def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool):
+    def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool, inplace: bool = False):
         self.plans = [move.redistribution for move in moves]
         self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy, move.wire) for move in moves]
         self.needs_grad, self.wire, self.dtype = moves[0].needs_grad, moves[0].wire, moves[0].dtype
         self.moves_forward = any(plan.forward for plan in self.plans)
-        self.rank, self.groups, self.compact = rank, groups, compact
+        self.rank, self.groups, self.compact, self.inplace = rank, groups, compact, inplace
         self._starters: dict[tuple[str, tuple[int, ...]], Callable[[list[Tensor]], UnderWay | SharedUnderWay]] = {}
         self.everyone = tuple(range(len(moves)))
         if self.moves_forward:
@@ -71,8 +72,11 @@ class StartedMoves:
             plans = [self.plans[i] for i in members]
             steps = [plan.backward if phase == "backward" else plan.forward for plan in plans]
             if len(self.plans) == 1:
-                compact = True if phase == "backward" else self.compact
-                run = prepare_steps(steps[0], plans[0].shape, self.rank, self.groups, compact=compact)
+                is_backward = phase == "backward"
+                run = prepare_steps(
+                    steps[0], plans[0].shape, self.rank, self.groups, is_backward and self.inplace,
+                    is_backward or self.compact,
+                )  # fmt: skip
                 self._starters[key] = lambda values: run.start(values[0])
             else:
                 shapes, views = [plan.shape for plan in plans], phase == "backward"

@@ -20,7 +20,7 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.partition.free_results import result_is_free
+from shardwright.partition.free_results import result_is_free, values_with_free_gradients
 from shardwright.partition.program import KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
@@ -56,8 +56,9 @@ class MovePlayer:
         self.instructions, self.returned = program.instructions, returned
         self.makers = {output: i for i in program.instructions for output in i.outputs}
         self.reads = Counter(name for i in program.instructions for name in program.refs_of(i))
+        self.free_gradients = values_with_free_gradients(program)
         self.travelling: dict[str, _Travelling] = {}  # by output
-        # gradients under way, by output; where the backward makes no new memory nothing travels
+        # gradients under way, by output; where nothing moves nothing travels
         self.returning: dict[str, tuple[Gradient, _Travelling | None]] = {}
         self.buckets = BucketPlayer(state, choose, hub)
         self.ending: _Travelling | None = None  # is done with when the next move starts
@@ -207,18 +208,21 @@ class MovePlayer:
         gradient = self.state.gradients.pop(move.output, None)
         if gradient is None:
             return
-        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous)
+        inplace = move.output in self.free_gradients
+        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous, inplace=inplace)
         self.usage.point(move.cause, need.peak)
         travelling = None
-        if need.result:
+        if need.result or any(step.scratch for step in need.steps):
             travelling = self._set_off(move, need, gradient.storage, "transient")
+        if need.result:
             self.usage.drop(gradient.storage)
         self.returning[move.output] = gradient, travelling
 
     def _end_backward(self, move: Move) -> None:
         gradient, travelling = self.returning.pop(move.output, (None, None))
-        if travelling is not None:
-            self.state.give_source(move, self._arrived(travelling))
+        made = self._arrived(travelling) if travelling is not None else None
+        if made is not None and made.size:
+            self.state.give_source(move, made)
         elif gradient is not None:
             self.state.give_source(move, gradient.storage, gradient.stride)
 
@@ -233,6 +237,7 @@ class MovePlayer:
             workspace = Storage(sum(step.workspace for step in need.steps), "transient", move.source)
             kept = [workspace] if need.steps[0].frees else [given, workspace]
             travelling.held = [self.usage.hold(storage) for storage in kept]
+        if need.steps:
             travelling.scratch = self.usage.take_scratch(max(step.scratch for step in need.steps))
             if not any(step.holds for step in need.steps):
                 self.ending = travelling
