@@ -17,17 +17,24 @@ its size, so a step ends with ``4 p``. In the forward there are no gradients but
   GELU (``4 d``, split) and those of the parameters up to there.
 - A layer of the MLP keeps its result after the ReLU.
 
-Towards the end activations are gone and gradients are there, of the last layers first. A gradient ``g`` that is being
-summed is there besides its sum, ``2 g`` in all. Optimizer parallelism adds the whole parameters where the strategy has them:
-under ``level1`` all that the backward has not come by yet, under ``level3`` one. A gradient is made while its parameter is
-there whole, ``2 g``; when that is gone and it is scattered over ``n`` ranks, it is there besides the pieces that come from
-the others and their sum, ``g + (n - 1) g / n + g / n``, which is as much.
+Towards the end activations are gone and gradients are there, of the last layers first. They travel in buckets: parameters in
+the order in which they are read, filled from the last; one that fills a bucket is alone. What several share is packed: of a
+bucket of ``g`` bytes there are at most ``2 g``, the gradients and what travels; one alone is summed where it is, ``g``.
+Optimizer parallelism adds whole parameters: under ``level1`` those of all buckets that the backward has not come by yet (what
+reads the model's input needs no weight for its backward); under ``level3`` those of the bucket in use, and the one before it,
+which is on its way: its pieces, packed, and room for the whole. When a bucket's gradients are complete its parameters are
+there too if it is one alone, ``2 g``, and else all gone but the last, while gradients are packed, ``2 g`` as well.
+
+What arrives to be added waits in memory that stays for the next time: of a sum of ``g`` bytes over ``n`` ranks ``g / n`` each
+from ``n - 1`` ranks, but no more at once than two parts of 6 MB in all. Small sums (1 MB on two ranks, 2 MB on more) go through
+one rank, which takes ``(n - 1) g``; gloo's own sum of two, for large ones, needs none of ours.
 
 The peak is the highest of: the loss, the first GELU, and every gradient.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +43,9 @@ import torch.distributed as dist
 from memory_truth import _MARK, peak_between_marks, train
 from models import GPT
 from torch import Tensor, nn
-from training_variants import CASES, OURS, adamw, batch, own_inputs, prepared, threshold
+from training_variants import BUCKET, CASES, OURS, adamw, batch, own_inputs, prepared, threshold
 
+from shardwright.partition.schedule import Schedule
 from shardwright.plan.memory import memory_of
 
 SIZE = 4  # bytes of an element
@@ -99,20 +107,64 @@ def closed_form(net: nn.Module, inputs: tuple[Tensor, ...], strategy: str, ranks
     rows = inputs[0].shape[0] if split else inputs[0].shape[0] // ranks
     sizes = {name: p.nbytes for name, p in net.named_parameters()}
     least = threshold(net) << 10
-    stored = sum(_stored(name, size, strategy, ranks, least) for name, size in sizes.items())
-    given = sum(t.nbytes for t in inputs)
-    whole = {name: size for name, size in sizes.items() if "hsdp" in strategy and size >= least}
-    gathered = float(sum(whole.values()) if "level1" in strategy else max(whole.values(), default=0))
+    stored = {name: _stored(name, size, strategy, ranks, least) for name, size in sizes.items()}
     kept = _gpt(net, inputs, strategy, ranks, rows) if isinstance(net, GPT) else _mlp(net, strategy, ranks, rows)
-    moments = [SIZE * elements + gathered for elements in kept]
-    done, held = 0.0, gathered
-    for name, size in reversed(sizes.items()):
-        piece = _stored(name, size, strategy, ranks, least)
-        held = held if "level1" in strategy else whole.get(name, 0)
-        moments.append(done + held + (piece if split else size if name in whole else 2 * size))
-        done += piece
-        held -= whole.get(name, 0)
-    return given + 3 * stored + max(moments)
+    if split:
+        moments = [SIZE * elements for elements in kept] + [sum(stored.values())]
+        width = inputs[0].shape[1] * net.tokens.embedding_dim if isinstance(net, GPT) else net.layers[1].out_features
+        arriving = _arriving(SIZE * rows * width, ranks, False) if strategy == "tensor parallel" else 0.0
+    else:
+        full = BUCKET << 20 if "fused" in strategy else (Schedule().gathers if "hsdp" in strategy else Schedule().sums).bytes
+        buckets = _buckets({n: s for n, s in sizes.items() if "hsdp" not in strategy or s >= least}, full)
+        moments = _while_buckets_travel(kept, buckets, strategy, ranks, full)
+        arriving = max(_arriving(sum(bucket), ranks, "hsdp" in strategy) for bucket in buckets)
+    return sum(t.nbytes for t in inputs) + 3 * sum(stored.values()) + arriving + max(moments)
+
+
+def _while_buckets_travel(
+    kept: tuple[float, ...], buckets: list[list[int]], strategy: str, ranks: int, full: int
+) -> list[float]:
+    """Bytes at the loss and at the first GELU, and when each bucket's gradients are complete, the last bucket first."""
+    sizes = [float(sum(bucket)) for bucket in buckets]
+    needed = [sizes[0] - buckets[0][0], *sizes[1:]]  # what reads the input has no use for its weight any more
+
+    def on_its_way(number: int) -> float:
+        return needed[number] * (1 + 1 / ranks) if number >= 0 and "level3" in strategy else 0.0
+
+    whole = {"level1": sum(needed), "level3": sizes[-1]}.get(strategy.partition(",")[0].removeprefix("hsdp "), 0.0)
+    moments = [SIZE * elements + whole + on_its_way(len(sizes) - 2) for elements in kept]
+    done = 0.0
+    for number in reversed(range(len(sizes))):
+        before = sum(needed[:number]) if "level1" in strategy else on_its_way(number - 1)
+        is_in_place = "hsdp" not in strategy and sizes[number] >= full
+        moments.append(done + before + sizes[number] * (1 if is_in_place else 2))
+        done += sizes[number] / (ranks if "hsdp" in strategy else 1)
+    return moments
+
+
+def _buckets(sizes: dict[str, int], full: int) -> list[list[int]]:
+    """Bytes of parameters in buckets, in the order in which they are read."""
+    found: list[list[int]] = [[]]
+    for size in reversed(sizes.values()):
+        if size >= full:
+            found[:0] = [[], [size]] if found[0] else [[size]]
+        else:
+            shared = next((bucket for bucket in found if sum(bucket) < full), None)
+            if shared is None:
+                found.insert(0, shared := [])
+            shared.insert(0, size)
+    return [bucket for bucket in found if bucket]
+
+
+def _arriving(size: float, ranks: int, is_scattered: bool) -> float:
+    """Bytes of what the others send to be added to ours."""
+    if size <= ((1 if ranks == 2 else 2) << 20) and not is_scattered:
+        return (ranks - 1) * size
+    if ranks == 2 and not is_scattered:
+        return 0.0
+    piece, most = size / ranks, max(1 << 20, (6 << 20) / (ranks - 1))
+    parts = math.ceil(piece / most)
+    return (ranks - 1) * piece / parts * min(2, parts)
 
 
 def _stored(name: str, size: int, strategy: str, ranks: int, least: int) -> float:

@@ -196,12 +196,14 @@ class BucketMemory:
         results: of each tensor.
         flight: in use from the start until somebody waits for it; the last collective's result may be part of it.
         peak: new memory at most when they are started, the flight included.
+        landing: new memory at most when they have arrived and results are made of it, the results included.
         scratch: needed meanwhile, from a buffer that is kept for the next time.
     """
 
     results: tuple[float, ...]
     flight: float
     peak: float
+    landing: float
     scratch: float
 
 
@@ -223,12 +225,13 @@ def bucket_memory(
     if step.kind == "all_reduce":
         need = _all_reduce(given, 0.0, members, itemsize, choose, True, hub)
         flight = max(given, need.result) + (need.workspace if need.holds else 0.0)
-        return BucketMemory(results, flight, given + need.result + need.workspace, need.scratch)
+        return BucketMemory(results, flight, given + need.result + need.workspace, flight, need.scratch)
     if step.kind == "all_gather":
         flat = made if choose is not None and choose("all_gather", members, int(made), _GATHERS) == "backend" else 0.0
-        return BucketMemory(results, given + made + flat, given + made + flat, 0.0)
+        return BucketMemory(results, given + made + flat, given + made + flat, made + sum(results), 0.0)
     need = _reduce_scatter(given, made, given, members, choose, hub)
-    return BucketMemory(results, need.result + need.workspace, need.result + need.workspace, need.scratch)
+    flight = need.result + need.workspace
+    return BucketMemory(results, flight, flight, need.result, need.scratch)
 
 
 _GATHERS = ("backend", "direct", "hub")

@@ -196,7 +196,7 @@ DEFAULT = Calibration(
         reduce_scatter 3: hub <= 1048576, direct backend
         reduce_scatter 4: hub <= 2097152, direct backend
         reduce_scatter 8: hub <= 524288, backend direct
-        all_gather 2: hub <= 262144, direct <= 2097152, backend direct
+        all_gather 2: hub <= 262144, direct backend
         all_gather 3: hub <= 1048576, direct backend
         all_gather 4: hub <= 4194304, direct backend
         all_gather 8: hub direct

@@ -317,7 +317,8 @@ def _bind(
         inplace = move.source in only_read_once and _is_free(move.source, maker)
         if move.recompute and not (isinstance(maker, Call) and maker.recompute):
             inplace = False  # what it is moved from again must stay as it is
-        return DistributedMove(move, rank, groups, inplace, compact=maker is not None and move.source in dead)
+        compact = maker is not None and move.source in dead
+        return DistributedMove(move, rank, groups, inplace, compact, move.output in free_gradients)
 
     for instruction, dead in zip(program.instructions, dying, strict=True):
         if isinstance(instruction, KeepPiece):

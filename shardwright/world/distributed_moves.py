@@ -26,15 +26,18 @@ class DistributedMove:
     Args:
         inplace: whether the forward may overwrite its argument.
         compact: whether its result must not be a view into the argument, which it would keep alive.
+        inplace_backward: whether the backward may overwrite the result's gradient.
     """
 
-    def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool):
+    def __init__(
+        self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool, inplace_backward: bool = False
+    ):
         plan = move.redistribution
         self.record = [record.Moved(plan, move.cause, move.edge, move.copy, move.wire)]
         self.needs_grad = move.needs_grad
         self.inplace = inplace and bool(plan.forward)
         self.run_forward: Runner = prepare_steps(plan.forward, plan.shape, rank, groups, inplace, compact)
-        self.run_backward: Runner = prepare_steps(plan.backward, plan.shape, rank, groups, compact=True)
+        self.run_backward: Runner = prepare_steps(plan.backward, plan.shape, rank, groups, inplace_backward, compact=True)
         if move.wire is not None:
             self.run_forward = CastRunner(self.run_forward, move.wire.forward, move.wire.result)
             self.run_backward = CastRunner(self.run_backward, move.wire.backward, move.dtype)

@@ -65,7 +65,7 @@ class BucketPlayer:
         forward = [m.redistribution.forward for m in bucket.moves]
         if any(forward) and bucket.flight is not None:
             need = self._need(bucket.moves, forward)
-            self.usage.point(move.cause, sum(need.results))
+            self.usage.point(move.cause, need.landing - bucket.flight.size)
             bucket.results = {
                 m.output: self.usage.hold(Storage(size, "activations", m.source))
                 for m, size in zip(bucket.moves, need.results, strict=True)
@@ -73,10 +73,9 @@ class BucketPlayer:
             self._arrived(bucket)
             if move.recompute:
                 sources = [self.state.values[m.source].storage for m in bucket.moves]
-                peak = max(need.peak, need.flight + sum(need.results))
                 Recipe(
-                    self.usage, self.state.makers, move.cause, sources, list(bucket.results.values()), peak,
-                    ahead=self.state.ahead, flight=need.flight,
+                    self.usage, self.state.makers, move.cause, sources, list(bucket.results.values()),
+                    max(need.peak, need.landing), ahead=self.state.ahead, flight=need.flight, landing=need.landing,
                 )  # fmt: skip
         if needs_grad:
             bucket.expected += 1

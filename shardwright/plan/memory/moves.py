@@ -131,7 +131,10 @@ class MovePlayer:
         made = self.state.values[move.output].storage
         if move.recompute and (made is not given or is_over_source):
             ahead = self.state.ahead if move.source in self.state.parameters and flight is not None else None
-            Recipe(self.usage, self.state.makers, move.cause, [given], [made], peak, ahead=ahead, flight=flight or 0.0)
+            travels = flight or 0.0
+            Recipe(
+                self.usage, self.state.makers, move.cause, [given], [made], peak, ahead=ahead, flight=travels, landing=travels
+            )  # fmt: skip
         elif is_over_source:
             self.state.makers.pop(made, None)
 
@@ -139,7 +142,8 @@ class MovePlayer:
         gradient = self.state.gradients.pop(move.output, None)
         if gradient is None:
             return
-        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous)
+        inplace = move.output in self.free_gradients
+        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous, inplace=inplace)
         self.usage.point(move.cause, need.peak)
         self._return_gradient(move, gradient, need.result)
 

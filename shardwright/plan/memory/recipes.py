@@ -66,14 +66,15 @@ class Recipe:
         peak: bytes at most while it runs.
         inner: bytes that it saves within.
         ahead: the recipes that may run ahead of their readers, in order, where this one may; it appends itself.
-        flight: bytes in use while it is on its way ahead of its readers.
+        flight: bytes in use while it is on its way ahead of its readers; ``landing``: when it has arrived.
     """
 
     def __init__(
         self, usage: Usage, makers: dict[Storage, Recipe], cause: str, sources: Iterable[Storage], results: Sequence[Storage],
         peak: float, inner: float = 0.0, ahead: list[Recipe] | None = None, flight: float = 0.0,
+        landing: float = 0.0,
     ):  # fmt: skip
-        self.usage, self.cause, self.peak, self.flight = usage, cause, peak, flight
+        self.usage, self.cause, self.peak, self.flight, self.landing = usage, cause, peak, flight, landing
         self.number = usage.next_number()
         distinct = dict.fromkeys(sources)
         self.sources: list[Kept | Reader] = [Reader(makers[s], s) if s in makers else Kept(usage, s) for s in distinct]
@@ -126,7 +127,8 @@ class Recipe:
 
     def _compute(self) -> None:
         wanted = {what: size for what, size in self.sizes.items() if size and what in self.waiting}
-        self.usage.point(self.cause, sum(wanted.values()) if self.under_way else self.peak, "activations")
+        more = self.landing - self.flight if self.under_way else self.peak
+        self.usage.point(self.cause, more, "activations")
         self.held = {what: self.usage.hold(Storage(size, "activations", self.cause)) for what, size in wanted.items()}
         if self.under_way is not None:
             self.usage.drop(self.under_way)
