@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, Any
 from shardwright.capture.graph import Node
 from shardwright.errors import ShardwrightError
 from shardwright.layout import Layout
-from shardwright.plan.choices import code_of
 from shardwright.plan.diff import brief, texts
 from shardwright.plan.edges import counts_of
 from shardwright.plan.files import LOADED, key_pattern, operator_keys
 from shardwright.plan.overview import pattern, seconds_text
-from shardwright.plan.price_orders import has_own_order, steps_price
 from shardwright.plan.reprice import Alternative, Repricer
 from shardwright.plan.table import bytes_text
-from shardwright.redistribute.planner import Options
-from shardwright.redistribute.steps import redistribution
 
 if TYPE_CHECKING:
     from shardwright.cost.communication import CollectivePrice
@@ -132,7 +128,7 @@ def explain(plan: Plan, name: str) -> Explanation:
                 choice.inputs,
                 choice.outputs,
                 plan.price.operators.get(node.name),
-                _own(node, choice, repricer),
+                _own(choice, plan.price.operators.get(node.name)),
                 fact.moves,
                 fact.parameters,
                 tuple(repricer.alternatives(node)),
@@ -236,19 +232,15 @@ class _Book:
         return _BY_MODE.get(plan.mode, f"planned in mode {plan.mode}")
 
 
-def _own(node: Node, choice: Choice, repricer: Repricer) -> str:
+def _own(choice: Choice, price: OperatorPrice | None) -> str:
     """What an operator does with its sums before it hands its outputs on."""
-    lines = []
-    for meta, computed, outputs in zip(node.op.outputs, choice.computed, choice.outputs):
-        if computed != outputs:
-            here, there = (code_of(layout, repricer.mesh) for layout in (computed, outputs))
-            steps = repricer.pricing.communication.describe(meta.shape, meta.dtype.itemsize, here, there)
-            if has_own_order(outputs):
-                options = Options(repricer.pricing.machine.links(repricer.mesh), meta.dtype.itemsize)
-                real = redistribution(computed, outputs, meta.shape, (), options).forward
-                steps = steps_price(real, meta.shape, meta.dtype.itemsize, options)
-            lines.append(f"{brief(computed)} -> {brief(outputs)}: {_steps(steps)}")
-    return "; ".join(lines)
+    if price is None:
+        return ""
+    both = zip(choice.computed, choice.outputs)
+    changed = "; ".join(f"{brief(computed)} -> {brief(outputs)}" for computed, outputs in both if computed != outputs)
+    forward, backward = map(_steps, price.own)
+    steps = ", ".join(filter(None, (forward, backward and f"backward {backward}")))
+    return ": ".join(filter(None, (changed, steps)))
 
 
 def _steps(steps: Iterable[CollectivePrice]) -> str:

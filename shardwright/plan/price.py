@@ -28,13 +28,19 @@ if TYPE_CHECKING:
 class OperatorPrice:
     """Seconds of one operator, of the busiest rank, and the bytes that it keeps for the backward.
 
-    ``collectives`` are those that the operator runs itself.
+    ``collectives``: of those that the operator runs itself, which are ``own``, forward and backward.
     """
 
     forward: float
     backward: float
     collectives: float
     kept: float
+    own: tuple[tuple[CollectivePrice, ...], tuple[CollectivePrice, ...]] = ((), ())
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that the busiest rank sends within the operator, forward and backward."""
+        return sum(step.bytes for phase in self.own for step in phase)
 
     @property
     def seconds(self) -> float:
@@ -105,7 +111,7 @@ class PlanPrice:
     @property
     def bytes(self) -> float:
         """Bytes that the busiest rank sends in a step."""
-        return sum(move.bytes for move in self.moves)
+        return sum(move.bytes for move in self.moves) + sum(price.bytes for price in self.operators.values())
 
     def moves_to(self, node: str) -> Sequence[MovePrice]:
         """The redistributions that a node pays for."""
@@ -201,10 +207,12 @@ class _Breakdown:
     def _operator(self, site: int) -> OperatorPrice:
         table, node = self.form.tables[site], self.graph.nodes[site]
         row = self._row(self.form.at_site[site])
-        forward, backward, own = self.pricing.operator_parts(table, self.form.needs_grad(node))
+        needs_grad = self.form.needs_grad(node)
+        forward, backward, own = self.pricing.operator_parts(table, needs_grad)
         kept = self.form.problem.nodes[self.form.at_site[site]].memory
         held = 0.0 if kept is None else float(kept[row])
-        return OperatorPrice(float(forward[row]), float(backward[row]), float(own[row]), held)
+        steps = self.pricing.own_steps(table, row, any(needs_grad)) if own[row] else ((), ())
+        return OperatorPrice(float(forward[row]), float(backward[row]), float(own[row]), held, steps)
 
     def _parameter(self, value: str) -> ParameterPrice:
         at = self.form.at_parameter[value]

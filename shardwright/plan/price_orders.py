@@ -43,8 +43,9 @@ def in_true_orders(plan: Plan, price: PlanPrice, machine: Machine, of: type[Move
     operators = dict(price.operators)
     for node in orders.nodes:
         if node.name in operators:
-            own = sum(step.seconds for phase in orders.own(node) for step in phase)
-            operators[node.name] = replace(operators[node.name], collectives=own)
+            own = orders.own(node)
+            seconds = sum(step.seconds for phase in own for step in phase)
+            operators[node.name] = replace(operators[node.name], collectives=seconds, own=own)
     kept = [move for move in price.moves if move.value not in orders.values]
     moves = (*kept, *orders.moves())
     parts = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shardwright.capture.graph import Graph
-from shardwright.cost.communication import Communication
+from shardwright.cost.communication import CollectivePrice, Communication
 from shardwright.cost.compute import local_seconds, optimizer_seconds
 from shardwright.cost.machine import Machine
 from shardwright.mesh import Mesh
@@ -109,10 +109,38 @@ class Pricing:
                 seconds += self._pairwise(meta, before, after, grad)
         if table.inner.any():
             for row in np.flatnonzero(table.inner.any(axis=1)):
-                axes = np.flatnonzero(table.inner[row])
-                held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes)
-                seconds[row] += _INNER * float(self.communication.all_reduce(4 * held, axes.tolist()))
+                axes, nbytes = self._inner(table, row)
+                seconds[row] += _INNER * float(self.communication.all_reduce(nbytes, axes))
         return seconds
+
+    def _inner(self, table: ChoiceTable, row: int) -> tuple[list[int], float]:
+        """Over which axes a choice's lowering reduces, and bytes of what it reduces."""
+        axes: list[int] = np.flatnonzero(table.inner[row]).tolist()
+        held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes)
+        return axes, 4 * float(held)
+
+    def own_steps(
+        self, table: ChoiceTable, row: int, grad: bool
+    ) -> tuple[tuple[CollectivePrice, ...], tuple[CollectivePrice, ...]]:
+        """The collectives that one choice of an operator runs itself, forward and backward; they add up to its price."""
+        forward: list[CollectivePrice] = []
+        backward: list[CollectivePrice] = []
+        none = np.zeros((1, len(self.mesh.axes)), dtype=bool)
+        for meta, computed, outputs in zip(table.op.outputs, table.computed, table.outputs):
+            before, after = computed[row], outputs[row]
+            if np.array_equal(before, after):
+                continue
+            size, describe = meta.dtype.itemsize, self.communication.describe
+            forward += describe(meta.shape, size, before.tolist(), after.tolist())
+            if grad:
+                back_from, back_to = gradient_codes(before[None], after[None], none)
+                backward += describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
+        axes, nbytes = self._inner(table, row)
+        if axes:
+            names, count = tuple(self.mesh.axes[a] for a in axes), math.prod(self.mesh.sizes[a] for a in axes)
+            seconds = float(self.communication.all_reduce(nbytes, axes))
+            forward += [CollectivePrice("all_reduce", names, 2 * nbytes * (count - 1) / count, seconds)] * _INNER
+        return tuple(forward), tuple(backward)
 
     def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:
         """Seconds from each row's layout to the same row's other one."""
