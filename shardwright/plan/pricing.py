@@ -108,7 +108,7 @@ class Pricing:
             if not np.array_equal(before, after):
                 seconds += self._pairwise(meta, before, after, grad)
         if table.inner.any():
-            for row in np.flatnonzero(table.inner.any(axis=1)):
+            for row in np.flatnonzero(table.inner.any(axis=1)).tolist():
                 axes, nbytes = self._inner(table, row)
                 seconds[row] += _INNER * float(self.communication.all_reduce(nbytes, axes))
         return seconds

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from shardwright.search.alike import alike
 from shardwright.search.integer_program import solve_integer_program
 from shardwright.search.memory_limit import solve_with_limit
 from shardwright.search.problem import Infeasible, Problem, Solution
@@ -18,7 +19,8 @@ def solve(problem: Problem, gap: float = 0.0, seconds: float = 30.0) -> Solution
     """Chooses one choice per node at the least cost within the limit.
 
     Stops as soon as the certified gap is at most `gap`, and no later than about `seconds`. `bound` is a proof: nothing
-    within the limit costs less. Without a limit, and where the graph is not too wide, the gap is 0.
+    within the limit costs less. Without a limit, and where the graph is not too wide, the gap is 0. Copies of a repeat
+    choose alike where that costs nothing.
 
     Raises:
         Infeasible: nothing is within the limit, or everything is forbidden.
@@ -31,6 +33,10 @@ def solve(problem: Problem, gap: float = 0.0, seconds: float = 30.0) -> Solution
     >>> solution.cost, solution.memory, solution.gap
     (3.5, 9.0, 0.0)
     """
+    return alike(problem, _solve(problem, gap, seconds))
+
+
+def _solve(problem: Problem, gap: float, seconds: float) -> Solution:
     now = time.monotonic()
     until = now + seconds
     # Under a limit the solution without it is only the first of many steps.

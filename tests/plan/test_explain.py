@@ -79,6 +79,39 @@ def why(plan, name):
     return plan.explain(name).operators[0].why
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return torch.softmax(self.down(torch.relu(self.up(x))), -1)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"up.weight": GRID("tp", "None"), "down.weight": GRID("None", "tp")},  # the second product does its own sums
+        {"up.weight": GRID("tp", "None"), "down.weight": GRID("tp", "None")},
+        {},
+    ],
+)
+def test_bytes_are_those_that_a_rank_sends(plan):
+    """Redistributions and operators' own collectives together; and own collectives explain the seconds they take."""
+    sw.init(devices=GRID.mesh.size)
+    net = sw.AutoParallel(Pair()).shard(plan)
+    with sw.record_communication() as log:
+        net(torch.randn(16, 8)).sum().backward()
+    price = net.plan.price
+    assert price.bytes == pytest.approx(log.bytes())
+    assert price.bytes > 0
+    for one in price.operators.values():
+        assert sum(step.seconds for phase in one.own for step in phase) == pytest.approx(one.collectives)
+    sums = {step.kind for phase in price.operators["linear1"].own for step in phase}
+    assert sums == ({"all_reduce"} if len(plan) and plan["down.weight"].short() == "None,tp" else set())
+    assert ("own collectives" in str(net.plan.explain("down"))) == bool(sums)
+
+
 def test_what_makes_an_operator_run_so(tmp_path):
     f = sw.shard(torch.matmul, (GRID("dp", "tp"), GRID("tp", "None")))
     weight = nn.Parameter(torch.ones(8, 8))
