@@ -101,8 +101,10 @@ class Plan:
         """What a step of this plan costs on a machine."""
         from shardwright.cost.machine import load_machine
         from shardwright.plan.price import price_plan
+        from shardwright.plan.price_again import with_again
 
-        return price_plan(self, load_machine(machine), self.full_batch, self.states)
+        chosen = load_machine(machine)
+        return with_again(self, price_plan(self, chosen, self.full_batch, self.states), chosen)
 
     @property
     def price(self) -> PlanPrice:

@@ -93,10 +93,12 @@ class PlanPrice:
     Args:
         seconds: the whole; the sum of ``parts``.
         parts: seconds of ``forward``, ``backward``, ``redistribution``, ``parameters`` (gathers and gradient reductions that
-            do not hide) and ``optimizer``.
+            do not hide), ``recompute`` (what is computed and sent again in the backward, where a plan does that),
+            ``optimizer`` and ``step`` (what a step takes besides).
         operators, moves, parameters: by node, in order, and by parameter name.
         unshared: seconds, within ``parameters``, of parameters' collectives that find fewer others to share a launch with
             than there are parameters. A search, which looks at one parameter at a time, takes them all to share.
+        again: collectives that ``recompute`` does again.
     """
 
     machine: Machine
@@ -106,12 +108,14 @@ class PlanPrice:
     moves: tuple[MovePrice, ...]
     parameters: dict[str, ParameterPrice]
     unshared: float = 0.0
+    again: tuple[CollectivePrice, ...] = ()
     _by_reader: dict[str, list[MovePrice]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def bytes(self) -> float:
         """Bytes that the busiest rank sends in a step."""
-        return sum(move.bytes for move in self.moves) + sum(price.bytes for price in self.operators.values())
+        once = sum(move.bytes for move in self.moves) + sum(price.bytes for price in self.operators.values())
+        return once + sum(step.bytes for step in self.again)
 
     def moves_to(self, node: str) -> Sequence[MovePrice]:
         """The redistributions that a node pays for."""

@@ -66,7 +66,7 @@ def plan_with_recompute(
     if not found:
         assert problem is not None
         raise problem
-    return found[request.once(lambda: min(range(len(found)), key=lambda i: found[i][0].price.seconds + found[i][1]))][0]
+    return found[request.once(lambda: min(range(len(found)), key=lambda i: found[i][0].price.seconds))][0]
 
 
 def _fitting(
