@@ -112,6 +112,43 @@ def test_bytes_are_those_that_a_rank_sends(plan):
     assert ("own collectives" in str(net.plan.explain("down"))) == bool(sums)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.pair = nn.LayerNorm(8), Pair()
+
+    def forward(self, x):
+        return x + self.pair(self.norm(x))
+
+
+TENSOR_PARALLEL = {"*.up.weight": GRID("tp", "None"), "*.down.weight": GRID("None", "tp")}
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda net: net.shard(TENSOR_PARALLEL).recompute("*"),
+        lambda net: net.shard(TENSOR_PARALLEL).recompute(["0", "2.pair"]),
+        lambda net: net.shard(TENSOR_PARALLEL).recompute("*", mp_comm_recompute=False),
+        lambda net: net.shard(TENSOR_PARALLEL).recompute("*", recompute_slice_activation=True),
+        lambda net: net.hsdp(threshold=0, optimizer_level="level3"),
+        lambda net: net.hsdp(threshold=0).recompute("*", parallel_optimizer_comm_recompute=True),
+    ],
+)
+def test_what_is_done_again_is_a_part_of_a_step(tell):
+    """Its bytes are those that the ranks really send."""
+    sw.init(devices=GRID.mesh.size)
+    net = tell(sw.AutoParallel(nn.Sequential(*(Residual() for _ in range(3)))))
+    with sw.record_communication() as log:
+        net(torch.randn(16, 8)).sum().backward()
+    price = net.plan.price
+    assert price.parts["recompute"] > 0
+    assert price.seconds == pytest.approx(sum(price.parts.values()))
+    assert price.bytes == pytest.approx(log.bytes())
+    assert "recompute" in str(net.plan.summary())
+    assert "recompute" not in replace(net.plan, passes=()).price.parts
+
+
 def test_what_makes_an_operator_run_so(tmp_path):
     f = sw.shard(torch.matmul, (GRID("dp", "tp"), GRID("tp", "None")))
     weight = nn.Parameter(torch.ones(8, 8))
