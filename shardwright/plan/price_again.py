@@ -83,10 +83,10 @@ class _Again:
                 if instruction.cut.source in self.wanted:
                     self.moves.append(instruction.gather)
             elif isinstance(instruction, (Move, Together)) and instruction.recompute:
-                for move in instruction.moves if isinstance(instruction, Together) else (instruction,):
-                    if self._is_wanted(move.output):
-                        self.moves.append(move)
-                        self.wanted.add(move.source)
+                moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
+                if any(self._is_wanted(move.output) for move in moves):  # those that share collectives go together
+                    self.moves += moves
+                    self.wanted.update(move.source for move in moves)
 
     def _is_wanted(self, value: str) -> bool:
         """Whether the backward has a use for a value that is not there any more."""
