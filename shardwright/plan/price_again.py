@@ -71,6 +71,7 @@ class _Again:
         self.program, self.device = program, device
         self.graph_nodes = {node.name: node for node in plan.graph.nodes}
         self.needs_grad = plan.graph.needs_grad
+        self.parameters = {i.name for i in program.inputs if i.kind == "parameter"}
         self.wanted: set[str] = set()  # local values
         self.nodes: set[str] = set()
         self.moves: list[Move] = []
@@ -84,7 +85,8 @@ class _Again:
                     self.moves.append(instruction.gather)
             elif isinstance(instruction, (Move, Together)) and instruction.recompute:
                 moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
-                if any(self._is_wanted(move.output) for move in moves):  # those that share collectives go together
+                # those that share collectives go together, and a gather goes ahead of whoever might want it
+                if any(self._is_wanted(move.output) or move.source in self.parameters for move in moves):
                     self.moves += moves
                     self.wanted.update(move.source for move in moves)
 
