@@ -113,6 +113,10 @@ class _Parser(argparse.ArgumentParser):
 
     mixed = False
 
+    def error(self, message: str) -> Any:
+        """Says what is wrong in a line, without all that the command takes."""
+        self.exit(2, f"{self.prog}: error: {message}\n  {self.prog} --help says what it takes\n")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         if not self.mixed:
             return super().parse_known_args(args, namespace)

@@ -24,7 +24,7 @@ from shardwright.compiled import (
     plan_request,
 )
 from shardwright.cost.machine import Machine, load_machine
-from shardwright.errors import ArgumentTypeError
+from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
@@ -45,6 +45,7 @@ def plan_for(
     seconds: float = 30.0,
     settings: Settings | None = None,
     file: Any = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Plan:
     """Plans a module or forward function for a number of devices, without having them.
 
@@ -59,8 +60,10 @@ def plan_for(
         seconds: how long a search may take.
         settings: what else an ``AutoParallel`` was told.
         file: a plan file to start from.
+        tell: is told what is under way, now and then.
 
     Raises:
+        ShardwrightError: axes without sizes, or not one for each.
         StrategyError: strategies that cannot be followed.
         MemoryLimitError: no plan fits.
 
@@ -71,6 +74,11 @@ def plan_for(
     """
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ArgumentTypeError(f"plan_for({devices!r}): give the number of devices")
+    if axes and len(axes) != len(mesh or ()):
+        sizes = "no mesh" if mesh is None else f"the mesh {','.join(map(str, mesh))}"
+        raise ShardwrightError(
+            f"axes {','.join(axes)}: {len(axes)} aliases for {sizes}; give one a size, as in mesh=(4, 2), axes=('dp', 'tp')"
+        )
     chosen = load_machine(machine)
     limit = memory_bytes(memory) if memory is not None else (chosen.memory or None)
     search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
@@ -78,16 +86,20 @@ def plan_for(
     if file is not None:
         settings.file = load_plan_file(file)
     root = target if isinstance(target, nn.Module) else FunctionModule(target)
-    return _plan(devices, root, tuple(inputs), {}, settings)
+    return _plan(devices, root, tuple(inputs), {}, settings, tell or (lambda text: None))
 
 
-def _plan(devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Plan:
+def _plan(
+    devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Settings, tell: Callable[[str], None]
+) -> Plan:  # fmt: skip
+    tell("capturing the model as a graph")
     marks, parameter_plan = gather_marks(root, settings)
     with torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
     graph = follow_attributes(graph, devices, settings, parameter_plan)
     graph = prepare_copies(graph, parameter_plan if settings.mode != "data_parallel" else None)
-    request = plan_request(devices, settings, parameter_plan, settings.search.machine)
+    request = replace(plan_request(devices, settings, parameter_plan, settings.search.machine), tell=tell)
+    tell(f"planning {len(graph.nodes):,} operators for {devices:,} devices")
     return plan_as_asked(root, graph, request, settings, gather_again(root, settings))
 
 

@@ -34,7 +34,7 @@ from shardwright.plan.plan import Plan, Search
 from shardwright.plan.pricing import Pricing, count_parameters
 from shardwright.plan.semi_auto import Planner, PlanRequest
 from shardwright.plan.strategy import resolve_strategy
-from shardwright.plan.table import bytes_text
+from shardwright.plan.table import bytes_text, enough
 from shardwright.search.problem import Problem
 from shardwright.search.solve import Infeasible, Solution, solve
 
@@ -87,8 +87,10 @@ class SearchPlanner(Planner):
         tried: list[tuple[tuple[int, ...], float]] = []
         best: Plan | None = None
         failed: MemoryLimitError | None = None
-        for sizes in self.candidates():
+        candidates = self.candidates()
+        for count, sizes in enumerate(candidates, 1):
             self.on_mesh(sizes)
+            self.request.tell(f"searching for a plan on the mesh {self.mesh}, {count} of {len(candidates)}")
             try:
                 found = self.within_limit(how)
             except MemoryLimitError as error:
@@ -113,7 +115,10 @@ class SearchPlanner(Planner):
         if mesh is not None:
             if math.prod(mesh) != self.size:
                 sizes = "·".join(map(str, mesh))
-                raise StrategyError(f"the mesh {sizes} = {math.prod(mesh)} was asked for, the world has {self.size} devices")
+                raise StrategyError(
+                    f"the mesh {sizes} = {math.prod(mesh)} was asked for, the world has {self.size} devices: give sizes whose "
+                    f"product is {self.size}"
+                )
             return [mesh]
         return meshes_to_try(self.size, self.machine, 1 if self.request.mode == "recursive_programming" else 3)
 
@@ -332,6 +337,7 @@ class SearchPlanner(Planner):
         limit, need = self.request.memory_limit or 0.0, plan.memory.peak
         return MemoryLimitError(
             f"no plan for {self.size} devices fits into {bytes_text(int(limit))} a rank; the smallest on the mesh {self.mesh} "
-            f"needs {plan.memory}\n  allow memory='{math.ceil(need / 1e8) / 10:g}GB', use more devices or a smaller batch",
+            f"needs {plan.memory}\n  allow memory='{enough(need)}', use more devices or a smaller batch, or have layers "
+            "computed again in the backward: .recompute('auto')",
             need,
         )

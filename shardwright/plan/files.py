@@ -253,8 +253,10 @@ def load_plan_file(path: str | os.PathLike[str]) -> PlanFile:
     name = os.fspath(path)
     try:
         text = Path(name).read_text("utf-8")
+    except FileNotFoundError:
+        raise ShardwrightError(f"there is no plan file {name}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ShardwrightError(f"the plan file {name} cannot be read: {error}") from None
+        raise ShardwrightError(f"the plan file {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     problems = Problems()
     found = _Reader(name, text, problems).read()
     problems.raise_if_any(f"the plan file {name} cannot be followed")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardwright.cost.communication import CollectivePrice
@@ -14,27 +14,27 @@ from shardwright.plan.table import bytes_text
 if TYPE_CHECKING:
     from shardwright.plan.plan import Plan
 
-WIDTH = 150
+WIDTH = 168
 
 
 @dataclass
 class _Row:
     """Operators that are alike: same place in alike modules, same layouts, same communication."""
 
-    module: str
     operator: str
     inputs: str
     outputs: str
     forward: str
     backward: str
-    count: int = 0
+    modules: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def overview(plan: Plan, width: int = WIDTH) -> str:
     """A plan as text: parameters and operators, alike ones together, with seconds and communication.
 
-    Views that cost nothing are left out; a redistribution that several operators share stands at the first of them.
+    Views that cost nothing are left out; a redistribution that several operators share stands at the first of them. Seconds
+    are those of the operators, their own collectives and the redistributions beside them; of several tensors each has a line.
     """
     from rich.console import Console  # here: importing it draws from Python's random generator
 
@@ -52,6 +52,18 @@ def pattern(name: str) -> str:
     'blocks.*.attention.query'
     """
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+
+
+def alike_name(names: Sequence[str]) -> str:
+    """What names of alike things have in common: numbers that differ are left open, those that do not stay.
+
+    >>> alike_name(["blocks.0.up.0", "blocks.1.up.0"]), alike_name(["blocks.7.norm"])
+    ('blocks.*.up.0', 'blocks.7.norm')
+    """
+    parts = [re.split(r"([./ ])", name) for name in dict.fromkeys(names)]
+    if len({len(each) for each in parts}) > 1:
+        return pattern(names[0])
+    return "".join(each[0] if len(set(each)) == 1 else "*" for each in zip(*parts))
 
 
 def seconds_text(seconds: float) -> str:
@@ -72,14 +84,15 @@ def _parameters(plan: Plan) -> object:
     table = Table(title="parameters", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("", "name", "shape", "stored as", "a rank holds"):
         table.add_column(column, overflow="fold", justify="right" if column == "" else "left")
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for i in plan.graph.inputs:
         if i.kind == "parameter" and str(i.target) in plan.price.parameters:
             price = plan.price.parameters[str(i.target)]
             key = (pattern(str(i.target)), str(list(i.meta.shape)), plan.input_layouts[i.value].short())
-            groups.setdefault(key, []).append(price.bytes)
-    for (name, shape, layout), sizes in groups.items():
-        table.add_row(_times(len(sizes)), name, shape, layout, bytes_text(int(sum(sizes))))
+            groups.setdefault(key, []).append((str(i.target), price.bytes))
+    for (_, shape, layout), members in groups.items():
+        name, size = alike_name([name for name, _ in members]), sum(size for _, size in members)
+        table.add_row(_times(len(members)), name, shape, layout, bytes_text(int(size)))
     return table
 
 
@@ -92,12 +105,12 @@ def _operators(plan: Plan) -> object:
 
     table = Table(title="operators", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("", "module", "operator", "inputs", "outputs", "seconds", "forward", "backward"):
-        table.add_column(column, overflow="fold", justify="right" if column in ("", "seconds") else "left")
+        whole = column not in ("forward", "backward")  # to be found and copied
+        table.add_column(column, overflow="fold", no_wrap=whole, justify="right" if column in ("", "seconds") else "left")
     for row in _rows(plan):
-        table.add_row(
-            _times(row.count), row.module, row.operator, row.inputs, row.outputs, seconds_text(row.seconds), row.forward,
-            row.backward,
-        )  # fmt: skip
+        times, module = _times(len(row.modules)), alike_name(row.modules)
+        seconds = seconds_text(row.seconds)
+        table.add_row(times, module, row.operator, row.inputs, row.outputs, seconds, row.forward, row.backward)
     return table
 
 
@@ -112,20 +125,20 @@ def _rows(plan: Plan) -> Iterable[_Row]:
         seen[place] = seen.get(place, 0) + 1
         choice = plan.choices[node.name]
         moves = [move for move in plan.price.moves_to(node.name) if move.readers[0] == node.name]
-        if not price.seconds and not moves:  # a view
+        seconds = price.seconds + sum(move.seconds for move in moves)
+        if not seconds and not moves:  # a view
             continue
         row = _Row(
-            pattern(node.module),
             node.op.name.removeprefix("aten."),
-            " | ".join(layout.short() for layout in choice.inputs),
-            " | ".join(layout.short() for layout in choice.outputs),
-            "\n".join(_step(s) for move in moves for s in move.forward),
-            "\n".join(_step(s) for move in moves for s in move.backward),
+            "\n".join(layout.short() for layout in choice.inputs),
+            "\n".join(layout.short() for layout in choice.outputs),
+            "\n".join(map(_step, [*(s for move in moves for s in move.forward), *price.own[0]])),
+            "\n".join(map(_step, [*price.own[1], *(s for move in moves for s in move.backward)])),
         )
-        key = (row.module, row.operator, seen[place], row.inputs, row.outputs, row.forward, row.backward)
+        key = (pattern(node.module), seen[place], row.operator, row.inputs, row.outputs, row.forward, row.backward)
         row = rows.setdefault(key, row)
-        row.count += 1
-        row.seconds += price.seconds
+        row.modules.append(node.module)
+        row.seconds += seconds
     return rows.values()
 
 

@@ -61,6 +61,7 @@ class PlanRequest:
             that had different plans would wait for each other for ever.
         schedule: which moves share collectives, and which start early.
         stored: parameters whose layout in ``parameter_plan`` is also how they are stored, whatever their readers want.
+        tell: is told what is under way.
     """
 
     world_size: int
@@ -78,6 +79,7 @@ class PlanRequest:
     stored: frozenset[str] = frozenset()
     schedule: Schedule = field(default_factory=Schedule)
     once: Callable[[Callable[[], Any]], Any] = lambda make: make()
+    tell: Callable[[str], None] = lambda text: None
 
 
 def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:

@@ -12,7 +12,7 @@ import numpy as np
 from shardwright.cost.compute import flops
 from shardwright.plan.choices import code_of, local_sizes, table_of_choice
 from shardwright.plan.diff import texts
-from shardwright.plan.overview import pattern, seconds_text
+from shardwright.plan.overview import alike_name, pattern, seconds_text
 from shardwright.plan.table import bytes_text
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from shardwright.plan.price import MovePrice
 
 WIDTH = 150
+OPTIMAL = 1e-9  # a smaller gap is rounding
 _MOST = 5  # rows of the most expensive
+_MOST_READERS = 3  # of a redistribution, by name
+
+# By pattern of a name and what it does: names and seconds of all that are alike.
+_Found = dict[tuple[str, str], list[tuple[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class PlanSummary:
 
     Args:
         seconds, parts: of a step, in all and by part. ``bytes``: what the busiest rank sends.
-        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit where one was asked for.
+        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit that was asked for, or else what
+            the machine's devices have, where it says that.
         flops_split: how much of an even split operators reach, on average over FLOPs: 1 where every rank does ``1/n`` of the
             work, ``1/n`` where every rank does all of it.
         parameters_split: the same for the bytes of parameters as they are stored.
@@ -83,6 +89,7 @@ class PlanSummary:
 def summary_of(plan: Plan) -> PlanSummary:
     """The summary of a plan, priced on its machine."""
     price, search = plan.price, plan.search
+    limit = plan.memory_limit if plan.memory_limit is not None else price.machine.memory or None
     return PlanSummary(
         f"plan for {plan.mesh.size} ranks, mesh {plan.mesh if plan.mesh.axes else '()'}, mode {plan.mode}",
         price.machine.name,
@@ -91,7 +98,7 @@ def summary_of(plan: Plan) -> PlanSummary:
         price.bytes,
         float(plan.memory.peak),
         {name: float(size) for name, size in plan.memory.parts.items()},
-        plan.memory_limit,
+        limit,
         flops_split(plan),
         parameters_split(plan),
         search.gap if search is not None and search.bound > 0 else None,
@@ -99,8 +106,17 @@ def summary_of(plan: Plan) -> PlanSummary:
         search.planning if search is not None else 0.0,
         _operators(plan),
         _moves(plan),
-        plan.notes,
+        (*plan.notes, *_too_much(plan.memory.peak, limit)),
     )
+
+
+def _too_much(peak: float, limit: float | None) -> Iterable[str]:
+    """What to say of a plan that does not fit."""
+    if limit is not None and peak > limit:
+        yield (
+            f"a rank needs {bytes_text(int(peak))} and has {bytes_text(int(limit))}: split more, store parameters in pieces "
+            "(.hsdp()), have layers computed again (.recompute('auto')), or use a smaller batch"
+        )
 
 
 # -- how much is split ----------------------------------------------------------------------------------------------------
@@ -157,14 +173,14 @@ def piece_share(layout: Layout, shape: tuple[int, ...]) -> float:
 
 
 def _operators(plan: Plan) -> tuple[Costly, ...]:
-    found: dict[tuple[str, ...], list[float]] = {}
+    found: _Found = {}
     for node in plan.graph.nodes:
         price = plan.price.operators.get(node.name)
         if price is not None:
             choice = plan.choices[node.name]
-            name = f"{pattern(node.module)}/{node.op.name.removeprefix('aten.')}".lstrip("/")
-            key = (name, f"{texts(choice.inputs)} -> {texts(choice.outputs)}")
-            found.setdefault(key, []).append(price.seconds)
+            name = f"{node.module}/{node.op.name.removeprefix('aten.')}".lstrip("/")
+            key = (pattern(name), f"{texts(choice.inputs)} -> {texts(choice.outputs)}")
+            found.setdefault(key, []).append((name, price.seconds))
     return _largest(found)
 
 
@@ -172,19 +188,22 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
     modules = {node.name: node for node in plan.graph.nodes}
     makers = {value: node for node in plan.graph.nodes for value in node.outputs}
     names = {i.value: str(i.target) for i in plan.graph.inputs}
-    found: dict[tuple[str, ...], list[float]] = {}
+    found: _Found = {}
     for move in plan.price.moves:
         maker = makers.get(move.value)
-        source = _place(maker) if maker else pattern(names.get(move.value, move.value))
+        source = _place(maker) if maker else names.get(move.value, move.value)
         readers = dict.fromkeys(_place(modules[r]) if r in modules else r for r in move.readers)
-        name = f"{source} to {' and '.join(readers)}" if readers else source
+        more = len(readers) - _MOST_READERS
+        shown = [*list(readers)[:_MOST_READERS], *([f"{more} more"] if more > 0 else [])]
+        name = f"{source} to {' and '.join(shown)}" if readers else source
         if move.seconds > 0:
-            found.setdefault((name, steps_text(move)), []).append(move.seconds)
+            found.setdefault((" ".join(map(pattern, name.split(" "))), steps_text(move)), []).append((name, move.seconds))
     return _largest(found)
 
 
 def _place(node: Any) -> str:
-    return pattern(node.module) or node.op.name.removeprefix("aten.")
+    return node.module or str(node.op.name.removeprefix("aten."))
+
 
 
 def steps_text(move: MovePrice) -> str:
@@ -193,8 +212,11 @@ def steps_text(move: MovePrice) -> str:
     return ", ".join(filter(None, (forward, backward and f"backward {backward}", bytes_text(int(move.bytes)))))
 
 
-def _largest(found: dict[tuple[str, ...], list[float]]) -> tuple[Costly, ...]:
-    rows = [Costly(name, len(all_of), sum(all_of), what) for (name, what), all_of in found.items()]
+def _largest(found: _Found) -> tuple[Costly, ...]:
+    rows = [
+        Costly(alike_name([name for name, _ in all_of]), len(all_of), sum(seconds for _, seconds in all_of), what)
+        for (_, what), all_of in found.items()
+    ]
     return tuple(sorted(rows, key=lambda row: -row.seconds)[:_MOST])
 
 
@@ -221,8 +243,19 @@ def _lines(summary: PlanSummary) -> Iterable[tuple[str, str]]:
     yield "a rank holds", f"{bytes_text(int(summary.memory))}{limit} at most: {kept}"
     yield "really split", f"{summary.flops_split:.1%} of FLOPs, {summary.parameters_split:.1%} of parameters"
     if summary.method:
-        certified = f"at most {summary.gap:.2%} from the best" if summary.gap is not None else "nothing certified"
+        certified = "nothing certified" if summary.gap is None else gap_text(summary.gap)
         yield "search", f"{summary.method}, {certified}, planned in {seconds_text(summary.planning)}"
+
+
+def gap_text(gap: float) -> str:
+    """How far a plan may be from the best one.
+
+    >>> gap_text(2e-16), gap_text(0.0023)
+    ('optimal', 'at most 0.23% from the best')
+    """
+    if gap < OPTIMAL:
+        return "optimal"
+    return f"at most {max(gap, 1e-4):.2%} from the best"
 
 
 def _costly(title: str, rows: Iterable[Costly], whole: float) -> object:

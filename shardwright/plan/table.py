@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,16 @@ def bytes_text(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+def enough(count: float) -> str:
+    """The next round number of bytes above one, as an option takes it.
+
+    >>> enough(55_650), enough(108.21e9)
+    ('55.7kB', '108.3GB')
+    """
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("kB", 1e3))
+    return f"{math.ceil(count / scale * 10) / 10:g}{unit}"
 
 
 def _totals(plan: Plan) -> list[str]:

@@ -7,7 +7,6 @@ fits is not reckoned from these bytes but played through (:func:`shardwright.pla
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from shardwright.errors import MemoryLimitError, ShardwrightError
 from shardwright.plan.memory import MemoryTimeline
 from shardwright.plan.plan import Plan
 from shardwright.plan.semi_auto import PlanRequest
-from shardwright.plan.table import bytes_text
+from shardwright.plan.table import bytes_text, enough
 from shardwright.train.recompute import outermost, recompute_pass
 from shardwright.train.recompute_request import RecomputeRequest
 
@@ -122,7 +121,7 @@ class Chooser:
         best = least or self.timeline([])
         return (
             f"recompute('auto') at {self.automatic.source}: no choice of modules fits into {bytes_text(int(limit))} a rank; "
-            f"at least {best}\n  allow memory='{math.ceil(best.peak / 1e5) / 10:g}MB', use more devices or a smaller batch",
+            f"at least {best}\n  allow memory='{enough(best.peak)}', use more devices or a smaller batch",
             best.peak,
         )
 
