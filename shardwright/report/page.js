@@ -201,7 +201,7 @@ function valueOf(number) {
 }
 
 /** The cells at the right of a row: a bar by part, as long as `full` is the whole bar, seconds, and the share of the step. */
-function numbers(cost, full = whole) {
+function numbers(cost, full = largest) {
   const total = sum(cost);
   const parts = COSTS.map(
     (name, part) => cost[part] > 0 && el("i", { style: `width:${(100 * cost[part]) / full}%;background:var(--${name})` }),
@@ -215,6 +215,15 @@ function numbers(cost, full = whole) {
     el("span", { class: "share" }, total >= whole * 0.0005 ? percent(total / whole) : ""),
   ];
 }
+/** The bars of the tree are as long as the dearest thing at its top, or they could not be seen. */
+const largest = Math.max(
+  0,
+  ...data.tree.map((item) =>
+    Array.isArray(item)
+      ? Math.max(...Array.from({ length: item[1] - item[0] }, (_, i) => sum(costOf(item[0] + i, item[0] + i + 1))))
+      : sum(costOf(item.start, item.start + item.length * item.names.length)),
+  ),
+);
 const HOT = 0.04; // share of the step from which a row is highlighted
 const heat = (total) => (whole && total >= HOT * whole ? " hot" : "");
 
@@ -284,7 +293,10 @@ function drawTiles() {
         memory.limit
           ? el("div", { class: share > 1 ? "gauge over" : "gauge" }, el("i", { style: `width:${Math.min(100, 100 * share)}%` }))
           : "",
-        small(memory.limit ? `${percent(share)} of ${bytes(memory.limit)}` : "no limit was asked for"),
+        small(
+          memory.limit ? `${percent(share)} of ${bytes(memory.limit)}` : "no limit was asked for",
+          share > 1 ? ": it does not fit" : "",
+        ),
       ),
     );
   }
@@ -320,7 +332,8 @@ function drawHot() {
       own[move.parameter ? 3 : 2] -= move.seconds;
       const cost = [0, 0, 0, 0];
       cost[move.parameter ? 3 : 2] = move.seconds;
-      add(place, node, moveText(move), cost);
+      const label = kind.after.includes(move) ? "output" : kind.inputs[move.of][2];
+      add(place, node, `${kind.op}${label ? `, ${label}` : ""}: ${moveText(move)}`, cost);
     }
     add(
       place,
@@ -353,7 +366,7 @@ function drawHot() {
             {
               class: "row",
               type: "button",
-              title: "show it below",
+              title: `${row.what}; select to show it below`,
               click: () => reveal(row.node),
             },
             el(
@@ -377,6 +390,14 @@ function moveText(move) {
 
 // -- memory over time -----------------------------------------------------------------------------------------------------
 
+const PARTS = {
+  parameters: "what a rank stores of the parameters",
+  optimizer: "what the optimizer keeps between steps",
+  gradients: "of the stored parameters",
+  activations: "kept from the forward for the backward",
+  transient: "what comes and goes: results, gathered parameters, gradients on their way, buffers of collectives",
+};
+
 function drawMemory() {
   const { memory } = data;
   const names = Object.keys(memory.parts).filter((name) => memory.parts[name] !== 0);
@@ -384,7 +405,7 @@ function drawMemory() {
   const value = (name, point) =>
     (Array.isArray(memory.parts[name]) ? memory.parts[name][point] : memory.parts[name]) * memory.unit;
   const totals = memory.nodes.map((_, point) => sum(names.map((name) => value(name, point))));
-  const highest = totals.indexOf(Math.max(...totals));
+  const highest = memory.highest;
   const chart = el("svg", {
     id: "chart",
     tabindex: 0,
@@ -395,7 +416,7 @@ function drawMemory() {
   const legend = el(
     "div",
     { class: "legend" },
-    names.map((name) => el("span", {}, swatch(name), name)),
+    names.map((name) => el("span", { title: PARTS[name] }, swatch(name), name)),
   );
   at("memory").append(chart, moment, legend);
   const left = 52,
@@ -709,6 +730,19 @@ function drawOperator(node, times, module = "") {
       data.step ? numbers(cost) : [],
     ),
     el("div", { class: "tensors" }, chips, el("span", { class: "arrow" }, "→"), made),
+    kind.own
+      ? el(
+          "div",
+          { class: "move" },
+          el(
+            "span",
+            { class: "chips", title: "collectives that the operator runs itself; its time has them" },
+            el("span", { class: "soft" }, "its own"),
+            kind.own[0].map(stepChip("forward")),
+            kind.own[1].map(stepChip("backward")),
+          ),
+        )
+      : "",
     kind.after.map((move) => drawMove(move, times, "output")),
   );
 }
@@ -721,23 +755,25 @@ function drawChange(value, layout, name) {
     : el("div", { class: "move soft" }, `⇄ ${name || value.name}: `, el("code", {}, `${here.text} → ${there.text}`));
 }
 
+/** A collective, `forward` or `backward`: what it is, the axes it runs over, bytes and seconds. */
+const stepChip =
+  (direction) =>
+  ([kind, axes, size, time]) =>
+    el(
+      "span",
+      {
+        class: `step ${direction}`,
+        title: `${direction}: ${kind} over ${axes.join(", ") || "all axes"}, a rank sends ${bytes(size)}`,
+      },
+      direction === "backward" ? "← " : "",
+      kind,
+      axes.map((axis) => axisTag(axis)),
+      el("span", { class: "soft" }, bytes(size), " ", seconds(time)),
+    );
+
 /** A redistribution: what it does forward and backward, each collective a chip. */
 function drawMove(move, times, name) {
   const cost = [0, 0, move.parameter ? 0 : move.seconds * times, move.parameter ? move.seconds * times : 0];
-  const chip =
-    (direction) =>
-    ([kind, axes, size, time]) =>
-      el(
-        "span",
-        {
-          class: `step ${direction}`,
-          title: `${direction}: ${kind} over ${axes.join(", ") || "all axes"}, a rank sends ${bytes(size)}`,
-        },
-        direction === "backward" ? "← " : "",
-        kind,
-        axes.map((axis) => axisTag(axis)),
-        el("span", { class: "soft" }, bytes(size), " ", seconds(time)),
-      );
   return el(
     "div",
     { class: `move${heat(sum(cost))}` },
@@ -748,8 +784,8 @@ function drawMove(move, times, name) {
         "span",
         { class: "chips" },
         el("span", { class: "soft" }, "⇄ ", name),
-        move.forward.map(chip("forward")),
-        move.backward.map(chip("backward")),
+        move.forward.map(stepChip("forward")),
+        move.backward.map(stepChip("backward")),
         move.shared ? el("span", { class: "soft" }, "shared with an operator above") : "",
         move.parameter && move.seconds * 1.02 < sum([...move.forward, ...move.backward].map((step) => step[3]))
           ? el("span", { class: "soft" }, "partly hidden")
@@ -825,15 +861,24 @@ function search(query) {
 // -- what is selected -----------------------------------------------------------------------------------------------------
 
 let selected = null;
-function select(element, show) {
+function deselect() {
   if (selected) {
     selected.classList.remove("selected");
     if (selected.matches(".tensor")) selected.setAttribute("aria-pressed", "false");
   }
+  selected = null;
+  at("inspector").classList.remove("shown");
+}
+function select(element, show) {
+  deselect();
   selected = element;
   if (element.matches(".tensor")) element.setAttribute("aria-pressed", "true");
   else element.classList.add("selected");
-  at("inspector").replaceChildren(...show());
+  at("inspector").replaceChildren(
+    el("button", { class: "close", type: "button", "aria-label": "close", click: deselect }, "×"),
+    ...show(),
+  );
+  at("inspector").classList.add("shown");
   at("inspector").scrollTop = 0;
 }
 function factsOf(pairs) {
@@ -869,7 +914,7 @@ function showOperator(node) {
       ["source", kind.source],
       ["forward", kind.price && seconds(forward)],
       ["backward", kind.price && seconds(backward)],
-      ["its own sums", own ? seconds(own) : ""],
+      ["its own collectives", own ? [seconds(own), kind.own ? `: ${moveText({ forward: kind.own[0], backward: kind.own[1] })}` : ""] : ""],
       ["kept for backward", kept ? bytes(kept) : ""],
     ]),
     kind.price ? el("p", { class: "soft" }, "of this one operator, on the busiest rank") : "",
@@ -883,7 +928,14 @@ function showOperator(node) {
       .concat(kind.after)
       .flatMap((move, i) => [
         i ? "" : el("h3", {}, "redistributes"),
-        el("p", {}, moveText(move), ": ", el("code", {}, `${data.layouts[move.from].text} → ${data.layouts[move.to].text}`)),
+        el(
+          "p",
+          {},
+          el("code", {}, kind.after.includes(move) ? "output" : kind.inputs[move.of][2] || valueOf(data.nodes.reads[node][move.of]).name),
+          ` ${data.layouts[move.from].text} → ${data.layouts[move.to].text}: ${moveText(move)}, `,
+          `${bytes(sum([...move.forward, ...move.backward].map((step) => step[2])))}, ${seconds(move.seconds)}`,
+          move.shared ? " (paid by an operator above)" : "",
+        ),
       ]),
     el("h3", {}, "why, and what else it could do"),
     el("code", {}, `print(plan.explain("${name}"))`),
@@ -945,7 +997,7 @@ function drawPlacement(layout, shape, itemsize) {
       el("code", { id: "slice" }, `[${bounds.map(boundsText).join(", ")}]`),
       ` · [${local.join(", ")}] · ${bytes(product(local) * itemsize)} · `,
       ...mesh.axes.map((name, a) => axisTag(name, `${name} ${coordinates[a]}`)).flatMap((tag) => [tag, " "]),
-      copiesText(ranks, pieces),
+      `· ${copiesText(ranks, pieces)}`,
     );
     light(bounds);
   };
@@ -1044,7 +1096,7 @@ function drawTensor(layout, shape, colour) {
     top = 4;
   const [down, across] = dims.length === 2 ? dims.map((dim) => shape[dim]) : [1, shape[dims[0]]];
   const picture = el("svg", {
-    class: "picture",
+    class: cuts.some((list) => list.length > 32) ? "picture fine" : "picture",
     viewBox: `0 0 ${width + left + 4} ${height + top + 18}`,
     role: "img",
     "aria-label": "the tensor in pieces",
@@ -1302,6 +1354,7 @@ at("search").addEventListener("input", (event) => {
   waiting = setTimeout(() => search(event.target.value), 120);
 });
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") deselect();
   if (event.key === "/" && !event.target.matches("input, select")) {
     at("search").focus();
     event.preventDefault();

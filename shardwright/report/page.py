@@ -104,9 +104,11 @@ def _step(plan: Plan, price: PlanPrice) -> dict[str, Any]:
 
 
 def _search(search: Search) -> dict[str, Any]:
+    from shardwright.plan.summary import OPTIMAL
+
     return {
         "method": search.method,
-        "gap": rounded(search.gap) if search.bound > 0 else None,
+        "gap": None if search.bound <= 0 else 0 if search.gap < OPTIMAL else rounded(search.gap),
         "planning": rounded(search.planning),
         "tried": [[list(sizes), rounded(seconds)] for sizes, seconds in search.tried],
     }
@@ -123,7 +125,8 @@ def _memory(plan: Plan, memory: MemoryTimeline) -> dict[str, Any]:
         phases[-1][1] += 1
     return {
         "peak": rounded(memory.peak),
-        "limit": plan.memory_limit,
+        "highest": memory.points.index(memory.highest),
+        "limit": plan.memory_limit if plan.memory_limit is not None else plan.price.machine.memory or None,
         "unit": unit,
         "phases": phases,
         "nodes": [order.get(point.node, point.node) for point in memory.points],

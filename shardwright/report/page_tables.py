@@ -176,7 +176,8 @@ class Kinds:
         for position, value in enumerate(node.outputs):
             after += [{"of": position, **move} for move in self.moves.get((node.name, value), ())]
         numbers = [price.forward, price.backward, price.collectives, price.kept] if price is not None else []
-        return {"price": [rounded(n) for n in numbers], "moves": moves, "after": after}
+        own = [[_step(step) for step in phase] for phase in price.own] if price is not None else []
+        return {"price": [rounded(n) for n in numbers], "own": own if any(own) else [], "moves": moves, "after": after}
 
 
 def _arguments(node: Node) -> str:
