@@ -91,8 +91,13 @@ TINY = [EXAMPLES / "llama.py", "--set", "size=tiny", "--set", "batch=8", "--set"
         ([EXAMPLES / "llama.py", "--set", "colour=red"], "neither model\\(\\) nor inputs\\(\\)"),
         ([EXAMPLES / "llama.py", "--set", "colour"], "write NAME=VALUE"),
         ([*TINY, "--mesh", "3,3"], "3·3 = 9"),
+        ([*TINY, "--axes", "dp,tp"], "2 aliases for no mesh; give one a size"),
+        ([*TINY, "--mesh", "4,2", "--axes", "dp"], "1 aliases for the mesh 4,2"),
+        ([*TINY, "--load", "missing.json"], "there is no plan file missing.json"),
+        ([*TINY, "--save", "/no/such/plan.json"], "--save /no/such/plan.json: there is no folder /no/such"),
+        ([*TINY, "--html", "/tmp"], "--html /tmp: that is a folder; name a file, /tmp/plan.html"),
         ([*TINY, "--memory", "much"], "memory 'much' is not a size"),
-        ([*TINY, "--memory", "1KB"], "no plan for 8 devices"),
+        ([*TINY, "--memory", "1KB"], "no plan for 8 devices(.|\n)*allow memory='[0-9.]+kB'.*recompute\\('auto'\\)"),
         ([ROOT / "examples" / "language_common.py"], "called no AutoParallel"),
     ],
 )  # fmt: skip
@@ -102,3 +107,67 @@ def test_what_is_wrong_is_said(capsys, arguments, message):
     code, out, err = run(capsys, *arguments, "--devices", 8)
     assert code == 2, out
     assert re.search(message, err), err
+
+
+NO_INPUTS = "def inputs():\n    return ()\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("import torch, nosuch\n", r"train.py:1: import torch, nosuch\n  ModuleNotFoundError: No module named 'nosuch'"),
+        ("def model(:\n", r"is no Python: invalid syntax at .*train.py:1: def model\(:"),
+        ("def model():\n    return 1 / 0\n\n" + NO_INPUTS, r"train.py:2: return 1 / 0\n  ZeroDivisionError"),
+        ("def model():\n    return 3\n\n" + NO_INPUTS, r"model\(\) of .*train.py returns 3, a int: return an"),
+        ("def model():\n    return 3\n", r"AutoParallel and has model\(\) but defines no inputs\(\): define one"),
+        ("raise SystemExit('no data')\n", r"train.py ended by itself before there was anything to plan: no data"),
+    ],
+)
+def test_what_goes_wrong_in_a_script_is_said_by_its_line(capsys, tmp_path, text, message):
+    import re
+
+    script = tmp_path / "train.py"
+    script.write_text(text)
+    code, _, err = run(capsys, script, "--devices", 8)
+    assert code == 2
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert "runpy" not in err
+
+
+def test_a_script_has_arguments_of_its_own(capsys, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import argparse, torch, shardwright as sw\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--width', type=int, required=True)\n"
+        "width = parser.parse_args().width\n"
+        "sw.AutoParallel(torch.nn.Linear(width, width))(torch.ones(8, width))\n"
+    )
+    code, out, err = run(capsys, script, "--devices", 4, "--", "--width", 48)
+    assert code == 0, err
+    assert "[48, 48]" in out
+    code, _, err = run(capsys, script, "--devices", 4)
+    assert code == 2
+    assert "give them after --" in err
+
+
+def test_the_command_says_what_is_missing(capsys):
+    assert run(capsys)[0] == 2
+    code, _, err = run(capsys, EXAMPLES / "llama.py")
+    assert code == 2
+    assert "the number of devices is missing: write shardwright plan" in err
+    assert run(capsys, "--machine", "list")[0] == 0
+
+
+def test_a_plan_that_does_not_fit_says_so(capsys, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch, shardwright as sw\n"
+        "model = torch.nn.Sequential(*(torch.nn.Linear(65536, 65536, bias=False) for _ in range(8)))\n"
+        "sw.AutoParallel(model, 'data_parallel')(torch.empty(64, 65536))\n"
+    )
+    code, out, err = run(capsys, script, "--devices", 8, "--meta", "--summary")
+    assert code == 0, err
+    assert "note: a rank needs" in out
+    assert "and has 80.0 GB" in out

@@ -122,6 +122,25 @@ def test_memory_over_time(plan, data):
     assert sum(parts.values()) * memory["unit"] == pytest.approx(plan.memory.peak, rel=1e-3)
 
 
+def test_the_peak_is_that_of_the_plan(plan, data):
+    """Also where rounding makes several points equally high."""
+    memory, parts = data["memory"], plan.memory.parts
+    shown = {name: of if isinstance(of, int) else of[memory["highest"]] for name, of in memory["parts"].items()}
+    for name, size in shown.items():
+        assert size * memory["unit"] == pytest.approx(parts[name], abs=memory["unit"])
+    assert memory["limit"] == 80e9  # of the machine, where none was asked for
+
+
+def test_own_collectives_are_named(plan, data):
+    found = 0
+    for node, number in zip(plan.graph.nodes, data["nodes"]["kinds"]):
+        kind, price = data["kinds"][number], plan.price.operators.get(node.name)
+        own = kind.get("own", [[], []])
+        assert [len(phase) for phase in own] == [len(phase) for phase in (price.own if price else ((), ()))]
+        found += sum(map(len, own))
+    assert found > 0
+
+
 def test_the_page_holds_its_data_whatever_they_say(data):
     nasty = {**data, "title": "</script><script>alert(1)</script> & {{data}}", "notes": ["<!-- <script> \u2028 é ${x}"]}
     page = render(nasty)
@@ -387,6 +406,25 @@ def test_an_operator_shows_what_it_costs(page, plan):
     assert "plan.explain(" in page.text("#inspector")
     assert len(page.all(".operator.selected")) == 1
     assert page.driver.switch_to.active_element.get_attribute("class").startswith("name")
+
+
+def test_in_a_narrow_window_what_is_selected_comes_into_view(page):
+    before = page.driver.get_window_size()
+    page.driver.set_window_size(800, 700)
+    try:
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        page.run("document.querySelector('#tree .tensor').click()")
+        box = page.run("const b = document.querySelector('#inspector').getBoundingClientRect(); return [b.top, b.bottom]")
+        assert 0 < box[0] < box[1] <= page.run("return innerHeight") + 1
+        page.one("#inspector .close").click()
+        assert page.all(".selected, [aria-pressed=true]") == []
+    finally:
+        page.driver.set_window_size(before["width"], before["height"])
+
+
+def test_what_is_moved_is_named(page):
+    assert any(": backward all reduce" in row.text for row in page.all("#hot .what"))
+    assert all(row.get_attribute("title") for row in page.all("#hot button"))
 
 
 def test_dark_and_print(page):
