@@ -178,7 +178,7 @@ def _operators(plan: Plan) -> tuple[Costly, ...]:
         price = plan.price.operators.get(node.name)
         if price is not None:
             choice = plan.choices[node.name]
-            name = f"{node.module}/{node.op.name.removeprefix('aten.')}".lstrip("/")
+            name = _operator(node)
             key = (pattern(name), f"{texts(choice.inputs)} -> {texts(choice.outputs)}")
             found.setdefault(key, []).append((name, price.seconds))
     return _largest(found)
@@ -193,6 +193,9 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
         maker = makers.get(move.value)
         source = _place(maker) if maker else names.get(move.value, move.value)
         readers = dict.fromkeys(_place(modules[r]) if r in modules else r for r in move.readers)
+        if maker is not None and source in readers:  # within a module operators are told apart by what they are
+            source = _operator(maker)
+            readers = dict.fromkeys(_operator(modules[r]) if r in modules else r for r in move.readers)
         more = len(readers) - _MOST_READERS
         shown = [*list(readers)[:_MOST_READERS], *([f"{more} more"] if more > 0 else [])]
         name = f"{source} to {' and '.join(shown)}" if readers else source
@@ -204,6 +207,10 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
 def _place(node: Any) -> str:
     return node.module or str(node.op.name.removeprefix("aten."))
 
+
+
+def _operator(node: Any) -> str:
+    return f"{node.module}/{node.op.name.removeprefix('aten.')}".lstrip("/")
 
 
 def steps_text(move: MovePrice) -> str:
