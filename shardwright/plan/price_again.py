@@ -39,7 +39,7 @@ def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
     if not plan.passes:
         return price
     links = machine.links(plan.mesh)
-    again = _Again(plan, first_rank_program(plan, Options(links), plan.passes), machine.device)
+    again = _Again(plan, first_rank_program(plan, Options(links)), machine.device)
     again.find()
     seconds = sum(price.operators[cause].forward for cause in again.nodes if cause in price.operators)
     sent: list[CollectivePrice] = []
