@@ -179,7 +179,7 @@ def _operators(plan: Plan) -> tuple[Costly, ...]:
         if price is not None:
             choice = plan.choices[node.name]
             name = _operator(node)
-            key = (pattern(name), f"{texts(choice.inputs)} -> {texts(choice.outputs)}")
+            key = (_pattern(name), f"{texts(choice.inputs)} -> {texts(choice.outputs)}")
             found.setdefault(key, []).append((name, price.seconds))
     return _largest(found)
 
@@ -200,13 +200,18 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
         shown = [*list(readers)[:_MOST_READERS], *([f"{more} more"] if more > 0 else [])]
         name = f"{source} to {' and '.join(shown)}" if readers else source
         if move.seconds > 0:
-            found.setdefault((" ".join(map(pattern, name.split(" "))), steps_text(move)), []).append((name, move.seconds))
+            found.setdefault((_pattern(name), steps_text(move)), []).append((name, move.seconds))
     return _largest(found)
 
 
 def _place(node: Any) -> str:
     return node.module or str(node.op.name.removeprefix("aten."))
 
+
+
+def _pattern(name: str) -> str:
+    """A name of modules and operators with its numbers left open."""
+    return " ".join("/".join(map(pattern, word.split("/"))) for word in name.split(" "))
 
 
 def _operator(node: Any) -> str:
