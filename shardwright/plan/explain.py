@@ -312,8 +312,8 @@ def _price_table(one: OperatorExplanation, price: OperatorPrice) -> object:
         what += f", backward {_steps(move.backward)}" if move.backward else ""
         others = len(move.readers) - 1
         what += f", shared with {others} more" if found.side == "reads" and others > 0 else ""
-        whole = sum(s.seconds for s in (*move.forward, *move.backward))
-        what += ", partly hidden" if move.of_parameter and move.seconds < whole else ""
+        what += ", in collectives shared with other parameters" if move.shared else ""
+        what += ", partly hidden" if move.is_hidden else ""
         table.add_row(found.side, seconds_text(move.seconds), what)
     if price.kept:
         table.add_row("keeps", bytes_text(int(price.kept)), "for the backward, besides its inputs")

@@ -71,6 +71,17 @@ class MovePrice:
     size: float = 0.0
 
     @property
+    def shared(self) -> float:
+        """Seconds that a parameter saves as its collectives are also those of others."""
+        return sum(self.launches) * (1 - self.share)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether some of it runs behind computing."""
+        alone = sum(step.seconds for step in (*self.forward, *self.backward))
+        return self.of_parameter and self.seconds < (alone - self.shared) * (1 - 1e-9)
+
+    @property
     def bytes(self) -> float:
         """Bytes that the busiest rank sends, forward and backward."""
         return sum(step.bytes for step in (*self.forward, *self.backward))

@@ -787,9 +787,8 @@ function drawMove(move, times, name) {
         move.forward.map(stepChip("forward")),
         move.backward.map(stepChip("backward")),
         move.shared ? el("span", { class: "soft" }, "shared with an operator above") : "",
-        move.parameter && move.seconds * 1.02 < sum([...move.forward, ...move.backward].map((step) => step[3]))
-          ? el("span", { class: "soft" }, "partly hidden")
-          : "",
+        move.bucket ? el("span", { class: "soft", title: "they begin together, so that each takes less" }, "in collectives shared with other parameters") : "",
+        move.hidden ? el("span", { class: "soft", title: "behind computing; only the rest is counted" }, "partly hidden") : "",
       ),
       data.step ? numbers(cost) : [],
     ),

@@ -132,7 +132,8 @@ def _move(move: MovePrice, tables: Tables) -> dict[str, Any]:
         "forward": [_step(step) for step in move.forward],
         "backward": [_step(step) for step in move.backward],
     }
-    return {**row, "parameter": True} if move.of_parameter else row
+    said = {"parameter": move.of_parameter, "bucket": move.shared > 0, "hidden": move.is_hidden}
+    return {**row, **{name: True for name, holds in said.items() if holds}}
 
 
 def _step(step: CollectivePrice) -> list[Any]:
