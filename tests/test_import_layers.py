@@ -17,8 +17,8 @@ PACKAGE = "shardwright"
 
 # From the top. A module may import from its own level and from those below it.
 LAYERS = (
-    ("__init__", "__main__", "api", "cli", "cli_plan", "compiled", "data", "hybrid", "ops", "planning", "testing",
-     "train_step", "verify", "whole_steps"),
+    ("__init__", "__main__", "api", "cli", "cli_plan", "cli_script", "compiled", "data", "hybrid", "ops", "planning",
+     "testing", "train_step", "verify", "whole_steps"),
     ("checkpoint", "launch", "report"),
     ("capture", "partition", "plan", "train", "world"),
     ("cost", "search"),
