@@ -2,7 +2,7 @@
 
 - :func:`handed_in` is for a call of a net: local tensors to global shapes and the strategy to plan with. In a real job the
   ranks compare the shapes of their slices at each call, for a rank cannot tell from its own slice that another one's is
-  shorter, as in an uneven last batch.
+  shorter, as in an uneven last batch; not where all hand in the whole.
 - :func:`step_inputs` is for a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
   take as slices and any other code sees as the whole tensor.
 """
@@ -172,11 +172,18 @@ _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "d
 
 def _describe(shapes: Sequence[Shape], strategy: Any, world: World) -> Handed:
     """What tensors of these shapes are, of the global ones: the ranks' together, the caller's where he has the whole."""
-    if world.is_simulated or world.size == 1:
+    if world.is_simulated or world.size == 1 or _asks_for_whole(strategy):
         return _of_whole(tuple(shapes), strategy, world.size)
     numbers = [n for shape in shapes for n in (len(shape), *shape)]
     everyone = tuple(map(tuple, world.gather_numbers(numbers)))  # type: ignore[union-attr]
     return _of_slices(everyone, strategy, world.size)
+
+
+def _asks_for_whole(strategy: Any) -> bool:
+    """Whether every rank is to hand in all of every tensor: then its own shapes are the global ones."""
+    if not isinstance(strategy, tuple):
+        return False
+    return all(e.is_replicated if isinstance(e, Layout) else all(count == 1 for count in e) for e in strategy)
 
 
 @lru_cache(maxsize=1024)
