@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from training_report import missed_targets, ratios, tables, write_between_marks 
 from training_variants import SINGLE, Trained, variants  # noqa: E402
 
 import shardwright as sw  # noqa: E402
-from shardwright.whole_steps import seconds_of, take_turns  # noqa: E402
+from shardwright.whole_steps import take_turns  # noqa: E402
 
 STEPS = 5  # whose losses are compared with the single device's
 MORE = 3  # how often turns are added for a missed target
@@ -85,6 +86,12 @@ def race(names: Sequence[str], case: str, ranks: int, seconds: float, dtype: tor
     return found
 
 
+def quiet_median(times: torch.Tensor, foreign: Sequence[float]) -> float:
+    """The median of steps, over the half of the turns in which others used the machine least; ``times`` has two a turn."""
+    quiet = sorted(range(len(foreign)), key=foreign.__getitem__)[: (len(foreign) + 1) // 2]
+    return statistics.median(times[quiet].flatten().tolist())
+
+
 def turns(runners: dict[str, Trained], case: str, seconds: float, found: Found) -> None:
     """Times by variant, and by turn; more turns of those that miss a target, and of what they are compared with."""
     rounds, who = 0, list(runners)
@@ -97,7 +104,7 @@ def turns(runners: dict[str, Trained], case: str, seconds: float, found: Found) 
             slowest = torch.tensor(runner.times, dtype=torch.float64)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             mine["times"] = slowest.view(-1, 2).mean(1).tolist()
-            mine["seconds"] = seconds_of(runner)
+            mine["seconds"] = quiet_median(slowest.view(-1, 2), runner.foreign)
         rounds += taken
         if dist.get_rank() == 0:
             print(f"{case}: {taken} turns of {', '.join(who)}", flush=True)
