@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardwright.cost.compute import family, flops, optimizer_seconds, traffic_seconds
+from shardwright.cost.compute import optimizer_seconds, traffic_seconds
+from shardwright.cost.convolution import Channels, channels_of, kernels_of, padding
 from shardwright.cost.machine import Level, Machine, calibrated
+from shardwright.cost.operations import family, flops
 from shardwright.redistribute.links import Links
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 
@@ -33,16 +35,18 @@ SIZES = (1 << 19, 1 << 21, 1 << 23)
 _LAUNCHES = "launch"  # the family of the samples that tell what a call takes
 _STATES = 2.0  # Adam's
 _LEAST_CALLS = 3
+_LEAST_CONVOLUTIONS = 4  # that tell the four numbers of convolutions
 
 
 class Sample(NamedTuple):
     """How long one operator took.
 
     Args:
-        family: as :func:`~shardwright.cost.compute.family` has it; also ``optimizer``, and ``launch`` for tiny tensors.
+        family: as :func:`~shardwright.cost.operations.family` has it; also ``optimizer``, and ``launch`` for tiny tensors.
         dtype: the name of its dtype.
         flops: operations. ``traffic``: bytes as the cost model counts them, all passes.
         seconds: of one call.
+        channels: of a convolution, as :class:`~shardwright.cost.convolution.Channels` has them.
     """
 
     family: str
@@ -50,6 +54,7 @@ class Sample(NamedTuple):
     flops: float
     traffic: float
     seconds: float
+    channels: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Case:
     flops: float
     traffic: float
     prepare: Callable[[], Callable[[], Any]]
+    channels: Sequence[Any] = ()
 
 
 # A machine on which traffic costs a second a byte.
@@ -88,7 +94,8 @@ def operator_case(target: Any, arguments: Sequence[Any], **keywords: Any) -> Cas
         made = [_filled(a) if isinstance(a, Tensor) else a for a in metas]
         return lambda: target(*made, **keywords)
 
-    return Case(family(op), str(op.inputs[0].dtype).removeprefix("torch."), flops(op), traffic, prepare)
+    kind, dtype = family(op), str(op.inputs[0].dtype).removeprefix("torch.")
+    return Case(kind, dtype, flops(op), traffic, prepare, channels_of(op) if kind == "conv" else ())
 
 
 def _meta(tensor: Tensor) -> TensorMeta:
@@ -115,7 +122,7 @@ def cases() -> Iterator[Case]:
     for length in (128, 512):
         heads = meta(2, 4, length, 64)
         yield operator_case(aten.scaled_dot_product_attention.default, [heads] * 3, is_causal=True)
-    yield operator_case(aten.conv2d.default, [meta(4, 32, 28, 28), meta(64, 32, 3, 3)])
+    yield from convolution_cases()
     for nbytes in SIZES:
         rows = meta(nbytes // 2048, 512)
         yield operator_case(aten.add.Tensor, [rows, rows])
@@ -128,6 +135,25 @@ def cases() -> Iterator[Case]:
         yield operator_case(aten.embedding.default, [meta(max(1001, 2 * nbytes // 2048), 512), ids])
         yield operator_case(aten.dropout.default, [rows, 0.1, True])
         yield optimizer_case(nbytes)
+
+
+def convolution_cases() -> Iterator[Case]:
+    """Large ones, tiny ones, of pictures, of a few channels, depthwise."""
+
+    def case(n: int, read: int, made: int, side: int, groups: int = 1, dtype: torch.dtype = torch.float32) -> Case:
+        x = torch.empty(n, read, side, side, dtype=dtype, device="meta")
+        filters = torch.empty(made, read // groups, 3, 3, dtype=dtype, device="meta")
+        return operator_case(aten.conv2d.default, [x, filters, None, [1, 1], [1, 1], [1, 1], groups])
+
+    for n, read, made, side in ((4, 32, 64, 28), (8, 64, 64, 14), (4, 64, 64, 56)):
+        yield case(n, read, made, side)
+    yield case(4, 64, 64, 56, dtype=torch.bfloat16)
+    for n, side in ((1, 8), (2, 8), (2, 16)):
+        yield case(n, 16, 16, side)
+    for read, made in ((3, 32), (32, 4), (32, 20), (32, 40), (8, 32)):
+        yield case(8, read, made, 24)
+    for channels, side in ((64, 28), (128, 14)):
+        yield case(8, channels, channels, side, groups=channels)
 
 
 def optimizer_case(nbytes: int) -> Case:
@@ -186,7 +212,7 @@ def time_operators(
             call()  # the first makes buffers
             meet()
             taken = agree(_seconds_a_call(call, seconds / len(todo)))
-        samples.append(Sample(case.family, case.dtype, case.flops, case.traffic, taken))
+        samples.append(Sample(case.family, case.dtype, case.flops, case.traffic, taken, case.channels))
         progress((at + 1) / len(todo))
     return samples
 
@@ -233,17 +259,20 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
     worked, moved = defaultdict(list), defaultdict(list)
     for sample in samples:
         net = max(sample.seconds - launch, sample.seconds / 2)  # a call that autograd does not record takes less
+        if sample.channels:
+            continue
         if sample.flops and sample.family != _LAUNCHES:
             worked[sample.family, sample.dtype].append(sample.flops / net)
         elif sample.traffic:
             moved[sample.family].append(sample.traffic / net)
     peaks = {dtype: max(rates) for (kind, dtype), rates in worked.items() if kind == "matmul"}
-    measured = replace(base, flops={**base.flops, **peaks})
-    efficiency = dict(base.efficiency)
+    measured = replace(base, flops={**base.flops, **peaks}, operator_launch=launch)
+    measured = _fit_convolutions(measured, [sample for sample in samples if sample.channels])
+    efficiency = dict(measured.efficiency)
     for kind in {kind for kind, _ in worked}:
         shares = [rate / measured.peak(dtype) for (other, dtype), rates in worked.items() if other == kind for rate in rates]
         efficiency[kind] = statistics.geometric_mean(shares)
-    rates = {**base.rates, **{kind: statistics.geometric_mean(each) for kind, each in moved.items()}}
+    rates = {**measured.rates, **{kind: statistics.geometric_mean(each) for kind, each in moved.items()}}
     levels = base.levels
     if links is not None:
         levels = (replace(levels[0], latency=links.latency, bandwidth=links.bandwidth), *levels[1:])
@@ -254,10 +283,42 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
         efficiency=efficiency,
         rates=rates,
         memory_bandwidth=rates.get("copy", base.memory_bandwidth),
-        operator_launch=launch,
         collective_launch=(links.launch if links is not None else 0.0) or base.collective_launch,
         levels=levels,
     )
+
+
+def _fit_convolutions(machine: Machine, samples: Sequence[Sample]) -> Machine:
+    """The machine with what convolutions tell; of dtypes other than float32 only their efficiency."""
+    by_dtype = defaultdict(list)
+    for sample in samples:
+        by_dtype[sample.dtype].append(sample)
+    known = by_dtype.pop("float32", [])
+    if len(known) < _LEAST_CONVOLUTIONS:
+        return machine
+    found = kernels_of(*zip(*[(s.flops, s.traffic, s.seconds, Channels(*s.channels)) for s in known]))
+    efficiency = {**machine.efficiency, "conv": found.rate / machine.peak("float32")}
+    launch = max(found.launch, machine.operator_launch)
+    for dtype, others in by_dtype.items():
+        done = [s.flops * float(padding(Channels(*s.channels), found.block)[0]) for s in others]
+        rates = [work / max(s.seconds - launch, s.seconds / 2) for work, s in zip(done, others)]
+        efficiency[f"conv_{dtype}"] = statistics.geometric_mean(rates) / machine.peak(dtype)
+    return replace(
+        machine,
+        efficiency=efficiency,
+        rates={**machine.rates, "conv": found.bandwidth},
+        convolution_launch=launch - machine.operator_launch,
+        channel_block=float(found.block),
+    )
+
+
+def price_of(machine: Machine, sample: Sample) -> float:
+    """Seconds that a machine says an operator takes that was timed."""
+    work, launch = sample.flops / machine.rate(sample.family, sample.dtype), machine.operator_launch
+    if sample.channels:
+        work *= float(padding(Channels(*sample.channels), machine.channel_block)[0])
+        launch += machine.convolution_launch
+    return max(work, sample.traffic / machine.bandwidth_of(sample.family)) + launch
 
 
 def errors_of(machine: Machine, samples: Sequence[Sample]) -> dict[str, float]:
@@ -271,9 +332,7 @@ def errors_of(machine: Machine, samples: Sequence[Sample]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for sample in samples:
         if sample.family != _LAUNCHES:
-            work = sample.flops / machine.rate(sample.family, sample.dtype)
-            price = max(work, sample.traffic / machine.bandwidth_of(sample.family)) + machine.operator_launch
-            found.setdefault(sample.family, []).append(abs(math.log(price / sample.seconds)))
+            found.setdefault(sample.family, []).append(abs(math.log(price_of(machine, sample) / sample.seconds)))
     return {kind: round(math.exp(statistics.mean(each)), 2) for kind, each in found.items()}
 
 

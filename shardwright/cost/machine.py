@@ -27,7 +27,7 @@ VARIABLE = "SHARDWRIGHT_MACHINE"
 _FALLBACK = {"bfloat16": ("float16",), "float16": ("bfloat16",), "float8": ("float8", "bfloat16", "float16")}
 
 
-_LAUNCHES = ("operator_launch", "collective_launch", "optimizer_launch", "step_launch")
+_LAUNCHES = ("operator_launch", "convolution_launch", "collective_launch", "optimizer_launch", "step_launch")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Machine:
 
     Args:
         flops: peak operations a second, by dtype name.
-        efficiency: share of the peak that is reached, by operator family; ``default`` for the others.
+        efficiency: share of the peak that is reached, by operator family; ``default`` for the others. A family's in one dtype
+            may stand apart, ``conv_bfloat16``.
         memory: bytes a device holds; 0: not limited.
         memory_bandwidth: bytes a second that a device reads and writes in its memory.
         operator_launch, collective_launch: seconds it takes to start one.
@@ -61,6 +62,8 @@ class Machine:
         device: the kind of device as PyTorch names it, ``cpu``, ``cuda`` or ``npu``.
         optimizer_launch: seconds that updating a parameter takes besides its bytes; ``step_launch``: that a step takes.
             The presets of accelerators have none: their optimizers update all parameters together.
+        convolution_launch: seconds that a convolution takes besides, where its filters are more than a point.
+        channel_block: channels that convolutions compute together (:mod:`shardwright.cost.convolution`); 1: each by itself.
     """
 
     name: str
@@ -78,6 +81,8 @@ class Machine:
     optimizer_launch: float = 0.0
     step_launch: float = 0.0
     gather_overlap: float = 0.0
+    convolution_launch: float = 0.0
+    channel_block: float = 1.0
 
     def exposed(self, gather: Any, reduction: Any) -> Any:
         """Seconds of a parameter's gather and of its gradient's reduction, numbers or arrays, that do not hide."""
@@ -93,7 +98,8 @@ class Machine:
 
     def rate(self, family: str, dtype: str) -> float:
         """Operations a second that an operator family reaches."""
-        return self.peak(dtype) * self.efficiency.get(family, self.efficiency.get("default", 1.0))
+        share = self.efficiency.get(f"{family}_{dtype}", self.efficiency.get(family, self.efficiency.get("default", 1.0)))
+        return self.peak(dtype) * share
 
     def bandwidth_of(self, family: str) -> float:
         """Bytes a second that an operator family reads and writes."""
@@ -134,7 +140,7 @@ class Machine:
     def to_toml(self) -> str:
         """The machine as the text of a file."""
         lines = [f"{key} = {_text(getattr(self, key))}" for key in ("name", "description", "device")]
-        for key in ("memory", "memory_bandwidth", *_LAUNCHES, "overlap", "gather_overlap"):
+        for key in ("memory", "memory_bandwidth", *_LAUNCHES, "channel_block", "overlap", "gather_overlap"):
             lines.append(f"{key} = {getattr(self, key)!r}")
         for section in ("flops", "efficiency", "rates"):
             lines += ["", f"[{section}]", *(f"{name} = {float(value)!r}" for name, value in getattr(self, section).items())]
@@ -219,7 +225,7 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         return {name: number(found, name, f"{key}.") for name in found}
 
     known = {"name", "description", "device", "flops", "efficiency", "rates", "memory", "memory_bandwidth", *_LAUNCHES,
-             "levels", "overlap", "gather_overlap"}  # fmt: skip
+             "levels", "channel_block", "overlap", "gather_overlap"}  # fmt: skip
     unknown = sorted(set(values) - known)
     if unknown:
         raise ShardwrightError(f"{path}: {unknown[0]} is not a key of a machine; the keys are {', '.join(sorted(known))}")
@@ -248,4 +254,5 @@ def _checked(values: dict[str, Any], path: Path) -> Machine:
         min(1.0, number(values, "overlap", default=0.0)), table("rates", False), str(values.get("device", "cuda")),
         number(values, "optimizer_launch", default=0.0), number(values, "step_launch", default=0.0),
         min(1.0, number(values, "gather_overlap", default=number(values, "overlap", default=0.0))),
+        number(values, "convolution_launch", default=0.0), max(1.0, number(values, "channel_block", default=1.0)),
     )  # fmt: skip

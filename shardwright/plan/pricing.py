@@ -16,7 +16,9 @@ import numpy as np
 from shardwright.capture.graph import Graph
 from shardwright.cost.communication import CollectivePrice, Communication
 from shardwright.cost.compute import local_seconds, optimizer_seconds
+from shardwright.cost.convolution import Channels, channels_of
 from shardwright.cost.machine import Machine
+from shardwright.cost.operations import family
 from shardwright.mesh import Mesh
 from shardwright.partition.schedule import Buckets, Schedule
 from shardwright.plan.choices import PARTIAL, REPLICATED, ChoiceTable, Codes, local_sizes
@@ -99,8 +101,22 @@ class Pricing:
         op = table.op
         inputs = self.local_bytes(op.inputs, table.inputs, len(table))
         outputs = self.local_bytes(op.outputs, table.outputs, len(table))
-        forward, backward = local_seconds(op, self.machine, table.fraction, inputs, outputs, needs_grad)
+        channels = self._channels(table) if self.machine.channel_block > 1 and family(op) == "conv" else None
+        forward, backward = local_seconds(op, self.machine, table.fraction, inputs, outputs, needs_grad, channels)
         return np.asarray(forward), np.asarray(backward), self._own_collectives(table, any(needs_grad))
+
+    def _channels(self, table: ChoiceTable) -> Channels:
+        """The channels of a convolution that a rank has in each choice; groups are only split as wholes."""
+        whole, codes = channels_of(table.op), table.inputs[1]
+        if whole.groups > 1:
+            return whole
+        first, second = (np.ceil(size / self._ways(codes, dim)) for dim, size in enumerate(table.op.inputs[1].shape[:2]))
+        made, read = (second, first) if whole.transposed else (first, second)
+        return whole._replace(made=made, read=read)
+
+    def _ways(self, codes: Codes, dim: int) -> Array:
+        """Into how many pieces a dim is split."""
+        return np.asarray(np.where(codes == dim, self._sizes, 1).prod(axis=-1))
 
     def _own_collectives(self, table: ChoiceTable, grad: bool) -> Array:
         seconds = np.zeros(len(table))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardwright.cost.compute import flops
+from shardwright.cost.operations import flops
 from shardwright.plan.choices import code_of, local_sizes, table_of_choice
 from shardwright.plan.diff import texts
 from shardwright.plan.overview import alike_name, pattern, seconds_text

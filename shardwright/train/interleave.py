@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 
 from shardwright.capture.graph import Graph
-from shardwright.cost.compute import flops
+from shardwright.cost.operations import flops
 from shardwright.partition.program import Call, Instruction, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.rules import random_draw

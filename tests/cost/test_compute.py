@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shardwright.cost.calibration import Sample, cases, errors_of, fit_machine, operator_case, save_machine, time_operators
-from shardwright.cost.compute import family, flops, local_seconds, optimizer_seconds
+from shardwright.cost.compute import local_seconds, optimizer_seconds
 from shardwright.cost.machine import load_machine
+from shardwright.cost.operations import family, flops
 from shardwright.redistribute.links import Links
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import registered
@@ -164,7 +165,8 @@ def test_a_fit_finds_the_machine_that_the_times_are_of():
         if case.family != "launch":
             work = case.flops / truth.rate(case.family, case.dtype)
             moved = case.traffic / truth.bandwidth_of(case.family)
-            samples.append(Sample(case.family, case.dtype, case.flops, case.traffic, 100 * max(work, moved)))
+            taken = 100 * max(work, moved)
+            samples.append(Sample(case.family, case.dtype, case.flops, case.traffic, taken, case.channels))
     fitted = fit_machine(base, samples, Links(1e-5, 2e-5, 3e9), "made up")
     assert fitted.operator_launch == pytest.approx(truth.operator_launch)
     assert fitted.memory_bandwidth == pytest.approx(truth.memory_bandwidth / 100, rel=0.3)

@@ -12,8 +12,8 @@ from test_files import GRID, IDS, MEGATRON, Attention, planned, write
 from torch import nn
 
 import shardwright as sw
-from shardwright.cost.compute import flops
 from shardwright.cost.machine import load_machine
+from shardwright.cost.operations import flops
 from shardwright.errors import ShardwrightError
 from shardwright.plan.choices import choices_of, table_of_choice
 from shardwright.plan.diff import placement

@@ -1,0 +1,136 @@
+"""Convolutions: how their kernels come to do more than the operations that a convolution has.
+
+A kernel holds a block of channels in a vector and computes them together, so that a few channels take as long as a block of
+them: oneDNN's on CPUs have 16 (Georganas et al., "Anatomy of high-performance deep learning convolutions on SIMD
+architectures", 2018). Both the channels that are read and those that are made come in blocks, but for:
+
+- a tensor that has fewer channels than a block is read as it is, so that only what is made of it is padded;
+- the weight of what reads a picture, which has three colours at most, gets its gradient in the same way;
+- depthwise, a block is of as many groups.
+
+A convolution whose filters are one point, in one group, is a matrix product and is computed as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shardwright.rules.operator import Operator
+
+Array = np.ndarray[Any, Any]
+
+_COLOURS = 3
+
+
+class Channels(NamedTuple):
+    """The channels of a convolution, as numbers or as arrays over choices.
+
+    Args:
+        made, read: channels of a group, of the output and of the input.
+        groups: how many groups there are, 1 or more; which of them a rank has does not matter.
+        transposed: whether it is a transposed convolution, which reads as another one's gradient does.
+    """
+
+    made: Any
+    read: Any
+    groups: int = 1
+    transposed: bool = False
+
+
+def is_transposed(op: Operator) -> bool:
+    """Whether a convolution is a transposed one, by its name or its arguments."""
+    return "transpose" in op.name or bool(op.argument("transposed", False))
+
+
+def is_product(op: Operator) -> bool:
+    """Whether a convolution's filters are one point, in one group."""
+    return op.argument("groups", 1) == 1 and math.prod(op.inputs[1].shape[2:]) == 1
+
+
+def channels_of(op: Operator) -> Channels:
+    """The channels of a convolution on whole tensors.
+
+    >>> import torch
+    >>> from shardwright.rules.operator import Slot, TensorMeta
+    >>> x, w, y = (TensorMeta(shape, torch.float32) for shape in ((8, 3, 32, 32), (16, 3, 3, 3), (8, 16, 30, 30)))
+    >>> channels_of(Operator(torch.ops.aten.conv2d.default, (Slot(0), Slot(1)), {}, (x, w), (y,)))
+    Channels(made=16, read=3, groups=1, transposed=False)
+    """
+    groups, transposed = int(op.argument("groups", 1)), is_transposed(op)
+    first, second = op.inputs[1].shape[:2]
+    made, read = (second, first // groups) if transposed else (first // groups, second)
+    return Channels(made, read, groups, transposed)
+
+
+def padding(channels: Channels, block: float) -> tuple[Array, Array, Array]:
+    """How many times as many operations kernels do: for the output, the input's gradient and the weight's gradient.
+
+    Args:
+        block: channels that are computed together.
+
+    >>> [float(times) for times in padding(Channels(20, 3), 16)]
+    [1.6, 8.533333333333333, 1.6]
+    """
+    made, read = (np.maximum(1.0, each) for each in channels[:2])
+    if channels.groups > 1 and made.max() == read.max() == 1:  # depthwise
+        return made, made, made
+    of_made, of_read = (np.ceil(each / block) * block / each for each in (made, read))
+    both = of_made * of_read
+    if channels.groups > 1 or channels.transposed:
+        return both, both, both
+    return np.where(read < block, of_made, both), both, np.where(read <= _COLOURS, of_made, both)
+
+
+# -- from times -----------------------------------------------------------------------------------------------------------
+
+BLOCKS = (1, 4, 8, 16, 32)
+_ROUNDS, _POINTS = 4, 21
+
+
+class Kernels(NamedTuple):
+    """What times of convolutions tell.
+
+    Args:
+        block: channels that are computed together. ``launch``: seconds a call.
+        rate: operations a second, those on padding counted. ``bandwidth``: bytes a second of what memory bounds.
+    """
+
+    block: float
+    launch: float
+    rate: float
+    bandwidth: float
+
+
+def kernels_of(flops: Sequence[float], traffic: Sequence[float], seconds: Sequence[float], read: Sequence[Channels]) -> Kernels:
+    """The kernels whose times are nearest to forward passes that were measured, by the mean error of logarithms.
+
+    Found on a grid that is refined around the best; of blocks that fit as well the smallest.
+
+    Args:
+        read: the channels of each.
+
+    >>> shapes = [Channels(made, 32) for made in (4, 20, 32, 64, 128)] + [Channels(64, 64, 64)]
+    >>> work = [1e6 * made for made, *_ in shapes[:-1]] + [1e5]
+    >>> taken = [5e-5 + 1e6 * made / 1e11 for made in (16, 32, 32, 64, 128)] + [5e-5 + 1e7 / 1e10]
+    >>> found = kernels_of(work, [1e4] * 5 + [1e7], taken, shapes)
+    >>> found.block, round(found.launch * 1e5), round(found.rate / 1e9), round(found.bandwidth / 1e9)
+    (16, 5, 100, 10)
+    """
+    work, moved, taken = (np.asarray(each, dtype=float) for each in (flops, traffic, seconds))
+    found = []
+    for block in BLOCKS:
+        padded = work * [float(padding(channels, block)[0]) for channels in read]
+        # from the fastest that any of them shows: none is faster without its launch
+        centre, width = np.array([taken.min() / 2, (padded / taken).max(), (moved / taken).max()]), 16.0
+        for _ in range(_ROUNDS):
+            grid = centre[:, None] * np.geomspace(1 / width, width, _POINTS)
+            launch, rate, bandwidth = (each[..., None] for each in np.meshgrid(*grid, indexing="ij"))
+            off = np.abs(np.log((launch + np.maximum(padded / rate, moved / bandwidth)) / taken)).mean(axis=-1)
+            at = np.unravel_index(np.argmin(off), off.shape)
+            centre, width = grid[np.arange(3), at], width ** (4 / (_POINTS - 1))
+        found.append((round(float(off[at]), 3), block, *centre.tolist()))
+    return Kernels(*min(found)[1:])
