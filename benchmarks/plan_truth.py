@@ -4,8 +4,9 @@
 
 Starts four gloo ranks on this machine, one thread each. *Pairs*: every model of this benchmark under data
 parallelism, parameters stored split (ZeRO), Megatron's plans, the best plan on each mesh, and plans that a search finds when
-its prices are blurred at random, a little or beyond recognition. The three models of ``shardwright calibrate`` take their
-turns too, and what those take is what the machine is fitted to, unless ``--machine`` names one. *Best*: on every batch
+its prices are blurred at random, a little or beyond recognition. Unless ``--machine`` names one, the machine is calibrated
+as ``shardwright calibrate`` does it: operators are timed first, and its three models take their turns too, to whose times
+the machine is fitted. *Best*: on every batch
 size, ``auto`` against the well-known plans. A step is forward, backward and AdamW; plans of a model take turns, two steps
 each after one to warm up, and medians of the slowest rank count, over the turns in which others used the machine least.
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from truth_models import SUBJECTS, Subject
 
 import shardwright as sw
-from shardwright.cost.machine import load_machine
+from shardwright.cost.calibration import fit_machine, time_operators
+from shardwright.cost.machine import Machine, load_machine
 from shardwright.whole_steps import (
     MODELS,
     Case,
@@ -49,6 +52,7 @@ from shardwright.whole_steps import (
 )
 
 RANKS = 4
+OPERATORS = 15.0  # seconds of timing them
 CYCLES = 4  # of all models; the machine is not as fast at all times
 CORRELATION, ERROR, CLOSE, BEST, SHARE = 0.95, 0.15, 0.15, 1.05, 0.95
 
@@ -135,6 +139,17 @@ def turns_by_model(cases: Sequence[Case], seconds: float) -> int:
     return min(rounds.values())
 
 
+def timed_operators() -> Machine:
+    """This machine with the operators' times that all ranks find at once."""
+
+    def slowest(own: float) -> float:
+        seconds = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return float(seconds)
+
+    return fit_machine(load_machine("cpu-gloo"), time_operators(OPERATORS, dist.barrier, slowest))
+
+
 def worker(options: argparse.Namespace) -> None:
     """One rank."""
     torch.set_num_threads(1)
@@ -142,7 +157,10 @@ def worker(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     result: dict[str, Any] = {}
     names = options.models or list(SUBJECTS)
-    others = [] if options.calibrated else calibration_cases(RANKS)
+    others: list[Case] = []
+    machine = load_machine("cpu-gloo")
+    if "pairs" in options.only and not options.calibrated:
+        others, machine = calibration_cases(RANKS), timed_operators()
     todo = {"pairs": lambda: pair_cases(names, options.pairs) + others, "best": lambda: best_cases(names)}
     for kind in options.only:
         cases = todo[kind]()
@@ -154,7 +172,6 @@ def worker(options: argparse.Namespace) -> None:
         same = alike(cases)
         cases = [case for case in cases if id(case) not in same]
         rounds = turns_by_model(cases, options.seconds)
-        machine = load_machine("cpu-gloo")
         mine = [case for case in cases if case.model in SUBJECTS]
         steps = measured([case for case in cases if case.model in MODELS], machine)
         if steps:

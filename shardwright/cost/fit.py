@@ -45,8 +45,9 @@ def _scaled(key: str) -> Callable[[Machine, float], Machine]:
 
 def _efficiency(kind: str) -> Callable[[Machine, float], Machine]:
     def change(machine: Machine, factor: float) -> Machine:
-        share = machine.efficiency.get(kind, machine.efficiency.get("default", 1.0))
-        return replace(machine, efficiency={**machine.efficiency, kind: share / factor})
+        shares = {kind: machine.efficiency.get("default", 1.0), **machine.efficiency}
+        changed = {name: share / factor for name, share in shares.items() if name == kind or name.startswith(f"{kind}_")}
+        return replace(machine, efficiency={**machine.efficiency, **changed})
 
     return change
 

@@ -52,3 +52,12 @@ def test_a_machine_that_is_right_is_left_alone():
     prices = steps()
     found = fit_terms(BASE, [p(BASE) for p in prices], [dict.fromkeys(TERMS, 0.0)] * len(prices), [p(BASE) for p in prices])
     assert found == (BASE, 0.0, 0.0)
+
+
+def test_the_efficiencies_of_all_dtypes_of_a_family_are_moved():
+    base = load_machine("cpu-gloo")
+    slower = scaled(base, {"conv": 2.0})
+    for dtype in ("float32", "bfloat16"):
+        assert slower.rate("conv", dtype) == pytest.approx(base.rate("conv", dtype) / 2)
+    assert slower.rate("matmul", "float32") == base.rate("matmul", "float32")
+    assert scaled(BASE, {"attention": 2.0}).rate("attention", "float16") == pytest.approx(BASE.rate("attention", "float16") / 2)
