@@ -31,7 +31,7 @@ from shardwright.plan.follow import choice_for_output
 from shardwright.plan.formulation import Folded, Formulation, ready_values, stored_codes
 from shardwright.plan.meshes import meshes_to_try
 from shardwright.plan.plan import Plan, Search
-from shardwright.plan.pricing import Pricing, count_parameters
+from shardwright.plan.pricing import Pricing, bytes_of_parameters
 from shardwright.plan.semi_auto import Planner, PlanRequest
 from shardwright.plan.strategy import resolve_strategy
 from shardwright.plan.table import bytes_text, enough
@@ -131,7 +131,7 @@ class SearchPlanner(Planner):
         self.refinement.finish()
         self.mesh = self.refinement.meshes[0]
         self.choices = {}
-        self.pricing = Pricing(self.machine, self.mesh, count_parameters(self.graph), self.request.schedule)
+        self.pricing = Pricing(self.machine, self.mesh, bytes_of_parameters(self.graph), self.request.schedule)
         self.tables: dict[Any, ChoiceTable] = {}
         self.pinned: dict[int, ChoiceTable] = {}
         for site in self.folded.sites:

@@ -17,7 +17,7 @@ from shardwright.plan.choices import codes_of, layout_of, table_of_choice
 from shardwright.plan.fold import blocks_of
 from shardwright.plan.formulation import Folded, Formulation, Use, ready_values
 from shardwright.plan.price_orders import in_true_orders
-from shardwright.plan.pricing import Pricing, count_parameters, gradient_codes, launches_of
+from shardwright.plan.pricing import Pricing, bytes_of_parameters, gradient_codes, launches_of
 from shardwright.search.solve import solve
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: fl
     Args:
         states: bytes of optimizer state a byte of parameter; 2 for Adam.
     """
-    pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph), plan.schedule)
+    pricing = Pricing(machine, plan.mesh, bytes_of_parameters(plan.graph), plan.schedule)
     formulation = formulation_of(plan, pricing, full_batch, states)
     solution = solve(formulation.problem)
     return in_true_orders(plan, _Breakdown(formulation, solution.choices).price(), machine, MovePrice)

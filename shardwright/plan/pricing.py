@@ -34,12 +34,12 @@ class Pricing:
     """The prices of one machine and mesh.
 
     Args:
-        sharing: how many parameters there are, which share collectives.
+        sharing: bytes of all parameters, which share collectives; 0: none does.
         schedule: how many bytes of them share those that sum their gradients, and those that gather them.
     """
 
-    def __init__(self, machine: Machine, mesh: Mesh, sharing: int = 1, schedule: Schedule | None = None):
-        self.machine, self.mesh, self.sharing = machine, mesh, max(1, sharing)
+    def __init__(self, machine: Machine, mesh: Mesh, sharing: float = 0.0, schedule: Schedule | None = None):
+        self.machine, self.mesh, self.sharing = machine, mesh, sharing
         self.sums, self.gathers = (schedule or Schedule()).sums, (schedule or Schedule()).gathers
         self.communication = Communication(machine, mesh)
         self._memo: dict[Any, Any] = {}
@@ -245,22 +245,24 @@ class Pricing:
     ) -> tuple[Array, Array, Array]:
         """What a parameter's collectives take without bytes, forward and backward, and its share of them.
 
-        Its share of a bucket, but no less than if all parameters were in one: a search looks at one parameter at a time.
+        Its share of a bucket, but no less than if all parameters were in one: a search looks at one parameter at a time. By
+        bytes: what is best for a large parameter is then best for the small ones too, and they share its collectives.
         """
         larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
         empty = [self.communication.moves(meta.shape, 0, source, target).seconds, np.zeros_like(larger)]
         if grad:
             back_from, back_to = gradient_codes(source, target, gradients)
             empty[1] = self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
-        share = np.where(empty[0] > 0, self._share(self.gathers, larger), self._share(self.sums, larger))
+        part = meta.bytes / self.sharing if self.sharing else 1.0
+        share = np.where(empty[0] > 0, self._share(self.gathers, larger, part), self._share(self.sums, larger, part))
         possible = np.isfinite(empty[0]) & np.isfinite(empty[1])
         return np.where(possible, empty[0], 0.0), np.where(possible, empty[1], 0.0), share
 
-    def _share(self, buckets: Buckets, size: Array) -> Array:
-        """Shares of a launch of parameters of so many bytes."""
+    def _share(self, buckets: Buckets, size: Array, part: float) -> Array:
+        """Shares of a launch of a parameter of so many bytes, which is such a part of all."""
         if buckets.starts is not None:
-            return np.full_like(size, min(1.0, (1 + len(buckets.starts)) / self.sharing))
-        return np.clip(size / buckets.bytes, 1 / self.sharing, 1.0) if buckets.bytes else np.ones_like(size)
+            return np.full_like(size, min(1.0, (1 + len(buckets.starts)) * part))
+        return np.clip(size / buckets.bytes, part, 1.0) if buckets.bytes else np.ones_like(size)
 
     def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
         _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
@@ -300,9 +302,9 @@ def launches_of(buckets: Buckets, size: float, count: int) -> float:
     return min(float(count), max(1.0, size / buckets.bytes)) if buckets.bytes else float(count)
 
 
-def count_parameters(graph: Graph) -> int:
-    """How many parameters a graph has."""
-    return sum(i.kind == "parameter" for i in graph.inputs)
+def bytes_of_parameters(graph: Graph) -> float:
+    """Bytes of all parameters of a graph, whole."""
+    return float(sum(i.meta.bytes for i in graph.inputs if i.kind == "parameter"))
 
 
 def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:

@@ -11,7 +11,7 @@ from shardwright.capture.graph import Node
 from shardwright.layout import Layout
 from shardwright.plan.choices import ChoiceTable, choices_of, code_of, layout_of, table_of_choice
 from shardwright.plan.formulation import ready_values
-from shardwright.plan.pricing import Array, Pricing, count_parameters
+from shardwright.plan.pricing import Array, Pricing, bytes_of_parameters
 
 if TYPE_CHECKING:
     from shardwright.plan.plan import Plan
@@ -50,7 +50,7 @@ class Repricer:
 
         self.plan, self.graph, self.mesh = plan, plan.graph, plan.mesh
         machine = load_machine(plan.machine or "cpu-gloo")
-        self.pricing = Pricing(machine, plan.mesh, count_parameters(plan.graph), plan.schedule)
+        self.pricing = Pricing(machine, plan.mesh, bytes_of_parameters(plan.graph), plan.schedule)
         self.ready = ready_values(plan.graph, plan.full_batch)
         self.producer = {value: node for node in plan.graph.nodes for value in node.outputs}
         self.uses: dict[str, list[tuple[Node, int]]] = {}
