@@ -54,8 +54,9 @@ class ChoiceTable:
         gradients: for each input ``(C, A)``, whether its gradient is partial over an axis, were there one.
         computed, outputs: for each output ``(C, A)``, layout codes as computed and as handed on.
         fraction: ``(C,)``, the share of the work that the busiest rank does.
-        inner: ``(C, A)``, axes that split a factor which reaches no output; the operator communicates over them itself.
-        reduced: ``(C,)``, elements, over all ranks, of what it then communicates.
+        inner: ``(C, A)``, how many all-reduces the operator runs itself over an axis, as it splits a factor which reaches no
+            output: one, of a pair of numbers, or two.
+        reduced: ``(C,)``, elements, over all ranks, of what it communicates by two.
         fixed: the choice of a table of one row that does not come from symbols.
     """
 
@@ -267,15 +268,21 @@ def _table(
             inputs[i] = np.where(sums, code, inputs[i])
             gradients[i] = np.where(sums, (settled >= 0) & (code == REPLICATED), gradients[i])
     share = _fraction(signature, mesh, symbols, rows)
-    inner, reduced = np.zeros(rows.shape, dtype=bool), np.full(len(rows), _largest(op))
+    inner, reduced = np.zeros(rows.shape, dtype=np.int8), np.full(len(rows), _largest(op))
     for factor in signature.inner:
         mine = np.isin(rows, [i for i, s in enumerate(symbols) if s.factor == factor])
-        inner |= mine
-        reduced = np.where(mine.any(axis=1), reduced / signature.sizes[factor], reduced)
+        inner = np.where(mine, _reductions(signature, factor), inner)
+        if factor not in signature.pairs:
+            reduced = np.where(mine.any(axis=1), reduced / signature.sizes[factor], reduced)
     return ChoiceTable(
         op, signature, mesh, symbols, rows, tuple(inputs), tuple(gradients), tuple(computed), tuple(outputs), share, inner,
         reduced,
     )  # fmt: skip
+
+
+def _reductions(signature: Signature, factor: str) -> int:
+    """How many all-reduces a lowering runs where an inner factor is split: a largest and a sum, or a sum and a count in one."""
+    return 1 if factor in signature.pairs else 2
 
 
 def _largest(op: Operator) -> float:
@@ -336,13 +343,14 @@ def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choi
 
     gradients = tuple(np.array([[a in axes for a in mesh.axes]], dtype=bool) for axes in choice.partial_gradient)
     split = _apart(signature, choice)
-    share, inside = 1.0, {a for f, (axes, _) in split.items() if f in signature.inner for a in axes}
-    reduced = _largest(op) / math.prod(signature.sizes[f] for f, (axes, _) in split.items() if f in signature.inner and axes)
+    mine = {f: axes for f, (axes, _) in split.items() if f in signature.inner and axes}
+    share, inside = 1.0, {a: _reductions(signature, f) for f, axes in mine.items() for a in axes}
+    reduced = _largest(op) / math.prod(signature.sizes[f] for f in mine if f not in signature.pairs)
     for factor, (axes, pieces) in split.items():
         size = max(1, signature.sizes[factor])
         share *= (max(pieces) if pieces else -(-size // choice.mesh.count(axes))) / size
     return ChoiceTable(
         op, signature, mesh, (IDLE,), np.zeros((1, len(mesh.axes)), dtype=np.int64), codes(choice.inputs), gradients,
-        codes(choice.computed), codes(choice.outputs), np.array([share]), np.array([[a in inside for a in mesh.axes]]),
+        codes(choice.computed), codes(choice.outputs), np.array([share]), np.array([[inside.get(a, 0) for a in mesh.axes]]),
         np.array([reduced]), choice,
     )  # fmt: skip

@@ -26,8 +26,7 @@ from shardwright.rules.operator import TensorMeta
 
 Array = np.ndarray[Any, Any]
 
-# Collectives that a lowering runs itself where a factor is split that reaches no output (a softmax's maximum and sum).
-_INNER = 2
+_PAIR = 16.0  # bytes of a sum and a count
 
 
 class Pricing:
@@ -125,15 +124,16 @@ class Pricing:
                 seconds += self._pairwise(meta, before, after, grad)
         if table.inner.any():
             for row in np.flatnonzero(table.inner.any(axis=1)).tolist():
-                axes, nbytes = self._inner(table, row)
-                seconds[row] += _INNER * float(self.communication.all_reduce(nbytes, axes))
+                for axes, nbytes in self._inner(table, row):
+                    seconds[row] += float(self.communication.all_reduce(nbytes, axes))
         return seconds
 
-    def _inner(self, table: ChoiceTable, row: int) -> tuple[list[int], float]:
-        """Over which axes a choice's lowering reduces, and bytes of what it reduces."""
-        axes: list[int] = np.flatnonzero(table.inner[row]).tolist()
-        held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes)
-        return axes, 4 * float(held)
+    def _inner(self, table: ChoiceTable, row: int) -> list[tuple[list[int], float]]:
+        """Over which axes a choice's lowering reduces, and bytes of what it reduces, for each of its all-reduces."""
+        axes: dict[int, list[int]] = {count: np.flatnonzero(table.inner[row] == count).tolist() for count in (1, 2)}
+        held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes[2])
+        by_count = [(1, _PAIR), (2, 4 * float(held))]
+        return [(axes[count], nbytes) for count, nbytes in by_count if axes[count] for _ in range(count)]
 
     def own_steps(
         self, table: ChoiceTable, row: int, grad: bool
@@ -151,11 +151,10 @@ class Pricing:
             if grad:
                 back_from, back_to = gradient_codes(before[None], after[None], none)
                 backward += describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
-        axes, nbytes = self._inner(table, row)
-        if axes:
+        for axes, nbytes in self._inner(table, row):
             names, count = tuple(self.mesh.axes[a] for a in axes), math.prod(self.mesh.sizes[a] for a in axes)
             seconds = float(self.communication.all_reduce(nbytes, axes))
-            forward += [CollectivePrice("all_reduce", names, 2 * nbytes * (count - 1) / count, seconds)] * _INNER
+            forward.append(CollectivePrice("all_reduce", names, 2 * nbytes * (count - 1) / count, seconds))
         return tuple(forward), tuple(backward)
 
     def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:

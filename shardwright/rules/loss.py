@@ -8,7 +8,7 @@ all-reduces of one number a sample: the largest logit, then the sum of exponenti
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,8 @@ def _classification(op: Operator) -> Signature:
     scores = [*batch[: terms.dim], "c~", *batch[terms.dim :]]
     texts = [scores, scores if terms.kind == "probabilities" else batch, ["c~"]][: len(op.inputs)]
     result = " ".join([] if mark else batch)
-    return parse(f"{', '.join(' '.join(t) for t in texts)} -> {result}", op, None, (), _classify)
+    signature = parse(f"{', '.join(' '.join(t) for t in texts)} -> {result}", op, None, (), _classify)
+    return replace(signature, pairs=signature.inner - {"c"})
 
 
 def _count_is_known(terms: Terms) -> bool:

@@ -47,6 +47,7 @@ class Signature:
         late: inputs that are used after the output's pending sums are reduced (a bias). Such a call reduces its output
             itself, and these inputs are laid out to fit the reduced output.
         tied: factors that the same axes may split, all of them at once.
+        pairs: inner factors over which the lowering reduces two numbers alone, a sum and a count, in one collective.
     """
 
     inputs: tuple[TensorFactors, ...]
@@ -60,6 +61,7 @@ class Signature:
     inner: frozenset[str] = frozenset()
     order: tuple[str, ...] = field(default=())
     tied: frozenset[str] = frozenset()
+    pairs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         order: dict[str, None] = {}
