@@ -292,7 +292,7 @@ def test_a_file_that_cannot_be_read_says_where_and_why(text, says, tmp_path, mon
 
 
 def test_a_file_that_is_not_there():
-    assert "the plan file gone.json cannot be read" in refused(load_plan_file, "gone.json")
+    assert "there is no plan file gone.json" in refused(load_plan_file, "gone.json")
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
