@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import shardwright as sw
 from harness import main, on_ranks, rank_counts, same_steps, simulated
@@ -168,3 +169,20 @@ def test_bucket_errors(bucket, error):
 
 if __name__ == "__main__":
     main(PROGRAMS)
+
+
+def test_memory_and_price_follow_the_settings():
+    """Buckets cost the copy that travels, and each collective less saves a launch."""
+    sw.init(devices=4)
+
+    def plan(config):
+        torch.manual_seed(0)
+        net = sw.AutoParallel(nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)]), "data_parallel")
+        return net.comm_fusion(config).compile(torch.randn(16, 512)).plan
+
+    sums = {"one": {"allreduce": {"mode": "auto"}}, "two": {"allreduce": {"mode": "index", "config": [4]}}}
+    one, two, eight = plan(sums["one"]), plan(sums["two"]), plan({"openstate": False})
+    weights = 8 * 512 * 512 * 4
+    assert one.price.seconds < two.price.seconds < eight.price.seconds
+    assert one.memory.peak - two.memory.peak > weights / 4
+    assert two.memory.peak > eight.memory.peak
