@@ -1,6 +1,6 @@
 """The truth about plans: predicted step times against measured ones, and the plan found against well-known ones.
 
-    python benchmarks/plan_truth.py [--check] [--pairs 100] [--seconds 400] [--machine FILE] [--only pairs best] [--json FILE]
+    python benchmarks/plan_truth.py [--check] [--pairs 120] [--seconds 400] [--machine FILE] [--only pairs best] [--json FILE]
 
 Starts four gloo ranks on this machine, one thread each. *Pairs*: every model of this benchmark under data
 parallelism, parameters stored split (ZeRO), Megatron's plans, the best plan on each mesh, and plans that a search finds when
@@ -262,7 +262,7 @@ def launch(options: argparse.Namespace, kind: str, machine: Path | None) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
-    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=120)
     parser.add_argument("--seconds", type=float, default=400.0, help="of rounds, of each kind")
     parser.add_argument("--machine", type=Path, help="a machine file; default: this machine, calibrated first")
     parser.add_argument("--models", nargs="*")
