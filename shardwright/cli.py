@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("script", metavar="script.py", help="the script to run")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
 
-    cli_plan.add_parser(commands, _count, _ints, _names)
+    cli_plan.add_parser(commands, _count, _ints, _names, _seconds)
 
     calibrate = commands.add_parser(
         "calibrate",

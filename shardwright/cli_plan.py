@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -39,8 +38,14 @@ examples:
   shardwright plan --machine list"""
 
 
-def add_parser(commands: Any, count: Callable[[str], int], ints: Callable[[str], Any], names: Callable[[str], Any]) -> None:
-    """Adds the command to the command line's commands."""
+def add_parser(
+    commands: Any,
+    count: Callable[[str], int],
+    ints: Callable[[str], Any],
+    names: Callable[[str], Any],
+    seconds: Callable[[str], float],
+) -> None:
+    """Adds the command to the command line's commands; the functions read an option's text."""
     parser = commands.add_parser(
         "plan",
         help="plan a script's model for devices that need not exist",
@@ -59,7 +64,7 @@ def add_parser(commands: Any, count: Callable[[str], int], ints: Callable[[str],
     parser.add_argument("--axes", type=names, default=(), metavar="dp,tp", help="aliases of the device matrix's axes")
     parser.add_argument("--memory", metavar="80GB", help="memory of a device; default: the machine's")
     parser.add_argument("--optimizer", default="adamw", metavar="NAME", help="whose states count; default: adamw")
-    parser.add_argument("--seconds", type=_seconds, default=30.0, metavar="S", help="how long to search; default: 30")
+    parser.add_argument("--seconds", type=seconds, default=30.0, metavar="S", help="how long to search; default: 30")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of model() or inputs()")
     parser.add_argument("--meta", action="store_true", help="run a training script with tensors on the meta device")
     parser.add_argument("--load", type=Path, metavar="FILE", help="start from the layouts in a plan file")
@@ -102,16 +107,6 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 _SUFFIX = {"save": "json", "html": "html"}
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; write 30")
-    return seconds
 
 
 @contextmanager

@@ -26,7 +26,11 @@ from torch import Tensor
 
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
-from shardwright.partition.free_results import result_is_free, values_with_free_gradients
+from shardwright.partition.free_results import (
+    result_is_free,
+    values_read_once,
+    values_with_free_gradients,
+)
 from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import Redistribution, redistribution
@@ -306,7 +310,7 @@ def _bind(
     dying = program.last_uses()
     check = writer.constant("check", _InputCheck(program, rank))
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
-    only_read_once = _read_once(program) - set(keep or ())
+    only_read_once = values_read_once(program) - set(keep or ())
     free_gradients = values_with_free_gradients(program)
     made_by = {o: i for i in program.instructions for o in i.outputs}
     started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
@@ -424,16 +428,6 @@ def _write_call(writer: SourceWriter, call: Call, rank: int) -> None:
     else:
         writer.line(f"many = {text}")
         _write_many(writer, call)
-
-
-def _read_once(program: LocalProgram) -> set[str]:
-    """Values that one instruction reads, once, and that nothing else does."""
-    reads: dict[str, int] = {}
-    for instruction in program.instructions:
-        for name in program.refs_of(instruction):
-            reads[name] = reads.get(name, 0) + 1
-    kept = {o for o in program.outputs if isinstance(o, str)} | {v for _, v in program.updates}
-    return {name for name, count in reads.items() if count == 1 and name not in kept}
 
 
 def _is_free(name: str, maker: Instruction | None) -> bool:

@@ -190,6 +190,7 @@ class _Incoming:
 
     def __init__(self, link: Messenger, receive: Any, tag: int, own: Sequence[Tensor], how: Reduction):
         self.link, self.receive, self.tag, self.own, self.how = link, receive, tag, own, how
+        self.size = own[0].numel() if own else 0  # of the largest part
         self.memory: Tensor | None = None
         self.coming: list[list[tuple[Any, Tensor]]] = []
         if not link.scratch.is_taken:
@@ -197,10 +198,8 @@ class _Incoming:
 
     def _begin(self) -> None:
         if self.own and self.memory is None:
-            self.size = self.own[0].numel()
-            self.memory = self.link.scratch.take(
-                min(_AHEAD, len(self.own)) * (self.link.size - 1) * self.size, self.how.dtype
-            )
+            ahead = min(_AHEAD, len(self.own))
+            self.memory = self.link.scratch.take(ahead * (self.link.size - 1) * self.size, self.how.dtype)
             for _ in self.own[:_AHEAD]:
                 self._ask()
 

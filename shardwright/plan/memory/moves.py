@@ -6,7 +6,6 @@ where the forward waited, and is waited for where the forward started. Moves may
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.partition.free_results import result_is_free, values_with_free_gradients
+from shardwright.partition.free_results import result_is_free, values_read_once, values_with_free_gradients
 from shardwright.partition.program import KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
@@ -46,16 +45,15 @@ class MovePlayer:
     Args:
         state: what the rank has.
         program: all of it; moves depend on what makes and reads their source.
-        returned: local names of what the program returns.
         choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
         hub: whether the rank is the one that others send to, where one is.
     """
 
-    def __init__(self, state: RankState, program: LocalProgram, returned: Sequence[str], choose: Choose | None, hub: bool):
+    def __init__(self, state: RankState, program: LocalProgram, choose: Choose | None, hub: bool):
         self.state, self.usage, self.choose, self.hub = state, state.usage, choose, hub
-        self.instructions, self.returned = program.instructions, returned
+        self.instructions = program.instructions
         self.makers = {output: i for i in program.instructions for output in i.outputs}
-        self.reads = Counter(name for i in program.instructions for name in program.refs_of(i))
+        self.read_once = values_read_once(program)
         self.free_gradients = values_with_free_gradients(program)
         self.travelling: dict[str, _Travelling] = {}  # by output
         # gradients under way, by output; where nothing moves nothing travels
@@ -95,12 +93,11 @@ class MovePlayer:
             source_dies: whether nothing reads the source any more.
         """
         maker = self.makers.get(move.source)
-        is_only_reader = self.reads[move.source] == 1 and move.source not in self.returned
         need = self._need(
             move,
             move.redistribution.forward,
             contiguous=self.state.values[move.source].tensor.is_contiguous,
-            inplace=is_only_reader and result_is_free(maker),
+            inplace=move.source in self.read_once and result_is_free(maker),
             compact=maker is not None and source_dies,
         )
         self.usage.point(move.cause, need.peak)

@@ -53,7 +53,7 @@ class TrainingStep:
         self.state = RankState()
         self.usage = self.state.usage
         self.calls = CallPlayer(self.state, device, program.kept)
-        self.moves = MovePlayer(self.state, program, self.returned, choose, hub)
+        self.moves = MovePlayer(self.state, program, choose, hub)
 
     def run(self) -> MemoryTimeline:
         """Plays the step; once."""
