@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,15 @@ from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.marks import Mark
+from shardwright.capture.python_state import PythonState
 from shardwright.capture.session import current_session
-from shardwright.capture.torch_private import pytree
+from shardwright.capture.torch_private import FakeTensor, pytree
 from shardwright.compiled import MARK, Compiled, SearchSettings, Settings, check_patterns
 from shardwright.cost.machine import load_machine
 from shardwright.data.handed import Handed, handed_in, step_inputs, whole_samples
 from shardwright.data.strategy import check_dataset_strategy
-from shardwright.errors import ArgumentTypeError, ShardwrightError
+from shardwright.errors import ArgumentTypeError, CaptureError, ShardwrightError
+from shardwright.held import watch_holders
 from shardwright.hybrid import HybridCompiled
 from shardwright.layout import Layout
 from shardwright.ops import check_strategies, user_line
@@ -44,6 +47,8 @@ from shardwright.train.recompute_request import REQUEST, request_for
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
+
+MOST_PLANS = 64  # that an AutoParallel keeps; the oldest goes first
 
 SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
 MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "hybrid_parallel", "stand_alone")
@@ -81,6 +86,7 @@ class AutoParallel:
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
+        watch_holders(AutoParallel)
         self.target = target
         compiler = segment_compiler(compile, parallel_mode)
         self.settings = Settings(mode=parallel_mode, over=chosen_over(), compiler=compiler)
@@ -89,7 +95,8 @@ class AutoParallel:
         self._compiled: dict[Any, Compiled] = {}
         self._latest: Compiled | None = None
         self._step: train_step.StepContext | None = None
-        self._flags: tuple[list[nn.Module], list[Tensor]] | None = None
+        self._state: PythonState | None = None
+        self._described: tuple[Any, dict[str, Any]] = (None, {})  # key and Python values of the latest planning
         if not isinstance(target, nn.Module):
             functools.update_wrapper(self, target, updated=())
         self.__wrapped_function__ = target
@@ -313,6 +320,8 @@ class AutoParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if current_session() is not None or self.settings.mode == "stand_alone":
+            if current_session() is not None:
+                self._check_nested()
             if self.settings.precision.dtype is None:
                 return self.target(*args, **kwargs)
             with self.settings.precision.computing(next((p.device.type for p in self.parameters()), "cpu")):
@@ -327,6 +336,16 @@ class AutoParallel:
             else:
                 return compiled(leaves)
         return self._run_step(args, kwargs)
+
+    def _check_nested(self) -> None:
+        """Refuses to be captured as a part of something that does not have its parameters: they would get no gradient."""
+        owns = isinstance(self.target, nn.Module)  # what a function reads itself is known by other names
+        outside = [n for n, p in self.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
+        if outside:
+            raise CaptureError(
+                f"{self!r} is called within another AutoParallel that does not have its parameters ({', '.join(outside[:3])}): "
+                f"they would get no gradient, at {user_line()}\n  Hold the model itself in the outer module and call that"
+            )
 
     def _run_step(self, args: Any, kwargs: Any) -> Any:
         if self._step is None:
@@ -369,17 +388,36 @@ class AutoParallel:
         key = (spec, tuple(map(_leaf_key, leaves)), handed, self._state_key())
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compile(args, kwargs, leaves, handed)
+            self._say_why_again(key, leaves)
+            with _out_of_inference():
+                compiled = self._compile(args, kwargs, leaves, handed)
+            while len(self._compiled) >= MOST_PLANS:
+                del self._compiled[next(iter(self._compiled))]
             # parameters may have been replaced by distributed ones
-            self._flags = None
             self._compiled[(spec, key[1], handed, self._state_key())] = compiled
         self._latest = compiled
         return leaves, compiled
 
-    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], handed: Handed | None) -> Compiled:
-        if self._compiled:
+    def _say_why_again(self, key: Any, leaves: list[Any]) -> None:
+        """Says, from the second planning on, what is another than at the one before."""
+        assert self._state is not None
+        before, described = self._described
+        self._described = key, dict(self._state.described)
+        if before is None:
+            return
+        why = []
+        if key[:3] != before[:3]:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
-            logger.warning("planning again: new inputs (shapes %s) or another mode of the model", shapes)
+            why.append(f"new inputs (shapes {shapes})")
+        if key[3][1] != before[3][1]:
+            why.append("gradients are on" if key[3][1] else "gradients are off")
+        if key[3][2:4] != before[3][2:4]:
+            why.append("another autocast")
+        changed = self._state.changed(described)
+        why += [*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])]
+        logger.warning("planning again: %s", "; ".join(why) or "a mode of the model that is gone")
+
+    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], handed: Handed | None) -> Compiled:
         if self._root is None:
             self._root = FunctionModule(self.target)
         with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
@@ -388,22 +426,19 @@ class AutoParallel:
             return Compiled(self._root, args, kwargs, current_world(), self.settings, handed)
 
     def _state_key(self) -> Any:
-        """What else the graph depends on: train or eval of every module, frozen parameters, autocast, the world."""
-        if self._flags is None:
-            root = self._root
-            if root is None:
-                root = self._root = FunctionModule(self.target)
-            self._flags = (list(root.modules()), list(root.parameters()))
-        modules, parameters = self._flags
+        """What else the graph depends on: Python values that it reads, grad mode, autocast, the world."""
+        if self._state is None:
+            if self._root is None:
+                self._root = FunctionModule(self.target)
+            self._state = PythonState(self._root)
         autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
         dtype = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else None
-        return (
-            tuple(m.training for m in modules),
-            tuple(p.requires_grad for p in parameters),
-            autocast,
-            dtype,
-            current_world(),
-        )
+        version = self._state.version()
+        if self._state.outdated:  # the function reaches other modules or tensors than those its root holds
+            self._root = self._state = None
+            self._compiled.clear()
+            return self._state_key()
+        return version, torch.is_grad_enabled(), autocast, dtype, current_world()
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -453,6 +488,16 @@ class AutoParallel:
         if target is None:
             raise AttributeError(name)
         return getattr(target, name)
+
+
+@contextmanager
+def _out_of_inference() -> Iterator[None]:
+    """Within the block what is made are ordinary tensors, which training can use later, in the grad mode that holds."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _leaf_key(leaf: Any) -> Any:

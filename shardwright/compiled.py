@@ -19,7 +19,7 @@ from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.data.handed import Handed
-from shardwright.errors import Problems
+from shardwright.errors import CaptureError, Problems
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import scheduled, unscheduled
 from shardwright.partition.program import LocalProgram
@@ -159,8 +159,9 @@ class Compiled:
             args, kwargs = self._first_part(self.micro, args, kwargs)
         marks, parameter_plan = gather_marks(root, settings)
         again = gather_again(root, settings)
-        with torch.enable_grad(), given_a_part(self.micro), settings.precision.computing(device.type):
+        with given_a_part(self.micro), settings.precision.computing(device.type):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
+        self._check_assignments()
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
@@ -268,7 +269,27 @@ class Compiled:
             outputs, updates = self.run(*values)
         if updates:
             self._update(values, updates)
-        return pytree.tree_unflatten(outputs, self.graph.out_spec)
+        result = pytree.tree_unflatten(outputs, self.graph.out_spec)
+        return self._assigned(result) if self.graph.assignments else result
+
+    def _check_assignments(self) -> None:
+        names = [made.where for made in self.graph.assignments if made.is_tensor]
+        if names and self.micro is not None:
+            raise CaptureError(
+                f"a network in GradAccumulation assigns tensors to attributes: {', '.join(names)}\n  Each micro-batch has its "
+                "own; return them instead"
+            )
+
+    def _assigned(self, result: Any) -> Any:
+        """What the callable returns, after the attributes that it assigns have been assigned."""
+        made = self.graph.assignments
+        tensors: Any = ()
+        if any(assignment.is_tensor for assignment in made):
+            result, tensors = result
+        rest = iter(tensors)
+        for assignment in made:
+            assignment.put(next(rest) if assignment.is_tensor else assignment.value)
+        return result
 
     def single_device(self) -> AbstractContextManager[None]:
         """Within the block, the target runs as on a single device."""

@@ -50,7 +50,7 @@ class HybridCompiled(Compiled):
         handed = _handed_in(leaves, settings.dataset_strategy, self.over, world)
         device = device_of(root, world)
         self.device_type = device.type
-        with torch.enable_grad(), given_a_part(self.micro), settings.precision.computing(device.type):
+        with given_a_part(self.micro), settings.precision.computing(device.type):
             ranks = capture_ranks(root, leaves, spec, handed, self.over, device)
         shapes = {n: own.shape if (own := own_of(p)) else tuple(p.shape) for n, p in root.named_parameters()}
         as_stored = {n: (shapes[n], layout, layout) for n, layout in layouts.items()}
@@ -59,6 +59,7 @@ class HybridCompiled(Compiled):
         parameters = {n: (shapes[n], stored[n], layout) for n, layout in layouts.items()}
         program = local_program(ranks, parameters, handed, self.over, settings.gradients_mean)
         self.graph = replace(ranks.of(world.rank), updates=program.updates)
+        self._check_assignments()
         ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
         how = replace(settings.schedule, ids=ids)
         self.program = scheduled(program, how)

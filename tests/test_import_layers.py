@@ -17,13 +17,14 @@ PACKAGE = "shardwright"
 
 # From the top. A module may import from its own level and from those below it.
 LAYERS = (
-    ("__init__", "__main__", "api", "cli", "cli_plan", "cli_script", "compiled", "data", "hybrid", "ops", "planning",
+    ("__init__", "__main__", "api", "cli", "cli_plan", "cli_script", "compiled", "data", "held", "hybrid", "ops", "planning",
      "testing", "train_step", "verify", "whole_steps"),
     ("checkpoint", "launch", "report"),
     ("capture", "partition", "plan", "train", "world"),
     ("cost", "search"),
     ("redistribute", "rules"),
     ("layout", "mesh"),
+    ("derivatives",),
     ("errors",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -29,10 +29,14 @@ from shardwright.capture.functionalise import (
 )
 from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
+from shardwright.capture.python_state import Assignment, Kept, check_constants, ended_by, state_kept
 from shardwright.capture.session import BATCH, CALL, COPY, PIN, RECOMPUTE, Session, marked_modules, session
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
+from shardwright.capture.watch import SOURCE, check_backward_hooks, is_users, random_states_kept, source_text, watched
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
+
+logger = logging.getLogger("shardwright")
 
 _SKIPPED = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
 
@@ -54,20 +58,76 @@ def capture(
     Raises:
         CaptureError: the callable does something that a graph cannot hold.
     """
+    graph, tensors = _captured(module, args, kwargs, device, marks or {}, {})
+    if tensors:
+        # What a call leaves in attributes must be nothing that the next one reads: it is the same graph with it as without.
+        try:
+            after, _ = _captured(module, args, kwargs, device, marks or {}, tensors)
+        except CaptureError as error:
+            raise _reads_what_it_keeps(graph, str(error).splitlines()[0]) from error
+        if str(after) != str(graph) or after.constants.keys() != graph.constants.keys():
+            raise _reads_what_it_keeps(graph, "it is computed otherwise once an earlier call has assigned them")
+    return graph
+
+
+def _reads_what_it_keeps(graph: Graph, why: str) -> CaptureError:
+    names = ", ".join(made.where for made in graph.assignments if made.is_tensor)
+    return CaptureError(
+        f"a captured callable reads tensors that an earlier call left in attributes: {names}\n  ({why})\n  Hand such a state "
+        "in as an argument and return it, or make it a buffer in __init__ and write buffer.copy_(value.detach())"
+    )
+
+
+def _captured(
+    module: nn.Module, args: Any, kwargs: Any, device: torch.device, marks: dict[nn.Module, Mark], kept: dict[Any, Tensor]
+) -> tuple[Graph, dict[Any, Tensor]]:
+    """One capture, with tensors put into attributes of modules before it; also those that it has put there itself."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     flat, spec = pytree.tree_flatten((args, kwargs))
-    fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-    fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-    with session() as now, _fake_state(module, mode, device), marked_modules(module, marks or {}):
-        with warnings.catch_warnings(), preserve_node_meta(), _quiet_logs():
-            warnings.simplefilter("ignore")
-            try:
+
+    def export() -> tuple[Any, list[Assignment], list[Tensor]]:
+        fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
+        found: tuple[list[Assignment], list[Tensor]] = ([], [])
+        before: Kept | None = None
+
+        def begin(args: Any, kwargs: Any) -> None:
+            nonlocal before
+            before = Kept(module)  # now, for torch too has changed what modules hold
+            watch.begin(args, kwargs)
+
+        def end(result: Any) -> Any:
+            nonlocal found
+            watch.end()
+            assert before is not None
+            found = before.assignments()
+            check_backward_hooks(module)
+            return (result, tuple(found[1])) if found[1] else result
+
+        with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks):
+            for (owner, name), tensor in kept.items():
+                vars(owner)[name] = _fake(mode, tensor, device)
+            with watched(module, notes.append) as watch, ended_by(module, begin, end):
                 exported = torch.export.export(module, tuple(fake_args), fake_kwargs, strict=False)
-            except Exception as error:
-                if isinstance(error, _PASS_THROUGH):
-                    raise
-                raise CaptureError(_capture_message(module, error)) from error
-        return _Converter(module, exported, now, flat, autocast_around(device)).graph()
+        return exported, *found
+
+    notes: list[str] = []
+    with session() as now, warnings.catch_warnings(), preserve_node_meta(), _quiet_logs(), random_states_kept(module, export):
+        warnings.simplefilter("ignore")
+        converter: _Converter | None = None
+        try:
+            exported, assigned, tensors = export()
+            converter = _Converter(module, exported, now, flat, autocast_around(device))
+            graph = converter.graph()
+        except Exception as error:
+            if isinstance(error, _PASS_THROUGH):
+                raise
+            raise CaptureError(_capture_message(module, error, converter)) from error
+    check_constants(graph.constants)
+    for note in notes:
+        logger.warning("%s", note)
+    made = [(a.owner, a.name) for a in assigned if a.is_tensor]
+    return replace(graph, assignments=tuple(assigned)), dict(zip(made, tensors, strict=True))
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
@@ -96,19 +156,25 @@ def _quiet_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _capture_message(module: nn.Module, error: Exception) -> str:
+def _capture_message(module: nn.Module, error: Exception, converter: _Converter | None) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     name = module.name if isinstance(module, FunctionModule) else type(module).__name__
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE, "<"))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    if converter is not None and converter.current is not None:
+        where = f" at {_source(converter.current)}" if _source(converter.current) else where
     text = f"{name} cannot be captured as a graph{where}\n  {type(error).__name__}: "
     text += lines[0] if lines else "(no message)"
-    if any(word in f"{type(error).__name__} {error}" for word in ("data-dependent", "DataDependent", ".item()", "Unbacked")):
+    if any(word in f"{type(error).__name__} {error}" for word in _OF_VALUES):
         text += (
-            "\n  A captured callable may not branch on the values of tensors or call .item(); "
-            "move that out of the callable, or write it with torch.where"
+            "\n  A captured callable may not branch on the values of tensors or call .item(), and no size may depend on them "
+            "(nonzero, x[mask], unique); move that out of the callable, or write it with torch.where"
         )
     return text
+
+
+# What torch and this package say of shapes, branches and numbers that depend on values.
+_OF_VALUES = ("data-dependent", "DataDependent", ".item()", "Unbacked", "SymInt", "SymFloat", "SymBool")
 
 
 def _fake(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
@@ -161,7 +227,9 @@ class _Converter:
         self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
         self.operators: dict[Any, Operator] = {}
         self.calls: dict[str, Any] = {}  # node name -> custom meta
-        self.context: tuple[Any, bool] = (autocast, True)
+        self.current: fx.Node | None = None  # what is being converted
+        self.context: tuple[Any, bool] = (autocast, torch.is_grad_enabled())
+        self.differentiable: set[str] = set()  # values through which a gradient flows
 
     def graph(self) -> Graph:
         graph_module = self.exported.graph_module
@@ -220,10 +288,13 @@ class _Converter:
                 requires = self.flat_inputs[user].requires_grad
             elif kind == "CONSTANT_TENSOR":
                 self.constants[target] = self.exported.constants[target]
+                requires = self.constants[target].requires_grad
             name = self.names.new(_input_name(kind, target, node.name))
             named = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}.get(kind, "constant")
             self.inputs.append(GraphInput(name, named, target, _meta(value), requires))
             self.metas[name] = value
+            if requires and self.context[1]:
+                self.differentiable.add(name)
             placed = _Placed(name, value, first=name)
             self.env[node] = placed
             if kind == "PARAMETER":
@@ -255,7 +326,7 @@ class _Converter:
     def _constant(self, name: str, value: Tensor) -> Tracked:
         value_name = self.names.new(f"c_{name}")
         self.constants[name] = value
-        self.inputs.append(GraphInput(value_name, "constant", name, _meta(value)))
+        self.inputs.append(GraphInput(value_name, "constant", name, _meta(value), value.requires_grad))
         self.metas[value_name] = value
         return Tracked(value_name, value)
 
@@ -267,6 +338,7 @@ class _Converter:
         return Constant(argument)
 
     def _call(self, node: fx.Node) -> None:
+        self.current = node
         target: Any = node.target
         name = getattr(target, "__name__", str(target))
         if name == "getitem":
@@ -288,6 +360,7 @@ class _Converter:
         elif target.overloadpacket.__name__ in _SKIPPED:
             self.env[node] = None
         elif is_mutation(target):
+            self._check_write(node)
             self._mutate(node)
         else:
             self._operator(node)
@@ -295,9 +368,12 @@ class _Converter:
     def _fold(self, node: fx.Node) -> Any:
         """A Python function of plain values, such as arithmetic on sizes."""
         args, kwargs = pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
-        if any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
+        is_plain = getattr(node.target, "__module__", None) in ("_operator", "operator", "math", "builtins", "torch")
+        if not is_plain or any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
+            name = getattr(node.target, "__name__", str(node.target))
             raise CaptureError(
-                f"{node.target} at {_source(node)} cannot be sharded: only tensor operators can; take it out of the callable"
+                f"{name}{_at(node)} cannot be sharded: only tensor operators can, not transformations such as those of torch.func; "
+                "take it out of the callable"
             )
         return node.target(*args, **kwargs)  # type: ignore[operator,misc]
 
@@ -344,12 +420,29 @@ class _Converter:
                     return argument
         return None
 
+    def _check_write(self, node: fx.Node) -> None:
+        """Refuses a write that autograd does not see: the gradient of what was there would be lost with its value."""
+        destination, past_autograd = node.args[0], not self.context[1]
+        while isinstance(destination, fx.Node) and isinstance(self.env.get(destination), (Tracked, _Alias)):
+            tracked = self._tracked(destination)
+            if tracked.parent is None:
+                if past_autograd and tracked.value in self.differentiable:
+                    raise CaptureError(
+                        f"{node.target}{_at(node)} writes past autograd, under no_grad or through detach() or .data, "
+                        "to a value that a gradient flows through\n  Give the new value a name, with the gradient of the old: "
+                        "h = h + (new - h).detach(). Frozen parameters and buffers can be written to"
+                    )
+                return
+            source = tracked.remake[0] if tracked.remake else None
+            past_autograd = past_autograd or (source is not None and source.target == torch.ops.aten.detach.default)
+            destination = tracked.parent
+
     def _mutate(self, node: fx.Node) -> None:
         """A write: computes the new value, then hands it to everything that shares the memory."""
         target: Any = node.target
         destination = node.args[0]
         if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], (Tracked, _Alias)):
-            raise CaptureError(f"{target} at {_source(node)} writes to something that is not a tensor of the graph")
+            raise CaptureError(f"{target}{_at(node)} writes to something that is not a tensor of the graph")
         tracked = self._tracked(destination)
         meta = tracked.meta
         if target.overloadpacket.__name__ == "copy_":
@@ -472,6 +565,8 @@ class _Converter:
             )
         )  # fmt: skip
         self.calls[name] = custom
+        if grad and overload != torch.ops.aten.detach.default and not self.differentiable.isdisjoint(inputs):
+            self.differentiable.update(v for v, meta in zip(outputs, operator.outputs) if meta.differentiable)
         return outputs
 
     def _describe(self, value: str) -> TensorMeta:
@@ -613,12 +708,17 @@ def _module_calls(node: fx.Node) -> tuple[tuple[str, int], ...]:
     return tuple((path, int(number)) for path, number in found if number.isdigit())
 
 
-_TORCH = os.path.dirname(torch.__file__)
-_HERE = os.path.dirname(os.path.dirname(__file__))
+
+def _at(node: fx.Node) -> str:
+    source = _source(node)
+    return f" at {source}" if source else ""
 
 
 def _source(node: fx.Node) -> str:
     """``file:line: code`` of the user's line that called the operator."""
+    place = (node.meta.get("custom") or {}).get(SOURCE)
+    if place is not None:
+        return source_text(*place)
     trace = node.meta.get("stack_trace") or ""
     frames = []
     lines = trace.splitlines()
@@ -629,7 +729,7 @@ def _source(node: fx.Node) -> str:
             number = rest.partition(",")[0]
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
             frames.append((path, number, code))
-    users = [f for f in frames if not f[0].startswith((_TORCH, _HERE))]
+    users = [f for f in frames if is_users(f[0])]
     if not users:
         return ""
     path, number, code = users[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,9 @@ class FunctionModule(nn.Module):
         super().__init__()
         self.__dict__["function"] = function
         self.__dict__["direct"] = []  # (name, tensor) of what the function reads itself, not through a module
-        for name, value in closed_over(function):
+        reached = closed_over(function)
+        self.__dict__["reached"] = [value for _, value in reached]
+        for name, value in reached:
             name = _free_name(self, name)
             if isinstance(value, nn.Module):
                 self.add_module(name, value)
@@ -35,6 +38,11 @@ class FunctionModule(nn.Module):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value, persistent=False)
+
+    def is_up_to_date(self) -> bool:
+        """Whether the function still reaches the modules and tensors that it did when this was made."""
+        now, before = [value for _, value in closed_over(self.__dict__["function"])], self.__dict__["reached"]
+        return len(now) == len(before) and all(map(operator.is_, now, before))
 
     @property
     def name(self) -> str:
@@ -104,18 +112,19 @@ def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> I
             yield from _walk_value(name, cell.cell_contents, seen, wanted)
         except ValueError:
             continue  # a cell that is not filled yet
-    for name in _names(code):
+    for name in names_read(code):
         if name in function.__globals__:
             yield from _walk_value(name, function.__globals__[name], seen, wanted)
     for value in function.__defaults__ or ():
         yield from _walk_value("default", value, seen, wanted)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_read(code: types.CodeType) -> Iterator[str]:
+    """The names of globals and attributes that a code object, and those within it, read."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_read(constant)
 
 
 def _walk_value(

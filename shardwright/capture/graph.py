@@ -73,6 +73,8 @@ class Graph:
     Args:
         outputs: the flat outputs: value names, or constants wrapped in :class:`Constant`.
         updates: ``(buffer name, value)`` pairs: buffers that the program leaves changed.
+        assignments: attributes of modules that the callable assigns in every call. Where tensors are among them, the result
+            of the graph is a pair: what the callable returns, and those tensors in their order.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -83,6 +85,7 @@ class Graph:
     constants: dict[str, Any] = field(default_factory=dict, compare=False)
     metas: dict[str, TensorMeta] = field(default_factory=dict, compare=False)
     needs_grad: frozenset[str] = frozenset()
+    assignments: tuple[Any, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for graph_input in self.inputs:

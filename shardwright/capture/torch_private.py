@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as checkpoint_module
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as _module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def cpp_compiler() -> str:
@@ -49,6 +54,11 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
+def global_backward_hooks() -> Iterator[Any]:
+    """The hooks that every module runs in the backward pass."""
+    return itertools.chain(_module._global_backward_pre_hooks.values(), _module._global_backward_hooks.values())
+
+
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
@@ -59,18 +69,22 @@ queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
 __all__ = [
+    "CheckpointFunction",
     "FakeTensor",
     "FakeTensorMode",
+    "SingleLevelFunction",
     "StorageWeakRef",
     "StridedShard",
     "TorchDispatchMode",
     "annotate",
+    "checkpoint_module",
     "cpp_compiler",
     "current_dispatch_modes",
     "current_graph_task",
     "disable_current_modes",
     "failed_toolchain",
     "foreach_norm",
+    "global_backward_hooks",
     "preserve_node_meta",
     "pytree",
     "queue_callback",

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from shardwright.derivatives import first_derivative_only
 from shardwright.layout import Layout
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator, Slot
@@ -242,7 +242,7 @@ class Exponentials(torch.autograd.Function):
         return exponentials.sum(dim), at_target
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, of_sum: Tensor, of_target: Tensor) -> tuple[Tensor, None, None, None]:
         exponentials, index = ctx.saved_tensors
         gradient = exponentials * of_sum.unsqueeze(ctx.dim).to(exponentials.dtype)

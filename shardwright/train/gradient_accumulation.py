@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shardwright.capture.session import current_session
 from shardwright.capture.torch_private import pytree
+from shardwright.derivatives import first_derivative_only
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.partition.program import Instruction, LocalProgram, Move, ProgramInput
 
@@ -250,7 +251,7 @@ class _Accumulate(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor, *rest: Any) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("GradAccumulation: its gradients were handed on already; call the network again")

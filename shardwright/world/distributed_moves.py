@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from shardwright.derivatives import first_derivative_only
 from shardwright.errors import WorldError
 from shardwright.partition.program import Move
 from shardwright.redistribute.steps import Redistribution
@@ -78,17 +78,11 @@ class _MoveFunction(torch.autograd.Function):
         return result.view_as(result) if result is value else result
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Tensor | None]:
         if gradient is None:  # the result plays no part, on any rank
             return None, None
-        if torch.is_grad_enabled():  # create_graph=True: what is asked for cannot be had; said when it is used
-            return _backward_once(ctx, gradient)  # type: ignore[no-any-return]
         return None, ctx.move.backward(gradient)
-
-
-@once_differentiable
-def _backward_once(ctx: Any, gradient: Tensor) -> tuple[Any, Tensor]:
-    return None, ctx.move.backward(gradient)
 
 
 # -- moves that share their collectives --------------------------------------------------------------------------------
@@ -144,7 +138,7 @@ class _TogetherFunction(torch.autograd.Function):
         return tuple(r.view_as(r) if any(r is v for v in values) else r for r in results)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = [i for i, g in enumerate(gradients) if g is not None]
         results: list[Tensor | None] = [None] * len(gradients)

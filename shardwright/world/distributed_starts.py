@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from shardwright.derivatives import first_derivative_only
 from shardwright.partition.program import Move
 from shardwright.world import record
 from shardwright.world.distributed_steps import Groups, SharedUnderWay, UnderWay, prepare_shared, prepare_steps
@@ -170,7 +170,7 @@ class _StartFunction(torch.autograd.Function):
         return values[0].new_zeros(())
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, token: Tensor) -> tuple[Any, ...]:
         return None, *ctx.travelling.end_backward()
 
@@ -183,7 +183,7 @@ class _EndFunction(torch.autograd.Function):
         return tuple([result.view_as(result) for result in travelling.end_forward()])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, Tensor | None]:
         ctx.travelling.start_backward(gradients)
         known = next((gradient for gradient in gradients if gradient is not None), None)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from shardwright.derivatives import first_derivative_only
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
 from shardwright.partition import lanes as lane
@@ -120,7 +120,7 @@ class _EnterFunction(torch.autograd.Function):
         return tuple(value[piece] for piece in pieces)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from shardwright.derivatives import first_derivative_only
 from shardwright.partition import lanes as lane
 from shardwright.partition.program import Move
 from shardwright.redistribute.steps import Redistribution
@@ -137,7 +137,7 @@ class _TogetherFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:
@@ -192,7 +192,7 @@ class _MoveFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:  # the result plays no part

@@ -1,0 +1,33 @@
+"""Derivatives: what a backward pass of this package can be asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shardwright.errors import ShardwrightError
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the backward of an ``autograd.Function`` refuse to be differentiated itself, at once and not when it is used.
+
+    torch's ``once_differentiable`` fails only if the second backward pass comes by. Where nothing else joins the gradient to
+    the parameters, it does not, and ``torch.autograd.grad(..., allow_unused=True)`` would return ``None`` for a derivative.
+
+    Raises:
+        ShardwrightError: on a backward pass with ``create_graph=True``.
+    """
+
+    @functools.wraps(backward)
+    def only_once(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise ShardwrightError(
+                "create_graph=True: a parallel program has first derivatives only, second ones would be missing or wrong\n"
+                "  Drop create_graph=True, or take the second derivatives of the model itself, outside of AutoParallel"
+            )
+        return backward(ctx, *gradients)
+
+    return only_once
