@@ -393,7 +393,8 @@ class AutoParallel:
                 compiled = self._compile(args, kwargs, leaves, handed)
             while len(self._compiled) >= MOST_PLANS:
                 del self._compiled[next(iter(self._compiled))]
-            # parameters may have been replaced by distributed ones
+            assert self._state is not None
+            self._state.refresh()  # parameters may have been replaced by distributed ones
             self._compiled[(spec, key[1], handed, self._state_key())] = compiled
         self._latest = compiled
         return leaves, compiled

@@ -16,6 +16,7 @@ from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, GraphInput
 from shardwright.capture.marks import Mark
+from shardwright.capture.python_state import attribute_of
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.data.handed import Handed
@@ -247,6 +248,10 @@ class Compiled:
             return lambda leaves: leaves[target]  # type: ignore[index]
         if graph_input.kind == "constant":
             value = self.graph.constants[str(target)]
+            found = attribute_of(self.root, value)
+            if found is not None:
+                attributes, attribute = found
+                return lambda leaves: attributes[attribute]
             return lambda leaves: value
         path, _, name = str(target).rpartition(".")
         owner = self.root.get_submodule(path)

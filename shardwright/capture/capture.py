@@ -372,7 +372,7 @@ class _Converter:
         if not is_plain or any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
             name = getattr(node.target, "__name__", str(node.target))
             raise CaptureError(
-                f"{name}{_at(node)} cannot be sharded: only tensor operators can, not transformations such as those of torch.func; "
+                f"{name}{_at(node)} cannot be sharded: only tensor operators can, not transformations as those of torch.func; "
                 "take it out of the callable"
             )
         return node.target(*args, **kwargs)  # type: ignore[operator,misc]

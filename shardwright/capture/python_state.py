@@ -7,7 +7,8 @@ run in C. :func:`attributes_kept` leaves modules as they were before a capture, 
 Invariants:
 
 - Equal versions mean equal values: what was captured under a version holds whenever the state has it again.
-- Tensors count by shape, dtype and device only: a tensor that is a constant of a graph is read anew at every call.
+- Tensors that are attributes of modules count by shape, dtype and device only: one that is a constant of a graph is read
+  anew at every call (:func:`attribute_of`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import copy
 import enum
 import functools
 import gc
-import itertools
 import operator
 import sys
 import sysconfig
@@ -80,8 +80,6 @@ class PythonState:
             same = (
                 self._next_hook == RemovableHandle.next_id
                 and self._live == self._seen
-                and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._tables)), self._tensors))
-                and sum(map(len, self._tables)) == len(self._tensors)
                 and list(map(_requires_grad, self._parameters)) == self._trained
                 and all(map(operator.is_, [cell.cell_contents for cell in self._cells], self._held))
             )
@@ -90,6 +88,10 @@ class PythonState:
         if not same:
             self._look()
         return self._version
+
+    def refresh(self) -> None:
+        """Reads everything anew, after parameters have been replaced."""
+        self._look()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
         """What is another than in an earlier :attr:`described`: name, value then and value now."""
@@ -101,8 +103,8 @@ class PythonState:
         """Reads everything anew."""
         self._live: list[Any] = []  # containers as they are, and copies of what they held
         self._seen: list[Any] = []
-        self._tables: list[dict[str, Any]] = []  # parameters and buffers of modules
-        self._tensors: list[Any] = []
+        self._parameters: list[Tensor] = []
+        self._missing: list[str] = []  # parameters and buffers that modules have as None
         self._cells: list[Any] = []
         self._held: list[Any] = []
         self._next_hook = RemovableHandle.next_id
@@ -120,10 +122,9 @@ class PythonState:
             read = operator.itemgetter(*sorted(names), "__name__")
             self._live.append(_Globals(scope, read))
             self._seen.append(read(scope))
-        self._parameters = [p for table in self._tables[::2] for p in table.values() if p is not None]
         self._trained = [t.requires_grad for t in self._parameters]
         frozen = tuple((name, _hashable(value)) for name, value in self.described.items())
-        key = (frozen, tuple(t is None for t in self._tensors), tuple(self._trained))
+        key = (frozen, tuple(self._missing), tuple(self._trained))
         self._version = self.versions.setdefault(key, len(self.versions))
 
     def _module(self, path: str, module: nn.Module) -> None:
@@ -139,9 +140,10 @@ class PythonState:
                 self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(_Same, hooks.values()))
                 for hook in hooks.values():
                     self._function(hook)
-        for kind in ("_parameters", "_buffers"):
-            self._tables.append(own[kind])
-            self._tensors.extend(own[kind].values())
+        for table in (module._parameters, module._buffers):
+            self._watch(table)
+            self._missing += [prefix + name for name, value in table.items() if value is None]
+        self._parameters += [value for value in module._parameters.values() if value is not None]
         for name, value in own.items():
             if name not in _STANDARD or name == "training":
                 self.described[prefix + name] = self._read(value, prefix + name, 0)
@@ -231,6 +233,8 @@ class PythonState:
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, Tensor):
+            if depth:
+                return _Same(value)
             return ("tensor", tuple(value.shape), value.dtype, value.device, value.requires_grad)
         if isinstance(value, types.FunctionType):
             self._function(value)
@@ -490,6 +494,15 @@ def _holds_fakes(function: Any) -> bool:
     entries = [value for table in tables for value in table.values()]
     links = [inner for value in entries if type(value).__name__ == "_lru_list_elem" for inner in gc.get_referents(value)]
     return any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves([entries, links]))
+
+
+def attribute_of(root: nn.Module, value: Tensor) -> tuple[dict[str, Any], str] | None:
+    """Where the modules of a root have a tensor as an attribute: the attributes of the module, and the name."""
+    for module in root.modules():
+        for name, held in vars(module).items():
+            if held is value:
+                return vars(module), name
+    return None
 
 
 def check_constants(constants: Mapping[str, Any]) -> None:
