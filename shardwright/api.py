@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shardwright import train_step
 from shardwright.capture.attributes import check_attributes
+from shardwright.capture.caches import register_caches
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.marks import Mark
@@ -87,6 +88,7 @@ class AutoParallel:
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
         watch_holders(AutoParallel)
+        register_caches()
         self.target = target
         compiler = segment_compiler(compile, parallel_mode)
         self.settings = Settings(mode=parallel_mode, over=chosen_over(), compiler=compiler)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.functionalise import (
     Tracked,
@@ -82,6 +83,12 @@ def _captured(
     module: nn.Module, args: Any, kwargs: Any, device: torch.device, marks: dict[nn.Module, Mark], kept: dict[Any, Tensor]
 ) -> tuple[Graph, dict[Any, Tensor]]:
     """One capture, with tensors put into attributes of modules before it; also those that it has put there itself."""
+    register_caches()
+    if caches := caches_in((args, kwargs)):
+        raise CaptureError(
+            f"a {caches[0]} is handed in, which a call changes in place: a captured callable would change a copy of it\n"
+            "  Call the model itself for generation, or pass use_cache=False and whole sequences"
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     flat, spec = pytree.tree_flatten((args, kwargs))
 
