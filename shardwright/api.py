@@ -441,7 +441,8 @@ class AutoParallel:
             self._root = self._state = None
             self._compiled.clear()
             return self._state_key()
-        return version, torch.is_grad_enabled(), autocast, dtype, current_world()
+        modes = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+        return version, torch.is_grad_enabled(), autocast, dtype, modes, current_world()
 
     # -- looking ----------------------------------------------------------------------------------------------------
 

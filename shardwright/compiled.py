@@ -278,7 +278,7 @@ class Compiled:
         return self._assigned(result) if self.graph.assignments else result
 
     def _check_assignments(self) -> None:
-        names = [made.where for made in self.graph.assignments if made.is_tensor]
+        names = [made.where for made in self.graph.assignments if made.tensors]
         if names and self.micro is not None:
             raise CaptureError(
                 f"a network in GradAccumulation assigns tensors to attributes: {', '.join(names)}\n  Each micro-batch has its "
@@ -287,13 +287,12 @@ class Compiled:
 
     def _assigned(self, result: Any) -> Any:
         """What the callable returns, after the attributes that it assigns have been assigned."""
-        made = self.graph.assignments
-        tensors: Any = ()
-        if any(assignment.is_tensor for assignment in made):
+        made, tensors = self.graph.assignments, ()
+        if any(assignment.tensors for assignment in made):
             result, tensors = result
         rest = iter(tensors)
         for assignment in made:
-            assignment.put(next(rest) if assignment.is_tensor else assignment.value)
+            assignment.carry_out(rest)
         return result
 
     def single_device(self) -> AbstractContextManager[None]:

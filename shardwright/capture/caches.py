@@ -51,7 +51,8 @@ def caches_in(value: Any) -> list[str]:
 
 def _with_subclasses(kind: type) -> Iterator[type]:
     yield kind
-    for sub in kind.__subclasses__():
+    subclasses: list[type] = kind.__subclasses__()
+    for sub in subclasses:
         yield from _with_subclasses(sub)
 
 
@@ -84,7 +85,7 @@ def _unflatten(leaves: Any, context: Any) -> Any:
         if type(part) is dict:
             return {key: whole(item) for key, item in part.items()}
         if isinstance(part, _Object):
-            made = part.kind.__new__(part.kind)
+            made: Any = object.__new__(part.kind)
             vars(made).update({name: whole(item) for name, item in part.attributes})
             return made
         return part

@@ -13,7 +13,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,30 +59,29 @@ def capture(
     Raises:
         CaptureError: the callable does something that a graph cannot hold.
     """
-    graph, tensors = _captured(module, args, kwargs, device, marks or {}, {})
+    graph, tensors = _captured(module, args, kwargs, device, marks or {}, (), [])
     if tensors:
         # What a call leaves in attributes must be nothing that the next one reads: it is the same graph with it as without.
         try:
-            after, _ = _captured(module, args, kwargs, device, marks or {}, tensors)
-        except CaptureError as error:
-            raise _reads_what_it_keeps(graph, str(error).splitlines()[0]) from error
-        if str(after) != str(graph) or after.constants.keys() != graph.constants.keys():
-            raise _reads_what_it_keeps(graph, "it is computed otherwise once an earlier call has assigned them")
+            after, _ = _captured(module, args, kwargs, device, marks or {}, graph.assignments, tensors)
+            same = str(after) == str(graph) and after.constants.keys() == graph.constants.keys()
+        except CaptureError:  # such as of a constant without values
+            same = False
+        if not same:
+            names = ", ".join(made.where for made in graph.assignments if made.tensors)
+            raise CaptureError(
+                f"a captured callable keeps tensors in one call and reads them in a later one: {names}\n  The program would "
+                "read those of the capture for ever. Hand such a state in as an argument and return it, or make it a buffer in "
+                "__init__ and write buffer.copy_(value.detach())"
+            )
     return graph
 
 
-def _reads_what_it_keeps(graph: Graph, why: str) -> CaptureError:
-    names = ", ".join(made.where for made in graph.assignments if made.is_tensor)
-    return CaptureError(
-        f"a captured callable reads tensors that an earlier call left in attributes: {names}\n  ({why})\n  Hand such a state "
-        "in as an argument and return it, or make it a buffer in __init__ and write buffer.copy_(value.detach())"
-    )
-
-
 def _captured(
-    module: nn.Module, args: Any, kwargs: Any, device: torch.device, marks: dict[nn.Module, Mark], kept: dict[Any, Tensor]
-) -> tuple[Graph, dict[Any, Tensor]]:
-    """One capture, with tensors put into attributes of modules before it; also those that it has put there itself."""
+    module: nn.Module, args: Any, kwargs: Any, device: torch.device, marks: dict[nn.Module, Mark],
+    earlier: Sequence[Assignment], tensors: Sequence[Tensor],
+) -> tuple[Graph, list[Tensor]]:  # fmt: skip
+    """One capture, after the assignments of an earlier call; also the tensors that it assigns itself."""
     register_caches()
     if caches := caches_in((args, kwargs)):
         raise CaptureError(
@@ -107,13 +106,15 @@ def _captured(
             nonlocal found
             watch.end()
             assert before is not None
+            result = before.buffers_written(result)
             found = before.assignments()
             check_backward_hooks(module)
             return (result, tuple(found[1])) if found[1] else result
 
         with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks):
-            for (owner, name), tensor in kept.items():
-                vars(owner)[name] = _fake(mode, tensor, device)
+            left = iter([_fake(mode, tensor, device) for tensor in tensors])
+            for assignment in earlier:
+                assignment.carry_out(left)
             with watched(module, notes.append) as watch, ended_by(module, begin, end):
                 exported = torch.export.export(module, tuple(fake_args), fake_kwargs, strict=False)
         return exported, *found
@@ -123,7 +124,7 @@ def _captured(
         warnings.simplefilter("ignore")
         converter: _Converter | None = None
         try:
-            exported, assigned, tensors = export()
+            exported, assigned, kept = export()
             converter = _Converter(module, exported, now, flat, autocast_around(device))
             graph = converter.graph()
         except Exception as error:
@@ -133,8 +134,7 @@ def _captured(
     check_constants(graph.constants)
     for note in notes:
         logger.warning("%s", note)
-    made = [(a.owner, a.name) for a in assigned if a.is_tensor]
-    return replace(graph, assignments=tuple(assigned)), dict(zip(made, tensors, strict=True))
+    return replace(graph, assignments=tuple(assigned)), kept
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:

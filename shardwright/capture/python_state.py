@@ -325,21 +325,28 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """A name that the captured callable gives another value: an attribute of a module, a global, a name of a closure.
+    """Something that the captured callable gives another value: an attribute, a global, a container, a name of a closure.
 
     Args:
-        where: the name as the user would write it.
+        where: its name as the user would write it.
         put: gives it a value.
-        value: what it is given in the captured call; of a tensor, nothing: it is a result of the graph.
-        owner, name: the module and its attribute, where it is one.
+        leaves: of the value, as ``torch.utils._pytree`` flattens it; ``None`` in the place of tensors.
+        spec: how it is put together again.
+        tensors: positions of the tensors among the leaves, which are results of the graph.
     """
 
     where: str
     put: Callable[[Any], None]
-    value: Any = None
-    is_tensor: bool = False
-    owner: Any = None
-    name: str = ""
+    leaves: tuple[Any, ...]
+    spec: Any
+    tensors: tuple[int, ...] = ()
+
+    def carry_out(self, tensors: Iterator[Any]) -> None:
+        """Does what the callable did when it was captured, with the tensors of a call."""
+        leaves = list(self.leaves)
+        for position in self.tensors:
+            leaves[position] = next(tensors)
+        self.put(pytree.tree_unflatten(leaves, self.spec))
 
 
 @dataclass
@@ -352,12 +359,14 @@ class Kept:
     contents: list[tuple[Any, Any]] = field(default_factory=list)  # containers, and copies of what they held
     scopes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)  # globals, and the values of names
     cells: list[tuple[Any, Any]] = field(default_factory=list)
+    buffers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by id of the module
     caches: list[tuple[Any, Any]] = field(default_factory=list)  # functions with an lru_cache, and what it says of itself
 
     def __post_init__(self) -> None:
         for path, module in self.root.named_modules():
             own = vars(module)
             self.modules.append((path, module, dict(own)))
+            self.buffers[id(module)] = dict(module._buffers)
             self.tables += [(own[name], dict(own[name])) for name in sorted(_TABLES)]
         state = PythonState(self.root)
         owned = {id(vars(module)) for _, module, _ in self.modules} | {id(table) for table, _ in self.tables}
@@ -377,15 +386,14 @@ class Kept:
         tensors: list[Tensor] = []
         problems: list[str] = []
 
-        def changed(where: str, new: Any, put: Callable[[Any], None], owner: Any = None, name: str = "") -> None:
-            is_tensor = isinstance(new, Tensor)
-            if is_tensor and owner is None:
-                problems.append(f"{where} is given a tensor")
-            elif is_tensor:
-                tensors.append(new)
-            elif _tensors_in(new):
+        def changed(where: str, new: Any, put: Callable[[Any], None]) -> None:
+            leaves, spec = pytree.tree_flatten(new)
+            positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+            if any(isinstance(v, Tensor) for leaf in leaves if hasattr(leaf, "__dict__") for v in vars(leaf).values()):
                 problems.append(f"{where} is given a {type(new).__name__} with tensors in it")
-            found.append(Assignment(where, put, None if is_tensor else new, is_tensor, owner, name))
+            tensors.extend(leaves[i] for i in positions)
+            held = tuple(None if i in positions else leaf for i, leaf in enumerate(leaves))
+            found.append(Assignment(where, put, held, spec, positions))
 
         for path, module, before in self.modules:
             own = vars(module)
@@ -395,7 +403,7 @@ class Kept:
                 new = own.get(name, _missing)
                 if name in _STANDARD or name == "forward" or new is before.get(name, _missing):
                     continue
-                changed(f"{path}.{name}" if path else name, new, partial(_put, own, name), module, name)
+                changed(f"{path}.{name}" if path else name, new, partial(_put, own, name))
         for scope, names in self.scopes:
             for name, old in names.items():
                 if scope.get(name, _missing) is not old:
@@ -404,19 +412,49 @@ class Kept:
             if cell.cell_contents is not old:
                 changed("a name of an outer function", cell.cell_contents, partial(setattr, cell, "cell_contents"))
         for table, before in self.tables:
-            problems += [f"a parameter, buffer or module {name!r} is made" for name in table if name not in before]
+            problems += [
+                f"a parameter, buffer or module {name!r} is made, replaced or deleted"
+                for name in {**before, **table}
+                if table.get(name, _missing) is not before.get(name, _missing)
+            ]
         for container, before in self.contents:
             if _changed(container, before):
-                what = f"{self._name_of(container)}, a {type(container).__name__},"
-                if _tensors_in(container):
-                    problems.append(f"{what} is given tensors")
-                found.append(Assignment(what, partial(_fill, container), copy.copy(container)))
+                what = f"{self._name_of(container)} (a {type(container).__name__})"
+                changed(what, copy.copy(container), partial(_fill, container))
         if problems:
             raise CaptureError(
                 f"a captured callable keeps what it should return: {'; '.join(problems)}\n  What is captured are not the "
                 "tensors of a step. Return it; or make a buffer in __init__, and write buffer.copy_(value)"
             )
         return found, tensors
+
+    def buffers_written(self, result: Any) -> Any:
+        """Writes what was assigned to buffers into them, where torch sees it in the root module only.
+
+        Returns:
+            The result of the callable, in which a buffer as it was before stays as it was.
+
+        Raises:
+            CaptureError: an assigned buffer has another shape or dtype.
+        """
+        for path, module, _ in self.modules:
+            table, before = module._buffers, self.buffers[id(module)]
+            for name, old in before.items():
+                new = table.get(name)
+                if new is old or not isinstance(old, Tensor):
+                    continue
+                where = f"{path}.{name}" if path else name
+                if not isinstance(new, Tensor) or (new.shape, new.dtype) != (old.shape, old.dtype):
+                    now = f"{list(new.shape)} {new.dtype}" if isinstance(new, Tensor) else repr(new)
+                    raise CaptureError(
+                        f"a captured callable assigns to the buffer {where}, {list(old.shape)} {old.dtype}, what is {now}\n"
+                        "  A program has buffers of one shape; make it as large as it gets in __init__"
+                    )
+                result = pytree.tree_map(lambda leaf, old=old: old.clone() if leaf is old else leaf, result)
+                with torch.no_grad():
+                    old.copy_(new)
+                table[name] = old
+        return result
 
     def _name_of(self, container: Any) -> str:
         names = [(f"{path}.{n}" if path else n, v) for path, _, before in self.modules for n, v in before.items()]
@@ -427,7 +465,7 @@ class Kept:
         return "something that it reaches"
 
     def put_back(self) -> None:
-        """Makes everything as it was. Caches of functions that hold tensors of the capture are emptied."""
+        """Makes everything as it was. Caches of functions that may hold tensors of the capture are emptied."""
         for _, module, before in self.modules:
             own = vars(module)
             if own.keys() != before.keys() or any(own[name] is not value for name, value in before.items()):
@@ -441,7 +479,7 @@ class Kept:
             if cell.cell_contents is not held:
                 cell.cell_contents = held
         for function, info in self.caches:
-            if function.cache_info() != info and _holds_fakes(function):
+            if function.cache_info().misses != info.misses and not _is_torchs(function):
                 function.cache_clear()
 
 
@@ -468,16 +506,13 @@ def _changed(container: Any, before: Any) -> bool:
     return any(a is not b for a, b in zip(container, before))
 
 
-def _tensors_in(value: Any) -> bool:
-    leaves = pytree.tree_leaves(value)
-    if any(isinstance(leaf, Tensor) for leaf in leaves):
-        return True
-    return any(isinstance(v, Tensor) for leaf in leaves if hasattr(leaf, "__dict__") for v in vars(leaf).values())
-
-
 @functools.lru_cache(maxsize=1)
 def _all_lru_caches(modules: int) -> tuple[weakref.ref[Any], ...]:
     return tuple([weakref.ref(o) for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper])
+
+
+def _is_torchs(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] in ("torch", "sympy", "shardwright")
 
 
 def _lru_caches() -> Iterator[Any]:
@@ -486,14 +521,6 @@ def _lru_caches() -> Iterator[Any]:
         function = reference()
         if function is not None:
             yield function
-
-
-def _holds_fakes(function: Any) -> bool:
-    """Whether the cache of a function holds tensors without values."""
-    tables = [held for held in gc.get_referents(function) if isinstance(held, dict)]
-    entries = [value for table in tables for value in table.values()]
-    links = [inner for value in entries if type(value).__name__ == "_lru_list_elem" for inner in gc.get_referents(value)]
-    return any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves([entries, links]))
 
 
 def attribute_of(root: nn.Module, value: Tensor) -> tuple[dict[str, Any], str] | None:

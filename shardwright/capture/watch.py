@@ -176,6 +176,12 @@ class Watch(TorchFunctionMode):
                 return found
         if not self.running:
             return function(*args, **(kwargs or {}))
+        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
+            raise refuse(
+                f"{getattr(function, '__name__', function)}(generator=...) cannot be captured: ranks draw the single device's "
+                "numbers from torch's default generator",
+                "Leave generator out, and seed with torch.manual_seed before the step; or draw outside and hand the numbers in",
+            )
         frame = user_frame()
         if frame is None:
             return function(*args, **(kwargs or {}))

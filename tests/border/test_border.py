@@ -1,0 +1,43 @@
+"""Nothing is silent at the border of capture: what a piece of code does is computed as on one device, or refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import border  # noqa: E402
+import pieces  # noqa: E402
+
+import shardwright as sw  # noqa: E402
+
+ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
+KINDS = len(pieces.EQUAL) + len(pieces.REFUSED)
+SIMULATED = range(5 * KINDS if ALL else KINDS)
+ON_RANKS = range(KINDS, 3 * KINDS) if ALL else range(KINDS, KINDS + 24)
+
+
+@pytest.mark.parametrize("number", SIMULATED)
+def test_equal_or_refused(number):
+    sw.init(devices=(2, 3, 4)[number % 3])
+    case = border.case(number)
+    found = border.outcome(case)
+    assert found.partition(":")[0] == case.must_be, f"{case}\n{found}"
+    if case.must_be == "refused" and not case.twice:
+        assert ".py:" in found or "hook" in found or "later one" in found, found  # the user's line, or the module
+
+
+def test_on_real_ranks():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(HERE / "border_job.py"), str(ON_RANKS.start), str(ON_RANKS.stop)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    assert done.stdout.count("as it must") == len(ON_RANKS), done.stdout
