@@ -13,7 +13,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -59,29 +59,6 @@ def capture(
     Raises:
         CaptureError: the callable does something that a graph cannot hold.
     """
-    graph, tensors = _captured(module, args, kwargs, device, marks or {}, (), [])
-    if tensors:
-        # What a call leaves in attributes must be nothing that the next one reads: it is the same graph with it as without.
-        try:
-            after, _ = _captured(module, args, kwargs, device, marks or {}, graph.assignments, tensors)
-            same = str(after) == str(graph) and after.constants.keys() == graph.constants.keys()
-        except CaptureError:  # such as of a constant without values
-            same = False
-        if not same:
-            names = ", ".join(made.where for made in graph.assignments if made.tensors)
-            raise CaptureError(
-                f"a captured callable keeps tensors in one call and reads them in a later one: {names}\n  The program would "
-                "read those of the capture for ever. Hand such a state in as an argument and return it, or make it a buffer in "
-                "__init__ and write buffer.copy_(value.detach())"
-            )
-    return graph
-
-
-def _captured(
-    module: nn.Module, args: Any, kwargs: Any, device: torch.device, marks: dict[nn.Module, Mark],
-    earlier: Sequence[Assignment], tensors: Sequence[Tensor],
-) -> tuple[Graph, list[Tensor]]:  # fmt: skip
-    """One capture, after the assignments of an earlier call; also the tensors that it assigns itself."""
     register_caches()
     if caches := caches_in((args, kwargs)):
         raise CaptureError(
@@ -91,7 +68,7 @@ def _captured(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     flat, spec = pytree.tree_flatten((args, kwargs))
 
-    def export() -> tuple[Any, list[Assignment], list[Tensor]]:
+    def export() -> tuple[Any, list[Assignment]]:
         fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
         found: tuple[list[Assignment], list[Tensor]] = ([], [])
@@ -111,20 +88,17 @@ def _captured(
             check_backward_hooks(module)
             return (result, tuple(found[1])) if found[1] else result
 
-        with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks):
-            left = iter([_fake(mode, tensor, device) for tensor in tensors])
-            for assignment in earlier:
-                assignment.carry_out(left)
+        with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks or {}):
             with watched(module, notes.append) as watch, ended_by(module, begin, end):
                 exported = torch.export.export(module, tuple(fake_args), fake_kwargs, strict=False)
-        return exported, *found
+        return exported, found[0]
 
     notes: list[str] = []
     with session() as now, warnings.catch_warnings(), preserve_node_meta(), _quiet_logs(), random_states_kept(module, export):
         warnings.simplefilter("ignore")
         converter: _Converter | None = None
         try:
-            exported, assigned, kept = export()
+            exported, assigned = export()
             converter = _Converter(module, exported, now, flat, autocast_around(device))
             graph = converter.graph()
         except Exception as error:
@@ -134,7 +108,7 @@ def _captured(
     check_constants(graph.constants)
     for note in notes:
         logger.warning("%s", note)
-    return replace(graph, assignments=tuple(assigned)), kept
+    return replace(graph, assignments=tuple(assigned))
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:

@@ -12,7 +12,7 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
     case = border.case(number)
     found = border.outcome(case)
     dist.barrier()
-    if found.partition(":")[0] != case.must_be:
+    if found.partition(":")[0] not in case.must_be:
         raise SystemExit(f"rank {world.rank}: {case}\n{found}")
     if world.rank == 0:
         print(number, "as it must", flush=True)

@@ -242,7 +242,31 @@ def leaves_features(self: Any, h: Tensor) -> Tensor:
     return h + self.features[0]
 
 
+def caches_in_a_global(self: Any, h: Tensor) -> Tensor:
+    if WIDTH not in CACHE:
+        CACHE[WIDTH] = torch.ones(WIDTH, dtype=h.dtype)
+    return h * CACHE[WIDTH]
+
+
+def carries_a_state(self: Any, h: Tensor) -> Tensor:
+    h = h if self.held is None else h + self.held
+    self.held = h.detach()
+    return h
+
+
+def caches_in_an_attribute(self: Any, h: Tensor) -> Tensor:
+    if self.held is None:
+        self.held = torch.ones(WIDTH, dtype=h.dtype)
+    return h * self.held
+
+
+def collects(self: Any, h: Tensor) -> Tensor:
+    self.features.append(h.detach())
+    return h * len(self.features)
+
+
 for _function, _set_up in (
+    (caches_in_a_global, None), (carries_a_state, _attributes), (caches_in_an_attribute, _attributes), (collects, _attributes),
     (running_mean, _buffer), (running_mean_by_data, _buffer), (assigned_buffer, _buffer), (momentum_of_a_frozen_one, _frozen),
     (batch_normed, _batch_norm), (counts_its_calls, _attributes), (leaves_a_value, _attributes), (leaves_features, _attributes),
 ):  # fmt: skip
@@ -397,29 +421,6 @@ def transforms(self: Any, h: Tensor) -> Tensor:
     return torch.func.vmap(torch.sin)(h)
 
 
-def caches_in_a_global(self: Any, h: Tensor) -> Tensor:
-    if WIDTH not in CACHE:
-        CACHE[WIDTH] = torch.ones(WIDTH, dtype=h.dtype)
-    return h * CACHE[WIDTH]
-
-
-def carries_a_state(self: Any, h: Tensor) -> Tensor:
-    h = h if self.held is None else h + self.held
-    self.held = h.detach()
-    return h
-
-
-def caches_in_an_attribute(self: Any, h: Tensor) -> Tensor:
-    if self.held is None:
-        self.held = torch.ones(WIDTH, dtype=h.dtype)
-    return h * self.held
-
-
-def collects(self: Any, h: Tensor) -> Tensor:
-    self.features.append(h.detach())
-    return h * len(self.features)
-
-
 def draws_from_its_own(self: Any, h: Tensor) -> Tensor:
     return h * self.numbers.random()
 
@@ -443,7 +444,6 @@ def _second_with_pre_hook(self: Any) -> None:
 
 
 for _function, _set_up in (
-    (caches_in_a_global, None), (carries_a_state, _attributes), (caches_in_an_attribute, _attributes), (collects, _attributes),
     (draws_from_its_own, _generator), (hooked_module, _second_with_hook), (pre_hooked_module, _second_with_pre_hook),
 ):  # fmt: skip
     refused(_function, _set_up)

@@ -28,9 +28,9 @@ def test_equal_or_refused(number):
     sw.init(devices=(2, 3, 4)[number % 3])
     case = border.case(number)
     found = border.outcome(case)
-    assert found.partition(":")[0] == case.must_be, f"{case}\n{found}"
+    assert found.partition(":")[0] in case.must_be, f"{case}\n{found}"
     if case.must_be == "refused" and not case.twice:
-        assert ".py:" in found or "hook" in found or "later one" in found, found  # the user's line, or the module
+        assert ".py:" in found or "hook" in found, found  # the user's line, or the module
 
 
 def test_on_real_ranks():
