@@ -397,6 +397,7 @@ class AutoParallel:
                 del self._compiled[next(iter(self._compiled))]
             assert self._state is not None
             self._state.refresh()  # parameters may have been replaced by distributed ones
+            self._described = key, dict(self._state.described)
             self._compiled[(spec, key[1], handed, self._state_key())] = compiled
         self._latest = compiled
         return leaves, compiled

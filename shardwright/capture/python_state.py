@@ -97,7 +97,10 @@ class PythonState:
         """What is another than in an earlier :attr:`described`: name, value then and value now."""
         now = self.described
         names = [name for name in (*before, *(n for n in now if n not in before)) if before.get(name) != now.get(name)]
-        return [f"{name}: {_short(before.get(name, _missing))} -> {_short(now.get(name, _missing))}" for name in names]
+        modes = [name for name in names if name.rpartition(".")[2] == "training" and name in now and name in before]
+        found = [f"{'train' if now[modes[0]] else 'eval'}() of {len(modes)} modules"] if modes else []
+        rest = [name for name in names if name not in modes]
+        return found + [f"{name}: {_short(before.get(name, _missing))} -> {_short(now.get(name, _missing))}" for name in rest]
 
     def _look(self) -> None:
         """Reads everything anew."""
@@ -132,7 +135,7 @@ class PythonState:
         prefix = f"{path}." if path else ""
         self._watch(own)
         self._watch(module._modules)
-        self.described[f"{prefix}(modules)"] = tuple((n, _Same(m)) for n, m in module._modules.items())
+        self.described[f"{prefix}submodules"] = tuple((n, _Same(m)) for n, m in module._modules.items())
         for kind in _HOOKS:
             hooks = own.get(kind)
             if hooks:
@@ -145,7 +148,7 @@ class PythonState:
             self._missing += [prefix + name for name, value in table.items() if value is None]
         self._parameters += [value for value in module._parameters.values() if value is not None]
         for name, value in own.items():
-            if name not in _STANDARD or name == "training":
+            if name == "training" or (name not in _STANDARD and not name.startswith("_shardwright_")):
                 self.described[prefix + name] = self._read(value, prefix + name, 0)
         for cls in type(module).__mro__:
             self._class(cls)

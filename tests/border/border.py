@@ -100,10 +100,8 @@ def step(case: Case, number: int, model: nn.Module, net: Any, x: Tensor) -> Tens
     if case.twice and number == STEPS - 1:
         wanted = [p for p in model.parameters() if p.requires_grad]
         first = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
-        second = sum(g.square().sum() for g in first if g is not None)
-        return loss + second.detach() * 0 + sum(
-            g.abs().sum() for g in torch.autograd.grad(second, wanted, allow_unused=True) if g is not None
-        )
+        second = torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), wanted, allow_unused=True)
+        return loss.detach() + sum(sw.full_value(g.detach()).abs().sum() for g in second if g is not None)
     loss.backward()
     with torch.no_grad():
         for p in model.parameters():
