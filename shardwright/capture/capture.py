@@ -30,7 +30,7 @@ from shardwright.capture.functionalise import (
 )
 from shardwright.capture.graph import Constant, Graph, GraphInput, Node
 from shardwright.capture.marks import Mark
-from shardwright.capture.python_state import Assignment, Kept, check_constants, ended_by, state_kept
+from shardwright.capture.python_state import Assignment, Kept, check_values, ended_by, state_kept
 from shardwright.capture.session import BATCH, CALL, COPY, PIN, RECOMPUTE, Session, marked_modules, session
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.capture.watch import SOURCE, check_backward_hooks, is_users, random_states_kept, source_text, watched
@@ -40,6 +40,8 @@ from shardwright.rules.operator import Operator, Slot, TensorMeta
 logger = logging.getLogger("shardwright")
 
 _SKIPPED = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
+
+_OF_MEMORY = ("set_", "resize_", "resize_as_", "sparse_resize_")
 
 
 def capture(
@@ -65,6 +67,7 @@ def capture(
             f"a {caches[0]} is handed in, which a call changes in place: a captured callable would change a copy of it\n"
             "  Call the model itself for generation, or pass use_cache=False and whole sequences"
         )
+    check_values({**dict(module.named_parameters()), **dict(module.named_buffers())})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     flat, spec = pytree.tree_flatten((args, kwargs))
 
@@ -105,7 +108,7 @@ def capture(
             if isinstance(error, _PASS_THROUGH):
                 raise
             raise CaptureError(_capture_message(module, error, converter)) from error
-    check_constants(graph.constants)
+    check_values(graph.constants)
     for note in notes:
         logger.warning("%s", note)
     return replace(graph, assignments=tuple(assigned))
@@ -337,6 +340,10 @@ class _Converter:
             raise CaptureError(
                 f"embedding with max_norm at {_source(node) or _module_path(node)} rewrites its table as it reads it, which "
                 "cannot be sharded; renormalise the table outside and drop max_norm"
+            )
+        elif target.overloadpacket.__name__ in _OF_MEMORY:
+            raise CaptureError(
+                f"{target}{_at(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor instead"
             )
         elif target.overloadpacket.__name__ in _SKIPPED:
             self.env[node] = None

@@ -168,6 +168,7 @@ class PythonState:
                 self.caches.append(value)
                 value = value.__wrapped__
             if isinstance(value, types.FunctionType):
+                self.described[f"{cls.__qualname__}.{name}"] = _Same(value)
                 self._function(value)
             elif not name.startswith("__") and isinstance(value, (*_PLAIN, *_CONTAINERS, tuple)):
                 self.described[f"{cls.__qualname__}.{name}"] = self._read(value, f"{cls.__qualname__}.{name}", 0)
@@ -535,13 +536,13 @@ def attribute_of(root: nn.Module, value: Tensor) -> tuple[dict[str, Any], str] |
     return None
 
 
-def check_constants(constants: Mapping[str, Any]) -> None:
-    """Refuses constants that have no values: tensors that an earlier capture, or another one's, left behind.
+def check_values(tensors: Mapping[str, Any]) -> None:
+    """Refuses tensors that have no values: an earlier capture, or somebody else's, left them behind.
 
     Raises:
         CaptureError: there are some.
     """
-    names = [name for name, value in constants.items() if isinstance(value, FakeTensor)]
+    names = [name for name, value in tensors.items() if isinstance(value, FakeTensor)]
     if names:
         raise CaptureError(
             f"the captured callable reads tensors without values, that were made while something was captured: "

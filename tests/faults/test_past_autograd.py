@@ -1,0 +1,294 @@
+"""Writes that autograd does not see, hooks of every kind, and derivatives of derivatives: refused, or as on one device."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardwright as sw
+
+WIDTH = 5
+
+
+class Around(nn.Module):
+    """Two layers, and what a test does between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x))).square().mean()
+
+
+def results(net: Any, model: nn.Module, x: Tensor) -> list[Any]:
+    torch.manual_seed(5)
+    for p in model.parameters():
+        p.grad = None
+    loss = net(x)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def equal_or_refused(between: Callable[[Tensor], Tensor]) -> str:
+    """``refused`` with the message, ``equal``, or ``invalid`` where one device cannot do it either."""
+    sw.init(devices=2)
+    torch.manual_seed(0)
+    model = Around(between).double()
+    plain, x = copy.deepcopy(model), torch.randn(4, WIDTH, dtype=torch.float64)
+    try:
+        expected = results(plain, plain, x)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError, IndexError):
+        return "invalid"
+    try:
+        got = results(sw.AutoParallel(model), model, x)
+    except sw.errors.CaptureError as error:
+        return f"refused: {error}"
+    for e, g in zip(expected, got, strict=True):
+        zero = [t is None or not t.any() for t in (e, g)]
+        assert all(zero) or torch.allclose(e, g, equal_nan=True), "silently another result"
+    return "equal"
+
+
+# -- writes ----------------------------------------------------------------------------------------------------------------
+
+
+def _no_grad(h: Tensor, write: Callable[[Tensor], Any]) -> None:
+    with torch.no_grad():
+        write(h)
+
+
+def _no_grad_view(h: Tensor, write: Callable[[Tensor], Any]) -> None:
+    with torch.no_grad():
+        write(h[1:])
+
+
+WAYS: dict[str, Callable[[Tensor, Callable[[Tensor], Any]], None]] = {
+    "no_grad": _no_grad,
+    "view under no_grad": _no_grad_view,
+    "detach": lambda h, write: write(h.detach()),
+    "view of detach": lambda h, write: write(h.detach()[1:]),
+    "data": lambda h, write: write(h.data),
+    "inference of a detached": lambda h, write: write(h.detach().view(-1)),
+}
+NOT_VALUES = {"requires_grad_", "share_memory_", "rename_", "resize_", "resize_as_", "sparse_resize_", "apply_", "map_"}
+IN_PLACE = sorted(n for n in dir(Tensor) if n.endswith("_") and not n.startswith("_") and n not in NOT_VALUES)
+ARGUMENTS: tuple[tuple[Any, ...], ...] = ((), (0.5,), (2,), (0, 1), (0,))
+
+
+def _arguments_for(name: str) -> tuple[Any, ...] | None:
+    """Arguments with which an in-place method of a float tensor works, or none."""
+    for given in (*ARGUMENTS, (torch.full((4, WIDTH), 0.5, dtype=torch.float64),)):
+        try:
+            t = torch.full((4, WIDTH), 0.25, dtype=torch.float64)
+            getattr(t, name)(*given)
+        except Exception:  # another signature
+            continue
+        return given
+    return None
+
+
+def test_no_write_past_autograd_is_silent():
+    """Every in-place method that takes simple arguments, in turn in every way of writing."""
+    known = {name: given for name in IN_PLACE if (given := _arguments_for(name)) is not None}
+    assert len(known) > 80, sorted(set(IN_PLACE) - set(known))
+    refused = 0
+    for number, (name, given) in enumerate(known.items()):
+        way = list(WAYS)[number % len(WAYS)]
+
+        def between(h: Tensor, name: str = name, given: Any = given, way: str = way) -> Tensor:
+            if given and isinstance(given[0], Tensor):
+                WAYS[way](h, lambda t: getattr(t, name)(given[0][: t.shape[0]] if t.dim() > 1 else given[0].view(-1)))
+            else:
+                WAYS[way](h, lambda t: getattr(t, name)(*given))
+            return h * 1
+
+        try:
+            found = equal_or_refused(between)
+        except AssertionError as error:
+            raise AssertionError(f"{name}{given} by {way}: {error}") from error
+        refused += found.startswith("refused")
+    assert refused > 60
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_writing_is_refused_with_the_line(way):
+    def between(h: Tensor) -> Tensor:
+        WAYS[way](h, lambda t: t.mul_(2))
+        return h * 1
+
+    found = equal_or_refused(between)
+    assert found.startswith("refused")
+    assert "test_past_autograd.py:" in found
+    assert "mul_(2)" in found
+
+
+def test_writes_that_autograd_sees_are_equal():
+    def between(h: Tensor) -> Tensor:
+        h = h * 2
+        h[1:].mul_(3)
+        h[:, 0] = 0
+        return h
+
+    assert equal_or_refused(between) == "equal"
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------------
+
+HOOKS = sorted(n for n in dir(Tensor) if n.startswith("register_") and "hook" in n)
+NODE_HOOKS = ("register_hook", "register_prehook")
+MODULE_HOOKS = sorted(n for n in dir(nn.Module) if n.startswith("register_") and "backward" in n)
+GLOBAL_HOOKS = sorted(n for n in dir(nn.modules.module) if n.startswith("register_module_") and "backward" in n)
+
+
+def test_hooks_of_torch_are_those_known():
+    assert set(HOOKS) == {"register_hook", "register_post_accumulate_grad_hook"}
+    assert set(MODULE_HOOKS) == {"register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"}
+    assert len(GLOBAL_HOOKS) == 3
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_tensors(name):
+    def between(h: Tensor) -> Tensor:
+        getattr(h, name)(lambda gradient: gradient * 2)
+        return h * 1
+
+    assert equal_or_refused(between).partition(":")[0] in ("refused", "invalid")
+
+
+@pytest.mark.parametrize("name", NODE_HOOKS)
+def test_hooks_of_nodes(name):
+    def between(h: Tensor) -> Tensor:
+        getattr(h.grad_fn, name)(lambda *gradients: None)
+        return h * 1
+
+    assert equal_or_refused(between).startswith("refused")
+
+
+@pytest.mark.parametrize("name", MODULE_HOOKS)
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_hooks_of_modules(name):
+    sw.init(devices=2)
+    for position in ("first", ""):
+        model = Around(torch.tanh)
+        getattr(model.get_submodule(position), name)(lambda module, *gradients: None)
+        with pytest.raises(sw.errors.CaptureError, match="backward hooks"):
+            sw.AutoParallel(model)(torch.ones(4, WIDTH))
+        with torch.no_grad():  # where none of them would run
+            torch.testing.assert_close(sw.AutoParallel(model)(torch.ones(4, WIDTH)), model(torch.ones(4, WIDTH)))
+
+
+@pytest.mark.parametrize("name", GLOBAL_HOOKS)
+def test_hooks_of_all_modules(name, monkeypatch):
+    sw.init(devices=2)
+    monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)  # full ones, or the others
+    handle = getattr(nn.modules.module, name)(lambda module, *gradients: None)
+    try:
+        with pytest.raises(sw.errors.CaptureError, match="all modules"):
+            sw.AutoParallel(Around(torch.tanh))(torch.ones(4, WIDTH))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_parameters_work(name):
+    sw.init(devices=2)
+    torch.manual_seed(0)
+    model = Around(torch.tanh).double()
+    plain, seen = copy.deepcopy(model), []
+    for each in (model, plain):
+        hook = (lambda gradient: seen.append(gradient)) if name == "register_hook" else (lambda p: seen.append(p.grad.clone()))
+        getattr(each.first.weight, name)(hook)
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    sw.AutoParallel(model)(x).backward()
+    plain(x).backward()
+    assert len(seen) == 2
+    assert torch.allclose(*seen)
+
+
+# -- functions with a backward of their own ---------------------------------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Vmapped(Doubled):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class Other(Doubled):
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:  # a subclass that has its own
+        return super().apply(*args, **kwargs)
+
+
+bound = Doubled.apply
+
+
+@pytest.mark.parametrize("call", [Doubled.apply, Vmapped.apply, Other.apply, bound], ids=["plain", "context", "own", "bound"])
+def test_functions_with_a_backward_are_refused(call):
+    found = equal_or_refused(lambda h: call(h) * 1)
+    assert found.startswith("refused")
+    assert "test_past_autograd.py:" in found
+
+
+def test_functions_within_operators_of_torch_are_none_of_the_users():
+    assert equal_or_refused(lambda h: nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]) == "equal"
+
+
+def test_a_custom_operator_keeps_its_backward():
+    @torch.library.custom_op("shardwright_tests::doubled", mutates_args=())
+    def doubled(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @doubled.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    doubled.register_autograd(lambda ctx, gradient: gradient * 2)
+    assert equal_or_refused(lambda h: doubled(h) * 1) == "equal"
+
+
+# -- derivatives of derivatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["semi_auto", "data_parallel"])
+@pytest.mark.parametrize("unused", [True, False])
+def test_second_derivatives_are_refused(mode, unused):
+    sw.init(devices=3)
+    model = Around(torch.tanh)
+    loss = sw.AutoParallel(model, mode)(torch.randn(4, WIDTH))
+    with pytest.raises(sw.errors.ShardwrightError, match="create_graph"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=unused)
+
+
+def test_every_function_of_ours_that_moves_refuses_them():
+    """No backward of ours that communicates can be differentiated in silence."""
+    from shardwright.derivatives import first_derivative_only
+    from shardwright.world import distributed_moves, distributed_starts, simulated, simulated_moves
+
+    for module in (distributed_moves, distributed_starts, simulated, simulated_moves):
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, torch.autograd.Function) and kind.__module__ == module.__name__:
+                assert kind.backward.__code__ is first_derivative_only(lambda: None).__code__, kind
