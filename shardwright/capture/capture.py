@@ -343,7 +343,7 @@ class _Converter:
             )
         elif target.overloadpacket.__name__ in _OF_MEMORY:
             raise CaptureError(
-                f"{target}{_at(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor instead"
+                f"{target}{_at(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor"
             )
         elif target.overloadpacket.__name__ in _SKIPPED:
             self.env[node] = None
