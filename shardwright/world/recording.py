@@ -209,8 +209,7 @@ def computation_of(call: Call, program: LocalProgram, rank: int) -> tuple[Comput
             names.append(name)
         return f"t{names.index(name)}"
 
-    arguments = writer.arguments(call.args, call.kwargs, read, lambda leaf: writer.literal(leaf.of(rank)))
-    text = f"{writer.callable(call.function)}({arguments})"
+    text = writer.call(call.function, call.args, call.kwargs, read, lambda leaf: writer.literal(leaf.of(rank)))
     writer.parameters = [f"t{i}" for i in range(len(names))]
     run = writer.function(text if call.sequence else f"({text},)")
     kept = [name in program.kept for name in call.outputs]
