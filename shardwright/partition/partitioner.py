@@ -67,6 +67,8 @@ class _Partitioner:
         self.place: dict[str, str] = {}  # graph value -> local value
         self.moved: dict[tuple[str, Layout, tuple[str, ...]], str] = {}
         self.needs: dict[str, dict[Need, None]] = {}  # what each graph value is read as, in order
+        # Values that some reader takes a gradient of: a move is shared, and its first reader may be one that takes none.
+        self.with_gradient = graph.needs_grad & {value for node in graph.nodes if node.grad for value in node.inputs}
         self.node: Node | None = None
         self.count = 0
         for node in graph.nodes:
@@ -155,7 +157,7 @@ class _Partitioner:
             meta = self.graph.metas[value]
             self.moved[key] = self.emit_move(
                 source, meta.shape, self.layouts[source], layout, gradient, meta.dtype, f"{value} -> {reader}",
-                value in self.graph.needs_grad,
+                value in self.graph.needs_grad, value in self.with_gradient,
             )  # fmt: skip
         return self.moved[key]
 
@@ -188,6 +190,7 @@ class _Partitioner:
         dtype: torch.dtype,
         edge: str,
         needs_grad: bool = True,
+        with_gradient: bool = False,
     ) -> str:
         plan = redistribution(before, after, shape, gradient, self.options_for(dtype, source in self.parameters))
         if plan.is_identity:
@@ -198,7 +201,7 @@ class _Partitioner:
         self.instructions.append(
             Move(
                 source, name, plan, dtype, node.name if node else edge, edge, out_lanes, needs_grad,
-                node.grad if node else True, _autocast_of_move(node, dtype),
+                with_gradient or node is None or node.grad, _autocast_of_move(node, dtype),
             )
         )  # fmt: skip
         self.lanes[name], self.layouts[name] = out_lanes, plan.target
