@@ -236,11 +236,12 @@ def _repeat_rule(op: Operator) -> Signature | None:
     inputs: list[str] = []
     outputs: list[str] = []
     sizes: dict[str, int] = {}
+    own = len(shape) - len(op.inputs[0].shape)
     for i, (size, count) in enumerate(zip(shape, counts)):
         name, many = f"d{i}", f"r{i}"
         if count == 1:
             inputs.append(name)
-            outputs.append(name)
+            outputs.append(name if i >= own else "1")  # a new dim of size 1 has nothing to split
         elif size == 1 or count == 0:
             inputs.append("1" if size == 1 else f"{name}!")
             outputs.append(many)
@@ -248,7 +249,6 @@ def _repeat_rule(op: Operator) -> Signature | None:
             sizes |= {name: size, many: count}
             inputs.append(f"{name}!")
             outputs.append(f"({many} {name})")
-    own = len(shape) - len(op.inputs[0].shape)
     return parse(notation([inputs[own:]], [outputs]), op, sizes, ONE, _tile)
 
 
