@@ -24,9 +24,11 @@ from shardwright.plan.plan import Plan
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.lowering import PerRank, Ref
+from shardwright.rules.operator import OpOverload
 from shardwright.rules.signature import Signature
 
-_NO_GRADIENT = ("detach", "argmax", "ge", "lt", "eq", "ne")
+# Operators of lowerings that read a tensor without its gradient.
+_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "ge", "gt", "le", "lt", "eq", "ne"})
 
 
 def partition(
@@ -272,10 +274,12 @@ class _Local:
 
     def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> None:
         """A differentiable input that several lanes share would lose its gradient's reduction."""
+        if not self.node.grad or not self.parent.graph.needs_grad.intersection(self.node.outputs) or _reads_without(function):
+            return
         for i, ref in enumerate(self.inputs):
             if not self.op.inputs[i].differentiable or self.node.inputs[i] not in self.parent.graph.needs_grad:
                 continue
-            if any(leaf is ref for leaf in leaves) and not any(n in str(function) for n in _NO_GRADIENT):
+            if any(leaf is ref for leaf in leaves):
                 assert self.parent.lanes[ref.name] == lanes, (
                     f"{self.node.where}: input {i} is shared along axes where the operator's work differs"
                 )
@@ -325,6 +329,13 @@ class _Local:
     def offset(self, tensor_is_output: bool, index: int, dim: int) -> PerRank:
         bounds = self._bounds(tensor_is_output, index)
         return PerRank(lambda rank: bounds[rank][dim][0])
+
+
+def _reads_without(function: Callable[..., Any]) -> bool:
+    """Whether a call reads tensors without their gradients."""
+    if isinstance(function, OpOverload):
+        return function.overloadpacket.__name__ in _NO_GRADIENT
+    return bool(getattr(function, "without_gradient", False))
 
 
 def _hashable(value: Any) -> Any:
