@@ -382,10 +382,11 @@ class AutoParallel:
             logger.warning("planning again: new inputs (shapes %s) or another mode of the model", shapes)
         if self._root is None:
             self._root = FunctionModule(self.target)
-        with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
-            if self.settings.mode == "hybrid_parallel":
+        may_be_a_step = self._is_step is None or self._root is not self.target
+        if self.settings.mode == "hybrid_parallel":
+            with train_step.backward_is_a_step(may_be_a_step):
                 return HybridCompiled(self._root, args, kwargs, current_world(), self.settings)
-            return Compiled(self._root, args, kwargs, current_world(), self.settings, handed)
+        return Compiled(self._root, args, kwargs, current_world(), self.settings, handed, may_be_a_step)
 
     def _state_key(self) -> Any:
         """What else the graph depends on: train or eval of every module, frozen parameters, autocast, the world."""
