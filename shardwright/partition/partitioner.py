@@ -333,9 +333,7 @@ class _Local:
 
 def _reads_without(function: Callable[..., Any]) -> bool:
     """Whether a call reads tensors without their gradients."""
-    if isinstance(function, OpOverload):
-        return function.overloadpacket.__name__ in _NO_GRADIENT
-    return bool(getattr(function, "without_gradient", False))
+    return isinstance(function, OpOverload) and function.overloadpacket.__name__ in _NO_GRADIENT
 
 
 def _hashable(value: Any) -> Any:

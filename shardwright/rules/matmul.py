@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardwright.rules.lowering import Local
 from shardwright.rules.operator import Operator, Slot
+from shardwright.rules.pieces import guarded_same_call
 from shardwright.rules.registry import rule, rule_for
 from shardwright.rules.signature import Signature, parse
 
@@ -72,7 +73,7 @@ def _add_product(op: Operator) -> Signature:
 
 def _product_then_add(local: Local) -> Any:
     if not any(local.axes_of(factor) for factor in local.signature.summed):
-        return local.same_call()  # of nothing summed up, it is what is added
+        return guarded_same_call(local)
     added, left, right = local.inputs
     multiply = sum_of_products if local.op.name == "aten.addbmm" else aten.matmul.default
     product = local.settle(local.call(multiply, left, right))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
