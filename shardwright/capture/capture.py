@@ -34,9 +34,10 @@ from shardwright.capture.functionalise import (
     updates_statistics,
     view_of,
 )
-from shardwright.capture.graph import Constant, Graph, GraphInput, Node, NeedsGradient
+from shardwright.capture.graph import Constant, Graph, GraphInput, NeedsGradient, Node
 from shardwright.capture.marks import Mark
 from shardwright.capture.session import BATCH, CALL, COPY, PIN, RECOMPUTE, Session, marked_modules, session
+from shardwright.capture.strides import strides_made
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
@@ -168,6 +169,7 @@ class _Converter:
         self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
         self.operators: dict[Any, Operator] = {}
         self.needing = NeedsGradient()
+        self.restrided: set[str] = set()  # values whose strides are not those that export gives them
         self.calls: dict[str, Any] = {}  # node name -> custom meta
         self.context: tuple[Any, bool] = (autocast, True)
 
@@ -361,7 +363,7 @@ class _Converter:
         if name in VIEWS:
             self._view_in_place(node, where)
         elif torch.Tag.inplace_view in target.tags and name != "detach_":
-            raise CaptureError(f"{target} at {where} gives a tensor another shape or memory; use an operator that returns a new one")
+            raise CaptureError(f"{target} at {where} gives a tensor another shape or memory; use one that returns a new tensor")
         elif name == "copy_":
             self._write_all(node, [(node.args[0], lambda meta: self._copied(node, meta))], where)
         elif name == "fill_diagonal_":
@@ -437,8 +439,8 @@ class _Converter:
             made = self._faked(form.target, args, kwargs)
         except Exception as error:
             raise CaptureError(
-                f"{form.target} at {where} cannot stand in for the operator that writes in place ({str(error).splitlines()[0]}); "
-                "use one that returns a new tensor"
+                f"{form.target} at {where} cannot stand in for the operator that writes in place "
+                f"({str(error).splitlines()[0]}); use one that returns a new tensor"
             ) from error
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
@@ -462,7 +464,7 @@ class _Converter:
         return self._emit_simple(node, torch.ops.aten.to.dtype, new, meta.dtype)
 
     def _keep_for_backward(self, node: fx.Node, destination: fx.Node) -> None:
-        """Has a write to the memory of an input computed from a copy, if autograd may save that: it is written back at the end."""
+        """Has a write to an input computed from a copy, if autograd may save that: the input itself is changed at the end."""
         root = self._tracked(destination)
         while root.parent is not None:
             root = self._tracked(root.parent)
@@ -483,7 +485,7 @@ class _Converter:
             destination = self.env[destination].node
         before = self.env[destination]
         if isinstance(before, _Placed):
-            raise CaptureError(f"{node.target} at {where} changes the shape of an input; use an operator that returns a new tensor")
+            raise CaptureError(f"{node.target} at {where} changes the shape of an input; use one that returns a new tensor")
         scratch = fx.Graph()
         old = scratch.placeholder("old")
         self.env[old] = before
@@ -517,16 +519,19 @@ class _Converter:
         mean, var = given["running_mean"], given["running_var"]
         x = self.read(given["input"])
         outside, self.context = self.context, (self.context[0], False)
-        moved = moved_statistics(
-            lambda op, *args: self._emit_many(node, op, *args), node, x, tuple(self.metas[x].shape), self.read(mean), self.read(var)
-        )
+        shape, emit = tuple(self.metas[x].shape), lambda op, *args: self._emit_many(node, op, *args)
+        moved = moved_statistics(emit, node, x, shape, self.read(mean), self.read(var))
         self.context = outside
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
         args = tuple(None if name in ("running_mean", "running_var") else a for name, a in zip(names, node.args))
         metas = node.meta["val"]
-        outputs = self.emit_node(node, node.target, args, dict(node.kwargs), list(metas) if isinstance(metas, (tuple, list)) else [metas])
+        metas = list(metas) if isinstance(metas, (tuple, list)) else [metas]
+        outputs = self.emit_node(node, node.target, args, dict(node.kwargs), metas)
         beside = [Tracked(value, self.metas[value]) for value in outputs]
-        pairs = [(to, lambda meta, new=new: self._as_written(node, new, self.metas[new], meta)) for to, new in zip((mean, var), moved)]
+        pairs = [
+            (to, lambda meta, new=new: self._as_written(node, new, self.metas[new], meta))
+            for to, new in zip((mean, var), moved)
+        ]
         self._write_all(node, pairs, where, beside)
 
     def _copied(self, node: fx.Node, meta: Tensor) -> str:
@@ -622,8 +627,10 @@ class _Converter:
     ) -> list[str]:
         name = self.names.new(overload.overloadpacket.__name__.strip("_"))
         outputs = [name] if len(metas) == 1 else [self.names.new(f"{name}_o{i}") for i in range(len(metas))]
-        for value, meta in zip(outputs, metas, strict=True):
+        for value, meta in zip(outputs, self._as_made(overload, args, kwargs, inputs, metas), strict=True):
             self.metas[value] = meta
+            if meta.stride() != metas[outputs.index(value)].stride():
+                self.restrided.add(value)
         operator = self._operator_call(overload, args, kwargs, inputs, outputs, sequence)
         autocast, grad = self.context
         custom = at.meta.get("custom") or {}
@@ -636,6 +643,28 @@ class _Converter:
         )  # fmt: skip
         self.calls[name] = custom
         return outputs
+
+    def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
+        """What an operator makes, in the memory order that its kernel, and those before it, give it."""
+        orders: list[Any] = [None] * len(metas)
+        if not self.restrided.isdisjoint(inputs):
+            def fake(leaf: Any) -> Any:
+                return self.metas[inputs[leaf.index]] if isinstance(leaf, Slot) else leaf
+
+            with contextlib.suppress(Exception):  # under autocast, for one; the order is then as export has it
+                keywords = {k: _map_arguments(fake, v) for k, v in kwargs.items()}
+                made = self._faked(overload, _map_arguments(fake, args), keywords)
+                orders = [m.stride() for m in (made if isinstance(made, (tuple, list)) else [made])]
+        own = strides_made(overload, [self.metas[i] for i in inputs], metas[0]) if metas else None
+        if own is not None:
+            orders[0] = own
+        return [
+            meta if order is None or order == meta.stride() or len(order) != meta.ndim else self._restrided(meta, order)
+            for meta, order in zip(metas, orders)
+        ]
+
+    def _restrided(self, meta: Tensor, order: tuple[int, ...]) -> Tensor:
+        return self._faked(torch.empty_strided, (tuple(meta.shape), order), {"dtype": meta.dtype, "device": meta.device})  # type: ignore[no-any-return]
 
     def _describe(self, value: str) -> TensorMeta:
         found = self.described.get(value)

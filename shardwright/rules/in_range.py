@@ -34,7 +34,7 @@ def check_in_range(indices: Tensor, size: int, what: str, ignored: int | None = 
     if indices.device.type == "meta" or type(indices) is not Tensor or not indices.numel():
         return  # nothing is known of values
     low, high = map(int, indices.aminmax())
-    if 0 <= low and high < size:
+    if low >= 0 and high < size:
         return
     is_wrong = (indices < 0) | (indices >= size)
     wrong = indices[is_wrong if ignored is None else is_wrong & (indices != ignored)]

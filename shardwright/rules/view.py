@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator
@@ -21,6 +22,7 @@ from shardwright.rules.pieces import (
     names,
     notation,
     of_sizes,
+    some_piece_is_empty,
     start,
     with_dims,
 )
@@ -519,4 +521,15 @@ def _pad_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.view_as_real", "aten.view_as_complex")
 def _complex_rule(op: Operator) -> Signature | None:
-    return parse("... -> ... pair!" if op.name == "aten.view_as_real" else "... pair! -> ...", op)
+    if op.name == "aten.view_as_real":
+        return parse("... -> ... pair!", op, None, (), _real_pairs)
+    return parse("... pair! -> ...", op)
+
+
+def _real_pairs(local: Local) -> tuple[Ref, ...]:
+    return (local.call(real_pairs, local.inputs[0]),) if some_piece_is_empty(local) else local.same_call()
+
+
+def real_pairs(x: Tensor) -> Tensor:
+    """``view_as_real``, whose backward refuses some gradients of nothing."""
+    return torch.view_as_real(x) if x.numel() else torch.stack((x.real, x.imag), -1)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import shardwright as sw
 from shardwright.errors import CaptureError
 
+aten = torch.ops.aten
 _NOT_CALLED = ("_foreach", "_fused", "_amp", "_cudnn", "_mkldnn", "sparse", "_coalesced", "_resize_output", "set_", "resize")
 
 
@@ -48,9 +49,11 @@ def _compared(function, args):
     try:
         got = net(*[a for a in two if isinstance(a, Tensor)])
     except CaptureError as error:
-        assert " at " in str(error) or "cannot be captured as a graph" in str(error), error
-        return None
-    return expected, got, one, two
+        message = str(error)
+    else:
+        return expected, got, one, two
+    assert " at " in message or "cannot be captured as a graph" in message, message
+    return None
 
 
 def _filled(target, args, kwargs):
@@ -88,10 +91,8 @@ def test_every_in_place_overload(target):
 @pytest.mark.parametrize("target", some(overloads(_is_out), 12), ids=str)
 def test_overloads_that_write_to_out(target):
     """Into tensors of the right shape and of another dtype, where the single device takes that."""
-    base = next(
-        (getattr(target.overloadpacket, o) for o in target.overloadpacket.overloads() if o == target._overloadname.removesuffix("out").rstrip("_") or (o == "default" and target._overloadname == "out")),
-        None,
-    )  # fmt: skip
+    plain = target._overloadname.removesuffix("out").rstrip("_") or "default"
+    base = getattr(target.overloadpacket, plain, None)
     found = runs(base, base) if base is not None else None
     if found is None:
         pytest.skip("the made-up arguments do not fit it")
@@ -157,19 +158,25 @@ def _gradients(function, *inputs):
 X = torch.linspace(-1.0, 2.0, 24).view(6, 4)
 
 
-@pytest.mark.parametrize("name", "mul_ div_ add_ sub_ atan2_ fmod_ remainder_ copysign_ hypot_ xlogy_ pow_ clamp_".split())
+_SAVING = ["mul_", "div_", "add_", "sub_", "atan2_", "fmod_", "remainder_", "copysign_", "hypot_", "xlogy_", "pow_", "clamp_"]
+
+
+@pytest.mark.parametrize("name", _SAVING)
 def test_an_input_that_autograd_saved_may_be_written(name):
     _gradients(lambda layer, v, x: getattr(v, name)(layer(x)), X.abs() + 1, X)
     _gradients(lambda layer, v, x: getattr(v[1:3], name)(layer(x)[1:3]), X.abs() + 1, X)
 
 
-@pytest.mark.parametrize("name", "gt_ ge_ lt_ le_ eq_ ne_".split())
+@pytest.mark.parametrize("name", ["gt_", "ge_", "lt_", "le_", "eq_", "ne_"])
 def test_a_written_value_without_gradient_has_one_of_zeros(name):
     _gradients(lambda layer, x: getattr(layer(x), name)(0.5) + 0 * layer(x), X)
     _gradients(lambda layer, x: getattr(layer(x), name)(0.5), X)
 
 
-@pytest.mark.parametrize("write", [lambda h, x: h.copy_(x), lambda h, x: h.zero_(), lambda h, x: h.uniform_(), lambda h, x: h.fill_(2)])
+_OVERWRITES = [lambda h, x: h.copy_(x), lambda h, x: h.zero_(), lambda h, x: h.uniform_(), lambda h, x: h.fill_(2)]
+
+
+@pytest.mark.parametrize("write", _OVERWRITES)
 def test_what_is_overwritten_has_a_gradient_of_zeros(write):
     _gradients(lambda layer, x: write(layer(x), x) * x, X)
 
@@ -237,7 +244,7 @@ _NORMS = {
     "batch_norm": lambda x, m, v: F.batch_norm(x, m, v, training=True, momentum=0.3),
     "instance_norm": lambda x, m, v: F.instance_norm(x, m, v, momentum=0.3),
     "native_batch_norm": lambda x, m, v: torch.native_batch_norm(x, None, None, m, v, True, 0.3, 1e-5)[0],
-    "_native_batch_norm_legit": lambda x, m, v: torch.ops.aten._native_batch_norm_legit(x, None, None, m, v, True, 0.3, 1e-5)[0],
+    "_native_batch_norm_legit": lambda x, m, v: aten._native_batch_norm_legit(x, None, None, m, v, True, 0.3, 1e-5)[0],
 }
 
 
@@ -269,7 +276,10 @@ def test_running_statistics_that_are_intermediate_values_are_moved(name):
 # -- names --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", "i0 i1 many each _run torch _torch _many _each _i0 t0 lanes list slice".split())
+_TAKEN = ["i0", "i1", "many", "each", "_run", "torch", "_torch", "_many", "_each", "_i0", "t0", "lanes", "list", "slice"]
+
+
+@pytest.mark.parametrize("name", _TAKEN)
 def test_inputs_may_be_called_like_the_names_of_a_program(name):
     scope: dict = {}
     exec(f"def run(self, {name}, i1x): return (self.e({name}) * self.e(i1x)).tanh()", scope)

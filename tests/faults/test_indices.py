@@ -47,7 +47,8 @@ def test_lookups(name, strategy, wrong):
 
 
 def _losses():
-    for ignored, smoothing, weighted, reduction in itertools.product((-100, -1, 2, 7), (0.0, 0.1), (False, True), ("mean", "sum", "none")):
+    reductions = ("mean", "sum", "none")
+    for ignored, smoothing, weighted, reduction in itertools.product((-100, -1, 2, 7), (0.0, 0.1), (False, True), reductions):
         weight = torch.rand(5) + 0.5 if weighted else None
         options = {"ignore_index": ignored, "reduction": reduction, "weight": weight}
         yield F.cross_entropy, {**options, "label_smoothing": smoothing}

@@ -56,9 +56,8 @@ def on_real_ranks(world):
         source, target, shape = random_layouts(random.Random(seed))
         if source.mesh.size != world.size:
             continue
-        values = [
-            torch.randn(source.local_shape(shape, r), generator=torch.Generator().manual_seed(seed * 10 + r)) for r in range(world.size)
-        ]
+        generator = torch.Generator().manual_seed(seed)
+        values = [torch.randn(source.local_shape(shape, r), generator=generator) for r in range(world.size)]
         expected = SimulatedWorld(world.size).redistribute(values, source, target, shape)[world.rank]
         got = world.redistribute(values[world.rank].clone(), source, target, shape)
         assert torch.equal(got, expected), f"seed {seed}: {source} -> {target}, {shape}, rank {world.rank}"

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.capture.capture import capture
-from shardwright.capture.closure import FunctionModule
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.partition.partitioner import partition
