@@ -117,9 +117,9 @@ class Constant:
 # Operators whose result has no gradient though its dtype could have one: what reads the shape of a tensor alone.
 _WITHOUT_GRADIENT = frozenset({
     "aten.detach", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
-    "aten.randn_like", "aten.randint_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty", "aten.new_empty_strided",
-    "aten.uniform", "aten.normal_functional", "aten.log_normal", "aten.cauchy", "aten.exponential", "aten.geometric",
-    "aten.random",
+    "aten.randn_like", "aten.randint_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
+    "aten.new_empty_strided", "aten.uniform", "aten.normal_functional", "aten.log_normal", "aten.cauchy",
+    "aten.exponential", "aten.geometric", "aten.random",
 })  # fmt: skip
 
 

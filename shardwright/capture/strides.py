@@ -18,7 +18,7 @@ aten = torch.ops.aten
 _IN_SUGGESTED_FORMAT = frozenset({
     "batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
     "_batch_norm_with_update",
-    "channel_shuffle", "log_sigmoid", "max_pool1d", "max_unpool2d",
+    "channel_shuffle", "max_pool1d", "max_unpool2d",
 })  # fmt: skip
 # Operators of two tensors whose kernels order dims as those of a sum do.
 _AS_A_SUM = frozenset({
@@ -38,6 +38,8 @@ def strides_made(overload: Any, inputs: Sequence[Tensor], output: Tensor) -> tup
     if name in _AS_A_SUM and len(inputs) == 2:
         first, second = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in inputs)
         return torch.add(first, second).stride()
+    if name == "log_sigmoid" and output.device.type != "cuda":
+        return torch.empty(output.shape, device="meta").stride()
     if name in _IN_SUGGESTED_FORMAT and inputs and output.device.type != "cuda":
         return torch.empty(output.shape, device="meta", memory_format=_suggested(inputs[0])).stride()
     return None
