@@ -149,7 +149,8 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
     plans: list[Plan] = []
 
     def instead(root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> None:
-        chosen = {"settings": settings, "mode": mode or settings.mode, "may_be_a_step": isinstance(root, FunctionModule)}
+        chosen: dict[str, Any] = {"settings": settings, "mode": mode or settings.mode}
+        chosen["may_be_a_step"] = isinstance(root, FunctionModule)
         plans.append(_planned(devices, root, args, kwargs, **chosen, **options))
         raise _PlanMade
 

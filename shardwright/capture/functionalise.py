@@ -231,7 +231,7 @@ def scatter_back(
 
 # -- running statistics, which operators write to though their schema does not say so ----------------------------------
 
-_STATISTICS = {
+_STATISTICS: dict[Any, str] = {
     aten.batch_norm.default: "training",
     aten.native_batch_norm.default: "training",
     aten.instance_norm.default: "use_input_stats",
@@ -240,7 +240,8 @@ _STATISTICS = {
 
 def updates_statistics(node: fx.Node) -> bool:
     """Whether an operator moves the running statistics that it is given."""
-    flag = _STATISTICS.get(node.target)
+    target: Any = node.target
+    flag = _STATISTICS.get(target)
     if flag is None:
         return False
     given = named_arguments(node)

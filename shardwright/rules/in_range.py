@@ -13,6 +13,8 @@ from torch import Tensor
 
 from shardwright.errors import IndexRangeError
 
+aten = torch.ops.aten
+
 
 def check_in_range(indices: Tensor, size: int, what: str, ignored: int | None = None) -> None:
     """Refuses indices below 0 or not below ``size``.
@@ -29,7 +31,7 @@ def check_in_range(indices: Tensor, size: int, what: str, ignored: int | None = 
     if torch.compiler.is_compiling() or indices.device.type not in ("cpu", "meta"):
         is_right = (indices >= 0) & (indices < size)
         is_right = is_right if ignored is None else is_right | (indices == ignored)
-        torch._assert_async(is_right.all(), f"index out of range: a {what} is not one of {size}")
+        aten._assert_async.msg(is_right.all(), f"index out of range: a {what} is not one of {size}")
         return
     if indices.device.type == "meta" or type(indices) is not Tensor or not indices.numel():
         return  # nothing is known of values
