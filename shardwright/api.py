@@ -316,6 +316,7 @@ class AutoParallel:
 
     def _forget(self) -> None:
         self._compiled.clear()
+        self._described = (None, {})
         self._step = None
 
     # -- running --------------------------------------------------------------------------------------------------
@@ -424,10 +425,11 @@ class AutoParallel:
     def _compile(self, args: Any, kwargs: Any, leaves: list[Any], handed: Handed | None) -> Compiled:
         if self._root is None:
             self._root = FunctionModule(self.target)
-        with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
-            if self.settings.mode == "hybrid_parallel":
+        may_be_a_step = self._is_step is None or self._root is not self.target
+        if self.settings.mode == "hybrid_parallel":
+            with train_step.backward_is_a_step(may_be_a_step):
                 return HybridCompiled(self._root, args, kwargs, current_world(), self.settings)
-            return Compiled(self._root, args, kwargs, current_world(), self.settings, handed)
+        return Compiled(self._root, args, kwargs, current_world(), self.settings, handed, may_be_a_step)
 
     def _state_key(self) -> Any:
         """What else the graph depends on: Python values that it reads, grad mode, autocast, the world."""

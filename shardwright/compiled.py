@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright import train_step
 from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
@@ -144,7 +145,10 @@ class Compiled:
 
     compiler: SegmentCompiler | None = None
 
-    def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None):
+    def __init__(
+        self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None,
+        may_be_a_step: bool = False,
+    ):  # fmt: skip
         if handed is not None:
             args, kwargs = self._global_inputs(args, kwargs, handed.shapes)
             settings = replace(settings, dataset_strategy=handed.strategy)
@@ -160,7 +164,9 @@ class Compiled:
             args, kwargs = self._first_part(self.micro, args, kwargs)
         marks, parameter_plan = gather_marks(root, settings)
         again = gather_again(root, settings)
-        with given_a_part(self.micro), settings.precision.computing(device.type):
+        # only within the capture: planning differentiates on its own account
+        watch = train_step.backward_is_a_step(may_be_a_step)
+        with watch, given_a_part(self.micro), settings.precision.computing(device.type):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         self._check_assignments()
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
@@ -367,7 +373,7 @@ def gather_again(root: nn.Module, settings: Settings) -> dict[str, RecomputeRequ
 
 def check_patterns(step: nn.Module, settings: Settings) -> None:
     """Refuses a pattern that matches nothing in any module a train step reaches; each is named from its own root too."""
-    names = [n for n, _ in step.named_modules() if n] + [n for n, _ in step.named_parameters()]
+    names = [n for n, _ in step.named_modules() if n] + [n for n, _ in step.named_parameters(remove_duplicate=False)]
     if not names:
         return  # the step finds its modules only as it runs
     problems = Problems()
@@ -396,7 +402,11 @@ def _match(
     of_step: bool,
 ) -> None:
     modules = [(p, m) for p, m in root.named_modules() if p and _fits(root, p, pattern)]
-    parameters = [n for n, _ in root.named_parameters() if _fits(root, n, pattern)]
+    first: dict[int, str] = {}  # a tied weight is planned by its first name, and may be called by any
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    fitting = [p for n, p in root.named_parameters(remove_duplicate=False) if _fits(root, n, pattern)]
+    parameters = list(dict.fromkeys(first[id(p)] for p in fitting))
     if not modules and not parameters and not of_step:
         known = ", ".join([p for p, _ in root.named_modules() if p][:6]) or "none: mark the module itself, sw.shard(module)"
         problems.add(f"strategies: {pattern!r} at {source} matches no module and no parameter; modules are {known}")

@@ -45,6 +45,11 @@ class ArgumentTypeError(ShardwrightError, TypeError):
     """An argument of the wrong type: both a ``TypeError`` and a :class:`ShardwrightError`."""
 
 
+class IndexRangeError(ShardwrightError, IndexError):
+    """An index outside of the dim it is looked up in: both an ``IndexError``, as on a single device, and a
+    :class:`ShardwrightError`."""
+
+
 @dataclass
 class Problems:
     """Collects problems so that a user sees all of them, not just the first.

@@ -29,6 +29,7 @@ from shardwright.plan.files import load_plan_file
 from shardwright.plan.plan import Plan
 from shardwright.plan.sizes import memory_bytes, optimizer_states
 from shardwright.train.interleaved_axis import prepare_copies
+from shardwright.train_step import backward_is_a_step
 from shardwright.world.current import init
 
 
@@ -72,6 +73,32 @@ def plan_for(
     >>> plan.mesh.size
     8
     """
+    root = target if isinstance(target, nn.Module) else FunctionModule(target)
+    return _planned(
+        devices, root, inputs, {}, machine=machine, mode=mode, mesh=mesh, axes=axes, memory=memory, optimizer=optimizer,
+        seconds=seconds, settings=settings, file=file, tell=tell,
+    )  # fmt: skip
+
+
+def _planned(
+    devices: int,
+    root: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    *,
+    machine: Machine | str = "h100",
+    mode: str = "auto",
+    mesh: tuple[int, ...] | None = None,
+    axes: tuple[str, ...] = (),
+    memory: float | str | None = None,
+    optimizer: str | float = "adamw",
+    seconds: float = 30.0,
+    settings: Settings | None = None,
+    file: Any = None,
+    tell: Callable[[str], None] | None = None,
+    may_be_a_step: bool = False,
+) -> Plan:
+    """As :func:`plan_for`, for keyword arguments too, and for what may turn out to be a train step."""
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ArgumentTypeError(f"plan_for({devices!r}): give the number of devices")
     if axes and len(axes) != len(mesh or ()):
@@ -85,16 +112,16 @@ def plan_for(
     settings = replace(settings or Settings(), mode=mode, search=search)
     if file is not None:
         settings.file = load_plan_file(file)
-    root = target if isinstance(target, nn.Module) else FunctionModule(target)
-    return _plan(devices, root, tuple(inputs), {}, settings, tell or (lambda text: None))
+    return _plan(devices, root, tuple(args), kwargs, settings, tell or (lambda text: None), may_be_a_step)
 
 
 def _plan(
-    devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Settings, tell: Callable[[str], None]
+    devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Settings, tell: Callable[[str], None],
+    may_be_a_step: bool,
 ) -> Plan:  # fmt: skip
     tell("capturing the model as a graph")
     marks, parameter_plan = gather_marks(root, settings)
-    with torch.enable_grad():
+    with backward_is_a_step(may_be_a_step), torch.enable_grad():
         graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
     graph = follow_attributes(graph, devices, settings, parameter_plan)
     graph = prepare_copies(graph, parameter_plan if settings.mode != "data_parallel" else None)
@@ -122,8 +149,9 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
     plans: list[Plan] = []
 
     def instead(root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> None:
-        called = _Called(root, kwargs) if kwargs else root
-        plans.append(plan_for(devices, called, *args, settings=settings, mode=mode or settings.mode, **options))
+        chosen: dict[str, Any] = {"settings": settings, "mode": mode or settings.mode}
+        chosen["may_be_a_step"] = isinstance(root, FunctionModule)
+        plans.append(_planned(devices, root, args, kwargs, **chosen, **options))
         raise _PlanMade
 
     before = os.environ.get("SHARDWRIGHT_DEVICES")
@@ -141,14 +169,3 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
             del os.environ["SHARDWRIGHT_DEVICES"]
         else:
             os.environ["SHARDWRIGHT_DEVICES"] = before
-
-
-class _Called(nn.Module):
-    """A module called with keyword arguments besides what it is given."""
-
-    def __init__(self, root: nn.Module, kwargs: dict[str, Any]):
-        super().__init__()
-        self.root, self.kwargs = root, kwargs
-
-    def forward(self, *args: Any) -> Any:
-        return self.root(*args, **self.kwargs)

@@ -23,15 +23,23 @@ from torch import Tensor, fx, nn
 from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.functionalise import (
+    VIEWS,
+    Form,
     Tracked,
-    functional_overload,
+    diagonal_mask,
+    functional_form,
     is_mutation,
+    moved_statistics,
+    named_arguments,
     scatter_back,
+    updates_statistics,
+    view_of,
 )
-from shardwright.capture.graph import Constant, Graph, GraphInput, Node
+from shardwright.capture.graph import Constant, Graph, GraphInput, NeedsGradient, Node
 from shardwright.capture.marks import Mark
 from shardwright.capture.python_state import Assignment, Kept, check_values, ended_by, state_kept
 from shardwright.capture.session import BATCH, CALL, COPY, PIN, RECOMPUTE, Session, marked_modules, session
+from shardwright.capture.strides import strides_made
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.capture.watch import SOURCE, check_backward_hooks, is_users, random_states_kept, source_text, watched
 from shardwright.errors import CaptureError, ShardwrightError
@@ -210,10 +218,12 @@ class _Converter:
         self.metas: dict[str, Tensor] = {}
         self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
         self.operators: dict[Any, Operator] = {}
+        self.needing = NeedsGradient()
+        self.restrided: set[str] = set()  # values whose strides are not those that export gives them
         self.calls: dict[str, Any] = {}  # node name -> custom meta
         self.current: fx.Node | None = None  # what is being converted
         self.context: tuple[Any, bool] = (autocast, torch.is_grad_enabled())
-        self.differentiable: set[str] = set()  # values through which a gradient flows
+        self.trains = self.context[1]  # whether there are gradients at all
 
     def graph(self) -> Graph:
         graph_module = self.exported.graph_module
@@ -277,8 +287,6 @@ class _Converter:
             named = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}.get(kind, "constant")
             self.inputs.append(GraphInput(name, named, target, _meta(value), requires))
             self.metas[name] = value
-            if requires and self.context[1]:
-                self.differentiable.add(name)
             placed = _Placed(name, value, first=name)
             self.env[node] = placed
             if kind == "PARAMETER":
@@ -350,6 +358,8 @@ class _Converter:
         elif is_mutation(target):
             self._check_write(node)
             self._mutate(node)
+        elif updates_statistics(node) and not self._is_buffer(named_arguments(node)["running_mean"]):
+            self._normalise(node)
         else:
             self._operator(node)
 
@@ -410,11 +420,19 @@ class _Converter:
 
     def _check_write(self, node: fx.Node) -> None:
         """Refuses a write that autograd does not see: the gradient of what was there would be lost with its value."""
-        destination, past_autograd = node.args[0], not self.context[1]
+        target: Any = node.target
+        for argument, value in named_arguments(node).items():
+            schema = next(a for a in target._schema.arguments if a.name == argument)
+            if schema.alias_info is not None and schema.alias_info.is_write:
+                for destination in pytree.tree_leaves(value):
+                    self._check_written(node, destination)
+
+    def _check_written(self, node: fx.Node, destination: Any) -> None:
+        past_autograd = not self.context[1]
         while isinstance(destination, fx.Node) and isinstance(self.env.get(destination), (Tracked, _Alias)):
             tracked = self._tracked(destination)
             if tracked.parent is None:
-                if past_autograd and tracked.value in self.differentiable:
+                if self.trains and past_autograd and tracked.value in self.needing.of(self.inputs, self.nodes):
                     raise CaptureError(
                         f"{node.target}{_at(node)} writes past autograd, under no_grad or through detach() or .data, "
                         "to a value that a gradient flows through\n  Give the new value a name, with the gradient of the old: "
@@ -426,33 +444,182 @@ class _Converter:
             destination = tracked.parent
 
     def _mutate(self, node: fx.Node) -> None:
-        """A write: computes the new value, then hands it to everything that shares the memory."""
+        """A write: computes the new values, then hands each to everything that shares the memory."""
         target: Any = node.target
-        destination = node.args[0]
-        if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], (Tracked, _Alias)):
-            raise CaptureError(f"{target}{_at(node)} writes to something that is not a tensor of the graph")
-        tracked = self._tracked(destination)
-        meta = tracked.meta
-        if target.overloadpacket.__name__ == "copy_":
-            new = self._copied(node, meta)
+        name, where = target.overloadpacket.__name__, self._where(node)
+        if name in VIEWS:
+            self._view_in_place(node, where)
+        elif torch.Tag.inplace_view in target.tags and name != "detach_":
+            raise CaptureError(f"{target} at {where} gives a tensor another shape or memory; use one that returns a new tensor")
+        elif name == "copy_":
+            self._write_all(node, [(node.args[0], lambda meta: self._copied(node, meta))], where)
+        elif name == "fill_diagonal_":
+            self._write_all(node, [(node.args[0], lambda meta: self._diagonal_filled(node))], where)
         else:
-            overload, _ = functional_overload(target)
-            new = self.emit_node(node, overload, node.args, node.kwargs, [meta])[0]
-            new = self._as_written(node, new, overload, meta)
-        self._write(node, destination, new)
-        self.env[node] = _Alias(self, destination)
+            self._write_form(node, functional_form(target, node.args, dict(node.kwargs), where), where)
 
-    def _as_written(self, node: fx.Node, new: str, overload: Any, meta: Tensor) -> str:
-        """A write keeps the dtype of what it writes to, where the functional operator would promote it."""
-        operands = [self._tracked(a).meta for a in node.args if isinstance(a, fx.Node) and a in self.env]
-        promotes = any(o.dtype != meta.dtype for o in operands[1:])
-        if not promotes or overload.overloadpacket.__name__ not in ("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp"):
+    def _write_form(self, node: fx.Node, form: Form, where: str) -> None:
+        """Writes what the functional form of a writing operator computes."""
+        written = list(form.written)
+        for destination in written:
+            self._check_destination(node, destination, where)
+            self._keep_for_backward(node, destination)
+        metas = self._metas_of(form, where)
+        known = metas
+        if form.beside == 0 and len(written) == 1 and metas[0].dtype == self._tracked(written[0]).meta.dtype:
+            known = [self._tracked(written[0]).meta]  # random numbers are drawn in its memory order
+        outputs = self.emit_node(node, form.target, form.args, form.kwargs, known)
+        made = zip(written, outputs[form.beside :], metas[form.beside :], strict=True)
+        pairs = [(to, lambda meta, new=new, made=made: self._as_written(node, new, made, meta)) for to, new, made in made]
+        beside = [Tracked(value, meta) for value, meta in zip(outputs[: form.beside], metas)]
+        self._write_all(node, pairs, where, beside)
+
+    def _write_all(self, node: fx.Node, pairs: Any, where: str, beside: Any = ()) -> None:
+        """Writes to every destination what its function of the destination's meta emits; the results are what was written to,
+        or ``beside``, what the operator returns beside that."""
+        for destination, new_value in pairs:
+            self._check_destination(node, destination, where)
+            old = self.read(destination)
+            new = new_value(self._tracked(destination).meta)
+            self._write(node, destination, self._with_gradient(node, destination, old, new))
+        results = list(beside) or [_Alias(self, destination) for destination, _ in pairs]
+        is_sequence = isinstance(node.meta.get("val"), (tuple, list))
+        self.env[node] = results if is_sequence else results[0]
+
+    def _where(self, node: fx.Node) -> str:
+        """The user's line that called an operator; else the module, or the function that was captured."""
+        return _source(node) or _module_path(node) or str(getattr(self.module, "name", type(self.module).__name__))
+
+    def _with_gradient(self, node: fx.Node, destination: fx.Node, old: str, new: str) -> str:
+        """A written value that has no gradient, though autograd sees one through the value before: one of zeros."""
+        if not self.context[1] or self._tracked(destination).parent is not None:
+            return new  # of a view, the rest of what is viewed keeps its gradient
+        needing = self.needing.of(self.inputs, self.nodes)
+        if old not in needing or new in needing:
             return new
-        self.metas[new] = meta.to(torch.promote_types(meta.dtype, operands[1].dtype))
-        self.described.pop(new, None)
-        last = self.nodes[-1]
-        self.nodes[-1] = replace(last, op=replace(last.op, outputs=(self._describe(new),)))
+        target: Any = node.target
+        if target.overloadpacket.__name__ == "detach_":
+            return new
+        if target.overloadpacket.__name__.startswith("logical_"):
+            raise CaptureError(
+                f"{target} at {self._where(node)} leaves the gradient of the value before on a value that has none; "
+                "use one that returns a new tensor"
+            )
+        mask = self._emit_simple(node, torch.ops.aten.ones_like.default, new, dtype=torch.bool)
+        return self._emit_simple(node, torch.ops.aten.where.self, mask, new, old)
+
+    def _check_destination(self, node: fx.Node, destination: Any, where: str) -> None:
+        if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], (Tracked, _Alias)):
+            raise CaptureError(f"{node.target} at {where} writes to something that is not a tensor of the graph")
+
+    def _metas_of(self, form: Form, where: str) -> list[Tensor]:
+        """What the functional form of a writing operator makes, without computing it."""
+
+        def fake(argument: Any) -> Any:
+            if not isinstance(argument, fx.Node):
+                return argument
+            entry = self.env[argument]
+            return self.metas[self.read(argument)] if isinstance(entry, (Tracked, _Alias)) else entry
+
+        args, kwargs = _map_arguments(fake, form.args), {k: _map_arguments(fake, v) for k, v in form.kwargs.items()}
+        try:
+            made = self._faked(form.target, args, kwargs)
+        except Exception as error:
+            raise CaptureError(
+                f"{form.target} at {where} cannot stand in for the operator that writes in place "
+                f"({str(error).splitlines()[0]}); use one that returns a new tensor"
+            ) from error
+        return list(made) if isinstance(made, (tuple, list)) else [made]
+
+    def _faked(self, overload: Any, args: Any, kwargs: Any) -> Any:
+        """An operator on fake tensors."""
+        known = [*pytree.tree_leaves((args, kwargs)), *self.metas.values()]
+        mode = next((leaf.fake_mode for leaf in known if hasattr(leaf, "fake_mode")), None)
+        with warnings.catch_warnings(), mode or FakeTensorMode(allow_non_fake_inputs=True):
+            warnings.simplefilter("ignore")
+            return overload(*args, **kwargs)
+
+    def _as_written(self, node: fx.Node, new: str, made: Tensor, meta: Tensor) -> str:
+        """A write keeps the shape and dtype of what it writes to, where the functional operator would promote it."""
+        if tuple(made.shape) != tuple(meta.shape):
+            raise CaptureError(
+                f"{node.target} at {self._where(node)} writes a tensor of shape {list(made.shape)} to one of "
+                f"{list(meta.shape)}, which would change its shape; write to a tensor of shape {list(made.shape)}"
+            )
+        if made.dtype == meta.dtype:
+            return new
         return self._emit_simple(node, torch.ops.aten.to.dtype, new, meta.dtype)
+
+    def _keep_for_backward(self, node: fx.Node, destination: fx.Node) -> None:
+        """Has a write to an input computed from a copy, if autograd may save that: the input itself is changed at the end."""
+        root = self._tracked(destination)
+        while root.parent is not None:
+            root = self._tracked(root.parent)
+        if not isinstance(root, _Placed) or root.value != root.first or not self.context[1]:
+            return
+        leaves = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node) and a is not destination]
+        operands = [self.read(a) for a in leaves if isinstance(self.env[a], (Tracked, _Alias))]
+        needing = self.needing.of(self.inputs, self.nodes)
+        if any(value in needing for value in operands):
+            tracked = self._tracked(destination)
+            tracked.value = self._emit_simple(node, torch.ops.aten.clone.default, self.read(destination))
+
+    def _view_in_place(self, node: fx.Node, where: str) -> None:
+        """An operator that changes how a tensor is seen: from here on its node is a view of what it was before."""
+        destination: Any = node.args[0]
+        self._check_destination(node, destination, where)
+        while isinstance(self.env[destination], _Alias):
+            destination = self.env[destination].node
+        before = self.env[destination]
+        if isinstance(before, _Placed):
+            raise CaptureError(f"{node.target} at {where} changes the shape of an input; use one that returns a new tensor")
+        scratch = fx.Graph()
+        old = scratch.placeholder("old")
+        self.env[old] = before
+        for entry in pytree.tree_leaves(list(self.env.values())):
+            if isinstance(entry, Tracked) and entry.parent is destination and entry.remake is not None:
+                entry.parent = old
+                maker, args, kwargs, which = entry.remake
+                args, kwargs = pytree.tree_map(lambda a: old if a is destination else a, (args, kwargs))
+                entry.remake = (maker, args, kwargs, which)
+        view = scratch.call_function(view_of(node.target), (old, *node.args[1:]), dict(node.kwargs))
+        view.meta = dict(node.meta)
+        self._operator(view)
+        self.env[destination] = self.env[node] = _Alias(self, view)
+
+    def _diagonal_filled(self, node: fx.Node) -> str:
+        destination, value, *wrap = node.args
+        meta = self._tracked(destination).meta  # type: ignore[arg-type]
+        mask = diagonal_mask(
+            lambda op, *args, **kwargs: self._emit_simple(node, op, *args, **kwargs), meta, bool(wrap and wrap[0])
+        )
+        return self._emit_simple(node, torch.ops.aten.masked_fill.Scalar, self.read(destination), mask, value)  # type: ignore[arg-type]
+
+    def _is_buffer(self, node: fx.Node) -> bool:
+        """Whether a tensor is a buffer as it came in, which every rank holds whole."""
+        value = self.read(node)
+        return any(i.value == value and i.kind == "buffer" for i in self.inputs)
+
+    def _normalise(self, node: fx.Node) -> None:
+        """A norm that moves running statistics which are no buffers: they are computed apart, and written."""
+        given, where = named_arguments(node), self._where(node)
+        mean, var = given["running_mean"], given["running_var"]
+        x = self.read(given["input"])
+        outside, self.context = self.context, (self.context[0], False)
+        shape, emit = tuple(self.metas[x].shape), lambda op, *args: self._emit_many(node, op, *args)
+        moved = moved_statistics(emit, node, x, shape, self.read(mean), self.read(var))
+        self.context = outside
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        args = tuple(None if name in ("running_mean", "running_var") else a for name, a in zip(names, node.args))
+        metas = node.meta["val"]
+        metas = list(metas) if isinstance(metas, (tuple, list)) else [metas]
+        outputs = self.emit_node(node, node.target, args, dict(node.kwargs), metas)
+        beside = [Tracked(value, self.metas[value]) for value in outputs]
+        pairs = [
+            (to, lambda meta, new=new: self._as_written(node, new, self.metas[new], meta))
+            for to, new in zip((mean, var), moved)
+        ]
+        self._write_all(node, pairs, where, beside)
 
     def _copied(self, node: fx.Node, meta: Tensor) -> str:
         source = node.args[1]
@@ -462,9 +629,16 @@ class _Converter:
         have = self.metas[value]
         if have.dtype != meta.dtype:
             value = self._emit_simple(node, torch.ops.aten.to.dtype, value, meta.dtype)
-        if tuple(self.metas[value].shape) != tuple(meta.shape):
-            value = self._emit_simple(node, torch.ops.aten.expand.default, value, list(meta.shape))
-        return value
+        if tuple(have.shape) == tuple(meta.shape):
+            return value
+        wide = (1,) * (len(meta.shape) - len(have.shape)) + tuple(have.shape)
+        if len(wide) > len(meta.shape) or any(a not in (1, b) for a, b in zip(wide, meta.shape)):
+            raise CaptureError(
+                f"a tensor of shape {list(have.shape)} takes the place of one of {list(meta.shape)} at "
+                f"{_source(node) or _source(source) or self._where(source)}, which changes its shape; give it the larger shape "
+                "from the beginning"
+            )
+        return self._emit_simple(node, torch.ops.aten.expand.default, value, list(meta.shape))
 
     def _write(self, at: fx.Node, destination: fx.Node, new: str) -> None:
         tracked = self._tracked(destination)
@@ -472,7 +646,7 @@ class _Converter:
             self.read(destination)
             source, _, _, which = tracked.remake  # type: ignore[misc]
             parent = self._tracked(tracked.parent)
-            back = scatter_back(source, which, parent.meta)
+            back = scatter_back(source, which, parent.meta, self._where(at))
             updated = back(lambda op, *a: self._emit_simple(at, op, *a), self.read(tracked.parent), new)
             self._write(at, tracked.parent, updated)
             tracked.version = self._tracked(tracked.parent).writes
@@ -506,18 +680,18 @@ class _Converter:
 
     # -- emitting ---------------------------------------------------------------------------------------------------
 
-    def _emit_simple(self, at: fx.Node, overload: Any, *args: Any) -> str:
-        """Emits an operator on values given by name; its output's shape is computed on the fly."""
-        fakes = [self.metas[a] if isinstance(a, str) else a for a in args]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mode = next(f for f in fakes if isinstance(f, Tensor))
-            with getattr(mode, "fake_mode", FakeTensorMode(allow_non_fake_inputs=True)):
-                meta = overload(*fakes)
+    def _emit_simple(self, at: fx.Node, overload: Any, *args: Any, **kwargs: Any) -> str:
+        """Emits an operator of one result on values given by name."""
+        return self._emit_many(at, overload, *args, **kwargs)[0]
+
+    def _emit_many(self, at: fx.Node, overload: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Emits an operator on values given by name; what it makes is computed on the fly."""
+        made = self._faked(overload, [self.metas[a] if isinstance(a, str) else a for a in args], kwargs)
         inputs = [a for a in args if isinstance(a, str)]
         slots = iter(range(len(inputs)))
         arguments = tuple(Slot(next(slots)) if isinstance(a, str) else a for a in args)
-        return self._append(at, overload, arguments, {}, inputs, [meta], False)[0]
+        sequence = isinstance(made, (tuple, list))
+        return self._append(at, overload, arguments, kwargs, inputs, list(made) if sequence else [made], sequence)
 
     def emit_node(self, at: fx.Node, overload: Any, args: Any, kwargs: Any, metas: list[Any]) -> list[str]:
         inputs: list[str] = []
@@ -540,8 +714,10 @@ class _Converter:
     ) -> list[str]:
         name = self.names.new(overload.overloadpacket.__name__.strip("_"))
         outputs = [name] if len(metas) == 1 else [self.names.new(f"{name}_o{i}") for i in range(len(metas))]
-        for value, meta in zip(outputs, metas, strict=True):
+        for value, meta in zip(outputs, self._as_made(overload, args, kwargs, inputs, metas), strict=True):
             self.metas[value] = meta
+            if meta.stride() != metas[outputs.index(value)].stride():
+                self.restrided.add(value)
         operator = self._operator_call(overload, args, kwargs, inputs, outputs, sequence)
         autocast, grad = self.context
         custom = at.meta.get("custom") or {}
@@ -553,9 +729,29 @@ class _Converter:
             )
         )  # fmt: skip
         self.calls[name] = custom
-        if grad and overload != torch.ops.aten.detach.default and not self.differentiable.isdisjoint(inputs):
-            self.differentiable.update(v for v, meta in zip(outputs, operator.outputs) if meta.differentiable)
         return outputs
+
+    def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
+        """What an operator makes, in the memory order that its kernel, and those before it, give it."""
+        orders: list[Any] = [None] * len(metas)
+        if not self.restrided.isdisjoint(inputs):
+            def fake(leaf: Any) -> Any:
+                return self.metas[inputs[leaf.index]] if isinstance(leaf, Slot) else leaf
+
+            with contextlib.suppress(Exception):  # under autocast, for one; the order is then as export has it
+                keywords = {k: _map_arguments(fake, v) for k, v in kwargs.items()}
+                made = self._faked(overload, _map_arguments(fake, args), keywords)
+                orders = [m.stride() for m in (made if isinstance(made, (tuple, list)) else [made])]
+        own = strides_made(overload, [self.metas[i] for i in inputs], metas[0]) if metas else None
+        if own is not None:
+            orders[0] = own
+        return [
+            meta if order is None or order == meta.stride() or len(order) != meta.ndim else self._restrided(meta, order)
+            for meta, order in zip(metas, orders)
+        ]
+
+    def _restrided(self, meta: Tensor, order: tuple[int, ...]) -> Tensor:
+        return self._faked(torch.empty_strided, (tuple(meta.shape), order), {"dtype": meta.dtype, "device": meta.device})  # type: ignore[no-any-return]
 
     def _describe(self, value: str) -> TensorMeta:
         found = self.described.get(value)

@@ -6,7 +6,7 @@ through a view is scattered back into the value it views; and a view that is rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,24 +36,155 @@ def is_mutation(target: Any) -> bool:
     return bool(schema and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments))
 
 
-def functional_overload(target: Any) -> tuple[Any, str]:
-    """The overload that computes what an in-place overload writes."""
-    packet, overload = target.overloadpacket.__name__, target._overloadname
-    if (packet, overload) == ("bernoulli_", "float"):
-        overload = "p"
-    for name in (packet.rstrip("_"), packet.rstrip("_") + "_functional"):
-        found = getattr(aten, name, None)
-        if found is not None and overload in found.overloads():
-            candidate = getattr(found, overload)
-            if not is_mutation(candidate):
-                return candidate, name
+def functional_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Form:
+    """The call that computes what a writing call writes, and leaves its arguments alone.
+
+    Args:
+        where: the user's line, for errors.
+
+    Raises:
+        CaptureError: there is no such overload.
+    """
+    schema = target._schema
+    given = dict(zip((a.name for a in schema.arguments), args)) | kwargs
+    given = {_SELF.get(name, name): value for name, value in given.items()}
+    written = [a for a in schema.arguments if _is_written(a)]
+    is_out = all(a.kwarg_only for a in written) and len(written) == len(schema.returns)
+    rest = [a for a in schema.arguments if not (is_out and _is_written(a))]
+    values = {_name(a): a.default_value for a in rest if a.has_default_value()}
+    values |= {_name(a): given[_name(a)] for a in rest if _name(a) in given}
+    beside = 0 if is_out or _in_place(written, schema) else len(schema.returns)
+    for candidate in _candidates(target):
+        found = candidate._schema
+        if len(found.returns) != beside + len(written) or not _takes(found, rest, candidate):
+            continue
+        named = {a.name: values[_name(a)] for a in found.arguments if _name(a) in values}
+        plain = []
+        for argument in found.arguments:
+            if argument.kwarg_only or argument.name not in named:
+                break
+            plain.append(named.pop(argument.name))
+        kept = {n: v for n, v in named.items() if not _is_default(found, n, v)}
+        return Form(candidate, tuple(plain), kept, tuple(given.get(_name(a)) for a in written), beside)
     raise CaptureError(
-        f"the in-place operator {target} has no form that leaves its input alone; use one that returns a new tensor"
+        f"the in-place operator {target} at {where} has no form that leaves its input alone; use one that returns a new tensor"
     )
 
 
-def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[Callable[..., Any], Any, Any], Any]:
+@dataclass(frozen=True)
+class Form:
+    """A call that leaves its arguments alone. Of its results the first ``beside`` are those of the writing call, the others
+    what that writes to ``written``."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    written: tuple[Any, ...]
+    beside: int
+
+
+# Overloads whose functional form has another default or other types.
+_SAME = {"aten.bernoulli_.float": aten.bernoulli.p}
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _in_place(written: list[Any], schema: Any) -> bool:
+    """Whether the call returns what it writes to, and nothing else."""
+    return len(written) == len(schema.returns) and all(r.alias_info is not None for r in schema.returns)
+
+
+def _candidates(target: Any) -> Iterator[Any]:
+    """Overloads that write to nothing and may compute the same, the likeliest first."""
+    if str(target) in _SAME:
+        yield _SAME[str(target)]
+        return
+    packet = target.overloadpacket.__name__
+    plain = f"__{packet[3:]}" if packet.startswith("__i") and packet.endswith("__") else packet.rstrip("_")
+    for name in dict.fromkeys((plain, f"{plain}_functional", f"_{plain}_functional")):
+        found = getattr(aten, name, None)
+        overloads = found.overloads() if found is not None else ()
+        for overload in sorted(overloads, key=lambda o: o != target._overloadname):
+            candidate = getattr(found, overload)
+            if not is_mutation(candidate):
+                yield candidate
+
+
+def _takes(found: Any, given: list[Any], candidate: Any) -> bool:
+    """Whether an overload takes arguments of these names and types, in any order; a script's own overloads do not count."""
+    if str(candidate) in map(str, _SAME.values()):
+        return True
+    return {_name(a): _type(a) for a in found.arguments} == {_name(a): _type(a) for a in given}
+
+
+_SELF = {"input": "self"}  # a few operators call their first argument so in one form only
+
+
+def _name(argument: Any) -> str:
+    return _SELF.get(argument.name, argument.name)
+
+
+def _type(argument: Any) -> str:
+    return str(argument.type)
+
+
+def _is_default(schema: Any, name: str, value: Any) -> bool:
+    """Whether a value is what the overload takes if it is not told."""
+    argument = next(a for a in schema.arguments if a.name == name)
+    if not argument.has_default_value() or isinstance(value, (fx.Node, Tensor)):
+        return False
+    return type(value) is type(argument.default_value) and bool(value == argument.default_value)
+
+
+# In-place operators that change how a tensor is seen, and not what it holds: the view that they make of it.
+VIEWS = {
+    "squeeze_": "squeeze",
+    "unsqueeze_": "unsqueeze",
+    "t_": "t",
+    "transpose_": "transpose",
+    "swapaxes_": "swapaxes",
+    "swapdims_": "swapdims",
+}
+
+
+def view_of(target: Any) -> Any:
+    """The overload that makes the view which an in-place operator turns its tensor into."""
+    name = VIEWS[target.overloadpacket.__name__]
+    types = {a.name: _type(a) for a in target._schema.arguments}
+    packet = getattr(aten, name)
+    overloads = (getattr(packet, o) for o in packet.overloads())
+    return next(o for o in overloads if {a.name: _type(a) for a in o._schema.arguments} == types)
+
+
+def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
+    """Emits what ``fill_diagonal_`` writes to, as booleans that broadcast against a tensor like this."""
+    shape, device = tuple(like.shape), like.device
+
+    def eye(rows: int, columns: int) -> str:
+        return emit(aten.eye.m, rows, columns, dtype=torch.bool, device=device)
+
+    if len(shape) == 2:
+        rows, columns = shape
+        if not wrap or rows <= columns + 1 or not columns:
+            return eye(rows, columns)
+        times = -(-rows // (columns + 1))  # the diagonal begins anew after a row that has none
+        return emit(aten.slice.Tensor, emit(aten.repeat.default, eye(columns + 1, columns), [times, 1]), 0, 0, rows)
+    mask = ""
+    for dim in range(1, len(shape)):
+        pair = emit(aten.view.default, eye(shape[0], shape[dim]), [n if d in (0, dim) else 1 for d, n in enumerate(shape)])
+        mask = emit(aten.logical_and.default, mask, pair) if mask else pair
+    return mask
+
+
+def scatter_back(
+    node: fx.Node, which: int | None, parent: Tensor, where: str
+) -> Callable[[Callable[..., Any], Any, Any], Any]:
     """How a new value of a view becomes a new value of the tensor it views.
+
+    Args:
+        where: the user's line that writes.
 
     Returns:
         A function of ``(emit, value of the parent, new value of the view)``.
@@ -69,8 +200,8 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[
         return lambda emit, base, new: emit(aten.reshape.default, new, shape)
     if name in ("alias", "detach", "contiguous", "to", "lift_fresh", "clone"):
         return lambda emit, base, new: new
-    if name in ("transpose", "t", "swapaxes", "numpy_T", "mT"):
-        d0, d1 = (args[0], args[1]) if name in ("transpose", "swapaxes") else (-2, -1)
+    if name in ("transpose", "t", "swapaxes", "swapdims", "numpy_T", "mT"):
+        d0, d1 = (args[0], args[1]) if name in ("transpose", "swapaxes", "swapdims") else (-2, -1)
         return lambda emit, base, new: emit(aten.transpose.int, new, d0, d1) if len(shape) > 1 else new
     if name == "permute":
         order = [d % len(shape) for d in args[0]]
@@ -95,4 +226,51 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor) -> Callable[[
     if name == "diagonal":
         rest = [argument(0, "offset", 0), argument(1, "dim1", 0), argument(2, "dim2", 1)]
         return lambda emit, base, new: emit(aten.diagonal_scatter.default, base, new, *rest)
-    raise CaptureError(f"a write through {node.target} cannot be captured; write to a tensor that is no such view")
+    raise CaptureError(f"a write through {node.target} at {where} cannot be captured; write to a tensor that is no such view")
+
+
+# -- running statistics, which operators write to though their schema does not say so ----------------------------------
+
+_STATISTICS: dict[Any, str] = {
+    aten.batch_norm.default: "training",
+    aten.native_batch_norm.default: "training",
+    aten.instance_norm.default: "use_input_stats",
+}
+
+
+def updates_statistics(node: fx.Node) -> bool:
+    """Whether an operator moves the running statistics that it is given."""
+    target: Any = node.target
+    flag = _STATISTICS.get(target)
+    if flag is None:
+        return False
+    given = named_arguments(node)
+    return bool(given[flag]) and isinstance(given["running_mean"], fx.Node)
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return defaults | dict(zip((a.name for a in schema.arguments), node.args)) | dict(node.kwargs)
+
+
+def moved_statistics(emit: Callable[..., Any], node: fx.Node, x: str, shape: tuple[int, ...], mean: str, var: str) -> list[str]:
+    """Emits running statistics as the operator moves them: mean and variance.
+
+    Args:
+        emit: returns the names of a call's outputs.
+        x: what is normalised, of this shape.
+    """
+    given = named_arguments(node)
+    of_samples = node.target is aten.instance_norm.default  # each sample has statistics of its own; their mean is taken
+    if of_samples:
+        samples, channels = shape[:2]
+        (x,) = emit(aten.reshape.default, x, [1, samples * channels, *shape[2:]])
+        mean, var = (emit(aten.repeat.default, value, [samples])[0] for value in (mean, var))
+    norm = aten._native_batch_norm_legit_functional.default
+    moved = list(emit(norm, x, None, None, mean, var, True, given["momentum"], given["eps"])[3:])
+    if of_samples:
+        apart = [emit(aten.reshape.default, value, [samples, channels])[0] for value in moved]
+        moved = [emit(aten.mean.dim, value, [0])[0] for value in apart]
+    return moved

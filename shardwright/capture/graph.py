@@ -6,6 +6,7 @@ order they run; the outputs and the buffer updates are values of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +93,7 @@ class Graph:
             self.metas[graph_input.value] = graph_input.meta
         for node in self.nodes:
             self.metas.update(zip(node.outputs, node.op.outputs, strict=True))
-        object.__setattr__(self, "needs_grad", _needs_grad(self))
+        object.__setattr__(self, "needs_grad", frozenset(NeedsGradient().of(self.inputs, self.nodes)))
 
     def __str__(self) -> str:
         lines = [f"{i.value}: {i.kind} {i.target} {list(i.meta.shape)}" for i in self.inputs]
@@ -116,11 +117,35 @@ class Constant:
         return repr(self.value)
 
 
-def _needs_grad(graph: Graph) -> frozenset[str]:
-    result = {i.value for i in graph.inputs if i.requires_grad}
-    for node in graph.nodes:
-        if not node.grad or node.op.name in ("aten.detach", "aten.argmax", "aten.zeros_like", "aten.ones_like"):
-            continue
-        if any(value in result for value in node.inputs):
-            result.update(v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable)
-    return frozenset(result)
+# Operators whose result has no gradient though its dtype could have one: what reads the shape of a tensor alone.
+_WITHOUT_GRADIENT = frozenset({
+    "aten.detach", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
+    "aten.randn_like", "aten.randint_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
+    "aten.new_empty_strided", "aten.uniform", "aten.normal_functional", "aten.log_normal", "aten.cauchy",
+    "aten.exponential", "aten.geometric", "aten.random",
+})  # fmt: skip
+
+
+def _has_no_gradient(op: Operator) -> bool:
+    if op.name == "aten.bernoulli":
+        return isinstance(op.argument("p"), float)  # a number for all of them
+    return op.name in _WITHOUT_GRADIENT
+
+
+class NeedsGradient:
+    """The values that a gradient flows back through, of inputs and nodes that may become more."""
+
+    def __init__(self) -> None:
+        self.values: set[str] = set()
+        self.inputs = self.nodes = 0  # how many have been looked at
+
+    def of(self, inputs: Sequence[GraphInput], nodes: Sequence[Node]) -> set[str]:
+        """The values, given all inputs and nodes so far."""
+        self.values.update(i.value for i in inputs[self.inputs :] if i.requires_grad)
+        for node in nodes[self.nodes :]:
+            if not node.grad or _has_no_gradient(node.op):
+                continue
+            if any(value in self.values for value in node.inputs):
+                self.values.update(v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable)
+        self.inputs, self.nodes = len(inputs), len(nodes)
+        return self.values

@@ -13,7 +13,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FrameType, GetSetDescriptorType
@@ -236,6 +236,8 @@ class Watch(TorchFunctionMode):
             )
 
     def derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+        with suppress(Exception):
+            function(*args, **kwargs)  # somebody further out may take it for a sign, as of a train step
         raise refuse(
             f"{function.__name__} in a captured callable cannot be captured: derivatives are taken of the whole program",
             "Take the derivative outside: return the value, then call torch.autograd.grad or backward on it",

@@ -24,9 +24,11 @@ from shardwright.plan.plan import Plan
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.lowering import PerRank, Ref
+from shardwright.rules.operator import OpOverload
 from shardwright.rules.signature import Signature
 
-_NO_GRADIENT = ("detach", "argmax", "ge", "lt", "eq", "ne")
+# Operators of lowerings that read a tensor without its gradient.
+_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "ge", "gt", "le", "lt", "eq", "ne"})
 
 
 def partition(
@@ -67,6 +69,8 @@ class _Partitioner:
         self.place: dict[str, str] = {}  # graph value -> local value
         self.moved: dict[tuple[str, Layout, tuple[str, ...]], str] = {}
         self.needs: dict[str, dict[Need, None]] = {}  # what each graph value is read as, in order
+        # Values that some reader takes a gradient of: a move is shared, and its first reader may be one that takes none.
+        self.with_gradient = graph.needs_grad & {value for node in graph.nodes if node.grad for value in node.inputs}
         self.node: Node | None = None
         self.count = 0
         for node in graph.nodes:
@@ -155,7 +159,7 @@ class _Partitioner:
             meta = self.graph.metas[value]
             self.moved[key] = self.emit_move(
                 source, meta.shape, self.layouts[source], layout, gradient, meta.dtype, f"{value} -> {reader}",
-                value in self.graph.needs_grad,
+                value in self.graph.needs_grad, value in self.with_gradient,
             )  # fmt: skip
         return self.moved[key]
 
@@ -188,6 +192,7 @@ class _Partitioner:
         dtype: torch.dtype,
         edge: str,
         needs_grad: bool = True,
+        with_gradient: bool = False,
     ) -> str:
         plan = redistribution(before, after, shape, gradient, self.options_for(dtype, source in self.parameters))
         if plan.is_identity:
@@ -198,7 +203,7 @@ class _Partitioner:
         self.instructions.append(
             Move(
                 source, name, plan, dtype, node.name if node else edge, edge, out_lanes, needs_grad,
-                node.grad if node else True, _autocast_of_move(node, dtype),
+                with_gradient or node is None or node.grad, _autocast_of_move(node, dtype),
             )
         )  # fmt: skip
         self.lanes[name], self.layouts[name] = out_lanes, plan.target
@@ -269,10 +274,12 @@ class _Local:
 
     def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> None:
         """A differentiable input that several lanes share would lose its gradient's reduction."""
+        if not self.node.grad or not self.parent.graph.needs_grad.intersection(self.node.outputs) or _reads_without(function):
+            return
         for i, ref in enumerate(self.inputs):
             if not self.op.inputs[i].differentiable or self.node.inputs[i] not in self.parent.graph.needs_grad:
                 continue
-            if any(leaf is ref for leaf in leaves) and not any(n in str(function) for n in _NO_GRADIENT):
+            if any(leaf is ref for leaf in leaves):
                 assert self.parent.lanes[ref.name] == lanes, (
                     f"{self.node.where}: input {i} is shared along axes where the operator's work differs"
                 )
@@ -322,6 +329,11 @@ class _Local:
     def offset(self, tensor_is_output: bool, index: int, dim: int) -> PerRank:
         bounds = self._bounds(tensor_is_output, index)
         return PerRank(lambda rank: bounds[rank][dim][0])
+
+
+def _reads_without(function: Callable[..., Any]) -> bool:
+    """Whether a call reads tensors without their gradients."""
+    return isinstance(function, OpOverload) and function.overloadpacket.__name__ in _NO_GRADIENT
 
 
 def _hashable(value: Any) -> Any:

@@ -17,7 +17,8 @@ from shardwright.capture.torch_private import pytree
 from shardwright.layout import Layout
 from shardwright.redistribute.steps import Redistribution
 from shardwright.rules.lowering import PerRank, Ref
-from shardwright.rules.operator import TensorMeta, operator_name
+from shardwright.rules.norm import update_running
+from shardwright.rules.operator import OpOverload, TensorMeta, operator_name
 
 Lanes = tuple[int, ...]
 Autocast = tuple[Any, ...] | None
@@ -49,6 +50,26 @@ class Call:
     autocast: Autocast = None
     grad: bool = True
     recompute: bool = False
+
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors that it changes."""
+        if self.function is update_running:
+            return [argument.name for argument in self.args[:2]]
+        if not isinstance(self.function, OpOverload):
+            return []
+        found = []
+        for position, argument in enumerate(self.function._schema.arguments):
+            value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
+            is_written = argument.name in _WRITTEN or (argument.alias_info is not None and argument.alias_info.is_write)
+            if is_written and isinstance(value, Ref):
+                found.append(value.name)
+        return found
+
+
+# Arguments that operators write to though their schema does not say so.
+_WRITTEN = frozenset({"running_mean", "running_var"})
 
 
 @dataclass(frozen=True)

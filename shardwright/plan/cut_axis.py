@@ -13,10 +13,13 @@ from shardwright.plan.plan import Plan
 from shardwright.rules.operator import TensorMeta
 
 
-def cut_axis(plan: Plan, axis: str, sizes: tuple[int, int]) -> tuple[Plan, Callable[[Layout], Layout]]:
+def cut_axis(
+    plan: Plan, axis: str, sizes: tuple[int, int], mesh: Mesh | None = None
+) -> tuple[Plan, Callable[[Layout], Layout]]:
     """The plan on a mesh whose ``axis`` is cut in two, ``<axis>0`` above ``<axis>1``; every piece stays where it is.
 
     Args:
+        mesh: the mesh that is cut, where the plan has several over its ranks; default: that of most operators.
         sizes: of the two parts; their product is the size of the axis.
 
     Returns:
@@ -25,7 +28,7 @@ def cut_axis(plan: Plan, axis: str, sizes: tuple[int, int]) -> tuple[Plan, Calla
     Raises:
         ShardwrightError: a dim is split unevenly over the axis: the parts would have other pieces than the whole.
     """
-    mesh = plan.mesh
+    mesh = mesh or plan.mesh
     assert sizes[0] * sizes[1] == mesh.axis_size(axis), (axis, sizes)
     refined, parts = _refined(mesh, axis, sizes)
 
@@ -54,7 +57,7 @@ def cut_axis(plan: Plan, axis: str, sizes: tuple[int, int]) -> tuple[Plan, Calla
             choices[node.name] = _choice(choice, refined, axis, parts, node.op.inputs, node.op.outputs, checked, node.where)
     metas = plan.graph.metas
     inputs = {name: checked(layout, metas[name], f"the input {name}") for name, layout in plan.input_layouts.items()}
-    return replace(plan, mesh=refined, choices=choices, input_layouts=inputs), translate
+    return replace(plan, mesh=refined if mesh == plan.mesh else plan.mesh, choices=choices, input_layouts=inputs), translate
 
 
 def _refined(mesh: Mesh, axis: str, sizes: tuple[int, int]) -> tuple[Mesh, tuple[str, str]]:

@@ -25,7 +25,7 @@ from shardwright.capture.graph import Graph, Node
 from shardwright.cost.memory import kept_bytes
 from shardwright.cost.saved import NOTHING, Saved, saved_by
 from shardwright.mesh import Mesh
-from shardwright.plan.choices import REPLICATED, ChoiceTable, Codes
+from shardwright.plan.choices import PARTIAL, REPLICATED, ChoiceTable, Codes
 from shardwright.plan.fold import Block
 from shardwright.plan.pricing import Pricing
 from shardwright.rules.operator import TensorMeta
@@ -218,6 +218,9 @@ class Formulation:
             if value in self.kept_whole:
                 cost = cost + self.pricing.to_whole(self.graph.metas[value], code, value in self.graph.needs_grad)
         for slot, value in enumerate(node.inputs):
+            if value in self.folded.ready:  # any piece of it, but no part of a sum
+                parts = (self.needs(Use(site, slot, "every")).codes == PARTIAL).any(axis=1)
+                cost = np.where(parts, np.inf, cost)
             if value in self.given:
                 needs = self.needs(Use(site, slot, "every"))
                 grad = value in self.graph.needs_grad

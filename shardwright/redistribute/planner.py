@@ -195,8 +195,7 @@ class _Planner:
     def _scattered(self, path: Path, axes: tuple[str, ...], op: str) -> Iterator[Path]:
         """Reduce-scatters over a dim that need not be split in the target."""
         for dim in self._roomy(path.now, axes):
-            after = _with_dim(path.now, self.target, dim, path.now.bound[dim] + axes, axes)
-            yield self.then(path, "reduce_scatter", axes, after, (dim,), op)
+            yield self.then(path, "reduce_scatter", axes, self._finer(path.now, dim, axes, axes), (dim,), op)
 
     def _shared(self, path: Path) -> Iterator[Path]:
         """Replicas share the reduction: each slices a part of its own first, whatever the target does with it."""
@@ -204,8 +203,7 @@ class _Planner:
         roomy = self._roomy(path.now, spare) if spare else []
         # where the sums are not to be scattered to: those go straight to their places then
         for dim in sorted(roomy, key=lambda d: len({*path.now.partial_axes} & {*self.target.bound[d]}))[:1]:
-            after = _with_dim(path.now, self.target, dim, path.now.bound[dim] + spare)
-            yield self.then(path, "slice", spare, after, (dim,))
+            yield self.then(path, "slice", spare, self._finer(path.now, dim, spare), (dim,))
 
     def _moved_then_reduced(self, path: Path) -> Iterator[Path]:
         """Moves the parts to where the target has them, then reduce-scatters straight into it."""
@@ -218,6 +216,11 @@ class _Planner:
         for moved in self.moved(path, between):
             for reduced in self.reduced(self.split(moved)):
                 yield from self.moved(self.split(reduced))
+
+    def _finer(self, now: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
+        """``now`` with a dim split by these axes too: into the target's explicit sizes only if each lies within a piece."""
+        after = _with_dim(now, self.target, dim, now.bound[dim] + axes, reduced)
+        return after if _refines(after, now, dim, self.shape) else _with_dim(now, now, dim, now.bound[dim] + axes, reduced)
 
     def _roomy(self, layout: Layout, axes: Sequence[str]) -> list[int]:
         """Two dims at most that can be split by ``axes`` too, evenly if one can; first those where the target has them."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwright.errors import ShardwrightError
+from shardwright.rules.in_range import check_in_range
 from shardwright.rules.index import embedding_of_rows, own_row
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator
@@ -44,17 +45,21 @@ def _lookup(local: Local) -> tuple[Ref, ...]:
     first, count = start(local, False, 0, 0), local.local_size(False, 0, 0)
     padding = of_sizes(own_row, local.op.args[2] if len(local.op.args) > 2 else -1, first, count)
     if rows == fields:
-        return (local.call(own_rows, table, indices, first, padding),)
+        return (local.call(own_rows, table, indices, first, padding, local.op.inputs[0].shape[0]),)
     assert not set(rows) & set(fields), "rows and fields share axes but are not split alike"
     meta, whole = local.op.outputs[0], local.output_layouts[0]
-    found = local.call(embedding_of_rows, table, indices, first, padding)
+    found = local.call(embedding_of_rows, table, indices, first, padding, local.op.inputs[0].shape[0])
     return (local.move(found, meta.shape, whole.with_partial(rows), whole, (), meta.dtype),)
 
 
-def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1) -> Tensor:
+def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
     """Rows of a piece of a table that starts at row ``first``, for indices into the whole table.
 
+    Args:
+        size: how many rows the whole table has.
+
     Raises:
+        IndexRangeError: an index of no row.
         ShardwrightError: an index into another piece.
 
     >>> own_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([8, 7]), 7).flatten()
@@ -63,6 +68,8 @@ def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1) -> T
     rows, own = table.shape[0], indices - first if first else indices
     if table.device.type == "cpu" and own.numel():
         low, high = (int(i) + first for i in own.aminmax())
+        if size is not None and (low < 0 or high >= size):
+            check_in_range(indices, size, "row")
         if low < first or high >= first + rows:
             raise ShardwrightError(
                 f"manual_split: these fields read rows {first} to {first + rows - 1}, but the indices have {low} to {high}; "

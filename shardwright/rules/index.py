@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.rules.in_range import check_in_range
 from shardwright.rules.lowering import Local, PerRank, Ref
 from shardwright.rules.operator import Operator, Slot
 from shardwright.rules.pieces import local_arguments, names, notation, of_sizes, start, with_dims
@@ -37,7 +38,7 @@ def _embedding(local: Local) -> tuple[Ref, ...]:
     weight, indices = local.inputs
     first, rows = start(local, False, 0, 0), local.local_size(False, 0, 0)
     padding = of_sizes(own_row, local.op.argument("padding_idx", -1), first, rows)
-    return (local.call(embedding_of_rows, weight, indices, first, padding),)
+    return (local.call(embedding_of_rows, weight, indices, first, padding, local.op.inputs[0].shape[0]),)
 
 
 def own_row(row: int, first: int, rows: int) -> int:
@@ -45,17 +46,23 @@ def own_row(row: int, first: int, rows: int) -> int:
     return row - first if first <= row < first + rows else -1
 
 
-def embedding_of_rows(weight: Tensor, indices: Tensor, first: int, padding: int = -1) -> Tensor:
+def embedding_of_rows(weight: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
     """The rows that ``weight`` holds of a table, zeros for indices of other rows.
 
     Args:
         weight: rows ``first, first + 1, ...`` of the table; possibly none.
         indices: rows of the whole table.
         padding: the local row that gets no gradient, or -1.
+        size: how many rows the whole table has; an index of no row is an error then.
+
+    Raises:
+        IndexRangeError: an index of no row.
 
     >>> embedding_of_rows(torch.ones(2, 1), torch.tensor([0, 1, 2, 3]), 2).flatten()
     tensor([0., 0., 1., 1.])
     """
+    if size is not None:
+        check_in_range(indices, size, "row")
     rows = weight.shape[0]
     if rows == 0:  # zeros that depend on the weight, so that its gradient is zeros and not nothing
         return weight.new_zeros(*indices.shape, 0) @ weight

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardwright.derivatives import first_derivative_only
 from shardwright.layout import Layout
+from shardwright.rules.in_range import check_in_range
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator, Slot
 from shardwright.rules.pointwise import aten_names
@@ -196,10 +197,14 @@ def class_sums(scores: Tensor, peak: Tensor | None, target: Tensor, weight: Tens
     Args:
         peak: the largest score over all classes, which keeps the exponentials in range.
         first: the first local class.
+
+    Raises:
+        IndexRangeError: a target that is no class.
     """
     if terms.kind == "probabilities":
         assert peak is not None
         return _sums_of_probabilities(scores, peak, target, weight, terms)
+    check_in_range(target, terms.classes, "target", terms.ignore_index)
     dim, index = terms.dim, target.to(torch.int64) - first
     sums = []
     if peak is not None:

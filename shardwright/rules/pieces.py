@@ -88,9 +88,10 @@ def piece_of_output(local: Local, whole: Ref, index: int = 0) -> Ref:
 # -- empty pieces -----------------------------------------------------------------------------------------------------
 
 
-def some_piece_is_empty(local: Local) -> bool:
-    """Whether some rank holds nothing of an input or an output."""
-    tensors = [*zip(local.op.inputs, local.input_layouts), *zip(local.op.outputs, local.output_layouts)]
+def some_piece_is_empty(local: Local, of_inputs: bool = True) -> bool:
+    """Whether some rank holds nothing of an output, or of an input."""
+    tensors = [*zip(local.op.outputs, local.output_layouts)]
+    tensors += zip(local.op.inputs, local.input_layouts) if of_inputs else ()
     return any(
         any(stop <= first for first, stop in bounds)
         for meta, layout in tensors
@@ -120,6 +121,27 @@ def unless_empty(
     )
 
 
+def unless_nothing(
+    function: Callable[..., Any],
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[torch.dtype],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """:func:`unless_empty`, but where nothing is made only: of no elements a function may well make some."""
+    if all(0 not in shape for shape in shapes):
+        return function(*args, **kwargs)
+    return unless_empty(function, shapes, dtypes, *args, **kwargs)
+
+
+def unless_nothing_one(
+    function: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, *args: Any, **kwargs: Any
+) -> Tensor:
+    """:func:`unless_nothing` for a function of one output."""
+    result = unless_nothing(function, [shape], [dtype], *args, **kwargs)
+    return result if isinstance(result, Tensor) else result[0]
+
+
 def unless_empty_one(
     function: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Tensor:
@@ -128,19 +150,27 @@ def unless_empty_one(
     return result if isinstance(result, Tensor) else result[0]
 
 
-def call_unless_empty(local: Local, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> tuple[Ref, ...]:
-    """Emits the operator on these arguments, guarded where some rank holds nothing."""
+def call_unless_empty(
+    local: Local, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, of_inputs: bool = True
+) -> tuple[Ref, ...]:
+    """Emits the operator on these arguments, guarded where some rank holds nothing.
+
+    Args:
+        of_inputs: whether an empty input counts too, though the output is not empty: where a summed dim is cut.
+    """
     op, target = local.op, local.op.target
     keywords = dict(kwargs or {})
     dtypes = tuple(m.dtype for m in op.outputs)
     if len(op.outputs) > 1:
-        if not some_piece_is_empty(local):
+        if not some_piece_is_empty(local, of_inputs):
             return local.call_many(len(dtypes), target, *args, **keywords)
         shapes = [local.local_shape(True, i) for i in range(len(dtypes))]
-        return local.call_many(len(dtypes), unless_empty, target, shapes, dtypes, *args, **keywords)
-    if not some_piece_is_empty(local):
+        guard = unless_empty if of_inputs else unless_nothing
+        return local.call_many(len(dtypes), guard, target, shapes, dtypes, *args, **keywords)
+    if not some_piece_is_empty(local, of_inputs):
         return (local.call(target, *args, **keywords),)
-    return (local.call(unless_empty_one, target, local.local_shape(True, 0), dtypes[0], *args, **keywords),)
+    guard_one = unless_empty_one if of_inputs else unless_nothing_one
+    return (local.call(guard_one, target, local.local_shape(True, 0), dtypes[0], *args, **keywords),)
 
 
 def local_arguments(local: Local, tensors: Sequence[Ref] | None = None) -> tuple[list[Any], dict[str, Any]]:
@@ -159,6 +189,6 @@ def local_arguments(local: Local, tensors: Sequence[Ref] | None = None) -> tuple
 
 def guarded_same_call(local: Local) -> tuple[Ref, ...]:
     """The lowering of an operator that runs as it is, but refuses empty tensors."""
-    if not some_piece_is_empty(local):
+    if not some_piece_is_empty(local, of_inputs=False):
         return local.same_call()
-    return call_unless_empty(local, *local_arguments(local))
+    return call_unless_empty(local, *local_arguments(local), of_inputs=False)

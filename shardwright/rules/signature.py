@@ -144,8 +144,8 @@ def parse(
     left, _, right = notation.partition("->")
     marks: dict[str, str] = {}
     found: dict[str, int] = dict(sizes or {})
-    texts = [t for t in left.split(",")] if left.strip() else []
-    out_texts = [t for t in right.split(",")]
+    texts = left.split(",") if op.inputs or left.strip() else []  # one input of 0 dims is written as nothing
+    out_texts = right.split(",") if op.outputs or right.strip() else []
     if len(texts) != len(op.inputs) or len(out_texts) != len(op.outputs):
         raise ValueError(
             f"{op.name}: the rule {notation!r} has {len(texts)} inputs and {len(out_texts)} outputs, the call has "

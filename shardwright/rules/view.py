@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwright.rules.lowering import Local, Ref
 from shardwright.rules.operator import Operator
@@ -21,6 +22,7 @@ from shardwright.rules.pieces import (
     names,
     notation,
     of_sizes,
+    some_piece_is_empty,
     start,
     with_dims,
 )
@@ -236,11 +238,12 @@ def _repeat_rule(op: Operator) -> Signature | None:
     inputs: list[str] = []
     outputs: list[str] = []
     sizes: dict[str, int] = {}
+    own = len(shape) - len(op.inputs[0].shape)
     for i, (size, count) in enumerate(zip(shape, counts)):
         name, many = f"d{i}", f"r{i}"
         if count == 1:
             inputs.append(name)
-            outputs.append(name)
+            outputs.append(name if i >= own else "1")  # a new dim of size 1 has nothing to split
         elif size == 1 or count == 0:
             inputs.append("1" if size == 1 else f"{name}!")
             outputs.append(many)
@@ -248,7 +251,6 @@ def _repeat_rule(op: Operator) -> Signature | None:
             sizes |= {name: size, many: count}
             inputs.append(f"{name}!")
             outputs.append(f"({many} {name})")
-    own = len(shape) - len(op.inputs[0].shape)
     return parse(notation([inputs[own:]], [outputs]), op, sizes, ONE, _tile)
 
 
@@ -519,4 +521,15 @@ def _pad_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.view_as_real", "aten.view_as_complex")
 def _complex_rule(op: Operator) -> Signature | None:
-    return parse("... -> ... pair!" if op.name == "aten.view_as_real" else "... pair! -> ...", op)
+    if op.name == "aten.view_as_real":
+        return parse("... -> ... pair!", op, None, (), _real_pairs)
+    return parse("... pair! -> ...", op)
+
+
+def _real_pairs(local: Local) -> tuple[Ref, ...]:
+    return (local.call(real_pairs, local.inputs[0]),) if some_piece_is_empty(local) else local.same_call()
+
+
+def real_pairs(x: Tensor) -> Tensor:
+    """``view_as_real``, whose backward refuses some gradients of nothing."""
+    return torch.view_as_real(x) if x.numel() else torch.stack((x.real, x.imag), -1)

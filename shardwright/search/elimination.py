@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from shardwright.search.minplus import Factor, minimum_over
+from shardwright.search.minplus import Factor, minimum_over, slim, slimmed
 
 Sizes = Mapping[int, int]
 
@@ -36,6 +36,16 @@ class Memo:
     """
 
     tables: dict[tuple, tuple[np.ndarray, list[np.ndarray]]] = field(default_factory=dict)
+    slim: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def slimmed(self, factor: Factor) -> Factor:
+        """As :func:`minplus.slimmed`, remembered."""
+        own, table = factor
+        if 1 not in table.shape or len(own) == 1:
+            return factor
+        if id(table) not in self.slim:
+            self.slim[id(table)] = table, slimmed(factor)[1]
+        return slim(own, table.shape), self.slim[id(table)][1]
 
     def minimum_over(self, variable: int, factors: list[Factor]) -> Factor:
         """As :func:`minplus.minimum_over`, remembered."""
@@ -53,7 +63,7 @@ def best_order(sizes: Sizes, scopes: Iterable[tuple[int, ...]], keep: frozenset[
     >>> best_order({0: 2, 1: 3, 2: 2}, [(0, 1), (1, 2)]).variables
     [0, 1, 2]
     """
-    scopes = list(scopes)
+    scopes = [slim(own, [sizes[v] for v in own]) for own in scopes]
     by_size = _greedy_order(sizes, scopes, keep, by_fill=False)
     # Cheaper to do than to improve; or a graph on which counting fill takes too long.
     if by_size.operations < 4e6 or len(sizes) > 400:
@@ -131,7 +141,7 @@ class Elimination:
             (waiting[min(steps)] if steps else left).append(factor)
 
         for factor in factors:
-            file(factor)
+            file(memo.slimmed(factor))
         buckets = []
         for v, bucket in zip(order, waiting):
             assert bucket, f"variable {v} is in no factor"

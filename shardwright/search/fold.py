@@ -16,7 +16,7 @@ from math import log2, prod
 import numpy as np
 
 from shardwright.search.elimination import Elimination, Memo, Order, best_order
-from shardwright.search.minplus import Factor, Power, spread
+from shardwright.search.minplus import Factor, Power, slim, slimmed, spread
 from shardwright.search.problem import Choices, Edge, Problem, Repeat
 
 Key = tuple[int, int]  # a node and its copy; 0 for a plain node
@@ -144,11 +144,14 @@ class Segment:
     def build(self, memo: Memo) -> Factor:
         """The factor, its variables being places in `keys`."""
         self.template = Elimination.of(self.factors, self.order.variables, memo)
-        table = np.full([self.sizes[v] for v in self.kept], self.template.value)
+        kept = slim(tuple(self.kept), [self.sizes[v] for v in self.kept])
+        table = np.full([self.sizes[v] for v in kept], self.template.value)
         for factor in self.template.left:
-            table += spread(factor, tuple(self.kept))
+            own, sums = slimmed(factor)
+            table += spread((own, sums), kept) if set(own) <= set(kept) else sums.sum()
         self.power = Power.of(table.reshape(self.shape), self.repeat.count - 2)
-        return tuple(range(len(self.kept))), self.power.table.reshape(table.shape)
+        places = [self.kept.index(v) for v in kept]
+        return tuple(places), self.power.table.reshape(table.shape)
 
     def recover(self, chosen: dict[Key, int]) -> np.ndarray:
         """The choices (copy, node) of the copies between, given those that `keys` names."""
@@ -274,8 +277,8 @@ class Graph:
         """The choices of least cost."""
         factors = list(self.factors)
         for segment in self.segments:
-            own = tuple(self.variables[key] for key in segment.keys)
-            _, table = segment.build(memo)
+            places, table = segment.build(memo)
+            own = tuple(self.variables[segment.keys[place]] for place in places)
             factors.append((tuple(sorted(own)), spread((own, table), tuple(sorted(own)))))
         chosen = Elimination.of(factors, self.order.variables, memo).assign({})
         found = {key: chosen[v] for key, v in self.variables.items()}

@@ -5,6 +5,7 @@ A factor is a table with one axis per variable, its variables in rising order. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -22,6 +23,26 @@ def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
     table = table.transpose(order)
     sizes = iter(table.shape)
     return table.reshape([next(sizes) if v in own else 1 for v in variables])
+
+
+def slim(own: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The variables that there is a choice of, or one of them: an array has no more than 64 axes.
+
+    >>> slim((4, 7, 9), (1, 3, 1)), slim((4, 7), (1, 1))
+    ((7,), (4,))
+    """
+    if 1 not in sizes or len(own) == 1:
+        return own
+    return tuple([v for v, size in zip(own, sizes) if size > 1]) or own[:1]
+
+
+def slimmed(factor: Factor) -> Factor:
+    """The factor without axes of length 1, but for one where it has no others."""
+    own, table = factor
+    kept = slim(own, table.shape)
+    if len(kept) == len(own):
+        return factor
+    return kept, table.reshape([n for n in table.shape if n > 1] or [1])
 
 
 def absorb(factors: list[Factor]) -> list[Factor]:

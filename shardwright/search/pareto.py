@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardwright.search.elimination import best_order
-from shardwright.search.minplus import spread
+from shardwright.search.minplus import slimmed, spread
 
 Table = tuple[tuple[int, ...], np.ndarray, np.ndarray]  # variables, cost, memory
 
@@ -49,7 +49,7 @@ class Frontier:
             raise TimeoutError
         # Pruning by the limit takes it that what is still to be added is not negative.
         limit = limit if all((memory >= 0).all() for _, _, memory in tables) else np.inf
-        frontier, waiting = Frontier([], [], True), list(tables)
+        frontier, waiting = Frontier([], [], True), [_slimmed(table) for table in tables]
         for step, v in enumerate(order.variables):
             mine = [t for t in waiting if v in t[0]]
             waiting = [t for t in waiting if v not in t[0]]
@@ -106,6 +106,12 @@ class Frontier:
             chosen[v] = parts[0]
             wanted.update(zip(read, parts[1:]))
         return chosen
+
+
+def _slimmed(table: Table) -> Table:
+    own, cost, memory = table
+    kept, slim_cost = slimmed((own, cost))
+    return kept, slim_cost, slimmed((own, memory))[1]
 
 
 def _sum(cost: float, memory: float, choice: int, fronts: list[Front], limit: float) -> Front:

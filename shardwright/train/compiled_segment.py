@@ -98,9 +98,9 @@ class Written:
                 own.append(names[name])
             function = writer.constant("f", call.function)  # as it is: tracing knows operators better than their entries
             text = f"{function}({arguments})"
-            writer.line(f"{own[0]} = {text}" if not call.sequence else f"many = {text}")
+            writer.line(f"{own[0]} = {text}" if not call.sequence else f"_many = {text}")
             for position, name in enumerate(own if call.sequence else ()):
-                writer.line(f"{name} = many[{position}]")
+                writer.line(f"{name} = _many[{position}]")
         result = f"({', '.join(names[name] for name in self.outputs)},)"
         key = (len(self.inputs), tuple(writer.lines), result, tuple(map(_identity, writer.names.values())))
         return key, lambda: writer.function(result)

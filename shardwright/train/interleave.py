@@ -13,6 +13,7 @@ sum, the other the backward's.
 Invariants:
 
 - Every instruction runs after those that make what it reads.
+- What reads or writes a tensor that calls write in place, such as running statistics, keeps its order.
 - Calls that draw random numbers keep their order, so that the numbers are those of the single device. What only they need
   is drawn early where another copy's turn comes first.
 - Every rank runs the same order.
@@ -101,6 +102,9 @@ class _Turns:
     def _needs(self, program: LocalProgram) -> list[list[int]]:
         """For every instruction, those that have to run before it."""
         needs: list[list[int]] = []
+        memory = self._memory()
+        changed = {memory.get(name, name) for i in self.region if isinstance(i, Call) for name in i.written}
+        last_use: dict[str, int] = {}  # tensor that is changed in place -> the last instruction that reads or writes it
         starts: dict[str, int] = {}
         last_draw = None
         for at, instruction in enumerate(self.region):
@@ -109,11 +113,24 @@ class _Turns:
                 starts.update((move.output, at) for move in instruction.moves)
             elif isinstance(instruction, Move) and instruction.output in starts:
                 found.append(starts[instruction.output])
+            for tensor in changed & {memory.get(name, name) for name in program.refs_of(instruction)}:
+                found += [last_use[tensor]] if tensor in last_use else []
+                last_use[tensor] = at
             if self.draws[at]:
                 found += [last_draw] if last_draw is not None else []
                 last_draw = at
             needs.append(found)
         return needs
+
+    def _memory(self) -> dict[str, str]:
+        """The results of moves -> the tensor they may share their memory with."""
+        memory: dict[str, str] = {}
+        for instruction in (*self.before, *self.region):
+            moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
+            for move in moves:
+                if isinstance(move, Move):
+                    memory[move.output] = memory.get(move.source, move.source)
+        return memory
 
     def _queues(self, copies: dict[str, int]) -> list[deque[int]]:
         """What each copy runs, in its order; what belongs to none goes with what follows it."""

@@ -130,13 +130,13 @@ def _chosen(layout: Layout, size: int) -> tuple[str, ...]:
 def _cut_axes(plan: Plan, size: int, layouts: Sequence[Layout]) -> Plan:
     """Cuts the axes that a block of ``size`` replicas begins in the middle of."""
     problems = Problems()
-    for _ in range(len(plan.mesh.axes)):
-        cut = next((found for layout in layouts if (found := _to_cut(layout, size))), None)
+    for _ in range(sum(len(mesh.axes) for mesh in {plan.mesh, *(layout.mesh for layout in layouts)})):
+        cut = next(((layout.mesh, *found) for layout in layouts if (found := _to_cut(layout, size))), None)
         if cut is None:
             return plan
-        axis, inner = cut
+        mesh, axis, inner = cut
         try:
-            plan, translate = cut_axis(plan, axis, (plan.mesh.axis_size(axis) // inner, inner))
+            plan, translate = cut_axis(plan, axis, (mesh.axis_size(axis) // inner, inner), mesh)
         except ShardwrightError as error:
             problems.add(f"hsdp(shard_size={size}) has to cut the axis {axis!r}: {error}")
             break

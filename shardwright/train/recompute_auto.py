@@ -179,8 +179,9 @@ class Chooser:
             is_list = bool(inside) and all(name.isdigit() for name in inside)
             if len(names) < 2 or is_list or outermost(path, self.marked) is not None:
                 continue
-            kept = sum(price.operators[name].kept for name in names)
-            seconds = sum(price.operators[name].forward for name in names) + self.moving(names)
+            priced = [price.operators[name] for name in names if name in price.operators]  # others cost nothing: every rank
+            kept = sum(operator.kept for operator in priced)  # has what they are made of, such as positions
+            seconds = sum(operator.forward for operator in priced) + self.moving(names)
             found[path] = Candidate(path, kept, seconds)
         return found
 

@@ -407,26 +407,25 @@ def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, rank: int, g
 
 def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram, rank: int) -> None:
     computation, names = computation_of(call, program, rank)
-    writer.line(f"many = _run.call({', '.join([writer.constant('again', computation), *names])})")
+    writer.line(f"_many = _run.call({', '.join([writer.constant('again', computation), *names])})")
     _write_many(writer, call)
 
 
 def _write_many(writer: SourceWriter, call: Call) -> None:
     for position, name in enumerate(call.outputs):
-        writer.line(f"{name} = many[{position}]")
-    writer.line("many = None")
+        writer.line(f"{name} = _many[{position}]")
+    writer.line("_many = None")
 
 
 def _write_call(writer: SourceWriter, call: Call, rank: int) -> None:
     def per_rank(leaf: PerRank) -> str:
         return writer.literal(leaf.of(rank))
 
-    arguments = writer.arguments(call.args, call.kwargs, lambda name: name, per_rank)
-    text = f"{writer.callable(call.function)}({arguments})"
+    text = writer.call(call.function, call.args, call.kwargs, lambda name: name, per_rank)
     if not call.sequence:
         writer.line(f"{call.outputs[0]} = {text}")
     else:
-        writer.line(f"many = {text}")
+        writer.line(f"_many = {text}")
         _write_many(writer, call)
 
 

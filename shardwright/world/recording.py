@@ -15,7 +15,6 @@ from torch import Tensor
 
 from shardwright.capture.torch_private import StorageWeakRef
 from shardwright.partition.program import Call, LocalProgram
-from shardwright.rules.lowering import Ref
 from shardwright.rules.operator import OpOverload
 from shardwright.world.recipes import Ambient, Computation, Inner, Kept, Part, RandomState, Reader, Recipe, Source, unpack
 from shardwright.world.source import SourceWriter
@@ -209,30 +208,12 @@ def computation_of(call: Call, program: LocalProgram, rank: int) -> tuple[Comput
             names.append(name)
         return f"t{names.index(name)}"
 
-    arguments = writer.arguments(call.args, call.kwargs, read, lambda leaf: writer.literal(leaf.of(rank)))
-    text = f"{writer.callable(call.function)}({arguments})"
+    text = writer.call(call.function, call.args, call.kwargs, read, lambda leaf: writer.literal(leaf.of(rank)))
     writer.parameters = [f"t{i}" for i in range(len(names))]
     run = writer.function(text if call.sequence else f"({text},)")
     kept = [name in program.kept for name in call.outputs]
-    writes = [names.index(name) for name in _written(call)]
+    writes = [names.index(name) for name in call.written]
     return Computation(run, call.autocast, call.grad, kept if any(kept) else (), _draws(call), writes=writes), names
-
-
-# Arguments that operators write to though their schema does not say so.
-_WRITTEN = frozenset({"running_mean", "running_var"})
-
-
-def _written(call: Call) -> list[str]:
-    """Names of the tensors that a call changes."""
-    if not isinstance(call.function, OpOverload):
-        return []
-    found = []
-    for position, argument in enumerate(call.function._schema.arguments):
-        value = call.args[position] if position < len(call.args) else call.kwargs.get(argument.name)
-        is_written = argument.name in _WRITTEN or (argument.alias_info is not None and argument.alias_info.is_write)
-        if is_written and isinstance(value, Ref):
-            found.append(value.name)
-    return found
 
 
 def _draws(call: Call) -> bool | None:

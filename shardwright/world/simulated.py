@@ -232,14 +232,14 @@ def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram
         computation, names = computation_of(call, program, rank)
         values = [f"{name}[{program.lanes[name][rank]}]" for name in names]
         made.append(f"_run.call({', '.join([writer.constant('again', computation), *values])})")
-    writer.line(f"many = [{', '.join(made)}]")
+    writer.line(f"_many = [{', '.join(made)}]")
     _write_many(writer, call)
 
 
 def _write_many(writer: SourceWriter, call: Call) -> None:
     for position, name in enumerate(call.outputs):
-        writer.line(f"{name} = [each[{position}] for each in many]")
-    writer.line("many = None")
+        writer.line(f"{name} = [_each[{position}] for _each in _many]")
+    writer.line("_many = None")
 
 
 def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
@@ -251,7 +251,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
 
     def column(key: str, source: str, values: list[Any]) -> str:
         if key not in reads:
-            reads[key] = f"i{len(reads)}"
+            reads[key] = f"_i{len(reads)}"
             columns.append(values)
             sources.append(source)
         return reads[key]
@@ -269,8 +269,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
             return writer.literal(values[0])
         return column(f"rank{id(leaf)}", "", values)
 
-    arguments = writer.arguments(call.args, call.kwargs, read, per_rank)
-    text = f"{writer.callable(call.function)}({arguments})"
+    text = writer.call(call.function, call.args, call.kwargs, read, per_rank)
     if not reads:
         assert len(ranks) == 1, call
         text = f"[{text}]"
@@ -280,7 +279,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
     if not call.sequence:
         writer.line(f"{call.outputs[0]} = {text}")
     else:
-        writer.line(f"many = {text}")
+        writer.line(f"_many = {text}")
         _write_many(writer, call)
 
 

@@ -20,13 +20,16 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 class SourceWriter:
-    """Collects lines and the constants they name, then compiles them."""
+    """Collects lines and the constants they name, then compiles them.
+
+    Names that begin with an underscore are the writer's own: no value of a program is called so.
+    """
 
     def __init__(self, name: str, parameters: Sequence[str]):
         self.name = name
         self.parameters = list(parameters)
         self.lines: list[str] = []
-        self.names: dict[str, Any] = {"torch": torch}
+        self.names: dict[str, Any] = {"_torch": torch}
         self._by_id: dict[int, str] = {}
         self._context: tuple[Any, bool] = (None, True)
 
@@ -36,10 +39,22 @@ class SourceWriter:
         self.names[name] = value
         return name
 
+    def call(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        read: Callable[[str], str],
+        per_rank: Callable[[PerRank], str],
+    ) -> str:
+        """The text of a call, through the fastest public Python entry where an ATen overload has one."""
+        entry = python_entry(function)
+        if entry is not function:
+            kwargs = with_constants(function, args, kwargs)
+        return f"{self.callable(entry)}({self.arguments(args, kwargs, read, per_rank)})"
+
     def callable(self, function: Callable[..., Any]) -> str:
-        """A name for a function, the fastest public Python entry where an ATen overload has one."""
-        if isinstance(function, OpOverload):
-            function = python_entry(function)
+        """A name for a function."""
         if id(function) not in self._by_id:
             self._by_id[id(function)] = self.constant("f", function)
         return self._by_id[id(function)]
@@ -78,7 +93,7 @@ class SourceWriter:
             make = self.constant("autocast", lambda: torch.autocast(device, dtype, enabled, cache))
             managers.append(f"{make}()")
         if not grad:
-            managers.append("torch.no_grad()")
+            managers.append("_torch.no_grad()")
         if managers:
             self.lines.append(f"    with {', '.join(managers)}:")
 
@@ -122,6 +137,19 @@ def python_entry(function: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(entry, (types.BuiltinFunctionType, types.MethodDescriptorType)) and not hasattr(builtins, name):
             return entry
     return function
+
+
+# Arguments whose default is the name of a constant (``reduction=Mean``). The parser of Python arguments takes such a name for
+# 0, so an entry that is called without the argument does something else than the operator that the schema describes.
+_CONSTANTS = ("reduction",)
+
+
+def with_constants(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of an overload, with those defaults written out that its Python entry does not have."""
+    for position, argument in enumerate(function._schema.arguments):  # type: ignore[attr-defined]
+        if argument.name in _CONSTANTS and position >= len(args) and argument.name not in kwargs:
+            kwargs = {**kwargs, argument.name: argument.default_value}
+    return kwargs
 
 
 # Python entries whose arguments differ from the operator's schema.

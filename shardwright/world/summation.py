@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.errors import WorldError
+
 _COMBINE: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 Combine = Callable[[Iterable[Tensor], Tensor], Tensor]
@@ -36,6 +38,7 @@ def reduce(parts: Iterable[Tensor], op: str) -> Tensor:
     if is_widened(first.dtype, op, 1 + len(rest)):
         return _wide([first, *rest], op).to(first.dtype)
     combine = _COMBINE[op]
+    _check_shapes(first, *rest)
     total = combine(first, rest[0])
     for part in rest[1:]:
         total = total.add_(part) if op == "sum" else combine(total, part)
@@ -52,14 +55,16 @@ def prepare_reduce(dtype: torch.dtype, op: str, count: int, own: int = 0) -> Com
             two, sums are kept in the first part until then.
     """
     if is_widened(dtype, op, count):
-        return lambda parts, out: out.copy_(_wide(parts, op))
+        return lambda parts, out: _copied(_wide(parts, op), out)
     combine = _COMBINE[op]
 
     def into(parts: Iterable[Tensor], out: Tensor) -> Tensor:
         arriving = iter(parts)
         first = total = next(arriving)
         for number, part in enumerate(arriving, 1):
-            total = combine(total, part, out=out if number >= own else first)
+            to = out if number >= own else first
+            _check_shapes(total, part, to)
+            total = combine(total, part, out=to)
         return total
 
     return into
@@ -72,11 +77,24 @@ def is_widened(dtype: torch.dtype, op: str, count: int) -> bool:
     return dtype.itemsize == 1 or (dtype.itemsize == 2 and op == "sum" and count > 2)
 
 
+def _check_shapes(first: Tensor, *others: Tensor) -> None:
+    """Refuses tensors of different shapes: torch would broadcast them, and give ``out=`` another shape."""
+    if any(other.shape != first.shape for other in others):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (first, *others))
+        raise WorldError(f"parts of a reduction have different shapes: {shapes}; the ranks' programs do not fit each other")
+
+
+def _copied(total: Tensor, out: Tensor) -> Tensor:
+    _check_shapes(total, out)
+    return out.copy_(total)
+
+
 def _wide(parts: Iterable[Tensor], op: str) -> Tensor:
     arriving = iter(parts)
     total = next(arriving).float()
     for part in arriving:
         if part.dtype.itemsize == 1:  # float8 does not promote
             part = part.float()
+        _check_shapes(total, part)
         total = total.add_(part) if op == "sum" else _COMBINE[op](total, part)
     return total

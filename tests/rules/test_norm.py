@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwright.capture.capture import capture
-from shardwright.capture.closure import FunctionModule
 from shardwright.layout import Layout
 from shardwright.mesh import Mesh
 from shardwright.partition.partitioner import partition
@@ -94,11 +93,18 @@ def test_batch_norm_over_a_split_batch(shape: Shape, count: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_batch_norm_moves_its_running_statistics_as_one_device_does(ranks: int) -> None:
-    def function(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return F.batch_norm(x, mean, var, training=True, momentum=0.3)
-
     x, mean, var = numbers(5, 3, 2), numbers(3), torch.rand(3).double()
-    graph = capture(FunctionModule(function), (x, mean, var), {}, torch.device("cpu"))
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", mean.clone())
+            self.register_buffer("var", var.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.mean, self.var, training=True, momentum=0.3)
+
+    graph = capture(Norm(), (x,), {}, torch.device("cpu"))
     (node,) = graph.nodes
     signature, mesh = signature_of(node.op), Mesh(("dp",), (ranks,))
     assert signature is not None
@@ -106,6 +112,7 @@ def test_batch_norm_moves_its_running_statistics_as_one_device_does(ranks: int) 
     layouts = {i.value: Layout.replicated(mesh, len(i.meta.shape)) for i in graph.inputs}
     program = partition(graph, Plan(graph, mesh, {node.name: choice}, {node.name: signature}, layouts))
     left_mean, left_var = mean.clone(), var.clone()
-    (got,), _ = SimulatedWorld(ranks).bind(program)(x, left_mean, left_var)
-    torch.testing.assert_close(got, function(x, mean, var))
+    values = {"mean": left_mean, "var": left_var, "0": x}
+    (got,), _ = SimulatedWorld(ranks).bind(program)(*[values[str(i.target)] for i in graph.inputs])
+    torch.testing.assert_close(got, F.batch_norm(x, mean, var, training=True, momentum=0.3))
     torch.testing.assert_close((left_mean, left_var), (mean, var))
