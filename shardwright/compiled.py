@@ -19,7 +19,7 @@ from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.data.handed import Handed
-from shardwright.errors import Problems
+from shardwright.errors import Problems, WorldError
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import scheduled, unscheduled
 from shardwright.partition.program import LocalProgram
@@ -44,6 +44,8 @@ from shardwright.world import parameters as distributed_parameters
 from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
 from shardwright.world.random_state import agree_on_random_state
+from shardwright.world.signature import Signature, lines_of, looked_at
+from shardwright.world.watcher import compare_on_ranks, explain
 
 MARK = "_shardwright_mark"
 
@@ -142,6 +144,7 @@ class Compiled:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
     compiler: SegmentCompiler | None = None
+    signs: dict[bool, Signature]  # what other ranks are told of it, by gradient mode
 
     def __init__(self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None):
         if handed is not None:
@@ -161,6 +164,9 @@ class Compiled:
         again = gather_again(root, settings)
         with torch.enable_grad(), given_a_part(self.micro), settings.precision.computing(device.type):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
+        if not world.is_simulated:
+            text, constants = lines_of(str(self.graph), root), list(self.graph.constants.values())
+            compare_on_ranks(world, "graph", text, looked_at(constants))
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
@@ -177,6 +183,8 @@ class Compiled:
             program = change(program)
         how = self.plan.schedule
         self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
+        if not world.is_simulated:
+            compare_on_ranks(world, "program", lines_of(self.program.text(0)))
         self.plan.attach(self.program)
         self.compiler = settings.compiler
         self.runs = self.program  # what runs: the program, or its form of compiled segments
@@ -263,12 +271,21 @@ class Compiled:
             agree_on_random_state(self.world.device)  # type: ignore[union-attr]
         if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
             with torch.autocast(self.device_type, enabled=False):
-                outputs, updates = self.run(*values)
+                outputs, updates = self._run(values)
         else:
-            outputs, updates = self.run(*values)
+            outputs, updates = self._run(values)
         if updates:
             self._update(values, updates)
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
+
+    def _run(self, values: list[Any]) -> Any:
+        try:
+            return self.run(*values)
+        except RuntimeError as error:  # of communication, it may be, because of what another rank did
+            said = explain(self.world)
+            if not said:
+                raise
+            raise WorldError(said) from error
 
     def single_device(self) -> AbstractContextManager[None]:
         """Within the block, the target runs as on a single device."""

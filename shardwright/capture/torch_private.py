@@ -49,6 +49,12 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
+def default_store() -> torch.distributed.Store:
+    """The store by which the ranks of the job found each other."""
+    store: torch.distributed.Store = torch.distributed.distributed_c10d._get_default_store()
+    return store
+
+
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
@@ -68,6 +74,7 @@ __all__ = [
     "cpp_compiler",
     "current_dispatch_modes",
     "current_graph_task",
+    "default_store",
     "disable_current_modes",
     "failed_toolchain",
     "foreach_norm",

@@ -44,6 +44,7 @@ from shardwright.world.pieces import check_differentiable, check_layouts, check_
 from shardwright.world.recipes import Computation
 from shardwright.world.recording import computation_of, needs_recording, recorded
 from shardwright.world.source import SourceWriter, write_note
+from shardwright.world.watcher import Watch, patience_of
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -72,6 +73,8 @@ class DistributedWorld:
         self._owns_job = False
         self._moves: dict[Any, PieceMove] = {}
         self._agreement: Agreement | None = None
+        self.watch: Watch | None = None
+        self.patience = patience_of(None)
         atexit.register(self._close_at_exit)
 
     @classmethod
@@ -109,6 +112,7 @@ class DistributedWorld:
             ) from error
         world = cls(device)
         world._owns_job = True
+        world.patience = patience_of(timeout)
         return world
 
     def __repr__(self) -> str:
@@ -219,6 +223,9 @@ class DistributedWorld:
         self._end()
 
     def _end(self) -> None:
+        if self.watch is not None:
+            error = getattr(sys, "last_value", None)
+            self.watch.close("" if error is None else f", by {type(error).__name__}: {str(error)[:300]}")
         initialised = dist.is_initialized()
         if initialised and not self._groups.closed:
             _let_threads_finish()
