@@ -267,8 +267,6 @@ class Compiled:
             local = distributed_parameters.enter([values[n] for n in self._parameters])
             for n, value in zip(self._parameters, local, strict=True):
                 values[n] = value
-        if self._is_random and not self.world.is_simulated:
-            agree_on_random_state(self.world.device)  # type: ignore[union-attr]
         if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
             with torch.autocast(self.device_type, enabled=False):
                 outputs, updates = self._run(values)
@@ -280,6 +278,8 @@ class Compiled:
 
     def _run(self, values: list[Any]) -> Any:
         try:
+            if self._is_random and not self.world.is_simulated:
+                agree_on_random_state(self.world.device)  # type: ignore[union-attr]
             return self.run(*values)
         except RuntimeError as error:  # of communication, it may be, because of what another rank did
             said = explain(self.world)

@@ -291,7 +291,7 @@ class Watch:
 
     def close(self, said: str = "") -> None:
         """Ends the thread, and tells ranks that wait for this one that it has gone."""
-        last = f"after {self.events[-1]}" if self.events else "before any call"
+        last = f"after {self.calls} calls of nets" if self.calls else "before any call of a net"
         with contextlib.suppress(Exception):
             self._store.set(f"gone/{self.rank}", f"rank {self.rank}'s script has ended {last}{said}")
         self._watcher.stop()
@@ -381,6 +381,7 @@ class _Watcher:
         self._answered: list[int] = []  # those without a verdict yet
         self._shown = -1
         self._told_at = 0.0
+        self.said = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="shardwright-watcher", daemon=True)
         self._thread.start()
@@ -487,6 +488,7 @@ class _Watcher:
         self.watch.verdict = said
         self._told_at = time.monotonic()
         if self._is_waiting():
+            self.said = True
             print(f"shardwright: rank {self.watch.rank}: {said}", file=sys.stderr, flush=True)
 
     def _is_waiting(self) -> bool:
@@ -501,6 +503,8 @@ class _Watcher:
         """Ends the process where the program still waits for what will not come."""
         if now - self._told_at > _GRACE and now - self._since > _GRACE and self._is_waiting():
             print(f"shardwright: rank {self.watch.rank} ends: {self.watch.verdict}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
             os._exit(1)
 
 
@@ -555,7 +559,7 @@ def _explain_failures(watch: Watch) -> None:
         plain(kind, error, trace)
         if isinstance(error, RuntimeError) and not isinstance(error, WorldError):
             said = watch.explain()
-            if said:
+            if said and not (watch.verdict and watch._watcher.said):
                 print(f"shardwright: rank {watch.rank}: {said}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
