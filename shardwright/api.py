@@ -44,7 +44,7 @@ from shardwright.train.over import chosen_over
 from shardwright.train.recompute_request import REQUEST, request_for
 from shardwright.world.current import current_world
 from shardwright.world.signature import Signature, looked_at, signature_of
-from shardwright.world.watcher import watch_of
+from shardwright.world.watcher import Look, watch_of
 
 logger = logging.getLogger("shardwright")
 
@@ -398,9 +398,11 @@ class AutoParallel:
         with watch.told(sign, self._look(leaves, handed)):
             yield {torch.is_grad_enabled(): sign}
 
-    def _look(self, leaves: list[Any], handed: Handed | None) -> Callable[[], list[Any]] | None:
+    def _look(self, leaves: list[Any], handed: Handed | None) -> Look | None:
         """What the ranks of a job compare of the inputs' values, where all of them are to hand in the same."""
-        return None if handed is not None or self.settings.mode == "hybrid_parallel" else lambda: looked_at(leaves)
+        if handed is not None or self.settings.mode == "hybrid_parallel":
+            return None
+        return lambda sketched: looked_at(leaves, sketched)
 
     def _compile(self, args: Any, kwargs: Any, leaves: list[Any], handed: Handed | None) -> Compiled:
         if self._compiled:

@@ -166,7 +166,7 @@ class Compiled:
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         if not world.is_simulated:
             text, constants = lines_of(str(self.graph), root), list(self.graph.constants.values())
-            compare_on_ranks(world, "graph", text, looked_at(constants))
+            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")

@@ -49,10 +49,9 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
-def default_store() -> torch.distributed.Store:
-    """The store by which the ranks of the job found each other."""
-    store: torch.distributed.Store = torch.distributed.distributed_c10d._get_default_store()
-    return store
+def cloned_store() -> torch.distributed.Store:
+    """The store by which the ranks of the job found each other, as a client of its own: one that waits blocks no other."""
+    return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
 
 
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
@@ -71,10 +70,10 @@ __all__ = [
     "StridedShard",
     "TorchDispatchMode",
     "annotate",
+    "cloned_store",
     "cpp_compiler",
     "current_dispatch_modes",
     "current_graph_task",
-    "default_store",
     "disable_current_modes",
     "failed_toolchain",
     "foreach_norm",

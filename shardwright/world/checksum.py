@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 _COLUMNS = 4093  # a prime, so that rows of any usual width do not fall on the same columns
@@ -13,8 +15,13 @@ def checksum(value: torch.Tensor) -> int:
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     bits = whole.view(kinds.get(whole.element_size(), torch.int64))
     sums = _columns(bits, torch.int64)
-    weights = torch.arange(1, _COLUMNS + 1, device=sums.device) * 0x1E3779B97F4A7C15  # wraps around
-    return int((sums * weights).sum()) >> 1
+    return int((sums * _weights(sums.device)).sum()) >> 1
+
+
+@lru_cache(maxsize=16)
+def _weights(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(1, _COLUMNS + 1, device=device) * 0x1E3779B97F4A7C15  # wraps around
 
 
 def sketch(value: torch.Tensor) -> list[float]:

@@ -115,18 +115,20 @@ _OWN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # addresses, and the number
 # -- the values of inputs ---------------------------------------------------------------------------------------------
 
 
-def looked_at(tensors: Iterable[Any]) -> list[Any]:
-    """What to compare of the values of tensors: for each its checksum and, of floating ones, a sketch; ``None`` of others."""
-    found: list[Any] = []
-    for tensor in tensors:
-        is_plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
-        if not is_plain or tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.is_quantized:
-            found.append(None)
-            continue
-        value = tensor.detach().resolve_conj().resolve_neg()
-        is_inexact = value.is_floating_point() or value.is_complex()
-        found.append([checksum(value), sketch(value) if is_inexact else None, _roundoff(value.dtype)])
-    return found
+def looked_at(tensors: Iterable[Any], sketched: bool = False) -> list[Any]:
+    """What to compare of the values of tensors: of each its checksum; ``sketched``, for :func:`differing_value`, more."""
+    return [_looked_at(tensor, sketched) for tensor in tensors]
+
+
+def _looked_at(tensor: Any, sketched: bool) -> Any:
+    is_plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
+    if not is_plain or tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.is_quantized:
+        return None
+    value = tensor.detach().resolve_conj().resolve_neg()
+    if not sketched:
+        return checksum(value)
+    is_inexact = value.is_floating_point() or value.is_complex()
+    return [checksum(value), sketch(value) if is_inexact else None, _roundoff(value.dtype)]
 
 
 def _roundoff(dtype: torch.dtype) -> float:

@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardwright.capture.torch_private import current_graph_task, default_store
+from shardwright.capture.torch_private import cloned_store, current_graph_task
 from shardwright.errors import WorldError
 from shardwright.world.signature import Signature, difference_of, differing_value, number_of
 
@@ -48,6 +48,9 @@ _GRACE = 5.0  # seconds that a program which waits in vain has to come out of it
 _REMEMBERED, _SHOWN = 4096, 48  # events
 
 _MASK = (1 << 61) - 1
+
+
+Look = Callable[[bool], list[Any]]  # what to compare of the inputs' values: checksums, or sketches
 
 
 class Net:
@@ -80,13 +83,14 @@ class Watch:
         self.rank, self.size, self.patience = rank, size, patience
         self.events: deque[Event] = deque(maxlen=_REMEMBERED)
         self.count = self.calls = self.nets = 0
+        self.litter: deque[str] = deque()  # keys that nobody reads any more
         self.verdict = ""  # why this rank cannot go on, though it asked nobody
         self.asking = self._telling = False
         self.now: Event | None = None
         self._chain = 0
         self._backward = -1
         self._thread_of_calls = threading.get_ident()
-        self._store = dist.PrefixStore("shardwright", default_store().clone())
+        self._store = dist.PrefixStore("shardwright", cloned_store())
         self._watcher = _Watcher(self)
 
     # -- events of the program ------------------------------------------------------------------------------------
@@ -130,14 +134,15 @@ class Watch:
             self._backward = task
             self.note("a backward pass")
 
-    def again(self, compiled: Any, look: Callable[[], list[Any]] | None) -> None:
+    def again(self, compiled: Any, look: Look | None) -> None:
         """The call that has begun runs what is compiled already.
 
         Args:
             look: what to compare of the values of its inputs, where all ranks should have the same.
         """
         event, enabled = self.now, torch.is_grad_enabled()
-        assert event is not None and event.net is not None
+        assert event is not None
+        assert event.net is not None
         net, sign = event.net, compiled.signs.get(enabled)
         if sign is None:
             sign = compiled.signs[enabled] = next(iter(compiled.signs.values())).with_gradients(enabled)
@@ -151,28 +156,29 @@ class Watch:
         self._is(event, sign.number)
         event.asked = is_due or self.calls % EVERY == 0
         if event.asked:
-            self._ask(event, "", self._message(event, sign, False, None if look is None else look()))
+            self._ask(event, sign, False, look)
         else:
             event.sign = sign
 
     @contextlib.contextmanager
-    def told(self, sign: Signature, look: Callable[[], list[Any]] | None) -> Iterator[None]:
+    def told(self, sign: Signature, look: Look | None) -> Iterator[None]:
         """Around the making of what the call that has begun will run: all ranks make it, of the same signature.
 
         A rank that fails within tells those that wait for it in :meth:`compare`.
         """
         event = self.now
-        assert event is not None and event.net is not None
+        assert event is not None
+        assert event.net is not None
         event.net.latest, event.asked, self._telling = sign, True, True
         self._is(event, sign.number)
-        self._ask(event, "", self._message(event, sign, True, None if look is None else look()))
+        self._ask(event, sign, True, look)
         try:
             yield
         except BaseException as error:
             said = f"rank {self.rank} cannot go on with {event}: {type(error).__name__}: {str(error)[:300]}"
             with contextlib.suppress(Exception):
                 for stage in _STAGES:
-                    self._store.compare_set(f"v/{event.index}{stage}", "", said)
+                    self.say(self._store, f"{event.index}{stage}", said)
             raise
         finally:
             self._telling = False
@@ -190,7 +196,7 @@ class Watch:
             return
         assert event is not None
         at = f"/{stage}"
-        message = {"facts": {}, "number": number_of(lines), "values": values, "stage": stage, "event": str(event)}
+        message = {"number": number_of(lines), "sketches": values, "stage": stage, "event": str(event)}
         verdict = self._verdict_on(event, at, message)
         if not verdict.startswith("="):
             raise WorldError(verdict)
@@ -206,7 +212,7 @@ class Watch:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def _message(self, event: Event, sign: Signature | None, is_new: bool | None, values: list[Any] | None) -> dict[str, Any]:
+    def _message(self, event: Event, sign: Signature | None, is_new: bool | None) -> dict[str, Any]:
         """What this rank does at an event, for the others."""
         return {
             "event": str(event),
@@ -215,45 +221,54 @@ class Watch:
             "new": is_new,
             "chain": event.chain,
             "before": [str(e) for e in self._lately(event, 4)],
-            "values": values,
+            "values": None,
         }
 
     def _lately(self, event: Event, many: int) -> list[Event]:
         back = self.count - event.index
         return [e for e in list(self.events)[-(many + back) :] if e.index < event.index][-many:]
 
-    def _ask(self, event: Event, stage: str, message: dict[str, Any]) -> None:
-        verdict = self._verdict_on(event, stage, message)
+    def _ask(self, event: Event, sign: Signature, is_new: bool, look: Look | None) -> None:
+        message = self._message(event, sign, is_new)
+        if look is not None:
+            message["values"] = look(False)
+        verdict = self._verdict_on(event, "", message)
+        if verdict.startswith("~"):  # bits of inputs differ: it may be that rounding set them apart
+            assert look is not None
+            verdict = self._verdict_on(event, "/values", {"event": str(event), "sketches": look(True)})
         if verdict != "=":
             raise WorldError(verdict)
 
     def _verdict_on(self, event: Event, stage: str, message: dict[str, Any]) -> str:
         """Writes this rank's message and waits for the verdict."""
+        at = f"{event.index}{stage}"
         self.asking = True
         try:
-            arrived = self._write(self._store, event.index, stage, message)
-            if arrived == 1 and not stage:
-                self._store.set(f"ask/{self._store.add('asks', 1)}", str(event.index))
-            key = f"v/{event.index}{stage}"
-            self._until(lambda: bool(self._store.check([key])), event, [f"m/{event.index}{stage}/{r}" for r in range(self.size)])
-            return str(self._store.get(key).decode())
+            self._write(self._store, at, message)
+            self._until(lambda: self._store.add(f"v/{at}", 0) > 0, event, [f"m/{at}/{r}" for r in range(self.size)], not stage)
+            return "=" if self._store.add(f"v/{at}", 0) == 1 else str(self._store.get(f"w/{at}").decode())
         finally:
             self.asking = False
 
-    def _write(self, store: Any, index: int, stage: str, message: dict[str, Any]) -> int:
-        """Writes a message of this rank; the last of all ranks judges."""
-        store.set(f"m/{index}{stage}/{self.rank}", json.dumps(message))
-        arrived: int = store.add(f"n/{index}{stage}", 1)
+    def _write(self, store: Any, at: str, message: dict[str, Any]) -> int:
+        """Writes a message of this rank; the last of all ranks judges. Returns how many have written."""
+        store.set(f"m/{at}/{self.rank}", json.dumps(message))
+        arrived: int = store.add(f"n/{at}", 1)
         if arrived == self.size:
-            keys = [f"m/{index}{stage}/{rank}" for rank in range(self.size)]
-            verdict = judge([json.loads(text) for text in store.multi_get(keys)])
-            store.compare_set(f"v/{index}{stage}", "", verdict)
-            for key in keys:
-                store.delete_key(key)
+            keys = [f"m/{at}/{rank}" for rank in range(self.size)]
+            self.say(store, at, judge([json.loads(text) for text in store.multi_get(keys)]))
+            self.litter.extend(keys)
         return arrived
 
-    def _until(self, is_there: Callable[[], bool], event: Event, keys: Sequence[str]) -> None:
-        """Waits, and says why where it is in vain."""
+    def say(self, store: Any, at: str, verdict: str) -> None:
+        """Tells all ranks a verdict, unless there is one."""
+        if verdict == "=":
+            store.add(f"v/{at}", 1)
+        elif store.compare_set(f"w/{at}", "", verdict).decode() == verdict:
+            store.add(f"v/{at}", 2)
+
+    def _until(self, is_there: Callable[[], bool], event: Event, keys: Sequence[str], asks: bool = False) -> None:
+        """Waits, and says why where it is in vain; with ``asks``, soon asks the watchers of the other ranks."""
         began, pause, looked = time.monotonic(), 5e-5, 0.0
         while not is_there():
             if self.verdict:
@@ -261,6 +276,10 @@ class Watch:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.005)
             waited = time.monotonic() - began
+            if asks and waited > 0.05:
+                asks = False
+                if self._store.add(f"a/{event.index}", 1) == 1:
+                    self._store.set(f"ask/{self._store.add('asks', 1)}", str(event.index))
             if waited - looked > 0.5:
                 looked = waited
                 missing = [r for r in range(len(keys)) if not self._store.check([keys[r]])]
@@ -269,8 +288,9 @@ class Watch:
                     said = self._store.get(f"gone/{gone[0]}").decode()
                     raise WorldError(f"rank {self.rank} comes to {event}, but {said}: make the same calls on every rank")
                 if waited > self.patience:
+                    named = ", ".join(map(str, missing[:8])) or "0"
                     raise WorldError(
-                        f"rank {self.rank} has waited {waited:.0f} s at {event} for rank {', '.join(map(str, missing)) or '0'}, "
+                        f"rank {self.rank} has waited {waited:.0f} s at {event} for rank {named}, "
                         "which has not come there: make the same calls on every rank; for more patience, sw.init(timeout=...)"
                     )
 
@@ -301,27 +321,20 @@ _STAGES = ("/graph", "/program")
 
 
 def judge(messages: Sequence[dict[str, Any]]) -> str:
-    """What all ranks are told of their messages at an event: ``"="`` where they agree, ``"=1"`` where rank 1's text differs.
+    """What all ranks are told of their messages: ``"="`` where they agree, ``"=1"`` where rank 1 shows another text.
 
-    >>> judge([{"event": "call 1", "facts": {"input 0": "float32 [8]"}, "number": 1, "new": True, "chain": 0, "values": None},
-    ...        {"event": "call 1", "facts": {"input 0": "float32 [6]"}, "number": 2, "new": True, "chain": 0, "values": None}])
-    "call 1: rank 1's input 0 is float32 [6], rank 0's float32 [8]; hand the same shapes ... on every rank"
+    >>> messages = [{"event": "call 1", "facts": {"input 0": f"float32 [{n}]"}, "new": True, "chain": 0} for n in (8, 6)]
+    >>> judge(messages)[:58]
+    "call 1: rank 1's input 0 is float32 [6], rank 0's float32 "
     """
+    if "stage" in messages[0]:
+        return _judge_made(messages)
+    if "sketches" in messages[0]:
+        return next(filter(None, (_other_data(messages[0], its, rank) for rank, its in enumerate(messages))), "=")
     here = messages[0]
     for rank, there in enumerate(messages):
         if there.get("past"):
             return f"rank {rank} is many calls ahead of the others: make the same calls on every rank"
-    for rank, there in enumerate(messages):
-        if "stage" in here:
-            at = differing_value(here["values"], there["values"])
-            if there["number"] != here["number"]:
-                return f"={rank}"
-            if at is not None:
-                return (
-                    f"{here['event']}: a tensor that the model reads as a constant, number {at}, holds other values on rank "
-                    f"{rank} than on rank 0: make it a buffer, or call torch.manual_seed with the same number on every rank"
-                )
-            continue
         if there["facts"].get("net") != here["facts"].get("net") or there["event"] != here["event"]:
             return _other_event(here, there, rank)
         differs = difference_of(here["facts"], 0, there["facts"], rank)
@@ -329,12 +342,22 @@ def judge(messages: Sequence[dict[str, Any]]) -> str:
             return f"{here['event']}: {differs}; hand the same shapes and dtypes to the model in the same mode on every rank"
         if there["new"] != here["new"] or there["chain"] != here["chain"]:
             return _other_event(here, there, rank)
-    if "stage" not in here:
-        for rank, there in enumerate(messages):
-            if here["values"] is not None and there["values"] is not None:
-                at = differing_value(here["values"], there["values"])
-                if at is not None:
-                    return _other_data(here["event"], at, rank)
+    values = [m.get("values") for m in messages]
+    return "~" if None not in values and any(v != values[0] for v in values) else "="
+
+
+def _judge_made(messages: Sequence[dict[str, Any]]) -> str:
+    """The verdict on what ranks made of a call: its graph, its program."""
+    here = messages[0]
+    for rank, there in enumerate(messages):
+        if there["number"] != here["number"]:
+            return f"={rank}"
+        at = differing_value(here["sketches"], there["sketches"])
+        if at is not None:
+            return (
+                f"{here['event']}: a tensor that the model reads as a constant, number {at}, holds other values on rank "
+                f"{rank} than on rank 0: make it a buffer, or call torch.manual_seed with the same number on every rank"
+            )
     return "="
 
 
@@ -345,24 +368,27 @@ def _other_event(here: dict[str, Any], there: dict[str, Any], rank: int) -> str:
             return f"{here['event']}: rank {rank} {what} it and rank 0 does not; make the same calls on every rank"
         past = "; ".join(f"rank {r}: {', '.join(m['before'])}" for r, m in ((0, here), (rank, there)))
         return f"{here['event']}: what the ranks did before differs ({past}); make the same calls on every rank"
-    return f"rank {rank} is in {there['event']}, rank 0 in {here['event']}; make the same calls, in the same order, on every rank"
+    return f"rank {rank} is in {there['event']}, rank 0 in {here['event']}; make the same calls in the same order on all ranks"
 
 
-def _other_data(event: str, at: int, rank: int) -> str:
+def _other_data(here: dict[str, Any], there: dict[str, Any], rank: int) -> str:
+    at = differing_value(here["sketches"], there["sketches"])
+    if at is None:
+        return ""
     return (
-        f"{event}: rank {rank}'s input {at} holds other values than rank 0's, and under the dataset strategy 'full_batch' every "
-        "rank is to hand in the whole batch, the same. If each rank reads its own part, as with DistributedSampler, Accelerate "
-        'or the HF Trainer, say so: net.dataset_strategy("data_parallel")'
+        f"{here['event']}: rank {rank}'s input {at} holds other values than rank 0's, and under the dataset strategy "
+        "'full_batch' every rank is to hand in the whole batch, the same. If each rank reads its own part, as with "
+        'DistributedSampler, Accelerate or the HF Trainer, say so: net.dataset_strategy("data_parallel")'
     )
 
 
 def _first_difference(stage: str, here: Sequence[str], there: Sequence[str], other: int) -> str:
     for mine, its in zip(here, there, strict=False):
         if mine != its:
-            return f"the ranks have other {stage}s: rank 0 has '{mine.strip()}' where rank {other} has '{its.strip()}'; " + _SAME
+            return f"the ranks have other {stage}s: rank 0 has '{mine.strip()}' where rank {other} has '{its.strip()}'; {_SAME}"
     longer, rank = (here, 0) if len(here) > len(there) else (there, other)
     extra = longer[min(len(here), len(there))].strip()
-    return f"the ranks have other {stage}s: rank {rank} goes on with '{extra}' where rank {other - rank} ends; " + _SAME
+    return f"the ranks have other {stage}s: rank {rank} goes on with '{extra}' where rank {other - rank} ends; {_SAME}"
 
 
 _SAME = "build the same model, with the same settings, on every rank"
@@ -373,7 +399,7 @@ class _Watcher:
 
     def __init__(self, watch: Watch):
         self.watch = watch
-        self._store = dist.PrefixStore("shardwright", default_store().clone())
+        self._store = dist.PrefixStore("shardwright", cloned_store())
         self._end = threading.Event()
         self._seen, self._since, self._ticks = -1, time.monotonic(), 0
         self._asks = 0
@@ -409,6 +435,8 @@ class _Watcher:
     def _look(self) -> None:
         watch, now = self.watch, time.monotonic()
         self._ticks += 1
+        while watch.litter:
+            self._store.delete_key(watch.litter.popleft())
         if watch.count != self._seen:
             self._seen, self._since = watch.count, now
             if self._ticks % 5:
@@ -437,7 +465,7 @@ class _Watcher:
             self._open.remove(index)
             if message:
                 self._answered.append(index)
-                self.watch._write(self._store, index, "", message)
+                self.watch._write(self._store, str(index), message)
 
     def _answer(self, index: int) -> dict[str, Any] | None:
         """What this rank does at an event; empty where it says so itself, ``None`` where it is not known yet."""
@@ -447,17 +475,16 @@ class _Watcher:
             return {"event": "", "past": True, "facts": {}, "new": None, "chain": 0, "values": None}
         event = events[index - events[0].index]
         if event.net is not None and event.sign is None:
-            return {} if event.asked else None if event is watch.now else watch._message(event, None, None, None)
-        return watch._message(event, event.sign, False, None)
+            return {} if event.asked else None if event is watch.now else watch._message(event, None, None)
+        return watch._message(event, event.sign, False)
 
     def _read_verdicts(self) -> None:
         for index in list(self._answered):
-            key = f"v/{index}"
-            if self._store.check([key]):
+            found = self._store.add(f"v/{index}", 0)
+            if found:
                 self._answered.remove(index)
-                said = self._store.get(key).decode()
-                if said != "=":
-                    self._tell(said)
+            if found > 1:
+                self._tell(self._store.get(f"w/{index}").decode())
         if not self.watch.verdict and self._ticks % 5 == 0 and self._store.check(["end"]):
             self._tell(self._store.get("end").decode())
 
