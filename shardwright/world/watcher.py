@@ -175,6 +175,7 @@ class Watch:
         try:
             yield
         except BaseException as error:
+            self._chain = event.chain
             said = f"rank {self.rank} cannot go on with {event}: {type(error).__name__}: {str(error)[:300]}"
             with contextlib.suppress(Exception):
                 for stage in _STAGES:
@@ -237,6 +238,7 @@ class Watch:
             assert look is not None
             verdict = self._verdict_on(event, "/values", {"event": str(event), "sketches": look(True)})
         if verdict != "=":
+            self._chain = event.chain  # ranks that are refused alike go on alike
             raise WorldError(verdict)
 
     def _verdict_on(self, event: Event, stage: str, message: dict[str, Any]) -> str:
