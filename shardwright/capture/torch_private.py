@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -54,6 +55,21 @@ def cloned_store() -> torch.distributed.Store:
     return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
 
 
+def job_timeout(device_type: str = "cpu") -> timedelta | None:
+    """How long a collective of the whole job may wait; ``None`` where its backend does not say."""
+    group: Any = torch.distributed.group.WORLD
+    try:
+        found: timedelta = group._get_backend(torch.device(device_type)).options._timeout
+    except (RuntimeError, AttributeError):
+        return None
+    return found
+
+
+def set_group_timeout(timeout: timedelta, group: Any = None) -> None:
+    """Says how long a collective of a group that this rank is in, by default of the whole job, may wait."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
@@ -77,10 +93,12 @@ __all__ = [
     "disable_current_modes",
     "failed_toolchain",
     "foreach_norm",
+    "job_timeout",
     "preserve_node_meta",
     "pytree",
     "queue_callback",
     "replace_dtensor_handler",
+    "set_group_timeout",
     "untraceable",
     "will_execute_node",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwright.capture.torch_private import job_timeout
 from shardwright.errors import WorldError
 from shardwright.world.collectives import backend_of
 
@@ -22,7 +23,7 @@ class Agreement:
 
     def __init__(self, size: int):
         on_cpu = "gloo" in backend_of(dist.group.WORLD, "cpu")
-        self.group: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+        self.group: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=job_timeout())
         self.size = size
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -52,6 +53,6 @@ def check_same_shapes(tensors: Sequence[torch.Tensor], size: int) -> None:
     if any(other != found[0] for other in found):
         listed = "; ".join(f"rank {rank}: {', '.join(given)}" for rank, given in enumerate(found[:8]))
         raise WorldError(
-            f"the ranks hand in slices of several shapes or dtypes: {listed}; hand in as many rows on each, or the whole batch on all "
-            "with dataset_strategy('full_batch')"
+            f"the ranks hand in slices of several shapes or dtypes: {listed}; hand in as many rows on each, or the whole batch "
+            "on all with dataset_strategy('full_batch')"
         )

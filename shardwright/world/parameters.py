@@ -36,7 +36,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from shardwright.capture.torch_private import StridedShard, will_execute_node
+from shardwright.capture.torch_private import StridedShard, job_timeout, set_group_timeout, will_execute_node
 from shardwright.errors import WorldError
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
@@ -68,7 +68,12 @@ def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
 
 @lru_cache(maxsize=64)
 def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
-    return DeviceMesh(device_type, torch.tensor(mesh.ranks).view(mesh.sizes), mesh_dim_names=mesh.axes)
+    made = DeviceMesh(device_type, torch.tensor(mesh.ranks).view(mesh.sizes), mesh_dim_names=mesh.axes)
+    timeout = job_timeout(device_type)
+    if timeout is not None and dist.get_rank() in mesh.ranks:
+        for dim in range(made.ndim):
+            set_group_timeout(timeout, made.get_group(dim))
+    return made
 
 
 @lru_cache(maxsize=65536)

@@ -29,14 +29,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardwright.capture.torch_private import cloned_store, current_graph_task
+from shardwright.capture.torch_private import cloned_store, current_graph_task, job_timeout
 from shardwright.errors import WorldError
 from shardwright.world.signature import Signature, difference_of, differing_value, number_of
 
@@ -574,10 +573,16 @@ def watch_of(world: Any) -> Watch | None:
     if found is None:
         found = world.watch = _watches.get(dist.group.WORLD)
         if found is None:
-            found = world.watch = _watches[dist.group.WORLD] = Watch(world.rank, world.size, world.patience)
+            found = world.watch = _watches[dist.group.WORLD] = Watch(world.rank, world.size, _patience(world))
             _active[:] = [found]
             _explain_failures(found)
     return found
+
+
+def _patience(world: Any) -> float:
+    """Seconds that a rank waits for the others: those of the job, or torch's half hour."""
+    timeout = job_timeout(world.device.type)
+    return 1800.0 if timeout is None else timeout.total_seconds()
 
 
 def _explain_failures(watch: Watch) -> None:
@@ -594,6 +599,3 @@ def _explain_failures(watch: Watch) -> None:
     sys.excepthook = hook
 
 
-def patience_of(timeout: timedelta | None) -> float:
-    """Seconds that a rank waits for the others: those of the job, or torch's half hour."""
-    return 1800.0 if timeout is None else timeout.total_seconds()
