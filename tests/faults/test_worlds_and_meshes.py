@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import jobs
 import pytest
 import torch
-import torch.distributed as dist
 
 import shardwright as sw
 from shardwright.errors import ArgumentTypeError, LayoutError, WorldError
@@ -109,20 +109,17 @@ def test_half_of_the_variables_of_a_job_is_no_job(monkeypatch):
 
 def short_of_patience(rank):
     sw.init(timeout=3)
+    tp = sw.Layout((2, 2), ("dp", "tp"))
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
-    dp = sw.Layout((2, 2), ("dp", "tp"))
-    net = sw.AutoParallel(model).shard({"0.weight": dp("tp", "None"), "1.weight": dp("None", "tp")})
+    net = sw.AutoParallel(model).shard({"0.weight": tp("tp", "None"), "1.weight": tp("None", "tp")})
     for step in range(3):
         if rank == 2 and step == 2:
-            import time
-
-            time.sleep(60)
+            time.sleep(25)  # rank 3 waits for it, in a group of the two
         net(torch.ones(8, 8)).sum().backward()
-    assert dist.is_initialized()
 
 
 def test_a_rank_that_never_comes_is_waited_for_as_long_as_was_said(tmp_path):
     ended = jobs.run(tmp_path, 4, short_of_patience, seconds=45)
-    for rank in (0, 1, 3):
-        assert ended[rank].code == 1, ended[rank].text[-2000:]
-        assert ended[rank].seconds < 40
+    assert ended[3].code == 1, ended[3].text[-2000:]
+    assert "imed out" in ended[3].text
+    assert ended[3].seconds < ended[2].seconds
