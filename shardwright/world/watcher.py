@@ -442,6 +442,8 @@ class _Watcher:
             self._seen, self._since = watch.count, now
             if self._ticks % 5:
                 return
+        if not watch.verdict and not self._is_inside():
+            return  # the user's own code; nobody to ask, perhaps, and no store any more
         self._read_asks()
         self._read_verdicts()
         if now - self._since > _STILL and self._ticks % 5 == 0 and not watch.verdict and watch.count:
@@ -521,11 +523,11 @@ class _Watcher:
 
     def _is_waiting(self) -> bool:
         """Whether the program is in a collective, or in a backward pass, which has some."""
+        return not self.watch.asking and self._is_inside()
+
+    def _is_inside(self) -> bool:
         frame: Any = sys._current_frames().get(self.watch._thread_of_calls)
-        if frame is None or self.watch.asking:
-            return False
-        name = frame.f_code.co_filename
-        return any(part in name for part in ("shardwright", "torch/distributed", "torch/autograd"))
+        return frame is not None and any(part in frame.f_code.co_filename for part in _INSIDE)
 
     def _end_in_vain(self, now: float) -> None:
         """Ends the process where the program still waits for what will not come."""
@@ -534,6 +536,10 @@ class _Watcher:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
             os._exit(1)
+
+
+# Parts of the names of files whose functions wait for other ranks.
+_INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, "<shardwright", os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
 
 
 # -- one watch a job ----------------------------------------------------------------------------------------------------

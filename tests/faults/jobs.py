@@ -48,7 +48,7 @@ def _rank(rank, size, port, path, function, args):
 
 def run(folder, size, function, *args, seconds=60.0):
     """Runs ``function(rank, *args)`` on every rank of a job; returns how each ended."""
-    multiprocessing.set_forkserver_preload(["shardwright", "shardwright.testing", "torch.distributed"])
+    multiprocessing.set_forkserver_preload(["shardwright", "torch.distributed", "torch._dynamo", "torch.distributed.tensor"])
     context = multiprocessing.get_context("forkserver")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
