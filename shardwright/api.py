@@ -410,7 +410,8 @@ class AutoParallel:
             logger.warning("planning again: new inputs (shapes %s) or another mode of the model", shapes)
         if self._root is None:
             self._root = FunctionModule(self.target)
-        with train_step.backward_is_a_step(self._is_step is None or self._root is not self.target):
+        is_step = train_step.backward_is_a_step(self._is_step is None or self._root is not self.target)
+        with is_step, torch.inference_mode(False):  # what is made now, parameters among it, outlives the mode
             if self.settings.mode == "hybrid_parallel":
                 return HybridCompiled(self._root, args, kwargs, current_world(), self.settings)
             return Compiled(self._root, args, kwargs, current_world(), self.settings, handed)

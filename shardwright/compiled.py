@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import capture
@@ -45,7 +46,7 @@ from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
 from shardwright.world.random_state import agree_on_random_state
 from shardwright.world.signature import Signature, lines_of, looked_at
-from shardwright.world.watcher import compare_on_ranks, explain
+from shardwright.world.watcher import compare_on_ranks, explain, note
 
 MARK = "_shardwright_mark"
 
@@ -264,7 +265,10 @@ class Compiled:
         """Runs the program on the flat inputs; returns what the callable returns, global."""
         values = [read(leaves) for read in self._read]
         if not self.world.is_simulated and self._parameters:
-            local = distributed_parameters.enter([values[n] for n in self._parameters])
+            stored = [values[n] for n in self._parameters]
+            if not all(type(p) is DTensor for p in stored):
+                stored = self._replaced(stored)
+            local = distributed_parameters.enter(stored)
             for n, value in zip(self._parameters, local, strict=True):
                 values[n] = value
         if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
@@ -275,6 +279,26 @@ class Compiled:
         if updates:
             self._update(values, updates)
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
+
+    def _replaced(self, stored: list[Any]) -> list[Any]:
+        """Distributes parameters that the user put in the place of distributed ones; all ranks do."""
+        by_name = {i.name: i for i in self.program.inputs}
+        inputs = [by_name[self.graph.inputs[n].value] for n in self._parameters]
+        found = [distributed_parameters.current(p) for p in stored]
+        for i, parameter in zip(inputs, found, strict=True):
+            shape, dtype = getattr(parameter, "shape", None), getattr(parameter, "dtype", None)
+            if shape != i.meta.shape or dtype != i.meta.dtype:
+                raise WorldError(
+                    f"parameter {i.target} is {dtype} {list(shape or ())} now and was {i.meta.dtype} {list(i.meta.shape)} when "
+                    "the net was made: make a new AutoParallel"
+                )
+        if not all(type(p) is DTensor for p in found):
+            note("parameters put in the place of others")
+            layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh
+            for name, parameter in self.root.named_parameters():
+                layouts.setdefault(name, Layout.replicated(mesh, parameter.ndim))
+            distributed_parameters.distribute_parameters(self.root, layouts, self.world.device)  # type: ignore[union-attr]
+        return [self._read[n]([]) for n in self._parameters]
 
     def _run(self, values: list[Any]) -> Any:
         try:

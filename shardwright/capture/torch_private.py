@@ -50,6 +50,23 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
+def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Has DTensor run an operator by what ``make`` returns; that is given a function which runs it as before."""
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    before = handlers.get(operator)
+
+    def otherwise(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if before is not None:
+            return before(operator, args, kwargs)
+        mine = handlers.pop(operator)
+        try:
+            return operator(*args, **kwargs)
+        finally:
+            handlers[operator] = mine
+
+    handlers[operator] = make(otherwise)
+
+
 def cloned_store() -> torch.distributed.Store:
     """The store by which the ranks of the job found each other, as a client of its own: one that waits blocks no other."""
     return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
@@ -85,6 +102,7 @@ __all__ = [
     "StorageWeakRef",
     "StridedShard",
     "TorchDispatchMode",
+    "add_dtensor_handler",
     "annotate",
     "cloned_store",
     "cpp_compiler",

@@ -42,6 +42,7 @@ from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
 from shardwright.world.checksum import checksum
 from shardwright.world.delayed_init import is_delayed, materialise
+from shardwright.world.dtensors import watch_over
 from shardwright.world.found_inf import agree_on_found_inf
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
     if timeout is not None and dist.get_rank() in mesh.ranks:
         for dim in range(made.ndim):
             set_group_timeout(timeout, made.get_group(dim))
+    watch_over(made, _like, full_value)
     return made
 
 

@@ -539,7 +539,8 @@ class _Watcher:
 
 
 # Parts of the names of files whose functions wait for other ranks.
-_INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, "<shardwright", os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_INSIDE = (_PACKAGE, "<shardwright", os.path.join("torch", "distributed"), os.path.join("torch", "autograd"))
 
 
 # -- one watch a job ----------------------------------------------------------------------------------------------------
@@ -550,6 +551,12 @@ _active: list[Watch] = []
 
 def _kind_of(target: Any) -> str:
     return type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__qualname__", type(target).__name__)
+
+
+def note(text: str) -> None:
+    """Something that all ranks have to do, and that is no call of a net."""
+    if _active:
+        _active[0].note(text)
 
 
 def in_backward() -> None:
@@ -591,6 +598,13 @@ def _patience(world: Any) -> float:
     return 1800.0 if timeout is None else timeout.total_seconds()
 
 
+_MIXED = (
+    "the parameters of a model are distributed at the first call of its AutoParallel: call that, net(x), in place of the "
+    "model; give a copy that is to run or average by itself whole values, sw.full_value(parameter) on every rank; write into a "
+    "parameter with parameter.data = value"
+)
+
+
 def _explain_failures(watch: Watch) -> None:
     """Has a failure of communication that nobody catches say what other ranks did, where that is known."""
     plain = sys.excepthook
@@ -598,10 +612,8 @@ def _explain_failures(watch: Watch) -> None:
     def hook(kind: Any, error: Any, trace: Any) -> None:
         plain(kind, error, trace)
         if isinstance(error, RuntimeError) and not isinstance(error, WorldError):
-            said = watch.explain()
+            said = _MIXED if "got mixed torch.Tensor and DTensor" in str(error) else watch.explain()
             if said and not (watch.verdict and watch._watcher.said):
                 print(f"shardwright: rank {watch.rank}: {said}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
-
-

@@ -74,8 +74,9 @@ def test_meshes_that_are_right():
 
 def test_data_axes_are_named_once():
     sw.init(devices=4)
-    with pytest.raises(LayoutError, match="names an axis twice"), sw.collectives.over(
-        sw.Mesh(("dp", "mp"), (2, 2)), data=("dp", "dp")
+    with (
+        pytest.raises(LayoutError, match="names an axis twice"),
+        sw.collectives.over(sw.Mesh(("dp", "mp"), (2, 2)), data=("dp", "dp")),
     ):
         pass
 
@@ -103,7 +104,8 @@ def test_half_of_the_variables_of_a_job_is_no_job(monkeypatch):
     assert sw.init(devices=2).size == 2
     code = "import shardwright as sw, torch; sw.AutoParallel(torch.nn.Linear(2, 2))(torch.ones(2, 2))"
     environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29501", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "MASTER_ADDR is not set" in done.stderr
 
