@@ -280,6 +280,12 @@ class Compiled:
             self._update(values, updates)
         return pytree.tree_unflatten(outputs, self.graph.out_spec)
 
+    def weights(self, parts: int, part: int) -> dict[str, Tensor]:
+        """One part of the parameters that every rank of a job holds the whole of, as this rank has them."""
+        found = list(dict(self.root.named_parameters()).items())[part::parts]
+        layouts = {name: distributed_parameters.layout_of(p) for name, p in found}
+        return {name: p.to_local() for name, p in found if (at := layouts[name]) is not None and at.is_replicated}  # type: ignore[attr-defined]
+
     def _replaced(self, stored: list[Any]) -> list[Any]:
         """Distributes parameters that the user put in the place of distributed ones; all ranks do."""
         by_name = {i.name: i for i in self.program.inputs}

@@ -138,14 +138,14 @@ def _roundoff(dtype: torch.dtype) -> float:
     return max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
-def differing_value(here: Sequence[Any], there: Sequence[Any]) -> int | None:
-    """The position of the first tensor whose values differ by more than rounding."""
+def differing_value(here: Sequence[Any], there: Sequence[Any], allowed: float = 0.0) -> int | None:
+    """The position of the first tensor whose values differ by more than rounding, or than what is allowed of their norm."""
     for at, (mine, its) in enumerate(zip(here, there, strict=False)):
         if mine is None or its is None or mine[0] == its[0]:
             continue
         if mine[1] is None or its[1] is None:
             return at
         size = max(mine[1][0], its[1][0])
-        if max(abs(a - b) for a, b in zip(mine[1], its[1], strict=True)) > mine[2] * size:
+        if max(abs(a - b) for a, b in zip(mine[1], its[1], strict=True)) > max(mine[2], allowed) * size:
             return at
     return None

@@ -28,18 +28,19 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shardwright.capture.torch_private import cloned_store, current_graph_task, job_timeout
 from shardwright.errors import WorldError
-from shardwright.world.signature import Signature, difference_of, differing_value, number_of
+from shardwright.world.signature import Signature, difference_of, differing_value, looked_at, number_of
 
 EVERY = 64  # calls between comparisons of what is known
+_PARTS = 8  # of the weights, of which one is compared at a time
 _CHANGES = 16  # changes of signature that are compared each; from then on one of as many
 _LOOK = 0.2  # seconds between two looks of the watcher
 _STILL = 3.0  # seconds without an event after which a rank shows what it is at
@@ -156,6 +157,8 @@ class Watch:
         event.asked = is_due or self.calls % EVERY == 0
         if event.asked:
             self._ask(event, sign, False, look)
+            if self.calls % EVERY == 0:
+                self._compare_weights(event, compiled.weights(_PARTS, self.calls // EVERY % _PARTS))
         else:
             event.sign = sign
 
@@ -238,6 +241,14 @@ class Watch:
             verdict = self._verdict_on(event, "/values", {"event": str(event), "sketches": look(True)})
         if verdict != "=":
             self._chain = event.chain  # ranks that are refused alike go on alike
+            raise WorldError(verdict)
+
+    def _compare_weights(self, event: Event, weights: Mapping[str, Tensor]) -> None:
+        """Refuses weights that should be the same on all ranks and are not; all ranks do."""
+        sketches = looked_at(weights.values(), True)
+        names = list(weights)
+        verdict = self._verdict_on(event, "/weights", {"event": str(event), "sketches": sketches, "names": names})
+        if verdict != "=":
             raise WorldError(verdict)
 
     def _verdict_on(self, event: Event, stage: str, message: dict[str, Any]) -> str:
@@ -330,6 +341,8 @@ def judge(messages: Sequence[dict[str, Any]]) -> str:
     """
     if "stage" in messages[0]:
         return _judge_made(messages)
+    if "names" in messages[0]:
+        return next(filter(None, (_other_weights(messages[0], its, rank) for rank, its in enumerate(messages))), "=")
     if "sketches" in messages[0]:
         return next(filter(None, (_other_data(messages[0], its, rank) for rank, its in enumerate(messages))), "=")
     here = messages[0]
@@ -383,6 +396,19 @@ def _other_data(here: dict[str, Any], there: dict[str, Any], rank: int) -> str:
     )
 
 
+def _other_weights(here: dict[str, Any], there: dict[str, Any], rank: int) -> str:
+    at = differing_value(here["sketches"], there["sketches"], _DRIFT)
+    if at is None:
+        return ""
+    return (
+        f"{here['event']}: parameter {here['names'][at]} is another on rank {rank} than on rank 0, though both hold the whole: "
+        "step the same optimizer, with the same learning rate, on the same loss, on every rank"
+    )
+
+
+_DRIFT = 1e-3  # relative to a weight's norm; what rounding may do to copies in many steps is less
+
+
 def _first_difference(stage: str, here: Sequence[str], there: Sequence[str], other: int) -> str:
     for mine, its in zip(here, there, strict=False):
         if mine != its:
@@ -425,13 +451,17 @@ class _Watcher:
             self._read_verdicts()
 
     def _run(self) -> None:
+        failures = 0
         while not self._end.wait(_LOOK):
             try:
                 with self._lock:
                     self._look()
-            except Exception:  # the store has gone, and the job with it
-                logging.getLogger("shardwright").debug("the watch ends", exc_info=True)
-                return
+                failures = 0
+            except Exception:  # the store has gone, as a rule, and the job with it
+                failures += 1
+                logging.getLogger("shardwright").debug("the watch failed", exc_info=True)
+                if failures > 3:
+                    return
 
     def _look(self) -> None:
         watch, now = self.watch, time.monotonic()
@@ -527,6 +557,8 @@ class _Watcher:
 
     def _is_inside(self) -> bool:
         frame: Any = sys._current_frames().get(self.watch._thread_of_calls)
+        while frame is not None and frame.f_code.co_filename == threading.__file__:
+            frame = frame.f_back  # waits for a thread that waits for the others
         return frame is not None and any(part in frame.f_code.co_filename for part in _INSIDE)
 
     def _end_in_vain(self, now: float) -> None:

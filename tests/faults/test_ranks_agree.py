@@ -197,9 +197,9 @@ def training(rank, fault, mode):
     model = Net()
     net = parallel(model, mode)
     other = sw.AutoParallel(nn.Linear(8, 2))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-2 if rank and fault == "rate" else 1e-2)
     calls = [model.train, model.eval]
-    for step in range(200 if fault == "skip" else 8):
+    for step in range(200 if fault in ("skip", "rate") else 8):
         x, enabled = batch(seed=step), True
         if fault == "known mode":
             calls[(step + (rank and step == 5)) % 2]()
@@ -246,6 +246,7 @@ ALONE = {
     "fewer steps": (r"rank 1's script has ended after \d+ calls", 15),
 }
 ALONE_ALL = {
+    "rate": (r"call 64 of net 0 \(Net\): parameter body\.\d\.\w+ is another on rank 1 than on rank 0", 25),
     "eval": ALONE["eval, caught"],
     "dtype": ("rank 1's input 0 is float64", 15),
     "requires_grad": ("requires_grad", 15),
@@ -253,7 +254,7 @@ ALONE_ALL = {
     "another net": (r"rank 1 is in call 1 of net 1 \(Linear\), rank 0 in call 4 of net 0 \(Net\)", 15),
     "known mode": (r"rank 1's mode of the model is train\(\), rank 0's eval\(\)", 15),
 }
-CASES = [("batch", "tensor_parallel"), *((fault, "data_parallel") for fault in ("eval, caught", "no_backward", "skip"))]
+CASES = [("batch", "tensor_parallel"), *((fault, "data_parallel") for fault in ("eval, caught", "no_backward", "skip", "rate"))]
 if ALL:
     CASES = [(fault, mode) for fault in {**ALONE, **ALONE_ALL} for mode in MODES]
 
