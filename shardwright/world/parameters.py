@@ -44,6 +44,7 @@ from shardwright.world.checksum import checksum
 from shardwright.world.delayed_init import is_delayed, materialise
 from shardwright.world.dtensors import watch_over
 from shardwright.world.found_inf import agree_on_found_inf
+from shardwright.world.watcher import note
 
 T = TypeVar("T")
 
@@ -272,6 +273,9 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
     layout, value = layout_of(parameter), parameter.detach()
     if not isinstance(value, DTensor):
         return value
+    if not layout or layout.split_axes:
+        if value.device_mesh.size() == dist.get_world_size():
+            note(f"full_value of a tensor {list(value.shape)}")
     if layout is None:
         return value.full_tensor()
     return _gathered(value.to_local(), layout, tuple(value.shape), value.device_mesh)

@@ -29,6 +29,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ _LOOK = 0.2  # seconds between two looks of the watcher
 _STILL = 3.0  # seconds without an event after which a rank shows what it is at
 _GRACE = 5.0  # seconds that a program which waits in vain has to come out of it by itself
 _REMEMBERED, _SHOWN = 4096, 48  # events
+_KEPT = 32  # verdicts in the store
 
 _MASK = (1 << 61) - 1
 
@@ -83,6 +85,7 @@ class Watch:
         self.rank, self.size, self.patience = rank, size, patience
         self.events: deque[Event] = deque(maxlen=_REMEMBERED)
         self.count = self.calls = self.nets = 0
+        self._judged: deque[str] = deque()
         self.litter: deque[str] = deque()  # keys that nobody reads any more
         self.verdict = ""  # why this rank cannot go on, though it asked nobody
         self.asking = self._telling = False
@@ -208,9 +211,9 @@ class Watch:
         other = int(verdict[1:])  # the texts differ: rank 0 and the first that has another show theirs
         if self.rank in (0, other):
             self._store.set(f"t/{event.index}{at}/{self.rank}", json.dumps(list(lines)))
-        keys = [f"t/{event.index}{at}/{rank}" for rank in (0, other)]
-        self._until(lambda: bool(self._store.check(keys)), event, keys)
-        here, there = (json.loads(text) for text in self._store.multi_get(keys))
+        keys = {rank: f"t/{event.index}{at}/{rank}" for rank in (0, other)}
+        self._until(lambda: bool(self._store.check(list(keys.values()))), event, keys)
+        here, there = (json.loads(text) for text in self._store.multi_get(list(keys.values())))
         raise WorldError(f"{event}: {_first_difference(stage, here, there, other)}")
 
     # -- asking ---------------------------------------------------------------------------------------------------
@@ -257,7 +260,8 @@ class Watch:
         self.asking = True
         try:
             self._write(self._store, at, message)
-            self._until(lambda: self._store.add(f"v/{at}", 0) > 0, event, [f"m/{at}/{r}" for r in range(self.size)], not stage)
+            keys = {rank: f"m/{at}/{rank}" for rank in range(self.size)}
+            self._until(lambda: self._store.add(f"v/{at}", 0) > 0, event, keys, not stage)
             return "=" if self._store.add(f"v/{at}", 0) == 1 else str(self._store.get(f"w/{at}").decode())
         finally:
             self.asking = False
@@ -270,6 +274,10 @@ class Watch:
             keys = [f"m/{at}/{rank}" for rank in range(self.size)]
             self.say(store, at, judge([json.loads(text) for text in store.multi_get(keys)]))
             self.litter.extend(keys)
+            self._judged.append(at)
+            if len(self._judged) > _KEPT:  # all ranks have been in later comparisons
+                old = self._judged.popleft()
+                self.litter.extend(f"{kind}/{old}" for kind in "nvwa")
         return arrived
 
     def say(self, store: Any, at: str, verdict: str) -> None:
@@ -279,7 +287,7 @@ class Watch:
         elif store.compare_set(f"w/{at}", "", verdict).decode() == verdict:
             store.add(f"v/{at}", 2)
 
-    def _until(self, is_there: Callable[[], bool], event: Event, keys: Sequence[str], asks: bool = False) -> None:
+    def _until(self, is_there: Callable[[], bool], event: Event, keys: Mapping[int, str], asks: bool = False) -> None:
         """Waits, and says why where it is in vain; with ``asks``, soon asks the watchers of the other ranks."""
         began, pause, looked = time.monotonic(), 5e-5, 0.0
         while not is_there():
@@ -294,7 +302,7 @@ class Watch:
                     self._store.set(f"ask/{self._store.add('asks', 1)}", str(event.index))
             if waited - looked > 0.5:
                 looked = waited
-                missing = [r for r in range(len(keys)) if not self._store.check([keys[r]])]
+                missing = [rank for rank, key in keys.items() if not self._store.check([key])]
                 gone = [rank for rank in missing if self._store.check([f"gone/{rank}"])]
                 if gone and not is_there():
                     said = self._store.get(f"gone/{gone[0]}").decode()
@@ -620,7 +628,7 @@ def watch_of(world: Any) -> Watch | None:
         if found is None:
             found = world.watch = _watches[dist.group.WORLD] = Watch(world.rank, world.size, _patience(world))
             _active[:] = [found]
-            _explain_failures(found)
+            _explain_failures()
     return found
 
 
@@ -637,13 +645,15 @@ _MIXED = (
 )
 
 
-def _explain_failures(watch: Watch) -> None:
+@lru_cache(maxsize=1)
+def _explain_failures() -> None:
     """Has a failure of communication that nobody catches say what other ranks did, where that is known."""
     plain = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
         plain(kind, error, trace)
-        if isinstance(error, RuntimeError) and not isinstance(error, WorldError):
+        if isinstance(error, RuntimeError) and _active:
+            watch = _active[0]
             said = _MIXED if "got mixed torch.Tensor and DTensor" in str(error) else watch.explain()
             if said and not (watch.verdict and watch._watcher.said):
                 print(f"shardwright: rank {watch.rank}: {said}", file=sys.stderr, flush=True)

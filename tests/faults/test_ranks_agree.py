@@ -216,7 +216,7 @@ def training(rank, fault, mode):
                 other(x)
             if fault == "skip":
                 continue
-            if fault == "full_value":
+            if fault == "full_value":  # as within "if world.rank == 1"
                 full_value(model.body[0].weight)
             enabled = fault != "no_grad"
         try:
@@ -254,14 +254,16 @@ ALONE_ALL = {
     "another net": (r"rank 1 is in call 1 of net 1 \(Linear\), rank 0 in call 4 of net 0 \(Net\)", 15),
     "known mode": (r"rank 1's mode of the model is train\(\), rank 0's eval\(\)", 15),
 }
+FULL_VALUE = {"full_value": (r"rank 1 is in full_value of a tensor \[12, 8\] where rank 0 is in call 4", 25)}
 CASES = [("batch", "tensor_parallel"), *((fault, "data_parallel") for fault in ("eval, caught", "no_backward", "skip", "rate"))]
 if ALL:
-    CASES = [(fault, mode) for fault in {**ALONE, **ALONE_ALL} for mode in MODES]
+    CASES = [*((fault, mode) for fault in {**ALONE, **ALONE_ALL} for mode in MODES if (fault, mode) != ("rate", MODES[1]))]
+    CASES += [("full_value", "tensor_parallel")]
 
 
 @pytest.mark.parametrize(("fault", "mode"), CASES, ids=lambda value: value.replace(" ", "_"))
 def test_what_one_rank_does_alone_ends_the_job(tmp_path, fault, mode):
-    said, seconds = {**ALONE, **ALONE_ALL}[fault]
+    said, seconds = {**ALONE, **ALONE_ALL, **FULL_VALUE}[fault]
     ended = jobs.run(tmp_path, 2, training, fault, mode, seconds=seconds + 45)
     texts = "\n".join(f"--- rank {r}, code {e.code}\n{e.text[-2500:]}" for r, e in enumerate(ended))
     at_fault = ended[0 if fault in ("no_backward", "fewer steps") else 1]
