@@ -122,9 +122,34 @@ def refusals(rank):
         net(batch(6 - rank))
     except sw.errors.WorldError:
         torch.testing.assert_close(net(batch()), Net().eval()(batch()))
+    order_and_steps(rank)
     strategies(rank)
     accepted(rank)
     print("case the end: reached")
+
+
+def order_and_steps(rank):
+    """Nets in another order, and what a train step calls."""
+    nets = [sw.AutoParallel(nn.Linear(8, 4)), sw.AutoParallel(Net())]
+    model, loss = nn.Linear(8, 4), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(x):
+        optimizer.zero_grad()
+        value = loss(model(x), torch.zeros(6, 4))
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    cases = {"order": lambda: nets[rank](batch()), "step": lambda: sw.AutoParallel(step)(batch(seed=rank))}
+    for name, do in cases.items():
+        try:
+            do()
+        except sw.errors.ShardwrightError as error:
+            print(f"case {name}: {type(error).__name__} {error}")
+    trained = sw.AutoParallel(step)
+    losses = [trained(batch()).item() for _ in range(3)]
+    assert losses[2] < losses[0]
 
 
 def strategies(rank):
@@ -166,7 +191,7 @@ def accepted(rank):
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    ended = jobs.run(tmp_path_factory.mktemp("job"), 2, refusals, seconds=120)
+    ended = jobs.run(tmp_path_factory.mktemp("job"), 2, refusals, seconds=300)
     assert [e.code for e in ended] == [0, 0], ended[0].text[-3000:] + ended[1].text[-3000:]
     return [dict(re.findall(r"^case (.*?): (.*)$", e.text, re.M)) for e in ended]
 
@@ -182,6 +207,12 @@ def test_slices_of_other_dtypes_are_refused(refused):
     for said in refused:
         assert "float32 and rank 1 of float64" in said["slices of other dtypes, data_parallel"]
         assert "float64 [6, 8]" in said["slices of other dtypes, hybrid"]
+
+
+def test_the_order_of_nets_and_the_parts_of_a_step_are_compared(refused):
+    for said in refused:
+        assert re.search(r"rank 1 is in call 1 of net \d+ \(Net\), rank 0 in call 1 of net \d+ \(Linear\)", said["order"])
+        assert "rank 1's input 0 holds other values" in said["step"]
 
 
 def test_what_may_differ_is_accepted(refused):
@@ -264,7 +295,7 @@ if ALL:
 @pytest.mark.parametrize(("fault", "mode"), CASES, ids=lambda value: value.replace(" ", "_"))
 def test_what_one_rank_does_alone_ends_the_job(tmp_path, fault, mode):
     said, seconds = {**ALONE, **ALONE_ALL, **FULL_VALUE}[fault]
-    ended = jobs.run(tmp_path, 2, training, fault, mode, seconds=seconds + 45)
+    ended = jobs.run(tmp_path, 2, training, fault, mode, seconds=seconds + 120)
     texts = "\n".join(f"--- rank {r}, code {e.code}\n{e.text[-2500:]}" for r, e in enumerate(ended))
     at_fault = ended[0 if fault in ("no_backward", "fewer steps") else 1]
     assert re.search(said, at_fault.text), texts

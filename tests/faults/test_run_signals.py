@@ -54,14 +54,14 @@ def test_no_rank_outlives_the_launcher(tmp_path, number, how, to_group):
         launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out, start_new_session=True)
     ranks = []
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 150
         while not all((tmp_path / f"ready{r}").exists() for r in (0, 1)):
             assert time.monotonic() < end, (tmp_path / "out.txt").read_text()
             assert launcher.poll() is None, (tmp_path / "out.txt").read_text()
             time.sleep(0.1)
         ranks = [int((tmp_path / f"pid{r}").read_text()) for r in (0, 1)]
         (os.killpg if to_group else os.kill)(launcher.pid, number)
-        assert launcher.wait(45) != 0
+        assert launcher.wait(60) != 0
         end = time.monotonic() + 10
         while any(map(is_alive, ranks)) and time.monotonic() < end:
             time.sleep(0.1)
