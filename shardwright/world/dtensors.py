@@ -173,7 +173,14 @@ def _teach_copies() -> None:
         memo[id(self)] = alone
         return alone
 
-    for name, function in (("__reduce_ex__", reduce), ("__deepcopy__", deepcopy)):
+    def shallow(self: DTensor) -> Any:
+        make, arguments, *state = plain_reduce(self, 4)  # a copy in this process, which holds the same piece
+        made = make(*arguments)
+        if state and state[0] is not None:
+            made.__dict__.update(state[0])
+        return made
+
+    for name, function in (("__reduce_ex__", reduce), ("__deepcopy__", deepcopy), ("__copy__", shallow)):
         setattr(DTensor, name, function)
 
 

@@ -565,6 +565,9 @@ class MovedParameter(nn.Parameter):
     def __delattr__(self, name: str) -> None:
         delattr(current(self), name)
 
+    def __copy__(self) -> Any:
+        return copy.copy(current(self))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(current(self), memo)
 
