@@ -46,6 +46,8 @@ from shardwright.train.optimizer_parallel import read_hsdp
 from shardwright.train.over import chosen_over
 from shardwright.train.recompute_request import REQUEST, request_for
 from shardwright.world.current import current_world
+from shardwright.world.signature import Signature, looked_at, signature_of
+from shardwright.world.watcher import Look, watch_of
 
 logger = logging.getLogger("shardwright")
 
@@ -378,6 +380,9 @@ class AutoParallel:
     def _find(self, args: Any, kwargs: Any) -> tuple[list[Any], Compiled]:
         leaves: list[Any]
         spec: Any
+        watch = watch_of(current_world())
+        if watch is not None:
+            watch.begin(self)
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
@@ -392,16 +397,37 @@ class AutoParallel:
         compiled = self._compiled.get(key)
         if compiled is None:
             self._say_why_again(key, leaves)
-            with _out_of_inference():
+            with self._told(leaves, spec, handed) as signs, _out_of_inference():
                 compiled = self._compile(args, kwargs, leaves, handed)
+            compiled.signs = signs
             while len(self._compiled) >= MOST_PLANS:
                 del self._compiled[next(iter(self._compiled))]
             assert self._state is not None
             self._state.refresh()  # parameters may have been replaced by distributed ones
             self._described = key, dict(self._state.described)
             self._compiled[(spec, key[1], handed, self._state_key())] = compiled
+        elif watch is not None:
+            watch.again(compiled, self._look(leaves, handed))
         self._latest = compiled
         return leaves, compiled
+
+    @contextmanager
+    def _told(self, leaves: list[Any], spec: Any, handed: Handed | None) -> Iterator[dict[bool, Signature]]:
+        """Around a compilation: the ranks of a job compare what they compile. Yields the signature, by gradient mode."""
+        watch = watch_of(current_world())
+        if watch is None:
+            yield {}
+            return
+        shapes = None if handed is None else handed.shapes
+        sign = signature_of(self.module, leaves, spec, watch.name_of(self), shapes)
+        with watch.told(sign, self._look(leaves, handed)):
+            yield {torch.is_grad_enabled(): sign}
+
+    def _look(self, leaves: list[Any], handed: Handed | None) -> Look | None:
+        """What the ranks of a job compare of the inputs' values, where all of them are to hand in the same."""
+        if handed is not None or self.settings.mode == "hybrid_parallel":
+            return None
+        return lambda sketched: looked_at(leaves, sketched)
 
     def _say_why_again(self, key: Any, leaves: list[Any]) -> None:
         """Says, from the second planning on, what is another than at the one before."""

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
@@ -336,14 +337,39 @@ def _run_simulated(devices: int, script: str, arguments: list[str]) -> None:
 
 def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
     """Starts the script in ``devices`` processes on this machine; returns the job's exit code."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), script, *arguments]
+    # the store listens on this machine only, and gloo too: nobody else is to join
+    at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", f"shardwright-{os.getpid()}"]
+    command = ["-m", "torch.distributed.run", *at, "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices), script]
+    command += arguments
     environment = dict(os.environ)
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # torchrun warns where this is unset; processes with more threads than cores stand in each other's way
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     root = Path(__file__).resolve().parent.parent
     if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, *command], env=environment, check=False).returncode
+    return _become([sys.executable, *command], environment)
+
+
+# What a service manager, a closed terminal or a scheduler sends; torchrun ends its ranks at each.
+_SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
+
+
+def _become(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a command in the place of this process, so that signals reach it; where that cannot be, hands them on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execve(command[0], command, environment)
+    with subprocess.Popen(command, env=environment) as job:
+        known = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        before = {number: signal.signal(number, lambda number, frame: job.send_signal(number)) for number in known}
+        try:
+            return job.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # -- calibrate ----------------------------------------------------------------------------------------------------

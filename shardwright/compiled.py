@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardwright import train_step
 from shardwright.capture.attributes import check_attributes
@@ -21,7 +22,7 @@ from shardwright.capture.python_state import attribute_of
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.data.handed import Handed
-from shardwright.errors import CaptureError, Problems
+from shardwright.errors import CaptureError, Problems, WorldError
 from shardwright.layout import Layout
 from shardwright.partition.partitioner import scheduled, unscheduled
 from shardwright.partition.program import LocalProgram
@@ -46,6 +47,8 @@ from shardwright.world import parameters as distributed_parameters
 from shardwright.world.current import World
 from shardwright.world.delayed_init import is_delayed, materialise
 from shardwright.world.random_state import agree_on_random_state
+from shardwright.world.signature import Signature, lines_of, looked_at
+from shardwright.world.watcher import compare_on_ranks, explain, note
 
 MARK = "_shardwright_mark"
 
@@ -144,6 +147,7 @@ class Compiled:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
     compiler: SegmentCompiler | None = None
+    signs: dict[bool, Signature]  # what other ranks are told of it, by gradient mode
 
     def __init__(
         self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None,
@@ -169,6 +173,9 @@ class Compiled:
         with watch, given_a_part(self.micro), settings.precision.computing(device.type):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         self._check_assignments()
+        if not world.is_simulated:
+            text, constants = lines_of(str(self.graph), root), list(self.graph.constants.values())
+            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
@@ -185,6 +192,8 @@ class Compiled:
             program = change(program)
         how = self.plan.schedule
         self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
+        if not world.is_simulated:
+            compare_on_ranks(world, "program", lines_of(self.program.text(0)))
         self.plan.attach(self.program)
         self.compiler = settings.compiler
         self.runs = self.program  # what runs: the program, or its form of compiled segments
@@ -268,16 +277,17 @@ class Compiled:
         """Runs the program on the flat inputs; returns what the callable returns, global."""
         values = [read(leaves) for read in self._read]
         if not self.world.is_simulated and self._parameters:
-            local = distributed_parameters.enter([values[n] for n in self._parameters])
+            stored = [values[n] for n in self._parameters]
+            if not all(type(p) is DTensor for p in stored):
+                stored = self._replaced(stored)
+            local = distributed_parameters.enter(stored)
             for n, value in zip(self._parameters, local, strict=True):
                 values[n] = value
-        if self._is_random and not self.world.is_simulated:
-            agree_on_random_state(self.world.device)  # type: ignore[union-attr]
         if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
             with torch.autocast(self.device_type, enabled=False):
-                outputs, updates = self.run(*values)
+                outputs, updates = self._run(values)
         else:
-            outputs, updates = self.run(*values)
+            outputs, updates = self._run(values)
         if updates:
             self._update(values, updates)
         result = pytree.tree_unflatten(outputs, self.graph.out_spec)
@@ -300,6 +310,43 @@ class Compiled:
         for assignment in made:
             assignment.carry_out(rest)
         return result
+
+    def weights(self, parts: int, part: int) -> dict[str, Tensor]:
+        """One part of the parameters that every rank of a job holds the whole of, as this rank has them."""
+        found = list(dict(self.root.named_parameters()).items())[part::parts]
+        layouts = {name: distributed_parameters.layout_of(p) for name, p in found}
+        return {name: p.to_local() for name, p in found if (at := layouts[name]) is not None and at.is_replicated}  # type: ignore[attr-defined]
+
+    def _replaced(self, stored: list[Any]) -> list[Any]:
+        """Distributes parameters that the user put in the place of distributed ones; all ranks do."""
+        by_name = {i.name: i for i in self.program.inputs}
+        inputs = [by_name[self.graph.inputs[n].value] for n in self._parameters]
+        found = [distributed_parameters.current(p) for p in stored]
+        for i, parameter in zip(inputs, found, strict=True):
+            shape, dtype = getattr(parameter, "shape", None), getattr(parameter, "dtype", None)
+            if shape != i.meta.shape or dtype != i.meta.dtype:
+                raise WorldError(
+                    f"parameter {i.target} is {dtype} {list(shape or ())} now and was {i.meta.dtype} {list(i.meta.shape)} when "
+                    "the net was made: make a new AutoParallel"
+                )
+        if not all(type(p) is DTensor for p in found):
+            note("parameters put in the place of others")
+            layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh
+            for name, parameter in self.root.named_parameters():
+                layouts.setdefault(name, Layout.replicated(mesh, parameter.ndim))
+            distributed_parameters.distribute_parameters(self.root, layouts, self.world.device)  # type: ignore[union-attr]
+        return [self._read[n]([]) for n in self._parameters]
+
+    def _run(self, values: list[Any]) -> Any:
+        try:
+            if self._is_random and not self.world.is_simulated:
+                agree_on_random_state(self.world.device)  # type: ignore[union-attr]
+            return self.run(*values)
+        except RuntimeError as error:  # of communication, it may be, because of what another rank did
+            said = explain(self.world)
+            if not said:
+                raise
+            raise WorldError(said) from error
 
     def single_device(self) -> AbstractContextManager[None]:
         """Within the block, the target runs as on a single device."""

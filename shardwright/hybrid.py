@@ -145,7 +145,7 @@ def _handed_in(leaves: Sequence[Any], strategy: Any, over: Over, world: World) -
         used = [_as_told(entry, shape, over, i) for i, (entry, shape) in enumerate(_pairs(strategy, shapes))]
     whole = world.is_simulated or strategy == "full_batch"
     if not whole:
-        check_same_shapes(shapes, world.size)
+        check_same_shapes([leaves[at] for at in positions], world.size)
         shapes = [_all_slices(shape, layout) for shape, layout in zip(shapes, used, strict=True)]
     found = {}
     for at, shape, layout in zip(positions, shapes, used, strict=True):

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from shardwright.errors import ArgumentTypeError, LayoutError
-from shardwright.mesh import Mesh
+from shardwright.mesh import AxisWords, Mesh, check_axes, check_ranks
 
 # The virtual axis: it cuts what one device holds into copies, and has no devices of its own.
 INTERLEAVED = "interleaved_parallel"
@@ -431,46 +431,18 @@ def _normal(layout: Layout, shape: tuple[int, ...]) -> Layout:
 
 
 def _check_device_matrix(device_matrix: object, alias_name: object, rank_list: object) -> None:
-    if not isinstance(device_matrix, tuple):
-        raise ArgumentTypeError(f"device_matrix must be a tuple of ints, got {device_matrix!r}: write (2, 4)")
-    if not isinstance(alias_name, tuple):
-        raise ArgumentTypeError(f"alias_name must be a tuple of str, got {alias_name!r}: write ('dp', 'mp')")
-    for size in device_matrix:
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise ArgumentTypeError(f"device_matrix {device_matrix} holds {size!r}, a {type(size).__name__}, not an int")
-        if size < 1:
-            raise LayoutError(f"device_matrix {device_matrix} holds {size}; every axis needs at least one rank")
-    for alias in alias_name:
-        if not isinstance(alias, str):
-            raise ArgumentTypeError(f"alias_name {alias_name} holds {alias!r}, a {type(alias).__name__}, not a str")
-        if not re.fullmatch(r"[A-Za-z_][\w.]*", alias) or alias == "None":
-            raise LayoutError(f"alias {alias!r} is not usable: an alias is a word of its own and not 'None'")
-    if len(device_matrix) != len(alias_name):
+    sizes, names = check_axes(device_matrix, alias_name, _WORDS)
+    if INTERLEAVED in names[:-1]:
         raise LayoutError(
-            f"device_matrix {device_matrix} has {len(device_matrix)} axes, alias_name {alias_name} names "
-            f"{len(alias_name)}: give one alias an axis"
-        )
-    if len(set(alias_name)) != len(alias_name):
-        raise LayoutError(f"alias_name {alias_name} repeats an alias: every axis needs a name of its own")
-    if INTERLEAVED in alias_name[:-1]:
-        raise LayoutError(
-            f"alias_name {alias_name} has {INTERLEAVED!r} at {alias_name.index(INTERLEAVED)}: it cuts what one device holds, "
+            f"alias_name {names} has {INTERLEAVED!r} at {names.index(INTERLEAVED)}: it cuts what one device holds, "
             "so it has to be the last alias"
         )
     if rank_list is not None:
-        devices = device_matrix[:-1] if INTERLEAVED in alias_name else device_matrix
-        _check_rank_list(rank_list, math.prod(devices))
+        check_ranks(rank_list, math.prod(sizes[:-1] if INTERLEAVED in names else sizes), _WORDS)
 
 
-def _check_rank_list(rank_list: object, count: int) -> None:
-    if not isinstance(rank_list, (list, tuple)):
-        raise ArgumentTypeError(f"rank_list must be a list of ints, got {rank_list!r}")
-    if any(not isinstance(r, int) or isinstance(r, bool) for r in rank_list):
-        raise ArgumentTypeError(f"rank_list {rank_list} holds something that is not an int")
-    if len(rank_list) != count:
-        raise LayoutError(f"rank_list has {len(rank_list)} ranks, the device matrix {count}: list every rank once")
-    if len(set(rank_list)) != len(rank_list) or min(rank_list, default=0) < 0:
-        raise LayoutError(f"rank_list {rank_list} repeats a rank or holds a negative one: list every rank once")
+# What a Layout calls sizes, names, one name, and ranks.
+_WORDS = AxisWords("device_matrix", "alias_name", "alias", "rank_list", "the device matrix")
 
 
 def _call_text(entries: Sequence[DimSpec]) -> str:

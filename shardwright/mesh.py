@@ -3,11 +3,70 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
-from shardwright.errors import LayoutError
+from shardwright.errors import ArgumentTypeError, LayoutError
+
+
+class AxisWords(NamedTuple):
+    """What the checks call what they were given: sizes, names, one name, ranks, and the whole."""
+
+    sizes: str
+    names: str
+    name: str
+    ranks: str
+    whole: str
+
+
+_WORDS = AxisWords("Mesh sizes", "Mesh axes", "axis name", "Mesh ranks", "the mesh")
+_MOST = 1 << 24  # ranks; lists of them are made
+
+
+def check_axes(sizes: object, names: object, words: AxisWords) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Refuses sizes and names of axes that cannot be; returns them."""
+    if not isinstance(sizes, tuple):
+        raise ArgumentTypeError(f"{words.sizes} must be a tuple of ints, got {sizes!r}: write (2, 4)")
+    if not isinstance(names, tuple):
+        raise ArgumentTypeError(f"{words.names} must be a tuple of str, got {names!r}: write ('dp', 'mp')")
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ArgumentTypeError(f"{words.sizes} {sizes} holds {size!r}, a {type(size).__name__}, not an int")
+        if size < 1:
+            raise LayoutError(f"{words.sizes} {sizes} holds {size}; every axis needs at least one rank")
+    if math.prod(sizes) > _MOST:
+        raise LayoutError(f"{words.sizes} {sizes} are {math.prod(sizes)} ranks, more than the {_MOST} that can be planned for")
+    for name in names:
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"{words.names} {names} holds {name!r}, a {type(name).__name__}, not a str")
+        if name == "None" or not _NAME.fullmatch(name):
+            raise LayoutError(f"{words.name} {name!r} is not usable: an {words.name} is a word of its own and not 'None'")
+    if len(sizes) != len(names):
+        raise LayoutError(
+            f"{words.sizes} {sizes} has {len(sizes)} axes, {words.names} {names} names {len(names)}: give one {words.name} "
+            "an axis"
+        )
+    if len(set(names)) != len(names):
+        raise LayoutError(f"{words.names} {names} repeats an {words.name}: every axis needs a name of its own")
+    return sizes, names
+
+
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
+
+
+def check_ranks(ranks: object, count: int, words: AxisWords) -> None:
+    """Refuses ranks that are not as many different ones as the axes have places."""
+    if not isinstance(ranks, (list, tuple)):
+        raise ArgumentTypeError(f"{words.ranks} must be a list of ints, got {ranks!r}")
+    if any(not isinstance(r, int) or isinstance(r, bool) for r in ranks):
+        raise ArgumentTypeError(f"{words.ranks} {ranks} holds something that is not an int")
+    if len(ranks) != count:
+        raise LayoutError(f"{words.ranks} has {len(ranks)} ranks, {words.whole} {count}: list every rank once")
+    if len(set(ranks)) != len(ranks) or min(ranks, default=0) < 0:
+        raise LayoutError(f"{words.ranks} {ranks} repeats a rank or holds a negative one: list every rank once")
 
 
 @dataclass(frozen=True)
@@ -18,6 +77,10 @@ class Mesh:
         axes: axis names, most significant first.
         sizes: number of ranks along each axis.
         ranks: global rank at each position, row-major; ``None`` means ``0..n-1``.
+
+    Raises:
+        LayoutError: names that repeat or are no words, sizes below 1, ranks that do not fit or repeat; an
+            :class:`ArgumentTypeError` where something is of the wrong type.
 
     >>> mesh = Mesh(("dp", "mp"), (2, 2))
     >>> mesh.coordinates(2)
@@ -31,12 +94,13 @@ class Mesh:
     ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.axes) != len(self.sizes):
-            raise LayoutError(f"Mesh has {len(self.axes)} axis names for {len(self.sizes)} sizes: give one name a size")
-        if not self.ranks:
-            object.__setattr__(self, "ranks", tuple(range(math.prod(self.sizes))))
-        if len(self.ranks) != math.prod(self.sizes):
-            raise LayoutError(f"Mesh of sizes {self.sizes} needs {math.prod(self.sizes)} ranks, got {len(self.ranks)}")
+        check_axes(self.sizes, self.axes, _WORDS)
+        count = math.prod(self.sizes)
+        if self.ranks is None or self.ranks == ():
+            object.__setattr__(self, "ranks", tuple(range(count)))
+        else:
+            check_ranks(self.ranks, count, _WORDS)
+            object.__setattr__(self, "ranks", tuple(self.ranks))
         object.__setattr__(self, "_hash", hash((self.axes, self.sizes, self.ranks)))
         object.__setattr__(self, "_size_of", dict(zip(self.axes, self.sizes, strict=True)))
         object.__setattr__(self, "_order", {a: i for i, a in enumerate(self.axes)})

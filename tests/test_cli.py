@@ -243,15 +243,19 @@ def test_a_script_that_is_not_there(capsys):
 def test_distributed_starts_processes(script, monkeypatch):
     started = {}
 
-    def record(command, env, check):
-        started.update(command=command, env=env, check=check)
-        return subprocess.CompletedProcess(command, 5)
+    def record(path, command, environment):
+        started.update(path=path, command=command, env=environment)
+        raise SystemExit(5)  # this process is another from here on
 
-    monkeypatch.setattr(subprocess, "run", record)
-    assert cli.main(["run", "--devices", "3", "--distributed", script, "--epochs", "2"]) == 5
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    assert started["command"] == [*start, script, "--epochs", "2"]
+    monkeypatch.setattr(os, "execve", record)
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--devices", "3", "--distributed", script, "--epochs", "2"])
+    command = started["command"]
+    assert (started["path"], command[:3]) == (sys.executable, [sys.executable, "-m", "torch.distributed.run"])
+    assert command[-5:] == ["--nproc-per-node", "3", script, "--epochs", "2"]
+    assert command[command.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
     assert int(started["env"]["OMP_NUM_THREADS"]) >= 1
+    assert started["env"]["GLOO_SOCKET_IFNAME"] == "lo" or sys.platform != "linux"
     assert str(ROOT) in started["env"]["PYTHONPATH"].split(os.pathsep)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -59,6 +60,43 @@ def global_backward_hooks() -> Iterator[Any]:
     return itertools.chain(_module._global_backward_pre_hooks.values(), _module._global_backward_hooks.values())
 
 
+def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Has DTensor run an operator by what ``make`` returns; that is given a function which runs it as before."""
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    before = handlers.get(operator)
+
+    def otherwise(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if before is not None:
+            return before(operator, args, kwargs)
+        mine = handlers.pop(operator)
+        try:
+            return operator(*args, **kwargs)
+        finally:
+            handlers[operator] = mine
+
+    handlers[operator] = make(otherwise)
+
+
+def cloned_store() -> torch.distributed.Store:
+    """The store by which the ranks of the job found each other, as a client of its own: one that waits blocks no other."""
+    return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
+
+
+def job_timeout(device_type: str = "cpu") -> timedelta | None:
+    """How long a collective of the whole job may wait; ``None`` where its backend does not say."""
+    group: Any = torch.distributed.group.WORLD
+    try:
+        found: timedelta = group._get_backend(torch.device(device_type)).options._timeout
+    except (RuntimeError, AttributeError):
+        return None
+    return found
+
+
+def set_group_timeout(timeout: timedelta, group: Any = None) -> None:
+    """Says how long a collective of a group that this rank is in, by default of the whole job, may wait."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 # Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
 will_execute_node = torch._C._will_engine_execute_node
 
@@ -76,8 +114,10 @@ __all__ = [
     "StorageWeakRef",
     "StridedShard",
     "TorchDispatchMode",
+    "add_dtensor_handler",
     "annotate",
     "checkpoint_module",
+    "cloned_store",
     "cpp_compiler",
     "current_dispatch_modes",
     "current_graph_task",
@@ -85,10 +125,12 @@ __all__ = [
     "failed_toolchain",
     "foreach_norm",
     "global_backward_hooks",
+    "job_timeout",
     "preserve_node_meta",
     "pytree",
     "queue_callback",
     "replace_dtensor_handler",
+    "set_group_timeout",
     "untraceable",
     "will_execute_node",
 ]

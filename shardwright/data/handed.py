@@ -48,8 +48,8 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
         StrategyError: the strategy does not fit the inputs, or the ranks' slices do not fit together.
     """
     if not of_step:
-        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        return list(leaves), _describe(shapes, strategy, world)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return list(leaves), _describe(tensors, strategy, world)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     slices = [t if isinstance(t, Slice) and not t.changed else None for t in tensors]
     mesh = next((t.laid_out.mesh for t in slices if t is not None), Mesh(("batch",), (world.size,)))
@@ -93,8 +93,7 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
     """The inputs of a train step, each tensor as a :class:`Slice` of the global one."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-    handed = _describe(shapes, strategy, world)
+    handed = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
     told = handed.strategy
     entries = told if isinstance(told, tuple) else [told] * len(handed.shapes)
     known = iter(zip(handed.shapes, handed.layouts, entries))
@@ -170,11 +169,12 @@ _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "d
 # -- from local shapes to global ones ------------------------------------------------------------------------------------
 
 
-def _describe(shapes: Sequence[Shape], strategy: Any, world: World) -> Handed:
-    """What tensors of these shapes are, of the global ones: the ranks' together, the caller's where he has the whole."""
+def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> Handed:
+    """What these tensors are, of the global ones: the ranks' together, the caller's where he has the whole."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
     if world.is_simulated or world.size == 1 or _asks_for_whole(strategy):
         return _of_whole(tuple(shapes), strategy, world.size)
-    numbers = [n for shape in shapes for n in (len(shape), *shape)]
+    numbers = [n for t in tensors for n in (t.ndim | _dtypes().index(t.dtype) << _DIMS, *t.shape)]
     everyone = tuple(map(tuple, world.gather_numbers(numbers)))  # type: ignore[union-attr]
     return _of_slices(everyone, strategy, world.size)
 
@@ -197,13 +197,19 @@ def _of_whole(shapes: tuple[Shape, ...], strategy: Any, size: int) -> Handed:
 
 @lru_cache(maxsize=1024)
 def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) -> Handed:
-    by_rank = [_shapes(numbers) for numbers in everyone]
-    here = by_rank[0]
-    for rank, shapes in enumerate(by_rank):
+    read = [_tensors(numbers) for numbers in everyone]
+    by_rank = [shapes for shapes, _ in read]
+    here, its_dtypes = read[0]
+    for rank, (shapes, dtypes) in enumerate(read):
         if list(map(len, shapes)) != list(map(len, here)):
             raise StrategyError(
                 f"rank 0 hands in tensors {_text(here)} and rank {rank} {_text(shapes)}; hand in as many on all ranks, of as "
                 "many dims"
+            )
+        if dtypes != its_dtypes:
+            raise StrategyError(
+                f"rank 0 hands in tensors of {_names(its_dtypes)} and rank {rank} of {_names(dtypes)}; hand in the same dtypes "
+                "on all ranks"
             )
     lead = next((i for i, shape in enumerate(here) if shape), None)
     carries = [lead is not None and bool(s) and all(r[i][0] == r[lead][0] for r in by_rank) for i, s in enumerate(here)]
@@ -245,13 +251,28 @@ def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Pro
     return tuple(shape), Layout.of(mesh, layout.bound, (), sizes)
 
 
-def _shapes(numbers: Sequence[int]) -> list[Shape]:
-    """Shapes out of one row of numbers: of each, how many dims and which."""
-    shapes, at = [], 0
+_DIMS = 8  # bits for the number of dims, before those of the dtype
+
+
+@lru_cache(maxsize=1)
+def _dtypes() -> list[torch.dtype]:
+    """All dtypes, in an order that every rank has."""
+    return sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+
+
+def _tensors(numbers: Sequence[int]) -> tuple[list[Shape], list[torch.dtype]]:
+    """Shapes and dtypes out of one row of numbers: of each, how many dims and of what, and which."""
+    shapes, dtypes, at = [], [], 0
     while at < len(numbers):
-        shapes.append(tuple(numbers[at + 1 : at + 1 + numbers[at]]))
-        at += 1 + numbers[at]
-    return shapes
+        ndim = numbers[at] & (1 << _DIMS) - 1
+        dtypes.append(_dtypes()[numbers[at] >> _DIMS])
+        shapes.append(tuple(numbers[at + 1 : at + 1 + ndim]))
+        at += 1 + ndim
+    return shapes, dtypes
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _text(shapes: Sequence[Shape]) -> str:

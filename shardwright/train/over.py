@@ -69,6 +69,8 @@ def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True
     if not isinstance(mesh, Mesh):
         raise ArgumentTypeError(f"collectives.over({mesh!r}): give a mesh, sw.Mesh(('dp', 'mp'), (2, 2))")
     axes = tuple(a for a in mesh.axes if a == "dp") if data is None else (data,) if isinstance(data, str) else tuple(data)
+    if len(set(axes)) != len(axes):
+        raise LayoutError(f"collectives.over: data={data!r} names an axis twice; name each axis once")
     unknown = [axis for axis in axes if axis not in mesh.axes]
     if unknown:
         raise LayoutError(f"collectives.over: data names {unknown[0]!r}; the axes of the mesh are {', '.join(mesh.axes)}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwright.capture.torch_private import job_timeout
 from shardwright.errors import WorldError
 from shardwright.world.collectives import backend_of
 
@@ -22,7 +23,7 @@ class Agreement:
 
     def __init__(self, size: int):
         on_cpu = "gloo" in backend_of(dist.group.WORLD, "cpu")
-        self.group: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+        self.group: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=job_timeout())
         self.size = size
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -40,18 +41,18 @@ class Agreement:
         return [message[1 : 1 + message[0]] for message in messages]
 
 
-def check_same_shapes(shapes: Sequence[Sequence[int]], size: int) -> None:
-    """Refuses slices of the batch that have other shapes on other ranks, on all ranks. All of them make this call.
+def check_same_shapes(tensors: Sequence[torch.Tensor], size: int) -> None:
+    """Refuses slices of the batch that have other shapes or dtypes on other ranks, on all ranks. All of them make this call.
 
     Args:
-        shapes: of the tensors that this rank was handed.
+        tensors: those that this rank was handed.
         size: number of ranks.
     """
     found: list[Any] = [None] * size
-    dist.all_gather_object(found, [list(shape) for shape in shapes])
+    dist.all_gather_object(found, [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors])
     if any(other != found[0] for other in found):
-        listed = "; ".join(f"rank {rank}: {', '.join(map(str, given))}" for rank, given in enumerate(found[:8]))
+        listed = "; ".join(f"rank {rank}: {', '.join(given)}" for rank, given in enumerate(found[:8]))
         raise WorldError(
-            f"the ranks hand in slices of several shapes: {listed}; hand in as many rows on each, or the whole batch on all "
-            "with dataset_strategy('full_batch')"
+            f"the ranks hand in slices of several shapes or dtypes: {listed}; hand in as many rows on each, or the whole batch "
+            "on all with dataset_strategy('full_batch')"
         )

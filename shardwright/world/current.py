@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Union
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Union
 
-from shardwright.errors import WorldError
+from shardwright.errors import ArgumentTypeError, WorldError
 from shardwright.world.simulated import SimulatedWorld
 
 if TYPE_CHECKING:
@@ -16,35 +17,49 @@ World = Union[SimulatedWorld, "DistributedWorld"]
 _current: list[World] = []
 
 
-def init(devices: int | None = None) -> World:
+def init(devices: int | None = None, timeout: float | timedelta | None = None) -> World:
     """Sets up the world: ``devices`` simulated ranks in this process, or the real job that this process is part of.
 
     Args:
         devices: number of ranks to simulate. Default: the job that ``torchrun`` describes in the environment, else
             ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. Within a real job the job's size wins; asking for
             another is an error.
+        timeout: how long a rank of a real job waits for the others, in seconds or as a ``timedelta``: in any collective, and
+            where ranks compare what they do. Default: torch's, half an hour. Of no effect on simulated ranks.
 
     Returns:
         The world, with ``size``, ``rank`` and ``is_simulated``.
 
     Raises:
-        WorldError: not a positive int, or not the size of the job.
+        WorldError: not a positive int, or not the size of the job; a timeout that is none; half of a job's variables.
 
     >>> init(devices=8).size
     8
     """
     if devices is not None and (not isinstance(devices, int) or isinstance(devices, bool) or devices < 1):
         raise WorldError(f"devices={devices!r}: give the number of ranks to simulate, init(devices=8)")
-    world = _found(devices)
+    world = _found(devices, _checked_timeout(timeout))
     _current[:] = [world]
     return world
 
 
-def _found(devices: int | None) -> World:
+def _checked_timeout(timeout: Any) -> timedelta | None:
+    if timeout is None:
+        return None
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not is_number and not isinstance(timeout, timedelta):
+        raise ArgumentTypeError(f"init(timeout={timeout!r}): give seconds, init(timeout=120), or a timedelta")
+    seconds = timeout if is_number else timeout.total_seconds()
+    if not 0.001 <= seconds <= 1e9:  # a NaN is refused too
+        raise WorldError(f"init(timeout={timeout!r}): give a number of seconds above 0, init(timeout=120)")
+    return timedelta(seconds=seconds)
+
+
+def _found(devices: int | None, timeout: timedelta | None) -> World:
     if _in_job():
         from shardwright.world.distributed import DistributedWorld
 
-        world = DistributedWorld.from_environment()
+        world = DistributedWorld.from_environment(timeout=timeout)
         if devices is not None and devices != world.size:
             raise WorldError(
                 f"init(devices={devices}) within a job of {world.size} ranks: drop the argument, or start {devices} ranks"
@@ -61,8 +76,18 @@ def _found(devices: int | None) -> World:
 def _in_job() -> bool:
     import torch.distributed as dist
 
-    started = dist.is_available() and dist.is_initialized()
-    return started or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    if dist.is_available() and dist.is_initialized():
+        return True
+    there = {name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if os.environ.get(name)}
+    if len(there) == 3:
+        return True
+    if {"RANK", "WORLD_SIZE"} <= there and os.environ["WORLD_SIZE"].strip() != "1":
+        raise WorldError(
+            f"this process is rank {os.environ['RANK']} of a job of {os.environ['WORLD_SIZE']}, but MASTER_ADDR is not set, so "
+            "it cannot find the others: set MASTER_ADDR and MASTER_PORT, or start it with 'torchrun --nproc-per-node "
+            f"{os.environ['WORLD_SIZE']} script.py'; to simulate ranks, unset RANK and WORLD_SIZE"
+        )
+    return False
 
 
 def current_world() -> World:

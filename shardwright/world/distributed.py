@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwright.capture.torch_private import set_group_timeout
 from shardwright.errors import WorldError
 from shardwright.layout import Layout
 from shardwright.partition.free_results import (
@@ -44,6 +45,7 @@ from shardwright.world.pieces import check_differentiable, check_layouts, check_
 from shardwright.world.recipes import Computation
 from shardwright.world.recording import computation_of, needs_recording, recorded
 from shardwright.world.source import SourceWriter, write_note
+from shardwright.world.watcher import Watch
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -72,6 +74,7 @@ class DistributedWorld:
         self._owns_job = False
         self._moves: dict[Any, PieceMove] = {}
         self._agreement: Agreement | None = None
+        self.watch: Watch | None = None
         atexit.register(self._close_at_exit)
 
     @classmethod
@@ -80,7 +83,7 @@ class DistributedWorld:
 
         Args:
             backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
-            timeout: how long a collective may wait for the other ranks; default: torch's.
+            timeout: how long a collective may wait for the other ranks; default: torch's, or that of the job as it is.
 
         Raises:
             WorldError: a variable is missing or makes no sense, or the backend does not fit this host.
@@ -88,6 +91,8 @@ class DistributedWorld:
         if not dist.is_available():
             raise WorldError("this build of PyTorch has no torch.distributed: sw.init(devices=8) simulates 8 ranks")
         if dist.is_initialized():
+            if timeout is not None:
+                set_group_timeout(timeout)
             return cls()
         rank, size, local_rank, local_size = read_environment(os.environ)
         backend = backend or ("nccl" if _has_gpus_for(local_rank, local_size) else "gloo")
@@ -219,6 +224,9 @@ class DistributedWorld:
         self._end()
 
     def _end(self) -> None:
+        if self.watch is not None:
+            error = getattr(sys, "last_value", None)
+            self.watch.close("" if error is None else f", by {type(error).__name__}: {str(error)[:300]}")
         initialised = dist.is_initialized()
         if initialised and not self._groups.closed:
             _let_threads_finish()

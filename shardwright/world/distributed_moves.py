@@ -18,6 +18,7 @@ from shardwright.partition.program import Move
 from shardwright.redistribute.steps import Redistribution
 from shardwright.world import record
 from shardwright.world.distributed_steps import CastRunner, Groups, Runner, prepare_shared, prepare_steps
+from shardwright.world.watcher import in_backward
 
 
 class DistributedMove:
@@ -82,6 +83,8 @@ class _MoveFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Tensor | None]:
         if gradient is None:  # the result plays no part, on any rank
             return None, None
+        if type(ctx.move) is DistributedMove:  # others may be between some ranks only
+            in_backward()
         return None, ctx.move.backward(gradient)
 
 
@@ -143,6 +146,7 @@ class _TogetherFunction(torch.autograd.Function):
         known = [i for i, g in enumerate(gradients) if g is not None]
         results: list[Tensor | None] = [None] * len(gradients)
         if known:
+            in_backward()
             given = [g for g in gradients if g is not None]
             for i, result in zip(known, ctx.together.run("backward", known, given), strict=True):
                 results[i] = result

@@ -17,6 +17,7 @@ from shardwright.derivatives import first_derivative_only
 from shardwright.partition.program import Move
 from shardwright.world import record
 from shardwright.world.distributed_steps import Groups, SharedUnderWay, UnderWay, prepare_shared, prepare_steps
+from shardwright.world.watcher import in_backward
 
 
 class StartedMoves:
@@ -148,6 +149,7 @@ class Travelling:
         """Starts the gradients of results; some may play no part in what is differentiated."""
         self.started = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         if self.started:
+            in_backward()
             self.gradients = self._start("backward", self.started, [g for g in gradients if g is not None])
 
     def end_backward(self) -> list[Tensor | None]:

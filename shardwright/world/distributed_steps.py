@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwright.capture.torch_private import job_timeout
 from shardwright.errors import WorldError
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.redistribute.step import TRANSFERS, Step
@@ -88,7 +89,7 @@ class Groups:
                 wanted.update(tuple(sorted(group)) for group in step.groups)
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
             whole = len(ranks) == self.size
-            group = dist.group.WORLD if whole else dist.new_group(list(ranks))
+            group = dist.group.WORLD if whole else dist.new_group(list(ranks), timeout=job_timeout(self.device_type))
             self._made[ranks] = None if whole else group
             if self.rank in ranks:
                 is_gloo = backend_of(group, self.device_type) == "gloo"

@@ -36,12 +36,15 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from shardwright.capture.torch_private import StridedShard, will_execute_node
+from shardwright.capture.torch_private import StridedShard, job_timeout, set_group_timeout, will_execute_node
 from shardwright.errors import WorldError
 from shardwright.layout import Layout, chunk_pieces
 from shardwright.mesh import Mesh
+from shardwright.world.checksum import checksum
 from shardwright.world.delayed_init import is_delayed, materialise
+from shardwright.world.dtensors import watch_over
 from shardwright.world.found_inf import agree_on_found_inf
+from shardwright.world.watcher import note
 
 T = TypeVar("T")
 
@@ -67,7 +70,13 @@ def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
 
 @lru_cache(maxsize=64)
 def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
-    return DeviceMesh(device_type, torch.tensor(mesh.ranks).view(mesh.sizes), mesh_dim_names=mesh.axes)
+    made = DeviceMesh(device_type, torch.tensor(mesh.ranks).view(mesh.sizes), mesh_dim_names=mesh.axes)
+    timeout = job_timeout(device_type)
+    if timeout is not None and dist.get_rank() in mesh.ranks:
+        for dim in range(made.ndim):
+            set_group_timeout(timeout, made.get_group(dim))
+    watch_over(made, _like, full_value)
+    return made
 
 
 @lru_cache(maxsize=65536)
@@ -264,6 +273,9 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
     layout, value = layout_of(parameter), parameter.detach()
     if not isinstance(value, DTensor):
         return value
+    if not layout or layout.split_axes:
+        if value.device_mesh.size() == dist.get_world_size():
+            note(f"full_value of a tensor {list(value.shape)}")
     if layout is None:
         return value.full_tensor()
     return _gathered(value.to_local(), layout, tuple(value.shape), value.device_mesh)
@@ -385,7 +397,7 @@ class _Distribution:
         pieces: dict[str, torch.Tensor] = {}
 
         def look(name: str, value: torch.Tensor) -> None:
-            checksums[name] = _checksum(value)
+            checksums[name] = checksum(value)
             if name in self.delayed:
                 pieces[name] = self._piece(name, value)
 
@@ -421,10 +433,14 @@ class _Distribution:
         ]
         digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=7).digest()
         if not all(self._agree([int.from_bytes(digest, "little")])):
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, lines)
+            other, first = next((rank, i) for rank, its in enumerate(everyone) if (i := _first_other(everyone[0], its)) >= 0)
+            here, there = (repr((*its, "nothing more")[min(first, len(its))]) for its in (everyone[0], everyone[other]))
             raise WorldError(
                 "the ranks have built different models: names, shapes, dtypes, requires_grad or layouts of their "
-                f"parameters and buffers differ (rank {self.rank} has {len(lines)} of them): build the same model on "
-                "every rank"
+                f"parameters and buffers differ. The first: rank 0 has {here} where rank {other} has {there} (rank "
+                f"{self.rank} has {len(lines)} of them). Build the same model on every rank"
             )
 
     def _agree(self, numbers: Sequence[int]) -> list[bool]:
@@ -474,6 +490,13 @@ class _Distribution:
         return [(self.device_mesh.get_group(i), self.mesh.group_of(self.rank, (axis,))[0]) for i, axis in axes]
 
 
+def _first_other(here: Sequence[str], there: Sequence[str]) -> int:
+    """Where two lists begin to differ, -1 where they do not."""
+    if here == there:
+        return -1
+    return next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), min(len(here), len(there)))
+
+
 def _slice(value: torch.Tensor, layout: Layout, device: torch.device) -> torch.Tensor:
     """A copy of this rank's piece of a whole value."""
     piece = value.detach()[tuple(slice(*ends) for ends in layout.bounds(value.shape)[dist.get_rank()])]
@@ -519,21 +542,6 @@ def _slice_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: 
             state[prefix + key] = _like(parameter, value)
 
 
-_COLUMNS = 4093  # a prime, so that rows of any usual width do not fall on the same columns
-
-
-def _checksum(value: torch.Tensor) -> int:
-    """A number that differs, in all likelihood, where the bits differ: one pass over the value."""
-    whole = value.detach().reshape(-1)
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-    bits = whole.view(kinds.get(whole.element_size(), torch.int64))
-    tail = len(bits) % _COLUMNS
-    sums = bits[: len(bits) - tail].view(-1, _COLUMNS).sum(0, dtype=torch.int64)
-    sums[:tail] += bits[len(bits) - tail :]
-    weights = torch.arange(1, _COLUMNS + 1, device=sums.device) * 0x1E3779B97F4A7C15  # wraps around
-    return int((sums * weights).sum()) >> 1
-
-
 # ------------------------------------------------------------------------------------- handles and optimizers from before
 
 
@@ -556,6 +564,9 @@ class MovedParameter(nn.Parameter):
 
     def __delattr__(self, name: str) -> None:
         delattr(current(self), name)
+
+    def __copy__(self) -> Any:
+        return copy.copy(current(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(current(self), memo)

@@ -1,0 +1,69 @@
+"""Jobs of real gloo ranks for tests: started from a server that has imported everything, and ended after a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Ended(NamedTuple):
+    """How a rank ended: its exit code, below 0 for a signal and ``None`` where it had to be killed; and what it printed."""
+
+    code: int | None
+    text: str
+    seconds: float
+
+
+def _rank(rank, size, port, path, function, args):
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    for target in (1, 2):
+        os.dup2(descriptor, target)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        function(rank, *args)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.last_value = error  # as the interpreter does before it ends a script
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
+    finally:
+        import atexit
+
+        atexit._run_exitfuncs()  # a process of multiprocessing ends without them
+        sys.stdout.flush()
+
+
+def run(folder, size, function, *args, seconds=60.0):
+    """Runs ``function(rank, *args)`` on every rank of a job; returns how each ended."""
+    multiprocessing.set_forkserver_preload(["shardwright", "torch.distributed", "torch._dynamo", "torch.distributed.tensor"])
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    paths = [folder / f"rank{rank}.txt" for rank in range(size)]
+    began = time.monotonic()
+    started = [context.Process(target=_rank, args=(r, size, port, paths[r], function, args)) for r in range(size)]
+    for process in started:
+        process.start()
+    found = []
+    for process, path in zip(started, paths, strict=True):
+        process.join(max(0.1, seconds - (time.monotonic() - began)))
+        code = process.exitcode
+        if code is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        found.append(Ended(code, path.read_text() if path.exists() else "", time.monotonic() - began))
+    return found
