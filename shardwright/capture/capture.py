@@ -94,7 +94,7 @@ def capture(
             nonlocal found
             watch.end()
             assert before is not None
-            result = before.buffers_written(result)
+            result = before.buffers_written(result, watch.assigned)
             found = before.assignments()
             check_backward_hooks(module)
             return (result, tuple(found[1])) if found[1] else result

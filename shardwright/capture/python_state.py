@@ -122,7 +122,10 @@ class PythonState:
             self._callable(self.root.__dict__["function"])
             self.outdated = not self.root.is_up_to_date()
         for scope, names in self._scopes.values():
-            read = operator.itemgetter(*sorted(names), "__name__")
+            if not names:
+                continue
+            first, *rest = sorted(names)
+            read = operator.itemgetter(first, *(rest or [first]))
             self._live.append(_Globals(scope, read))
             self._seen.append(read(scope))
         self._trained = [t.requires_grad for t in self._parameters]
@@ -432,8 +435,11 @@ class Kept:
             )
         return found, tensors
 
-    def buffers_written(self, result: Any) -> Any:
+    def buffers_written(self, result: Any, sources: Mapping[tuple[int, str], str]) -> Any:
         """Writes what was assigned to buffers into them, where torch sees it in the root module only.
+
+        Args:
+            sources: the user's line that assigned, by id of the module and name.
 
         Returns:
             The result of the callable, in which a buffer as it was before stays as it was.
@@ -449,10 +455,12 @@ class Kept:
                     continue
                 where = f"{path}.{name}" if path else name
                 if not isinstance(new, Tensor) or (new.shape, new.dtype) != (old.shape, old.dtype):
-                    now = f"{list(new.shape)} {new.dtype}" if isinstance(new, Tensor) else repr(new)
+                    now = f"a tensor of {list(new.shape)} {new.dtype}" if isinstance(new, Tensor) else repr(new)
+                    source = sources.get((id(module), name))
+                    at = f", at {source}" if source else ""
                     raise CaptureError(
-                        f"a captured callable assigns to the buffer {where}, {list(old.shape)} {old.dtype}, what is {now}\n"
-                        "  A program has buffers of one shape; make it as large as it gets in __init__"
+                        f"the buffer {where}, {list(old.shape)} {old.dtype}, is given {now}{at}\n"
+                        "  A program has buffers of one shape and dtype; make it as large as it gets in __init__"
                     )
                 result = pytree.tree_map(lambda leaf, old=old: old.clone() if leaf is old else leaf, result)
                 with torch.no_grad():

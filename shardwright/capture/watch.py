@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from shardwright.capture.torch_private import (
@@ -98,6 +99,7 @@ def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
         stack.enter_context(watch)
         for owner, name, value in watch.replacements():
             stack.enter_context(_replaced(owner, name, value))
+        stack.callback(register_module_buffer_registration_hook(watch.buffer).remove)
         yield watch
 
 
@@ -156,6 +158,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.module, self.note = module, note
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
+        self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
         self.running = False  # whether the callable runs, and not what torch does before and after
 
     def begin(self, args: Any, kwargs: Any) -> None:
@@ -163,6 +166,10 @@ class Watch(TorchFunctionMode):
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves((args, kwargs))]
         self.given = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
         self.running = True
+
+    def buffer(self, module: nn.Module, name: str, value: Any) -> None:
+        """Remembers the line that assigns a buffer."""
+        self.assigned[id(module), name] = user_source()
 
     def end(self) -> None:
         """Takes notice that the callable has ended: what torch does afterwards is its own business."""

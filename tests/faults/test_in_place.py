@@ -237,7 +237,7 @@ def test_a_buffer_that_grows_is_refused_with_its_line():
             return x * self.table[:, None]
 
     sw.init(devices=2)
-    with pytest.raises(CaptureError, match=r"\[6\] takes the place of one of \[3\] at .*self.table = torch.arange"):
+    with pytest.raises(CaptureError, match=r"table, \[3\] .*is given a tensor of \[6\] .*self.table = torch.arange"):
         sw.AutoParallel(Cache())(torch.ones(6, 4))
 
 
