@@ -573,6 +573,7 @@ def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[
     """Within the block, calls of ``root.forward`` begin with one function and end with another, which gives the result."""
     had, plain = vars(root).get("forward", _missing), root.forward
 
+    @functools.wraps(plain)  # inputs are named as its parameters are
     def forward(*args: Any, **kwargs: Any) -> Any:  # the frame at which watch.user_frame stops
         begin(args, kwargs)
         return end(plain(*args, **kwargs))

@@ -12,6 +12,7 @@ import linecache
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, note: Callable[[str], None]):
         super().__init__()
-        self.module, self.note = module, note
+        self.module, self.note, self.thread = module, note, threading.get_ident()
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
         self.running = False  # whether the callable runs, and not what torch does before and after
@@ -250,25 +251,45 @@ class Watch(TorchFunctionMode):
             "Take the derivative outside: return the value, then call torch.autograd.grad or backward on it",
         )
 
+    @property
+    def here(self) -> bool:
+        """Whether the captured callable is what calls: not torch around it, and not another thread."""
+        return self.running and threading.get_ident() == self.thread
+
     def replacements(self) -> list[tuple[Any, str, Any]]:
         """Owner, name and stand-in of what is no torch function, and watched by standing in its place."""
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if cls is CheckpointFunction:
+            if self.here and cls is CheckpointFunction:
                 self.checkpointed()
                 return _call_reentrant(*args)
-            return _apply(cls, *args, **kwargs)
+            if self.here:
+                _check_function(cls, args)
+            return super(SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
         def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
             """Stands for what a checkpoint does before and after the call of its function."""
+            if not self.here:
+                yield from _plain_checkpoint(*args, **kwargs)
+                return
             self.checkpointed()
             yield
+
+        def new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.here:
+                _check_parameter(sys._getframe(1).f_code.co_filename)
+            return _plain_new_parameter(cls, *args, **kwargs)
+
+        def enter(hooks: Any) -> Any:
+            if self.here:
+                _check_saved_tensors_hooks(hooks)
+            return _plain_enter(hooks)
 
         return [
             (SingleLevelFunction, "apply", classmethod(apply)),
             (checkpoint_module, "_checkpoint_without_reentrant_generator", checkpoint),
-            (nn.Parameter, "__new__", staticmethod(_new_parameter)),
-            (torch.autograd.graph.saved_tensors_hooks, "__enter__", _enter_saved_tensors_hooks),
+            (nn.Parameter, "__new__", staticmethod(new_parameter)),
+            (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
         ]
 
     def checkpointed(self) -> None:
@@ -317,12 +338,14 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
 
 # -- what is no torch function ---------------------------------------------------------------------------------------------
 
+_plain_checkpoint = checkpoint_module._checkpoint_without_reentrant_generator
 _plain_new_parameter = nn.Parameter.__new__
 _plain_enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+_said: set[str] = set()  # lines of which it has been said that their checkpoints save no memory
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands for the call of an ``autograd.Function``: one whose backward is the user's own is refused.
+def _check_function(cls: Any, args: Any) -> None:
+    """Refuses an ``autograd.Function`` whose backward is the user's own.
 
     Those of torch have the derivatives of their forward, or belong to an operator that is captured as a whole.
     """
@@ -334,7 +357,6 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             "Call it outside of the parallel module, or write it with operators whose gradients add up to its backward: "
             "straight through is x + (f(x) - x).detach(), a gradient times c is x * c + (x - x * c).detach()",
         )
-    return super(SingleLevelFunction, cls).apply(*args, **kwargs)
 
 
 def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, *args: Any) -> Any:
@@ -344,30 +366,28 @@ def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, 
         return function(*args)
 
 
-_said: set[str] = set()
+def _check_parameter(maker: str) -> None:
+    """Refuses ``nn.Parameter(...)`` but where torch makes one for itself: it would be another in every call.
+
+    Args:
+        maker: the file that calls.
+    """
+    if not maker.startswith(_TORCH) or maker.startswith(os.path.join(_TORCH, "nn")):
+        raise refuse(
+            "a parameter that is made while the callable is captured cannot be trained: it exists in the capture only",
+            "Make it in __init__; of unknown shape, run the model once on one device before it becomes parallel",
+        )
 
 
-def _new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands for ``nn.Parameter(...)``: one that the captured callable makes would be another in every call."""
-    maker = sys._getframe(1).f_code.co_filename
-    if maker.startswith(_TORCH) and not maker.startswith(os.path.join(_TORCH, "nn")):
-        return _plain_new_parameter(cls, *args, **kwargs)
-    raise refuse(
-        "a parameter that is made while the callable is captured cannot be trained: it exists in the capture only",
-        "Make it in __init__; of unknown shape, run the model once on one device before it becomes parallel",
-    )
-
-
-def _enter_saved_tensors_hooks(self: Any) -> Any:
-    """Stands for the opening of a block of hooks; torch's own (``save_on_cpu``) change no value."""
-    packs = getattr(self.pack_hook, "__module__", None) or ""
+def _check_saved_tensors_hooks(hooks: Any) -> None:
+    """Refuses a block of hooks on saved tensors; torch's own (``save_on_cpu``) change no value."""
+    packs = getattr(hooks.pack_hook, "__module__", None) or ""
     if torch.is_grad_enabled() and not packs.startswith("torch."):
         raise refuse(
             "saved_tensors_hooks in a captured callable cannot be captured: what is saved for the backward pass is decided by "
             "the parallel program",
             "Open the block around the call of the parallel module",
         )
-    return _plain_enter(self)
 
 
 # -- random numbers that are not torch's -----------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 A dim that is indexed is whole in the tensor that is read, and free in the indices: each rank looks its own indices up
 in the whole dim. An embedding's table may be split along its rows too: each rank answers for the rows it holds.
 
-Not here, so that they run whole: what has an output of a size that depends on values (``nonzero``, ``masked_select``,
-boolean masks as indices), embeddings whose gradient is sparse or scaled by frequency, and ``put``.
+Not here, so that they run whole: embeddings whose gradient is sparse or scaled by frequency, and ``put``. What has an output
+of a size that depends on values (``nonzero``, boolean masks as indices) is refused when it is captured.
 """
 
 from __future__ import annotations
