@@ -17,8 +17,8 @@ from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.graph import Graph, GraphInput
+from shardwright.capture.left_behind import attribute_of
 from shardwright.capture.marks import Mark
-from shardwright.capture.python_state import attribute_of
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
 from shardwright.data.handed import Handed

@@ -36,12 +36,13 @@ from shardwright.capture.functionalise import (
     view_of,
 )
 from shardwright.capture.graph import Constant, Graph, GraphInput, NeedsGradient, Node
+from shardwright.capture.left_behind import Assignment, Kept, check_values, ended_by, state_kept
 from shardwright.capture.marks import Mark
-from shardwright.capture.python_state import Assignment, Kept, check_values, ended_by, state_kept
+from shardwright.capture.random_states import random_states_kept
 from shardwright.capture.session import BATCH, CALL, COPY, PIN, RECOMPUTE, Session, marked_modules, session
 from shardwright.capture.strides import strides_made
 from shardwright.capture.torch_private import FakeTensorMode, preserve_node_meta, pytree
-from shardwright.capture.watch import SOURCE, check_backward_hooks, is_users, random_states_kept, source_text, watched
+from shardwright.capture.watch import SOURCE, check_backward_hooks, is_users, source_text, watched
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.rules.operator import Operator, Slot, TensorMeta
 

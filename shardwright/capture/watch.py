@@ -7,16 +7,13 @@ had exactly is put right instead of refused: ``tensor.data`` is read as ``tensor
 
 from __future__ import annotations
 
-import itertools
 import linecache
 import os
-import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import FrameType, GetSetDescriptorType
 from typing import Any
 
@@ -30,7 +27,6 @@ from shardwright.capture.torch_private import (
     SingleLevelFunction,
     annotate,
     checkpoint_module,
-    disable_current_modes,
     global_backward_hooks,
     pytree,
 )
@@ -40,7 +36,7 @@ SOURCE = "shardwright_source"  # of a node's custom meta: file and line of the u
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_BORDER = os.path.join(os.path.dirname(__file__), "python_state.py")  # of the function in which the callable is called
+_BORDER = os.path.join(os.path.dirname(__file__), "left_behind.py")  # of the function in which the callable is called
 _NOBODYS = (_TORCH, _HERE, os.path.dirname(os.__file__) + os.sep, "<frozen", "<string", "<eval_with_key")
 _SITE = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 
@@ -388,99 +384,3 @@ def _check_saved_tensors_hooks(hooks: Any) -> None:
             "the parallel program",
             "Open the block around the call of the parallel module",
         )
-
-
-# -- random numbers that are not torch's -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Generator:
-    """Something random that a callable may draw from beside torch's operators."""
-
-    name: str
-    state: Callable[[], Any]
-    put_back: Callable[[Any], Any]
-
-
-def _generators(module: nn.Module) -> Iterator[_Generator]:
-    yield _Generator("random", random.getstate, random.setstate)
-    yield _Generator("torch", torch.get_rng_state, torch.set_rng_state)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        yield _Generator("numpy.random", numpy.random.get_state, numpy.random.set_state)
-    for owner in module.modules():
-        for value in vars(owner).values():
-            if isinstance(value, random.Random):
-                yield _Generator("random.Random", value.getstate, value.setstate)
-            elif numpy is not None and isinstance(value, numpy.random.Generator):
-                bits = value.bit_generator
-                yield _Generator("numpy.random.Generator", partial(getattr, bits, "state"), partial(setattr, bits, "state"))
-            elif isinstance(value, torch.Generator):
-                yield _Generator("torch.Generator", value.get_state, value.set_state)
-
-
-@contextmanager
-def random_states_kept(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]:
-    """Refuses, after the block, a random number that Python or NumPy drew in it, or a seed that was set.
-
-    Args:
-        again: repeats the block, so that the line that drew can be found.
-
-    Raises:
-        CaptureError: a state is another than before; all are put back as they were.
-    """
-    before = [(generator, generator.state()) for generator in _generators(module)]
-    yield
-    changed = [generator.name for generator, was in before if not _same_state(was, generator.state())]
-    if not changed:
-        return
-    for generator, was in before:
-        generator.put_back(was)
-    where = _where(again, [generator for generator, _ in before])
-    for generator, was in before:
-        generator.put_back(was)
-    raise CaptureError(
-        f"{' and '.join(dict.fromkeys(changed))}: a captured callable draws random numbers beside torch's operators, or sets a "
-        f"seed{where}\n  It would happen once, at the capture, and be the same in every step. "
-        "Draw with torch (torch.rand, dropout), or draw outside and hand the number in as an argument"
-    )
-
-
-def _same_state(one: Any, other: Any) -> bool:
-    pairs = itertools.zip_longest(pytree.tree_leaves(one), pytree.tree_leaves(other))
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else _plainly_equal(a, b) for a, b in pairs)
-
-
-def _plainly_equal(one: Any, other: Any) -> bool:
-    same = one == other
-    return bool(same.all()) if hasattr(same, "all") else bool(same)
-
-
-def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
-    """The line that draws, found by running the block once more with a look at the states at each of the user's lines."""
-    known = [generator.state() for generator in generators]
-    last: list[str] = []
-
-    class Found(BaseException):
-        pass
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not is_users(frame.f_code.co_filename):
-            return None
-        with disable_current_modes():
-            if last and not all(_same_state(was, generator.state()) for was, generator in zip(known, generators)):
-                raise Found
-        last[:] = [source_text(frame.f_code.co_filename, frame.f_lineno)]
-        return trace
-
-    outer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        again()
-    except Found:
-        return f", at {last[0]}"
-    except Exception:  # the place is all that is asked
-        return ""
-    finally:
-        sys.settrace(outer)
-    return ""
