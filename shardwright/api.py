@@ -507,14 +507,25 @@ class AutoParallel:
             self._root = FunctionModule(self.target)
         return self._root
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.module.parameters()
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.module.parameters(recurse)
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters()
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(prefix, recurse, remove_duplicate)
 
     def __repr__(self) -> str:
         return f"AutoParallel({self.target!r}, parallel_mode={self.settings.mode!r})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute of the target's where reading it would read that: ``net.dropout.p``, ``net.scale``."""
+        target = self.__dict__.get("target")
+        own = name in self.__dict__ or hasattr(type(self), name) or "__wrapped_function__" not in self.__dict__
+        if not own and isinstance(target, nn.Module) and hasattr(target, name):
+            setattr(target, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         target = self.__dict__.get("target")
@@ -535,7 +546,7 @@ def _out_of_inference() -> Iterator[None]:
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return (leaf.shape, leaf.dtype, leaf.requires_grad, leaf.device)
+        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad, leaf.device)
     try:
         hash(leaf)
     except TypeError:

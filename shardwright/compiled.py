@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +16,8 @@ from torch.distributed.tensor import DTensor
 from shardwright import train_step
 from shardwright.capture.attributes import check_attributes
 from shardwright.capture.capture import capture
-from shardwright.capture.closure import FunctionModule
+from shardwright.capture.closure import FunctionModule, attribute_of
 from shardwright.capture.graph import Graph, GraphInput
-from shardwright.capture.left_behind import attribute_of
 from shardwright.capture.marks import Mark
 from shardwright.capture.torch_private import pytree
 from shardwright.cost.machine import Machine, load_machine
@@ -201,7 +201,17 @@ class Compiled:
         self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, how, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(n.op.draws for n in self.graph.nodes)
-        self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
+        self._count_inputs()
+
+    def _count_inputs(self) -> None:
+        """Notes which inputs of the graph are parameters, which are handed in, which are held, and what is written to."""
+        kinds = [i.kind for i in self.graph.inputs]
+        self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
+        self._handed = [n for n, kind in enumerate(kinds) if kind == "input"]
+        self._held = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
+        self._written = {name for name, _ in self.graph.updates}
+        self._looked_at: list[Any] = []
+        self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
 
     @staticmethod
     def _first_part(module: GradAccumulation, args: Any, kwargs: Any) -> Any:
@@ -276,6 +286,8 @@ class Compiled:
     def __call__(self, leaves: list[Any]) -> Any:
         """Runs the program on the flat inputs; returns what the callable returns, global."""
         values = [read(leaves) for read in self._read]
+        if self.graph.updates:
+            self._check_aliases(values)
         if not self.world.is_simulated and self._parameters:
             stored = [values[n] for n in self._parameters]
             if not all(type(p) is DTensor for p in stored):
@@ -292,6 +304,32 @@ class Compiled:
             self._update(values, updates)
         result = pytree.tree_unflatten(outputs, self.graph.out_spec)
         return self._assigned(result) if self.graph.assignments else result
+
+    def _check_aliases(self, values: list[Any]) -> None:
+        """Refuses a write to an input or buffer whose memory another one shares: a program has each by itself."""
+        held = [values[n] for n in self._held]
+        if not (len(held) == len(self._looked_at) and all(map(operator.is_, held, self._looked_at))):
+            self._looked_at, self._memory = held, {}
+            self._note_memory(self._held, values, self._memory)
+        of_inputs = dict(self._memory)
+        self._note_memory(self._handed, values, of_inputs)
+
+    def _note_memory(self, numbers: Sequence[int], values: list[Any], memory: dict[int, GraphInput]) -> None:
+        """Adds the memory of some inputs of the graph to what is known of others.
+
+        Raises:
+            CaptureError: it is that of another one, and one of the two is written to.
+        """
+        for n in numbers:
+            own, value = self.graph.inputs[n], values[n]
+            if not isinstance(value, Tensor) or not value.numel():
+                continue
+            other = memory.setdefault(value.untyped_storage().data_ptr(), own)
+            if other is not own and (own.value in self._written or other.value in self._written):
+                raise CaptureError(
+                    f"{other.kind} {other.target} and {own.kind} {own.target} share their memory, and the captured callable "
+                    "writes to it in place\n  Hand in a copy, x.clone(), or write out of place"
+                )
 
     def _check_assignments(self) -> None:
         names = [made.where for made in self.graph.assignments if made.tensors]

@@ -66,7 +66,7 @@ class HybridCompiled(Compiled):
         self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, how, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(n.op.draws for n in self.graph.nodes)
-        self._parameters = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter"]
+        self._count_inputs()
 
     def _placed(self, layouts: dict[str, Layout], slices: dict[str, Shape], device: torch.device) -> dict[str, Layout]:
         """Places the parameters; returns the layouts they really have."""

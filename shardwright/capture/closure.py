@@ -104,6 +104,7 @@ def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> I
         yield from _walk_value(type(function.__self__).__name__.lower(), function.__self__, seen, wanted, deep=True)
         function = function.__func__
     if not isinstance(function, types.FunctionType):
+        seen.discard(id(function))  # an object with __call__ is walked as a value
         yield from _walk_value("callable", function, seen, wanted, deep=not isinstance(function, nn.Module))
         return
     code = function.__code__
@@ -161,3 +162,12 @@ def _free_name(module: nn.Module, name: str) -> str:
         count += 1
         name = f"{base}_{count}"
     return name
+
+
+def attribute_of(root: nn.Module, value: Tensor) -> tuple[dict[str, Any], str] | None:
+    """Where the modules of a root have a tensor as an attribute: the attributes of the module, and the name."""
+    for module in root.modules():
+        for name, held in vars(module).items():
+            if held is value:
+                return vars(module), name
+    return None

@@ -68,6 +68,7 @@ class Kept:
     contents: list[tuple[Any, Any]] = field(default_factory=list)  # containers, and copies of what they held
     scopes: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)  # globals, and the values of names
     cells: list[tuple[Any, Any]] = field(default_factory=list)
+    classes: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
     buffers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by id of the module
     caches: list[tuple[Any, Any]] = field(default_factory=list)  # functions with an lru_cache, and what it says of itself
 
@@ -83,6 +84,7 @@ class Kept:
         self.contents = [item for item in watched if id(item[0]) not in owned]
         self.scopes = [(scope, {n: scope[n] for n in names}) for scope, names in state.scopes.values()]
         self.cells = list(zip(state.cells, state.held))
+        self.classes = state.classes
         self.caches = [(function, function.cache_info()) for function in (*_lru_caches(), *state.caches)]
 
     def assignments(self) -> tuple[list[Assignment], list[Tensor]]:
@@ -117,6 +119,11 @@ class Kept:
             for name, old in names.items():
                 if scope.get(name, _missing) is not old:
                     changed(f"global {name}", scope.get(name, _missing), partial(_put, scope, name))
+        for cls, attributes in self.classes:
+            for name in {**attributes, **vars(cls)}:
+                new = vars(cls).get(name, _missing)
+                if new is not attributes.get(name, _missing):
+                    changed(f"{cls.__qualname__}.{name}", new, partial(_set, cls, name))
         for cell, old in self.cells:
             if cell.cell_contents is not old:
                 changed("a name of an outer function", cell.cell_contents, partial(setattr, cell, "cell_contents"))
@@ -187,6 +194,11 @@ class Kept:
         for container, held in (*self.tables, *self.contents):
             if _changed(container, held):
                 _fill(container, held)
+        for cls, attributes in self.classes:
+            for name in {**attributes, **vars(cls)}:
+                old = attributes.get(name, _missing)
+                if vars(cls).get(name, _missing) is not old:
+                    _set(cls, name, old)
         for scope, names in self.scopes:
             scope.update(names)
         for cell, held in self.cells:
@@ -202,6 +214,13 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
         table.pop(name, None)
     else:
         table[name] = value
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if value is _missing:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
 
 
 def _fill(container: Any, held: Any) -> None:
@@ -235,15 +254,6 @@ def _lru_caches() -> Iterator[Any]:
         function = reference()
         if function is not None:
             yield function
-
-
-def attribute_of(root: nn.Module, value: Tensor) -> tuple[dict[str, Any], str] | None:
-    """Where the modules of a root have a tensor as an attribute: the attributes of the module, and the name."""
-    for module in root.modules():
-        for name, held in vars(module).items():
-            if held is value:
-                return vars(module), name
-    return None
 
 
 def check_values(tensors: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ Invariants:
 
 - Equal versions mean equal values: what was captured under a version holds whenever the state has it again.
 - Tensors that are attributes of modules count by shape, dtype and device only: one that is a constant of a graph is read
-  anew at every call (:func:`shardwright.capture.left_behind.attribute_of`).
+  anew at every call (:func:`shardwright.capture.closure.attribute_of`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from shardwright.capture.closure import FunctionModule, names_read
+from shardwright.capture.torch_private import global_forward_hooks
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice, range)
 CONTAINERS = (dict, list, set, deque)
@@ -81,6 +82,10 @@ class PythonState:
             self._look()
         return self._version
 
+    def objects(self) -> list[Any]:
+        """The objects that count by identity, of names and attributes that are read."""
+        return [value.value for value in self.described.values() if isinstance(value, _Same)]
+
     def refresh(self) -> None:
         """Reads everything anew, after parameters have been replaced."""
         self._look()
@@ -107,9 +112,13 @@ class PythonState:
         self._known: set[int] = set()
         self._functions: set[Any] = set()
         self.caches: list[Any] = []  # functions with an lru_cache
+        self.classes: list[tuple[type, dict[str, Any]]] = []  # of the user's, and their attributes
         self.scopes: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for path, module in list(self.root.named_modules()):
             self._module(path, module)
+        for kind, hooks in global_forward_hooks().items():
+            self._watch(hooks)
+            self.described[f"hooks of all modules, {kind}"] = tuple(map(_Same, hooks.values()))
         if isinstance(self.root, FunctionModule):
             self._callable(self.root.__dict__["function"])
             self.outdated = not self.root.is_up_to_date()
@@ -145,6 +154,8 @@ class PythonState:
                     self._function(hook)
         for table in (module._parameters, module._buffers):
             self._watch(table)
+            if table:
+                self.described[f"{prefix}{'parameters' if table is module._parameters else 'buffers'}"] = tuple(table)
             self._missing += [prefix + name for name, value in table.items() if value is None]
         self._parameters += [value for value in module._parameters.values() if value is not None]
         for name, value in own.items():
@@ -170,8 +181,9 @@ class PythonState:
             if isinstance(value, types.FunctionType):
                 self.described[f"{cls.__qualname__}.{name}"] = _Same(value)
                 self._function(value)
-            elif not name.startswith("__") and isinstance(value, (*_PLAIN, *CONTAINERS, tuple)):
+            elif not name.startswith("__") and not isinstance(value, (property, types.BuiltinFunctionType)):
                 self.described[f"{cls.__qualname__}.{name}"] = self._read(value, f"{cls.__qualname__}.{name}", 0)
+        self.classes.append((cls, dict(vars(cls))))
         self.live.append(vars(cls))
         self.seen.append(dict(vars(cls)))
 
@@ -200,6 +212,9 @@ class PythonState:
             return
         self._functions.add(function)
         self._function(getattr(function, "__wrapped__", None))
+        if not _is_librarys(function.__module__ or ""):
+            for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+                self._named(f"{function.__qualname__}: a default", default)
         if _is_librarys(function.__module__ or ""):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
@@ -223,7 +238,9 @@ class PythonState:
             self._function(value.__wrapped__)
         elif isinstance(value, types.FunctionType):
             self._function(value)
-        elif not isinstance(value, (types.ModuleType, type, nn.Module)):
+        elif isinstance(value, type):
+            self._class(value)
+        elif not isinstance(value, (types.ModuleType, nn.Module)):
             self.described[name] = self._read(value, name, 1)
 
     def _watch(self, container: Any) -> None:
@@ -243,6 +260,20 @@ class PythonState:
         if isinstance(value, types.FunctionType):
             self._function(value)
             return _Same(value)
+        if isinstance(value, types.MethodType):
+            self._function(value)
+            return (_Same(value.__func__), self._read(value.__self__, name, depth))
+        if isinstance(value, type):
+            self._class(value)
+            return _Same(value)
+        if isinstance(value, _numpy_array()):
+            if value.size > _LONGEST:
+                return _Same(value)
+            if id(value) not in self._known:
+                self._known.add(id(value))
+                self.live.append(_Array(value))
+                self.seen.append(value.tobytes())
+            return (value.shape, str(value.dtype), value.tobytes())
         if isinstance(value, tuple):
             return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else _Same(value)
         if isinstance(value, CONTAINERS):
@@ -263,6 +294,23 @@ class PythonState:
         return _Same(value)
 
 
+def _numpy_array() -> Any:
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else numpy.ndarray
+
+
+class _Array:
+    """The values of a NumPy array, which compare with bytes as they were."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __eq__(self, seen: Any) -> bool:
+        return bool(self.array.tobytes() == seen)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Globals:
     """The values of some names of a module, which compare with a tuple of values as they were."""
 
@@ -275,6 +323,7 @@ class _Globals:
     __hash__ = None  # type: ignore[assignment]
 
 
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _requires_grad = operator.attrgetter("requires_grad")
 STANDARD = frozenset(vars(nn.Module()))
 
@@ -294,7 +343,7 @@ def _is_librarys(module: str) -> bool:
 
 def _has_readable_attributes(value: Any) -> bool:
     """Whether an object is a bag of values that code may read: a configuration, not a machine of a library."""
-    if isinstance(value, (nn.Module, type, types.ModuleType, enum.Enum)) or callable(value) or not hasattr(value, "__dict__"):
+    if isinstance(value, (nn.Module, type, types.ModuleType, enum.Enum, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
         return True

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.capture.python_state import PythonState
 from shardwright.capture.torch_private import disable_current_modes, pytree
 from shardwright.capture.watch import is_users, source_text
 from shardwright.errors import CaptureError
@@ -35,15 +36,18 @@ def _generators(module: nn.Module) -> Iterator[_Generator]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         yield _Generator("numpy.random", numpy.random.get_state, numpy.random.set_state)
-    for owner in module.modules():
-        for value in vars(owner).values():
-            if isinstance(value, random.Random):
-                yield _Generator("random.Random", value.getstate, value.setstate)
-            elif numpy is not None and isinstance(value, numpy.random.Generator):
-                bits = value.bit_generator
-                yield _Generator("numpy.random.Generator", partial(getattr, bits, "state"), partial(setattr, bits, "state"))
-            elif isinstance(value, torch.Generator):
-                yield _Generator("torch.Generator", value.get_state, value.set_state)
+    reached = [value for owner in module.modules() for value in vars(owner).values()]
+    reached += PythonState(module).objects()
+    for value in {id(value): value for value in reached}.values():
+        if isinstance(value, random.Random):
+            yield _Generator("random.Random", value.getstate, value.setstate)
+        elif numpy is not None and isinstance(value, numpy.random.RandomState):
+            yield _Generator("numpy.random.RandomState", value.get_state, value.set_state)
+        elif numpy is not None and isinstance(value, numpy.random.Generator):
+            bits = value.bit_generator
+            yield _Generator("numpy.random.Generator", partial(getattr, bits, "state"), partial(setattr, bits, "state"))
+        elif isinstance(value, torch.Generator):
+            yield _Generator("torch.Generator", value.get_state, value.set_state)
 
 
 @contextmanager

@@ -60,6 +60,11 @@ def global_backward_hooks() -> Iterator[Any]:
     return itertools.chain(_module._global_backward_pre_hooks.values(), _module._global_backward_hooks.values())
 
 
+def global_forward_hooks() -> dict[str, dict[int, Any]]:
+    """The hooks that every module runs before and after its forward."""
+    return {"before": _module._global_forward_pre_hooks, "after": _module._global_forward_hooks}
+
+
 def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Has DTensor run an operator by what ``make`` returns; that is given a function which runs it as before."""
     handlers = DTensor._op_dispatcher._custom_op_handlers
@@ -125,6 +130,7 @@ __all__ = [
     "failed_toolchain",
     "foreach_norm",
     "global_backward_hooks",
+    "global_forward_hooks",
     "job_timeout",
     "preserve_node_meta",
     "pytree",

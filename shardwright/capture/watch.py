@@ -7,6 +7,7 @@ had exactly is put right instead of refused: ``tensor.data`` is read as ``tensor
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import os
 import sys
@@ -19,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from shardwright.capture.closure import attribute_of
 from shardwright.capture.torch_private import (
     CheckpointFunction,
+    FakeTensor,
     SingleLevelFunction,
     annotate,
     checkpoint_module,
@@ -71,15 +74,19 @@ def source_text(path: str, line: int) -> str:
     return f"{os.path.basename(path)}:{line}" + (f": {code}" if code else "")
 
 
+_refused: list[CaptureError] = []  # within the capture that runs: the user's code may swallow an error
+
+
 def refuse(what: str, instead: str) -> CaptureError:
-    """The error for a construct at the user's line that runs now.
+    """The error for a construct at the user's line that runs now; it is raised again at the end if the user's code catches it.
 
     Args:
         what: the construct and what would be lost, a sentence without its end.
         instead: what to write instead.
     """
     source = user_source()
-    return CaptureError(f"{what}{f', at {source}' if source else ''}\n  {instead}")
+    _refused.append(CaptureError(f"{what}{f', at {source}' if source else ''}\n  {instead}"))
+    return _refused[-1]
 
 
 @contextmanager
@@ -97,6 +104,8 @@ def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
         for owner, name, value in watch.replacements():
             stack.enter_context(_replaced(owner, name, value))
         stack.callback(register_module_buffer_registration_hook(watch.buffer).remove)
+        stack.callback(register_module_forward_pre_hook(watch.called).remove)
+        stack.callback(_refused.clear)
         yield watch
 
 
@@ -156,12 +165,15 @@ class Watch(TorchFunctionMode):
         self.module, self.note, self.thread = module, note, threading.get_ident()
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
+        self.known: set[int] = set()  # ids of tensors with values that may be read
         self.running = False  # whether the callable runs, and not what torch does before and after
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """Takes notice of the tensors that the callable is about to work on."""
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves((args, kwargs))]
         self.given = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
+        self.arguments = (args, kwargs)
+        self.flat = pytree.tree_flatten(self.arguments)
         self.running = True
 
     def buffer(self, module: nn.Module, name: str, value: Any) -> None:
@@ -169,16 +181,41 @@ class Watch(TorchFunctionMode):
         self.assigned[id(module), name] = user_source()
 
     def end(self) -> None:
-        """Takes notice that the callable has ended: what torch does afterwards is its own business."""
+        """Takes notice that the callable has ended: what torch does afterwards is its own business.
+
+        Raises:
+            CaptureError: it swallowed a refusal, or changed its arguments.
+        """
         self.running = False
+        if _refused:
+            raise _refused[0]
+        leaves, spec = pytree.tree_flatten(self.arguments)
+        before, spec_before = self.flat
+        if spec != spec_before or any(a is not b for a, b in zip(leaves, before)):
+            raise CaptureError(
+                f"{type(self.module).__name__} changes an argument in place: a list, dict or the like that it is handed is "
+                "another one in a capture, so the caller's would stay as it is\n  Return what is new, or change a copy"
+            )
+
+    def called(self, module: nn.Module, args: Any) -> None:
+        """Refuses the call of a module that the captured one does not have: nobody would train it or update its buffers."""
+        if not self.here:
+            return
+        held = itertools.chain(*(t.values() for m in module.modules() for t in (m._parameters, m._buffers)))
+        if any(tensor is not None and not isinstance(tensor, FakeTensor) for tensor in held):
+            raise refuse(
+                f"{type(module).__name__} is called in a captured callable that does not have it as a submodule: its "
+                "parameters would get no gradients, its buffers no updates",
+                "Make it a submodule: an attribute of its own, or in an nn.ModuleList or nn.ModuleDict",
+            )
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(_key(function))
-        if handler is not None and self.running:
+        if handler is not None and self.here:
             found = handler(self, function, args, kwargs or {})
             if found is not None:
                 return found
-        if not self.running:
+        if not self.here:
             return function(*args, **(kwargs or {}))
         if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
             raise refuse(
@@ -189,8 +226,41 @@ class Watch(TorchFunctionMode):
         frame = user_frame()
         if frame is None:
             return function(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():
+            self.check_real(args)
         with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno)}):
             return function(*args, **(kwargs or {}))
+
+    def check_real(self, args: Any) -> None:
+        """Refuses a tensor with a gradient that the captured module does not have: a graph would take it for a constant."""
+        for leaf in args:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and not isinstance(leaf, FakeTensor):
+                if id(leaf) not in self.known and attribute_of(self.module, leaf) is None:
+                    raise refuse(
+                        f"a tensor of {list(leaf.shape)} with a gradient is read in a captured callable that does not have it: "
+                        "it would get none",
+                        f"Make it a parameter of {type(self.module).__name__}, in an nn.ParameterList if there are several",
+                    )
+                self.known.add(id(leaf))
+
+    def number(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """A number read off a tensor: refused where it depends on values, also if the user's code catches what torch raises."""
+        try:
+            found = function(*args, **kwargs)
+        except Exception as error:
+            raise self._of_values(function, error) from error
+        if any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in pytree.tree_leaves(found)):
+            raise self._of_values(function, None)
+        return found
+
+    def _of_values(self, function: Any, error: Exception | None) -> CaptureError:
+        said = f" ({type(error).__name__}: {str(error).splitlines()[0]})" if error and str(error) else ""
+        return refuse(
+            f"{getattr(self.module, 'name', type(self.module).__name__)} cannot be captured as a graph: "
+            f"Tensor.{function.__name__} reads a number of a tensor that is computed{said}",
+            "A captured callable may not branch on the values of tensors or call .item(), and no size may depend on them; "
+            "return the tensor and read it outside, or write it with torch.where",
+        )
 
     def hook(self, function: Any, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled() and not args[0].requires_grad:
@@ -218,6 +288,13 @@ class Watch(TorchFunctionMode):
             raise refuse(
                 "Tensor.grad cannot be read in a captured callable: the gradient of an earlier step is no part of its inputs",
                 "Read it outside, and hand in what is needed of it as an argument",
+            )
+
+    def new_gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+        if id(args[0]) in self.given:
+            raise refuse(
+                "Tensor.grad cannot be set in a captured callable: the gradients of the steps are no part of the program",
+                "Set it outside, before or after the call",
             )
 
     def data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
@@ -281,7 +358,20 @@ class Watch(TorchFunctionMode):
                 _check_saved_tensors_hooks(hooks)
             return _plain_enter(hooks)
 
+        def unseeded(name: str, plain: Any) -> Any:
+            def stand_in(*args: Any, **kwargs: Any) -> Any:
+                if self.here:
+                    raise refuse(
+                        f"torch.{name} cannot be captured: the state of the generator is no part of the program",
+                        "Call it outside, before the step",
+                    )
+                return plain(*args, **kwargs)
+
+            return stand_in
+
+        seeds = ("manual_seed", "seed", "set_rng_state", "get_rng_state", "initial_seed")
         return [
+            *((owner, name, unseeded(name, getattr(torch, name))) for owner in (torch, torch.random) for name in seeds),
             (SingleLevelFunction, "apply", classmethod(apply)),
             (checkpoint_module, "_checkpoint_without_reentrant_generator", checkpoint),
             (nn.Parameter, "__new__", staticmethod(new_parameter)),
@@ -317,6 +407,7 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.retain_grad: Watch.retained,
     ("grad_fn", "__get__"): Watch.node,
     ("grad", "__get__"): Watch.gradient,
+    ("grad", "__set__"): Watch.new_gradient,
     ("data", "__get__"): Watch.data,
     ("data", "__set__"): Watch.new_data,
     ("requires_grad", "__set__"): Watch.leaf,
@@ -324,6 +415,16 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.backward: Watch.derivative,
     torch.autograd.backward: Watch.derivative,
     torch.autograd.grad: Watch.derivative,
+    Tensor.item: Watch.number,
+    Tensor.tolist: Watch.number,
+    Tensor.numpy: Watch.number,
+    Tensor.__array__: Watch.number,
+    Tensor.__bool__: Watch.number,
+    Tensor.__float__: Watch.number,
+    Tensor.__int__: Watch.number,
+    Tensor.__index__: Watch.number,
+    Tensor.__complex__: Watch.number,
+    Tensor.__format__: Watch.number,
     Tensor.set_: Watch.memory,
     Tensor.resize_: Watch.memory,
     Tensor.resize_as_: Watch.memory,
