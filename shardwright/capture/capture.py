@@ -334,6 +334,8 @@ class _Converter:
         self.current = node
         target: Any = node.target
         name = getattr(target, "__name__", str(target))
+        if node.meta.get("val") is None and not node.users and getattr(getattr(target, "_schema", None), "returns", None):
+            return  # it raised, and the user's code caught that
         if name == "getitem":
             whole, index = self.env[node.args[0]], node.args[1]  # type: ignore[index]
             self.env[node] = whole[index]

@@ -254,7 +254,8 @@ class Watch(TorchFunctionMode):
         return found
 
     def _of_values(self, function: Any, error: Exception | None) -> CaptureError:
-        said = f" ({type(error).__name__}: {str(error).splitlines()[0]})" if error and str(error) else ""
+        known = error is None or "DataDependent" in type(error).__name__ or not str(error)
+        said = "" if known else f" ({type(error).__name__}: {str(error).splitlines()[0]})"
         return refuse(
             f"{getattr(self.module, 'name', type(self.module).__name__)} cannot be captured as a graph: "
             f"Tensor.{function.__name__} reads a number of a tensor that is computed{said}",
