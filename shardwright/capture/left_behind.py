@@ -63,6 +63,7 @@ class Kept:
     """Python values as they were before a capture."""
 
     root: nn.Module
+    of_caches: bool = False  # whether the caches of functions are looked at, too
     modules: list[tuple[str, nn.Module, dict[str, Any]]] = field(default_factory=list)
     tables: list[tuple[Any, Any]] = field(default_factory=list)  # of modules: parameters, buffers, submodules
     contents: list[tuple[Any, Any]] = field(default_factory=list)  # containers, and copies of what they held
@@ -70,7 +71,7 @@ class Kept:
     cells: list[tuple[Any, Any]] = field(default_factory=list)
     classes: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
     buffers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by id of the module
-    caches: list[tuple[Any, Any]] = field(default_factory=list)  # functions with an lru_cache, and what it says of itself
+    caches: list[tuple[Any, Any]] = field(default_factory=list)  # functions with an lru_cache, and how often they were computed
 
     def __post_init__(self) -> None:
         for path, module in self.root.named_modules():
@@ -85,7 +86,9 @@ class Kept:
         self.scopes = [(scope, {n: scope[n] for n in names}) for scope, names in state.scopes.values()]
         self.cells = list(zip(state.cells, state.held))
         self.classes = state.classes
-        self.caches = [(function, function.cache_info()) for function in (*_lru_caches(), *state.caches)]
+        if not self.of_caches:
+            return
+        self.caches = [(function, function.cache_info().misses) for function in (*_lru_caches(), *state.caches)]
 
     def assignments(self) -> tuple[list[Assignment], list[Tensor]]:
         """What the callable gave another value, and the tensors among the values; called when it has just ended.
@@ -204,8 +207,8 @@ class Kept:
         for cell, held in self.cells:
             if cell.cell_contents is not held:
                 cell.cell_contents = held
-        for function, info in self.caches:
-            if function.cache_info().misses != info.misses and not _is_torchs(function):
+        for function, misses in self.caches:
+            if function.cache_info().misses != misses and not _is_torchs(function):
                 function.cache_clear()
 
 
@@ -273,7 +276,7 @@ def check_values(tensors: Mapping[str, Any]) -> None:
 @contextmanager
 def state_kept(root: nn.Module) -> Iterator[Kept]:
     """Leaves what a root reaches as it was, whatever the block does to it."""
-    kept = Kept(root)
+    kept = Kept(root, of_caches=True)
     try:
         yield kept
     finally:
