@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,9 @@ def train(case: Case, parallel: bool) -> list[Any]:
             event(model)
         before = state_of(model)
         try:
-            loss = step(case, number, model, net, x)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of a reentrant checkpoint
+                loss = step(case, number, model, net, x)
         except sw.errors.ShardwrightError as error:
             if "create_graph" not in str(error):  # which is found when the backward pass runs
                 seed(case, number)
