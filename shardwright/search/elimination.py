@@ -144,7 +144,7 @@ class Elimination:
             file(memo.slimmed(factor))
         buckets = []
         for v, bucket in zip(order, waiting):
-            assert bucket, f"variable {v} is in no factor"
+            bucket = bucket or [((v,), np.zeros(1))]  # of one choice: its axes have been left out
             # In a fixed order, so that the same bucket in another layer is recognised.
             bucket.sort(key=lambda f: f[0])
             buckets.append((v, bucket))
