@@ -107,7 +107,7 @@ def slices_of_several_shapes():
     world = current_world()
     if not world.is_simulated:
         net = sw.AutoParallel(nn.Linear(4, 4), "hybrid_parallel").dataset_strategy("data_parallel")
-        with pytest.raises(sw.errors.WorldError, match=r"or dtypes: rank 0: float32 \[2, 4\]; rank 1: float32 \[3, 4\]"):
+        with pytest.raises(sw.errors.WorldError, match=r"rank 0('s|:) float32 \[2, 4\]"):
             net(torch.ones(2 + world.rank, 4))
         assert net(torch.ones(2, 4)).shape == (2 * world.size, 4)
 
