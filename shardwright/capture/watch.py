@@ -227,13 +227,13 @@ class Watch(TorchFunctionMode):
         if frame is None:
             return function(*args, **(kwargs or {}))
         if torch.is_grad_enabled():
-            self.check_real(args)
+            self.check_real(pytree.tree_leaves((args, kwargs)))
         with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno)}):
             return function(*args, **(kwargs or {}))
 
-    def check_real(self, args: Any) -> None:
+    def check_real(self, leaves: list[Any]) -> None:
         """Refuses a tensor with a gradient that the captured module does not have: a graph would take it for a constant."""
-        for leaf in args:
+        for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad and not isinstance(leaf, FakeTensor):
                 if id(leaf) not in self.known and attribute_of(self.module, leaf) is None:
                     raise refuse(

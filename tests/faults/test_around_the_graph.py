@@ -54,6 +54,8 @@ HIDDEN = {
     "global module": (lambda self, x: HIDDEN_MODULE(self.layer(x)), None),
     "global parameter": (lambda self, x: HIDDEN_PARAMETER * self.layer(x), None),
     "parameter in a list": (lambda self, x: self.many[0] * self.layer(x), _many(lambda: [nn.Parameter(torch.ones(4))])),
+    "parameter among others": (lambda self, x: torch.stack([HIDDEN_PARAMETER, self.layer(x)[0]]), None),
+    "parameter by keyword": (lambda self, x: torch.mul(input=self.layer(x), other=HIDDEN_PARAMETER), None),
     "buffers only": (lambda self, x: self.many[0](x), _many(lambda: [nn.BatchNorm1d(4, affine=False)])),
 }
 
