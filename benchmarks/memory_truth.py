@@ -35,7 +35,7 @@ from models import GPT, MLP  # noqa: E402
 
 import shardwright as sw  # noqa: E402
 from shardwright.plan.memory import memory_of  # noqa: E402
-from shardwright.world import collectives  # noqa: E402
+from shardwright.world.distributed import links as collectives  # noqa: E402
 
 WITHIN, SHARE = 0.05, 0.9
 

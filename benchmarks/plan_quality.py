@@ -33,13 +33,13 @@ from plan_zoo import MESHES, MORE, REFERENCES, ZOO, Made, Reference, make
 from rich.progress import track
 
 import shardwright as sw
-from shardwright.capture.graph import Graph
 from shardwright.capture.repeated import capture_repeated
-from shardwright.layout import Layout
-from shardwright.plan.automatic import SearchPlanner
-from shardwright.plan.plan import Plan
-from shardwright.plan.semi_auto import PlanRequest
-from shardwright.plan.sizes import memory_bytes
+from shardwright.ir.graph import Graph
+from shardwright.ir.layout import Layout
+from shardwright.ir.plan import Plan
+from shardwright.plan.asked.sizes import memory_bytes
+from shardwright.plan.modes.search import SearchPlanner
+from shardwright.plan.request import PlanRequest
 from shardwright.search.integer_program import solve_integer_program
 from shardwright.search.problem import Infeasible, Problem
 from shardwright.search.solve import solve

@@ -36,20 +36,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from truth_models import SUBJECTS, Subject
 
 import shardwright as sw
-from shardwright.cost.calibration import fit_machine, time_operators
-from shardwright.cost.machine import Machine, load_machine
-from shardwright.whole_steps import (
-    MODELS,
-    Case,
-    calibration_cases,
-    fit,
-    makers,
-    measured,
-    planned_by,
-    seconds_of,
-    split_storage,
-    take_turns,
-)
+from shardwright.calibrate.models import MODELS
+from shardwright.calibrate.operators import fit_machine, time_operators
+from shardwright.calibrate.plans import makers, planned_by, split_storage
+from shardwright.calibrate.steps import Case, calibration_cases, fit, measured
+from shardwright.calibrate.timing import seconds_of, take_turns
+from shardwright.cost.machine_files import load_machine
+from shardwright.ir.machine import Machine
 
 RANKS = 4
 OPERATORS = 15.0  # seconds of timing them

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from truth_models import Convolutions, Llama, Recommender
 
 import shardwright as sw
-from shardwright.whole_steps import Mixer, Pictures, Tagger
+from shardwright.calibrate.models import Mixer, Pictures, Tagger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -38,8 +38,8 @@ def one(size: str, layers: int | None, mesh: tuple[int, ...], mode: str, repeats
 
     import llama
     from shardwright.capture.repeated import capture_repeated
-    from shardwright.plan.automatic import SearchPlanner
-    from shardwright.plan.semi_auto import PlanRequest
+    from shardwright.plan.modes.search import SearchPlanner
+    from shardwright.plan.request import PlanRequest
 
     started = time.perf_counter()
     model, inputs = llama.build(size, layers), llama.inputs(batch=128, sequence=4096, size=size)

@@ -47,8 +47,8 @@ from torch.distributed.tensor import _redistribute as planner
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 import shardwright as sw
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
 from shardwright.redistribute.steps import redistribution
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -408,7 +408,7 @@ def redistribute_with(world: Any) -> Callable[[Tensor, Layout, Layout, Shape], T
     """Ours: the world's function or, where it has none yet, what it will be: steps prepared once for each pair."""
     if hasattr(world, "redistribute"):
         return world.redistribute  # type: ignore[no-any-return]
-    from shardwright.world.distributed_steps import prepare_steps
+    from shardwright.world.distributed.steps import prepare_steps
 
     known: dict[Any, Callable[[Tensor], Tensor]] = {}
 

@@ -36,7 +36,7 @@ from training_report import missed_targets, ratios, tables, write_between_marks 
 from training_variants import SINGLE, Trained, variants  # noqa: E402
 
 import shardwright as sw  # noqa: E402
-from shardwright.whole_steps import take_turns  # noqa: E402
+from shardwright.calibrate.timing import take_turns  # noqa: E402
 
 STEPS = 5  # whose losses are compared with the single device's
 MORE = 3  # how often turns are added for a missed target

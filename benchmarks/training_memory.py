@@ -45,7 +45,7 @@ from models import GPT
 from torch import Tensor, nn
 from training_variants import BUCKET, CASES, OURS, adamw, batch, own_inputs, prepared, threshold
 
-from shardwright.partition.schedule import Schedule
+from shardwright.ir.buckets import Schedule
 from shardwright.plan.memory import memory_of
 
 SIZE = 4  # bytes of an element

@@ -14,7 +14,7 @@ from step_time import ours as tensor_parallel
 from torch import Tensor, nn
 
 import shardwright as sw
-from shardwright.world.record import CommunicationLog
+from shardwright.world.execute.log import CommunicationLog
 
 Inputs = tuple[Tensor, ...]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.world.parameters import layout_of
+from shardwright.parameters.placements import layout_of
 
 
 class Network(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import shardwright as sw
-from shardwright.plan.edges import is_configured
-from shardwright.plan.lint import lint
-from shardwright.plan.propagation import slice_counts
+from shardwright.ir.graph import is_configured
+from shardwright.plan.modes.propagation import slice_counts
+from shardwright.report.lint import lint
 
 STEPS, LEARNING_RATE, TOLERANCE = 3, 0.1, 1e-10
 

@@ -1,8 +1,8 @@
-"""``python -m shardwright``: see :mod:`shardwright.cli`."""
+"""``python -m shardwright``: see :mod:`shardwright.cli.main`."""
 
 import sys
 
-from shardwright.cli import main
+from shardwright.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,6 @@ torch.Size([4, 2])
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,18 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from shardwright.base.user_code import user_line
 from shardwright.capture.attributes import check_attribute
-from shardwright.capture.marks import Mark
 from shardwright.capture.session import current_session
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-
-
-def user_line() -> str:
-    """``file:line`` of the nearest caller outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "shardwright":
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+from shardwright.ir.marks import Mark
 
 
 def check_strategies(in_strategy: Any, out_strategy: Any) -> None:

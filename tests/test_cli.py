@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import shardwright as sw
-from shardwright import cli
-from shardwright.layout import Layout
+from shardwright.cli import main as cli
+from shardwright.ir.layout import Layout
 from shardwright.report import draw
 
 ROOT = Path(__file__).resolve().parent.parent

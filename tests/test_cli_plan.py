@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.cli import main
+from shardwright.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

@@ -30,7 +30,7 @@ LAYERS = (
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 # The one file that may use torch's private parts, so that a new release of torch is met in one place.
-PRIVATE_DOOR = "shardwright.capture.torch_private"
+PRIVATE_DOOR = "shardwright.base.torch_private"
 # What else may: (module, private name) -> why it cannot go through the door. Only for modules of shardwright.world; an
 # entry that nothing uses any more fails the test.
 PRIVATE_ALLOWED: dict[tuple[str, str], str] = {}
@@ -273,7 +273,7 @@ def package_with(tmp_path, **files):
         "def f():\n    from shardwright.plan import Plan",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from shardwright.plan import Plan",
         "import importlib\nimportlib.import_module('shardwright.plan')",
-        "__import__('shardwright.api')",
+        "__import__('shardwright.api.auto_parallel')",
         "from shardwright import ops",
         "from shardwright.nowhere import thing",
     ],
@@ -344,10 +344,10 @@ getattr(torch, "float32"), getattr(torch, name)
 
 def test_an_allowance_holds_only_where_it_stands_and_is_used(tmp_path, monkeypatch):
     sources = package_with(tmp_path, world__in__simulated="import torch._C", world__in__distributed="import torch._C")
-    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated", "torch._C"), "a reason")
+    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated.world", "torch._C"), "a reason")
     (found,) = private_violations(sources)
     assert "distributed.py:1: uses torch._C" in found
-    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated", "torch._D"), "a reason")
+    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated.world", "torch._D"), "a reason")
     assert any("simulated no longer uses torch._D: strike it off" in line for line in private_violations(sources))
     monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.rules.matmul", "torch._C"), "a reason")
     assert any("rules.matmul is not of world" in line for line in private_violations(sources))

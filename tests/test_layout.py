@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright import Layout
-from shardwright.layout import chunk_pieces
+from shardwright.ir.pieces import chunk_pieces
 
 BASE = Layout((2, 2, 2), ("dp", "sp", "mp"))
 

@@ -170,7 +170,7 @@ def test_reshard_pins_a_layout():
 
 def test_verify_names_the_first_operator_that_differs(monkeypatch):
     import shardwright.rules.registry as registry
-    from shardwright.rules.signature import parse
+    from shardwright.rules.notation import parse
 
     def wrong(local):
         return (local.call(torch.mul, local.call(torch.relu, local.inputs[0]), 1.5),)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-from shardwright.whole_steps import undisturbed
+from shardwright.calibrate.timing import undisturbed
 
 
 def test_turns_in_which_others_used_the_machine_do_not_count():

@@ -1,6 +1,6 @@
 """Operator attributes: the names that ``add_prim_attr`` knows and the values they may have.
 
-What an attribute does to a graph is in :mod:`shardwright.plan.attributes`.
+What an attribute does to a graph is in :mod:`shardwright.plan.asked.attributes`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardwright.capture.torch_private import pytree
+from shardwright.base.torch_private import pytree
 
 _known: set[type] = set()
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from shardwright.capture.torch_private import pytree
+from shardwright.base.torch_private import pytree
 
 _CONTAINERS = (list, tuple, set)
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.base.torch_private import FakeTensor, pytree
 from shardwright.capture.python_state import CONTAINERS, STANDARD, PythonState
-from shardwright.capture.torch_private import FakeTensor, pytree
 from shardwright.errors import CaptureError
 
 _TABLES = ("_buffers", "_modules", "_parameters")

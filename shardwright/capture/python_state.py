@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from shardwright.base.torch_private import global_forward_hooks
 from shardwright.capture.closure import FunctionModule, names_read
-from shardwright.capture.torch_private import global_forward_hooks
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice, range)
 CONTAINERS = (dict, list, set, deque)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.base.torch_private import disable_current_modes, pytree
+from shardwright.base.user_code import is_users, source_text
 from shardwright.capture.python_state import PythonState
-from shardwright.capture.torch_private import disable_current_modes, pytree
-from shardwright.capture.watch import is_users, source_text
 from shardwright.errors import CaptureError
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.capture.capture import Names, capture, numbered
-from shardwright.capture.graph import Graph, GraphInput, Node
-from shardwright.capture.marks import Mark
+from shardwright.capture.capture import capture
+from shardwright.capture.names import Names, numbered
 from shardwright.capture.runs import Run, find_runs, is_within, shortened
+from shardwright.ir.graph import Graph, GraphInput, Node
+from shardwright.ir.marks import Mark
 
 COPIES = 3  # the first, one that has copies on both sides, and the last
 LEAST = 5  # a shorter run is not worth two captures

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.capture.closure import FunctionModule
-from shardwright.capture.marks import Mark
+from shardwright.ir.marks import Mark
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _MARK = "_shardwright_mark"  # compared by what it asks for, like the marks given by name

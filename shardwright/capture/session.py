@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.capture.marks import Mark
-from shardwright.capture.torch_private import annotate, pytree
+from shardwright.base.torch_private import annotate, pytree
+from shardwright.ir.marks import Mark
 
 CALL, PIN, RECOMPUTE = "shardwright_call", "shardwright_pin", "shardwright_recompute"
 COPY, BATCH = "shardwright_copy", "shardwright_batch"

@@ -8,14 +8,12 @@ had exactly is put right instead of refused: ``tensor.data`` is read as ``tensor
 from __future__ import annotations
 
 import itertools
-import linecache
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
-from types import FrameType, GetSetDescriptorType
+from types import GetSetDescriptorType
 from typing import Any
 
 import torch
@@ -23,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from shardwright.capture.closure import attribute_of
-from shardwright.capture.torch_private import (
+from shardwright.base.torch_private import (
     CheckpointFunction,
     FakeTensor,
     SingleLevelFunction,
@@ -33,46 +30,9 @@ from shardwright.capture.torch_private import (
     global_backward_hooks,
     pytree,
 )
+from shardwright.base.user_code import _TORCH, SOURCE, user_frame, user_source
+from shardwright.capture.closure import attribute_of
 from shardwright.errors import CaptureError
-
-SOURCE = "shardwright_source"  # of a node's custom meta: file and line of the user's that called the operator
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_BORDER = os.path.join(os.path.dirname(__file__), "left_behind.py")  # of the function in which the callable is called
-_NOBODYS = (_TORCH, _HERE, os.path.dirname(os.__file__) + os.sep, "<frozen", "<string", "<eval_with_key")
-_SITE = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
-
-
-def user_frame() -> FrameType | None:
-    """The nearest frame of the captured callable that is neither torch's nor this package's; none outside of it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_users(frame.f_code.co_filename):
-        if frame.f_code.co_name == "forward" and frame.f_code.co_filename == _BORDER:
-            return None
-        frame = frame.f_back
-    return frame
-
-
-@cache
-def is_users(path: str) -> bool:
-    """Whether a file of code is neither torch's, nor this package's, nor Python's own."""
-    if path.startswith((_TORCH, _HERE)):
-        return False
-    return not path.startswith(_NOBODYS) or any(site in path for site in _SITE)
-
-
-def user_source() -> str:
-    """``file:line: code`` of the user's line that runs now."""
-    frame = user_frame()
-    return "" if frame is None else source_text(frame.f_code.co_filename, frame.f_lineno)
-
-
-def source_text(path: str, line: int) -> str:
-    """``file:line: code``, as messages give it."""
-    code = linecache.getline(path, line).strip()
-    return f"{os.path.basename(path)}:{line}" + (f": {code}" if code else "")
-
 
 _refused: list[CaptureError] = []  # within the capture that runs: the user's code may swallow an error
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shardwright.cost.machine import Machine
-from shardwright.cost.paths import KINDS, Network, Paths, paths_between
-from shardwright.mesh import Mesh
+from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.redistribute.paths import KINDS, Network, Paths, paths_between
 
 Array = np.ndarray[Any, Any]
 # What tables of pairs have in common: rows of lines, which of these each pair has, and which pairs cannot be.
@@ -76,7 +76,7 @@ class _Lines:
 
 
 class _Step(NamedTuple):
-    """One step for a tensor of any size; numbers as :class:`~shardwright.cost.paths.PathStep` has them."""
+    """One step for a tensor of any size; numbers as :class:`~shardwright.redistribute.paths.PathStep` has them."""
 
     kind: str
     axes: tuple[str, ...]
@@ -89,7 +89,7 @@ class _Step(NamedTuple):
 class Communication:
     """Prices on one machine and mesh.
 
-    >>> from shardwright.cost.machine import load_machine
+    >>> from shardwright.ir.machine import load_machine
     >>> prices = Communication(load_machine("h100"), Mesh(("dp", "tp"), (4, 8)))
     >>> split, whole = np.array([[0, -1]]), np.array([[-1, -1]])
     >>> float(prices.moves((64, 32), 4, split, whole).bytes[0, 0])

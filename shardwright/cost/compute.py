@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from shardwright.cost.convolution import Channels, channels_of, is_product, padding
-from shardwright.cost.machine import Machine
-from shardwright.cost.operations import family, flops
-from shardwright.rules.operator import Operator
+from shardwright.cost.operations import flops
+from shardwright.ir.machine import Machine
+from shardwright.ir.operator import Operator
+from shardwright.rules.traits import family
 
 Array = np.ndarray[Any, Any]
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shardwright.rules.operator import Operator
+from shardwright.ir.operator import Operator
 
 Array = np.ndarray[Any, Any]
 
@@ -55,7 +55,7 @@ def channels_of(op: Operator) -> Channels:
     """The channels of a convolution on whole tensors.
 
     >>> import torch
-    >>> from shardwright.rules.operator import Slot, TensorMeta
+    >>> from shardwright.ir.operator import Slot, TensorMeta
     >>> x, w, y = (TensorMeta(shape, torch.float32) for shape in ((8, 3, 32, 32), (16, 3, 3, 3), (8, 16, 30, 30)))
     >>> channels_of(Operator(torch.ops.aten.conv2d.default, (Slot(0), Slot(1)), {}, (x, w), (y,)))
     Channels(made=16, read=3, groups=1, transposed=False)

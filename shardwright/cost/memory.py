@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from shardwright.cost.saved import Saved
-from shardwright.layout import Layout
-from shardwright.redistribute.step import TRANSFERS, Step
+from shardwright.ir.largest_piece import local_shape
+from shardwright.ir.layout import Layout
+from shardwright.ir.step import TRANSFERS, Step
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
@@ -44,22 +45,6 @@ def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: 
         if o < len(output_bytes):
             total = total + output_bytes[o]
     return np.asarray(total, dtype=float)
-
-
-@lru_cache(maxsize=65536)
-def local_shape(layout: Layout, shape: Shape) -> Shape:
-    """Shape of the largest piece of a tensor of global ``shape``, without looking at every rank: the first rank's.
-
-    >>> local_shape(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8))
-    (3, 2)
-    """
-    found = []
-    for size, axes, explicit in zip(shape, layout.bound, layout.sizes):
-        if explicit is None:
-            for axis in axes:
-                size = -(-size // layout.mesh.axis_size(axis))
-        found.append(size if explicit is None else max(explicit))
-    return tuple(found)
 
 
 def local_numel(layout: Layout, shape: Shape) -> int:

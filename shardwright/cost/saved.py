@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.rules.operator import Operator, Slot, TensorMeta
+from shardwright.ir.operator import Operator, Slot, TensorMeta
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def saved_by(op: Operator, needs_grad: tuple[bool, ...], device: str = "cpu", au
         device: kind of device; others than ``"cpu"`` have kernels that keep less of some operators.
         autocast: device, dtype and whether it is on, as a node of a graph carries it.
 
-    >>> from shardwright.rules.operator import Slot, TensorMeta
+    >>> from shardwright.ir.operator import Slot, TensorMeta
     >>> x, w, y = (TensorMeta(shape, torch.float32) for shape in ((8, 16), (4, 16), (8, 4)))
     >>> product = Operator(torch.ops.aten.linear.default, (Slot(0), Slot(1)), {}, (x, w), (y,))
     >>> sorted(saved_by(product, (False, True)).inputs), sorted(saved_by(product, (True, True)).inputs)
@@ -202,7 +202,7 @@ def _tensor(meta: TensorMeta, needs: bool) -> Tensor:
 
 
 def filled(value: Any, tensors: Sequence[Tensor], device: str) -> Any:
-    """Arguments with tensors in the places of their :class:`~shardwright.rules.operator.Slot`, devices being ``device``.
+    """Arguments with tensors in the places of their :class:`~shardwright.ir.operator.Slot`, devices being ``device``.
 
     >>> filled(([Slot(0), 2], {"device": torch.device("cpu")}), [torch.ones(1)], "meta")
     ([tensor([1.]), 2], {'device': device(type='meta')})

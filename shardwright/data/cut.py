@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.capture.torch_private import pytree
+from shardwright.base.torch_private import pytree
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import LayoutError, StrategyError
-from shardwright.layout import Layout, chunk_pieces
+from shardwright.ir.layout import Layout
+from shardwright.ir.pieces import chunk_pieces
 
 
 @dataclass(frozen=True)

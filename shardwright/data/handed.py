@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.capture.torch_private import pytree
+from shardwright.base.torch_private import pytree
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import Problems, StrategyError
-from shardwright.layout import Layout, chunk_pieces
-from shardwright.mesh import Mesh
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.pieces import chunk_pieces
 from shardwright.world.current import World
 
 Shape = tuple[int, ...]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardwright.errors import ArgumentTypeError, Problems, ShardwrightError, StrategyError
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
-from shardwright.plan.strategy import check_counts, check_layout
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.plan.asked.strategies import check_counts, check_layout
 
 Shape = tuple[int, ...]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from shardwright.partition.program import Call, Instruction, LocalProgram
-from shardwright.rules.lowering import Ref
-from shardwright.rules.operator import OpOverload
+from shardwright.ir.instructions import Call, Instruction, Ref
+from shardwright.ir.operator import OpOverload
+from shardwright.ir.program import LocalProgram
 
 # Operators whose result is new memory that autograd does not keep.
 _FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
-from shardwright.layout import Layout
+from shardwright.ir.layout import Layout
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 

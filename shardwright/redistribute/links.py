@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shardwright.layout import Layout
+from shardwright.ir.layout import Layout
+from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.step import TRANSFERS, Step
 from shardwright.redistribute.routes import common_prefix
-from shardwright.redistribute.step import TRANSFERS, Step
 from shardwright.redistribute.volume import held, lacked, largest, sent_elements
 
 Speed = tuple[float, float]
@@ -87,3 +89,11 @@ def moving_axes(source: Layout, target: Layout) -> tuple[str, ...]:
     for now, then in zip(source.bound, target.bound, strict=True):
         found += now[common_prefix(now, then) :]
     return tuple(found)
+
+
+def machine_links(machine: Machine, mesh: Mesh) -> Links:
+    """Returns the links along the axes of ``mesh`` on ``machine``."""
+    speeds = machine.axis_speeds(mesh)
+    axes = tuple((axis, latency, bandwidth) for axis, (latency, bandwidth) in zip(mesh.axes, speeds, strict=True))
+    slowest = machine.levels[-1]
+    return Links(machine.collective_launch, slowest.latency, slowest.bandwidth, axes)

@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
-from shardwright.layout import Layout
+from shardwright.ir.layout import Layout
 
 Interval = tuple[int, int]
 Region = tuple[Interval, ...]

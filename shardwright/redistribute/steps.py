@@ -10,47 +10,16 @@ for ``dp`` and ``tp`` of one size are made once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.redistribution import Redistribution
+from shardwright.ir.step import Step
 from shardwright.redistribute.planner import Options, cheapest
-from shardwright.redistribute.step import Step
-from shardwright.redistribute.volume import peak_elements
 
 DEFAULT = Options()
-
-
-@dataclass(frozen=True)
-class Redistribution:
-    """The steps from ``source`` to ``target``, and those that bring the gradient back.
-
-    Args:
-        shape: global shape.
-        partial_gradient: axes of the target's mesh over which the gradient at the target is partial.
-    """
-
-    source: Layout
-    target: Layout
-    shape: tuple[int, ...]
-    partial_gradient: tuple[str, ...]
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-
-    @property
-    def is_identity(self) -> bool:
-        return not self.forward and not self.backward
-
-    @property
-    def peak_elements(self) -> int:
-        """Elements of the largest local tensor on the way, forward or backward."""
-        return max(peak_elements(self.forward, self.shape), peak_elements(self.backward, self.shape))
-
-    def __str__(self) -> str:
-        forward = " + ".join(map(str, self.forward)) or "identity"
-        backward = " + ".join(map(str, self.backward)) or "identity"
-        return f"{forward} | {backward}"
 
 
 @lru_cache(maxsize=65536)

@@ -11,10 +11,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.step import TRANSFERS, Step
 from shardwright.redistribute.routes import elements, exchange_routes, route_groups
-from shardwright.redistribute.step import TRANSFERS, Step
 
 Ints = NDArray[np.int64]
 Shape = tuple[int, ...]

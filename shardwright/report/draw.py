@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.errors import ShardwrightError
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
 
 Bounds = tuple[tuple[int, int], ...]
 Colours = dict[Bounds, tuple[float, float, float]]

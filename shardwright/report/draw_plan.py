@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shardwright.capture.graph import Node
+from shardwright.base.text import bytes_text
 from shardwright.errors import ShardwrightError
-from shardwright.layout import Layout
-from shardwright.plan.edges import Edge, counts_of, edges_of, is_configured, sent
-from shardwright.plan.plan import Plan
-from shardwright.plan.table import bytes_text
-from shardwright.redistribute.step import Step
+from shardwright.ir.graph import Node, is_configured
+from shardwright.ir.layout import Layout
+from shardwright.ir.layout_text import counts_of
+from shardwright.ir.plan import Plan
+from shardwright.ir.step import Step
+from shardwright.plan.choose.edges import Edge, edges_of, sent
 from shardwright.redistribute.steps import steps_between
 from shardwright.report.draw import EDGE, INK, SUFFIXES
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from shardwright.rules.operator import Operator, Slot
+from shardwright.ir.operator import Operator, Slot
+from shardwright.ir.signature import Signature
+from shardwright.rules.notation import parse
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 
 @rule_for("aten.scaled_dot_product_attention")

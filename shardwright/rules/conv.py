@@ -13,8 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator
+from shardwright.ir.instructions import Ref
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import (
     call_unless_empty,
     guarded_same_call,
@@ -24,7 +27,6 @@ from shardwright.rules.pieces import (
     of_sizes,
 )
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 # -- convolutions -----------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator
+from shardwright.ir.instructions import Ref
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import of_sizes, piece_of_output, start
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 _VALUES: dict[str, Callable[..., Any]] = {
     "zeros": torch.zeros,

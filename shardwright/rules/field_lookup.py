@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from shardwright.errors import ShardwrightError
+from shardwright.ir.instructions import Ref
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature
 from shardwright.rules.in_range import check_in_range
 from shardwright.rules.index import embedding_of_rows, own_row
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import of_sizes, start
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 
 def lookup_by_field(table: Tensor, indices: Tensor, padding: int = -1) -> Tensor:

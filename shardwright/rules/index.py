@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.ir.instructions import PerRank, Ref
+from shardwright.ir.operator import Operator, Slot
+from shardwright.ir.signature import Signature
 from shardwright.rules.in_range import check_in_range
-from shardwright.rules.lowering import Local, PerRank, Ref
-from shardwright.rules.operator import Operator, Slot
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import local_arguments, names, notation, of_sizes, start, with_dims
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 # -- embedding --------------------------------------------------------------------------------------------------------
 

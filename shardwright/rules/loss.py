@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.derivatives import first_derivative_only
-from shardwright.layout import Layout
+from shardwright.base.derivatives import first_derivative_only
+from shardwright.ir.instructions import Ref
+from shardwright.ir.layout import Layout
+from shardwright.ir.operator import Operator, Slot
+from shardwright.ir.signature import Signature
 from shardwright.rules.in_range import check_in_range
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator, Slot
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pointwise import aten_names
 from shardwright.rules.reduce import largest, sum_over_count, wide
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 NONE, MEAN, SUM = 0, 1, 2
 

@@ -8,34 +8,13 @@ local inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
-from shardwright.rules.operator import Operator
-from shardwright.rules.signature import Signature, Split
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A value of the local program, by name."""
-
-    name: str
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-class PerRank:
-    """An argument that each rank computes for itself, such as a local size or an offset.
-
-    Args:
-        of: the value on a given rank.
-    """
-
-    def __init__(self, of: Callable[[int], Any]):
-        self.of = of
+from shardwright.ir.instructions import PerRank, Ref
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature, Split
 
 
 class Local(Protocol):

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.ir.operator import Operator, Slot
+from shardwright.ir.signature import Signature
 from shardwright.rules.lowering import Local
-from shardwright.rules.operator import Operator, Slot
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import guarded_same_call
 from shardwright.rules.registry import rule, rule_for
-from shardwright.rules.signature import Signature, parse
 
 aten = torch.ops.aten
 

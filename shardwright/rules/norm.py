@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.layout import Layout
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator, Slot
+from shardwright.ir.instructions import Ref, writes
+from shardwright.ir.layout import Layout
+from shardwright.ir.operator import Operator, Slot
+from shardwright.ir.signature import Signature
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import call_unless_empty, guarded_same_call, local_arguments, of_sizes
 from shardwright.rules.reduce import wide
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 # -- over the last dims -------------------------------------------------------------------------------------------
 
@@ -156,6 +158,7 @@ def channels_of(value: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@writes(0, 1)
 def update_running(running_mean: Tensor, running_var: Tensor, pieces: Tensor, counts: list[int], momentum: float) -> Tensor:
     """Moves the running statistics in place, the variance unbiased, as ``batch_norm`` does; returns the mean."""
     mean, variance = merged_statistics(pieces, counts)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.rules.lowering import Local, PerRank, Ref
-from shardwright.rules.operator import Slot
+from shardwright.ir.instructions import PerRank, Ref
+from shardwright.ir.operator import Slot
+from shardwright.rules.lowering import Local
 
 
 def names(count: int, prefix: str = "d") -> list[str]:

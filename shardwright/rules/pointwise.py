@@ -6,9 +6,10 @@ is 1 and the output's is not, a dim that every rank holds whole.
 
 from __future__ import annotations
 
-from shardwright.rules.operator import Operator, Slot
+from shardwright.ir.operator import Operator, Slot
+from shardwright.ir.signature import Signature
+from shardwright.rules.notation import parse
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 
 def aten_names(text: str) -> tuple[str, ...]:

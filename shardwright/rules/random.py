@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from shardwright.ir.instructions import Ref
+from shardwright.ir.operator import Operator, TensorMeta
+from shardwright.ir.signature import Signature
 from shardwright.rules import random_draw
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator, TensorMeta
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import local_arguments, piece, piece_of_output, start
 from shardwright.rules.registry import replicated_signature, rule_for
-from shardwright.rules.signature import Signature, parse
 
 
 def _stride(meta: TensorMeta) -> tuple[int, ...]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.layout import Layout
+from shardwright.ir.layout import Layout
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature
 from shardwright.rules.lowering import Local
-from shardwright.rules.operator import Operator
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import guarded_same_call
 from shardwright.rules.pointwise import aten_names, pointwise
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 
 def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:

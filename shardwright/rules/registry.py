@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shardwright.rules.operator import Operator
-from shardwright.rules.signature import Signature, parse
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature
+from shardwright.rules.notation import parse
 
 Builder = Callable[[Operator], "Signature | None"]
 

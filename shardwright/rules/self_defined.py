@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from shardwright.errors import ShardwrightError
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator, operator_name
+from shardwright.ir.instructions import Ref
+from shardwright.ir.operator import Operator, operator_name
+from shardwright.ir.signature import Signature
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import names, notation
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, parse
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.rules.lowering import Local, Ref
-from shardwright.rules.operator import Operator
+from shardwright.ir.instructions import Ref
+from shardwright.ir.operator import Operator
+from shardwright.ir.signature import Signature, TensorFactors
+from shardwright.rules.lowering import Local
+from shardwright.rules.notation import parse
 from shardwright.rules.pieces import (
     guarded_same_call,
     names,
@@ -27,7 +30,6 @@ from shardwright.rules.pieces import (
     with_dims,
 )
 from shardwright.rules.registry import rule_for
-from shardwright.rules.signature import Signature, TensorFactors, parse
 
 ONE = ((0,),)  # linear in the first input alone
 

@@ -7,10 +7,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Union
 
 from shardwright.errors import ArgumentTypeError, WorldError
-from shardwright.world.simulated import SimulatedWorld
+from shardwright.world.simulated.world import SimulatedWorld
 
 if TYPE_CHECKING:
-    from shardwright.world.distributed import DistributedWorld
+    from shardwright.world.distributed.world import DistributedWorld
 
 World = Union[SimulatedWorld, "DistributedWorld"]
 
@@ -57,7 +57,7 @@ def _checked_timeout(timeout: Any) -> timedelta | None:
 
 def _found(devices: int | None, timeout: timedelta | None) -> World:
     if _in_job():
-        from shardwright.world.distributed import DistributedWorld
+        from shardwright.world.distributed.world import DistributedWorld
 
         world = DistributedWorld.from_environment(timeout=timeout)
         if devices is not None and devices != world.size:

@@ -11,9 +11,9 @@ import shardwright as sw
 from shardwright.capture import repeated
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
-from shardwright.capture.marks import Mark
 from shardwright.capture.repeated import capture_repeated, same_graphs
 from shardwright.capture.runs import find_runs, shortened
+from shardwright.ir.marks import Mark
 
 CPU = torch.device("cpu")
 

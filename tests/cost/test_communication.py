@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from shardwright.cost.communication import Communication
-from shardwright.cost.machine import Level, Machine, load_machine
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.cost.machine_files import load_machine
+from shardwright.ir.layout import Layout
+from shardwright.ir.machine import Level, Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.redistribute.links import machine_links
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import steps_between
 from shardwright.redistribute.volume import lower_bound
@@ -54,7 +56,7 @@ def test_prices_are_those_of_the_planner():
     for machine, mesh, shape, source, target in pairs(900, seed=1):
         moves = Communication(machine, mesh).moves(shape, 4, np.array([source]), np.array([target]))
         seconds, sent = float(moves.seconds[0, 0]), float(moves.bytes[0, 0])
-        links = machine.links(mesh)
+        links = machine_links(machine, mesh)
         here, there = layout_of(source, len(shape), mesh), layout_of(target, len(shape), mesh)
         planned = sum(links.seconds(step, shape, 4) for step in steps_between(here, there, shape, Options(links, 4)))
         assert (seconds > 0) == (planned > 0), (mesh, source, target)

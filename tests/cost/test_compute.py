@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from shardwright.cost.calibration import Sample, cases, errors_of, fit_machine, operator_case, save_machine, time_operators
+from shardwright.calibrate.operators import (
+    Sample,
+    cases,
+    errors_of,
+    fit_machine,
+    operator_case,
+    save_machine,
+    time_operators,
+)
 from shardwright.cost.compute import local_seconds, optimizer_seconds
-from shardwright.cost.machine import load_machine
-from shardwright.cost.operations import family, flops
+from shardwright.cost.machine_files import load_machine
+from shardwright.cost.operations import flops
+from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.redistribute.links import Links
-from shardwright.rules.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import registered
+from shardwright.rules.traits import family
 
 aten = torch.ops.aten
 FAMILIES = {
@@ -183,7 +192,7 @@ def test_operators_are_timed_and_a_file_keeps_the_machine(tmp_path, monkeypatch)
         operator_case(aten.clone.default, [tensor(256, 256)]),
         next(cases()),
     ]
-    monkeypatch.setattr("shardwright.cost.calibration.cases", lambda: iter(few))
+    monkeypatch.setattr("shardwright.calibrate.operators.cases", lambda: iter(few))
     met, done = [], []
     samples = time_operators(0.03, lambda: met.append(1), lambda own: max(own, 1e-5), done.append)
     assert [s.family for s in samples] == ["matmul", "copy", "launch"]

@@ -9,14 +9,15 @@ import pytest
 import torch
 from test_compute import call, seconds, tensor
 
-from shardwright.cost.calibration import Sample, cases, fit_machine, price_of
+from shardwright.calibrate.operators import Sample, cases, fit_machine, price_of
 from shardwright.cost.compute import local_seconds
 from shardwright.cost.convolution import Channels, channels_of, kernels_of, padding
-from shardwright.cost.machine import Machine, load_machine
+from shardwright.cost.machine_files import load_machine
 from shardwright.cost.operations import flops
-from shardwright.mesh import Mesh
-from shardwright.plan.choices import choices_of
-from shardwright.plan.pricing import Pricing
+from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.plan.choose.tables import choices_of
+from shardwright.plan.problem.prices import Pricing
 from shardwright.rules.registry import signature_of
 
 aten = torch.ops.aten

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shardwright.cost.fit import TERMS, fit_steps, fit_terms, scaled, terms_of
-from shardwright.cost.machine import Machine, load_machine
+from shardwright.calibrate.fit import TERMS, fit_steps, fit_terms, scaled, terms_of
+from shardwright.cost.machine_files import load_machine
+from shardwright.ir.machine import Machine
 
 BASE = load_machine("a100")
 

@@ -6,9 +6,11 @@ import time
 
 import pytest
 
-from shardwright.cost.machine import Machine, load_machine, machines
+from shardwright.cost.machine_files import load_machine, machines
 from shardwright.errors import ShardwrightError
-from shardwright.mesh import Mesh
+from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.redistribute.links import machine_links
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def test_an_axis_has_the_links_that_its_groups_cross():
 def test_links_are_named_by_axes():
     mesh = Mesh(("dp", "tp"), (4, 8))
     machine = load_machine("h100")
-    links = machine.links(mesh)
+    links = machine_links(machine, mesh)
     assert links.speed(("tp",)) == machine.axis_speeds(mesh)[1]
     assert links.speed(("dp", "tp")) == machine.axis_speeds(mesh)[0]
     assert links.launch == machine.collective_launch

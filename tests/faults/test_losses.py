@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import shardwright as sw
-from shardwright.partition.program import Call
-from shardwright.rules.lowering import Ref
-from shardwright.world.source import SourceWriter, python_entry
+from shardwright.ir.instructions import Call, Ref
+from shardwright.world.execute.source import SourceWriter, python_entry
 
 aten = torch.ops.aten
 

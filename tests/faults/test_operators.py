@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import shardwright as sw
 from shardwright.errors import CaptureError
-from shardwright.rules.operator import Operator, Slot, TensorMeta
+from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import registered, signature_of
 
 aten = torch.ops.aten

@@ -285,8 +285,11 @@ def test_second_derivatives_are_refused(mode, unused):
 
 def test_every_function_of_ours_that_moves_refuses_them():
     """No backward of ours that communicates can be differentiated in silence."""
-    from shardwright.derivatives import first_derivative_only
-    from shardwright.world import distributed_moves, distributed_starts, simulated, simulated_moves
+    from shardwright.base.derivatives import first_derivative_only
+    from shardwright.world.distributed import moves as distributed_moves
+    from shardwright.world.distributed import starts as distributed_starts
+    from shardwright.world.simulated import moves as simulated_moves
+    from shardwright.world.simulated import world as simulated
 
     for module in (distributed_moves, distributed_starts, simulated, simulated_moves):
         for _, kind in inspect.getmembers(module, inspect.isclass):

@@ -15,8 +15,8 @@ import shardwright as sw
 from shardwright import Layout, Mesh
 from shardwright.errors import WorldError
 from shardwright.redistribute.planner import Options
-from shardwright.world.simulated import SimulatedWorld
-from shardwright.world.summation import prepare_reduce, reduce
+from shardwright.world.execute.summation import prepare_reduce, reduce
+from shardwright.world.simulated.world import SimulatedWorld
 
 
 def _sizes(draw, count, size):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import shardwright as sw
+from shardwright.base.torch_private import FakeTensor
 from shardwright.capture.python_state import PythonState
-from shardwright.capture.torch_private import FakeTensor
 
 VALUES: dict[str, Any] = {
     "int": (1, 3), "float": (0.5, 2.0), "bool": (False, True), "none": (None, 2.0), "str": ("a", "b"),

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.world import watcher
-from shardwright.world.checksum import checksum, sketch
-from shardwright.world.parameters import full_value
-from shardwright.world.signature import differing_value, looked_at
+from shardwright.agreement import watch as watcher
+from shardwright.agreement.checksum import checksum, sketch
+from shardwright.agreement.signature import differing_value, looked_at
+from shardwright.parameters.whole import full_value
 
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
 MODES = ("data_parallel", "tensor_parallel")

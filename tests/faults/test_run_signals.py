@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright import cli
+from shardwright.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
-from shardwright.planning import planning
+from shardwright.api.plan_for import planning
 from shardwright.search.elimination import Elimination, best_order
 from shardwright.search.minplus import slimmed
 

@@ -106,7 +106,7 @@ def test_all_in_one(four):
 def test_no_more_than_the_bytes_ask_for(four, kilobytes):
     from dataclasses import replace
 
-    from shardwright.partition.schedule import Buckets, Schedule
+    from shardwright.ir.buckets import Buckets, Schedule
 
     net = sw.AutoParallel(Layers(4))
     net.settings.schedule = replace(Schedule(), sums=Buckets(kilobytes << 10))

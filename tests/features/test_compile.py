@@ -19,9 +19,9 @@ from torch import nn
 import shardwright as sw
 from harness import compare, main, on_ranks, same_steps, simulated
 from shardwright.errors import ShardwrightError
-from shardwright.partition.program import Call, Move, Start, Together
-from shardwright.train import compile as compile_pass
-from shardwright.train.segments import Segment, segments_of
+from shardwright.ir.instructions import Call, Move, Start, Together
+from shardwright.train.compile import compiler as compile_pass
+from shardwright.train.compile.segments import Segment, segments_of
 
 FAST = "aot_eager"
 FASTEST = "eager"  # traces, and compiles nothing

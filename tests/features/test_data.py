@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 
 import shardwright as sw
 from harness import compare, main, on_ranks, rank_counts, simulated
+from shardwright.api.plan_for import planning
 from shardwright.data.order import Order
 from shardwright.data.strategy import layouts_of
 from shardwright.errors import ShardwrightError, StrategyError, WorldError
-from shardwright.planning import planning
-from shardwright.train.gradient_accumulation import GradAccumulation
+from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.world.current import current_world
 
 DOUBLE = torch.float64

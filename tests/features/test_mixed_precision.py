@@ -22,11 +22,11 @@ from torch import nn
 
 import shardwright as sw
 from harness import compare, main, on_ranks, same_steps, simulated
-from shardwright import compiled as compiling
-from shardwright.capture.graph import Graph
+from shardwright.api import bound as compiling
 from shardwright.errors import ArgumentTypeError, ShardwrightError
+from shardwright.ir.graph import Graph
 from shardwright.world.current import current_world
-from shardwright.world.simulated import SimulatedWorld
+from shardwright.world.simulated.world import SimulatedWorld
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

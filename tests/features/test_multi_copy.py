@@ -14,7 +14,7 @@ from torch import nn
 
 import shardwright as sw
 from harness import compare, main, on_ranks, rank_counts, same_steps, simulated
-from shardwright.partition.program import Call, Move, Start
+from shardwright.ir.instructions import Call, Move, Start
 from shardwright.world.current import current_world
 
 AXIS = "interleaved_parallel"

@@ -11,9 +11,9 @@ from torch import nn
 import shardwright as sw
 from harness import main, on_ranks, rank_counts, same_steps, simulated
 from networks import Layers, Net, Pictures, ids_batches, image_batches, layer_batches
-from shardwright.train.optimizer_parallel import replica_axes
+from shardwright.parameters.placements import layout_of
+from shardwright.train.optimizer_parallel.stored import replica_axes
 from shardwright.world.current import current_world
-from shardwright.world.parameters import layout_of
 
 LEVELS = ("level1", "level2", "level3")
 

@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import shardwright as sw
 from harness import main, on_ranks, rank_counts, same_steps, simulated
-from shardwright.capture.graph import Graph
-from shardwright.layout import Layout
-from shardwright.plan.plan import Plan
-from shardwright.plan.semi_auto import PlanRequest, plan_semi_auto
+from shardwright.ir.graph import Graph
+from shardwright.ir.layout import Layout
+from shardwright.ir.plan import Plan
+from shardwright.plan.modes.semi_auto import plan_semi_auto
+from shardwright.plan.request import PlanRequest
 
 
 class Attention(nn.Module):

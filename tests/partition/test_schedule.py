@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.partition.program import Call, Move, Start, Together
-from shardwright.partition.schedule import Buckets, Schedule, schedule
+from shardwright.ir.buckets import Buckets, Schedule
+from shardwright.ir.instructions import Call, Move, Ref, Start, Together
+from shardwright.partition.overlap import schedule
 from shardwright.redistribute.steps import redistribution
-from shardwright.rules.lowering import Ref
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from models import GPT
 from torch import nn
 
 import shardwright as sw
-import shardwright.plan.automatic as automatic
+import shardwright.plan.modes.search as automatic
 from shardwright.search.problem import Solution
 
 

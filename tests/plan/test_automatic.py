@@ -14,9 +14,9 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.errors import MemoryLimitError, ShardwrightError
-from shardwright.plan.automatic import SearchPlanner
-from shardwright.plan.fold import blocks_of
-from shardwright.plan.formulation import Folded
+from shardwright.plan.modes.search import SearchPlanner
+from shardwright.plan.problem.blocks import blocks_of
+from shardwright.plan.problem.formulation import Folded
 from shardwright.search.solve import solve
 
 SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
@@ -54,7 +54,7 @@ def test_any_device_count_trains_as_the_single_device(mode, devices):
 def fast_links():
     from dataclasses import replace
 
-    from shardwright.cost.machine import load_machine
+    from shardwright.cost.machine_files import load_machine
 
     machine = load_machine("h100")
     levels = tuple(replace(level, latency=0.0, bandwidth=1e15) for level in machine.levels)
@@ -145,7 +145,7 @@ def test_several_meshes_are_tried_and_the_best_is_kept():
 
 def test_folded_layers_cost_what_they_cost_one_by_one(monkeypatch):
     """The same problem with every layer written out has the same optimum; a plan is priced as the search reckoned."""
-    import shardwright.plan.automatic as automatic
+    import shardwright.plan.modes.search as automatic
 
     model, inputs = big_gpt(5)
     folded = plan(model, inputs, mesh=(2, 4), memory=1e15)
@@ -158,7 +158,7 @@ def test_folded_layers_cost_what_they_cost_one_by_one(monkeypatch):
 
 
 def test_price_does_not_depend_on_how_layers_are_folded(monkeypatch):
-    import shardwright.plan.price as price
+    import shardwright.plan.price.plan_price as price
 
     model, inputs = big_gpt(5)
     found = plan(model, inputs, mesh=(2, 4), mode="recursive_programming", memory=1e15)
@@ -229,7 +229,7 @@ def test_the_problem_is_solved_as_a_brute_force_would():
         from shardwright.capture.capture import capture
 
         graph = capture(model, (torch.ones(4, 4),), {}, torch.device("cpu"), {})
-    from shardwright.plan.semi_auto import PlanRequest
+    from shardwright.plan.request import PlanRequest
 
     seen = []
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardwright.capture.capture import capture
-from shardwright.mesh import Mesh
-from shardwright.plan.choices import choices_of, code_of, layout_of, local_sizes, table_of_choice
+from shardwright.ir.mesh import Mesh
+from shardwright.plan.choose.tables import choices_of, code_of, layout_of, local_sizes, table_of_choice
 from shardwright.rules.registry import replicated_signature, signature_of
 
 

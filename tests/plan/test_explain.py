@@ -12,14 +12,14 @@ from test_files import GRID, IDS, MEGATRON, Attention, planned, write
 from torch import nn
 
 import shardwright as sw
-from shardwright.cost.machine import load_machine
+from shardwright.cost.machine_files import load_machine
 from shardwright.cost.operations import flops
 from shardwright.errors import ShardwrightError
-from shardwright.plan.choices import choices_of, table_of_choice
-from shardwright.plan.diff import placement
-from shardwright.plan.files import load_plan_file
-from shardwright.plan.loading import plan_from_file
-from shardwright.plan.reprice import Repricer
+from shardwright.plan.choose.tables import choices_of, table_of_choice
+from shardwright.plan.file.match import plan_from_file
+from shardwright.plan.file.read import load_plan_file
+from shardwright.plan.price.alternatives import Repricer
+from shardwright.report.diff import placement
 
 
 def priced(*args, **kwargs):

@@ -14,16 +14,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
+from shardwright.api.marks import gather_marks
+from shardwright.api.settings import Settings
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
-from shardwright.compiled import Settings, gather_marks
 from shardwright.errors import ShardwrightError, StrategyError
-from shardwright.layout import Layout
+from shardwright.ir.layout import Layout
+from shardwright.ir.names import operator_keys
 from shardwright.partition.partitioner import partition
-from shardwright.plan.files import load_plan_file, operator_keys, save_parameter_layouts, save_plan, save_strategies
-from shardwright.plan.loading import plan_from_file
-from shardwright.plan.modes import plan_graph
-from shardwright.plan.semi_auto import PlanRequest
+from shardwright.plan.file.match import plan_from_file
+from shardwright.plan.file.read import load_plan_file
+from shardwright.plan.file.write import save_parameter_layouts, save_plan, save_strategies
+from shardwright.plan.modes.table import plan_graph
+from shardwright.plan.request import PlanRequest
 
 GRID = sw.Layout((2, 2), ("dp", "tp"))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shardwright.capture.capture import capture
-from shardwright.plan.fold import blocks_of
+from shardwright.plan.problem.blocks import blocks_of
 
 
 def graph_of(module, *inputs):

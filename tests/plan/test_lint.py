@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import shardwright as sw
-from shardwright.plan.lint import lint
+from shardwright.report.lint import lint
 
 DOUBLE = torch.float64
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.cost.communication import Communication
-from shardwright.cost.machine import PRESETS, load_machine
+from shardwright.cost.machine_files import PRESETS, load_machine
 
 MACHINE = load_machine(PRESETS / "cpu-gloo.toml")
 

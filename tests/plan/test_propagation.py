@@ -15,10 +15,12 @@ from torch import nn
 import shardwright as sw
 from shardwright.capture.capture import capture
 from shardwright.errors import StrategyError
-from shardwright.plan.choices import layout_of
-from shardwright.plan.edges import counts_of, edges_of, forward_elements, is_configured, sent
-from shardwright.plan.propagation import PropagationPlanner, slice_counts
-from shardwright.plan.semi_auto import PlanRequest
+from shardwright.ir.graph import is_configured
+from shardwright.ir.layout_text import counts_of
+from shardwright.plan.choose.edges import edges_of, forward_elements, sent
+from shardwright.plan.choose.tables import layout_of
+from shardwright.plan.modes.propagation import PropagationPlanner, slice_counts
+from shardwright.plan.request import PlanRequest
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import steps_between
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from redistribute.test_steps import check, meshes, on_mesh, spread
 
 from shardwright import Layout, Mesh
+from shardwright.ir.step import Step
 from shardwright.redistribute import planner, steps, volume
 from shardwright.redistribute.links import Links
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.routes import exchange_routes
-from shardwright.redistribute.step import Step
 from shardwright.redistribute.steps import redistribution, steps_between
 from shardwright.redistribute.volume import largest, lower_bound, peak_elements, received_elements
-from shardwright.world.simulated import SimulatedWorld
+from shardwright.world.simulated.world import SimulatedWorld
 
 
 def points(layout, shape, rank):

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright import Layout, Mesh
-from shardwright.partition import lanes as lane
-from shardwright.partition.program import Move
+from shardwright.ir import lanes as lane
+from shardwright.ir.instructions import Move
 from shardwright.redistribute.steps import DEFAULT, redistribution, steps_between
 from shardwright.redistribute.volume import sent_elements
-from shardwright.world.simulated_moves import SimulatedMove
-from shardwright.world.simulated_steps import run_steps
+from shardwright.world.simulated.moves import SimulatedMove
+from shardwright.world.simulated.steps import run_steps
 
 
 def spread(layout, whole, seed=0):

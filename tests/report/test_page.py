@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
-from shardwright.plan.plan import Plan
-from shardwright.planning import plan_for
-from shardwright.report.page import page_data, render, write_page
-from shardwright.report.page_tables import Tables
-from shardwright.report.page_tree import module_tree
+from shardwright.api.plan_for import plan_for
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.plan import Plan
+from shardwright.report.page.page import page_data, render, write_page
+from shardwright.report.page.tables import Tables
+from shardwright.report.page.tree import module_tree
 
 WIDTH = 96
 

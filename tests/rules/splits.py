@@ -9,9 +9,9 @@ from torch import Tensor
 import shardwright.rules.tables  # noqa: F401
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
-from shardwright.capture.graph import Node
+from shardwright.ir.graph import Node
+from shardwright.ir.signature import Signature, TensorFactors
 from shardwright.rules.registry import signature_of
-from shardwright.rules.signature import Signature, TensorFactors
 
 
 def node_of(function: Callable[..., Any], args: tuple[Any, ...], operator: str | None = None) -> Node:

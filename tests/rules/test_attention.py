@@ -7,9 +7,9 @@ from torch import Tensor
 
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
+from shardwright.ir.signature import Signature
 from shardwright.rules.registry import signature_of
-from shardwright.rules.signature import Signature
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardwright.rules.conv import add_channel_bias
 from shardwright.rules.pieces import unless_empty, unless_empty_one
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 from tests.rules.splits import doubles, free_dims
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwright.rules.create import eye_block
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 from tests.rules.splits import doubles, free_dims, node_of
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.rules.index import embedding_of_rows
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 from tests.rules.splits import doubles, free_dims
 
 aten = torch.ops.aten

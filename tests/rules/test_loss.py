@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]

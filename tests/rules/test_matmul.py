@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.mesh import Mesh
-from shardwright.rules.operator import Operator, Slot, TensorMeta
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.rules.registry import signature_of
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]

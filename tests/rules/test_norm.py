@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.capture.capture import capture
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.ir.choice import make_choice
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.plan import Plan
 from shardwright.partition.partitioner import partition
-from shardwright.plan.choice import make_choice
-from shardwright.plan.plan import Plan
 from shardwright.rules.registry import signature_of
-from shardwright.testing import check_rule
-from shardwright.world.simulated import SimulatedWorld
+from shardwright.testing.rules import check_rule
+from shardwright.world.simulated.world import SimulatedWorld
 
 Shape = tuple[int, ...]
 

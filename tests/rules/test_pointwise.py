@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.rules.operator import Operator, Slot, TensorMeta
+from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.rules.pointwise import BINARY, TERNARY, UNARY
 from shardwright.rules.registry import signature_of
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.rules import random_draw
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 from tests.rules.splits import doubles, free_dims, node_of
 
 aten = torch.ops.aten
@@ -163,11 +163,11 @@ def test_a_draw_depends_on_no_rank() -> None:
     """Lanes of a draw would each draw anew: its arguments are the global ones alone."""
     from shardwright.capture.capture import capture
     from shardwright.capture.closure import FunctionModule
-    from shardwright.layout import Layout
-    from shardwright.mesh import Mesh
+    from shardwright.ir.choice import make_choice
+    from shardwright.ir.layout import Layout
+    from shardwright.ir.mesh import Mesh
+    from shardwright.ir.plan import Plan
     from shardwright.partition.partitioner import partition
-    from shardwright.plan.choice import make_choice
-    from shardwright.plan.plan import Plan
     from shardwright.rules.registry import signature_of
 
     graph = capture(FunctionModule(lambda x: F.dropout(x, 0.5)), (doubles(6, 4),), {}, torch.device("cpu"))

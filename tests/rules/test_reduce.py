@@ -9,7 +9,7 @@ from torch import Tensor
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
 from shardwright.rules.registry import signature_of
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], object]

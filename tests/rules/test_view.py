@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
-from shardwright.plan.follow import follow
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.plan.choose.follow import follow
 from shardwright.rules.registry import signature_of
 from shardwright.rules.view import shared_factors
-from shardwright.testing import check_rule
+from shardwright.testing.rules import check_rule
 from tests.rules.splits import doubles, free_dims, node_of
 
 aten = torch.ops.aten

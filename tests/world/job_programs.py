@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.cost.machine import PRESETS
-from shardwright.partition.schedule import Buckets, Schedule
-from shardwright.plan import automatic
+from shardwright.cost.machine_files import PRESETS
+from shardwright.ir.buckets import Buckets, Schedule
+from shardwright.parameters.whole import full_value
+from shardwright.plan.modes import search as automatic
 from shardwright.world import current
-from shardwright.world.parameters import full_value
-from shardwright.world.simulated import SimulatedWorld
+from shardwright.world.simulated.world import SimulatedWorld
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from shardwright import cli, whole_steps
-from shardwright.cost.calibration import Sample
-from shardwright.cost.fit import TERMS
-from shardwright.cost.machine import calibrated, load_machine
+from shardwright.calibrate import steps as whole_steps
+from shardwright.calibrate.collectives import Measured, Measurements, links_of, measure, tables_of
+from shardwright.calibrate.fit import TERMS
+from shardwright.calibrate.operators import Sample
+from shardwright.cli import main as cli
+from shardwright.cost.algorithms import ALGORITHMS, DEFAULT, Calibration, load, location
+from shardwright.cost.machine_files import calibrated, load_machine
 from shardwright.errors import WorldError
 from shardwright.redistribute.links import Links
-from shardwright.world.calibrate import Measured, Measurements, links_of, measure, tables_of
-from shardwright.world.calibration import ALGORITHMS, DEFAULT, Calibration, load, location
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,7 @@ def test_measuring_by_the_command(capsys):
 def measured(monkeypatch):
     """Nothing is measured; times are made up."""
     samples = [Sample("launch", "float32", 32.0, 0.0, 32e-5), Sample("matmul", "float32", 1e9, 1e6, 0.01)]
-    monkeypatch.setattr("shardwright.world.calibrate.measure", lambda *_: Measurements(some(), samples))
+    monkeypatch.setattr("shardwright.calibrate.collectives.measure", lambda *_: Measurements(some(), samples))
     return samples
 
 
@@ -189,7 +190,7 @@ def test_training_steps_move_the_machine(measured, monkeypatch, capsys):
             found.append(whole_steps.MeasuredStep("model", f"plan {count}", 3 * price, price, terms))
         return found
 
-    monkeypatch.setattr("shardwright.whole_steps.measure_steps", steps)
+    monkeypatch.setattr("shardwright.calibrate.steps.measure_steps", steps)
     assert cli.main(["calibrate", "--ranks", "2", "--seconds", "5"]) == 0
     assert seen == [(2, 5.0, 1e-5, str(location()))], "some() has a launch of 10 µs"
     assert "SHARDWRIGHT_CALIBRATION" not in os.environ

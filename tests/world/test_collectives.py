@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from shardwright.base.process_groups import backend_of
+from shardwright.cost.algorithms import ALGORITHMS, Calibration
 from shardwright.errors import WorldError
-from shardwright.world import point_to_point
-from shardwright.world.calibration import ALGORITHMS, Calibration, Links
-from shardwright.world.collectives import Link, backend_of
-from shardwright.world.summation import prepare_reduce, reduce
+from shardwright.redistribute.links import Links
+from shardwright.world.distributed import messages as point_to_point
+from shardwright.world.distributed.links import Link
+from shardwright.world.execute.summation import prepare_reduce, reduce
 
 DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 DTYPES += (torch.float64, torch.complex64, torch.float8_e4m3fn)
@@ -53,7 +55,7 @@ def work(rank, size, port, scenarios):
 
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
-    multiprocessing.set_forkserver_preload(["shardwright.testing", "torch.distributed"])
+    multiprocessing.set_forkserver_preload(["shardwright.testing.rules", "torch.distributed"])
     mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from shardwright.errors import ShardwrightError
-from shardwright.world import delayed_init
-from shardwright.world.delayed_init import is_delayed, materialise, no_init_parameters
+from shardwright.parameters.delayed import recorder as delayed_init
+from shardwright.parameters.delayed.recorder import is_delayed, no_init_parameters
+from shardwright.parameters.delayed.replay import materialise
 
 Build = Callable[[], nn.Module]
 

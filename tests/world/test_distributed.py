@@ -19,18 +19,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from shardwright import testing
 from shardwright.errors import WorldError
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.step import Step
 from shardwright.partition.partitioner import partition
-from shardwright.redistribute.steps import Step, steps_between
+from shardwright.redistribute.steps import steps_between
 from shardwright.rules.registry import signature_of
-from shardwright.world.distributed import DistributedWorld, read_environment
-from shardwright.world.distributed_steps import Groups, prepare, prepare_steps
-from shardwright.world.record import record_communication
-from shardwright.world.simulated import SimulatedWorld
-from shardwright.world.simulated_steps import run_steps
+from shardwright.testing import rules as testing
+from shardwright.world.distributed.groups import Groups
+from shardwright.world.distributed.steps import prepare, prepare_steps
+from shardwright.world.distributed.world import DistributedWorld
+from shardwright.world.execute.log import record_communication
+from shardwright.world.job.torchrun import read_environment
+from shardwright.world.simulated.steps import run_steps
+from shardwright.world.simulated.world import SimulatedWorld
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_ROUND = 1 << 16  # elements; about where the algorithms for small tensors end
@@ -64,7 +67,7 @@ def work(rank, size, port, scenarios):
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
     # a fork server imports torch once for all jobs, and has no threads when it forks
-    multiprocessing.set_forkserver_preload(["shardwright.testing", "torch.distributed"])
+    multiprocessing.set_forkserver_preload(["shardwright.testing.rules", "torch.distributed"])
     mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 

@@ -25,23 +25,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from shardwright.errors import LayoutError, WorldError
-from shardwright.layout import Layout
-from shardwright.mesh import Mesh
-from shardwright.world import parameters
-from shardwright.world.delayed_init import DelayedInitError, no_init_parameters
-from shardwright.world.parameters import (
-    MovedParameter,
-    current,
-    device_mesh,
-    distribute_parameters,
-    enter,
-    full_value,
-    layout_of,
-    placements,
-    rebind,
-    storable,
-    stored_layouts,
-)
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.parameters import distribute as parameters
+from shardwright.parameters.delayed.record import DelayedInitError
+from shardwright.parameters.delayed.recorder import no_init_parameters
+from shardwright.parameters.device_mesh import device_mesh
+from shardwright.parameters.distribute import distribute_parameters
+from shardwright.parameters.enter import enter
+from shardwright.parameters.handles import MovedParameter, current
+from shardwright.parameters.optimizer import rebind
+from shardwright.parameters.placements import layout_of, placements, storable, stored_layouts
+from shardwright.parameters.whole import full_value
 
 # ------------------------------------------------------------------------------------------- what the checks work on
 

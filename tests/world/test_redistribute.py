@@ -10,7 +10,7 @@ from world.test_distributed import run_job
 
 from shardwright import Layout, Mesh
 from shardwright.errors import StrategyError, WorldError
-from shardwright.world.simulated import SimulatedWorld
+from shardwright.world.simulated.world import SimulatedWorld
 
 
 def random_mesh(draw, size, everyone):

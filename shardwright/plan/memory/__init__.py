@@ -22,7 +22,7 @@ cost nothing and keep their base alive.
 ==================  ====================================================================================
 """
 
-from shardwright.plan.memory.predict import memory_of
+from shardwright.plan.memory.predict import memory_of, step_memory
 from shardwright.plan.memory.timeline import MemoryTimeline
 
-__all__ = ["MemoryTimeline", "memory_of"]
+__all__ = ["MemoryTimeline", "memory_of", "step_memory"]

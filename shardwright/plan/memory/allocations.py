@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardwright.capture.torch_private import TorchDispatchMode
+from shardwright.base.torch_private import TorchDispatchMode
 from shardwright.cost.saved import storage_key
 
 # -- what kernels of the CPU need meanwhile, found by profiling single calls ---------------------------------------------

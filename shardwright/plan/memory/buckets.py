@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwright.cost.memory import BucketMemory, Choose, bucket_memory
-from shardwright.partition.program import Move, Start
+from shardwright.ir.instructions import Move, Start
+from shardwright.ir.step import Step
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage
-from shardwright.redistribute.step import Step
 
 
 @dataclass

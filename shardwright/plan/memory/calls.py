@@ -9,15 +9,14 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from shardwright.capture.torch_private import pytree
+from shardwright.base.torch_private import pytree
 from shardwright.cost.saved import frozen
-from shardwright.partition.program import Call
+from shardwright.ir.instructions import Call, PerRank, Ref
+from shardwright.ir.operator import Slot
 from shardwright.plan.memory.local_call import BackwardMemory, ForwardMemory, LocalCall, Place
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Kept, Reader, Recipe
 from shardwright.plan.memory.usage import Storage
-from shardwright.rules.lowering import PerRank, Ref
-from shardwright.rules.operator import Slot
 
 _forwards: dict[Hashable, tuple[LocalCall, ForwardMemory]] = {}
 _backwards: dict[Hashable, BackwardMemory] = {}

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from shardwright.capture.torch_private import FakeTensorMode
+from shardwright.base.torch_private import FakeTensorMode
 from shardwright.cost.saved import filled, storage_key
-from shardwright.partition.program import Call
+from shardwright.ir.instructions import Call
 from shardwright.plan.memory.allocations import AllocationTracker
 from shardwright.plan.memory.fused_kernels import stand_in
 from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides

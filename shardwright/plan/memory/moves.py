@@ -14,20 +14,20 @@ from shardwright.cost.memory import (
     Choose,
     RedistributionMemory,
     local_bytes,
-    local_shape,
     redistribution_memory,
     shared_collective_memory,
     step_memory,
 )
+from shardwright.ir.instructions import KeepPiece, Move, Start, Together, communicates
+from shardwright.ir.largest_piece import local_shape
+from shardwright.ir.program import LocalProgram
+from shardwright.ir.step import Step
 from shardwright.partition.free_results import result_is_free, values_read_once, values_with_free_gradients
-from shardwright.partition.program import KeepPiece, LocalProgram, Move, Start, Together
 from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
-from shardwright.redistribute.step import Step
-from shardwright.train.recompute import communicates
 
 
 @dataclass

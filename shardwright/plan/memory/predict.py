@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from shardwright.partition.program import Start
+from shardwright.cost import algorithms as calibration
+from shardwright.ir.instructions import Start
+from shardwright.ir.plan import Plan
 from shardwright.plan.memory.first_rank import first_rank_program
 from shardwright.plan.memory.timeline import MemoryTimeline
 from shardwright.plan.memory.training_step import OptimizerMemory, TrainingStep
-from shardwright.plan.plan import Plan
+from shardwright.redistribute.links import machine_links
 from shardwright.redistribute.planner import Options
-from shardwright.world import calibration
 
 _OPTIMIZERS = {
     "adamw": OptimizerMemory(2.0, 2.0),
@@ -38,7 +39,7 @@ def memory_of(
         KeyError: an optimizer's name that is not one of these.
     """
     if options is None:
-        options = Options() if plan.machine is None else Options(plan.machine.links(plan.mesh))
+        options = Options() if plan.machine is None else Options(machine_links(plan.machine, plan.mesh))
     program = first_rank_program(plan, options)
     states = _of_optimizer(optimizer)
     choose = calibration.load().choose if device == "cpu" else None
@@ -48,6 +49,13 @@ def memory_of(
         other = TrainingStep(plan.graph, program, states, device, choose, hub=False).run()
         timeline = max(timeline, other, key=lambda t: t.peak)
     return timeline
+
+
+def step_memory(plan: Plan) -> MemoryTimeline:
+    """Returns what a rank needs over a step on the plan's machine, with the optimizer that was planned for; remembered."""
+    if "memory" not in plan.memo:
+        plan.memo["memory"] = memory_of(plan, plan.states, plan.machine.device if plan.machine is not None else "cpu")
+    return plan.memo["memory"]  # type: ignore[no-any-return]
 
 
 def _of_optimizer(optimizer: str | float | None) -> OptimizerMemory | None:

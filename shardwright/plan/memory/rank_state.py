@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from shardwright.cost.memory import local_shape
-from shardwright.partition.program import Move
+from shardwright.ir.instructions import Move
+from shardwright.ir.largest_piece import local_shape
 from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
 from shardwright.plan.memory.recipes import Kept, Reader, Recipe
 from shardwright.plan.memory.usage import Storage, Usage

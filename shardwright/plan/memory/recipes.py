@@ -1,4 +1,4 @@
-"""Recipes: plays what is computed again in the backward pass, as :mod:`shardwright.world.recipes` does it.
+"""Recipes: plays what is computed again in the backward pass, as :mod:`shardwright.world.execute.recipes` does it.
 
 A storage that an instruction makes, and that is not kept for the backward pass, has a recipe. What autograd saves of it is
 a reader: before an operator's backward it is computed again, with all it depends on; it goes with its last reader.

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardwright.plan.table import bytes_text
+from shardwright.base.text import bytes_text
 
 _MOST_PRINTED = 5  # of the tensors that are kept
 

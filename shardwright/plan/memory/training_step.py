@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from shardwright.capture.graph import Graph
-from shardwright.cost.memory import Choose, local_shape
-from shardwright.partition.program import Call, Instruction, KeepPiece, LocalProgram, Start, Together
+from shardwright.cost.memory import Choose
+from shardwright.ir.graph import Graph
+from shardwright.ir.instructions import Call, Instruction, KeepPiece, Start, Together
+from shardwright.ir.largest_piece import local_shape
+from shardwright.ir.program import LocalProgram
 from shardwright.plan.memory.calls import CallPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.moves import MovePlayer

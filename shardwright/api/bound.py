@@ -1,0 +1,318 @@
+"""One callable, captured, planned, partitioned and bound for one signature of inputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardwright.agreement.random_state import agree_on_random_state
+from shardwright.agreement.signature import Signature, lines_of, looked_at
+from shardwright.agreement.watch import compare_on_ranks, explain, note
+from shardwright.api import train_step
+from shardwright.api.marks import gather_again, gather_marks
+from shardwright.api.settings import Settings
+from shardwright.api.stages import before_compiling, follow_attributes, plan_as_asked, plan_request
+from shardwright.base.torch_private import pytree
+from shardwright.capture.capture import capture
+from shardwright.capture.closure import attribute_of
+from shardwright.cost.machine_files import load_machine
+from shardwright.data.handed import Handed
+from shardwright.errors import CaptureError, WorldError
+from shardwright.ir.buckets import Schedule
+from shardwright.ir.graph import Graph, GraphInput
+from shardwright.ir.layout import Layout
+from shardwright.ir.machine import Machine
+from shardwright.ir.plan import Plan
+from shardwright.ir.program import LocalProgram
+from shardwright.parameters.distribute import distribute_parameters
+from shardwright.parameters.enter import enter
+from shardwright.parameters.handles import current
+from shardwright.parameters.placements import layout_of
+from shardwright.parameters.whole import materialise_whole
+from shardwright.partition.partitioner import scheduled, unscheduled
+from shardwright.redistribute.links import machine_links
+from shardwright.redistribute.planner import Options
+from shardwright.report.plan_view import PlanView
+from shardwright.train.accumulation.cut import cut_program
+from shardwright.train.accumulation.module import GradAccumulation, given_a_part
+from shardwright.train.accumulation.run import AccumulatedRun
+from shardwright.train.compile.compiler import SegmentCompiler
+from shardwright.train.copies.turns import interleave
+from shardwright.train.copies.virtual_axis import is_interleaved, prepare_copies
+from shardwright.train.precision.wires import with_wires
+from shardwright.world.current import World
+
+
+class Compiled:
+    """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
+
+    compiler: SegmentCompiler | None = None
+    signs: dict[bool, Signature]  # what other ranks are told of it, by gradient mode
+
+    def __init__(
+        self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None,
+        may_be_a_step: bool = False,
+    ):  # fmt: skip
+        if handed is not None:
+            args, kwargs = self._global_inputs(args, kwargs, handed.shapes)
+            settings = replace(settings, dataset_strategy=handed.strategy)
+        for notice in before_compiling:
+            notice(root, args, kwargs, settings)
+        self.root, self.world = root, world
+        device = device_of(root, world)
+        if settings.compiler is not None:
+            settings.compiler.check(device)
+        self.device_type = device.type
+        self.micro = root if isinstance(root, GradAccumulation) else None
+        if self.micro is not None:
+            args, kwargs = self._first_part(self.micro, args, kwargs)
+        marks, parameter_plan = gather_marks(root, settings)
+        again = gather_again(root, settings)
+        # only within the capture: planning differentiates on its own account
+        watch = train_step.backward_is_a_step(may_be_a_step)
+        with watch, given_a_part(self.micro), settings.precision.computing(device.type):
+            self.graph: Graph = capture(root, args, kwargs, device, marks)
+        self._check_assignments()
+        if not world.is_simulated:
+            text, constants = lines_of(str(self.graph), root), list(self.graph.constants.values())
+            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
+        self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
+        self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
+        named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
+        machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
+        request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
+        self.plan: Plan = plan_as_asked(root, self.graph, request, settings, again)
+        self.plan = replace(self.plan, input_layouts=self._stored(device))
+        links = machine_links(machine, self.plan.mesh)
+        options = Options(links, enable_alltoall=settings.enable_alltoall and not is_interleaved(self.graph))
+        program = unscheduled(self.graph, self.plan, options)
+        adds_wide = world.is_simulated or device.type == "cpu"
+        program = with_wires(program, self.graph, settings.precision, self.micro is not None, adds_wide)
+        for change in self.plan.passes:
+            program = change(program)
+        how = self.plan.schedule
+        self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
+        if not world.is_simulated:
+            compare_on_ranks(world, "program", lines_of(self.program.text(0)))
+        self.view = PlanView(self.plan, self.program)
+        self.compiler = settings.compiler
+        self.runs = self.program  # what runs: the program, or its form of compiled segments
+        self.run: Callable[..., Any]
+        self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, how, settings)
+        self._read = [self._reader(i) for i in self.graph.inputs]
+        self._is_random = any(n.op.draws for n in self.graph.nodes)
+        self._count_inputs()
+
+    def _count_inputs(self) -> None:
+        """Notes which inputs of the graph are parameters, which are handed in, which are held, and what is written to."""
+        kinds = [i.kind for i in self.graph.inputs]
+        self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
+        self._handed = [n for n, kind in enumerate(kinds) if kind == "input"]
+        self._held = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
+        self._written = {name for name, _ in self.graph.updates}
+        self._looked_at: list[Any] = []
+        self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
+
+    @staticmethod
+    def _first_part(module: GradAccumulation, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return pytree.tree_unflatten(module.parts(leaves)[0], spec)
+
+    def _bound(self, program: LocalProgram) -> Callable[..., Any]:
+        """The program bound to the world, compiled if that is asked for."""
+        self.runs = program
+        if self.compiler is not None:
+            self.runs = self.compiler.compiled(program, self.graph, self.world.is_simulated)
+        return self.world.bind(self.runs)
+
+    def _accumulated(self, program: LocalProgram, how: Schedule, settings: Settings) -> AccumulatedRun:
+        """The program in two parts, and what runs them."""
+        assert self.micro is not None
+        gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
+        first, second, handed = cut_program(program, gathers_once)
+        once = self.world.bind(scheduled(first, how), keep=handed)
+        each = self._bound(interleave(scheduled(second, how), self.graph))
+        return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
+
+    def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        """Inputs of these shapes, one a tensor: where ranks hand in slices, those of the global tensors."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        known = iter(shapes)
+
+        def whole(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            made = torch.empty(next(known), dtype=leaf.dtype, device="meta")
+            return made.requires_grad_(leaf.requires_grad)
+
+        return pytree.tree_unflatten([whole(leaf) for leaf in leaves], spec)
+
+    def _stored(self, device: torch.device) -> dict[str, Layout]:
+        """Places the parameters as the plan stores them; returns the layouts they really have."""
+        layouts = dict(self.plan.input_layouts)
+        named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
+        if self.world.is_simulated:
+            materialise_whole(self.root)
+            return layouts
+        actual = distribute_parameters(self.root, self._all(named), device)
+        for i in self.graph.inputs:
+            if i.kind == "parameter":
+                layouts[i.value] = actual[str(i.target)]
+        return layouts
+
+    def _all(self, named: dict[str, Layout]) -> dict[str, Layout]:
+        """Layouts for every parameter of the root: those that no operator reads are replicated."""
+        result = dict(named)
+        for name, parameter in self.root.named_parameters():
+            result.setdefault(name, Layout.replicated(self.plan.mesh, parameter.ndim))
+        return result
+
+    def _reader(self, graph_input: GraphInput) -> Callable[[list[Any]], Any]:
+        target = graph_input.target
+        if graph_input.kind == "input":
+            return lambda leaves: leaves[target]  # type: ignore[index]
+        if graph_input.kind == "constant":
+            value = self.graph.constants[str(target)]
+            found = attribute_of(self.root, value)
+            if found is not None:
+                attributes, attribute = found
+                return lambda leaves: attributes[attribute]
+            return lambda leaves: value
+        path, _, name = str(target).rpartition(".")
+        owner = self.root.get_submodule(path)
+        table = owner._parameters if graph_input.kind == "parameter" else owner._buffers
+        return lambda leaves: table[name]
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        """Runs the program on the flat inputs; returns what the callable returns, global."""
+        values = [read(leaves) for read in self._read]
+        if self.graph.updates:
+            self._check_aliases(values)
+        if not self.world.is_simulated and self._parameters:
+            stored = [values[n] for n in self._parameters]
+            if not all(type(p) is DTensor for p in stored):
+                stored = self._replaced(stored)
+            local = enter(stored)
+            for n, value in zip(self._parameters, local, strict=True):
+                values[n] = value
+        if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
+            with torch.autocast(self.device_type, enabled=False):
+                outputs, updates = self._run(values)
+        else:
+            outputs, updates = self._run(values)
+        if updates:
+            self._update(values, updates)
+        result = pytree.tree_unflatten(outputs, self.graph.out_spec)
+        return self._assigned(result) if self.graph.assignments else result
+
+    def _check_aliases(self, values: list[Any]) -> None:
+        """Refuses a write to an input or buffer whose memory another one shares: a program has each by itself."""
+        held = [values[n] for n in self._held]
+        if not (len(held) == len(self._looked_at) and all(map(operator.is_, held, self._looked_at))):
+            self._looked_at, self._memory = held, {}
+            self._note_memory(self._held, values, self._memory)
+        of_inputs = dict(self._memory)
+        self._note_memory(self._handed, values, of_inputs)
+
+    def _note_memory(self, numbers: Sequence[int], values: list[Any], memory: dict[int, GraphInput]) -> None:
+        """Adds the memory of some inputs of the graph to what is known of others.
+
+        Raises:
+            CaptureError: it is that of another one, and one of the two is written to.
+        """
+        for n in numbers:
+            own, value = self.graph.inputs[n], values[n]
+            if not isinstance(value, Tensor) or not value.numel():
+                continue
+            other = memory.setdefault(value.untyped_storage().data_ptr(), own)
+            if other is not own and (own.value in self._written or other.value in self._written):
+                raise CaptureError(
+                    f"{other.kind} {other.target} and {own.kind} {own.target} share their memory, and the captured callable "
+                    "writes to it in place\n  Hand in a copy, x.clone(), or write out of place"
+                )
+
+    def _check_assignments(self) -> None:
+        names = [made.where for made in self.graph.assignments if made.tensors]
+        if names and self.micro is not None:
+            raise CaptureError(
+                f"a network in GradAccumulation assigns tensors to attributes: {', '.join(names)}\n  Each micro-batch has its "
+                "own; return them instead"
+            )
+
+    def _assigned(self, result: Any) -> Any:
+        """What the callable returns, after the attributes that it assigns have been assigned."""
+        made, tensors = self.graph.assignments, ()
+        if any(assignment.tensors for assignment in made):
+            result, tensors = result
+        rest = iter(tensors)
+        for assignment in made:
+            assignment.carry_out(rest)
+        return result
+
+    def weights(self, parts: int, part: int) -> dict[str, Tensor]:
+        """One part of the parameters that every rank of a job holds the whole of, as this rank has them."""
+        found = list(dict(self.root.named_parameters()).items())[part::parts]
+        layouts = {name: layout_of(p) for name, p in found}
+        return {name: p.to_local() for name, p in found if (at := layouts[name]) is not None and at.is_replicated}  # type: ignore[attr-defined]
+
+    def _replaced(self, stored: list[Any]) -> list[Any]:
+        """Distributes parameters that the user put in the place of distributed ones; all ranks do."""
+        by_name = {i.name: i for i in self.program.inputs}
+        inputs = [by_name[self.graph.inputs[n].value] for n in self._parameters]
+        found = [current(p) for p in stored]
+        for i, parameter in zip(inputs, found, strict=True):
+            shape, dtype = getattr(parameter, "shape", None), getattr(parameter, "dtype", None)
+            if shape != i.meta.shape or dtype != i.meta.dtype:
+                raise WorldError(
+                    f"parameter {i.target} is {dtype} {list(shape or ())} now and was {i.meta.dtype} {list(i.meta.shape)} when "
+                    "the net was made: make a new AutoParallel"
+                )
+        if not all(type(p) is DTensor for p in found):
+            note("parameters put in the place of others")
+            layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh
+            for name, parameter in self.root.named_parameters():
+                layouts.setdefault(name, Layout.replicated(mesh, parameter.ndim))
+            distribute_parameters(self.root, layouts, self.world.device)  # type: ignore[union-attr]
+        return [self._read[n]([]) for n in self._parameters]
+
+    def _run(self, values: list[Any]) -> Any:
+        try:
+            if self._is_random and not self.world.is_simulated:
+                agree_on_random_state(self.world.device)  # type: ignore[union-attr]
+            return self.run(*values)
+        except RuntimeError as error:  # of communication, it may be, because of what another rank did
+            said = explain(self.world)
+            if not said:
+                raise
+            raise WorldError(said) from error
+
+    def single_device(self) -> AbstractContextManager[None]:
+        """Within the block, the target runs as on a single device."""
+        return nullcontext()
+
+    def _update(self, values: list[Any], updates: list[Tensor]) -> None:
+        """Writes back what the callable changed in place: buffers, or inputs."""
+        by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
+        with torch.no_grad():
+            for (name, _), new in zip(self.graph.updates, updates, strict=True):
+                values[by_name[name]].copy_(new)
+
+
+def device_of(root: nn.Module, world: World) -> torch.device:
+    """Where the program will run."""
+    if not world.is_simulated:
+        return world.device  # type: ignore[union-attr]
+    devices = {p.device for p in root.parameters() if p.device.type != "meta"}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
+# -- strategies given to modules and parameters by name -------------------------------------------------------------------
+
+

@@ -1,0 +1,53 @@
+"""Settings: what a user asks of an ``AutoParallel``, apart from marks on operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.ir.buckets import Schedule
+from shardwright.ir.graph import Graph
+from shardwright.ir.plan import Plan
+from shardwright.plan.request import PlanRequest
+from shardwright.train.compile.compiler import SegmentCompiler
+from shardwright.train.optimizer_parallel.stored import OptimizerParallel
+from shardwright.train.precision.wires import Precision
+from shardwright.train.recompute.request import RecomputeRequest
+
+SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
+MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "hybrid_parallel", "stand_alone")
+
+
+@dataclass
+class Settings:
+    """What a user asked of an ``AutoParallel``, apart from marks on operators."""
+
+    mode: str = "semi_auto"
+    dataset_strategy: Any = "full_batch"
+    strategies: dict[str, Any] | None = None
+    source: str = ""
+    enable_alltoall: bool = True
+    of_step: bool = False  # one part of a train step: a pattern may be another part's
+    search: SearchSettings = field(default_factory=lambda: SearchSettings())
+    file: Any = None  # a plan file whose layouts are pinned
+    recompute: tuple[RecomputeRequest, ...] = ()
+    planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
+    hsdp: OptimizerParallel | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    over: Any = None  # of hybrid_parallel: the mesh of the user's collectives
+    gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
+    compiler: SegmentCompiler | None = None  # compiles what runs between moves
+    precision: Precision = field(default_factory=Precision)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What plans are priced on and must fit; see :meth:`shardwright.api.auto_parallel.AutoParallel.search`."""
+
+    machine: Any = None
+    memory: float | None = None
+    mesh: tuple[int, ...] | None = None
+    axes: tuple[str, ...] = ()
+    states: float = 2.0
+    seconds: float = 30.0

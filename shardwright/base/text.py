@@ -1,0 +1,60 @@
+"""Text: numbers, bytes, seconds and lists as people read them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+
+def pattern(name: str) -> str:
+    """A qualified name with its numbers left open.
+
+    >>> pattern("blocks.12.attention.query")
+    'blocks.*.attention.query'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+
+
+def alike_name(names: Sequence[str]) -> str:
+    """What names of alike things have in common: numbers that differ are left open, those that do not stay.
+
+    >>> alike_name(["blocks.0.up.0", "blocks.1.up.0"]), alike_name(["blocks.7.norm"])
+    ('blocks.*.up.0', 'blocks.7.norm')
+    """
+    parts = [re.split(r"([./ ])", name) for name in dict.fromkeys(names)]
+    if len({len(each) for each in parts}) > 1:
+        return pattern(names[0])
+    return "".join(each[0] if len(set(each)) == 1 else "*" for each in zip(*parts))
+
+
+def seconds_text(seconds: float) -> str:
+    """A time for people.
+
+    >>> seconds_text(0.00312), seconds_text(2.5)
+    ('3.12 ms', '2.50 s')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds >= 1 / scale or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}" if seconds * scale >= 100 else f"{seconds * scale:.2f} {unit}"
+    raise AssertionError
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for people: ``1.5 MB``."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def enough(count: float) -> str:
+    """The next round number of bytes above one, as an option takes it.
+
+    >>> enough(55_650), enough(108.21e9)
+    ('55.7kB', '108.3GB')
+    """
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("kB", 1e3))
+    return f"{math.ceil(count / scale * 10) / 10:g}{unit}"

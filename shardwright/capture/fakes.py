@@ -1,0 +1,52 @@
+"""Fakes: shapes of a module's state and inputs, without their values, for the capture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
+    """The autocast that is on for a kind of device, as nodes carry it: operators keep it wherever they are run."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()
+
+
+def _fake(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
+    with mode:
+        made = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
+    return made.requires_grad_(tensor.requires_grad) if made.is_floating_point() or made.is_complex() else made
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.stride())
+
+
+@contextlib.contextmanager
+def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
+    """Replaces every parameter and buffer by a fake one of its global shape, tied ones by the same."""
+    known: dict[int, Tensor] = {}
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for owner in module.modules():
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
+                for name, value in table.items():
+                    if value is None:
+                        continue
+                    if id(value) not in known:
+                        made = _fake(mode, value.detach(), device)
+                        if isinstance(value, nn.Parameter):
+                            made = nn.Parameter(made, requires_grad=value.requires_grad)
+                        known[id(value)] = made
+                    changed.append((table, name, value))
+                    table[name] = known[id(value)]
+        yield
+    finally:
+        for table, name, value in changed:
+            table[name] = value

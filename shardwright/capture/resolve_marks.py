@@ -1,0 +1,74 @@
+"""Marks that wait for their operator: found out once the graph stands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from shardwright.base.user_code import _source
+from shardwright.capture.session import CALL, PIN, Session
+from shardwright.ir.graph import Node
+from shardwright.ir.marks import Mark
+
+
+def _at(node: fx.Node) -> str:
+    source = _source(node)
+    return f" at {source}" if source else ""
+
+
+def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tuple[list[Node], dict[str, str]]:
+    """Puts each marked call's mark on its one operator, or pins its inputs and outputs where it has several.
+
+    Returns:
+        The nodes, and for every pin that was dropped the value it stood for.
+    """
+    inside: dict[int, list[str]] = {}
+    for node in nodes:
+        meta = custom[node.name]
+        if PIN not in meta and CALL in meta:
+            inside.setdefault(meta[CALL], []).append(node.name)
+    single = {
+        call
+        for call, mark in enumerate(now.calls)
+        if len(inside.get(call, ())) == 1 and not mark.is_pin and mark.module_path is None
+        and mark.parameter_plan is None
+    }  # fmt: skip
+    result = []
+    renamed: dict[str, str] = {}
+    pinned: dict[str, int] = {}
+    for node in nodes:
+        before = node.inputs
+        if renamed:
+            node = replace(node, inputs=tuple(renamed.get(v, v) for v in node.inputs))
+        meta = custom[node.name]
+        pin = meta.get(PIN)
+        if pin is not None:
+            call, side, position = pin
+            if call in single:
+                renamed[node.outputs[0]] = node.inputs[0]  # itself renamed already
+                pinned[node.outputs[0]] = position
+                continue
+            pin_mark = _pin_mark(now.calls[call], side, position)
+            region = None if pin_mark else now.calls[call]
+            node = replace(node, mark=pin_mark, mark_positions=(0,), mark_count=1, region=region)
+        elif meta.get(CALL) in single:
+            call = meta[CALL]
+            positions = tuple(pinned.get(v) for v in before)
+            node = replace(node, mark=now.calls[call], mark_positions=positions, mark_count=now.counts[call])
+        elif CALL in meta:
+            node = replace(node, mark=None, region=now.calls[meta[CALL]])
+        result.append(node)
+    return result, renamed
+
+
+def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:
+    strategy = mark.in_strategy if side == "in" else mark.out_strategy
+    if strategy is None or position >= len(strategy) or strategy[position] is None:
+        return None
+    what = "input" if side == "in" else "output"
+    return replace(
+        mark, name=f"{mark.name} {what} {position}", in_strategy=(strategy[position],), out_strategy=None,
+        parameter_plan=None, is_pin=True,
+    )  # fmt: skip

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from shardwright.cli.main import main as main

@@ -1,0 +1,113 @@
+"""The mesh that collectives in user code are over, and whose turn it is while a rank's program is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from shardwright.errors import ArgumentTypeError, LayoutError, WorldError
+from shardwright.ir.mesh import Mesh
+from shardwright.world.current import World, current_world
+
+
+@dataclass(frozen=True)
+class Over:
+    """A mesh of all ranks, the axes that share out the batch, and whether calls outside of models are compared."""
+
+    mesh: Mesh
+    data: tuple[str, ...]
+    check: bool = True
+
+    def check_world(self, world: World) -> None:
+        """Refuses a mesh that is neither over all ranks of the world nor over one rank."""
+        if self.mesh.size not in (1, world.size):
+            raise WorldError(
+                f"the mesh {self.mesh} has {self.mesh.size} ranks, this world has {world.size}: make it of {world.size} ranks"
+            )
+
+    def position(self, axis: str, rank: int) -> int:
+        """The rank's index along an axis."""
+        return self.mesh.coordinates(rank)[axis] if self.mesh.axis_size(axis) > 1 else 0
+
+
+@dataclass
+class Tracing:
+    """A capture in progress: the program of one rank. ``asked`` are the axes on which it asked where it is."""
+
+    over: Over
+    rank: int
+    asked: set[str] = field(default_factory=set)
+
+
+_over: list[Over] = []
+_tracing: list[Tracing] = []
+
+
+@contextmanager
+def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True) -> Iterator[Mesh]:
+    """Within the block, collectives and parameters that ranks own are over the axes of this mesh.
+
+    An :class:`~shardwright.AutoParallel` in mode ``"hybrid_parallel"`` keeps the mesh of the block it is made in. Outside of
+    any block the mesh is one axis ``"dp"`` of all ranks.
+
+    Args:
+        mesh: of all ranks of the world, in ascending order. Over a mesh of one rank every collective is the identity, so
+            that the program of a rank is that of the single device.
+        data: the axes over which ranks are given different parts of the batch; default: ``"dp"``, if there is one.
+        check: whether ranks of a real job compare every call outside of a captured model before it runs. It costs a small
+            message a call; without it, ranks that call different things wait for each other.
+
+    Raises:
+        ArgumentTypeError: not a mesh. LayoutError: an axis it does not have, ranks out of order. WorldError: other ranks
+            than the world's.
+
+    >>> with over(Mesh(("dp", "mp"), (4, 2))) as mesh:
+    ...     print(mesh)
+    dp=4,mp=2
+    """
+    if not isinstance(mesh, Mesh):
+        raise ArgumentTypeError(f"collectives.over({mesh!r}): give a mesh, sw.Mesh(('dp', 'mp'), (2, 2))")
+    axes = tuple(a for a in mesh.axes if a == "dp") if data is None else (data,) if isinstance(data, str) else tuple(data)
+    if len(set(axes)) != len(axes):
+        raise LayoutError(f"collectives.over: data={data!r} names an axis twice; name each axis once")
+    unknown = [axis for axis in axes if axis not in mesh.axes]
+    if unknown:
+        raise LayoutError(f"collectives.over: data names {unknown[0]!r}; the axes of the mesh are {', '.join(mesh.axes)}")
+    if mesh.ranks != tuple(range(mesh.size)):
+        raise LayoutError(f"collectives.over: the ranks of the mesh {mesh} are out of order: leave ranks out")
+    now = Over(mesh, mesh.ordered(axes), check)
+    now.check_world(current_world())
+    _over.append(now)
+    try:
+        yield mesh
+    finally:
+        _over.remove(now)
+
+
+def chosen_over() -> Over | None:
+    """What the innermost block says; ``None`` outside of all."""
+    return _over[-1] if _over else None
+
+
+def current_over() -> Over:
+    """What holds here: a capture's, the innermost block's, or one axis ``"dp"`` of all ranks."""
+    if _tracing:
+        return _tracing[-1].over
+    return chosen_over() or Over(Mesh(("dp",), (current_world().size,)), ("dp",))
+
+
+def current_tracing() -> Tracing | None:
+    """The capture of a rank's program in progress, or ``None``."""
+    return _tracing[-1] if _tracing else None
+
+
+@contextmanager
+def tracing(over: Over, rank: int) -> Iterator[Tracing]:
+    """Within the block, the program of ``rank`` is captured."""
+    now = Tracing(over, rank)
+    _tracing.append(now)
+    try:
+        yield now
+    finally:
+        _tracing.remove(now)

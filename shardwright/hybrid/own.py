@@ -1,0 +1,118 @@
+"""Parameters of which each rank owns a slice, in programs that say themselves what each rank does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.errors import ArgumentTypeError, LayoutError
+from shardwright.hybrid.mesh import current_over
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.parameters.delayed.recorder import is_delayed
+from shardwright.world.current import current_world
+
+_OWN = "shardwright_own"
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a parameter says of itself: how the slices of all ranks make up the whole, and whether it is one of them."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+    dim: int
+    shape: tuple[int, ...]
+    is_slice: bool
+
+    @property
+    def layout(self) -> Layout:
+        """Where the slices are."""
+        dims: list[tuple[str, ...]] = [()] * len(self.shape)
+        dims[self.dim] = self.axes
+        return Layout.of(self.mesh, dims)
+
+
+class OwnParameter(nn.Parameter):
+    """A parameter that remembers what :func:`own` was told, through copies too."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        vars(made).update(vars(self))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (self.detach(), self.requires_grad, own_of(self))
+
+
+def _rebuilt(value: Tensor, requires_grad: bool, told: Own | None) -> nn.Parameter:
+    made = OwnParameter(value, requires_grad)
+    setattr(made, _OWN, told)
+    return made
+
+
+def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool = False) -> nn.Parameter:
+    """A parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
+
+    On a real rank the result is that rank's slice. Simulated ranks share one process, so there it is the whole, of which
+    each rank's program sees its slice when it runs. Slices are cut as ``torch.chunk`` cuts.
+
+    Args:
+        value: the whole tensor, the same on every rank, so that the model begins as on a single device; a parameter
+            keeps its ``requires_grad``.
+        axes: the axis that the slices lie along, or several, the first of the mesh the most significant.
+        dim: the dim that is cut.
+        is_slice: whether ``value`` is this rank's slice already, all slices being of one shape; on real ranks only.
+
+    Returns:
+        An ``nn.Parameter``, to be used as the rank's slice.
+
+    Raises:
+        ArgumentTypeError: not a tensor. LayoutError: no such axis or dim, or a dim with fewer rows than slices.
+
+    >>> own(torch.ones(8, 2), "dp").shape  # simulated: the whole
+    torch.Size([8, 2])
+    """
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"own({value!r}): give the whole tensor")
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+    told = _told(value, names, dim, is_slice)
+    requires_grad = value.requires_grad if isinstance(value, nn.Parameter) else True
+    data = value.detach()
+    world = current_world()
+    if not world.is_simulated and told.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
+        if not is_slice:
+            data = data[told.layout.slices(told.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
+        told = replace(told, is_slice=True)
+    return _rebuilt(data, requires_grad, told)
+
+
+def _told(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> Own:
+    mesh = current_over().mesh
+    unknown = [name for name in names if name not in mesh.axes]
+    if unknown or not names:
+        raise LayoutError(f"own(axes={names}): the axes of the mesh are {', '.join(mesh.axes)}; name one of them")
+    if not isinstance(dim, int) or not -value.ndim <= dim < value.ndim:
+        raise LayoutError(f"own(dim={dim!r}): the tensor is {list(value.shape)}; give one of its dims")
+    dim, shape, count = dim % value.ndim, list(value.shape), mesh.count(names)
+    if is_slice and current_world().is_simulated and mesh.size > 1:
+        raise LayoutError("own(is_slice=True): simulated ranks share one process: give the whole, all slices joined")
+    if is_slice:
+        shape[dim] *= count
+    if shape[dim] < count:
+        raise LayoutError(f"own: dim {dim} of {shape} cannot be cut into {count} slices along {', '.join(names)}")
+    return Own(mesh, mesh.ordered(names), dim, tuple(shape), is_slice and mesh.size > 1)
+
+
+def own_of(parameter: Any) -> Own | None:
+    """What :func:`own` was told of a parameter; ``None`` of one that all ranks hold alike."""
+    return getattr(parameter, _OWN, None)
+
+
+def slice_shape(told: Own, rank: int) -> tuple[int, ...]:
+    """The shape of a rank's slice."""
+    return told.layout.local_shape(told.shape, rank)

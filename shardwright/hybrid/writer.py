@@ -1,0 +1,136 @@
+"""What the local program of a user's program of one rank is written with: its inputs, its instructions and their lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from shardwright.base.torch_private import pytree
+from shardwright.errors import Problems
+from shardwright.hybrid.capture import Handed, RankGraphs
+from shardwright.hybrid.functions import chosen
+from shardwright.hybrid.mesh import Over
+from shardwright.ir import lanes as lane
+from shardwright.ir.graph import GraphInput, Node
+from shardwright.ir.instructions import Call, Instruction, Move, PerRank, ProgramInput, Ref
+from shardwright.ir.layout import Layout
+from shardwright.ir.operator import TensorMeta
+from shardwright.ir.redistribution import Redistribution
+from shardwright.redistribute.planner import Options
+from shardwright.redistribute.steps import redistribution
+
+
+class Writer:
+    """What a local program is written with: inputs, and instructions with the lanes of what they make.
+
+    Args:
+        parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
+    """
+
+    def __init__(self, ranks: RankGraphs, parameters: Any, handed: Mapping[int, Handed], over: Over):
+        self.ranks, self.graph, self.mesh, self.over = ranks, ranks.first, over.mesh, over
+        self.parameters, self.handed = parameters, handed
+        self.problems = Problems()
+        self.instructions: list[Instruction] = []
+        self.lanes: dict[str, lane.Lanes] = {}
+        self.same: dict[str, lane.Lanes] = {}
+        self.layouts: dict[str, Layout] = {}  # of inputs, as they come and as they are read
+        self.place: dict[str, str] = {}  # graph value -> local value
+        self.shapes: dict[str, tuple[int, ...]] = {}  # graph input -> whole shape
+        self.waiting: dict[str, tuple[Layout, Layout]] = {}  # graph input not read yet -> as stored, as read
+        self.chosen: dict[Any, str] = {}  # what each kind of rank reads -> local value
+        self.everyone = tuple(range(self.mesh.size))
+        self.all_axes = tuple(a for a, size in zip(self.mesh.axes, self.mesh.sizes, strict=True) if size > 1)
+
+    # -- inputs -----------------------------------------------------------------------------------------------------------
+
+    def input(self, graph_input: GraphInput) -> ProgramInput:
+        name, shape = graph_input.value, graph_input.meta.shape
+        stored = used = Layout.replicated(self.mesh, len(shape))
+        if graph_input.kind == "parameter":
+            shape, stored, used = self.parameters[str(graph_input.target)]
+        elif graph_input.kind == "input":
+            item = self.handed[int(graph_input.target)]
+            shape, stored, used = item.shape, item.given, item.used
+        stored, used = stored.normal(shape), used.normal(shape)
+        self.shapes[name], self.waiting[name], self.layouts[name] = shape, (stored, used), stored
+        self.lanes[name] = self.same[name] = lane.of_layout(stored)
+        meta = TensorMeta(shape, graph_input.meta.dtype, (), graph_input.meta.device)
+        return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
+
+    def read(self, value: str, reader: str) -> str:
+        """The local value that holds a value of the graph; at the first use of an input, the move that brings it there."""
+        if value not in self.place:
+            stored, used = self.waiting.pop(value)
+            needs_grad = value in self.graph.needs_grad
+            gradient = tuple(a for a in self.all_axes if a not in used.split_axes) if needs_grad else ()
+            dtype = self.graph.metas[value].dtype
+            steps = redistribution(stored, used, self.shapes[value], gradient, Options(itemsize=dtype.itemsize))
+            self.place[value] = value
+            if not steps.is_identity:
+                lanes = lane.of_layout(steps.target, steps.partial_gradient)
+                edge = f"{value} -> {reader}"
+                self.place[value] = self.move(value, steps, dtype, reader, edge, lanes, needs_grad)
+                self.same[self.place[value]] = lane.of_layout(steps.target)
+                self.layouts[self.place[value]] = steps.target
+        return self.place[value]
+
+    def operand(self, values: tuple[str, ...], reader: str, node: Node | None) -> tuple[str, bool]:
+        """The local value that holds what each kind of rank reads, and whether it needs a gradient."""
+        needs_grad = any(value in self.graph.needs_grad for value in values)
+        if len(set(values)) == 1:
+            return self.read(values[0], reader), needs_grad
+        key = (values, node is None or node.grad)
+        if key not in self.chosen:
+            distinct, kind = list(dict.fromkeys(values)), self.ranks.kind
+            refs = [Ref(self.read(value, reader)) for value in distinct]
+            index = PerRank(lambda rank: distinct.index(values[kind[rank]]))
+            self.chosen[key] = self.call_one(chosen, index, *refs, hint=distinct[0], node=node)
+        return self.chosen[key], needs_grad
+
+    # -- instructions -----------------------------------------------------------------------------------------------------
+
+    def new_name(self, hint: str) -> str:
+        number = 1
+        while f"{hint}_{number}" in self.lanes or f"{hint}_{number}" in self.graph.metas:
+            number += 1
+        return f"{hint}_{number}"
+
+    def move(
+        self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: lane.Lanes,
+        needs_grad: bool, node: Node | None = None, name: str | None = None,
+    ) -> str:  # fmt: skip
+        name = name or self.new_name(source)
+        grad, autocast = (node.grad, node.autocast) if node else (True, None)
+        self.instructions.append(Move(source, name, steps, dtype, cause, edge, lanes, needs_grad, grad, autocast))
+        self.lanes[name] = lanes
+        return name
+
+    def call(self, function: Any, args: Any, kwargs: Any, names: tuple[str, ...], node: Node | None, sequence: bool) -> None:
+        leaves = pytree.tree_leaves((args, kwargs))
+        own = [lane.number([repr(leaf.of(rank)) for rank in self.everyone]) for leaf in leaves if isinstance(leaf, PerRank)]
+        read = [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
+        whole = (0,) * self.mesh.size
+        lanes = lane.join(whole, *own, *(self.lanes[name] for name in read))
+        same = lane.join(whole, *own, *(self.same[name] for name in read))
+        for name in names:
+            self.lanes[name], self.same[name] = lanes, same
+        grad, autocast, cause = (node.grad, node.autocast, node.name) if node else (True, None, "return")
+        self.instructions.append(Call(function, args, kwargs, names, sequence, cause, lanes, autocast, grad))
+
+    def call_one(self, function: Any, *args: Any, hint: str, node: Node | None = None) -> str:
+        name = self.new_name(hint)
+        self.call(function, args, {}, (name,), node, sequence=False)
+        return name
+
+    # -- looking ----------------------------------------------------------------------------------------------------------
+
+    def positions(self, axis: str) -> list[int]:
+        return [self.over.position(axis, rank) for rank in self.everyone]
+
+    def varies(self, name: str) -> tuple[str, ...]:
+        """The axes along which ranks may hold different values."""
+        same = self.same[name]
+        return tuple(a for a in self.all_axes if any(len({same[r] for r in g}) > 1 for g in self.mesh.groups((a,))))

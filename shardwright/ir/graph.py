@@ -1,0 +1,166 @@
+"""Graph: what capture makes of a callable, an operator-level program on global tensors.
+
+Invariants: every value is made once and never changed (in-place operators have been rewritten); nodes stand in the
+order they run; the outputs and the buffer updates are values of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.ir.marks import Mark
+from shardwright.ir.operator import Operator, TensorMeta
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """A tensor that comes from outside: ``kind`` is ``parameter``, ``buffer``, ``constant`` or ``input``.
+
+    ``target`` is the qualified name of a parameter, buffer or constant, or the position among the flat user inputs.
+    """
+
+    value: str
+    kind: str
+    target: str | int
+    meta: TensorMeta
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call. ``inputs`` and ``outputs`` name values; see :class:`Operator` for the arguments.
+
+    ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
+    ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
+    of the operator's ``i``-th input. ``recompute`` is whether the user wants its result computed again in the backward pass;
+    ``None``: not said. ``calls`` gives, of the modules it stands in that are called more than once, path and number of the
+    call; first calls are left out.
+
+    ``copy`` is the group of copies and the number within it, of an operator that is run for one of several copies of a
+    batch. ``carries_batch``: dim 0 of its outputs is the batch, or a copy's part of it, by the user's word.
+    """
+
+    name: str
+    op: Operator
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    module: str = ""
+    source: str = ""
+    mark: Mark | None = None
+    mark_positions: tuple[int | None, ...] = ()
+    mark_count: int = 0
+    region: Mark | None = None
+    autocast: tuple[Any, ...] | None = None
+    grad: bool = True
+    recompute: bool | None = None
+    copy: tuple[int, int] | None = None
+    carries_batch: bool = False
+    calls: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The operator as the user would name it: its mark's name or module path, operator and source line."""
+        name = (self.mark.name if self.mark and self.mark.name else "") or self.module
+        text = f"{name} ({self.op.name})" if name else self.op.name
+        return f"{text} at {self.source}" if self.source else text
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An operator-level program on global tensors.
+
+    Args:
+        outputs: the flat outputs: value names, or constants wrapped in :class:`Constant`.
+        updates: ``(buffer name, value)`` pairs: buffers that the program leaves changed.
+        assignments: attributes of modules that the callable assigns in every call. Where tensors are among them, the result
+            of the graph is a pair: what the callable returns, and those tensors in their order.
+    """
+
+    inputs: tuple[GraphInput, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Any, ...]
+    updates: tuple[tuple[str, str], ...] = ()
+    out_spec: Any = None
+    constants: dict[str, Any] = field(default_factory=dict, compare=False)
+    metas: dict[str, TensorMeta] = field(default_factory=dict, compare=False)
+    needs_grad: frozenset[str] = frozenset()
+    assignments: tuple[Any, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        for graph_input in self.inputs:
+            self.metas[graph_input.value] = graph_input.meta
+        for node in self.nodes:
+            self.metas.update(zip(node.outputs, node.op.outputs, strict=True))
+        object.__setattr__(self, "needs_grad", frozenset(NeedsGradient().of(self.inputs, self.nodes)))
+
+    def __str__(self) -> str:
+        lines = [f"{i.value}: {i.kind} {i.target} {list(i.meta.shape)}" for i in self.inputs]
+        for node in self.nodes:
+            args = ", ".join([*(repr(a) for a in node.op.args), *(f"{k}={v!r}" for k, v in node.op.kwargs.items())])
+            for i, value in reversed(list(enumerate(node.inputs))):
+                args = args.replace(f"${i}", value)
+            shapes = " ".join(str(list(m.shape)) for m in node.op.outputs)
+            lines.append(f"{', '.join(node.outputs)} = {node.op.name}({args})  # {shapes} {node.module}".rstrip())
+        lines.append(f"return {', '.join(str(o) for o in self.outputs)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An output of the captured callable that is not a tensor."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+# Operators whose result has no gradient though its dtype could have one: what reads the shape of a tensor alone.
+_WITHOUT_GRADIENT = frozenset({
+    "aten.detach", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
+    "aten.randn_like", "aten.randint_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
+    "aten.new_empty_strided", "aten.uniform", "aten.normal_functional", "aten.log_normal", "aten.cauchy",
+    "aten.exponential", "aten.geometric", "aten.random",
+})  # fmt: skip
+
+
+def _has_no_gradient(op: Operator) -> bool:
+    if op.name == "aten.bernoulli":
+        return isinstance(op.argument("p"), float)  # a number for all of them
+    return op.name in _WITHOUT_GRADIENT
+
+
+class NeedsGradient:
+    """The values that a gradient flows back through, of inputs and nodes that may become more."""
+
+    def __init__(self) -> None:
+        self.values: set[str] = set()
+        self.inputs = self.nodes = 0  # how many have been looked at
+
+    def of(self, inputs: Sequence[GraphInput], nodes: Sequence[Node]) -> set[str]:
+        """The values, given all inputs and nodes so far."""
+        self.values.update(i.value for i in inputs[self.inputs :] if i.requires_grad)
+        for node in nodes[self.nodes :]:
+            if not node.grad or _has_no_gradient(node.op):
+                continue
+            if any(value in self.values for value in node.inputs):
+                self.values.update(v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable)
+        self.inputs, self.nodes = len(inputs), len(nodes)
+        return self.values
+
+
+def is_configured(node: Node) -> bool:
+    """Whether the user gave an operator a strategy, or pinned a layout there."""
+    return node.mark is not None and node.mark.in_strategy is not None
+
+
+def where_of(node: Node) -> str:
+    """An operator by what the user called it, with the line where it runs, or else the line of its strategy."""
+    mark = node.mark or node.region
+    if mark is None:
+        return node.where
+    name = f"{node.module}.{mark.name}" if node.module else mark.name
+    line = node.source or mark.source
+    return f"{name} ({node.op.name})" + (f" at {line}" if line else "")

@@ -1,0 +1,217 @@
+"""Instructions: what a local program is made of, calls on local tensors and moves of values between layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from shardwright.base.torch_private import pytree
+from shardwright.ir.layout import Layout
+from shardwright.ir.operator import OpOverload, TensorMeta
+from shardwright.ir.redistribution import Redistribution
+
+F = TypeVar("F", bound=Callable[..., Any])
+Lanes = tuple[int, ...]
+Autocast = tuple[Any, ...] | None
+
+
+@dataclass(frozen=True)
+class ProgramInput:
+    """A tensor handed to the program, already laid out as ``layout``."""
+
+    name: str
+    kind: str
+    target: str | int
+    meta: TensorMeta
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Call:
+    """A local call. ``cause`` is the name of the graph node it comes from; with ``recompute`` its results, and what it saves
+    within, are not kept for the backward pass but computed again there."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[str, ...]
+    sequence: bool
+    cause: str
+    lanes: Lanes
+    autocast: Autocast = None
+    grad: bool = True
+    recompute: bool = False
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors that it changes."""
+        if not isinstance(self.function, OpOverload):
+            positions = getattr(self.function, "writes", ())
+            return [self.args[position].name for position in positions]
+        found = []
+        for position, argument in enumerate(self.function._schema.arguments):
+            value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
+            is_written = argument.name in _WRITTEN or (argument.alias_info is not None and argument.alias_info.is_write)
+            if is_written and isinstance(value, Ref):
+                found.append(value.name)
+        return found
+# Arguments that operators write to though their schema does not say so.
+_WRITTEN = frozenset({"running_mean", "running_var"})
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The dtypes in which a move travels, where they are not the value's own.
+
+    Args:
+        forward: what the value is cast to before it moves; ``result``: after it.
+        backward: what the gradient is cast to before it moves back. The source gets it in its own dtype.
+    """
+
+    forward: torch.dtype
+    result: torch.dtype
+    backward: torch.dtype
+
+    def of(self, phase: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """What a value of ``dtype``, or its gradient, is cast to before it moves, and what after, in a phase of a step."""
+        return (self.backward, dtype) if phase == "backward" else (self.forward, self.result)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A redistribution of one value; the source layout's pending sums and the gradient's are reduced on the way."""
+
+    source: str
+    output: str
+    redistribution: Redistribution
+    dtype: torch.dtype
+    cause: str
+    edge: str
+    lanes: Lanes
+    needs_grad: bool
+    grad: bool = True
+    autocast: Autocast = None
+    started: bool = False  # a Start before it begins it
+    recompute: bool = False  # its result is not kept for the backward pass but moved again there
+    copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
+    wire: Wire | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.output,)
+
+    def itemsize(self, phase: str) -> int:
+        """Bytes an element as it travels, ``forward`` or ``backward``."""
+        return (self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]).itemsize
+
+
+@dataclass(frozen=True)
+class Start:
+    """Begins moves, whose own instructions end them: they travel meanwhile. In the backward pass it is the other way round.
+
+    Several moves share their collectives: in the backward pass these begin when the last of the gradients is there.
+    """
+
+    moves: tuple[Move, ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def cause(self) -> str:
+        return self.moves[0].cause
+
+
+@dataclass(frozen=True)
+class Together:
+    """Moves of one kind over the same axes that share their collectives, forward and backward, and again."""
+
+    moves: tuple[Move, ...]
+
+    @property
+    def recompute(self) -> bool:
+        return self.moves[0].recompute
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(move.output for move in self.moves)
+
+    @property
+    def cause(self) -> str:
+        return self.moves[0].cause
+
+
+@dataclass(frozen=True)
+class KeepPiece:
+    """From here on a value is kept for the backward pass as the piece that ``cut`` makes; ``gather`` makes it whole again."""
+
+    cut: Move
+    gather: Move
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def cause(self) -> str:
+        return self.cut.cause
+Instruction = Call | Move | Start | Together | KeepPiece
+
+
+def resolve(argument: Any, rank: int) -> Any:
+    """The argument with every :class:`PerRank` replaced by its value on ``rank``."""
+    return pytree.tree_map(lambda leaf: leaf.of(rank) if isinstance(leaf, PerRank) else leaf, argument)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the local program, by name."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def writes(*positions: int) -> Callable[[F], F]:
+    """Says of a local function which of its positional arguments it changes in place.
+
+    >>> @writes(0)
+    ... def clear(value):
+    ...     return value.zero_()
+    >>> clear.writes
+    (0,)
+    """
+
+    def mark(function: F) -> F:
+        function.writes = positions  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class PerRank:
+    """An argument that each rank computes for itself, such as a local size or an offset.
+
+    Args:
+        of: the value on a given rank.
+    """
+
+    def __init__(self, of: Callable[[int], Any]):
+        self.of = of
+
+
+def moves_of(instruction: Instruction) -> tuple[Move, ...]:
+    """The moves that an instruction ends; none of a call."""
+    if isinstance(instruction, Together):
+        return instruction.moves
+    return (instruction,) if isinstance(instruction, Move) else ()
+
+
+def communicates(move: Move) -> bool:
+    """Whether ranks send each other anything when the move goes forward."""
+    return any(step.kind != "slice" for step in move.redistribution.forward)

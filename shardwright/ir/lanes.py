@@ -1,0 +1,55 @@
+"""Lanes: which ranks hold the same tensor.
+
+A partition of the ranks, written as one lane number a rank, numbered by first appearance. It is the type of a local
+value: what varies along an axis is in different lanes there. The partitioner checks it (a value may not vary where its
+layout says that ranks replicate), which is the proof that no reduction was forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+
+Lanes = tuple[int, ...]
+
+
+def number(keys: Sequence[Any]) -> Lanes:
+    """Numbers equal keys equally, by first appearance.
+
+    >>> number(["b", "a", "b"])
+    (0, 1, 0)
+    """
+    known: dict[Any, int] = {}
+    return tuple(known.setdefault(key, len(known)) for key in keys)
+
+
+@lru_cache(maxsize=4096)
+def of_axes(mesh: Mesh, axes: frozenset[str]) -> Lanes:
+    """Ranks that agree on ``axes`` share a lane; indexed by rank."""
+    keys: list[Any] = [None] * mesh.size
+    for rank in mesh.ranks:
+        coords = mesh.coordinates(rank)
+        keys[rank] = tuple(coords[a] for a in mesh.axes if a in axes)
+    return number(keys)
+
+
+def of_layout(layout: Layout, also: Sequence[str] = ()) -> Lanes:
+    """Lanes of a tensor laid out as ``layout``, distinct along the axes in ``also`` too."""
+    return of_axes(layout.mesh, frozenset((*layout.split_axes, *layout.partial_axes, *also)))
+
+
+@lru_cache(maxsize=65536)
+def join(*lanes: Lanes) -> Lanes:
+    """Ranks share a lane where they share it in every argument."""
+    return lanes[0] if len(set(lanes)) == 1 else number(list(zip(*lanes, strict=True)))
+
+
+@lru_cache(maxsize=65536)
+def varies_only_with(lanes: Lanes, allowed: Lanes) -> bool:
+    """Whether ranks that share a lane in ``allowed`` share one in ``lanes``."""
+    seen: dict[int, int] = {}
+    return all(seen.setdefault(a, own) == own for own, a in zip(lanes, allowed, strict=True))

@@ -1,0 +1,35 @@
+"""Layouts as short texts and slice counts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from shardwright.ir.layout import Layout
+
+
+def texts(layouts: Iterable[Layout]) -> str:
+    """Layouts in short, side by side."""
+    return " | ".join(map(brief, layouts))
+
+
+def brief(layout: Layout) -> str:
+    """A layout in short, with a few of its piece sizes if they are many.
+
+    >>> brief(Layout.parse("dp[9 1 1 1 1 1 1 1] @ dp=8"))
+    'dp[9 1 1 ... 1]'
+    """
+    return re.sub(r"\[(\d+ \d+ \d+)(?: \d+){4,}( \d+)\]", r"[\1 ...\2]", layout.short())
+
+
+Counts = tuple[int, ...]
+
+
+def counts_of(layout: Layout) -> Counts:
+    """Into how many slices a layout cuts each dim.
+
+    >>> counts_of(Layout((2, 4), ("dp", "tp"))(("dp", "tp"), "None"))
+    (8, 1)
+    """
+    return tuple(math.prod(layout.mesh.axis_size(a) for a in axes) for axes in layout.bound)

@@ -1,0 +1,82 @@
+"""Plan: a choice for every operator and a layout for every value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.ir.buckets import Schedule
+from shardwright.ir.choice import Choice
+from shardwright.ir.graph import Graph
+from shardwright.ir.layout import Layout
+from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.program import LocalProgram
+from shardwright.ir.signature import Signature
+
+# What changes a local program without changing what it computes.
+ProgramPass = Callable[[LocalProgram], LocalProgram]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a search found a plan.
+
+    Args:
+        seconds: modelled time of a step.
+        bound: no plan on this mesh, under this memory limit, takes less, by the same model; 0 where nothing is certified.
+        method: what solved it.
+        tried: mesh and seconds of the best plan on each mesh that was looked at.
+        planning: seconds that planning took in all; ``building`` of them to write the problem of the mesh that won, and
+            ``solving`` to solve it.
+    """
+
+    seconds: float
+    bound: float
+    method: str
+    tried: tuple[tuple[tuple[int, ...], float], ...] = ()
+    planning: float = 0.0
+    building: float = 0.0
+    solving: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        """The share of the plan's time by which the optimum might be better; 0 where the plan is optimal."""
+        return 0.0 if self.seconds <= 0 else max(0.0, (self.seconds - self.bound) / self.seconds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for every operator, a layout for every edge.
+
+    Args:
+        mesh: the main mesh; strategies that cannot be named on it bring their own.
+        choices, signatures: by node name.
+        input_layouts: layout of every graph input as the program receives it (parameters: as stored).
+        notes: what a user should know: operators that run replicated and why.
+        machine: what it is priced on.
+        search: how it was found, where a search found it.
+        states: bytes of optimizer state a byte of parameter.
+        full_batch: whether every rank is handed the whole batch.
+        memory_limit: bytes a rank may use, where that was asked for.
+        passes: what the local program goes through before it runs, such as what is computed again in the backward.
+        schedule: which of its moves share collectives, and which start early.
+        memo: what others work out about it, so that they do so once.
+    """
+
+    graph: Graph
+    mesh: Mesh
+    choices: dict[str, Choice]
+    signatures: dict[str, Signature]
+    input_layouts: dict[str, Layout]
+    notes: tuple[str, ...] = ()
+    mode: str = "semi_auto"
+    machine: Machine | None = None
+    search: Search | None = None
+    states: float = 2.0
+    full_batch: bool = True
+    memory_limit: float | None = None
+    passes: tuple[ProgramPass, ...] = field(default=(), compare=False, repr=False)
+    schedule: Schedule = field(default_factory=Schedule, compare=False, repr=False)
+    memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)

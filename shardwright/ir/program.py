@@ -1,0 +1,102 @@
+"""The local program: what one rank runs.
+
+A list of calls on local tensors and of moves (redistributions). It names collectives by axes, never by process groups,
+so the same program runs in every world. ``lanes`` says, for every value, which ranks hold the same tensor: two ranks
+in one lane compute the same thing. A distributed rank ignores it, the simulated world computes each lane once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.base.torch_private import pytree
+from shardwright.ir.instructions import Instruction, KeepPiece, Lanes, Move, ProgramInput, Ref, Start, Together
+from shardwright.ir.layout import Layout
+from shardwright.ir.program_text import instruction_text
+
+
+@dataclass(frozen=True)
+class LocalProgram:
+    """What one rank runs.
+
+    ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
+    each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
+    are kept nevertheless: those of a whole that is computed again. ``copies`` gives the copy that the calls of a node belong
+    to, where operators run in copies.
+    """
+
+    world_size: int
+    inputs: tuple[ProgramInput, ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[Any, ...]
+    updates: tuple[tuple[str, str], ...]
+    lanes: dict[str, Lanes]
+    layouts: dict[str, Layout]
+    places: dict[str, str] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
+    copies: dict[str, int] = field(default_factory=dict)
+
+    def text(self, rank: int = 0) -> str:
+        """The program of one rank as readable code."""
+        names = ", ".join(i.name for i in self.inputs)
+        lines = [f"def rank_{rank}({names}):"]
+        for i in self.inputs:
+            local = list(i.layout.local_shape(i.meta.shape, rank))
+            lines.append(f"    # {i.name}: {i.kind} {i.target} {local} of {list(i.meta.shape)}, {i.layout.short() or 'scalar'}")
+        for instruction in self.instructions:
+            lines.append(f"    {instruction_text(instruction, rank)}{self._remark(instruction)}")
+        lines.append(f"    return {', '.join(str(o) for o in self.outputs)}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text(0)
+
+    def _remark(self, instruction: Instruction) -> str:
+        if isinstance(instruction, (Start, KeepPiece)) or not instruction.recompute:
+            return ""
+        if self.kept.issuperset(instruction.outputs):
+            return ", kept; what it saves within is computed again"
+        return ", computed again in the backward"
+
+    @property
+    def moves(self) -> list[Move]:
+        """Every move, in order."""
+        found: list[Move] = []
+        for instruction in self.instructions:
+            if isinstance(instruction, Move):
+                found.append(instruction)
+            elif isinstance(instruction, Together):
+                found += instruction.moves
+        return found
+
+    @property
+    def together(self) -> list[tuple[Move, ...]]:
+        """The moves that share their collectives."""
+        return [i.moves for i in self.instructions if isinstance(i, (Start, Together)) and len(i.moves) > 1]
+
+    def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
+        if isinstance(instruction, Move):
+            return (instruction.source,)
+        if isinstance(instruction, KeepPiece):
+            return (instruction.cut.source,)
+        if isinstance(instruction, (Start, Together)):
+            return tuple(move.source for move in instruction.moves)
+        leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
+        return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
+
+    def last_uses(self) -> list[tuple[str, ...]]:
+        """For every instruction, the values that nothing reads after it."""
+        kept = {o for o in self.outputs if isinstance(o, str)} | {v for _, v in self.updates}
+        seen: set[str] = set(kept)
+        result: list[tuple[str, ...]] = []
+        for instruction in reversed(self.instructions):
+            dying = []
+            for name in (*self.refs_of(instruction), *instruction.outputs):
+                if name not in seen:
+                    seen.add(name)
+                    dying.append(name)
+            result.append(tuple(dying))
+        return result[::-1]
+
+

@@ -1,0 +1,65 @@
+"""Starts processes on this machine, one per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardwright.errors import WorldError
+
+_PATIENCE = 60.0  # seconds in which ranks have to start, and to answer
+
+
+def run_ranks(ranks: int, module: str, variables: Mapping[str, str], progress: Callable[[float], None]) -> dict[str, Any]:
+    """Runs a module in a process a rank, listens to the first, and returns what it found out.
+
+    Args:
+        variables: of the environment, besides this process's own.
+        progress: is told the numbers that the first process prints, a line of JSON each; what else it prints is the result.
+
+    Raises:
+        WorldError: a process failed; with what it said.
+    """
+    environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment.update(variables)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the first rank is to keep the store itself
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", module]
+    result: dict[str, Any] | None = None
+    with tempfile.TemporaryFile("w+") as errors:
+        jobs: list[subprocess.Popen[str]] = []
+        try:
+            for rank in range(ranks):
+                own = {**environment, "RANK": str(rank)}
+                jobs.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=errors, text=True))
+            for line in jobs[0].stdout or ():
+                said = json.loads(line)
+                if isinstance(said, dict):
+                    result = said
+                else:
+                    progress(said)
+            codes = [job.wait(_PATIENCE) for job in jobs]
+        finally:
+            for job in jobs:
+                job.kill()
+                job.communicate()
+        if result is None or any(codes):
+            errors.seek(0)
+            raise WorldError(f"calibrating with {ranks} ranks failed:\n{errors.read()[-2000:].strip()}")
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

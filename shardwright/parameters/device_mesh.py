@@ -1,0 +1,39 @@
+"""Device meshes: ours as torch's, whose distributed tensors are watched."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwright.base.torch_private import job_timeout, set_group_timeout
+from shardwright.ir.mesh import Mesh
+from shardwright.parameters.dtensors import watch_over
+from shardwright.parameters.placements import _like
+from shardwright.parameters.whole import full_value
+
+
+def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+    """The one DeviceMesh of a mesh and a device type, for as long as the process group lives.
+
+    Args:
+        mesh: its axis names become the names of the DeviceMesh's dims; its ranks keep their places.
+        device_type: ``"cpu"``, ``"cuda"``, ….
+
+    Returns:
+        The same object every time. The first call creates process groups, so every rank of the job makes it.
+    """
+    return _device_mesh(mesh, device_type, dist.group.WORLD)
+
+
+@lru_cache(maxsize=64)
+def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
+    made = DeviceMesh(device_type, torch.tensor(mesh.ranks).view(mesh.sizes), mesh_dim_names=mesh.axes)
+    timeout = job_timeout(device_type)
+    if timeout is not None and dist.get_rank() in mesh.ranks:
+        for dim in range(made.ndim):
+            set_group_timeout(timeout, made.get_group(dim))
+    watch_over(made, _like, full_value)
+    return made

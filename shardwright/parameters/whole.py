@@ -1,0 +1,75 @@
+"""Whole values of parameters: gathered from their pieces, or materialised where they are still delayed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardwright.agreement.watch import note
+from shardwright.ir.layout import Layout
+from shardwright.parameters.delayed.recorder import is_delayed
+from shardwright.parameters.delayed.replay import materialise
+from shardwright.parameters.handles import current
+from shardwright.parameters.placements import layout_of
+
+
+def materialise_whole(root: nn.Module) -> None:
+    """Gives delayed parameters and buffers their whole values: the simulated world holds global tensors."""
+    wanted = {n: t for n, t in [*root.named_parameters(), *root.named_buffers()] if is_delayed(t)}
+    if not wanted:
+        return
+    values = materialise(wanted, lambda name, value: value.clone())
+    for name, tensor in wanted.items():
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(values[name], requires_grad=tensor.requires_grad)
+            made.__class__ = type(tensor)  # with what the user hung on it
+            vars(made).update(vars(tensor))
+            torch.utils.swap_tensors(tensor, made)
+        else:
+            torch.utils.swap_tensors(tensor, values[name])
+
+
+def full_value(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, detached, on every rank; every rank of the mesh makes this call.
+
+    Args:
+        parameter: a DTensor of any placements. An ordinary tensor is returned as it is, detached.
+
+    Returns:
+        A tensor of the global shape.
+
+    >>> full_value(nn.Parameter(torch.ones(2)))
+    tensor([1., 1.])
+    """
+    parameter = current(parameter)
+    layout, value = layout_of(parameter), parameter.detach()
+    if not isinstance(value, DTensor):
+        return value
+    if not layout or layout.split_axes:
+        if value.device_mesh.size() == dist.get_world_size():
+            note(f"full_value of a tensor {list(value.shape)}")
+    if layout is None:
+        return value.full_tensor()
+    return _gathered(value.to_local(), layout, tuple(value.shape), value.device_mesh)
+
+
+def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
+    """Undoes the splits of every dim, the least significant axis first, one gather each."""
+    rank, dims = dist.get_rank(), [list(axes) for axes in layout.bound]
+    for dim, axes in enumerate(dims):
+        while axes:
+            here, axis = Layout.of(layout.mesh, dims), axes.pop()
+            group = layout.mesh.group_of(rank, (axis,))
+            shapes = [here.local_shape(shape, member) for member in group]
+            sent = piece.new_zeros(max(map(math.prod, shapes)))
+            sent[: piece.numel()] = piece.flatten()
+            parts = [torch.empty_like(sent) for _ in group]
+            process_group = mesh.get_group(layout.mesh.axes.index(axis))
+            dist.all_gather([part.view(torch.uint8) for part in parts], sent.view(torch.uint8), group=process_group)
+            piece = torch.cat([part[: math.prod(s)].view(s) for part, s in zip(parts, shapes)], dim)
+    return piece

@@ -1,0 +1,123 @@
+"""Price of doing things again: what a plan computes and sends a second time, in the backward, instead of keeping it.
+
+What is done again is no business of layouts, and no search asks for it: it is read off the local program, as it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shardwright.cost.communication import CollectivePrice
+from shardwright.cost.saved import NOTHING, saved_by
+from shardwright.ir.instructions import Call, KeepPiece, Move, Together
+from shardwright.ir.operator import OpOverload
+from shardwright.ir.program import LocalProgram
+from shardwright.plan.memory.first_rank import first_rank_program
+from shardwright.plan.price.own_orders import steps_price
+from shardwright.redistribute.links import machine_links
+from shardwright.redistribute.planner import Options
+
+if TYPE_CHECKING:
+    from shardwright.ir.machine import Machine
+    from shardwright.ir.plan import Plan
+    from shardwright.plan.price.values import MovePrice, PlanPrice
+
+PART = "recompute"
+
+# Of the calls that an operator may be made of, those that need nothing of what they read for their backward.
+_SAVES_NOTHING = frozenset(
+    {"add", "add_scaled", "alias", "cat", "expand", "narrow", "neg", "slice", "sub", "sum", "transpose", "view"}
+)
+
+
+def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
+    """The price with all that the plan does again in the backward as a part of its own; the same where there is nothing.
+
+    Args:
+        price: of a step in which everything is kept.
+    """
+    if not plan.passes:
+        return price
+    links = machine_links(machine, plan.mesh)
+    again = _Again(plan, first_rank_program(plan, Options(links)), machine.device)
+    again.find()
+    seconds = sum(price.operators[cause].forward for cause in again.nodes if cause in price.operators)
+    sent: list[CollectivePrice] = []
+    stored = {move.value: move for move in price.moves if move.of_parameter}
+    for move in again.moves:
+        size = move.itemsize("forward")
+        steps = steps_price(move.redistribution.forward, move.redistribution.shape, size, Options(links, size))
+        sent += steps
+        own = stored.get(move.source)
+        seconds += sum(step.seconds for step in steps) if own is None else _gather(own, steps, machine)
+    if not seconds:
+        return price
+    parts: dict[str, float] = {}
+    for name, of_part in price.parts.items():
+        if name == "optimizer":  # which comes after
+            parts[PART] = seconds
+        parts[name] = of_part
+    return replace(price, seconds=sum(parts.values()), parts=parts, again=tuple(sent))
+
+
+class _Again:
+    """Finds the operators and redistributions of a program that are done again: those that the backward has a use for.
+
+    Of what is marked, the last operators before a value that is kept may save nothing for the backward, as a sum of two
+    tensors does; those are not done again. ``nodes`` and ``moves`` are what is.
+    """
+
+    def __init__(self, plan: Plan, program: LocalProgram, device: str):
+        self.program, self.device = program, device
+        self.graph_nodes = {node.name: node for node in plan.graph.nodes}
+        self.needs_grad = plan.graph.needs_grad
+        self.parameters = {i.name for i in program.inputs if i.kind == "parameter"}
+        self.wanted: set[str] = set()  # local values
+        self.nodes: set[str] = set()
+        self.moves: list[Move] = []
+
+    def find(self) -> None:
+        for instruction in reversed(self.program.instructions):
+            if isinstance(instruction, Call):
+                self._call(instruction)
+            elif isinstance(instruction, KeepPiece):
+                if instruction.cut.source in self.wanted:
+                    self.moves.append(instruction.gather)
+            elif isinstance(instruction, (Move, Together)) and instruction.recompute:
+                moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
+                # those that share collectives go together, and a gather goes ahead of whoever might want it
+                if any(self._is_wanted(move.output) or move.source in self.parameters for move in moves):
+                    self.moves += moves
+                    self.wanted.update(move.source for move in moves)
+
+    def _is_wanted(self, value: str) -> bool:
+        """Whether the backward has a use for a value that is not there any more."""
+        return value in self.wanted and value not in self.program.kept
+
+    def _call(self, call: Call) -> None:
+        node, refs = self.graph_nodes.get(call.cause), self.program.refs_of(call)
+        saved = NOTHING
+        if node is not None and node.grad:
+            needs_grad = tuple(value in self.needs_grad for value in node.inputs)
+            saved = saved_by(node.op, needs_grad, self.device, node.autocast)
+        if node is not None and len(refs) == len(node.inputs):
+            self.wanted.update(refs[slot] for slot in saved.inputs)
+        elif saved.inputs and not _saves_nothing(call):  # the operator is several calls, and this one may save what it reads
+            self.wanted.update(refs)
+        results = saved.outputs and not self.program.kept.issuperset(call.outputs)
+        if call.recompute and (results or saved.extra or any(map(self._is_wanted, call.outputs))):
+            self.nodes.add(call.cause)
+            self.wanted.update(refs)
+
+
+def _saves_nothing(call: Call) -> bool:
+    function = call.function.overloadpacket if isinstance(call.function, OpOverload) else call.function
+    return getattr(function, "__name__", "") in _SAVES_NOTHING
+
+
+def _gather(move: MovePrice, steps: Iterable[CollectivePrice], machine: Machine) -> float:
+    """Seconds of a parameter's gather that do not hide, launches shared with others as they are the first time."""
+    shared = move.launches[0] * (1 - move.share)
+    return float(machine.exposed(max(0.0, sum(step.seconds for step in steps) - shared), 0.0))

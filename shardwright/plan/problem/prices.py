@@ -1,0 +1,313 @@
+"""Pricing: what choices and redistributions cost on a machine, as whole tables; each kind is priced once.
+
+Seconds and bytes are those of the busiest rank. Results are shared: operators and edges that are alike get the very same
+arrays, by which the search recognises repeated layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from shardwright.cost.communication import CollectivePrice, Communication
+from shardwright.cost.compute import local_seconds, optimizer_seconds
+from shardwright.cost.convolution import Channels, channels_of
+from shardwright.ir.buckets import Buckets, Schedule
+from shardwright.ir.graph import Graph
+from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.operator import TensorMeta
+from shardwright.plan.choose.tables import PARTIAL, REPLICATED, ChoiceTable, Codes, local_sizes
+from shardwright.rules.traits import family
+
+Array = np.ndarray[Any, Any]
+
+_PAIR = 16.0  # bytes of a sum and a count
+
+
+class Pricing:
+    """The prices of one machine and mesh.
+
+    Args:
+        sharing: bytes of all parameters, which share collectives; 0: none does.
+        schedule: how many bytes of them share those that sum their gradients, and those that gather them.
+    """
+
+    def __init__(self, machine: Machine, mesh: Mesh, sharing: float = 0.0, schedule: Schedule | None = None):
+        self.machine, self.mesh, self.sharing = machine, mesh, sharing
+        self.sums, self.gathers = (schedule or Schedule()).sums, (schedule or Schedule()).gathers
+        self.communication = Communication(machine, mesh)
+        self._memo: dict[Any, Any] = {}
+        self._alive: list[Any] = []  # what ids in keys refer to
+        self._sizes = np.asarray(mesh.sizes)
+        self._radix = 16 ** np.arange(len(mesh.axes), dtype=np.int64)
+
+    def _once(self, key: Any, alive: Sequence[Any], make: Any) -> Any:
+        if key not in self._memo:
+            self._memo[key] = make()
+            self._alive.extend(alive)
+        return self._memo[key]
+
+    def interned(self, array: Array) -> Array:
+        """The one array with this content, so that what is alike has one price."""
+        return self._once(("array", array.dtype, array.shape, array.tobytes()), (), lambda: array)  # type: ignore[no-any-return]
+
+    def interned_table(self, table: ChoiceTable) -> ChoiceTable:
+        """The table over interned arrays."""
+
+        def one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(map(self.interned, arrays))
+
+        return replace(
+            table, inputs=one(table.inputs), gradients=one(table.gradients), computed=one(table.computed),
+            outputs=one(table.outputs),
+        )  # fmt: skip
+
+    def zeros(self, count: int) -> Array:
+        return self._once(("zeros", count), (), lambda: np.zeros(count))  # type: ignore[no-any-return]
+
+    def scaled(self, array: Array, weight: float) -> Array:
+        if weight == 1.0:
+            return array
+        return self._once(("scaled", id(array), weight), (array,), lambda: array * weight)  # type: ignore[no-any-return]
+
+    def keys(self, codes: Codes, gradients: Array) -> Array:
+        """One number for each layout and gradient."""
+        return ((codes.astype(np.int64) + 3 + 8 * gradients) * self._radix).sum(axis=-1)
+
+    def local_bytes(self, metas: Sequence[TensorMeta], codes: Sequence[Codes], count: int) -> Array:
+        """Bytes of the largest piece of each of ``T`` tensors in ``count`` choices: ``(T, C)``."""
+        if not metas:
+            return np.zeros((0, count))
+        return np.stack([self.piece_bytes(meta, code) for meta, code in zip(metas, codes)])
+
+    def piece_bytes(self, meta: TensorMeta, codes: Codes) -> Array:
+        return local_sizes(codes, meta.shape, self.mesh.sizes) * meta.dtype.itemsize
+
+    # -- variables --------------------------------------------------------------------------------------------------
+
+    def operator(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> Array:
+        """Seconds of each choice, forward and backward, with the collectives it runs itself."""
+        key = ("operator", id(table), needs_grad)
+        return self._once(key, (table,), lambda: sum(self.operator_parts(table, needs_grad)))  # type: ignore[no-any-return]
+
+    def operator_parts(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> tuple[Array, Array, Array]:
+        """Seconds of each choice: computing forward, computing backward, its own collectives."""
+        op = table.op
+        inputs = self.local_bytes(op.inputs, table.inputs, len(table))
+        outputs = self.local_bytes(op.outputs, table.outputs, len(table))
+        channels = self._channels(table) if self.machine.channel_block > 1 and family(op) == "conv" else None
+        forward, backward = local_seconds(op, self.machine, table.fraction, inputs, outputs, needs_grad, channels)
+        return np.asarray(forward), np.asarray(backward), self._own_collectives(table, any(needs_grad))
+
+    def _channels(self, table: ChoiceTable) -> Channels:
+        """The channels of a convolution that a rank has in each choice; groups are only split as wholes."""
+        whole, codes = channels_of(table.op), table.inputs[1]
+        if whole.groups > 1:
+            return whole
+        first, second = (np.ceil(size / self._ways(codes, dim)) for dim, size in enumerate(table.op.inputs[1].shape[:2]))
+        made, read = (second, first) if whole.transposed else (first, second)
+        return whole._replace(made=made, read=read)
+
+    def _ways(self, codes: Codes, dim: int) -> Array:
+        """Into how many pieces a dim is split."""
+        return np.asarray(np.where(codes == dim, self._sizes, 1).prod(axis=-1))
+
+    def _own_collectives(self, table: ChoiceTable, grad: bool) -> Array:
+        seconds = np.zeros(len(table))
+        for meta, before, after in zip(table.op.outputs, table.computed, table.outputs):
+            if not np.array_equal(before, after):
+                seconds += self._pairwise(meta, before, after, grad)
+        if table.inner.any():
+            for row in np.flatnonzero(table.inner.any(axis=1)).tolist():
+                for axes, nbytes in self._inner(table, row):
+                    seconds[row] += float(self.communication.all_reduce(nbytes, axes))
+        return seconds
+
+    def _inner(self, table: ChoiceTable, row: int) -> list[tuple[list[int], float]]:
+        """Over which axes a choice's lowering reduces, and bytes of what it reduces, for each of its all-reduces."""
+        axes: dict[int, list[int]] = {count: np.flatnonzero(table.inner[row] == count).tolist() for count in (1, 2)}
+        held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes[2])
+        by_count = [(1, _PAIR), (2, 4 * float(held))]
+        return [(axes[count], nbytes) for count, nbytes in by_count if axes[count] for _ in range(count)]
+
+    def own_steps(
+        self, table: ChoiceTable, row: int, grad: bool
+    ) -> tuple[tuple[CollectivePrice, ...], tuple[CollectivePrice, ...]]:
+        """The collectives that one choice of an operator runs itself, forward and backward; they add up to its price."""
+        forward: list[CollectivePrice] = []
+        backward: list[CollectivePrice] = []
+        none = np.zeros((1, len(self.mesh.axes)), dtype=bool)
+        for meta, computed, outputs in zip(table.op.outputs, table.computed, table.outputs):
+            before, after = computed[row], outputs[row]
+            if np.array_equal(before, after):
+                continue
+            size, describe = meta.dtype.itemsize, self.communication.describe
+            forward += describe(meta.shape, size, before.tolist(), after.tolist())
+            if grad:
+                back_from, back_to = gradient_codes(before[None], after[None], none)
+                backward += describe(meta.shape, size, back_from[0].tolist(), back_to[0].tolist())
+        for axes, nbytes in self._inner(table, row):
+            names, count = tuple(self.mesh.axes[a] for a in axes), math.prod(self.mesh.sizes[a] for a in axes)
+            seconds = float(self.communication.all_reduce(nbytes, axes))
+            forward.append(CollectivePrice("all_reduce", names, 2 * nbytes * (count - 1) / count, seconds))
+        return tuple(forward), tuple(backward)
+
+    def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:
+        """Seconds from each row's layout to the same row's other one."""
+        seconds = np.zeros(len(before))
+        changed = np.flatnonzero((before != after).any(axis=1))
+        keys = np.concatenate([before[changed], after[changed]], axis=1)
+        unique, where = np.unique(keys, axis=0, return_inverse=True)
+        count = len(self.mesh.axes)
+        none = np.zeros((1, count), dtype=bool)
+        prices = [float(self.move(meta, u[None, :count], u[None, count:], none, grad)[0][0, 0]) for u in unique]
+        if len(changed):
+            seconds[changed] = np.array(prices)[where.reshape(-1)]
+        return seconds
+
+    def parameter(self, meta: TensorMeta, codes: Codes, grad: bool, states: float, gradients: float) -> tuple[Array, Array]:
+        """Seconds of the optimizer, and bytes: the parameter, its optimizer states, and a share of its gradient."""
+
+        def make() -> tuple[Array, Array]:
+            held = self.piece_bytes(meta, codes)
+            if not grad:
+                return np.zeros(len(codes)), held
+            return np.asarray(optimizer_seconds(held, states, self.machine)), held * (1 + states + gradients)
+
+        return self._once(("parameter", meta, id(codes), grad, states, gradients), (codes,), make)  # type: ignore[no-any-return]
+
+    def to_whole(self, meta: TensorMeta, codes: Codes, grad: bool) -> Array:
+        """Seconds to make a value whole on every rank."""
+        target = np.full((1, len(self.mesh.axes)), REPLICATED, dtype=np.int8)
+        return self.move(meta, codes, target, np.zeros((1, len(self.mesh.axes)), dtype=bool), grad)[0][:, 0]
+
+    # -- edges ------------------------------------------------------------------------------------------------------
+
+    def move(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool = False,
+        stored: bool = False, counted: bool = False,
+    ) -> tuple[Array, Array | None]:  # fmt: skip
+        """Seconds ``(S, T)`` of redistributions, forward and backward, and the bytes that the reader keeps.
+
+        Args:
+            gradients: ``(T, A)``, axes over which the gradient that comes back is partial.
+            keeps: whether autograd keeps what the reader reads.
+            stored: whether the source is a parameter; part of its communication hides behind computing.
+            counted: whether the source's own bytes are counted already.
+        """
+        key = ("move", meta.shape, meta.dtype, id(source), id(target), id(gradients), grad, keeps, stored, counted)
+        return self._once(  # type: ignore[no-any-return]
+            key, (source, target, gradients), lambda: self._move(meta, source, target, gradients, grad, keeps, stored, counted)
+        )
+
+    def _move(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool, stored: bool,
+        counted: bool,
+    ) -> tuple[Array, Array | None]:  # fmt: skip
+        if not grad:
+            gradients = np.zeros_like(gradients)
+        rows, row_of = self._unique(source, np.zeros(source.shape, dtype=bool))
+        columns, column_of = self._unique(target, gradients)
+        here, there, masks = source[rows], target[columns], gradients[columns]
+        forward, backward = self.move_parts(meta, here, there, masks, grad)
+        if stored:
+            first, second = self.saved_by_sharing(meta, here, there, masks, grad)
+            seconds = self.machine.exposed(forward - first, backward - second)
+        else:
+            seconds = forward + backward
+        memory = self._kept(meta, here, there, counted)[np.ix_(row_of, column_of)] if keeps else None
+        return seconds[np.ix_(row_of, column_of)], memory
+
+    def move_parts(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> tuple[Array, Array]:
+        """Seconds ``(S, T)`` of redistributions, forward and backward apart."""
+        size = meta.dtype.itemsize
+        forward = self.communication.moves(meta.shape, size, source, target).seconds
+        if not grad:
+            return forward, np.zeros_like(forward)
+        back_from, back_to = gradient_codes(source, target, gradients)
+        return forward, self.communication.moves(meta.shape, size, back_from, back_to).seconds.T
+
+    def saved_by_sharing(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
+    ) -> tuple[Array, Array]:
+        """Seconds that a parameter saves, forward and backward, as it shares collectives: the others' launches."""
+        forward, backward, share = self.launches(meta, source, target, gradients, grad)
+        return forward * (1 - share), backward * (1 - share)
+
+    def launches(
+        self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
+    ) -> tuple[Array, Array, Array]:
+        """What a parameter's collectives take without bytes, forward and backward, and its share of them.
+
+        Its share of a bucket, but no less than if all parameters were in one: a search looks at one parameter at a time. By
+        bytes: what is best for a large parameter is then best for the small ones too, and they share its collectives.
+        """
+        larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
+        empty = [self.communication.moves(meta.shape, 0, source, target).seconds, np.zeros_like(larger)]
+        if grad:
+            back_from, back_to = gradient_codes(source, target, gradients)
+            empty[1] = self.communication.moves(meta.shape, 0, back_from, back_to).seconds.T
+        part = meta.bytes / self.sharing if self.sharing else 1.0
+        share = np.where(empty[0] > 0, self._share(self.gathers, larger, part), self._share(self.sums, larger, part))
+        possible = np.isfinite(empty[0]) & np.isfinite(empty[1])
+        return np.where(possible, empty[0], 0.0), np.where(possible, empty[1], 0.0), share
+
+    def _share(self, buckets: Buckets, size: Array, part: float) -> Array:
+        """Shares of a launch of a parameter of so many bytes, which is such a part of all."""
+        if buckets.starts is not None:
+            return np.full_like(size, min(1.0, (1 + len(buckets.starts)) * part))
+        return np.clip(size / buckets.bytes, part, 1.0) if buckets.bytes else np.ones_like(size)
+
+    def _unique(self, codes: Codes, gradients: Array) -> tuple[Array, Array]:
+        _, first, where = np.unique(self.keys(codes, gradients), return_index=True, return_inverse=True)
+        return first, where.reshape(-1)
+
+    def _kept(self, meta: TensorMeta, source: Codes, target: Codes, counted: bool) -> Array:
+        """Bytes that a reader keeps: a slice keeps what it is a slice of, anything else that moves is a new tensor."""
+        before, after = self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :]
+        changed = source[:, None, :] != target[None, :, :]
+        sliced = (~changed | (source[:, None, :] == REPLICATED)).all(axis=-1)
+        held = 0.0 if counted else 1.0
+        return np.where(sliced, before * held, after + 0.0 * before)
+
+    def read(
+        self, meta: TensorMeta, state: Codes, state_gradients: Array, target: Codes, gradients: Array, grad: bool, keeps: bool
+    ) -> tuple[Array, Array | None]:
+        """As :meth:`move`, from a shared reading: who needs just what it has pays nothing."""
+
+        def make() -> tuple[Array, Array | None]:
+            masks = gradients if grad else np.zeros_like(gradients)
+            seconds, memory = self._move(meta, state, target, masks, grad, keeps, False, True)
+            same = self.keys(state, state_gradients)[:, None] == self.keys(target, masks)[None, :]
+            return np.where(same, 0.0, seconds), None if memory is None else np.where(same, 0.0, memory)
+
+        arrays = (state, state_gradients, target, gradients)
+        return self._once(("read", meta.shape, meta.dtype, *map(id, arrays), grad, keeps), arrays, make)  # type: ignore[no-any-return]
+
+
+def launches_of(buckets: Buckets, size: float, count: int) -> float:
+    """How many collectives ``count`` parameters of ``size`` bytes in all make; a bucket that is not full counts as a part.
+
+    >>> launches_of(Buckets(4 << 20), 6 << 20, 10), launches_of(Buckets(), 6 << 20, 10)
+    (1.5, 10.0)
+    """
+    if buckets.starts is not None:
+        return float(min(count, 1 + len(buckets.starts)))
+    return min(float(count), max(1.0, size / buckets.bytes)) if buckets.bytes else float(count)
+
+
+def bytes_of_parameters(graph: Graph) -> float:
+    """Bytes of all parameters of a graph, whole."""
+    return float(sum(i.meta.bytes for i in graph.inputs if i.kind == "parameter"))
+
+
+def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:
+    """From where to where gradients go: partial as the target's readers leave them, to the source's own pieces."""
+    whole = np.where(target == PARTIAL, REPLICATED, target)
+    start = np.where(gradients & (target == REPLICATED), PARTIAL, whole).astype(np.int8)
+    return start, np.where(source == PARTIAL, REPLICATED, source).astype(np.int8)

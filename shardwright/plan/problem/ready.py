@@ -1,0 +1,20 @@
+"""Ready values: which operators can start their moves early."""
+
+from __future__ import annotations
+
+import torch
+
+from shardwright.ir.graph import Graph
+
+
+def ready_values(graph: Graph, full_batch: bool) -> frozenset[str]:
+    """Values any piece of which every rank can make without communication."""
+    ready = {
+        i.value for i in graph.inputs
+        if not i.requires_grad and (i.kind in ("buffer", "constant") or (i.kind == "input" and full_batch))
+    }  # fmt: skip
+    for node in graph.nodes:
+        random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
+        if not random and node.mark is None and all(v in ready for v in node.inputs):
+            ready.update(node.outputs)
+    return frozenset(ready)

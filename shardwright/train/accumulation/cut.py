@@ -1,0 +1,46 @@
+"""Cuts a program into what runs once for a batch and what runs for each of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shardwright.ir.instructions import Instruction, Move, ProgramInput
+from shardwright.ir.program import LocalProgram
+
+
+def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram, LocalProgram, tuple[str, ...]]:
+    """What runs once a step, and what runs for every micro-batch.
+
+    Args:
+        program: not scheduled yet.
+        gathers_once: whether split parameters are gathered once; else for every micro-batch, and their gradients scattered.
+
+    Returns:
+        The two programs, and the local values that the first hands to the second: its inputs of kind ``local``.
+    """
+    own = {i.name for i in program.inputs if i.kind == "parameter"}
+    once: list[Instruction] = []
+    each: list[Instruction] = []
+    ready = set(own)
+    for instruction in program.instructions:
+        if isinstance(instruction, Move) and instruction.source in ready and (gathers_once or not _gathers(instruction)):
+            once.append(instruction)
+            ready.add(instruction.output)
+        else:
+            each.append(instruction)
+    read = {name for instruction in each for name in program.refs_of(instruction)}
+    read |= {o for o in program.outputs if isinstance(o, str)} | {v for _, v in program.updates}
+    metas = {i.name: i.meta for i in program.inputs}
+    for move in once:
+        assert isinstance(move, Move)
+        metas[move.output] = metas[move.source]
+    handed = tuple(name for name in metas if name in ready and name in read)
+    given = tuple(i for i in program.inputs if i.kind == "parameter")
+    first = replace(program, inputs=given, instructions=tuple(once), outputs=(), updates=(), places={})
+    local = [ProgramInput(name, "local", name, metas[name], program.layouts[name]) for name in handed]
+    inputs = (*(i for i in program.inputs if i.kind != "parameter"), *local)
+    return first, replace(program, inputs=inputs, instructions=tuple(each)), handed
+
+
+def _gathers(move: Move) -> bool:
+    return any(step.kind != "slice" for step in move.redistribution.forward)

@@ -1,0 +1,114 @@
+"""Compilable: which calls of a local program may be compiled, and which are worth it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from shardwright.base.torch_private import pytree
+from shardwright.ir.graph import Graph, Node
+from shardwright.ir.instructions import Call, Ref, moves_of
+from shardwright.ir.operator import OpOverload, Slot
+from shardwright.ir.program import LocalProgram
+from shardwright.rules.norm import update_running
+from shardwright.rules.pieces import piece
+from shardwright.train.compile.draws import draws
+
+_RULES = "shardwright.rules."
+
+# Operators that change running statistics in place when they train, which their schemas do not say.
+_NORMS = frozenset({"aten.batch_norm", "aten.instance_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit"})
+
+# Operators that compute nothing: a compiler has no work with them alone.
+_VIEWS = frozenset(
+    {"view", "_unsafe_view", "reshape", "view_as", "reshape_as", "transpose", "permute", "t", "T", "mT", "numpy_T"}
+    | {"unsqueeze", "squeeze", "expand", "expand_as", "broadcast_to", "slice", "select", "narrow", "split", "chunk"}
+    | {"split_with_sizes", "tensor_split", "unbind", "flatten", "unflatten", "alias", "detach", "movedim", "swapaxes"}
+    | {"contiguous", "clone", "to", "dropout", "arange", "zeros", "ones", "full", "empty", "identity", "diagonal"}
+)
+
+
+def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
+    """The ids of the calls that run as they are: those that draw, change something in place, or cannot be traced, and those
+    that are computed again in the backward pass, one by one."""
+    nodes = {node.name: node for node in graph.nodes}
+    changed = changed_in_place(program, graph)
+    found = set()
+    for call in program.instructions:
+        if isinstance(call, Call):
+            node = nodes[call.cause]
+            reads = program.refs_of(call)
+            if call.recompute or not _can_trace(call, node) or draws(call, node) or not changed.isdisjoint(reads):
+                found.add(id(call))
+    return frozenset(found)
+
+
+def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
+    """The values that some call changes, and what they are moved from."""
+    nodes = {node.name: node for node in graph.nodes}
+    found: set[str] = set()
+    for instruction in reversed(program.instructions):
+        if isinstance(instruction, Call):
+            found.update(_changes(instruction, nodes[instruction.cause]))
+        else:
+            found.update(move.source for move in moves_of(instruction) if move.output in found)
+    return frozenset(found)
+
+
+def computes(call: Call) -> bool:
+    """Whether a call does work that a compiler can merge with that of others, rather than only look at memory."""
+    function = call.function
+    name = function.overloadpacket.__name__ if isinstance(function, OpOverload) else function.__name__
+    return name not in _VIEWS
+
+
+def _can_trace(call: Call, node: Node) -> bool:
+    if call.function is piece:
+        return False  # a copy that differs from rank to rank, of what was drawn
+    for function in _functions(call):
+        if isinstance(function, OpOverload):
+            if function.namespace != "aten" or function._schema.is_mutable or _has_any_size(function, node):
+                return False
+        elif not isinstance(function, types.BuiltinFunctionType) and not _module_of(function).startswith((_RULES, "torch")):
+            return False
+    return True
+
+
+def _functions(call: Call) -> Iterable[Any]:
+    """What a call calls: its function, and what that is handed to call."""
+    yield call.function
+    for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+        if isinstance(leaf, OpOverload):
+            yield leaf
+
+
+def _module_of(function: Any) -> str:
+    return getattr(function, "__module__", None) or ""
+
+
+def _has_any_size(function: Any, node: Node) -> bool:
+    """Whether values decide the shape of a result, or are read while running."""
+    if torch.Tag.data_dependent_output in function.tags:
+        return True
+    if torch.Tag.dynamic_output_shape not in function.tags:
+        return False
+    by_number = function.overloadpacket.__name__ == "index"  # by a mask it has any size
+    return not by_number or any(m.dtype in (torch.bool, torch.uint8) for m in node.op.inputs[1:])
+
+
+def _changes(call: Call, node: Node) -> list[str]:
+    """The values that a call changes in place."""
+    if call.function is update_running:
+        return [ref.name for ref in call.args[:2] if isinstance(ref, Ref)]
+    refs = [leaf.name for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Ref)]
+    functions = list(_functions(call))
+    if any(isinstance(f, OpOverload) and f._schema.is_mutable for f in functions):
+        return refs
+    op = node.op
+    if op.name in _NORMS and op.target in functions and (op.argument("training") or op.argument("use_input_stats")):
+        statistics = [op.argument("running_mean"), op.argument("running_var")]
+        return [refs[slot.index] for slot in statistics if isinstance(slot, Slot)]
+    return []

@@ -1,0 +1,54 @@
+"""Draws: which calls take numbers from the generator, and dropout as two calls of which only one does.
+
+A compiler has random numbers of its own. So that masks are the single device's, calls that draw are never compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from shardwright.base.torch_private import pytree
+from shardwright.ir.graph import Graph, Node
+from shardwright.ir.instructions import Call, Instruction, Ref
+from shardwright.ir.operator import OpOverload
+from shardwright.ir.program import LocalProgram
+from shardwright.rules import random_draw
+
+_DRAWS = frozenset(
+    {random_draw.filled, random_draw.dropout_noise, random_draw.whole_dropout, random_draw.feature_noise}
+    | {random_draw.alpha_noise, random_draw.native_mask}
+)
+
+
+def draws(call: Call, node: Node) -> bool:
+    """Whether a local call does; ``node`` is the one it comes from."""
+    if call.function in _DRAWS:
+        return True
+    functions = [call.function, *pytree.tree_leaves((call.args, call.kwargs))]
+    random = any(isinstance(f, OpOverload) and torch.Tag.nondeterministic_seeded in f.tags for f in functions)
+    return random and node.op.draws
+
+
+def drawn_apart(program: LocalProgram, graph: Graph) -> LocalProgram:
+    """The same program with dropout of whole tensors as a draw and a product, which make the same numbers."""
+    nodes = {node.name: node for node in graph.nodes}
+    instructions: list[Instruction] = []
+    lanes = dict(program.lanes)
+    for instruction in program.instructions:
+        if not (isinstance(instruction, Call) and instruction.function is random_draw.whole_dropout):
+            instructions.append(instruction)
+            continue
+        (value, stride, p), meta = instruction.args, nodes[instruction.cause].op.inputs[0]
+        name = f"{instruction.outputs[0]}_noise"
+        while name in lanes:
+            name += "_"
+        lanes[name] = (0,) * program.world_size
+        drawn = (meta.shape, stride, meta.dtype, meta.device, p)
+        applied = (value, Ref(name), p)
+        instructions += [
+            replace(instruction, function=random_draw.dropout_noise, args=drawn, outputs=(name,), lanes=lanes[name]),
+            replace(instruction, function=random_draw.apply_dropout, args=applied),
+        ]
+    return replace(program, instructions=tuple(instructions), lanes=lanes)

@@ -1,0 +1,238 @@
+"""Segments: runs of local calls between moves, to be compiled as one function each.
+
+A segment is as long as the schedule allows. What a segment needs and what does not depend on it is brought before it,
+which blocking moves and the moves of parameters (that communicate in the backward pass alone) do not mind; calls that go
+on with what a segment made are brought before blocking moves. What overlaps communication with computation is kept:
+
+- A segment ends where a :class:`Start` stands: no call is brought before it.
+- A started move that travels in the forward pass is not ended earlier than the schedule ends it.
+- Gradients of parameters leave a segment together, when its backward is done: they are ``bucket`` bytes at most.
+
+What autograd computes is kept as well. All calls of a segment lead to the same outputs of the program, so that what gets
+no gradient (``None``) in the eager program gets none here; they run under the same autocast and gradient mode and, in the
+simulated world, in the same lanes. Nothing here depends on the rank: all ranks find the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardwright.ir.graph import Graph
+from shardwright.ir.instructions import Call, Instruction, KeepPiece, Move, Start, Together, moves_of
+from shardwright.ir.program import LocalProgram
+from shardwright.plan.problem.blocks import blocks_of
+from shardwright.train.compile.compilable import changed_in_place, computes, left_out
+from shardwright.train.compile.draws import draws
+from shardwright.train.compile.reach import Reach, gradients_from, moves_apart
+
+# The bytes at which PyTorch's own data parallelism cuts compiled graphs.
+BUCKET = 25 << 20
+
+# How many instructions a call may be brought forward by.
+_LOOK_AHEAD = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Calls to be compiled as one function, in order."""
+
+    calls: tuple[Call, ...]
+
+
+def segments_of(
+    program: LocalProgram, graph: Graph, by_lanes: bool = False, bucket: float = BUCKET
+) -> list[Instruction | Segment]:
+    """The instructions of a program in an order that has long segments, and these segments.
+
+    Args:
+        graph: what the program was made from.
+        by_lanes: whether the calls of a segment must run in the same lanes, as the simulated world needs.
+        bucket: bytes of gradients of parameters that leave a segment together.
+    """
+    program = replace(program, instructions=tuple(moves_apart(program, graph)))
+    facts = _Facts(program, graph, by_lanes)
+    return _grouped(list(program.instructions), facts, bucket)
+
+
+def _grouped(pending: list[Instruction], facts: _Facts, bucket: float) -> list[Instruction | Segment]:
+    found: list[Instruction | Segment] = []
+    while pending:
+        if facts.key(pending[0]) is None:
+            found.append(pending.pop(0))
+            continue
+        trial = _Growth(pending, facts, math.inf, None)
+        region = facts.region(pending[0]) if facts.holds_a_copy(trial.members) else None
+        growth = _Growth(pending, facts, bucket, region)
+        found += _grouped(growth.before, facts, bucket)
+        calls = growth.members
+        found += [Segment(tuple(calls))] if sum(map(computes, calls)) > 1 else calls
+        pending = growth.rest
+    return found
+
+
+class _Growth:
+    """A segment grown from the first of some instructions on.
+
+    Args:
+        region: the copy of a repeated layer at whose end the segment ends; ``None``: at none.
+    """
+
+    def __init__(self, pending: Sequence[Instruction], facts: _Facts, bucket: float, region: int | None):
+        self.facts, self.bucket, self.region = facts, bucket, region
+        self.members: list[Call] = []
+        self.before: list[Instruction] = []
+        self.rest: list[Instruction] = []
+        self.made: set[str] = set()
+        self.late: set[str] = set()  # made by what is left behind
+        self.read: set[str] = set()
+        self.bytes = 0.0
+        self.key: _Key = (None, None)
+        order = {id(instruction): at for at, instruction in enumerate(pending)}
+        for at, instruction in enumerate(pending):
+            if len(self.rest) > _LOOK_AHEAD or not self._add(instruction):
+                self.rest += pending[at:]
+                break
+        self._put_back(order)
+
+    def _add(self, instruction: Instruction) -> bool:
+        """Takes an instruction into the segment, before it or behind it; returns whether to go on."""
+        facts = self.facts
+        reads, key = facts.reads[id(instruction)], facts.key(instruction)
+        if self.region is not None and isinstance(instruction, Call) and facts.region(instruction) != self.region:
+            return False
+        waits, continues = not reads.isdisjoint(self.late), not reads.isdisjoint(self.made)
+        joined = None
+        if key is not None and not waits and (continues or not self.rest):
+            joined = _join(self.key, key) if self.members else key
+        if joined is not None:
+            assert isinstance(instruction, Call)
+            return self._join(instruction, joined, reads)
+        if not (waits or continues) and facts.may_go_first(instruction, self.rest):
+            self.before.append(instruction)
+            return True
+        if isinstance(instruction, Start):
+            return False
+        self.rest.append(instruction)
+        self.late.update(facts.makes(instruction))
+        return True
+
+    def _join(self, call: Call, key: _Key, reads: frozenset[str]) -> bool:
+        size = sum(self.facts.gradients.get(name, 0.0) for name in reads - self.read)
+        if self.members and self.bytes + size > self.bucket:
+            return False
+        self.bytes += size
+        self.read |= reads
+        self.members.append(call)
+        self.made.update(call.outputs)
+        self.key = key
+        return True
+
+    def _put_back(self, order: dict[int, int]) -> None:
+        """Leaves where it stands what went before the segment without need, so that its backward waits for no more."""
+        needed = set(self.read)
+        kept: list[Instruction] = []
+        for instruction in reversed(self.before):
+            if isinstance(instruction, Start) or not needed.isdisjoint(self.facts.makes(instruction)):
+                needed |= self.facts.reads[id(instruction)]
+                kept.append(instruction)
+            else:
+                self.rest.append(instruction)
+        self.before = kept[::-1]
+        self.rest.sort(key=lambda instruction: order[id(instruction)])
+
+
+# -- what is known of the instructions ------------------------------------------------------------------------------------
+
+_Key = tuple[Any, Reach]
+
+
+def _join(one: _Key, other: _Key) -> _Key | None:
+    """What the calls of a segment have in common with one more call; ``None`` where it is not one of them."""
+    if one[0] != other[0]:
+        return None
+    if one[1] is None or other[1] is None:
+        return one[0], one[1] if other[1] is None else other[1]
+    return one if one[1] == other[1] else None
+
+
+class _Facts:
+    def __init__(self, program: LocalProgram, graph: Graph, by_lanes: bool):
+        self.by_lanes = by_lanes
+        self.nodes = {node.name: node for node in graph.nodes}
+        self.place = {node.name: at for at, node in enumerate(graph.nodes)}
+        blocks = blocks_of(graph)
+        self.borders = sorted({b.start + b.length * k for b in blocks for k in range(b.count + 1)})
+        self.reads = {id(i): _reads(program, i) for i in program.instructions}
+        self.reach, _ = gradients_from(program, graph)
+        self.left_out = left_out(program, graph)
+        self.changed = changed_in_place(program, graph)
+        self.gradients = {m.output: _gradient_bytes(m) for m in program.moves}
+
+    def key(self, instruction: Instruction) -> _Key | None:
+        """What must agree within a segment; ``None`` for what cannot be in one."""
+        if not isinstance(instruction, Call) or id(instruction) in self.left_out:
+            return None
+        lanes = instruction.lanes if self.by_lanes else None
+        return (instruction.autocast, instruction.grad, lanes), self.reach[id(instruction)]
+
+    def makes(self, instruction: Instruction) -> tuple[str, ...]:
+        return tuple(map(_token, instruction.moves)) if isinstance(instruction, Start) else instruction.outputs
+
+    def region(self, call: Instruction) -> int:
+        """Which copy of a repeated layer a call belongs to."""
+        return bisect_right(self.borders, self.place[call.cause])
+
+    def holds_a_copy(self, calls: Sequence[Call]) -> bool:
+        """Whether calls reach over a whole copy of a repeated layer."""
+        regions = [self.region(call) for call in calls]
+        return max(regions) - min(regions) > 1
+
+    def may_go_first(self, instruction: Instruction, rest: Sequence[Instruction]) -> bool:
+        """Whether what does not depend on a segment may go before it, and before what is left behind."""
+        if not self.changed.isdisjoint(self.reads[id(instruction)]):
+            return False
+        if isinstance(instruction, (KeepPiece, Start)):
+            return not rest
+        if isinstance(instruction, Move) and instruction.started and _travels(instruction):
+            return False
+        if isinstance(instruction, (Move, Together)):
+            return not (_communicates(instruction) and any(map(_communicates, rest)))
+        if self.key(instruction) is not None:
+            return not rest
+        return not (self._draws(instruction) and any(map(self._draws, rest)))
+
+    def _draws(self, instruction: Instruction) -> bool:
+        return isinstance(instruction, Call) and draws(instruction, self.nodes[instruction.cause])
+
+
+def _token(move: Move) -> str:
+    """Stands for a move under way, between its start and its end."""
+    return f"{move.output}, started"
+
+
+def _reads(program: LocalProgram, instruction: Instruction) -> frozenset[str]:
+    names = program.refs_of(instruction)
+    if isinstance(instruction, Move) and instruction.started:
+        return frozenset((*names, _token(instruction)))
+    return frozenset(names)
+
+
+def _travels(move: Move) -> bool:
+    """Whether a move communicates in the forward pass."""
+    return any(step.kind != "slice" for step in move.redistribution.forward)
+
+
+def _communicates(instruction: Instruction) -> bool:
+    return isinstance(instruction, Start) or any(map(_travels, moves_of(instruction)))
+
+
+def _gradient_bytes(move: Move) -> float:
+    """The bytes of the gradient that a move sends, where it sends nothing forward."""
+    plan = move.redistribution
+    if _travels(move) or not move.needs_grad or all(step.kind == "slice" for step in plan.backward):
+        return 0.0
+    return math.prod(plan.target.local_shape(plan.shape, plan.target.mesh.ranks[0])) * move.dtype.itemsize

@@ -1,0 +1,287 @@
+"""Interleave: an order of instructions in which the copies of a batch take turns.
+
+The copies of a graph (:mod:`shardwright.train.copies.module`) stand in it one after the other. Here each runs until a tensor
+of its own has to travel; that is started at once, and then it is the next copy's turn. When the turn comes back the copy
+waits for what travelled, and goes on. Nothing is computed otherwise than before: only the order changes, and moves are
+started before they are ended. Autograd runs backward in the opposite order of the forward, so there the copies take turns
+just so: the gradient of a move starts to travel at its end's place and is waited for at its start's.
+
+Between two moves there often is either much to compute or next to nothing: sums stand where a feed-forward layer ends, and
+those of its gradient where it begins. While another copy waits, much is therefore done in two halves: one hides the forward's
+sum, the other the backward's.
+
+Invariants:
+
+- Every instruction runs after those that make what it reads.
+- What reads or writes a tensor that calls write in place, such as running statistics, keeps its order.
+- Calls that draw random numbers keep their order, so that the numbers are those of the single device. What only they need
+  is drawn early where another copy's turn comes first.
+- Every rank runs the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from shardwright.cost.operations import flops
+from shardwright.ir.graph import Graph
+from shardwright.ir.instructions import Call, Instruction, Move, Start, Together
+from shardwright.ir.operator import Operator
+from shardwright.ir.program import LocalProgram
+from shardwright.ir.step import Step
+from shardwright.rules import random_draw
+from shardwright.rules.pieces import piece
+
+# Of the calls that a random operator becomes, those that draw nothing.
+_NO_DRAWS = (
+    piece, random_draw.apply_dropout, random_draw.apply_alpha, random_draw.apply_native, random_draw.in_order,
+    torch.clone, torch.ones_like,
+)  # fmt: skip
+
+
+def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
+    """The same program with the instructions of copies taking turns; the program itself where its graph has no copies.
+
+    Args:
+        graph: the graph it was made from, whose nodes say which copy they belong to.
+    """
+    copies = {node.name: node.copy for node in graph.nodes if node.copy is not None}
+    if not copies:
+        return program
+    drawing = {node.name for node in graph.nodes if draws(node.op)}
+    work = {name: flops(node.op) for node in graph.nodes if (name := node.name) in copies}
+    instructions: Sequence[Instruction] = program.instructions
+    for group in sorted({of for of, _ in copies.values()}):
+        members = {name: index for name, (of, index) in copies.items() if of == group}
+        if len({members[i.cause] for i in instructions if i.cause in members}) > 1:
+            instructions = _Turns(program, instructions, members, drawing, work).order()
+    return replace(program, instructions=tuple(instructions), copies={name: index for name, (_, index) in copies.items()})
+
+
+def draws(op: Operator) -> bool:
+    """Whether an operator call takes numbers from the generator; a dropout of nothing takes none."""
+    return op.draws and not (op.name.endswith("dropout") and op.argument("p") == 0)
+
+
+class _Turns:
+    """The instructions from the first to the last of a group of copies, and the order in which they will run."""
+
+    def __init__(
+        self,
+        program: LocalProgram,
+        instructions: Sequence[Instruction],
+        copies: dict[str, int],
+        drawing: set[str],
+        work: dict[str, float],
+    ):
+        places = [at for at, i in enumerate(instructions) if i.cause in copies]
+        first, end = places[0], places[-1] + 1
+        self.before, self.after = instructions[:first], instructions[end:]
+        self.region = [part for i in _not_started(instructions[first:end], copies) for part in _by_copy(i, copies)]
+        self.maker = {name: at for at, i in enumerate(self.region) for name in i.outputs}
+        self.draws = [isinstance(i, Call) and i.cause in drawing and i.function not in _NO_DRAWS for i in self.region]
+        self.needs = self._needs(program)
+        self.queues = self._queues(copies)
+        self.leaving: dict[int, list[int]] = {}  # maker of a tensor that travels -> its moves
+        for at, instruction in enumerate(self.region):
+            if not isinstance(instruction, Move) or instruction.cause not in copies or instruction.source not in self.maker:
+                continue
+            instruction = self.region[at] = replace(instruction, copy=copies[instruction.cause])
+            if _travels(instruction):
+                self.leaving.setdefault(self.maker[instruction.source], []).append(at)
+        self.work = self._work(work)
+        self.result: list[Instruction] = []
+        self.done = [False] * len(self.region)
+        self.started: set[int] = set()
+        self.under_way: set[int] = set()
+        self.has_paused = [False] * len(self.queues)  # within what a copy computes before its next move
+
+    def _needs(self, program: LocalProgram) -> list[list[int]]:
+        """For every instruction, those that have to run before it."""
+        needs: list[list[int]] = []
+        memory = self._memory()
+        changed = {memory.get(name, name) for i in self.region if isinstance(i, Call) for name in i.written}
+        last_use: dict[str, int] = {}  # tensor that is changed in place -> the last instruction that reads or writes it
+        starts: dict[str, int] = {}
+        last_draw = None
+        for at, instruction in enumerate(self.region):
+            found = [self.maker[name] for name in program.refs_of(instruction) if name in self.maker]
+            if isinstance(instruction, Start):
+                starts.update((move.output, at) for move in instruction.moves)
+            elif isinstance(instruction, Move) and instruction.output in starts:
+                found.append(starts[instruction.output])
+            for tensor in changed & {memory.get(name, name) for name in program.refs_of(instruction)}:
+                found += [last_use[tensor]] if tensor in last_use else []
+                last_use[tensor] = at
+            if self.draws[at]:
+                found += [last_draw] if last_draw is not None else []
+                last_draw = at
+            needs.append(found)
+        return needs
+
+    def _memory(self) -> dict[str, str]:
+        """The results of moves -> the tensor they may share their memory with."""
+        memory: dict[str, str] = {}
+        for instruction in (*self.before, *self.region):
+            moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
+            for move in moves:
+                if isinstance(move, Move):
+                    memory[move.output] = memory.get(move.source, move.source)
+        return memory
+
+    def _queues(self, copies: dict[str, int]) -> list[deque[int]]:
+        """What each copy runs, in its order; what belongs to none goes with what follows it."""
+        self.owners = [0] * len(self.region)
+        owner = 0
+        for at in reversed(range(len(self.region))):
+            owner = self.owners[at] = copies.get(self.region[at].cause, owner)
+        count = max(self.owners) + 1
+        return [deque(at for at, own in enumerate(self.owners) if own == index) for index in range(count)]
+
+    def _work(self, work: dict[str, float]) -> list[float]:
+        """The operations of every instruction: those of an operator at its first call."""
+        counted: set[str] = set()
+        result = []
+        for instruction in self.region:
+            is_first = isinstance(instruction, Call) and instruction.cause not in counted
+            result.append(work.get(instruction.cause, 0.0) if is_first else 0.0)
+            counted.update([instruction.cause] if is_first else [])
+        return result
+
+    def order(self) -> list[Instruction]:
+        while any(self.queues):
+            for copy in range(len(self.queues)):
+                self._take_turn(copy)
+        return [*self.before, *_without_idle_starts(self.result, self.started, self.region), *self.after]
+
+    def _take_turn(self, copy: int) -> None:
+        """Runs a copy until something of it has begun to travel, or half of what comes before that is done.
+
+        After its last move it lets the others go first once, so that theirs have something to hide behind.
+        """
+        queue, started = self.queues[copy], len(self.started)
+        is_last = not any(at in self.leaving for at in queue)
+        if is_last and not self.has_paused[copy]:
+            self.has_paused[copy] = True
+            return
+        left = self._work_before_a_move(queue)
+        half = left / 2
+        while queue:
+            at = queue.popleft()
+            self._run(at)
+            left -= self.work[at]
+            if len(self.started) > started:
+                self.has_paused[copy] = False
+                return
+            if 0 < left <= half and not self.has_paused[copy] and self._others_wait(copy):
+                self.has_paused[copy] = True
+                return
+
+    def _work_before_a_move(self, queue: Iterable[int]) -> float:
+        total = 0.0
+        for at in queue:
+            total += self.work[at]
+            if at in self.leaving:
+                break
+        return total
+
+    def _others_wait(self, copy: int) -> bool:
+        return any(self.owners[at] != copy for at in self.under_way)
+
+    def _run(self, wanted: int) -> None:
+        """Runs an instruction, and before it what it needs."""
+        stack = [wanted]
+        while stack:
+            at = stack[-1]
+            missing = [need for need in self.needs[at] if not self.done[need]]
+            if missing and not self.done[at]:
+                stack += reversed(missing)
+                continue
+            stack.pop()
+            if not self.done[at]:
+                self._append(at)
+
+    def _append(self, at: int) -> None:
+        self.done[at] = True
+        self.under_way.discard(at)
+        instruction = self.region[at]
+        if at in self.started:
+            assert isinstance(instruction, Move)
+            instruction = replace(instruction, started=True)
+        self.result.append(instruction)
+        for move in self.leaving.get(at, ()):
+            started = self.region[move]
+            assert isinstance(started, Move)
+            self.started.add(move)
+            self.under_way.add(move)
+            self.result.append(Start((started,)))
+        if self.draws[at]:  # what is drawn whole is cut at once, so that only the piece is kept
+            cut = at + 1
+            while cut < len(self.region) and self._only_cuts(cut, at):
+                self._append(cut)
+                cut += 1
+
+    def _only_cuts(self, at: int, drawn: int) -> bool:
+        instruction = self.region[at]
+        return isinstance(instruction, Call) and instruction.function is piece and self.needs[at] == [drawn]
+
+
+def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) -> list[Instruction]:
+    """The same without early starts of copies' own tensors: where these start is decided anew."""
+    made = {name for i in instructions for name in i.outputs}
+    own = {i.moves[0].output for i in instructions if isinstance(i, Start) and i.cause in copies and i.moves[0].source in made}
+    kept: list[Instruction] = []
+    for instruction in instructions:
+        if isinstance(instruction, Start) and instruction.moves[0].output in own:
+            continue
+        if isinstance(instruction, Move) and instruction.output in own:
+            instruction = replace(instruction, started=False)
+        kept.append(instruction)
+    return kept
+
+
+def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instruction]:
+    """Moves that share their collectives, those of each copy by themselves: one copy's should not wait for another's."""
+    if not isinstance(instruction, Together):
+        return [instruction]
+    parts: dict[int | None, list[Move]] = {}
+    for move in instruction.moves:
+        parts.setdefault(copies.get(move.cause), []).append(move)
+    return [moves[0] if len(moves) == 1 else Together(tuple(moves)) for moves in parts.values()]
+
+
+def _travels(move: Move) -> bool:
+    plan = move.redistribution
+    return not move.started and (_communicates(plan.forward) or (move.needs_grad and _communicates(plan.backward)))
+
+
+def _communicates(steps: Iterable[Step]) -> bool:
+    return any(step.kind != "slice" for step in steps)
+
+
+def _without_idle_starts(
+    instructions: Sequence[Instruction], started: set[int], region: Sequence[Instruction]
+) -> list[Instruction]:
+    """The same with moves whole again between whose start and end nothing is computed."""
+    ours = {region[at].outputs[0] for at in started}
+    begun: dict[str, int] = {}
+    calls = 0
+    idle: set[str] = set()
+    for instruction in instructions:
+        calls += isinstance(instruction, Call)
+        if isinstance(instruction, Start):
+            begun.update((move.output, calls) for move in instruction.moves)
+        elif isinstance(instruction, Move) and instruction.output in ours and begun[instruction.output] == calls:
+            idle.add(instruction.output)
+    kept: list[Instruction] = []
+    for instruction in instructions:
+        if isinstance(instruction, Start) and instruction.moves[0].output in idle:
+            continue
+        if isinstance(instruction, Move) and instruction.output in idle:
+            instruction = replace(instruction, started=False)
+        kept.append(instruction)
+    return kept

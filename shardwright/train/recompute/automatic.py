@@ -1,0 +1,198 @@
+"""Automatic recompute: which modules to compute again so that a step fits into memory, at the least cost.
+
+The modules of a model are looked at in tiers: the innermost ones of several operators, those around them, and so on. Within
+a tier modules are taken in the order of bytes freed a second of computing, as many as it takes; the cheapest tier wins. What
+fits is not reckoned from these bytes but played through (:func:`shardwright.step_memory(plan).memory_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shardwright.base.text import bytes_text, enough
+from shardwright.errors import MemoryLimitError, ShardwrightError
+from shardwright.ir.plan import Plan
+from shardwright.plan.memory import MemoryTimeline, step_memory
+from shardwright.plan.price.price_of import price_of
+from shardwright.plan.request import PlanRequest
+from shardwright.train.recompute.marked import outermost, recompute_pass
+from shardwright.train.recompute.request import RecomputeRequest
+
+SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
+
+# Limits that plans are searched for, as shares of the one that holds with recompute: the fastest plan of all, those that
+# need little recompute, and one that needs none.
+_PLANNED_FOR = (None, 2.0, 1.4, 1.0)
+
+
+def plan_with_recompute(
+    make: Callable[[PlanRequest], Plan], request: PlanRequest, marked: Mapping[str, RecomputeRequest],
+    automatic: RecomputeRequest | None,
+) -> Plan:  # fmt: skip
+    """The plan that is asked for, with what is computed again.
+
+    Args:
+        make: plans.
+        marked: by module path, what is to be computed again whatever the memory.
+        automatic: asks for more of it where the plan does not fit.
+
+    Raises:
+        MemoryLimitError: it does not fit even so.
+    """
+    if automatic is None:
+        plan = make(request)
+        passes = recompute_pass(plan.graph, marked)
+        return replace(plan, passes=(*plan.passes, *passes)) if passes else plan
+    limit = automatic.memory or request.memory_limit
+    if limit is None:
+        raise ShardwrightError(
+            f"recompute('auto') at {automatic.source} has no memory to fit: give recompute('auto', memory='80GB'), or "
+            ".search(memory='80GB')"
+        )
+    found: list[tuple[Plan, float]] = []
+    problem: MemoryLimitError | None = None
+    for allowed in _PLANNED_FOR if request.mode in SEARCHES else (None,):
+        if found and allowed not in (None, 1.0):
+            continue  # only where neither the fastest plan nor the smallest fits
+        try:
+            plan = make(replace(request, memory_limit=None if allowed is None else allowed * limit))
+            found.append(_fitting(replace(plan, memory_limit=limit), limit, marked, automatic, request))
+        except MemoryLimitError as error:
+            problem = error if problem is None or error.least < problem.least else problem
+            continue
+        if not found[-1][1]:
+            break  # nothing is to be computed again
+    if not found:
+        assert problem is not None
+        raise problem
+    return found[request.once(lambda: min(range(len(found)), key=lambda i: price_of(found[i][0]).seconds))][0]
+
+
+def _fitting(
+    plan: Plan, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest, request: PlanRequest
+) -> tuple[Plan, float]:
+    """The plan with modules computed again until it fits, and the seconds that takes."""
+    found = request.once(lambda: Chooser(plan, marked, automatic).choose(limit))
+    if isinstance(found[0], str):
+        raise MemoryLimitError(found[0], found[1])
+    paths, seconds = found
+    passes = recompute_pass(plan.graph, {**dict.fromkeys(paths, automatic), **marked})
+    return replace(plan, passes=(*plan.passes, *passes)), seconds
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that might be computed again: bytes kept within, and seconds of its forward."""
+
+    path: str
+    bytes: float
+    seconds: float
+
+
+class Chooser:
+    """Chooses modules of a plan.
+
+    Args:
+        marked: what is computed again in any case.
+        automatic: how it is done.
+    """
+
+    def __init__(self, plan: Plan, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest):
+        self.plan, self.marked, self.automatic = plan, marked, automatic
+        self.peaks: dict[tuple[str, ...], MemoryTimeline] = {}
+
+    def choose(self, limit: float) -> tuple[list[str] | str, float]:
+        """Paths and seconds of what fits at the least cost; where nothing does, why, and the bytes that are needed."""
+        if self.timeline([]).peak <= limit:
+            return [], 0.0
+        found: list[tuple[float, list[str]]] = []
+        least: MemoryTimeline | None = None
+        for tier in self.tiers():
+            tier.sort(key=lambda c: -c.bytes / max(c.seconds, 1e-12))  # stable: of equal ones those that are kept longest
+            count = self.fewest(tier, limit)
+            if count is not None:
+                found.append((sum(c.seconds for c in tier[:count]), [c.path for c in tier[:count]]))
+            else:
+                whole = self.timeline([c.path for c in tier])
+                least = whole if least is None or whole.peak < least.peak else least
+        if found:
+            seconds, paths = min(found, key=lambda item: item[0])
+            return paths, seconds
+        best = least or self.timeline([])
+        return (
+            f"recompute('auto') at {self.automatic.source}: no choice of modules fits into {bytes_text(int(limit))} a rank; "
+            f"at least {best}\n  allow memory='{enough(best.peak)}', use more devices or a smaller batch",
+            best.peak,
+        )
+
+    def fewest(self, tier: Sequence[Candidate], limit: float) -> int | None:
+        """How many of the first ones it takes."""
+        if self.timeline([c.path for c in tier]).peak > limit:
+            return None
+        low, high = 0, len(tier)  # low does not fit, high does
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.timeline([c.path for c in tier[:middle]]).peak <= limit:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def timeline(self, paths: Sequence[str]) -> MemoryTimeline:
+        """What a rank needs when these modules are computed again."""
+        key = tuple(sorted(paths))
+        if key not in self.peaks:
+            passes = recompute_pass(self.plan.graph, {**dict.fromkeys(paths, self.automatic), **self.marked})
+            self.peaks[key] = step_memory(replace(self.plan, passes=(*self.plan.passes, *passes)))
+        return self.peaks[key]
+
+    # -- candidates ---------------------------------------------------------------------------------------------------
+
+    def tiers(self) -> list[list[Candidate]]:
+        """Modules that do not overlap, from small ones to large ones, each in the order of the program."""
+        candidates = self.candidates()
+        heights: dict[str, int] = {}
+        for path in sorted(candidates, key=lambda p: -p.count(".")):
+            inner = [heights[p] for p in heights if p.startswith(path + ".")]
+            heights[path] = 1 + max(inner, default=-1)
+        found = []
+        for height in sorted(set(heights.values())):
+            low = [p for p in candidates if heights[p] <= height]
+            found.append([candidates[p] for p in low if outermost(p, [q for q in low if q != p]) is None])
+        return found
+
+    def candidates(self) -> dict[str, Candidate]:
+        """Modules of several operators that are no mere lists of others and are not computed again anyway."""
+        nodes: dict[str, list[str]] = {}
+        for node in self.plan.graph.nodes:
+            parts = node.module.split(".") if node.module else []
+            for depth in range(1, len(parts) + 1):
+                nodes.setdefault(".".join(parts[:depth]), []).append(node.name)
+        children: dict[str, set[str]] = {}
+        for path in nodes:
+            parent, _, name = path.rpartition(".")
+            children.setdefault(parent, set()).add(name)
+        price = price_of(self.plan)
+        found = {}
+        for path, names in nodes.items():
+            inside = children.get(path, set())
+            is_list = bool(inside) and all(name.isdigit() for name in inside)
+            if len(names) < 2 or is_list or outermost(path, self.marked) is not None:
+                continue
+            priced = [price.operators[name] for name in names if name in price.operators]  # others cost nothing: every rank
+            kept = sum(operator.kept for operator in priced)  # has what they are made of, such as positions
+            seconds = sum(operator.forward for operator in priced) + self.moving(names)
+            found[path] = Candidate(path, kept, seconds)
+        return found
+
+    def moving(self, names: Sequence[str]) -> float:
+        """Seconds of the redistributions that these operators pay for, forward, as far as they are done again."""
+        again = self.automatic
+        moves = {id(m): m for name in names for m in price_of(self.plan).moves_to(name)}
+        return sum(
+            step.seconds
+            for move in moves.values()
+            if (again.parallel_optimizer_comm_recompute if move.of_parameter else again.mp_comm_recompute)
+            for step in move.forward
+        )

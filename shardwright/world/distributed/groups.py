@@ -1,0 +1,83 @@
+"""Groups: the process groups of a mesh, made once, and the links over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from shardwright.base.process_groups import backend_of
+from shardwright.base.torch_private import job_timeout
+from shardwright.cost.algorithms import Calibration, load
+from shardwright.errors import WorldError
+from shardwright.ir.largest_piece import Shape
+from shardwright.ir.step import TRANSFERS, Step
+from shardwright.world.distributed.links import Link
+from shardwright.world.distributed.messages import Scratch
+from shardwright.world.distributed.operations import _CLOSED
+
+
+class Groups:
+    """The process groups that steps communicate over: one for every distinct set of ranks, made once.
+
+    Args:
+        rank: this rank, ``size`` the number of all ranks.
+        device_type: ``cpu`` or ``cuda``: it says which backend serves the tensors.
+        calibration: what is fastest; the same on every rank.
+    """
+
+    def __init__(self, rank: int, size: int, device_type: str = "cpu", calibration: Calibration | None = None):
+        self.rank, self.size, self.device_type = rank, size, device_type
+        self.closed = False
+        self.calibration = calibration
+        self.scratch = Scratch()
+        self.is_gloo = backend_of(dist.group.WORLD, device_type) == "gloo"
+        self._links: dict[Shape, Link] = {}
+        self._made: dict[Shape, Any] = {}
+
+    def make(self, steps: Iterable[Step]) -> None:
+        """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
+        if self.closed:
+            raise WorldError(_CLOSED)
+        if self.calibration is None and self.is_gloo:
+            self.calibration = _agreed_calibration(self.rank)
+        everyone = tuple(range(self.size))
+        wanted: set[Shape] = set()
+        for step in steps:
+            if self.is_gloo and step.kind in (*TRANSFERS, "all_gather"):
+                wanted.add(everyone)  # for direct messages any group will do
+            if step.kind in TRANSFERS and self.is_gloo:
+                continue
+            if step.kind != "slice":
+                wanted.update(tuple(sorted(group)) for group in step.groups)
+        for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
+            whole = len(ranks) == self.size
+            group = dist.group.WORLD if whole else dist.new_group(list(ranks), timeout=job_timeout(self.device_type))
+            self._made[ranks] = None if whole else group
+            if self.rank in ranks:
+                is_gloo = backend_of(group, self.device_type) == "gloo"
+                self._links[ranks] = Link(ranks, group, is_gloo, self.calibration, self.scratch)
+
+    def link(self, members: Sequence[int]) -> Link:
+        ranks = tuple(sorted(members))
+        if ranks not in self._links:
+            raise WorldError(f"no process group for ranks {ranks}: Groups.make was not told of the step")
+        return self._links[ranks]
+
+    def close(self, destroy: bool) -> None:
+        """Lets go of the groups, so that their threads end before the interpreter does; ``destroy`` ends them too."""
+        for link in self._links.values():
+            link.close()
+        if destroy:
+            for ranks, group in self._made.items():
+                if group is not None and self.rank in ranks:
+                    dist.destroy_process_group(group)
+        self._links, self._made, self.closed = {}, {}, True
+
+
+def _agreed_calibration(rank: int) -> Calibration:
+    """Rank 0's, on every rank: ranks that chose different algorithms would wait for each other for ever."""
+    values = [load().to_dict() if rank == 0 else None]
+    dist.broadcast_object_list(values, 0)
+    return Calibration.from_dict(values[0])

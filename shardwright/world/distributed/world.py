@@ -1,0 +1,266 @@
+"""The distributed world: this process is one rank of a real job, and collectives run through ``torch.distributed``.
+
+:meth:`DistributedWorld.bind` turns a local program into one Python function of this rank's tensors, with everything
+that depends on the rank worked out beforehand. It works on plain local tensors: no dispatch per operator.
+
+Invariants:
+
+- Every rank binds the same programs in the same order (binding makes process groups), and calls them in the same order.
+- A bound function leaves its arguments as they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwright.agreement.numbers import Agreement
+from shardwright.agreement.watch import Watch
+from shardwright.base.process_groups import backend_of
+from shardwright.base.torch_private import set_group_timeout
+from shardwright.errors import WorldError
+from shardwright.ir.layout import Layout
+from shardwright.ir.program import LocalProgram
+from shardwright.ir.redistribution import Redistribution
+from shardwright.redistribute.steps import redistribution
+from shardwright.world.distributed.bind import _bind, _steps_of
+from shardwright.world.distributed.groups import Groups
+from shardwright.world.distributed.moves import PieceMove
+from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
+from shardwright.world.execute.recording import needs_recording, recorded
+from shardwright.world.job.torchrun import read_environment
+
+
+class DistributedWorld:
+    """This process as one rank of the initialised ``torch.distributed`` job.
+
+    Args:
+        device: where this rank's tensors are; default: the current CUDA device under NCCL, else the CPU.
+
+    Raises:
+        WorldError: ``torch.distributed`` is not initialised.
+    """
+
+    is_simulated = False
+
+    def __init__(self, device: torch.device | str | None = None):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise WorldError(
+                "torch.distributed is not initialised in this process: use DistributedWorld.from_environment() under "
+                "torchrun, or call torch.distributed.init_process_group() first"
+            )
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(device) if device is not None else _default_device()
+        self._groups = Groups(self.rank, self.size, self.device.type)
+        self._owns_job = False
+        self._moves: dict[Any, PieceMove] = {}
+        self._agreement: Agreement | None = None
+        self.watch: Watch | None = None
+        atexit.register(self._close_at_exit)
+
+    @classmethod
+    def from_environment(cls, backend: str | None = None, timeout: timedelta | None = None) -> DistributedWorld:
+        """The world that the launcher's environment variables describe, or the one that is initialised already.
+
+        Args:
+            backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
+            timeout: how long a collective may wait for the other ranks; default: torch's, or that of the job as it is.
+
+        Raises:
+            WorldError: a variable is missing or makes no sense, or the backend does not fit this host.
+        """
+        if not dist.is_available():
+            raise WorldError("this build of PyTorch has no torch.distributed: sw.init(devices=8) simulates 8 ranks")
+        if dist.is_initialized():
+            if timeout is not None:
+                set_group_timeout(timeout)
+            return cls()
+        rank, size, local_rank, local_size = read_environment(os.environ)
+        backend = backend or ("nccl" if _has_gpus_for(local_rank, local_size) else "gloo")
+        device = torch.device("cpu")
+        if "nccl" in backend:
+            if local_rank >= torch.cuda.device_count():
+                raise WorldError(
+                    f"LOCAL_RANK is {local_rank}, but this host has {torch.cuda.device_count()} CUDA devices: start at "
+                    "most one rank a device, or use backend='gloo'"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise WorldError(
+                f"rank {rank} could not join the job of {size} ranks at {address} with backend {backend!r}: {error}"
+            ) from error
+        world = cls(device)
+        world._owns_job = True
+        return world
+
+    def __repr__(self) -> str:
+        return f"DistributedWorld(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What a function makes on rank 0, on every rank, or what it raises: where ranks must not differ, as by the clock."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                found = [(make(), None)]
+            except Exception as error:
+                found = [(None, error)]
+        dist.broadcast_object_list(found, 0)
+        value, failure = found[0]
+        if failure is not None:
+            raise failure
+        return value
+
+    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's numbers, by rank. All ranks of the job call it."""
+        if self._agreement is None:
+            self._agreement = Agreement(self.size)
+        return self._agreement(numbers)
+
+    def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
+        """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
+
+        Args:
+            keep: names of local values to return, as this rank holds them, in place of the outputs.
+
+        Returns:
+            A function to ``(outputs, updated buffers)``, whole on every rank.
+
+        Raises:
+            WorldError: the program is for another number of ranks; or, when the function is first called, an input
+                does not have the shape of this rank's piece.
+        """
+        if program.world_size != self.size:
+            raise WorldError(
+                f"the program is for {program.world_size} ranks, this job has {self.size}: start it with "
+                f"--nproc-per-node {program.world_size}, or make its layouts over {self.size} ranks"
+            )
+        self._groups.make(_steps_of(program))
+        plain = _bind(program, self.rank, self._groups, keep)
+        if keep is not None or not needs_recording(program):
+            return plain
+        return recorded(_bind(program, self.rank, self._groups, None, records=True), plain)
+
+    def redistribute(
+        self,
+        value: Tensor | None,
+        source: Layout,
+        target: Layout,
+        shape: Sequence[int],
+        partial_gradient: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | None:
+        """Moves a tensor from one layout to another, over the same ranks or others. All ranks of the job call it.
+
+        Differentiable where both layouts have the same ranks; otherwise move the gradient back by a call of its own, from
+        ``target`` to ``source``.
+
+        Args:
+            value: this rank's piece of ``source``; ``None`` on ranks that are not in it.
+            shape: global shape.
+            partial_gradient: axes of the target over which the gradients that come back are parts of a sum.
+            dtype: dtype of the tensor; needed on ranks that hand in nothing.
+
+        Returns:
+            This rank's piece of ``target``, ``None`` on ranks that are not in it; where nothing has to move, ``value``
+            itself or a view of it.
+
+        Raises:
+            StrategyError: layouts beyond the job's ranks, a target with a reduction pending that the source does not have.
+            WorldError: a piece that is missing or has another shape; a gradient wanted through a pending maximum.
+        """
+        key = (source, target, tuple(shape), tuple(partial_gradient))
+        move = self._moves.get(key)
+        if value is not None and value.requires_grad:
+            check_differentiable(source, target)
+        if move is None:
+            check_layouts(source, target, partial_gradient, self.size)
+            plan = redistribution(*key)
+            self._groups.make((*plan.forward, *plan.backward))
+            move = self._moves[key] = PieceMove(plan, self.rank, self._groups)
+        if value is None or value.shape != move.given:
+            check_piece(self.rank, value, source, tuple(shape))
+            if move.wants and dtype is None:
+                raise WorldError(f"rank {self.rank} hands in nothing and is to receive: give the tensor's dtype=")
+        return move(value, dtype, self.device)
+
+    def prepared(self, key: Any, plan: Callable[[], Redistribution], cause: str) -> PieceMove:
+        """Steps that are given, ready to run on this rank's tensor, and remembered by ``key``. All ranks of the job call it.
+
+        Args:
+            cause: what the record of communication says they are for.
+        """
+        if key not in self._moves:
+            made = plan()
+            self._groups.make((*made.forward, *made.backward))
+            self._moves[key] = PieceMove(made, self.rank, self._groups, cause)
+        return self._moves[key]
+
+    def close(self) -> None:
+        """Ends this world's process groups, and the job if :meth:`from_environment` started it. Twice does no harm."""
+        atexit.unregister(self._close_at_exit)
+        self._end()
+
+    def _end(self) -> None:
+        if self.watch is not None:
+            error = getattr(sys, "last_value", None)
+            self.watch.close("" if error is None else f", by {type(error).__name__}: {str(error)[:300]}")
+        initialised = dist.is_initialized()
+        if initialised and not self._groups.closed:
+            _let_threads_finish()
+        self._groups.close(destroy=initialised and not self._owns_job)
+        if initialised and self._owns_job:
+            dist.destroy_process_group()
+        self._owns_job = False
+
+    def _close_at_exit(self) -> None:
+        """Closes; after an uncaught exception it waits 5 s at most, for other ranks may be waiting for this one."""
+        if getattr(sys, "last_value", None) is None:
+            self._end()
+            return
+        worker = threading.Thread(target=self._end, daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:  # the interpreter starts no threads any more
+            return
+        worker.join(timeout=5)
+
+
+def _has_gpus_for(local_rank: int, local_size: int) -> bool:
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return False
+    return torch.cuda.device_count() >= max(local_size, local_rank + 1)
+
+
+def _let_threads_finish() -> None:
+    """Gives gloo's threads a moment to let go of the last collective's tensors, for which they need the interpreter.
+
+    Before Python 3.14 a thread that asks for the interpreter while it ends aborts the process ("terminate called without
+    an active exception"), and groups that others hold, such as a DeviceMesh, run on until then.
+    """
+    if "gloo" in str(dist.get_backend_config(dist.group.WORLD)):
+        time.sleep(0.1)
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available() and backend_of(dist.group.WORLD, "cuda") == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+# -- binding -----------------------------------------------------------------------------------------------------------
+
+

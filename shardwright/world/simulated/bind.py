@@ -1,0 +1,204 @@
+"""Binds a local program to simulated ranks, as one generated function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.base.derivatives import first_derivative_only
+from shardwright.ir import lanes as lane
+from shardwright.ir.instructions import Call, KeepPiece, Move, PerRank, Start, Together
+from shardwright.ir.layout import Layout
+from shardwright.ir.program import LocalProgram
+from shardwright.redistribute.steps import steps_between
+from shardwright.world.execute import log as record
+from shardwright.world.execute.recipes import Computation
+from shardwright.world.execute.recording import computation_of
+from shardwright.world.execute.source import SourceWriter, write_note
+from shardwright.world.simulated.moves import SimulatedMove, SimulatedTogether, representatives
+from shardwright.world.simulated.steps import run_steps
+
+Lanes = lane.Lanes
+
+
+class _EnterFunction(torch.autograd.Function):
+    """Global tensor to the pieces of each lane; the gradient's pieces are put together again."""
+
+    @staticmethod
+    def forward(ctx: Any, pieces: list[tuple[slice, ...]], value: Tensor) -> tuple[Tensor, ...]:
+        ctx.pieces, ctx.shape = pieces, value.shape
+        ctx.set_materialize_grads(False)
+        return tuple(value[piece] for piece in pieces)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        known = next((g for g in gradients if g is not None), None)
+        if known is None:
+            return None, None
+        whole = known.new_empty(ctx.shape)
+        for piece, gradient in zip(ctx.pieces, gradients, strict=True):
+            whole[piece] = 0 if gradient is None else gradient
+        return None, whole
+
+
+def enter(value: Tensor, layout: Layout, lanes: Lanes) -> list[Tensor]:
+    """The piece of a global tensor that each lane holds, differentiably."""
+    if max(lanes) == 0:
+        return [value]
+    slices = layout.slices(value.shape)
+    pieces = [slices[r] for r in representatives(lanes)]
+    if value.requires_grad and torch.is_grad_enabled():
+        return list(_EnterFunction.apply(pieces, value))
+    return [value[piece] for piece in pieces]
+
+
+def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = False) -> Callable[..., Any]:
+    """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    names = [i.name for i in program.inputs]
+    writer = SourceWriter("simulated", ["_run", *names] if records else names)
+    dying = program.last_uses()
+    for item in program.inputs:
+        if item.kind == "local":
+            continue  # handed in as lanes
+        if max(program.lanes[item.name]) > 0:
+            call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.lanes[i.name]))
+            writer.line(f"{item.name} = {call}({item.name})")
+        else:
+            writer.line(f"{item.name} = [{item.name}]")
+    bucket_of: dict[str, tuple[Move, ...]] = {}
+    begun: set[str] = set()
+    noted: dict[str, SimulatedMove] = {}
+    for instruction, dead in zip(program.instructions, dying, strict=True):
+        if isinstance(instruction, Start):  # nothing travels here: the first of the moves to end does it all
+            if len(instruction.moves) > 1:
+                bucket_of |= dict.fromkeys((move.output for move in instruction.moves), instruction.moves)
+            elif program.copies:  # logs are told, for they say what runs meanwhile
+                (move,) = instruction.moves
+                noted[move.output] = SimulatedMove(move, program.lanes[move.source])
+                writer.names["_logs"] = record._active
+                writer.line(f"if _logs: {writer.constant('start', noted[move.output].note_start)}({move.source})")
+            continue
+        members = instruction.moves if isinstance(instruction, Together) else ()
+        if isinstance(instruction, Move) and instruction.output not in begun:
+            members = bucket_of.get(instruction.output, ())
+        if members:
+            writer.context(members[0].autocast, members[0].grad)
+            _write_together(writer, members, program, records)
+            begun.update(move.output for move in members)
+        elif isinstance(instruction, Move):
+            if instruction.output in begun:
+                writer.forget([name for name in dead if name not in (keep or ())])
+                continue
+            writer.context(instruction.autocast, instruction.grad)
+            _write_move(writer, instruction, program, records, noted.get(instruction.output))
+        elif isinstance(instruction, Call):
+            writer.context(instruction.autocast, instruction.grad)
+            if records and instruction.recompute:
+                _write_recorded_call(writer, instruction, program)
+            else:
+                _write_call(writer, instruction, program)
+            write_note(writer, instruction, program)
+        elif isinstance(instruction, KeepPiece) and records:
+            _write_keep_piece(writer, instruction, program)
+        writer.forget([name for name in dead if name not in (keep or ())])
+    writer.context(None, True)
+    if keep is not None:
+        return writer.function(f"[{', '.join(keep)}]")
+    outputs = [f"{o}[0]" if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
+    updates = [f"{name}[0]" for _, name in program.updates]
+    return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _write_together(writer: SourceWriter, moves: Sequence[Move], program: LocalProgram, records: bool) -> None:
+    runner = SimulatedTogether(moves, program.lanes)
+    sources, outputs = [move.source for move in moves], [move.output for move in moves]
+    writer.line(f"{', '.join(outputs)} = {writer.constant('together', runner)}({', '.join(sources)})")
+    if records and moves[0].recompute:
+        again = writer.constant("again", Computation(runner.again))
+        writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
+
+
+def _write_move(
+    writer: SourceWriter, move: Move, program: LocalProgram, records: bool, noted: SimulatedMove | None
+) -> None:
+    runner = noted or SimulatedMove(move, program.lanes[move.source])
+    writer.line(f"{move.output} = {writer.constant('move', runner)}({move.source})")
+    if records and move.recompute:
+        writer.line(f"_run.moved({writer.constant('again', Computation(runner.again))}, {move.source}, {move.output})")
+
+
+def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, program: LocalProgram) -> None:
+    cut = SimulatedMove(instruction.cut, program.lanes[instruction.cut.source])
+    gather = SimulatedMove(replace(instruction.gather, lanes=program.lanes[instruction.cut.source]), instruction.cut.lanes)
+    again = writer.constant("again", Computation(gather.again))
+    pieces = writer.constant("cut", lambda values: [piece.clone() for piece in cut.move_forward(values)])
+    writer.line(f"_run.keep_pieces({again}, {pieces}, {instruction.cut.source})")
+
+
+def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
+    """The call of every lane, by itself: what it saves is computed again lane by lane."""
+    made = []
+    for rank in representatives(call.lanes):
+        computation, names = computation_of(call, program, rank)
+        values = [f"{name}[{program.lanes[name][rank]}]" for name in names]
+        made.append(f"_run.call({', '.join([writer.constant('again', computation), *values])})")
+    writer.line(f"_many = [{', '.join(made)}]")
+    _write_many(writer, call)
+
+
+def _write_many(writer: SourceWriter, call: Call) -> None:
+    for position, name in enumerate(call.outputs):
+        writer.line(f"{name} = [_each[{position}] for _each in _many]")
+    writer.line("_many = None")
+
+
+def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
+    """One comprehension over the lanes of the call; each input is read at the lane its own value has there."""
+    ranks = representatives(call.lanes)
+    reads: dict[str, str] = {}  # text of the read -> loop variable
+    columns: list[list[Any]] = []
+    sources: list[str] = []
+
+    def column(key: str, source: str, values: list[Any]) -> str:
+        if key not in reads:
+            reads[key] = f"_i{len(reads)}"
+            columns.append(values)
+            sources.append(source)
+        return reads[key]
+
+    def read(ref_name: str) -> str:
+        lanes = program.lanes[ref_name]
+        if max(lanes) == 0:
+            return f"{ref_name}[0]"
+        index = [lanes[r] for r in ranks]
+        return f"{ref_name}[{column('ref' + str(index), '', index)}]"
+
+    def per_rank(leaf: PerRank) -> str:
+        values = [leaf.of(r) for r in ranks]
+        if all(v == values[0] for v in values):
+            return writer.literal(values[0])
+        return column(f"rank{id(leaf)}", "", values)
+
+    text = writer.call(call.function, call.args, call.kwargs, read, per_rank)
+    if not reads:
+        assert len(ranks) == 1, call
+        text = f"[{text}]"
+    else:
+        table = writer.constant("lanes", list(zip(*columns, strict=True)))
+        text = f"[{text} for {', '.join(reads.values())}, in {table}]"
+    if not call.sequence:
+        writer.line(f"{call.outputs[0]} = {text}")
+    else:
+        writer.line(f"_many = {text}")
+        _write_many(writer, call)
+
+
+def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: Lanes) -> Tensor:
+    """The global tensor that the lanes hold together, pending sums included."""
+    steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
+    return run_steps([values[i] for i in lanes], steps, shape)[0]

@@ -1,0 +1,221 @@
+"""Moves over all simulated ranks: redistributions as differentiable functions of lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.base.derivatives import first_derivative_only
+from shardwright.ir import lanes as lane
+from shardwright.ir.instructions import Move
+from shardwright.ir.redistribution import Redistribution
+from shardwright.world.execute import log as record
+from shardwright.world.simulated.steps import prepare
+
+Lanes = lane.Lanes
+
+
+class SimulatedMove:
+    """One move of the program, over lanes.
+
+    Where the program starts it before, that is told to logs alone, by :meth:`note_start`.
+    """
+
+    def __init__(self, move: Move, source_lanes: Lanes):
+        self.plan, self.needs_grad = move.redistribution, move.needs_grad
+        self.wire, self.dtype = move.wire, move.dtype
+        self.is_started = self.ends_later = False
+        self.recorded: list[record.UnderWay] = []
+        self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy, move.wire)]
+        shape = self.plan.shape
+        self.there = prepare(self.plan.forward, shape, source_lanes)
+        self.back = prepare(self.plan.backward, shape, move.lanes)
+        self.takes = [self.there.lanes[r] for r in representatives(move.lanes)]
+        self.gives = [self.back.lanes[r] for r in representatives(source_lanes)]
+
+    def __call__(self, lanes: list[Tensor]) -> list[Tensor]:
+        if self.needs_grad and torch.is_grad_enabled():
+            return apply_move(self, lanes)
+        return self.forward(lanes)
+
+    def note_start(self, lanes: Sequence[Tensor]) -> None:
+        """Tells the logs that the move starts, and in the backward pass, where it is the other way round, that it is over."""
+        self.recorded = record.emit(self.record, lanes[0].dtype, "forward", ends_later=True)
+        self.is_started, self.ends_later = True, lanes[0].grad_fn is not None
+        if lanes[0].grad_fn is not None:
+            lanes[0].grad_fn.register_prehook(lambda gradients: record.ended(self.recorded))
+
+    def forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
+        if record._active:
+            if self.is_started:
+                record.ended(self.recorded)
+                self.is_started = False
+            else:
+                record.emit(self.record, lanes[0].dtype, "forward")
+        return self.move_forward(lanes)
+
+    def again(self, *lanes: Tensor) -> list[Tensor]:
+        """Forward once more, for the backward pass."""
+        if record._active:
+            record.emit(self.record, lanes[0].dtype, "recompute")
+        return self.move_forward(lanes)
+
+    def move_forward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
+        if self.wire is not None:
+            lanes = [v.to(self.wire.forward) for v in lanes]
+        values = self.there(lanes)
+        if self.wire is not None:
+            values = [v.to(self.wire.result) for v in values]
+        return [values[i] for i in self.takes]
+
+    def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        if record._active:
+            self.recorded = record.emit(self.record, gradients[0].dtype, "backward", self.ends_later)
+        return self.move_backward(gradients)
+
+    def move_backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        if self.wire is not None:
+            gradients = [g.to(self.wire.backward) for g in gradients]
+        values = self.back(gradients)
+        if self.wire is not None:
+            values = [v.to(self.dtype) for v in values]
+        return [values[i] for i in self.gives]
+
+
+class SimulatedTogether:
+    """Moves that share their collectives: one node of the autograd graph, whose backward waits for all gradients."""
+
+    def __init__(self, moves: Sequence[Move], lanes: dict[str, Lanes]):
+        self.parts = [SimulatedMove(move, lanes[move.source]) for move in moves]
+        self.record = [part.record[0] for part in self.parts]
+        self.counts = [max(lanes[move.source]) + 1 for move in moves], [max(move.lanes) + 1 for move in moves]
+
+    def __call__(self, *lanes: list[Tensor]) -> list[list[Tensor]]:
+        flat = [tensor for each in lanes for tensor in each]
+        if self.parts[0].needs_grad and torch.is_grad_enabled():
+            return _split(_TogetherFunction.apply(self, *flat), self.counts[1])
+        return _split(self.forward(flat), self.counts[1])
+
+    def forward(self, flat: Sequence[Tensor], phase: str = "forward") -> list[Tensor]:
+        if record._active:
+            record.emit(self.record, flat[0].dtype, phase)
+        given = _split(flat, self.counts[0])
+        return [v for part, lanes in zip(self.parts, given, strict=True) for v in part.move_forward(lanes)]
+
+    def again(self, *flat: Tensor) -> list[Tensor]:
+        """Forward once more, for the backward pass."""
+        return self.forward(flat, "recompute")
+
+    def backward(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the members whose outputs have any."""
+        given = _split(flat, self.counts[1])
+        used = [any(g is not None for g in gradients) for gradients in given]
+        if record._active:
+            dtype = next(g.dtype for g in flat if g is not None)
+            record.emit([r for r, is_used in zip(self.record, used, strict=True) if is_used], dtype, "backward")
+        results: list[Tensor | None] = []
+        for part, gradients, is_used, count in zip(self.parts, given, used, self.counts[0], strict=True):
+            results += part.move_backward(gradients) if is_used else [None] * count
+        return results
+
+
+def _split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    each = iter(flat)
+    return [[next(each) for _ in range(count)] for count in counts]
+
+
+class _TogetherFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, together: SimulatedTogether, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.together = together
+        ctx.set_materialize_grads(False)
+        results = tuple(_distinct(together.forward(flat), flat))
+        ctx.shapes = [r.shape for r in results]
+        return results
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        known = next((g for g in gradients if g is not None), None)
+        if known is None:
+            return (None,) * (1 + sum(ctx.together.counts[0]))
+        filled: list[Tensor | None] = []
+        for each in _split(list(zip(gradients, ctx.shapes, strict=True)), ctx.together.counts[1]):
+            used = any(g is not None for g, _ in each)
+            filled += [known.new_zeros(shape) if used and g is None else g for g, shape in each]
+        return (None, *ctx.together.backward(filled))
+
+
+class SimulatedPieces:
+    """A redistribution over the pieces of all ranks, one after the other; those of ranks outside a mesh left out."""
+
+    def __init__(self, plan: Redistribution, size: int):
+        self.plan = plan
+        self.record = [record.Moved(plan, "redistribute", "redistribute")]
+        self.sources = [r for r in range(size) if r in plan.source.mesh.ranks]
+        self.targets = [r for r in range(size) if r in plan.target.mesh.ranks]
+        self.there = prepare(plan.forward, plan.shape, _positions(self.sources, size))
+        self.back = prepare(plan.backward, plan.shape, _positions(self.targets, size))
+
+    def forward(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        record.emit(self.record, pieces[0].dtype, "forward")
+        values = self.there(pieces)
+        return [values[self.there.lanes[r]] for r in self.targets]
+
+    def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        record.emit(self.record, gradients[0].dtype, "backward")
+        values = self.back(gradients)
+        return [values[self.back.lanes[r]] for r in self.sources]
+
+
+def _positions(ranks: Sequence[int], size: int) -> Lanes:
+    """For every rank its position in ``ranks``, -1 where it is not there."""
+    position = {rank: i for i, rank in enumerate(ranks)}
+    return tuple(position.get(rank, -1) for rank in range(size))
+
+
+def apply_move(move: SimulatedMove | SimulatedPieces, lanes: Sequence[Tensor]) -> list[Tensor]:
+    """The move, differentiably."""
+    return list(_MoveFunction.apply(move, *lanes))
+
+
+class _MoveFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, move: SimulatedMove | SimulatedPieces, *lanes: Tensor) -> tuple[Tensor, ...]:
+        ctx.move, ctx.count = move, len(lanes)
+        ctx.set_materialize_grads(False)
+        results = tuple(_distinct(move.forward(lanes), lanes))
+        ctx.shapes = [result.shape for result in results]
+        return results
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        known = next((g for g in gradients if g is not None), None)
+        if known is None:  # the result plays no part
+            return (None,) * (1 + ctx.count)
+        filled = [known.new_zeros(shape) if g is None else g for g, shape in zip(gradients, ctx.shapes, strict=True)]
+        return (None, *ctx.move.backward(filled))
+
+
+def representatives(lanes: Lanes) -> list[int]:
+    """One rank of each lane."""
+    first: dict[int, int] = {}
+    for rank, own in enumerate(lanes):
+        first.setdefault(own, rank)
+    return [first[i] for i in range(len(first))]
+
+
+def _distinct(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, none of them twice and none of them an input: autograd forbids aliases."""
+    seen = {id(t) for t in inputs}
+    result = []
+    for value in values:
+        if id(value) in seen:
+            value = value.view_as(value)
+        seen.add(id(value))
+        result.append(value)
+    return result

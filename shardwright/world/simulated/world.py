@@ -1,0 +1,105 @@
+"""The simulated world: all ranks in lock step in one process, differentiable, with exact values.
+
+A value is a list of tensors, one a lane (see :mod:`shardwright.ir.lanes`): ranks that compute the same thing are
+computed once. Collectives are differentiable functions over such lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardwright.errors import WorldError
+from shardwright.ir.layout import Layout
+from shardwright.ir.program import LocalProgram
+from shardwright.redistribute.steps import redistribution
+from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
+from shardwright.world.execute.recording import needs_recording, recorded
+from shardwright.world.simulated.bind import _bind
+from shardwright.world.simulated.moves import (
+    SimulatedPieces,
+    apply_move,
+)
+
+
+class SimulatedWorld:
+    """``size`` ranks in one process.
+
+    >>> SimulatedWorld(8).size
+    8
+    """
+
+    is_simulated = True
+    rank = 0
+
+    def __init__(self, size: int):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise WorldError(f"a simulated world needs at least one rank, got {size!r}: sw.init(devices=8)")
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"SimulatedWorld({self.size})"
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What a function makes; among processes, the first one's on all."""
+        return make()
+
+    def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
+        """The program as a function of its inputs, given as global tensors.
+
+        Args:
+            keep: names of local values to return, as lanes, in place of the outputs.
+
+        Returns:
+            A function to ``(outputs, updated buffers)``, global tensors.
+        """
+        plain = _bind(program, keep)
+        if keep is not None or not needs_recording(program):
+            return plain
+        return recorded(_bind(program, None, records=True), plain)
+
+    def redistribute(
+        self,
+        values: Sequence[Tensor | None],
+        source: Layout,
+        target: Layout,
+        shape: Sequence[int],
+        partial_gradient: Sequence[str] = (),
+    ) -> list[Tensor | None]:
+        """Moves a tensor from one layout to another, over the same ranks or others; differentiable.
+
+        Args:
+            values: what each rank holds, its piece of ``source``; ``None`` for ranks that are not in it.
+            shape: global shape.
+            partial_gradient: axes of the target over which the gradients that come back are parts of a sum.
+
+        Returns:
+            What each rank holds of ``target``; ``None`` for ranks that are not in it.
+
+        Raises:
+            StrategyError: layouts beyond the world's ranks, a target with a reduction pending that the source does not have.
+            WorldError: a piece that is missing or has another shape; a gradient wanted through a pending maximum.
+
+        >>> rows = Layout((2,), ("x",))("x", "None")
+        >>> world, whole = SimulatedWorld(2), torch.arange(4.0).view(2, 2)
+        >>> world.redistribute(list(whole.split(1)), rows, rows.replicated(rows.mesh, 2), (2, 2))[1]
+        tensor([[0., 1.],
+                [2., 3.]])
+        """
+        if len(values) != self.size:
+            raise WorldError(f"redistribute was given {len(values)} values for {self.size} ranks: give one a rank, or None")
+        check_layouts(source, target, partial_gradient, self.size)
+        for rank, value in enumerate(values):
+            check_piece(rank, value, source, tuple(shape))
+            if value is not None and value.requires_grad:
+                check_differentiable(source, target)
+        plan = redistribution(source, target, tuple(shape), tuple(partial_gradient))
+        move = SimulatedPieces(plan, self.size)
+        given = [v for v in values if v is not None]
+        moved = apply_move(move, given) if any(v.requires_grad for v in given) else move.forward(given)
+        results = iter(moved)
+        return [next(results) if rank in plan.target.mesh.ranks else None for rank in range(self.size)]
+
+
