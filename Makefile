@@ -11,11 +11,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(INSTALLED)
 	$(BIN)/python -m shardwright run --devices 8 examples/mnist_ops.py
 
-# One thread per process: the two test processes would otherwise fight over the cores.
+# One thread per process: the two test processes would otherwise fight over the cores. Of generated cases a sample.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	SHARDWRIGHT_TEST_SAMPLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# With every number of ranks, and not only those that tell most: half an hour.
+# Every generated case, on every number of ranks: more than an hour.
 test-all: lint types
 	SHARDWRIGHT_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 

@@ -35,7 +35,7 @@ from models import GPT, MLP  # noqa: E402
 
 import shardwright as sw  # noqa: E402
 from shardwright.plan.memory import memory_of  # noqa: E402
-from shardwright.world.distributed import links as collectives  # noqa: E402
+from shardwright.world.distributed import backend, links, operations  # noqa: E402
 
 WITHIN, SHARE = 0.05, 0.9
 
@@ -167,7 +167,7 @@ def prepared(name: str, strategy: str, ranks: int) -> tuple[nn.Module, Any]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-class Continued(collectives._Continued):
+class Continued(operations._Continued):
     """What is under way, for whom :class:`MainThread` is not one more that holds it."""
 
     __slots__ = ("__weakref__",)
@@ -320,8 +320,8 @@ def measure(name: str, strategy: str, world: Any) -> dict[str, Any]:
 
 def watch_this_thread() -> None:
     """Has this thread do what others would, from now on: the profiler sees what is allocated and freed here only."""
-    collectives._Later, collectives._Continued = MainThread, Continued
-    collectives._backend_algorithm = settled(collectives._backend_algorithm)
+    links._Later, operations._Continued = MainThread, Continued
+    backend._backend_algorithm = settled(backend._backend_algorithm)
 
 
 def worker(out: str, only: str) -> None:

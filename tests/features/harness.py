@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sampling import IS_ON, sampled
 from torch import nn
 
 import shardwright as sw
@@ -57,8 +58,11 @@ def simulated(program: Program, devices: int) -> None:
 
 
 def on_ranks(file: str, ranks: int, programs: Sequence[Program], timeout: float = 300) -> None:
-    """Runs a test file's programs on real gloo processes; each says by name that it passed."""
+    """Runs a test file's programs on real gloo processes; each says by name that it passed. Of many, a sample."""
+    if IS_ON:
+        programs = sampled(programs, [f"{ranks} {program.__name__}" for program in programs], share=0.5, least=4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), file]
+    command += [program.__name__ for program in programs]
     tests = Path(__file__).resolve().parent.parent
     paths = [str(tests / "features"), str(tests), str(tests.parent / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
@@ -72,7 +76,10 @@ def main(programs: Sequence[Program]) -> None:
     """What a test file does when torchrun runs it."""
     torch.set_num_threads(1)
     world = sw.init()
+    chosen = sys.argv[1:] or [program.__name__ for program in programs]
     for program in programs:
+        if program.__name__ not in chosen:
+            continue
         torch.manual_seed(0)
         program()
         if not world.is_simulated and world.rank == 0:

@@ -127,6 +127,7 @@ def test_a_memory_limit_holds_and_what_does_not_fit_says_so():
     assert tight.search.seconds >= free.search.seconds
 
 
+@pytest.mark.long
 def test_recursion_is_close_to_the_optimum():
     model, inputs = big_gpt()
     for mesh in ((8,), (2, 4), (2, 2, 2)):

@@ -20,10 +20,12 @@ from shardwright.plan.file.match import plan_from_file
 from shardwright.plan.file.read import load_plan_file
 from shardwright.plan.price.alternatives import Repricer
 from shardwright.report.diff import placement
+from shardwright.report.explain import explain
+from shardwright.report.plan_view import PlanView
 
 
 def priced(*args, **kwargs):
-    return replace(planned(*args, **kwargs)[2], machine=load_machine("h100"))
+    return PlanView(replace(planned(*args, **kwargs)[2], machine=load_machine("h100")))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_the_parts_are_those_of_the_price(megatron):
 
 
 def why(plan, name):
-    return plan.explain(name).operators[0].why
+    return explain(plan, name).operators[0].why
 
 
 class Pair(nn.Module):
@@ -146,7 +148,7 @@ def test_what_is_done_again_is_a_part_of_a_step(tell):
     assert price.seconds == pytest.approx(sum(price.parts.values()))
     assert price.bytes == pytest.approx(log.bytes())
     assert "recompute" in str(net.plan.summary())
-    assert "recompute" not in replace(net.plan, passes=()).price.parts
+    assert "recompute" not in PlanView(replace(net.plan.value, passes=())).price.parts
 
 
 def test_what_makes_an_operator_run_so(tmp_path):
@@ -266,7 +268,7 @@ def test_flops_count_by_what_they_are():
 
 
 def test_the_summary_of_a_search_says_what_is_certified():
-    plan = planned(Attention(), IDS, IDS, mode="auto", memory_limit=1e9)[2]
+    plan = PlanView(planned(Attention(), IDS, IDS, mode="auto", memory_limit=1e9)[2])
     found = plan.summary()
     assert found.gap == plan.search.gap
     assert found.memory_limit == 1e9

@@ -27,6 +27,7 @@ from shardwright.plan.file.read import load_plan_file
 from shardwright.plan.file.write import save_parameter_layouts, save_plan, save_strategies
 from shardwright.plan.modes.table import plan_graph
 from shardwright.plan.request import PlanRequest
+from shardwright.report.plan_view import PlanView
 
 GRID = sw.Layout((2, 2), ("dp", "tp"))
 
@@ -107,7 +108,7 @@ def test_a_saved_plan_is_the_very_plan(mode, tmp_path):
 
 def test_a_file_has_a_line_for_each_operator_and_parameter(tmp_path):
     _, _, plan = planned(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), torch.ones(4, 8), mode="data_parallel")
-    plan.save(tmp_path / "plan.json")
+    PlanView(plan).save(tmp_path / "plan.json")
     lines = (tmp_path / "plan.json").read_text().splitlines()
     assert lines[1:4] == ['  "format": "shardwright plan",', '  "version": 1,', '  "devices": 4,']
     assert (
@@ -300,7 +301,7 @@ def test_a_file_that_is_not_there():
 
 def test_a_file_that_cannot_be_written(tmp_path):
     _, _, plan = planned(nn.Linear(4, 4), torch.ones(4, 4))
-    assert "cannot be written" in refused(plan.save, tmp_path / "no folder" / "plan.json")
+    assert "cannot be written" in refused(PlanView(plan).save, tmp_path / "no folder" / "plan.json")
 
 
 def test_all_problems_of_a_file_at_once(tmp_path):
@@ -341,7 +342,7 @@ def test_a_stale_file_is_refused_with_the_differences(tmp_path):
 
 def test_another_number_of_devices_is_refused(tmp_path):
     graph, request, plan = planned(Attention(), IDS, IDS)
-    plan.save(tmp_path / "plan.json")
+    PlanView(plan).save(tmp_path / "plan.json")
     text = refused(plan_from_file, tmp_path / "plan.json", graph, replace(request, world_size=8))
     assert "it is for 4 devices, here are 8; plan again and save" in text
 

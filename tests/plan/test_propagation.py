@@ -313,6 +313,7 @@ def test_every_reached_operator_is_as_cheap_as_the_best_of_its_candidates():
     assert not [1 for edge in edges_of(net.plan) if edge.producer is not None and edge.forward_bytes]
 
 
+@pytest.mark.long
 def test_1600_operators_are_planned_in_two_seconds():
     model = nn.Sequential(*(Block() for _ in range(75)))
     with torch.enable_grad():

@@ -22,7 +22,7 @@ from shardwright.api.plan_for import plan_for
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Plan
-from shardwright.report.page.page import page_data, render, write_page
+from shardwright.report.page import page_data, render, write_page
 from shardwright.report.page.tables import Tables
 from shardwright.report.page.tree import module_tree
 

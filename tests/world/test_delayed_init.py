@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from shardwright.errors import ShardwrightError
-from shardwright.parameters.delayed import recorder as delayed_init
+from shardwright.parameters.delayed.record import _Step
 from shardwright.parameters.delayed.recorder import is_delayed, no_init_parameters
 from shardwright.parameters.delayed.replay import materialise
 
@@ -421,7 +421,7 @@ def test_one_parameter_is_real_at_a_time(build: Build, parameters: float) -> Non
 
 def test_a_record_dies_with_its_tensors() -> None:
     def steps() -> int:
-        return sum(type(thing) is delayed_init._Step for thing in gc.get_objects())
+        return sum(type(thing) is _Step for thing in gc.get_objects())
 
     gc.collect()
     before = steps()

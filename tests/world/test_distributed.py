@@ -27,6 +27,7 @@ from shardwright.partition.partitioner import partition
 from shardwright.redistribute.steps import steps_between
 from shardwright.rules.registry import signature_of
 from shardwright.testing import rules as testing
+from shardwright.testing.difference import difference
 from shardwright.world.distributed.groups import Groups
 from shardwright.world.distributed.steps import prepare, prepare_steps
 from shardwright.world.distributed.world import DistributedWorld
@@ -322,7 +323,7 @@ def whole_programs(world):
                     results.append((testing._values_and_gradients(run, list(args), 1), log.events))
             (expected, events), (got, own_events) = results
             for e, g in zip(expected, got, strict=True):
-                assert testing.difference(e, g, 1e-12) is None, f"rank {world.rank}\n{program}"
+                assert difference(e, g, 1e-12) is None, f"rank {world.rank}\n{program}"
             assert [vars(e) for e in own_events] == [vars(e) for e in events], str(program)
 
 

@@ -131,7 +131,7 @@ class Formulation:
         given: codes in which user inputs that are not free come in.
         states: bytes of optimizer state a byte of parameter.
         live: sites whose own tensors count too, and the phase in which they do: where a plan was found to need most.
-        activations, gradients: weights of the two in the memory that is limited; see :mod:`shardwright.plan.solve`.
+        activations, gradients: weights of the two in the memory that is limited; see :mod:`shardwright.search.memory_limit`.
     """
 
     folded: Folded

@@ -2,7 +2,7 @@
 
 The modules of a model are looked at in tiers: the innermost ones of several operators, those around them, and so on. Within
 a tier modules are taken in the order of bytes freed a second of computing, as many as it takes; the cheapest tier wins. What
-fits is not reckoned from these bytes but played through (:func:`shardwright.step_memory(plan).memory_of`).
+fits is not reckoned from these bytes but played through (:func:`shardwright.plan.memory.memory_of`).
 """
 
 from __future__ import annotations
