@@ -21,6 +21,7 @@ test-all: lint types
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: $(INSTALLED)
 	$(BIN)/mypy

@@ -1,7 +1,7 @@
 """Two copies of a batch under tensor parallelism: while one waits for its sums, the other computes.
 
-    python examples/multi_copy.py
-    torchrun --nproc-per-node 2 examples/multi_copy.py
+python examples/multi_copy.py
+torchrun --nproc-per-node 2 examples/multi_copy.py
 """
 
 import copy

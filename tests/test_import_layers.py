@@ -17,8 +17,24 @@ PACKAGE = "shardwright"
 
 # From the top. A module may import from its own level and from those below it.
 LAYERS = (
-    ("__init__", "__main__", "api", "cli", "cli_plan", "cli_script", "compiled", "data", "held", "hybrid", "ops", "planning",
-     "testing", "train_step", "verify", "whole_steps"),
+    (
+        "__init__",
+        "__main__",
+        "api",
+        "cli",
+        "cli_plan",
+        "cli_script",
+        "compiled",
+        "data",
+        "held",
+        "hybrid",
+        "ops",
+        "planning",
+        "testing",
+        "train_step",
+        "verify",
+        "whole_steps",
+    ),
     ("checkpoint", "launch", "report"),
     ("capture", "partition", "plan", "train", "world"),
     ("cost", "search"),

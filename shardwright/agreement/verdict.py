@@ -82,6 +82,8 @@ def _other_weights(here: dict[str, Any], there: dict[str, Any], rank: int) -> st
         f"{here['event']}: parameter {here['names'][at]} is another on rank {rank} than on rank 0, though both hold the whole: "
         "step the same optimizer, with the same learning rate, on the same loss, on every rank"
     )
+
+
 _DRIFT = 1e-3  # relative to a weight's norm; what rounding may do to copies in many steps is less
 
 
@@ -92,4 +94,6 @@ def _first_difference(stage: str, here: Sequence[str], there: Sequence[str], oth
     longer, rank = (here, 0) if len(here) > len(there) else (there, other)
     extra = longer[min(len(here), len(there))].strip()
     return f"the ranks have other {stage}s: rank {rank} goes on with '{extra}' where rank {other - rank} ends; {_SAME}"
+
+
 _SAME = "build the same model, with the same settings, on every rank"

@@ -53,6 +53,7 @@ logger = logging.getLogger("shardwright")
 
 MOST_PLANS = 64  # that an AutoParallel keeps; the oldest goes first
 
+
 class AutoParallel:
     """A single-device callable that runs on all ranks of the world.
 
@@ -528,5 +529,3 @@ class AutoParallel:
         if target is None:
             raise AttributeError(name)
         return getattr(target, name)
-
-

@@ -314,5 +314,3 @@ def device_of(root: nn.Module, world: World) -> torch.device:
 
 
 # -- strategies given to modules and parameters by name -------------------------------------------------------------------
-
-

@@ -62,6 +62,8 @@ class Tagger(nn.Module):
         x = self.norm(self.tokens(ids))
         x = x + self.down(F.silu(self.gate(x)) * self.up(x))
         return F.cross_entropy(self.out(x).flatten(0, 1), target.flatten())
+
+
 Inputs = tuple[Tensor, ...]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
     "mixer": (Mixer, lambda n: (torch.randn(n, 64, 48), torch.randint(0, 64, (n,)))),

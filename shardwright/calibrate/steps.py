@@ -79,9 +79,7 @@ def calibration_cases(ranks: int) -> list[Case]:
     for name, (make, inputs) in MODELS.items():
         torch.manual_seed(0)
         given, model = inputs(4 * ranks), make()
-        cases += [
-            Case(name, plan, 4 * ranks, maker(copy.deepcopy(model)), given) for plan, maker in makers(ranks).items()
-        ]
+        cases += [Case(name, plan, 4 * ranks, maker(copy.deepcopy(model)), given) for plan, maker in makers(ranks).items()]
     return cases
 
 

@@ -35,6 +35,7 @@ from shardwright.ir.marks import Mark
 
 logger = logging.getLogger("shardwright")
 
+
 def capture(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -143,5 +144,3 @@ def _capture_message(module: nn.Module, error: Exception, converter: _Converter 
 
 # What torch and this package say of shapes, branches and numbers that depend on values.
 _OF_VALUES = ("data-dependent", "DataDependent", ".item()", "Unbacked", "SymInt", "SymFloat", "SymBool")
-
-

@@ -570,6 +570,7 @@ class _Converter:
         """What an operator makes, in the memory order that its kernel, and those before it, give it."""
         orders: list[Any] = [None] * len(metas)
         if not self.restrided.isdisjoint(inputs):
+
             def fake(leaf: Any) -> Any:
                 return self.metas[inputs[leaf.index]] if isinstance(leaf, Slot) else leaf
 

@@ -178,9 +178,7 @@ def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
     return mask
 
 
-def scatter_back(
-    node: fx.Node, which: int | None, parent: Tensor, where: str
-) -> Callable[[Callable[..., Any], Any, Any], Any]:
+def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -> Callable[[Callable[..., Any], Any, Any], Any]:
     """How a new value of a view becomes a new value of the tensor it views.
 
     Args:

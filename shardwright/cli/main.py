@@ -17,6 +17,7 @@ from shardwright.cli.run import DEFAULT_DEVICES, DEVICES, RUN_EXAMPLES, RUN_HELP
 if TYPE_CHECKING:
     pass
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -122,5 +123,3 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # -- calibrate ----------------------------------------------------------------------------------------------------
-
-

@@ -164,7 +164,9 @@ def _without_settings(plan: PlanView, given: dict[str, Any], script: str) -> Pla
     return plan
 
 
-def _of_functions(found: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, options: dict[str, Any]) -> PlanView:
+def _of_functions(
+    found: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, options: dict[str, Any]
+) -> PlanView:
     """The plan of what a script's model() and inputs() return."""
     unused = [name for name in given if not any(_accepts(found[f], name) for f in ("model", "inputs"))]
     if unused:

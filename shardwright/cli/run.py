@@ -83,6 +83,8 @@ def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
     if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
     return _become([sys.executable, *command], environment)
+
+
 # What a service manager, a closed terminal or a scheduler sends; torchrun ends its ranks at each.
 _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
 

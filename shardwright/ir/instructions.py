@@ -58,6 +58,8 @@ class Call:
             if is_written and isinstance(value, Ref):
                 found.append(value.name)
         return found
+
+
 # Arguments that operators write to though their schema does not say so.
 _WRITTEN = frozenset({"running_mean", "running_var"})
 
@@ -159,6 +161,8 @@ class KeepPiece:
     @property
     def cause(self) -> str:
         return self.cut.cause
+
+
 Instruction = Call | Move | Start | Together | KeepPiece
 
 

@@ -44,5 +44,7 @@ def shapes_text(node: Node) -> str:
 
 def _shape_text(meta: TensorMeta) -> str:
     return "x".join(map(str, meta.shape)) or "()"
+
+
 # What a plan that comes from a file notes; the path follows.
 LOADED = "as saved in "

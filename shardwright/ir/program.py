@@ -98,5 +98,3 @@ class LocalProgram:
                     dying.append(name)
             result.append(tuple(dying))
         return result[::-1]
-
-

@@ -118,5 +118,3 @@ def _chunks(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[int, ...]:
     from shardwright.ir.pieces import chunk_pieces
 
     return chunk_pieces(size, tuple(mesh.axis_size(a) for a in axes))
-
-

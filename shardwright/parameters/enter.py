@@ -46,6 +46,8 @@ def enter(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if group:
         _enter_group(found, group)
     return found
+
+
 # Parameters enter in groups, so that the gradients of one group are handed on before those of the next are complete.
 _GROUP_BYTES = 4 << 20
 

@@ -209,7 +209,6 @@ def _place(node: Any) -> str:
     return node.module or str(node.op.name.removeprefix("aten."))
 
 
-
 def _pattern(name: str) -> str:
     """A name of modules and operators with its numbers left open."""
     return " ".join("/".join(map(pattern, word.split("/"))) for word in name.split(" "))

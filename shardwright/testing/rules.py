@@ -185,5 +185,3 @@ def _values_and_gradients(run: Callable[[list[Any]], list[Any]], flat: list[Any]
             loss = term if loss is None else loss + term
     gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if loss is not None and inputs else []
     return [*(o.detach() for o in outputs), *gradients]
-
-

@@ -241,9 +241,7 @@ def test_the_problem_is_solved_as_a_brute_force_would():
 
     found = Watched(graph, PlanRequest(2, mode="auto", mesh=(2,), machine=fast_links())).plan()
     problem = seen[-1].problem
-    best = min(
-        problem.price(list(rows))[0] for rows in itertools.product(*(range(len(n.cost)) for n in problem.nodes))
-    )
+    best = min(problem.price(list(rows))[0] for rows in itertools.product(*(range(len(n.cost)) for n in problem.nodes)))
     assert np.isclose(found.search.seconds, best)
     assert np.isclose(solve(problem).cost, best)
     assert isinstance(seen[-1].folded, Folded)

@@ -92,9 +92,7 @@ def test_largest_pieces(graph):
     for code in itertools.product((-1, 0, 1), repeat=2):
         layout = layout_of(code, 2, mesh)
         shape = (7, 12)
-        largest = max(
-            (b[0][1] - b[0][0]) * (b[1][1] - b[1][0]) for b in layout.bounds(shape).values()
-        )
+        largest = max((b[0][1] - b[0][0]) * (b[1][1] - b[1][0]) for b in layout.bounds(shape).values())
         assert local_sizes(np.array(code), shape, mesh.sizes) == largest
 
 

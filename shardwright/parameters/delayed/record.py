@@ -64,6 +64,8 @@ class _Record:
     last: _Step
     device: torch.device  # where it would be without the context
     version: int = 0  # the highest version counter that recorded operators can have left on a tensor of this storage
+
+
 _RECORD = "_shardwright_record"
 _serials = itertools.count(1)
 _aten = torch.ops.aten
@@ -71,6 +73,8 @@ _aten = torch.ops.aten
 
 def _packets(names: str) -> set[Any]:
     return {getattr(_aten, name) for name in names.split()}
+
+
 # These write every element of their first argument without reading it.
 _FILLS = _packets("uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_ zero_ fill_ copy_")
 # These read the shape of their first argument, not its values.
@@ -178,6 +182,8 @@ def _user_line(call: Any = "") -> str:
     frame = _frame_outside(OURS, str(Path(torch.__file__).parent))
     place = f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
     return f"{getattr(call, 'overloadpacket', call)}{place}"
+
+
 # A CPU generator's state: its seed (8 bytes), counters (16 bytes), the words of the Mersenne Twister (8 bytes each), …
 _TOKEN, _TOKEN_MARK = slice(24, 40), 0x5EED70CE
 

@@ -193,7 +193,7 @@ class _Attributes:
     # -- reshapes -------------------------------------------------------------------------------------------------------
 
     def kept_in_place(self, node: Node) -> Node:
-        """A reshape that follows its input; :func:`shardwright.plan.asked.own_layouts.check_in_place` looks at the plan later."""
+        """A reshape that follows its input; ``plan.asked.own_layouts.check_in_place`` looks at the plan later."""
         if node.mark is None or node.mark.in_strategy is not None:
             return node
         return replace(node, mark=None, region=node.mark)

@@ -87,5 +87,3 @@ def check_fits(layout: Layout, meta: TensorMeta, world_size: int, what: str, pro
         problems.add(f"{what}: {error}")
         return False
     return True
-
-

@@ -124,5 +124,3 @@ def edges_of(plan: Plan) -> Iterator[Edge]:
                 value, producer, node, slot, source, choice.inputs[slot], choice.partial_gradient[slot], meta.shape,
                 meta.dtype.itemsize, value in plan.graph.needs_grad,
             )  # fmt: skip
-
-

@@ -97,9 +97,7 @@ class Recursion:
         together = self._level(state, tuple(self.axes), price, met)
         return min(state, together, key=lambda found: found.cost + price * found.memory)
 
-    def _level(
-        self, state: _State, axes: tuple[int, ...], price: float, among: dict[int, set[Symbol]] | None = None
-    ) -> _State:
+    def _level(self, state: _State, axes: tuple[int, ...], price: float, among: dict[int, set[Symbol]] | None = None) -> _State:
         """The best that some axes can do while the others stay as they are, with all symbols or ``among`` some of a site's."""
         planner = self.planner
         tables = {

@@ -252,15 +252,16 @@ class SearchPlanner(Planner):
             if target == limit:  # every plan that fits keeps less than this: what it proves holds for all of them
                 bound = max(bound, attempt.solution.bound)
             plan = self.assemble(attempt, bound)
-            if limit is None or step_memory(plan).peak <= limit:
+            memory = step_memory(plan)
+            if limit is None or memory.peak <= limit:
                 return plan
             assert target is not None
             if not self.live and self.near_the_end(plan):
-                self.live = {self.site_of(step_memory(plan).at[1]): step_memory(plan).at[0]}
-            elif step_memory(plan).at[0] != "forward" and not gradients and step_memory(plan).parts["gradients"] > 0.5 * (limit - target):
+                self.live = {self.site_of(memory.at[1]): memory.at[0]}
+            elif memory.at[0] != "forward" and not gradients and memory.parts["gradients"] > 0.5 * (limit - target):
                 target, gradients = limit, 1.0  # gradients weigh, too
             else:
-                target -= max(step_memory(plan).peak - limit, 0.001 * limit)
+                target -= max(memory.peak - limit, 0.001 * limit)
         raise self.does_not_fit(plan, None)
 
     def near_the_end(self, plan: Plan) -> bool:

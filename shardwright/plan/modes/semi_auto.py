@@ -24,5 +24,3 @@ def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:
         StrategyError: lists every problem of every strategy; nothing has been run.
     """
     return Planner(graph, request).plan()
-
-

@@ -1,7 +1,7 @@
 """Compile: the local calls between moves as functions that ``torch.compile`` makes; moves stay as they are.
 
-:mod:`shardwright.train.compile.segments` finds the runs of calls. Each becomes one :class:`Call`, whose function is compiled when it
-is first called, on the tensors it is called with (:mod:`shardwright.train.compile.segment`).
+:mod:`shardwright.train.compile.segments` finds the runs of calls. Each becomes one :class:`Call`, whose function is compiled
+when it is first called, on the tensors it is called with (:mod:`shardwright.train.compile.segment`).
 """
 
 from __future__ import annotations

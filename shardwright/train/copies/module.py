@@ -1,8 +1,8 @@
 """Multi-copy: the batch of one step in several copies, so that one computes while another communicates.
 
 :class:`MicroBatchInterleaved` runs a network once for each part of its batch. In plain PyTorch that is all. Within an
-:class:`~shardwright.api.auto_parallel.AutoParallel` the operators of each copy are marked, and :mod:`shardwright.train.copies.turns` orders
-them so that the copies take turns.
+``AutoParallel`` the operators of each copy are marked, and :mod:`shardwright.train.copies.turns` orders them so that the copies
+take turns.
 """
 
 from __future__ import annotations

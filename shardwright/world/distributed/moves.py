@@ -32,9 +32,7 @@ class DistributedMove:
         inplace_backward: whether the backward may overwrite the result's gradient.
     """
 
-    def __init__(
-        self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool, inplace_backward: bool = False
-    ):
+    def __init__(self, move: Move, rank: int, groups: Groups, inplace: bool, compact: bool, inplace_backward: bool = False):
         plan = move.redistribution
         self.record = [record.Moved(plan, move.cause, move.edge, move.copy, move.wire)]
         self.needs_grad = move.needs_grad

@@ -123,9 +123,7 @@ def _write_together(writer: SourceWriter, moves: Sequence[Move], program: LocalP
         writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
 
 
-def _write_move(
-    writer: SourceWriter, move: Move, program: LocalProgram, records: bool, noted: SimulatedMove | None
-) -> None:
+def _write_move(writer: SourceWriter, move: Move, program: LocalProgram, records: bool, noted: SimulatedMove | None) -> None:
     runner = noted or SimulatedMove(move, program.lanes[move.source])
     writer.line(f"{move.output} = {writer.constant('move', runner)}({move.source})")
     if records and move.recompute:

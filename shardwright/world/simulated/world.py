@@ -101,5 +101,3 @@ class SimulatedWorld:
         moved = apply_move(move, given) if any(v.requires_grad for v in given) else move.forward(given)
         results = iter(moved)
         return [next(results) if rank in plan.target.mesh.ranks else None for rank in range(self.size)]
-
-
