@@ -15,20 +15,24 @@ from torch.distributed.tensor import DTensor
 from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.agreement.signature import Signature, lines_of, looked_at
 from shardwright.agreement.watch import compare_on_ranks, explain, note
-from shardwright.api import train_step
-from shardwright.api.marks import gather_again, gather_marks
 from shardwright.api.settings import Settings
-from shardwright.api.stages import before_compiling, follow_attributes, plan_as_asked, plan_request
+from shardwright.api.stages import (
+    before_compiling,
+    capture_target,
+    make_target,
+    plan_target,
+)
+from shardwright.base.dump import dump_of
 from shardwright.base.torch_private import pytree
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import attribute_of
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.handed import Handed
 from shardwright.errors import CaptureError, WorldError
-from shardwright.ir.buckets import Schedule
-from shardwright.ir.graph import Graph, GraphInput
+from shardwright.ir.graph import GraphInput
 from shardwright.ir.layout import Layout
 from shardwright.ir.machine import Machine
+from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
 from shardwright.parameters.distribute import distribute_parameters
@@ -36,17 +40,13 @@ from shardwright.parameters.enter import enter
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import layout_of
 from shardwright.parameters.whole import materialise_whole
-from shardwright.partition.partitioner import scheduled, unscheduled
-from shardwright.redistribute.links import machine_links
-from shardwright.redistribute.planner import Options
+from shardwright.partition.local_program import finished, program_before_overlap
+from shardwright.partition.partitioner import scheduled
 from shardwright.report.plan_view import PlanView
 from shardwright.train.accumulation.cut import cut_program
-from shardwright.train.accumulation.module import GradAccumulation, given_a_part
+from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.accumulation.run import AccumulatedRun
 from shardwright.train.compile.compiler import SegmentCompiler
-from shardwright.train.copies.turns import interleave
-from shardwright.train.copies.virtual_axis import is_interleaved, prepare_copies
-from shardwright.train.precision.wires import with_wires
 from shardwright.world.current import World
 
 
@@ -71,41 +71,30 @@ class Compiled:
             settings.compiler.check(device)
         self.device_type = device.type
         self.micro = root if isinstance(root, GradAccumulation) else None
-        if self.micro is not None:
-            args, kwargs = self._first_part(self.micro, args, kwargs)
-        marks, parameter_plan = gather_marks(root, settings)
-        again = gather_again(root, settings)
-        # only within the capture: planning differentiates on its own account
-        watch = train_step.backward_is_a_step(may_be_a_step)
-        with watch, given_a_part(self.micro), settings.precision.computing(device.type):
-            self.graph: Graph = capture(root, args, kwargs, device, marks)
-        self._check_assignments()
-        if not world.is_simulated:
-            text, constants = lines_of(str(self.graph), root), list(self.graph.constants.values())
-            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
-        self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
-        self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
         machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
-        request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
-        self.plan: Plan = plan_as_asked(root, self.graph, request, settings, again)
-        self.plan = replace(self.plan, input_layouts=self._stored(device))
-        links = machine_links(machine, self.plan.mesh)
-        options = Options(links, enable_alltoall=settings.enable_alltoall and not is_interleaved(self.graph))
-        program = unscheduled(self.graph, self.plan, options)
-        adds_wide = world.is_simulated or device.type == "cpu"
-        program = with_wires(program, self.graph, settings.precision, self.micro is not None, adds_wide)
-        for change in self.plan.passes:
-            program = change(program)
-        how = self.plan.schedule
-        self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
+        dump = dump_of(type(root).__name__, None if world.is_simulated else world.rank)
+        target = make_target(
+            root, args, kwargs, settings, world.size, device, machine, world.is_simulated or device.type == "cpu",
+            dump=dump, may_be_a_step=may_be_a_step, on_first_rank=world.once,
+        )  # fmt: skip
+        graph = capture_target(target, capture)
+        if not world.is_simulated:
+            text, constants = lines_of(str(graph), root), list(graph.constants.values())
+            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
+        plan = plan_target(target, graph)
+        self.graph = plan.graph
+        self.plan: Plan = replace(plan, input_layouts=self._stored(plan, device))
+        program = program_before_overlap(self.plan, dump=dump)
+        self.program: LocalProgram = finished(program, self.plan, dump)
+        self.schedule = self.plan.schedule
         if not world.is_simulated:
             compare_on_ranks(world, "program", lines_of(self.program.text(0)))
         self.view = PlanView(self.plan, self.program)
         self.compiler = settings.compiler
         self.runs = self.program  # what runs: the program, or its form of compiled segments
         self.run: Callable[..., Any]
-        self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, how, settings)
+        self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
@@ -120,11 +109,6 @@ class Compiled:
         self._looked_at: list[Any] = []
         self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
 
-    @staticmethod
-    def _first_part(module: GradAccumulation, args: Any, kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        return pytree.tree_unflatten(module.parts(leaves)[0], spec)
-
     def _bound(self, program: LocalProgram) -> Callable[..., Any]:
         """The program bound to the world, compiled if that is asked for."""
         self.runs = program
@@ -132,13 +116,17 @@ class Compiled:
             self.runs = self.compiler.compiled(program, self.graph, self.world.is_simulated)
         return self.world.bind(self.runs)
 
-    def _accumulated(self, program: LocalProgram, how: Schedule, settings: Settings) -> AccumulatedRun:
+    def _finished(self, program: LocalProgram) -> LocalProgram:
+        """Puts moves together and early, and what comes after that."""
+        return finished(program, self.plan)
+
+    def _accumulated(self, program: LocalProgram, settings: Settings) -> AccumulatedRun:
         """The program in two parts, and what runs them."""
         assert self.micro is not None
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
         first, second, handed = cut_program(program, gathers_once)
-        once = self.world.bind(scheduled(first, how), keep=handed)
-        each = self._bound(interleave(scheduled(second, how), self.graph))
+        once = self.world.bind(scheduled(first, self.schedule), keep=handed)
+        each = self._bound(self._finished(second))
         return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
     def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
@@ -154,24 +142,24 @@ class Compiled:
 
         return pytree.tree_unflatten([whole(leaf) for leaf in leaves], spec)
 
-    def _stored(self, device: torch.device) -> dict[str, Layout]:
+    def _stored(self, plan: Plan, device: torch.device) -> dict[str, Layout]:
         """Places the parameters as the plan stores them; returns the layouts they really have."""
-        layouts = dict(self.plan.input_layouts)
+        layouts = dict(plan.input_layouts)
         named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
         if self.world.is_simulated:
             materialise_whole(self.root)
             return layouts
-        actual = distribute_parameters(self.root, self._all(named), device)
+        actual = distribute_parameters(self.root, self._all(named, plan.mesh), device)
         for i in self.graph.inputs:
             if i.kind == "parameter":
                 layouts[i.value] = actual[str(i.target)]
         return layouts
 
-    def _all(self, named: dict[str, Layout]) -> dict[str, Layout]:
+    def _all(self, named: dict[str, Layout], mesh: Mesh) -> dict[str, Layout]:
         """Layouts for every parameter of the root: those that no operator reads are replicated."""
         result = dict(named)
         for name, parameter in self.root.named_parameters():
-            result.setdefault(name, Layout.replicated(self.plan.mesh, parameter.ndim))
+            result.setdefault(name, Layout.replicated(mesh, parameter.ndim))
         return result
 
     def _reader(self, graph_input: GraphInput) -> Callable[[list[Any]], Any]:
@@ -237,14 +225,6 @@ class Compiled:
                     f"{other.kind} {other.target} and {own.kind} {own.target} share their memory, and the captured callable "
                     "writes to it in place\n  Hand in a copy, x.clone(), or write out of place"
                 )
-
-    def _check_assignments(self) -> None:
-        names = [made.where for made in self.graph.assignments if made.tensors]
-        if names and self.micro is not None:
-            raise CaptureError(
-                f"a network in GradAccumulation assigns tensors to attributes: {', '.join(names)}\n  Each micro-batch has its "
-                "own; return them instead"
-            )
 
     def _assigned(self, result: Any) -> Any:
         """What the callable returns, after the attributes that it assigns have been assigned."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardwright.agreement.numbers import check_same_shapes
 from shardwright.api.bound import Compiled, device_of
 from shardwright.api.settings import Settings
-from shardwright.api.stages import before_compiling
+from shardwright.api.stages import before_compiling, check_assignments, first_part
 from shardwright.base.torch_private import pytree
 from shardwright.errors import LayoutError, Problems, ShardwrightError, WorldError
 from shardwright.hybrid import collectives
@@ -23,6 +23,7 @@ from shardwright.hybrid.own import own_of
 from shardwright.hybrid.program import local_program
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
+from shardwright.ir.program import LocalProgram
 from shardwright.parameters.distribute import adopt_slices, distribute_parameters
 from shardwright.parameters.placements import layout_of
 from shardwright.parameters.whole import materialise_whole
@@ -49,7 +50,7 @@ class HybridCompiled(Compiled):
         layouts, slices = _parameter_layouts(root, self.over.mesh)
         self.micro = root if isinstance(root, GradAccumulation) else None
         if self.micro is not None:
-            args, kwargs = self._first_part(self.micro, args, kwargs)
+            args, kwargs = first_part(self.micro, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         handed = _handed_in(leaves, settings.dataset_strategy, self.over, world)
         device = device_of(root, world)
@@ -63,14 +64,17 @@ class HybridCompiled(Compiled):
         parameters = {n: (shapes[n], stored[n], layout) for n, layout in layouts.items()}
         program = local_program(ranks, parameters, handed, self.over, settings.gradients_mean)
         self.graph = replace(ranks.of(world.rank), updates=program.updates)
-        self._check_assignments()
+        check_assignments(self.graph, self.micro is not None)
         ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
-        how = replace(settings.schedule, ids=ids)
-        self.program = scheduled(program, how)
-        self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, how, settings)
+        self.schedule = replace(settings.schedule, ids=ids)
+        self.program = self._finished(program)
+        self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
+
+    def _finished(self, program: LocalProgram) -> LocalProgram:
+        return scheduled(program, self.schedule)
 
     def _placed(self, layouts: dict[str, Layout], slices: dict[str, Shape], device: torch.device) -> dict[str, Layout]:
         """Places the parameters; returns the layouts they really have."""

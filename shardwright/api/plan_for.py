@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.api.marks import gather_again, gather_marks
 from shardwright.api.settings import SearchSettings, Settings
-from shardwright.api.stages import before_compiling, follow_attributes, plan_as_asked, plan_request
-from shardwright.api.train_step import backward_is_a_step
+from shardwright.api.stages import before_compiling, capture_target, make_target, plan_target
+from shardwright.base.dump import dump_of
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.repeated import capture_repeated
 from shardwright.cost.machine_files import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.ir.machine import Machine
-from shardwright.ir.plan import Plan
 from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
 from shardwright.plan.file.read import load_plan_file
 from shardwright.report.plan_view import PlanView
-from shardwright.train.copies.virtual_axis import prepare_copies
 from shardwright.world.current import init
+
+MACHINE = "h100"  # what is planned for where nobody names a machine
 
 
 def plan_for(
@@ -69,10 +68,46 @@ def plan_for(
     8
     """
     root = target if isinstance(target, nn.Module) else FunctionModule(target)
-    return _planned(
-        devices, root, inputs, {}, machine=machine, mode=mode, mesh=mesh, axes=axes, memory=memory, optimizer=optimizer,
-        seconds=seconds, settings=settings, file=file, tell=tell,
-    )  # fmt: skip
+    options = {"mesh": mesh, "axes": axes, "memory": memory, "optimizer": optimizer, "seconds": seconds, "file": file}
+    chosen = _with_options(replace(settings or Settings(), mode=mode), machine=machine, **options)
+    return _planned(devices, root, inputs, {}, chosen, tell=tell)
+
+
+def _with_options(
+    settings: Settings,
+    machine: Machine | str | None = None,
+    mesh: tuple[int, ...] | None = None,
+    axes: tuple[str, ...] = (),
+    memory: float | str | None = None,
+    optimizer: str | float | None = None,
+    seconds: float | None = None,
+    file: Any = None,
+) -> Settings:
+    """Returns the settings with these options of :func:`plan_for`, as far as they are given, in the place of their own.
+
+    Raises:
+        ShardwrightError: axes without sizes, or not one for each.
+    """
+    if axes and len(axes) != len(mesh or ()):
+        sizes = "no mesh" if mesh is None else f"the mesh {','.join(map(str, mesh))}"
+        raise ShardwrightError(
+            f"axes {','.join(axes)}: {len(axes)} aliases for {sizes}; give one a size, as in mesh=(4, 2), axes=('dp', 'tp')"
+        )
+    own = settings.search
+    limit = own.memory if memory is None else memory_bytes(memory)
+    if machine is None and own.machine is not None:
+        machine = own.machine
+    elif memory is None:  # a machine that one does not have, and what its devices hold
+        limit = own.memory or load_machine(machine or MACHINE).memory or None
+    search = SearchSettings(
+        load_machine(machine or MACHINE),
+        limit,
+        mesh or own.mesh,
+        tuple(axes) if mesh else own.axes,
+        own.states if optimizer is None else optimizer_states(optimizer),
+        own.seconds if seconds is None else seconds,
+    )
+    return replace(settings, search=search, file=settings.file if file is None else load_plan_file(file))
 
 
 def _planned(
@@ -80,49 +115,22 @@ def _planned(
     root: nn.Module,
     args: Any,
     kwargs: dict[str, Any],
-    *,
-    machine: Machine | str = "h100",
-    mode: str = "auto",
-    mesh: tuple[int, ...] | None = None,
-    axes: tuple[str, ...] = (),
-    memory: float | str | None = None,
-    optimizer: str | float = "adamw",
-    seconds: float = 30.0,
-    settings: Settings | None = None,
-    file: Any = None,
-    tell: Callable[[str], None] | None = None,
+    settings: Settings,
     may_be_a_step: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> PlanView:
-    """As :func:`plan_for`, for keyword arguments too, and for what may turn out to be a train step."""
+    """Plans what an ``AutoParallel`` with these settings would run, on shapes."""
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ArgumentTypeError(f"plan_for({devices!r}): give the number of devices")
-    if axes and len(axes) != len(mesh or ()):
-        sizes = "no mesh" if mesh is None else f"the mesh {','.join(map(str, mesh))}"
-        raise ShardwrightError(
-            f"axes {','.join(axes)}: {len(axes)} aliases for {sizes}; give one a size, as in mesh=(4, 2), axes=('dp', 'tp')"
-        )
-    chosen = load_machine(machine)
-    limit = memory_bytes(memory) if memory is not None else (chosen.memory or None)
-    search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
-    settings = replace(settings or Settings(), mode=mode, search=search)
-    if file is not None:
-        settings.file = load_plan_file(file)
-    return PlanView(_plan(devices, root, tuple(args), kwargs, settings, tell or (lambda text: None), may_be_a_step))
-
-
-def _plan(
-    devices: int, root: nn.Module, args: Any, kwargs: Any, settings: Settings, tell: Callable[[str], None],
-    may_be_a_step: bool,
-) -> Plan:  # fmt: skip
+    tell = tell or (lambda text: None)
     tell("capturing the model as a graph")
-    marks, parameter_plan = gather_marks(root, settings)
-    with backward_is_a_step(may_be_a_step), torch.enable_grad():
-        graph = capture_repeated(root, args, kwargs, torch.device("meta"), marks)
-    graph = follow_attributes(graph, devices, settings, parameter_plan)
-    graph = prepare_copies(graph, parameter_plan if settings.mode != "data_parallel" else None)
-    request = replace(plan_request(devices, settings, parameter_plan, settings.search.machine), tell=tell)
-    tell(f"planning {len(graph.nodes):,} operators for {devices:,} devices")
-    return plan_as_asked(root, graph, request, settings, gather_again(root, settings))
+    target = make_target(
+        root, tuple(args), kwargs, settings, devices, torch.device("cpu"), settings.search.machine,
+        dump=dump_of(type(root).__name__, None), may_be_a_step=may_be_a_step, tell=tell,
+    )  # fmt: skip
+    with torch.enable_grad():
+        graph = capture_target(target, capture_repeated)
+    return PlanView(plan_target(target, graph))
 
 
 class _PlanMade(BaseException):
@@ -130,13 +138,16 @@ class _PlanMade(BaseException):
 
 
 @contextmanager
-def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]) -> Iterator[list[PlanView]]:
+def planning(
+    devices: int, mode: str | None, meta: bool, options: dict[str, Any], tell: Callable[[str], None] | None = None
+) -> Iterator[list[PlanView]]:
     """Within the block, what an ``AutoParallel`` would compile is planned for ``devices`` instead, and the block ends there.
 
     Args:
         mode: the mode to plan in; default: the one the ``AutoParallel`` was given.
         meta: whether tensors are made on the meta device.
-        options: as for :func:`plan_for`.
+        options: as for :func:`plan_for`; what is not given, or ``None``, is as the script asks.
+        tell: is told what is under way.
 
     Yields:
         A list that then holds the plan.
@@ -144,9 +155,8 @@ def planning(devices: int, mode: str | None, meta: bool, options: dict[str, Any]
     plans: list[PlanView] = []
 
     def instead(root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> None:
-        chosen: dict[str, Any] = {"settings": settings, "mode": mode or settings.mode}
-        chosen["may_be_a_step"] = isinstance(root, FunctionModule)
-        plans.append(_planned(devices, root, args, kwargs, **chosen, **options))
+        chosen = _with_options(replace(settings, mode=mode or settings.mode), **options)
+        plans.append(_planned(devices, root, args, kwargs, chosen, isinstance(root, FunctionModule), tell))
         raise _PlanMade
 
     before = os.environ.get("SHARDWRIGHT_DEVICES")

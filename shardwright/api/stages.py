@@ -1,79 +1,174 @@
-"""Stages: from settings to a request, from a request to a plan."""
+"""Stages: from a callable to its graph, from the graph to its plan.
+
+What an ``AutoParallel`` does when it meets new inputs, and what ``plan_for`` and the command line do without devices: the
+same functions, with the same arguments but the device, the machine and who is told meanwhile. From the plan to the program
+it is :mod:`shardwright.partition.local_program`; the passes on the way are in :mod:`shardwright.train.passes`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from shardwright.api.marks import gather_again, gather_marks
 from shardwright.api.settings import Settings
+from shardwright.api.train_step import backward_is_a_step
+from shardwright.base.dump import Dump
+from shardwright.base.torch_private import pytree
+from shardwright.errors import CaptureError
 from shardwright.ir.graph import Graph
-from shardwright.ir.machine import Machine
+from shardwright.ir.marks import Mark
 from shardwright.ir.plan import Plan
-from shardwright.plan.asked.attributes import with_attributes
-from shardwright.plan.asked.own_layouts import check_in_place
+from shardwright.plan.file.match import plan_from_file
 from shardwright.plan.modes.table import plan_graph
 from shardwright.plan.request import PlanRequest
-from shardwright.train.fusion.settings import buckets_of
-from shardwright.train.optimizer_parallel.stored import split_parameters
+from shardwright.train.accumulation.module import GradAccumulation, given_a_part
+from shardwright.train.passes import Asked, change_graph, change_plan, with_program_passes
 from shardwright.train.recompute.automatic import plan_with_recompute
-from shardwright.train.recompute.marked import recompute_parameter_gathers
 from shardwright.train.recompute.request import RecomputeRequest
 
 # Called in turn before anything is captured, with the root, its inputs and the settings; planning without running ends
 # the call here.
 before_compiling: list[Callable[..., None]] = []
 
-
-def plan_request(
-    devices: int, settings: Settings, parameter_plan: dict[str, tuple[Any, str]], machine: Machine | str
-) -> PlanRequest:
-    """What the settings ask of a plan for a number of devices; ``machine`` where they name none."""
-    search = settings.search
-    return PlanRequest(
-        devices, settings.dataset_strategy, parameter_plan, settings.mode != "data_parallel", settings.mode,
-        search.machine or machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
-        schedule=settings.schedule,
-    )  # fmt: skip
+Capture = Callable[[nn.Module, Any, Any, torch.device, dict[nn.Module, Mark]], Graph]
 
 
-def follow_attributes(graph: Graph, devices: int, settings: Settings, parameter_plan: dict[str, tuple[Any, str]]) -> Graph:
-    """The graph with the attributes of its operators carried out; not where strategies are ignored."""
-    return graph if settings.mode == "data_parallel" else with_attributes(graph, devices, parameter_plan)
-
-
-def plan_as_asked(
-    root: nn.Module, graph: Graph, request: PlanRequest, settings: Settings, again: Mapping[str, RecomputeRequest] | None = None
-) -> Plan:
-    """The plan of the mode, or what stands in for it, with its parameters stored as the settings ask.
+@dataclass(frozen=True)
+class Target:
+    """A callable on its way to a program.
 
     Args:
-        again: by module path, what is computed again in the backward pass.
+        root: holds what the callable reads.
+        args, kwargs: inputs, of global shape; of a ``GradAccumulation`` those of its first part.
+        settings: what the user asked.
+        device: where the program runs.
+        asked: what the passes go by.
+        marks: of modules.
+        machine: what plans are priced on.
+        dump: writes the texts after each pass.
+        may_be_a_step: whether the callable may turn out to be a train step.
+        on_first_rank: makes a value on one process of a job and hands it to all.
+        tell: is told what is under way.
     """
 
-    parameters = dict(root.named_parameters(remove_duplicate=False))
-    schedule = replace(settings.schedule, ids=buckets_of(graph.inputs, parameters))
+    root: nn.Module
+    args: Any
+    kwargs: Any
+    settings: Settings
+    device: torch.device
+    asked: Asked
+    marks: dict[nn.Module, Mark]
+    machine: Any
+    dump: Dump
+    may_be_a_step: bool = False
+    on_first_rank: Callable[[Callable[[], Any]], Any] = lambda make: make()
+    tell: Callable[[str], None] = lambda text: None
+
+
+def make_target(
+    root: nn.Module, args: Any, kwargs: Any, settings: Settings, devices: int, device: torch.device, machine: Any,
+    adds_wide: bool = True, **rest: Any,
+) -> Target:  # fmt: skip
+    """Gathers what the stages go by: marks of modules, layouts of parameters, what is asked of training.
+
+    Args:
+        devices: number of ranks.
+        adds_wide: whether the world adds half precision in float32.
+        rest: as in :class:`Target`.
+
+    Raises:
+        StrategyError: strategies that fit no module or parameter.
+    """
+    accumulates = isinstance(root, GradAccumulation)
+    if isinstance(root, GradAccumulation):
+        args, kwargs = first_part(root, args, kwargs)
+    marks, parameter_plan = gather_marks(root, settings)
+    asked = Asked(
+        devices,
+        dict(root.named_parameters(remove_duplicate=False)),
+        settings.mode != "data_parallel",
+        parameter_plan,
+        settings.enable_alltoall,
+        settings.schedule,
+        settings.hsdp,
+        settings.precision,
+        gather_again(root, settings),
+        accumulates,
+        adds_wide,
+    )
+    return Target(root, args, kwargs, settings, device, asked, marks, machine, **rest)
+
+
+def first_part(module: GradAccumulation, args: Any, kwargs: Any) -> Any:
+    """Returns the inputs of the first micro-batch."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return pytree.tree_unflatten(module.parts(leaves)[0], spec)
+
+
+def capture_target(target: Target, capture: Capture) -> Graph:
+    """Captures the callable as a graph under its autocast.
+
+    Args:
+        capture: ``capture``, or ``capture_repeated``, which looks at repeated layers once.
+
+    Raises:
+        CaptureError: what a graph cannot hold.
+    """
+    micro = target.root if isinstance(target.root, GradAccumulation) else None
+    # only within the capture: planning differentiates on its own account
+    watch = backward_is_a_step(target.may_be_a_step)
+    with watch, given_a_part(micro), target.settings.precision.computing(target.device.type):
+        graph = capture(target.root, target.args, target.kwargs, target.device, target.marks)
+    check_assignments(graph, micro is not None)
+    target.dump.write("graph", "capture", graph.__str__)
+    return graph
+
+
+def check_assignments(graph: Graph, accumulates: bool) -> None:
+    """Refuses tensors that each micro-batch would leave in attributes."""
+    names = [made.where for made in graph.assignments if made.tensors]
+    if names and accumulates:
+        raise CaptureError(
+            f"a network in GradAccumulation assigns tensors to attributes: {', '.join(names)}\n  Each micro-batch has its "
+            "own; return them instead"
+        )
+
+
+def plan_target(target: Target, graph: Graph) -> Plan:
+    """Plans a captured graph as the settings ask, with the passes that its program will go through.
+
+    Raises:
+        StrategyError: strategies that cannot be followed.
+        MemoryLimitError: no plan fits.
+    """
+    asked, settings, search = target.asked, target.settings, target.settings.search
+    graph = change_graph(graph, asked, target.dump)
+    target.tell(f"planning {len(graph.nodes):,} operators for {asked.devices:,} devices")
+    request = PlanRequest(
+        asked.devices, settings.dataset_strategy, dict(asked.parameter_plan), asked.follows_marks, settings.mode,
+        target.machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
+        once=target.on_first_rank, schedule=asked.schedule, tell=target.tell,
+    )  # fmt: skip
 
     def make(request: PlanRequest) -> Plan:
-        plan = replace(_plan_of_operators(graph, request, settings), schedule=schedule)
-        check_in_place(plan)
-        if settings.hsdp is None:
-            return plan
-        plan = split_parameters(plan, settings.hsdp, parameters)
-        return replace(plan, passes=(*plan.passes, recompute_parameter_gathers)) if settings.hsdp.gathers_again else plan
+        return change_plan(_plan_of_operators(graph, request, settings), asked, target.dump)
+
+    def again(plan: Plan, requests: Mapping[str, RecomputeRequest]) -> Plan:
+        return with_program_passes(plan, replace(asked, recompute=requests))
 
     automatic = next((r for r in settings.recompute if r.is_automatic), None)
-    return plan_with_recompute(make, request, again or {}, automatic)
+    return plan_with_recompute(make, again, request, asked.recompute, automatic)
 
 
 def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
-    """The plan of the mode, of the plan file that the settings name, or of the planner that stands in for both."""
+    """Returns the plan of the mode, of the plan file that the settings name, or of the planner that stands in for both."""
     if settings.planner is not None:
         return settings.planner(graph, request)
     if settings.file is None:
         return plan_graph(graph, request)
-    from shardwright.plan.file.match import plan_from_file
-
     return plan_from_file(settings.file, graph, request, part=settings.of_step)

@@ -58,13 +58,15 @@ def add_parser(
     parser.add_argument("script", nargs="?", metavar="script.py", help="the script with the model")
     parser.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of a training script, after --")
     parser.add_argument("--devices", type=count, metavar="N", help="number of devices")
-    parser.add_argument("--machine", default="h100", metavar="M", help="a preset or a TOML file; --machine list lists them")
+    parser.add_argument(
+        "--machine", metavar="M", help="a preset or a TOML file; --machine list lists them; default: the script's, else h100"
+    )
     parser.add_argument("--mode", help="parallel mode; default: auto, or what the script's AutoParallel says")
     parser.add_argument("--mesh", type=ints, metavar="32,8", help="device matrix; default: the best of several")
     parser.add_argument("--axes", type=names, default=(), metavar="dp,tp", help="aliases of the device matrix's axes")
     parser.add_argument("--memory", metavar="80GB", help="memory of a device; default: the machine's")
-    parser.add_argument("--optimizer", default="adamw", metavar="NAME", help="whose states count; default: adamw")
-    parser.add_argument("--seconds", type=seconds, default=30.0, metavar="S", help="how long to search; default: 30")
+    parser.add_argument("--optimizer", metavar="NAME", help="whose states count; default: the script's, else adamw")
+    parser.add_argument("--seconds", type=seconds, metavar="S", help="how long to search; default: the script's, else 30")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of model() or inputs()")
     parser.add_argument("--meta", action="store_true", help="run a training script with tensors on the meta device")
     parser.add_argument("--load", type=Path, metavar="FILE", help="start from the layouts in a plan file")
@@ -129,16 +131,15 @@ def make_plan(arguments: argparse.Namespace) -> PlanView:
         "optimizer": arguments.optimizer, "seconds": arguments.seconds, "file": arguments.load,
     }  # fmt: skip
     with telling() as tell:
-        options["tell"] = tell
         # a script without `if __name__ == "__main__":` trains already when it is looked at
-        with planning(arguments.devices, arguments.mode, arguments.meta, options) as plans:
+        with planning(arguments.devices, arguments.mode, arguments.meta, options, tell) as plans:
             found = run_script(script, "__shardwright_plan__", own)
         if plans:
             return _without_settings(plans[0], given, script)
         missing = [name for name in ("model", "inputs") if not callable(found.get(name))]
         if not missing:
-            return _of_functions(found, given, arguments, options)
-        with planning(arguments.devices, arguments.mode, arguments.meta, options) as plans:
+            return _of_functions(found, given, arguments, options | {"tell": tell})
+        with planning(arguments.devices, arguments.mode, arguments.meta, options, tell) as plans:
             run_script(script, "__main__", own)
         if plans:
             return _without_settings(plans[0], given, script)
@@ -181,7 +182,8 @@ def _of_functions(
             f"model() of {arguments.script} returns {target!r}, a {type(target).__name__}: return an nn.Module or a function"
         )
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    return plan_for(arguments.devices, target, *inputs, mode=arguments.mode or "auto", **options)
+    given_options = {name: value for name, value in options.items() if value is not None}
+    return plan_for(arguments.devices, target, *inputs, mode=arguments.mode or "auto", **given_options)
 
 
 def show(plan: PlanView, arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from shardwright.base.torch_private import pytree
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import OpOverload, TensorMeta
 from shardwright.ir.redistribution import Redistribution
+from shardwright.ir.step import Step
 
 F = TypeVar("F", bound=Callable[..., Any])
 Lanes = tuple[int, ...]
@@ -104,6 +105,16 @@ class Move:
     @property
     def outputs(self) -> tuple[str, ...]:
         return (self.output,)
+
+    def steps(self, phase: str) -> tuple[Step, ...]:
+        """Returns the steps of a phase of a training step, ``forward`` or ``backward``."""
+        return self.redistribution.backward if phase == "backward" else self.redistribution.forward
+
+    def dtypes(self, phase: str) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Returns the dtypes of what is handed in, as it travels, and of what is handed on, ``forward`` or ``backward``."""
+        result = self.dtype if self.wire is None else self.wire.result
+        travels = self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]
+        return (result, travels, self.dtype) if phase == "backward" else (self.dtype, travels, result)
 
     def itemsize(self, phase: str) -> int:
         """Bytes an element as it travels, ``forward`` or ``backward``."""

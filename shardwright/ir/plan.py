@@ -15,8 +15,20 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.signature import Signature
 
-# What changes a local program without changing what it computes.
-ProgramPass = Callable[[LocalProgram], LocalProgram]
+
+@dataclass(frozen=True)
+class ProgramPass:
+    """Changes a local program without changing what it computes.
+
+    Args:
+        name: as in the table ``train/passes.py``.
+        change: given the program and its plan, returns the changed program.
+        after_overlap: whether it runs after moves were put together and started early, or before that.
+    """
+
+    name: str
+    change: Callable[[LocalProgram, Plan], LocalProgram]
+    after_overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,8 @@ class Plan:
         states: bytes of optimizer state a byte of parameter.
         full_batch: whether every rank is handed the whole batch.
         memory_limit: bytes a rank may use, where that was asked for.
-        passes: what the local program goes through before it runs, such as what is computed again in the backward.
+        enable_alltoall: whether moves may be all-to-alls.
+        passes: what the local program goes through before it runs, in order, such as what is computed again in the backward.
         schedule: which of its moves share collectives, and which start early.
         memo: what others work out about it, so that they do so once.
     """
@@ -77,6 +90,7 @@ class Plan:
     states: float = 2.0
     full_batch: bool = True
     memory_limit: float | None = None
+    enable_alltoall: bool = True
     passes: tuple[ProgramPass, ...] = field(default=(), compare=False, repr=False)
     schedule: Schedule = field(default_factory=Schedule, compare=False, repr=False)
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)

@@ -22,9 +22,9 @@ from torch import nn
 
 import shardwright as sw
 from harness import compare, main, on_ranks, same_steps, simulated
-from shardwright.api import bound as compiling
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.ir.graph import Graph
+from shardwright.train import passes as compiling
 from shardwright.world.current import current_world
 from shardwright.world.simulated.world import SimulatedWorld
 

@@ -8,7 +8,6 @@ cost nothing and keep their base alive.
 ==================  ====================================================================================
 ``predict``         :func:`memory_of`, which puts the following together
 ``timeline``        the result: bytes in use while each operator runs
-``first_rank``      the local program of the first rank, without the others
 ``training_step``   plays a step: forward, backward, optimizer
 ``calls``           plays local calls and their backward
 ``moves``           plays redistributions and their backward

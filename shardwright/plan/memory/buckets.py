@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from shardwright.cost.memory import BucketMemory, Choose, bucket_memory
 from shardwright.ir.instructions import Move, Start
-from shardwright.ir.step import Step
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage
@@ -38,15 +37,15 @@ class BucketPlayer:
         self.state, self.usage, self.choose, self.hub = state, state.usage, choose, hub
         self.of: dict[str, _Bucket] = {}
 
-    def _need(self, moves: Sequence[Move], steps: Sequence[Sequence[Step]]) -> BucketMemory:
-        tensors = [(found, m.redistribution.shape, m.dtype.itemsize) for m, found in zip(moves, steps, strict=True)]
+    def _need(self, moves: Sequence[Move], phase: str) -> BucketMemory:
+        tensors = [(move.steps(phase), move.redistribution.shape, move.itemsize(phase)) for move in moves]
         return bucket_memory(tensors, self.choose, self.hub)
 
     def scratch(self, start: Start, trains: bool) -> float:
         """Bytes of scratch that a bucket's collectives need."""
-        phases = [[m.redistribution.forward for m in start.moves]]
-        phases += [[m.redistribution.backward for m in start.moves]] if trains and start.moves[0].needs_grad else []
-        return max((self._need(start.moves, steps).scratch for steps in phases if any(steps)), default=0.0)
+        phases = ("forward", "backward") if trains and start.moves[0].needs_grad else ("forward",)
+        found = [phase for phase in phases if any(move.steps(phase) for move in start.moves)]
+        return max((self._need(start.moves, phase).scratch for phase in found), default=0.0)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -55,7 +54,7 @@ class BucketPlayer:
         bucket = _Bucket(start.moves)
         self.of |= dict.fromkeys((move.output for move in start.moves), bucket)
         if any(move.redistribution.forward for move in start.moves):
-            need = self._need(start.moves, [move.redistribution.forward for move in start.moves])
+            need = self._need(start.moves, "forward")
             self._set_off(bucket, need, start.cause)
         self.state.tape.append(lambda: self._end_backward(bucket))
 
@@ -64,7 +63,7 @@ class BucketPlayer:
         bucket = self.of[move.output]
         forward = [m.redistribution.forward for m in bucket.moves]
         if any(forward) and bucket.flight is not None:
-            need = self._need(bucket.moves, forward)
+            need = self._need(bucket.moves, "forward")
             self.usage.point(move.cause, need.landing - bucket.flight.size)
             bucket.results = {
                 m.output: self.usage.hold(Storage(size, "activations", m.source))
@@ -106,7 +105,7 @@ class BucketPlayer:
 
     def _start_backward(self, bucket: _Bucket) -> None:
         moves = [move for move in bucket.moves if move.output in bucket.given]
-        need = self._need(moves, [move.redistribution.backward for move in moves])
+        need = self._need(moves, "backward")
         self._set_off(bucket, need, moves[0].cause)
         for gradient in bucket.given.values():
             self.usage.drop(gradient.storage)

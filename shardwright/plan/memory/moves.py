@@ -7,7 +7,7 @@ where the forward waited, and is waited for where the forward started. Moves may
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from shardwright.cost.memory import (
@@ -21,7 +21,6 @@ from shardwright.cost.memory import (
 from shardwright.ir.instructions import KeepPiece, Move, Start, Together, communicates
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
-from shardwright.ir.step import Step
 from shardwright.partition.free_results import result_is_free, values_read_once, values_with_free_gradients
 from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
@@ -77,9 +76,12 @@ class MovePlayer:
                 scratch = self.buckets.scratch(move, trains)
                 largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
             elif isinstance(move, Move) and move.output not in together:
-                plan = move.redistribution
-                steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
-                needs = [step_memory(s, plan.shape, move.dtype.itemsize, self.choose, hub=self.hub) for s in steps]
+                shape = move.redistribution.shape
+                needs = [
+                    step_memory(step, shape, move.itemsize(phase), self.choose, hub=self.hub)
+                    for phase in (("forward", "backward") if move.needs_grad and trains else ("forward",))
+                    for step in move.steps(phase)
+                ]
                 scratch = max((need.scratch for need in needs), default=0.0)
                 largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
         self.usage.give_scratch(self.usage.take_scratch(largest))
@@ -95,7 +97,7 @@ class MovePlayer:
         maker = self.makers.get(move.source)
         need = self._need(
             move,
-            move.redistribution.forward,
+            "forward",
             contiguous=self.state.values[move.source].tensor.is_contiguous,
             inplace=move.source in self.read_once and result_is_free(maker),
             compact=maker is not None and source_dies,
@@ -113,7 +115,7 @@ class MovePlayer:
         if value in self.state.makers:
             return
         piece = local_bytes(cut.redistribution.target, cut.redistribution.shape, cut.dtype.itemsize)
-        need = self._need(gather, gather.redistribution.forward)
+        need = self._need(gather, "forward")
         made = Storage(piece, "activations", cut.source)
         Recipe(self.usage, self.state.makers, gather.cause, [made], [value], need.peak)
 
@@ -140,24 +142,26 @@ class MovePlayer:
         if gradient is None:
             return
         inplace = move.output in self.free_gradients
-        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous, inplace=inplace)
+        need = self._need(move, "backward", contiguous=gradient.is_contiguous, inplace=inplace)
         self.usage.point(move.cause, need.peak)
         self._return_gradient(move, gradient, need.result)
 
     def _need(
-        self, move: Move, steps: Sequence[Step], contiguous: bool = True, inplace: bool = False, compact: bool = True
+        self, move: Move, phase: str, contiguous: bool = True, inplace: bool = False, compact: bool = True
     ) -> RedistributionMemory:
-        return redistribution_memory(
-            steps, move.redistribution.shape, move.dtype.itemsize, self.choose, contiguous, inplace, self.hub, compact,
-            self.usage.kept_scratch,
+        need = redistribution_memory(
+            move.steps(phase), move.redistribution.shape, move.itemsize(phase), self.choose, contiguous, inplace, self.hub,
+            compact, self.usage.kept_scratch,
         )  # fmt: skip
+        return need if move.wire is None else _with_casts(need, move, phase)
 
     def _define(self, move: Move, made: Storage | None) -> None:
         """Names the result of a move: in this memory, or where nothing was made in that of its source."""
         source = self.state.values[move.source]
         shape = local_shape(move.redistribution.target, move.redistribution.shape)
         stride = source.tensor.stride if made is None else contiguous_strides(shape)
-        tensor = LocalTensor(shape, stride, source.tensor.dtype, self._needs_grad(move))
+        dtype = source.tensor.dtype if move.wire is None else move.wire.result
+        tensor = LocalTensor(shape, stride, dtype, self._needs_grad(move))
         self.state.define(move.output, made or source.storage, tensor)
 
     def _needs_grad(self, move: Move) -> bool:
@@ -184,7 +188,7 @@ class MovePlayer:
             self.buckets.start(start)
             return
         (move,) = start.moves
-        need = self._need(move, move.redistribution.forward, compact=move.source in self.makers)
+        need = self._need(move, "forward", compact=move.source in self.makers)
         self.usage.point(move.cause, need.peak)
         self.travelling[move.output] = self._set_off(move, need, self.state.values[move.source].storage, "activations")
         self._record(move, self._end_backward)
@@ -201,7 +205,7 @@ class MovePlayer:
         given = self.state.values[move.source].storage
         self._define(move, result if result.size else None)
         self.usage.drop(result)
-        need = self._need(move, move.redistribution.forward)
+        need = self._need(move, "forward")
         self._make_again(move, given, need.peak, flight=need.result + sum(step.workspace for step in need.steps))
         self._record(move, self._start_backward)
 
@@ -210,7 +214,7 @@ class MovePlayer:
         if gradient is None:
             return
         inplace = move.output in self.free_gradients
-        need = self._need(move, move.redistribution.backward, contiguous=gradient.is_contiguous, inplace=inplace)
+        need = self._need(move, "backward", contiguous=gradient.is_contiguous, inplace=inplace)
         self.usage.point(move.cause, need.peak)
         travelling = None
         if need.result or any(step.scratch for step in need.steps):
@@ -262,7 +266,7 @@ class MovePlayer:
     def play_together(self, together: Together) -> None:
         """Makes the results of moves that share a collective."""
         moves = together.moves
-        sizes, peak = _shared(moves, [m.redistribution.forward for m in moves])
+        sizes, peak = _shared(moves, "forward")
         self.usage.point(together.cause, peak)
         given = [self.state.values[move.source].storage for move in moves]
         for move, size in zip(moves, sizes):
@@ -276,17 +280,30 @@ class MovePlayer:
     def _play_together_backward(self, together: Together) -> None:
         """Moves whose results got no gradient take no part."""
         moves = [move for move in together.moves if move.output in self.state.gradients]
-        sizes, peak = _shared(moves, [m.redistribution.backward for m in moves])
+        sizes, peak = _shared(moves, "backward")
         self.usage.point(together.cause, peak)
         gradients = [self.state.gradients.pop(move.output) for move in moves]
         for move, gradient, size in zip(moves, gradients, sizes):
             self._return_gradient(move, gradient, size)
 
 
-def _shared(moves: Sequence[Move], steps: Sequence[Sequence[Step]]) -> tuple[list[float], float]:
+def _with_casts(need: RedistributionMemory, move: Move, phase: str) -> RedistributionMemory:
+    """Adds the copies in other dtypes: what is handed in is cast before it travels, what arrives is cast after."""
+    given, travels, handed_on = move.dtypes(phase)
+    ends = move.redistribution.source, move.redistribution.target
+    first, last = ends if phase == "forward" else ends[::-1]
+    shape = move.redistribution.shape
+    before = local_bytes(first, shape, travels.itemsize) if travels != given else 0.0
+    arrived = need.result or before
+    result = local_bytes(last, shape, handed_on.itemsize) if handed_on != travels else arrived
+    after = arrived + result if handed_on != travels else 0.0
+    return replace(need, result=result, peak=max(before + need.peak, after))
+
+
+def _shared(moves: Sequence[Move], phase: str) -> tuple[list[float], float]:
     """New memory of each result, and bytes at most meanwhile; moves of a kind have one step each, or none has any."""
-    if not any(steps):
+    if not any(move.steps(phase) for move in moves):
         return [0.0] * len(moves), 0.0
     return shared_collective_memory(
-        [(step, move.redistribution.shape, move.dtype.itemsize) for move, (step,) in zip(moves, steps)]
+        [(step, move.redistribution.shape, move.itemsize(phase)) for move in moves for step in move.steps(phase)]
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from shardwright.cost import algorithms as calibration
 from shardwright.ir.instructions import Start
 from shardwright.ir.plan import Plan
-from shardwright.plan.memory.first_rank import first_rank_program
+from shardwright.partition.local_program import local_program
 from shardwright.plan.memory.timeline import MemoryTimeline
 from shardwright.plan.memory.training_step import OptimizerMemory, TrainingStep
-from shardwright.redistribute.links import machine_links
 from shardwright.redistribute.planner import Options
 
 _OPTIMIZERS = {
@@ -38,9 +37,7 @@ def memory_of(
     Raises:
         KeyError: an optimizer's name that is not one of these.
     """
-    if options is None:
-        options = Options() if plan.machine is None else Options(machine_links(plan.machine, plan.mesh))
-    program = first_rank_program(plan, options)
+    program = local_program(plan, options, first_rank_only=True)
     states = _of_optimizer(optimizer)
     choose = calibration.load().choose if device == "cpu" else None
     timeline = TrainingStep(plan.graph, program, states, device, choose, hub=True).run()

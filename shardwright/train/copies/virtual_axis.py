@@ -29,7 +29,6 @@ from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.signature import Signature, TensorFactors
 from shardwright.rules.registry import signature_of
 from shardwright.train.copies.one_copy import Unfit, meta_of, operator_of_one_copy
-from shardwright.train.copies.shared_nodes import share_between_copies
 from shardwright.train.copies.turns import draws
 from shardwright.train.copies.virtual_axis_rules import Cut, check_cut, check_together, cut_layouts
 
@@ -39,17 +38,6 @@ aten = torch.ops.aten
 def is_interleaved(graph: Graph) -> bool:
     """Whether some operator has a Layout with the virtual axis."""
     return any(True for node in graph.nodes for _ in cut_layouts(node))
-
-
-def prepare_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]] | None) -> Graph:
-    """A graph ready to be planned: what is marked in copies, and what copies make of parameters alone made once.
-
-    Args:
-        parameter_plan: layouts given to parameters; ``None`` where marks are not followed.
-    """
-    if parameter_plan is not None:
-        graph = in_copies(graph, parameter_plan)
-    return share_between_copies(graph)
 
 
 def in_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]]) -> Graph:

@@ -16,7 +16,7 @@ from shardwright.ir.plan import Plan
 from shardwright.plan.memory import MemoryTimeline, step_memory
 from shardwright.plan.price.price_of import price_of
 from shardwright.plan.request import PlanRequest
-from shardwright.train.recompute.marked import outermost, recompute_pass
+from shardwright.train.recompute.marked import outermost
 from shardwright.train.recompute.request import RecomputeRequest
 
 SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
@@ -26,14 +26,19 @@ SEARCHES = ("auto", "dynamic_programming", "recursive_programming")
 _PLANNED_FOR = (None, 2.0, 1.4, 1.0)
 
 
+# Gives a plan the passes that compute these modules again.
+Again = Callable[[Plan, Mapping[str, RecomputeRequest]], Plan]
+
+
 def plan_with_recompute(
-    make: Callable[[PlanRequest], Plan], request: PlanRequest, marked: Mapping[str, RecomputeRequest],
+    make: Callable[[PlanRequest], Plan], again: Again, request: PlanRequest, marked: Mapping[str, RecomputeRequest],
     automatic: RecomputeRequest | None,
 ) -> Plan:  # fmt: skip
     """The plan that is asked for, with what is computed again.
 
     Args:
-        make: plans.
+        make: plans, with what is marked computed again.
+        again: gives a plan the passes of what is computed again.
         marked: by module path, what is to be computed again whatever the memory.
         automatic: asks for more of it where the plan does not fit.
 
@@ -41,9 +46,7 @@ def plan_with_recompute(
         MemoryLimitError: it does not fit even so.
     """
     if automatic is None:
-        plan = make(request)
-        passes = recompute_pass(plan.graph, marked)
-        return replace(plan, passes=(*plan.passes, *passes)) if passes else plan
+        return make(request)
     limit = automatic.memory or request.memory_limit
     if limit is None:
         raise ShardwrightError(
@@ -57,7 +60,7 @@ def plan_with_recompute(
             continue  # only where neither the fastest plan nor the smallest fits
         try:
             plan = make(replace(request, memory_limit=None if allowed is None else allowed * limit))
-            found.append(_fitting(replace(plan, memory_limit=limit), limit, marked, automatic, request))
+            found.append(_fitting(replace(plan, memory_limit=limit), again, limit, marked, automatic, request))
         except MemoryLimitError as error:
             problem = error if problem is None or error.least < problem.least else problem
             continue
@@ -70,15 +73,15 @@ def plan_with_recompute(
 
 
 def _fitting(
-    plan: Plan, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest, request: PlanRequest
-) -> tuple[Plan, float]:
+    plan: Plan, again: Again, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest,
+    request: PlanRequest,
+) -> tuple[Plan, float]:  # fmt: skip
     """The plan with modules computed again until it fits, and the seconds that takes."""
-    found = request.once(lambda: Chooser(plan, marked, automatic).choose(limit))
+    found = request.once(lambda: Chooser(plan, again, marked, automatic).choose(limit))
     if isinstance(found[0], str):
         raise MemoryLimitError(found[0], found[1])
     paths, seconds = found
-    passes = recompute_pass(plan.graph, {**dict.fromkeys(paths, automatic), **marked})
-    return replace(plan, passes=(*plan.passes, *passes)), seconds
+    return again(plan, {**dict.fromkeys(paths, automatic), **marked}), seconds
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,13 @@ class Chooser:
     """Chooses modules of a plan.
 
     Args:
+        again: gives a plan the passes of what is computed again.
         marked: what is computed again in any case.
         automatic: how it is done.
     """
 
-    def __init__(self, plan: Plan, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest):
-        self.plan, self.marked, self.automatic = plan, marked, automatic
+    def __init__(self, plan: Plan, again: Again, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest):
+        self.plan, self.again, self.marked, self.automatic = plan, again, marked, automatic
         self.peaks: dict[tuple[str, ...], MemoryTimeline] = {}
 
     def choose(self, limit: float) -> tuple[list[str] | str, float]:
@@ -143,8 +147,7 @@ class Chooser:
         """What a rank needs when these modules are computed again."""
         key = tuple(sorted(paths))
         if key not in self.peaks:
-            passes = recompute_pass(self.plan.graph, {**dict.fromkeys(paths, self.automatic), **self.marked})
-            self.peaks[key] = step_memory(replace(self.plan, passes=(*self.plan.passes, *passes)))
+            self.peaks[key] = step_memory(self.again(self.plan, {**dict.fromkeys(paths, self.automatic), **self.marked}))
         return self.peaks[key]
 
     # -- candidates ---------------------------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ the business of :mod:`shardwright.world.execute.recipes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 
 from shardwright.ir.graph import Graph
 from shardwright.ir.instructions import Call, Move, communicates
@@ -44,13 +43,6 @@ def recompute_parameter_gathers(program: LocalProgram) -> LocalProgram:
 
 # A module that is computed again, and the number of its call: each call is a whole of its own.
 Whole = tuple[str, int]
-
-
-def recompute_pass(graph: Graph, requests: Mapping[str, RecomputeRequest]) -> tuple[Callable[..., LocalProgram], ...]:
-    """The pass that does what marks ask for, or none where nothing is to be computed again."""
-    if not requests and not any(node.recompute for node in graph.nodes):
-        return ()
-    return (partial(recompute_marked, graph=graph, requests=requests),)
 
 
 def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str, RecomputeRequest]) -> LocalProgram:
