@@ -640,5 +640,20 @@ def test_wrong_settings_are_refused(call, kind, says):
     assert net.settings.precision.dtype is before.dtype or "drop one" in says
 
 
+@pytest.mark.parametrize("level", [None, "level1", "level3"])
+@pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16, torch.float32])
+def test_prices_know_the_dtypes_that_travel(level, reduce_dtype):
+    sw.init(devices=4)
+    net = sw.AutoParallel(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32)), "data_parallel")
+    net.mixed_precision(torch.bfloat16, reduce_dtype=reduce_dtype)
+    if level is not None:
+        net.hsdp(optimizer_level=level, threshold=0)
+    with sw.record_communication() as log:
+        net(torch.randn(8, 64)).sum().backward()
+    price = net.plan.price
+    assert price.bytes == log.bytes()
+    assert price.seconds == pytest.approx(sum(price.parts.values()))
+
+
 if __name__ == "__main__":
     main(PROGRAMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shardwright.cost.machine_files import load_machine
 from shardwright.ir.machine import Machine
 from shardwright.ir.plan import Plan
+from shardwright.plan.price.in_wires import in_wires
 from shardwright.plan.price.plan_price import price_plan
 from shardwright.plan.price.recomputed import with_again
 from shardwright.plan.price.values import PlanPrice
@@ -20,7 +21,8 @@ def priced_on(plan: Plan, machine: Machine | str) -> PlanPrice:
         ShardwrightError: no such machine.
     """
     chosen = load_machine(machine)
-    return with_again(plan, price_plan(plan, chosen, plan.full_batch, plan.states), chosen)
+    price = in_wires(plan, price_plan(plan, chosen, plan.full_batch, plan.states), chosen)
+    return with_again(plan, price, chosen)
 
 
 def price_of(plan: Plan) -> PlanPrice:
