@@ -15,35 +15,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "shardwright"
 
-# From the top. A module may import from its own level and from those below it.
-LAYERS = (
-    (
-        "__init__",
-        "__main__",
-        "api",
-        "cli",
-        "cli_plan",
-        "cli_script",
-        "compiled",
-        "data",
-        "held",
-        "hybrid",
-        "ops",
-        "planning",
-        "testing",
-        "train_step",
-        "verify",
-        "whole_steps",
-    ),
-    ("checkpoint", "launch", "report"),
-    ("capture", "partition", "plan", "train", "world"),
-    ("cost", "search"),
-    ("redistribute", "rules"),
-    ("layout", "mesh"),
-    ("derivatives",),
+# The floors, from the top. A room imports only from rooms of lower floors; imports for types only, and those within functions,
+# count as any other.
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    ("__init__",),
+    ("calibrate", "testing"),
+    ("api",),
+    ("train",),
+    ("data", "hybrid", "report"),
+    ("plan", "world"),
+    ("cost", "ops", "partition"),
+    ("capture", "parameters", "redistribute", "rules"),
+    ("agreement", "ir", "launch", "search"),
+    ("base",),
     ("errors",),
 )
-LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # The one file that may use torch's private parts, so that a new release of torch is met in one place.
 PRIVATE_DOOR = "shardwright.base.torch_private"
@@ -84,8 +73,8 @@ def read_package(root: Path) -> list[Source]:
     return [Source(name, path, ast.parse(path.read_text("utf-8")), known) for name, path in paths.items()]
 
 
-def part_of(module: str) -> str:
-    """The entry of LAYERS to which a module belongs: the first name after the package's."""
+def room_of(module: str) -> str:
+    """The room that a module belongs to: the first name after the package's."""
     return (module.split(".") + ["__init__"])[1]
 
 
@@ -113,22 +102,55 @@ def _base_of(node: ast.ImportFrom, source: Source) -> str:
     return ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
 
 
+def arrows_between(sources: list[Source]) -> set[tuple[str, str]]:
+    """The pairs of rooms of which the first imports from the second."""
+    pairs = {
+        (room_of(source.name), room_of(use.name))
+        for source in sources
+        for use in imported_modules(source)
+        if use.name.split(".")[0] == PACKAGE
+    }
+    return {(a, b) for a, b in pairs if a != b}
+
+
 def layer_violations(sources: list[Source]) -> list[str]:
-    """One line for each module that has no layer and for each import that points up."""
+    """One line for each module that has no floor and for each import that does not point down."""
     found = []
     for source in sources:
-        part = part_of(source.name)
-        if part not in LEVEL:
-            found.append(f"{source.path}: '{part}' has no place in the table LAYERS")
+        room = room_of(source.name)
+        if room not in FLOOR:
+            found.append(f"{source.path}: '{room}' has no place in the table FLOORS")
             continue
         for use in imported_modules(source):
             if use.name.split(".")[0] != PACKAGE:
                 continue
-            target = part_of(use.name)
-            if target not in LEVEL:
-                found.append(f"{source.path}:{use.line}: imports {use.name}, which has no place in the table LAYERS")
-            elif LEVEL[target] < LEVEL[part]:
-                found.append(f"{source.path}:{use.line}: '{part}' imports {use.name}, which stands above it")
+            target = room_of(use.name)
+            if target not in FLOOR:
+                found.append(f"{source.path}:{use.line}: imports {use.name}, which has no place in the table FLOORS")
+            elif FLOOR[target] <= FLOOR[room] and target != room:
+                found.append(f"{source.path}:{use.line}: '{room}' imports {use.name}, which does not stand below it")
+    return found
+
+
+def import_cycles(sources: list[Source]) -> list[list[str]]:
+    """The groups of modules that import each other in a circle, wherever in them the imports stand."""
+    graph = {
+        source.name: {use.name for use in imported_modules(source) if use.name in source.known} - {source.name, PACKAGE}
+        for source in sources
+    }
+    reached = {name: _reached_from(name, graph) for name in graph}
+    groups = {frozenset({name, *(other for other in reached[name] if name in reached.get(other, ()))}) for name in graph}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def _reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in graph.get(waiting.pop(), ()):
+            if name not in found:
+                found.add(name)
+                waiting.append(name)
     return found
 
 
@@ -193,19 +215,34 @@ def private_violations(sources: list[Source]) -> list[str]:
         if module != PRIVATE_DOOR and (module, name) not in PRIVATE_ALLOWED
     ]
     found += [f"{module} no longer uses {name}: strike it off" for module, name in PRIVATE_ALLOWED.keys() - used.keys()]
-    return found + [f"{module} is not of world" for module, _ in PRIVATE_ALLOWED if part_of(module) != "world"]
+    return found + [f"{module} is not of world" for module, _ in PRIVATE_ALLOWED if room_of(module) != "world"]
 
 
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
     found = read_package(ROOT)
-    assert {f"{PACKAGE}.errors", f"{PACKAGE}.layout", PACKAGE} <= {source.name for source in found}
+    assert {f"{PACKAGE}.errors", f"{PACKAGE}.ir.layout", PACKAGE} <= {source.name for source in found}
     return found
 
 
 def test_imports_point_down(sources):
     found = layer_violations(sources)
     assert not found, "\n".join(found)
+
+
+def test_no_modules_import_each_other(sources):
+    assert import_cycles(sources) == []
+
+
+def test_the_listing_of_rooms_and_arrows(sources):
+    """What the note of a change of the house quotes: ``pytest tests/test_import_layers.py -k listing -s``."""
+    arrows = arrows_between(sources)
+    rooms = {room_of(source.name) for source in sources}
+    print(f"\n{len(rooms)} rooms on {len(FLOORS)} floors, {len(arrows)} arrows, {len(import_cycles(sources))} cycles")
+    for floor in FLOORS:
+        for room in floor:
+            print(f"{room:>13} -> {' '.join(sorted(b for a, b in arrows if a == room))}")
+    assert rooms == FLOOR.keys()
 
 
 def test_only_one_door_leads_to_private_torch(sources):
@@ -260,7 +297,7 @@ def test_importing_has_no_effects(which):
     assert result["changed"] == {}
     assert Path(result["file"]) == ROOT / PACKAGE / "__init__.py"
     if which == "every module":
-        assert f"{PACKAGE}.layout" in result["names"]
+        assert f"{PACKAGE}.ir.layout" in result["names"]
 
 
 # The checks themselves, on packages with known faults.
@@ -292,6 +329,7 @@ def package_with(tmp_path, **files):
         "__import__('shardwright.api.auto_parallel')",
         "from shardwright import ops",
         "from shardwright.nowhere import thing",
+        "from shardwright.redistribute import steps",
     ],
 )
 def test_an_upward_import_is_found(tmp_path, statement):
@@ -305,16 +343,24 @@ def test_an_upward_import_is_found(tmp_path, statement):
     [
         "from shardwright import errors",
         "from shardwright.errors import LayoutError",
-        "from ..layout import Layout",
+        "from ..ir.layout import Layout",
         "from . import view",
         "from .view import rows",
-        "from shardwright.redistribute import steps",
+        "from shardwright.agreement import steps",
         "import torch, numpy.linalg",
     ],
 )
-def test_a_downward_or_level_import_passes(tmp_path, statement):
-    files = {"errors": "", "layout": "from shardwright import mesh", "mesh": "", "rules__in__view": ""}
+def test_an_import_from_below_or_from_the_own_room_passes(tmp_path, statement):
+    files = {"errors": "", "ir__in__layout": "from shardwright.ir import mesh", "ir__in__mesh": "", "rules__in__view": ""}
     assert layer_violations(package_with(tmp_path, **files, rules__in__matmul=statement)) == []
+
+
+def test_a_circle_is_found(tmp_path):
+    lazy = "def f():\n    from shardwright.ir.b import g"
+    sources = package_with(
+        tmp_path, ir__in__a=lazy, ir__in__b="from shardwright.ir.c import h", ir__in__c="import shardwright.ir.a"
+    )
+    assert import_cycles(sources) == [["shardwright.ir.a", "shardwright.ir.b", "shardwright.ir.c"]]
 
 
 def test_dots_count_from_the_package_in_its_init(tmp_path):
@@ -360,10 +406,10 @@ getattr(torch, "float32"), getattr(torch, name)
 
 def test_an_allowance_holds_only_where_it_stands_and_is_used(tmp_path, monkeypatch):
     sources = package_with(tmp_path, world__in__simulated="import torch._C", world__in__distributed="import torch._C")
-    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated.world", "torch._C"), "a reason")
+    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated", "torch._C"), "a reason")
     (found,) = private_violations(sources)
     assert "distributed.py:1: uses torch._C" in found
-    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated.world", "torch._D"), "a reason")
+    monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.world.simulated", "torch._D"), "a reason")
     assert any("simulated no longer uses torch._D: strike it off" in line for line in private_violations(sources))
     monkeypatch.setitem(PRIVATE_ALLOWED, ("shardwright.rules.matmul", "torch._C"), "a reason")
     assert any("rules.matmul is not of world" in line for line in private_violations(sources))

@@ -1,3 +1,1 @@
-"""The command line."""
-
-from shardwright.cli.main import main as main
+"""The command line: one file per command, and what they share."""

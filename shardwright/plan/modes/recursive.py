@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from shardwright.plan.choose.tables import IDLE, REPLICATED, Symbol
+from shardwright.plan.modes.attempt import Attempt, MeshProblem
 from shardwright.plan.problem.formulation import Formulation
 from shardwright.search.problem import Infeasible, Problem, Solution
-
-if TYPE_CHECKING:
-    from shardwright.plan.modes.attempt import Attempt
-    from shardwright.plan.modes.search import SearchPlanner
 
 # Tries of a price for memory.
 _PRICES = 12
@@ -43,14 +40,12 @@ class _State:
 class Recursion:
     """One run of the recursive search on a planner's mesh."""
 
-    def __init__(self, planner: SearchPlanner, limit: float | None, gradients: float):
+    def __init__(self, planner: MeshProblem, limit: float | None, gradients: float):
         self.planner, self.limit, self.gradients = planner, limit, gradients
         self.axes = [a for a, size in enumerate(planner.mesh.sizes) if size > 1] or [0]
 
     def run(self) -> Attempt:
         """The best plan found; under a limit, with the least price of memory that makes it fit."""
-        from shardwright.plan.modes.attempt import Attempt
-
         best = self._descend(0.0)
         if self.limit is not None and best.memory > self.limit:
             best = self._with_price_of_memory(best)

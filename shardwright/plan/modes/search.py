@@ -34,6 +34,7 @@ from shardwright.plan.choose.tables import ChoiceTable, Codes, Symbol, choices_o
 from shardwright.plan.memory import step_memory
 from shardwright.plan.modes.attempt import Attempt
 from shardwright.plan.modes.planner import Planner
+from shardwright.plan.modes.recursive import Recursion
 from shardwright.plan.problem.blocks import blocks_of
 from shardwright.plan.problem.formulation import Folded, Formulation, stored_codes
 from shardwright.plan.problem.prices import Pricing, bytes_of_parameters
@@ -228,8 +229,6 @@ class SearchPlanner(Planner):
         return max(0.5, (self.deadline - time.perf_counter()) / 3)
 
     def recursive(self, limit: float | None, gradients: float) -> Attempt:
-        from shardwright.plan.modes.recursive import Recursion
-
         return Recursion(self, limit, gradients).run()
 
     def within_limit(self, how: Callable[[float | None, float], Attempt]) -> Plan:
