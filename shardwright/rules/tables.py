@@ -1,4 +1,4 @@
-"""Every family of rules: importing this module registers them all."""
+"""Every family of rules, and the traits of their operators: importing this module registers them all."""
 
 import shardwright.rules.attention
 import shardwright.rules.conv
@@ -7,6 +7,7 @@ import shardwright.rules.field_lookup
 import shardwright.rules.index
 import shardwright.rules.loss
 import shardwright.rules.matmul
+import shardwright.rules.no_rule
 import shardwright.rules.norm
 import shardwright.rules.pointwise
 import shardwright.rules.random

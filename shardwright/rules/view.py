@@ -30,6 +30,7 @@ from shardwright.rules.pieces import (
     with_dims,
 )
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, lies_in_order, register_traits
 
 ONE = ((0,),)  # linear in the first input alone
 
@@ -535,3 +536,32 @@ def _real_pairs(local: Local) -> tuple[Ref, ...]:
 def real_pairs(x: Tensor) -> Tensor:
     """``view_as_real``, whose backward refuses some gradients of nothing."""
     return torch.view_as_real(x) if x.numel() else torch.stack((x.real, x.imag), -1)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+TRAITS = {
+    Traits("view", linear=True, reshapes=True): "view _unsafe_view view_as",
+    Traits("view", linear=True, reshapes=True, entry_differs=True): "unflatten",
+    Traits("copy", lies_in_order, linear=True, reshapes=True): "reshape reshape_as ravel",
+    Traits("copy", lies_in_order, linear=True, reshapes=True, entry_differs=True): "flatten",
+    Traits("view", linear=True): "_reshape_alias unsqueeze atleast_1d atleast_2d atleast_3d view_as_real view_as_complex",
+    Traits("view", linear=True, entry_differs=True): "squeeze",
+    Traits("view", linear=True, reorders=True): "transpose t adjoint mT mH numpy_T matrix_H moveaxis swapaxes swapdims",
+    Traits("view", linear=True, reorders=True, entry_differs=True): "permute movedim",
+    Traits("view", backward="summed", linear=True): "expand_as broadcast_to broadcast_tensors meshgrid",
+    Traits("view", backward="summed", linear=True, entry_differs=True): "expand",
+    Traits("view", backward="in zeros", linear=True): """
+        select narrow split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk hsplit vsplit dsplit unfold
+        diagonal
+    """,
+    Traits("view", backward="in zeros", linear=True, entry_differs=True): "slice split tensor_split unbind",
+    Traits("index"): "repeat_interleave",
+    Traits("copy", linear=True): """
+        cat concat concatenate stack vstack hstack dstack row_stack constant_pad_nd fliplr flipud rot90 tril triu diag_embed
+        diagonal_copy diagonal_scatter
+    """,
+    Traits("copy", linear=True, entry_differs=True): "repeat tile flip roll select_scatter slice_scatter",
+    Traits("copy", entry_differs=True): "pad",  # by reflection it is no sum of its input alone
+}
+register_traits(TRAITS)
