@@ -77,6 +77,7 @@ SELECT = _aten.select.int
 SELECT_SCATTER = _aten.select_scatter.default
 SLICE = _aten.slice.Tensor
 SLICE_SCATTER = _aten.slice_scatter.default
+TO_COPY = _aten._to_copy.default  # what casts become beneath autocast
 TO_DTYPE = _aten.to.dtype
 TRANSPOSE = _aten.transpose.int
 VIEW = _aten.view.default

@@ -20,14 +20,12 @@ from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import Autocast, Call, Instruction, Move, PerRank, Ref
 from shardwright.ir.largest_piece import local_shape as first_shape
 from shardwright.ir.layout import Layout
-from shardwright.ir.operator import OpOverload, Slot, TensorMeta
+from shardwright.ir.operator import Slot, TensorMeta
 from shardwright.ir.redistribution import Redistribution
 from shardwright.ir.signature import Signature
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
-
-# Operators of lowerings that read a tensor without its gradient.
-_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "ge", "gt", "le", "lt", "eq", "ne"})
+from shardwright.rules.traits import traits_of
 
 
 class ProgramBuilder:
@@ -231,7 +229,7 @@ class NodeBuilder:
 
     def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> None:
         """A differentiable input that several lanes share would lose its gradient's reduction."""
-        if self.builder.first_rank_only or not self.node.grad or _reads_without(function):
+        if self.builder.first_rank_only or not self.node.grad or not traits_of(function).has_gradient:
             return
         if not self.graph.needs_grad.intersection(self.node.outputs):
             return
@@ -294,8 +292,3 @@ class NodeBuilder:
 
 def _hashable(value: Any) -> Any:
     return value if isinstance(value, (int, float, bool, str, type(None))) else repr(value)
-
-
-def _reads_without(function: Callable[..., Any]) -> bool:
-    """Whether a call reads tensors without their gradients."""
-    return isinstance(function, OpOverload) and function.overloadpacket.__name__ in _NO_GRADIENT
