@@ -309,6 +309,6 @@ def _summed(losses: Tensor, terms: Terms) -> Tensor:
 TRAITS = {
     Traits("softmax", fused=True): "cross_entropy_loss",
     Traits("softmax"): "nll_loss nll_loss_nd nll_loss2d",
-    Traits(large_mean=True): "mse_loss smooth_l1_loss huber_loss",
+    Traits(large_mean=True): "mse_loss smooth_l1_loss",
 }
 register_traits(TRAITS)

@@ -178,6 +178,7 @@ TRAITS = {
         randint randint_like normal_functional log_normal exponential cauchy geometric random rrelu
     """,
     Traits("random", entry_differs=True): "bernoulli uniform normal",
-    Traits("sort"): "randperm multinomial",
+    Traits("sort"): "randperm",
+    Traits("sort", has_gradient=False): "multinomial",
 }
 register_traits(TRAITS)
