@@ -5,6 +5,7 @@ import shardwright.rules.conv
 import shardwright.rules.create
 import shardwright.rules.field_lookup
 import shardwright.rules.index
+import shardwright.rules.join_and_cut
 import shardwright.rules.loss
 import shardwright.rules.matmul
 import shardwright.rules.no_rule
