@@ -175,5 +175,6 @@ TRAITS = {
     Traits("norm", fused=True, kernel="norm"): "rms_norm",
     Traits("norm", fused=True, user_order=(0, 3, 4, 1, 2)): "batch_norm",
     Traits("norm"): "native_layer_norm instance_norm",
+    Traits(has_gradient=False): "update_running",  # the function above
 }
 register_traits(TRAITS)

@@ -211,6 +211,7 @@ TRAITS = {
     Traits("softmax"): "softmax _softmax log_softmax _log_softmax logcumsumexp",
     Traits("softmax", workspace=_logsumexp_workspace): "logsumexp",
     Traits("sort", has_gradient=False): "argsort",
+    Traits(has_gradient=False): "largest",  # the function above
     Traits("sort"): "sort msort topk kthvalue median nanmedian mode",
 }
 register_traits(TRAITS)
