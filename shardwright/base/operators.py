@@ -148,7 +148,7 @@ _KIND_OF_VIEW = {
 
 
 def kind_of_view(overload: Any) -> str:
-    """Returns how an operator shows its input's memory, which says how a write goes back; empty where none can."""
+    """Returns how an operator shows its input's memory; empty where no write goes back."""
     return _KIND_OF_VIEW.get(operator_of(overload), "")
 
 
@@ -171,7 +171,7 @@ STATISTICS = ("running_mean", "running_var")  # the arguments that they write to
 
 
 def statistics_flag(function: Any) -> str | None:
-    """Returns the argument that has an operator move running statistics its schema does not say it writes to.
+    """Returns the argument that has an operator write to running statistics, unknown to its schema.
 
     >>> statistics_flag(torch.ops.aten.instance_norm.default), statistics_flag(torch.ops.aten.layer_norm.default)
     ('use_input_stats', None)
@@ -205,7 +205,7 @@ _MEMORY_ORDER = {
 
 @cache
 def memory_order(overload: Any) -> str:
-    """Returns how a kernel of the CPU orders its result's memory where the shape function of torch is wrong, or nothing."""
+    """Returns how a kernel orders its result's memory where torch's shape function is wrong."""
     return _MEMORY_ORDER.get(operator_of(overload), "")
 
 

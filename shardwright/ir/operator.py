@@ -83,13 +83,13 @@ class Operator:
 
     @property
     def moves_statistics(self) -> bool:
-        """Whether the call changes running statistics in place, which its schema does not say."""
+        """Says whether the call changes running statistics in place, which its schema does not say."""
         flag = statistics_flag(self.target)
         return flag is not None and bool(self.argument(flag))
 
     @property
     def has_gradient(self) -> bool:
-        """Whether a gradient flows back through the call, where its result's dtype can have one."""
+        """Says whether a gradient flows back through the call, its result's dtype permitting."""
         library, _, name = self.name.partition(".")
         if library != "aten":
             return True

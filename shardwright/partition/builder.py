@@ -237,7 +237,9 @@ class NodeBuilder:
         return self.builder.call(function, args, kwargs, tuple(names), lanes, sequence, node=self.node)
 
     def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> bool:
-        """Checks that no lanes share a value whose gradient each of them makes a part of: its reduction would be missing.
+        """Checks that no lanes share a value whose gradient each makes a part of.
+
+        The reduction of that gradient would be missing.
 
         Returns:
             Whether a gradient flows back through the call, to what the node reads or to what was made of that.

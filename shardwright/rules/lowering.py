@@ -90,7 +90,7 @@ _OF_ANY_STRIDES: dict[Any, Any] = {
 
 
 def overload_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the overload that does what a function does that lowerings call; others stay as they are.
+    """Returns the overload that does what a function does; most functions stay as they are.
 
     >>> overload_of(torch.reshape)
     <OpOverload(op='aten.reshape', overload='default')>
@@ -100,6 +100,6 @@ def overload_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def overload_for_part(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the overload that does for a part of a tensor, whose strides may be others, what ``target`` does for it whole."""
+    """Returns the overload that does the same whatever the strides, which a part's may be."""
     found: Callable[..., Any] = _OF_ANY_STRIDES.get(target, target)
     return found

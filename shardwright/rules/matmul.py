@@ -157,7 +157,7 @@ def _batch_and_inner(op: Operator) -> float:
 
 
 def _letters_not_kept(op: Operator) -> float:
-    """The sizes of the letters of an equation that its output does not have."""
+    """Returns the product of the sizes of an equation's letters that its output lacks."""
     inputs, arrow, output = str(op.argument("equation", "")).replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for term, meta in zip(inputs.split(","), op.inputs):

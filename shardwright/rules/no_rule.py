@@ -25,7 +25,7 @@ def _convolution_backward_workspace(args: Sequence[Any], results: Sequence[Tenso
 
 
 def _batch_norm_backward_workspace(args: Sequence[Any], results: Sequence[Tensor]) -> float:
-    """A second tensor like the input, where gradient and input lie in memory alike."""
+    """Returns the bytes of a second input, where gradient and input lie in memory alike."""
     gradient, given = args[:2]
     return float(given.nbytes) if gradient.stride() == given.stride() else 0.0
 

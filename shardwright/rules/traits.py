@@ -86,11 +86,11 @@ class Traits:
 
     @property
     def does_work(self) -> bool:
-        """Whether it does more than make constants and look at memory in another way."""
+        """Says whether it does more than make constants and look at memory in another way."""
         return self.computes and not self.reshapes and self.family not in ("view", "create")
 
     def of_prices(self) -> Traits:
-        """Returns those of the traits that prices read."""
+        """Returns the traits that prices read, the others as if nothing were known."""
         return Traits(self.family, self.free_when, self.backward, self.operands, self.summed, self.transposed)
 
 
