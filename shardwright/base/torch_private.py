@@ -108,6 +108,8 @@ will_execute_node = torch._C._will_engine_execute_node
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+# Which kernel attention of these tensors would run as.
+fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # The norms of many tensors in few kernels, as torch.nn.utils.get_total_norm takes them.
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
@@ -129,6 +131,7 @@ __all__ = [
     "disable_current_modes",
     "failed_toolchain",
     "foreach_norm",
+    "fused_attention_choice",
     "global_backward_hooks",
     "global_forward_hooks",
     "job_timeout",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.base import operators
 from shardwright.base.torch_private import FakeTensorMode, pytree
 from shardwright.base.user_code import _source
 from shardwright.capture.functionalise import (
-    VIEWS,
     Form,
     Tracked,
     diagonal_mask,
@@ -31,10 +31,7 @@ from shardwright.capture.session import BATCH, COPY, RECOMPUTE, Session
 from shardwright.capture.strides import strides_made
 from shardwright.errors import CaptureError
 from shardwright.ir.graph import Constant, Graph, GraphInput, NeedsGradient, Node
-from shardwright.ir.operator import Operator, Slot, TensorMeta
-
-_SKIPPED = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
-_OF_MEMORY = ("set_", "resize_", "resize_as_", "sparse_resize_")
+from shardwright.ir.operator import Operator, OpOverload, Slot, TensorMeta
 
 
 class _Converter:
@@ -177,18 +174,18 @@ class _Converter:
         elif "wrap_with_set_grad_enabled" in str(target) or name == "wrap_with_set_grad_enabled":
             enabled, body, *rest = node.args
             self._inline(node, body, rest, (self.context[0], bool(enabled)))
-        elif not isinstance(target, type(torch.ops.aten.add.Tensor)):
+        elif not isinstance(target, OpOverload):
             self.env[node] = self._fold(node)
-        elif "embedding_renorm" in str(target):
+        elif target.overloadpacket in operators.RENORMALISES_TABLE:
             raise CaptureError(
                 f"embedding with max_norm at {_source(node) or _module_path(node)} rewrites its table as it reads it, which "
                 "cannot be sharded; renormalise the table outside and drop max_norm"
             )
-        elif target.overloadpacket.__name__ in _OF_MEMORY:
+        elif target.overloadpacket in operators.CHANGES_MEMORY:
             raise CaptureError(
                 f"{target}{_at(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor"
             )
-        elif target.overloadpacket.__name__ in _SKIPPED:
+        elif target.overloadpacket in operators.CHECKS:
             self.env[node] = None
         elif is_mutation(target):
             self._check_write(node)
@@ -244,7 +241,7 @@ class _Converter:
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
         """The input that an operator's output shares its memory with."""
-        if not isinstance(meta, Tensor) or node.target == torch.ops.aten.lift_fresh_copy.default:
+        if not isinstance(meta, Tensor) or node.target == operators.LIFTS_COPY:
             return None
         for argument in pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(argument, fx.Node):
@@ -275,20 +272,20 @@ class _Converter:
                     )
                 return
             source = tracked.remake[0] if tracked.remake else None
-            past_autograd = past_autograd or (source is not None and source.target == torch.ops.aten.detach.default)
+            past_autograd = past_autograd or (source is not None and source.target == operators.DETACH)
             destination = tracked.parent
 
     def _mutate(self, node: fx.Node) -> None:
         """A write: computes the new values, then hands each to everything that shares the memory."""
         target: Any = node.target
-        name, where = target.overloadpacket.__name__, self._where(node)
-        if name in VIEWS:
+        packet, where = target.overloadpacket, self._where(node)
+        if operators.views_in_place(target):
             self._view_in_place(node, where)
-        elif torch.Tag.inplace_view in target.tags and name != "detach_":
+        elif torch.Tag.inplace_view in target.tags and packet not in operators.DETACHES:
             raise CaptureError(f"{target} at {where} gives a tensor another shape or memory; use one that returns a new tensor")
-        elif name == "copy_":
+        elif packet in operators.COPIES:
             self._write_all(node, [(node.args[0], lambda meta: self._copied(node, meta))], where)
-        elif name == "fill_diagonal_":
+        elif packet in operators.FILLS_DIAGONAL:
             self._write_all(node, [(node.args[0], lambda meta: self._diagonal_filled(node))], where)
         else:
             self._write_form(node, functional_form(target, node.args, dict(node.kwargs), where), where)
@@ -333,15 +330,15 @@ class _Converter:
         if old not in needing or new in needing:
             return new
         target: Any = node.target
-        if target.overloadpacket.__name__ == "detach_":
+        if target.overloadpacket in operators.DETACHES:
             return new
-        if target.overloadpacket.__name__.startswith("logical_"):
+        if target.overloadpacket in operators.WRITES_TRUTH:
             raise CaptureError(
                 f"{target} at {self._where(node)} leaves the gradient of the value before on a value that has none; "
                 "use one that returns a new tensor"
             )
-        mask = self._emit_simple(node, torch.ops.aten.ones_like.default, new, dtype=torch.bool)
-        return self._emit_simple(node, torch.ops.aten.where.self, mask, new, old)
+        mask = self._emit_simple(node, operators.ONES_LIKE, new, dtype=torch.bool)
+        return self._emit_simple(node, operators.WHERE, mask, new, old)
 
     def _check_destination(self, node: fx.Node, destination: Any, where: str) -> None:
         if not isinstance(destination, fx.Node) or not isinstance(self.env[destination], (Tracked, _Alias)):
@@ -383,7 +380,7 @@ class _Converter:
             )
         if made.dtype == meta.dtype:
             return new
-        return self._emit_simple(node, torch.ops.aten.to.dtype, new, meta.dtype)
+        return self._emit_simple(node, operators.TO_DTYPE, new, meta.dtype)
 
     def _keep_for_backward(self, node: fx.Node, destination: fx.Node) -> None:
         """Has a write to an input computed from a copy, if autograd may save that: the input itself is changed at the end."""
@@ -397,7 +394,7 @@ class _Converter:
         needing = self.needing.of(self.inputs, self.nodes)
         if any(value in needing for value in operands):
             tracked = self._tracked(destination)
-            tracked.value = self._emit_simple(node, torch.ops.aten.clone.default, self.read(destination))
+            tracked.value = self._emit_simple(node, operators.CLONE, self.read(destination))
 
     def _view_in_place(self, node: fx.Node, where: str) -> None:
         """An operator that changes how a tensor is seen: from here on its node is a view of what it was before."""
@@ -428,7 +425,7 @@ class _Converter:
         mask = diagonal_mask(
             lambda op, *args, **kwargs: self._emit_simple(node, op, *args, **kwargs), meta, bool(wrap and wrap[0])
         )
-        return self._emit_simple(node, torch.ops.aten.masked_fill.Scalar, self.read(destination), mask, value)  # type: ignore[arg-type]
+        return self._emit_simple(node, operators.MASKED_FILL, self.read(destination), mask, value)  # type: ignore[arg-type]
 
     def _is_buffer(self, node: fx.Node) -> bool:
         """Whether a tensor is a buffer as it came in, which every rank holds whole."""
@@ -445,7 +442,7 @@ class _Converter:
         moved = moved_statistics(emit, node, x, shape, self.read(mean), self.read(var))
         self.context = outside
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        args = tuple(None if name in ("running_mean", "running_var") else a for name, a in zip(names, node.args))
+        args = tuple(None if name in operators.STATISTICS else a for name, a in zip(names, node.args))
         metas = node.meta["val"]
         metas = list(metas) if isinstance(metas, (tuple, list)) else [metas]
         outputs = self.emit_node(node, node.target, args, dict(node.kwargs), metas)
@@ -459,11 +456,11 @@ class _Converter:
     def _copied(self, node: fx.Node, meta: Tensor) -> str:
         source = node.args[1]
         if not isinstance(source, fx.Node):
-            return self.emit_node(node, torch.ops.aten.full_like.default, (node.args[0], source), {}, [meta])[0]
+            return self.emit_node(node, operators.FULL_LIKE, (node.args[0], source), {}, [meta])[0]
         value = self.read(source)
         have = self.metas[value]
         if have.dtype != meta.dtype:
-            value = self._emit_simple(node, torch.ops.aten.to.dtype, value, meta.dtype)
+            value = self._emit_simple(node, operators.TO_DTYPE, value, meta.dtype)
         if tuple(have.shape) == tuple(meta.shape):
             return value
         wide = (1,) * (len(meta.shape) - len(have.shape)) + tuple(have.shape)
@@ -473,7 +470,7 @@ class _Converter:
                 f"{_source(node) or _source(source) or self._where(source)}, which changes its shape; give it the larger shape "
                 "from the beginning"
             )
-        return self._emit_simple(node, torch.ops.aten.expand.default, value, list(meta.shape))
+        return self._emit_simple(node, operators.EXPAND, value, list(meta.shape))
 
     def _write(self, at: fx.Node, destination: fx.Node, new: str) -> None:
         tracked = self._tracked(destination)
@@ -691,9 +688,8 @@ def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[lis
     needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
     kept = []
     for node in reversed(nodes):
-        random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
         called = getattr(node.op.target, "namespace", "") == "shardwright"
-        if random or called or any(v in needed for v in node.outputs) or not node.outputs:
+        if operators.may_draw(node.op.target) or called or any(v in needed for v in node.outputs) or not node.outputs:
             kept.append(node)
             needed.update(node.inputs)
     return kept[::-1], outputs

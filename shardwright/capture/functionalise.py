@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from shardwright.base import operators
 from shardwright.errors import CaptureError
-
-aten = torch.ops.aten
 
 
 @dataclass
@@ -83,10 +82,6 @@ class Form:
     beside: int
 
 
-# Overloads whose functional form has another default or other types.
-_SAME = {"aten.bernoulli_.float": aten.bernoulli.p}
-
-
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
@@ -98,23 +93,19 @@ def _in_place(written: list[Any], schema: Any) -> bool:
 
 def _candidates(target: Any) -> Iterator[Any]:
     """Overloads that write to nothing and may compute the same, the likeliest first."""
-    if str(target) in _SAME:
-        yield _SAME[str(target)]
+    if target in operators.OTHER_FORMS:
+        yield operators.OTHER_FORMS[target]
         return
-    packet = target.overloadpacket.__name__
-    plain = f"__{packet[3:]}" if packet.startswith("__i") and packet.endswith("__") else packet.rstrip("_")
-    for name in dict.fromkeys((plain, f"{plain}_functional", f"_{plain}_functional")):
-        found = getattr(aten, name, None)
-        overloads = found.overloads() if found is not None else ()
-        for overload in sorted(overloads, key=lambda o: o != target._overloadname):
-            candidate = getattr(found, overload)
+    for packet in operators.functional_packets(target):
+        for overload in sorted(packet.overloads(), key=lambda o: o != target._overloadname):
+            candidate = getattr(packet, overload)
             if not is_mutation(candidate):
                 yield candidate
 
 
 def _takes(found: Any, given: list[Any], candidate: Any) -> bool:
     """Whether an overload takes arguments of these names and types, in any order; a script's own overloads do not count."""
-    if str(candidate) in map(str, _SAME.values()):
+    if candidate in operators.OTHER_FORMS.values():
         return True
     return {_name(a): _type(a) for a in found.arguments} == {_name(a): _type(a) for a in given}
 
@@ -138,22 +129,10 @@ def _is_default(schema: Any, name: str, value: Any) -> bool:
     return type(value) is type(argument.default_value) and bool(value == argument.default_value)
 
 
-# In-place operators that change how a tensor is seen, and not what it holds: the view that they make of it.
-VIEWS = {
-    "squeeze_": "squeeze",
-    "unsqueeze_": "unsqueeze",
-    "t_": "t",
-    "transpose_": "transpose",
-    "swapaxes_": "swapaxes",
-    "swapdims_": "swapdims",
-}
-
-
 def view_of(target: Any) -> Any:
     """The overload that makes the view which an in-place operator turns its tensor into."""
-    name = VIEWS[target.overloadpacket.__name__]
     types = {a.name: _type(a) for a in target._schema.arguments}
-    packet = getattr(aten, name)
+    packet = operators.functional_packets(target)[0]
     overloads = (getattr(packet, o) for o in packet.overloads())
     return next(o for o in overloads if {a.name: _type(a) for a in o._schema.arguments} == types)
 
@@ -163,18 +142,18 @@ def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
     shape, device = tuple(like.shape), like.device
 
     def eye(rows: int, columns: int) -> str:
-        return emit(aten.eye.m, rows, columns, dtype=torch.bool, device=device)
+        return emit(operators.EYE, rows, columns, dtype=torch.bool, device=device)
 
     if len(shape) == 2:
         rows, columns = shape
         if not wrap or rows <= columns + 1 or not columns:
             return eye(rows, columns)
         times = -(-rows // (columns + 1))  # the diagonal begins anew after a row that has none
-        return emit(aten.slice.Tensor, emit(aten.repeat.default, eye(columns + 1, columns), [times, 1]), 0, 0, rows)
+        return emit(operators.SLICE, emit(operators.REPEAT, eye(columns + 1, columns), [times, 1]), 0, 0, rows)
     mask = ""
     for dim in range(1, len(shape)):
-        pair = emit(aten.view.default, eye(shape[0], shape[dim]), [n if d in (0, dim) else 1 for d, n in enumerate(shape)])
-        mask = emit(aten.logical_and.default, mask, pair) if mask else pair
+        pair = emit(operators.VIEW, eye(shape[0], shape[dim]), [n if d in (0, dim) else 1 for d, n in enumerate(shape)])
+        mask = emit(operators.LOGICAL_AND, mask, pair) if mask else pair
     return mask
 
 
@@ -187,59 +166,53 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -
     Returns:
         A function of ``(emit, value of the parent, new value of the view)``.
     """
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    kind = operators.kind_of_view(node.target)
     args: list[Any] = [*node.args[1:]]
     shape = list(parent.shape)
 
     def argument(position: int, key: str, default: Any) -> Any:
         return args[position] if position < len(args) else node.kwargs.get(key, default)
 
-    if name in ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten", "view_as"):
-        return lambda emit, base, new: emit(aten.reshape.default, new, shape)
-    if name in ("alias", "detach", "contiguous", "to", "lift_fresh", "clone"):
+    if kind == "reshaped":
+        return lambda emit, base, new: emit(operators.RESHAPE, new, shape)
+    if kind == "same":
         return lambda emit, base, new: new
-    if name in ("transpose", "t", "swapaxes", "swapdims", "numpy_T", "mT"):
-        d0, d1 = (args[0], args[1]) if name in ("transpose", "swapaxes", "swapdims") else (-2, -1)
-        return lambda emit, base, new: emit(aten.transpose.int, new, d0, d1) if len(shape) > 1 else new
-    if name == "permute":
+    if kind in ("two dims swapped", "last dims swapped"):
+        d0, d1 = (args[0], args[1]) if kind == "two dims swapped" else (-2, -1)
+        return lambda emit, base, new: emit(operators.TRANSPOSE, new, d0, d1) if len(shape) > 1 else new
+    if kind == "permuted":
         order = [d % len(shape) for d in args[0]]
         inverse = [order.index(i) for i in range(len(shape))]
-        return lambda emit, base, new: emit(aten.permute.default, new, inverse)
-    if name == "select":
-        return lambda emit, base, new: emit(aten.select_scatter.default, base, new, args[0], args[1])
-    if name in ("slice", "narrow"):
+        return lambda emit, base, new: emit(operators.PERMUTE, new, inverse)
+    if kind == "one index":
+        return lambda emit, base, new: emit(operators.SELECT_SCATTER, base, new, args[0], args[1])
+    if kind in ("sliced", "narrowed"):
         dim = argument(0, "dim", 0)
-        if name == "narrow":
+        if kind == "narrowed":
             start, end, step = args[1], args[1] + args[2], 1
         else:
             start, end, step = argument(1, "start", None), argument(2, "end", None), argument(3, "step", 1)
-        return lambda emit, base, new: emit(aten.slice_scatter.default, base, new, dim, start, end, step)
-    if name in ("split", "chunk", "split_with_sizes", "tensor_split", "unbind") and which is not None:
-        dim = argument(0, "dim", 0) if name == "unbind" else argument(1, "dim", 0)
-        if name == "unbind":
-            return lambda emit, base, new: emit(aten.select_scatter.default, base, new, dim, which)
+        return lambda emit, base, new: emit(operators.SLICE_SCATTER, base, new, dim, start, end, step)
+    if kind == "in indices" and which is not None:
+        dim = argument(0, "dim", 0)
+        return lambda emit, base, new: emit(operators.SELECT_SCATTER, base, new, dim, which)
+    if kind == "in pieces" and which is not None:
+        dim = argument(1, "dim", 0)
         sizes = [p.shape[dim] for p in node.meta["val"]]
         start = sum(sizes[:which])
-        return lambda emit, base, new: emit(aten.slice_scatter.default, base, new, dim, start, start + sizes[which], 1)
-    if name == "diagonal":
+        return lambda emit, base, new: emit(operators.SLICE_SCATTER, base, new, dim, start, start + sizes[which], 1)
+    if kind == "diagonal":
         rest = [argument(0, "offset", 0), argument(1, "dim1", 0), argument(2, "dim2", 1)]
-        return lambda emit, base, new: emit(aten.diagonal_scatter.default, base, new, *rest)
+        return lambda emit, base, new: emit(operators.DIAGONAL_SCATTER, base, new, *rest)
     raise CaptureError(f"a write through {node.target} at {where} cannot be captured; write to a tensor that is no such view")
 
 
 # -- running statistics, which operators write to though their schema does not say so ----------------------------------
 
-_STATISTICS: dict[Any, str] = {
-    aten.batch_norm.default: "training",
-    aten.native_batch_norm.default: "training",
-    aten.instance_norm.default: "use_input_stats",
-}
-
 
 def updates_statistics(node: fx.Node) -> bool:
     """Whether an operator moves the running statistics that it is given."""
-    target: Any = node.target
-    flag = _STATISTICS.get(target)
+    flag = operators.statistics_flag(node.target)
     if flag is None:
         return False
     given = named_arguments(node)
@@ -261,14 +234,14 @@ def moved_statistics(emit: Callable[..., Any], node: fx.Node, x: str, shape: tup
         x: what is normalised, of this shape.
     """
     given = named_arguments(node)
-    of_samples = node.target is aten.instance_norm.default  # each sample has statistics of its own; their mean is taken
+    of_samples = operators.has_statistics_of_samples(node.target)  # each sample has statistics of its own; their mean is taken
     if of_samples:
         samples, channels = shape[:2]
-        (x,) = emit(aten.reshape.default, x, [1, samples * channels, *shape[2:]])
-        mean, var = (emit(aten.repeat.default, value, [samples])[0] for value in (mean, var))
-    norm = aten._native_batch_norm_legit_functional.default
+        (x,) = emit(operators.RESHAPE, x, [1, samples * channels, *shape[2:]])
+        mean, var = (emit(operators.REPEAT, value, [samples])[0] for value in (mean, var))
+    norm = operators.NORM_WITH_STATISTICS
     moved = list(emit(norm, x, None, None, mean, var, True, given["momentum"], given["eps"])[3:])
     if of_samples:
-        apart = [emit(aten.reshape.default, value, [samples, channels])[0] for value in moved]
-        moved = [emit(aten.mean.dim, value, [0])[0] for value in apart]
+        apart = [emit(operators.RESHAPE, value, [samples, channels])[0] for value in moved]
+        moved = [emit(operators.MEAN, value, [0])[0] for value in apart]
     return moved

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from shardwright.base.operators import ALIAS
 from shardwright.base.torch_private import annotate, pytree
 from shardwright.ir.marks import Mark
 
@@ -64,7 +64,7 @@ class Session:
         self.calls.append(mark)
         self.counts.append(1)
         with annotate({PIN: (len(self.calls) - 1, "in", 0)}):
-            return torch.ops.aten.alias.default(tensor)
+            return ALIAS(tensor)
 
     def _pinned(self, call: int, side: str, value: Any) -> Any:
         position = -1
@@ -75,7 +75,7 @@ class Session:
                 return leaf
             position += 1
             with annotate({PIN: (call, side, position)}):
-                return torch.ops.aten.alias.default(leaf)
+                return ALIAS(leaf)
 
         return pytree.tree_map(pin, value)
 

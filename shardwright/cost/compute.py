@@ -18,20 +18,9 @@ from shardwright.cost.convolution import Channels, channels_of, is_product, padd
 from shardwright.cost.operations import flops
 from shardwright.ir.machine import Machine
 from shardwright.ir.operator import Operator
-from shardwright.rules.traits import family
+from shardwright.rules.traits import family, traits_of
 
 Array = np.ndarray[Any, Any]
-
-# Views whose gradient is written into zeros around it.
-_PARTS = frozenset(
-    {"select", "slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk",
-     "unsafe_chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "unfold", "diagonal"}
-)  # fmt: skip
-# Views whose gradient is a sum.
-_REPEATS = frozenset({"expand", "expand_as", "broadcast_to", "broadcast_tensors", "meshgrid"})
-
-# What hands its gradient on as it is, or summed where an input was broadcast.
-_HANDS_ON = frozenset({"add", "sub", "subtract", "rsub", "sum", "clone"})
 
 # Passes over their tensors that families make, against one read and one write.
 _PASSES = {"norm": 2.0, "softmax": 2.0, "random": 2.0, "sort": 8.0}
@@ -93,9 +82,9 @@ def _memory_bound_backward(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, needs_grad: Sequence[bool]
 ) -> Array:
     """Reads the output's gradient and what was kept, writes a gradient for each input that needs one."""
-    if op.name.rsplit(".", 1)[-1] in _HANDS_ON:
+    if traits_of(op).backward == "handed on":
         summed = [meta.numel < op.outputs[0].numel and wanted for meta, wanted in zip(op.inputs, needs_grad)]
-        is_broadcast = op.name.rsplit(".", 1)[-1] != "sum"
+        is_broadcast = family(op) != "reduce"
         return output_bytes.sum(axis=0) * (sum(summed) * is_broadcast) / machine.bandwidth_of("reduce")
     written = input_bytes[np.asarray(needs_grad, dtype=bool)].sum(axis=0)
     if family(op) == "random":  # the random numbers are there already
@@ -132,14 +121,13 @@ def _view_seconds(
     forward = np.full(count, machine.operator_launch / 2 if machine.device == "cpu" else 0.0)
     if not grad:
         return forward, np.zeros(count)
-    name = op.name.rsplit(".", 1)[-1]
-    backward = forward
-    if name in _PARTS and len(output_bytes) == 1 and op.outputs[0].numel < op.inputs[0].numel:
+    kind, backward = traits_of(op).backward, forward
+    if kind == "in zeros" and len(output_bytes) == 1 and op.outputs[0].numel < op.inputs[0].numel:
         copied = input_bytes.sum(axis=0) + 2 * output_bytes.sum(axis=0)
         backward = copied / machine.bandwidth_of("copy") + machine.operator_launch
-    elif name in _PARTS and len(output_bytes) > 1:
+    elif kind == "in zeros" and len(output_bytes) > 1:
         backward = 2 * output_bytes.sum(axis=0) / machine.bandwidth_of("copy") + machine.operator_launch
-    elif name in _REPEATS and op.inputs and op.outputs[0].numel > op.inputs[0].numel:
+    elif kind == "summed" and op.inputs and op.outputs[0].numel > op.inputs[0].numel:
         summed = input_bytes.sum(axis=0) + output_bytes.sum(axis=0)
         backward = summed / machine.bandwidth_of("reduce") + machine.operator_launch
     return forward, backward
@@ -147,7 +135,7 @@ def _view_seconds(
 
 def _operands_with_gradient(op: Operator, needs_grad: Sequence[bool]) -> int:
     """How many of a product's two operands need a gradient; biases and the like are no operands."""
-    first = 1 if op.name.rsplit(".", 1)[-1] in ("addmm", "addmv", "addbmm", "baddbmm") else 0
+    first = traits_of(op).operands
     return sum(map(bool, list(needs_grad)[first : first + 2]))
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shardwright.ir.operator import Operator
+from shardwright.rules.traits import traits_of
 
 Array = np.ndarray[Any, Any]
 
@@ -43,7 +44,7 @@ class Channels(NamedTuple):
 
 def is_transposed(op: Operator) -> bool:
     """Whether a convolution is a transposed one, by its name or its arguments."""
-    return "transpose" in op.name or bool(op.argument("transposed", False))
+    return traits_of(op).transposed or bool(op.argument("transposed", False))
 
 
 def is_product(op: Operator) -> bool:

@@ -1,4 +1,4 @@
-"""Operations: which family an operator is of, and how many operations it does."""
+"""Operations: how many an operator does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from shardwright.cost.convolution import is_transposed
 from shardwright.ir.operator import Operator
-from shardwright.rules.traits import family
+from shardwright.rules.traits import family, traits_of
 
 # -- operations -----------------------------------------------------------------------------------------------------------
 
@@ -40,27 +40,5 @@ def flops(op: Operator) -> float:
 
 def _summed(op: Operator) -> float:
     """The size of the dims that a product sums over."""
-    name = op.name.rsplit(".", 1)[-1]
-    if name in ("outer", "ger"):
-        return 1.0
-    if name == "einsum":
-        return _summed_by_einsum(op)
-    if name == "bilinear":
-        return float(op.inputs[0].shape[-1] * op.inputs[1].shape[-1])
-    if name == "tensordot":
-        return math.sqrt(op.inputs[0].numel * op.inputs[1].numel / max(1, op.outputs[0].numel))
-    left = op.inputs[-2 if name in ("addmm", "addmv", "addbmm", "baddbmm") else 0].shape
-    return float(math.prod(left[-1:]) * (left[0] if name == "addbmm" else 1))
-
-
-def _summed_by_einsum(op: Operator) -> float:
-    inputs, arrow, output = str(op.argument("equation", "")).replace(" ", "").partition("->")
-    sizes: dict[str, int] = {}
-    for term, meta in zip(inputs.split(","), op.inputs):
-        leading, _, trailing = term.partition("...")
-        found = [*zip(leading, meta.shape), *zip(reversed(trailing), reversed(meta.shape))]
-        for letter, size in found:
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    if not arrow:  # then the letters that stand there once are the output's
-        output = "".join(letter for letter in sizes if inputs.count(letter) == 1)
-    return float(math.prod(size for letter, size in sizes.items() if letter not in output))
+    traits = traits_of(op)
+    return traits.summed(op) if traits.summed is not None else float(math.prod(op.inputs[traits.operands].shape[-1:]))

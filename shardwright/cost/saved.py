@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.base.torch_private import fused_attention_choice
 from shardwright.ir.operator import Operator, Slot, TensorMeta
+from shardwright.rules.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ def _known(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> Saved | 
     if not any(needs_grad):
         return None
     rows = op.inputs[0].shape[:-1] if op.inputs else ()
-    if op.name == "aten.rms_norm" and not on_cpu:
+    kernel = traits_of(op).kernel
+    if kernel == "norm" and not on_cpu:
         return Saved(frozenset(range(len(op.inputs))), frozenset(), ((rows, 4),), {})
-    if op.name == "aten.scaled_dot_product_attention" and _is_flash(op, needs_grad, on_cpu):
+    if kernel == "attention" and _is_flash(op, needs_grad, on_cpu):
         # keeps no scores, only the logarithm of their sums
         return Saved(frozenset(range(len(op.inputs))), frozenset((0,)), ((rows, 4),), {})
-    if op.name == "aten.dropout" and not on_cpu and op.argument("train") and 0 < op.argument("p") < 1:
+    if kernel == "dropout" and not on_cpu and op.argument("train") and 0 < op.argument("p") < 1:
         return Saved(frozenset(), frozenset(), ((op.inputs[0].shape, 1),), {})
     return None
 
@@ -127,7 +130,7 @@ def _is_flash(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> bool:
         return whole.detach().requires_grad_(needs_grad[value.index] and meta.differentiable)
 
     try:
-        chosen = torch.ops.aten._fused_sdp_choice.default(*map(lean, op.args), **{k: lean(v) for k, v in op.kwargs.items()})
+        chosen = fused_attention_choice(*map(lean, op.args), **{k: lean(v) for k, v in op.kwargs.items()})
     except Exception:  # whatever it may refuse
         return False
     return int(chosen) == 1
@@ -158,15 +161,11 @@ def _run(op: Operator, needs_grad: tuple[bool, ...], autocast: tuple[Any, ...] |
     return _sorted(tensors, results, kept)
 
 
-_HALF = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "convolution",
-                   "scaled_dot_product_attention", "einsum"})  # fmt: skip
-
-
 def _cast(tensor: Tensor, op: Operator, autocast: tuple[Any, ...] | None) -> Tensor:
     """What autocast hands the operator: meta tensors are of no device whose autocast would do it."""
     if autocast is None or not autocast[2] or tensor.dtype != torch.float32:
         return tensor
-    return tensor.to(autocast[1]) if op.name.removeprefix("aten.") in _HALF else tensor
+    return tensor.to(autocast[1]) if traits_of(op).half else tensor
 
 
 def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) -> Saved:

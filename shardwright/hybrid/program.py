@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.hybrid.call import collective_of, operator
 from shardwright.hybrid.capture import Handed, RankGraphs
@@ -37,8 +38,6 @@ from shardwright.ir.operator import Slot, TensorMeta
 from shardwright.ir.program import LocalProgram
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
-
-_UPDATES_STATISTICS = ("aten.batch_norm", "aten.instance_norm")  # in place, and unseen by capture
 
 
 def local_program(
@@ -82,7 +81,7 @@ class _Program(Writer):
         if node.op.target is operator():
             self._collective(at, node)
             return
-        if node.op.name in _UPDATES_STATISTICS and node.op.argument("training", node.op.argument("use_input_stats", False)):
+        if node.op.moves_statistics:
             self._own_statistics(node)
         each = zip(*(graph.nodes[at].inputs for graph in self.ranks.graphs), strict=True)
         refs = [Ref(self.operand(values, node.name, node)[0]) for values in each]
@@ -107,7 +106,7 @@ class _Program(Writer):
 
     def _own_statistics(self, node: Node) -> None:
         """Gives every rank its own copy of the running statistics that an operator changes in place."""
-        for argument in ("running_mean", "running_var"):
+        for argument in STATISTICS:
             slot = node.op.argument(argument)
             value = node.inputs[slot.index] if isinstance(slot, Slot) else None
             if value is not None and value not in self.statistics:

@@ -117,21 +117,6 @@ class Constant:
         return repr(self.value)
 
 
-# Operators whose result has no gradient though its dtype could have one: what reads the shape of a tensor alone.
-_WITHOUT_GRADIENT = frozenset({
-    "aten.detach", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like",
-    "aten.randn_like", "aten.randint_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty",
-    "aten.new_empty_strided", "aten.uniform", "aten.normal_functional", "aten.log_normal", "aten.cauchy",
-    "aten.exponential", "aten.geometric", "aten.random",
-})  # fmt: skip
-
-
-def _has_no_gradient(op: Operator) -> bool:
-    if op.name == "aten.bernoulli":
-        return isinstance(op.argument("p"), float)  # a number for all of them
-    return op.name in _WITHOUT_GRADIENT
-
-
 class NeedsGradient:
     """The values that a gradient flows back through, of inputs and nodes that may become more."""
 
@@ -143,7 +128,7 @@ class NeedsGradient:
         """The values, given all inputs and nodes so far."""
         self.values.update(i.value for i in inputs[self.inputs :] if i.requires_grad)
         for node in nodes[self.nodes :]:
-            if not node.grad or _has_no_gradient(node.op):
+            if not node.grad or not node.op.has_gradient:
                 continue
             if any(value in self.values for value in node.inputs):
                 self.values.update(v for v, meta in zip(node.outputs, node.op.outputs, strict=True) if meta.differentiable)

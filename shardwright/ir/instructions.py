@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import OpOverload, TensorMeta
@@ -55,14 +56,11 @@ class Call:
         found = []
         for position, argument in enumerate(self.function._schema.arguments):
             value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
-            is_written = argument.name in _WRITTEN or (argument.alias_info is not None and argument.alias_info.is_write)
+            # their schema does not say that norms write to running statistics
+            is_written = argument.name in STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write)
             if is_written and isinstance(value, Ref):
                 found.append(value.name)
         return found
-
-
-# Arguments that operators write to though their schema does not say so.
-_WRITTEN = frozenset({"running_mean", "running_var"})
 
 
 @dataclass(frozen=True)

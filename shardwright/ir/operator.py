@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-OpOverload = type(torch.ops.aten.add.Tensor)
+from shardwright.base.operators import ALIAS, has_gradient, may_draw, number_without_gradient, statistics_flag
+
+OpOverload = type(ALIAS)
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,24 @@ class Operator:
     @property
     def draws(self) -> bool:
         """Whether the call takes numbers from the generator."""
-        if torch.Tag.nondeterministic_seeded not in getattr(self.target, "tags", ()):
+        if not may_draw(self.target):
             return False
         return bool(self.argument("train", True)) and bool(self.argument("dropout_p", 1.0) > 0.0)
+
+    @property
+    def moves_statistics(self) -> bool:
+        """Says whether the call changes running statistics in place, which its schema does not say."""
+        flag = statistics_flag(self.target)
+        return flag is not None and bool(self.argument(flag))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Says whether a gradient flows back through the call, its result's dtype permitting."""
+        library, _, name = self.name.partition(".")
+        if library != "aten":
+            return True
+        number = number_without_gradient(name)
+        return has_gradient(name) and (number is None or not isinstance(self.argument(number), float))
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name, whether given by position or keyword; the schema's default if not given."""

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwright.agreement import watch as watcher
 from shardwright.agreement.random_state import agree_on_random_state
+from shardwright.base.operators import IS_NONZERO, READS_NUMBER, draws_on_dtensors
 from shardwright.base.torch_private import add_dtensor_handler, pytree
 from shardwright.errors import WorldError
 
@@ -73,8 +73,6 @@ def _check_readable(value: DTensor, what: str) -> None:
 
 
 def _teach_readings() -> None:
-    aten = torch.ops.aten
-
     def read(otherwise: Any) -> Callable[..., Any]:
         def handler(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _check_readable(args[0], "a number (item, float, int, bool, if, a format)")
@@ -82,7 +80,7 @@ def _teach_readings() -> None:
 
         return handler
 
-    for operator in (aten._local_scalar_dense.default, aten.is_nonzero.default):
+    for operator in (READS_NUMBER, IS_NONZERO):
         add_dtensor_handler(operator, read)
 
     plain_format, plain_list, plain_numpy = Tensor.__format__, Tensor.tolist, Tensor.numpy
@@ -105,12 +103,6 @@ def _teach_readings() -> None:
 
 
 # -- random numbers -----------------------------------------------------------------------------------------------------
-
-_DRAW = (
-    "normal_", "uniform_", "bernoulli", "bernoulli_", "rand_like", "randn_like", "randint_like", "native_dropout", "random_",
-    "exponential_", "log_normal_", "geometric_", "cauchy_", "multinomial", "normal", "poisson", "binomial", "rrelu_with_noise",
-    "rrelu_with_noise_", "_standard_gamma", "_sample_dirichlet",
-)  # fmt: skip
 
 
 def _teach_draws(cut: Cut, whole: Whole) -> None:
@@ -139,11 +131,8 @@ def _teach_draws(cut: Cut, whole: Whole) -> None:
 
         return handler
 
-    for name in _DRAW:
-        packet = getattr(torch.ops.aten, name)
-        for overload in packet.overloads():
-            if torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags:
-                add_dtensor_handler(getattr(packet, overload), draw)
+    for overload in draws_on_dtensors():
+        add_dtensor_handler(overload, draw)
 
 
 # -- copies -------------------------------------------------------------------------------------------------------------

@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from shardwright.base.operators import CHECKS_AND_UNSCALES
 from shardwright.base.torch_private import replace_dtensor_handler
 
 
 @lru_cache(maxsize=1)
 def agree_on_found_inf() -> None:
     """Makes ``GradScaler`` right for DTensors, of whomever, for as long as this process lives."""
-    replace_dtensor_handler(torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default, _handler)
+    replace_dtensor_handler(CHECKS_AND_UNSCALES, _handler)
 
 
 def _handler(otherwise: Callable[..., Any]) -> Callable[..., Any]:

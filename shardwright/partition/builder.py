@@ -20,14 +20,12 @@ from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import Autocast, Call, Instruction, Move, PerRank, Ref
 from shardwright.ir.largest_piece import local_shape as first_shape
 from shardwright.ir.layout import Layout
-from shardwright.ir.operator import OpOverload, Slot, TensorMeta
+from shardwright.ir.operator import Slot, TensorMeta
 from shardwright.ir.redistribution import Redistribution
 from shardwright.ir.signature import Signature
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
-
-# Operators of lowerings that read a tensor without its gradient.
-_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "ge", "gt", "le", "lt", "eq", "ne"})
+from shardwright.rules.traits import traits_of
 
 
 class ProgramBuilder:
@@ -195,6 +193,12 @@ class NodeBuilder:
         self.op, self.signature, self.mesh, self.split = node.op, signature, choice.mesh, choice.split
         self.inputs, self.input_layouts = inputs, choice.inputs
         self.output_layouts, self.settled_layouts = choice.computed, choice.outputs
+        # local values that a gradient flows back through: inputs, and what calls and moves make of them
+        self.differentiated = {
+            ref.name
+            for ref, value, meta in zip(inputs, node.inputs, node.op.inputs, strict=True)
+            if meta.differentiable and value in graph.needs_grad and graph.needs_grad.intersection(node.outputs)
+        }
 
     # -- emitting -------------------------------------------------------------------------------------------------
 
@@ -221,27 +225,34 @@ class NodeBuilder:
     def _emit(self, function: Callable[..., Any], args: Any, kwargs: Any, count: int, sequence: bool) -> tuple[Ref, ...]:
         leaves = pytree.tree_leaves((args, kwargs))
         lanes = self.builder.lanes_of(leaves)
-        self._check_gradients(function, leaves, lanes)
+        flows = self._check_gradients(function, leaves, lanes)
         hint = self.node.outputs[0] if self.node.outputs else self.node.name
         names = []
         for _ in range(count):
             is_free = count == 1 and hint not in self.builder.lanes
             names.append(hint if is_free else self.builder.new_name(hint))
+        if flows:
+            same = function is self.op.target and count == len(self.op.outputs)
+            self.differentiated.update(n for i, n in enumerate(names) if not same or self.op.outputs[i].differentiable)
         return self.builder.call(function, args, kwargs, tuple(names), lanes, sequence, node=self.node)
 
-    def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> None:
-        """A differentiable input that several lanes share would lose its gradient's reduction."""
-        if self.builder.first_rank_only or not self.node.grad or _reads_without(function):
-            return
-        if not self.graph.needs_grad.intersection(self.node.outputs):
-            return
-        for i, ref in enumerate(self.inputs):
-            if not self.op.inputs[i].differentiable or self.node.inputs[i] not in self.graph.needs_grad:
-                continue
-            if any(leaf is ref for leaf in leaves):
-                assert self.builder.lanes[ref.name] == lanes, (
-                    f"{self.node.where}: input {i} is shared along axes where the operator's work differs"
+    def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> bool:
+        """Checks that no lanes share a value whose gradient each makes a part of.
+
+        The reduction of that gradient would be missing.
+
+        Returns:
+            Whether a gradient flows back through the call, to what the node reads or to what was made of that.
+        """
+        if not self.node.grad or not traits_of(function).has_gradient:
+            return False
+        read = {leaf.name for leaf in leaves if isinstance(leaf, Ref)} & self.differentiated
+        if not self.builder.first_rank_only:
+            for name in sorted(read):
+                assert self.builder.lanes[name] == lanes, (
+                    f"{self.node.where}: {name} is shared along axes where the operator's work differs"
                 )
+        return bool(read)
 
     def move(
         self,
@@ -254,12 +265,19 @@ class NodeBuilder:
     ) -> Ref:
         edge = f"within {self.node.name}"
         dtype = dtype or torch.float32
-        return Ref(self.moves.emit(value.name, shape, source, target, partial_gradient, dtype, edge, self.node))
+        name = self.moves.emit(value.name, shape, source, target, partial_gradient, dtype, edge, self.node)
+        return self._moved(value, name)
+
+    def _moved(self, value: Ref, name: str) -> Ref:
+        if value.name in self.differentiated:
+            self.differentiated.add(name)
+        return Ref(name)
 
     def settle(self, value: Ref, index: int = 0) -> Ref:
         meta, edge = self.op.outputs[index], f"{self.node.name} -> out"
         computed, settled = self.output_layouts[index], self.settled_layouts[index]
-        return Ref(self.moves.emit(value.name, meta.shape, computed, settled, (), meta.dtype, edge, self.node))
+        name = self.moves.emit(value.name, meta.shape, computed, settled, (), meta.dtype, edge, self.node)
+        return self._moved(value, name)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -294,8 +312,3 @@ class NodeBuilder:
 
 def _hashable(value: Any) -> Any:
     return value if isinstance(value, (int, float, bool, str, type(None))) else repr(value)
-
-
-def _reads_without(function: Callable[..., Any]) -> bool:
-    """Whether a call reads tensors without their gradients."""
-    return isinstance(function, OpOverload) and function.overloadpacket.__name__ in _NO_GRADIENT

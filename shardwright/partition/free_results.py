@@ -7,20 +7,13 @@ from collections import Counter
 from shardwright.ir.instructions import Call, Instruction, Ref
 from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
-
-# Operators whose result is new memory that autograd does not keep.
-_FREE = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"})
-# Operators whose backward makes the gradients of their first two operands in new memory. (A bias's may be the gradient of the
-# result itself, which others get too.)
-_FREE_BACKWARD = frozenset({"linear", "matmul", "mm", "bmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding"})
+from shardwright.rules.traits import Traits, traits_of
 
 
-def _name(call: Instruction | None) -> str:
-    """Of torch's operator that a call runs; empty for anything else."""
+def _traits(call: Instruction | None) -> Traits:
+    """Returns the traits of torch's operator that a call runs; of anything else nothing is known."""
     function = call.function if isinstance(call, Call) else None
-    if isinstance(function, OpOverload) and function.namespace == "aten":
-        return str(function.overloadpacket.__name__)
-    return ""
+    return traits_of(function) if isinstance(function, OpOverload) else Traits()
 
 
 def result_is_free(maker: Instruction | None) -> bool:
@@ -29,7 +22,7 @@ def result_is_free(maker: Instruction | None) -> bool:
     Args:
         maker: of the value; ``None`` for an input of the program.
     """
-    return _name(maker) in _FREE
+    return _traits(maker).new_result
 
 
 def values_read_once(program: LocalProgram) -> frozenset[str]:
@@ -41,5 +34,5 @@ def values_read_once(program: LocalProgram) -> frozenset[str]:
 
 def values_with_free_gradients(program: LocalProgram) -> frozenset[str]:
     """Values that one operator alone reads, once, which makes their gradient in new memory."""
-    calls = [i for i in program.instructions if isinstance(i, Call) and _name(i) in _FREE_BACKWARD]
+    calls = [i for i in program.instructions if isinstance(i, Call) and _traits(i).new_gradients]
     return values_read_once(program) & {a.name for call in calls for a in call.args[:2] if isinstance(a, Ref)}

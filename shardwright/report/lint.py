@@ -14,23 +14,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional
 
+from shardwright.base.operators import without_library
 from shardwright.base.text import bytes_text
 from shardwright.ir.choice import Choice
 from shardwright.ir.graph import Node, is_configured
 from shardwright.ir.layout_text import Counts, counts_of
 from shardwright.ir.plan import Plan
-from shardwright.plan.choose.candidates import LOOKUPS, reducing, share_of
+from shardwright.plan.choose.candidates import reducing, share_of
 from shardwright.plan.choose.edges import Edge, edges_of
 from shardwright.plan.choose.follow import choice_for_output, follow
 from shardwright.redistribute.volume import largest
-
-FUSED = frozenset(
-    f"aten.{name}"
-    for name in ("scaled_dot_product_attention", "layer_norm", "rms_norm", "group_norm", "batch_norm", "cross_entropy_loss")
-)
-MOVES_DIMS = frozenset(f"aten.{name}" for name in ("transpose", "permute", "t", "swapaxes", "movedim"))
-# torch's functions that take an operator's tensors in another order: the operator's input at each of their positions.
-USER_ORDER = {"aten.embedding": (1, 0), "aten.batch_norm": (0, 3, 4, 1, 2)}
+from shardwright.rules.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,7 @@ class _Lint:
         """Large work of an operator with weights, or of a fused one, that several ranks do alike."""
         slots = [i for i, v in enumerate(node.inputs) if self._is_weight(v)]
         repeats = self.plan.mesh.size // math.prod(self.plan.mesh.axis_size(a) for a in self._axes(node))
-        if repeats == 1 or not (slots or node.op.name in FUSED) or node.op.name in LOOKUPS:
+        if repeats == 1 or not (slots or traits_of(node.op).fused) or traits_of(node.op).looks_up:
             return None
         if self.works[node.name] < self.share * sum(self.works.values()):
             return None
@@ -233,13 +227,13 @@ class _Lint:
         return _counts(self.plan.choices[node.name])
 
     def _kind(self, node: Node) -> str:
-        if node.op.name in FUSED:
+        if traits_of(node.op).fused:
             return "fusion"
         if any(self._is_weight(value) for value in node.inputs):
             return "weights"
         largest_input = max((meta for meta in node.op.inputs), key=lambda meta: meta.numel, default=None)
         changes = largest_input is not None and any(meta.shape != largest_input.shape for meta in node.op.outputs)
-        return "dimensions" if changes or node.op.name in MOVES_DIMS else "boundary"
+        return "dimensions" if changes or traits_of(node.op).reorders else "boundary"
 
     def _finding(self, node: Node, price: int, why: str, counts: tuple[Counts, ...], annotation: str | None = None) -> Finding:
         annotation = annotation or f"sw.shard({_function(node)}, in_strategy={_in_user_order(node, counts)})"
@@ -251,12 +245,12 @@ def _counts(choice: Choice) -> tuple[Counts, ...]:
 
 
 def _in_user_order(node: Node, counts: tuple[Counts, ...]) -> tuple[Counts, ...]:
-    order = USER_ORDER.get(node.op.name, tuple(range(len(counts))))
+    order = traits_of(node.op).user_order or tuple(range(len(counts)))
     return tuple(counts[i] for i in order if i < len(counts))
 
 
 def _function(node: Node) -> str:
-    name = node.op.name.removeprefix("aten.").removesuffix("_loss")
+    name = without_library(node.op.name).removesuffix("_loss")
     if hasattr(functional, name):
         return f"F.{name}"
     return f"torch.Tensor.{name}" if hasattr(Tensor, name) and name in ("view", "expand") else f"torch.{name}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shardwright.base.operators import without_library
 from shardwright.base.text import alike_name, bytes_text, pattern, seconds_text
 from shardwright.cost.communication import CollectivePrice
 from shardwright.plan.price.price_of import price_of
@@ -96,7 +97,7 @@ def _rows(plan: Plan) -> Iterable[_Row]:
         if not seconds and not moves:  # a view
             continue
         row = _Row(
-            node.op.name.removeprefix("aten."),
+            without_library(node.op.name),
             "\n".join(layout.short() for layout in choice.inputs),
             "\n".join(layout.short() for layout in choice.outputs),
             "\n".join(map(_step, [*(s for move in moves for s in move.forward), *price.own[0]])),

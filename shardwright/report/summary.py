@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardwright.base.operators import without_library
 from shardwright.base.text import alike_name, bytes_text, pattern, seconds_text
 from shardwright.cost.operations import flops
 from shardwright.ir.layout_text import texts
@@ -206,7 +207,7 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
 
 
 def _place(node: Any) -> str:
-    return node.module or str(node.op.name.removeprefix("aten."))
+    return node.module or without_library(node.op.name)
 
 
 def _pattern(name: str) -> str:
@@ -215,7 +216,7 @@ def _pattern(name: str) -> str:
 
 
 def _operator(node: Any) -> str:
-    return f"{node.module}/{node.op.name.removeprefix('aten.')}".lstrip("/")
+    return f"{node.module}/{without_library(node.op.name)}".lstrip("/")
 
 
 def steps_text(move: MovePrice) -> str:

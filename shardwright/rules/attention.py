@@ -6,6 +6,7 @@ from shardwright.ir.operator import Operator, Slot
 from shardwright.ir.signature import Signature
 from shardwright.rules.notation import parse
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 
 @rule_for("aten.scaled_dot_product_attention")
@@ -33,3 +34,9 @@ def _mask(shape: tuple[int, ...], heads: str, length: str) -> str:
     if len(shape) == 2 or not heads:
         return f"... {length} s!"
     return f"... {'1' if shape[-3] == 1 else heads} {length} s!"
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+TRAITS = {Traits("attention", fused=True, kernel="attention", half=True): "scaled_dot_product_attention"}
+register_traits(TRAITS)

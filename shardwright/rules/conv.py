@@ -27,6 +27,7 @@ from shardwright.rules.pieces import (
     of_sizes,
 )
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 # -- convolutions -----------------------------------------------------------------------------------------------------
 
@@ -180,3 +181,20 @@ def _grid_sampler_rule(op: Operator) -> Signature | None:
     read, points = [f"x{i}!" for i in range(spatial)], names(spatial, "p")
     inputs = [["n", "c", *read], ["n", *points, "coordinates!"]]
     return parse(notation(inputs, [["n", "c", *points]]), op, None, (), guarded_same_call)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+
+def _workspace(args: Sequence[Any], results: Sequence[Tensor]) -> float:
+    transposed = args[6]
+    return float(sum(t.nbytes for t in (*args[:2], results[0]))) if transposed else float(results[0].nbytes)
+
+
+TRAITS = {
+    Traits("conv", new_gradients=True, half=True): "conv1d conv2d conv3d",
+    Traits("conv", new_gradients=True, half=True, workspace=_workspace): "convolution",
+    Traits("conv", transposed=True): "conv_transpose1d conv_transpose2d conv_transpose3d",
+    Traits("copy"): "im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle",
+}
+register_traits(TRAITS)

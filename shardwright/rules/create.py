@@ -20,6 +20,7 @@ from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.pieces import of_sizes, piece_of_output, start
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 _VALUES: dict[str, Callable[..., Any]] = {
     "zeros": torch.zeros,
@@ -117,3 +118,14 @@ def eye_block(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device
     block = torch.zeros(rows, columns, dtype=dtype, device=device)
     block.diagonal(diagonal).fill_(1)
     return block
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+TRAITS = {
+    Traits("create"): "zeros ones full arange range linspace eye scalar_tensor zero",
+    Traits("create", entry_differs=True): "new_zeros new_ones new_full",
+    Traits("view"): "empty empty_permuted empty_strided new_empty_strided",
+    Traits("view", entry_differs=True): "new_empty",
+}
+register_traits(TRAITS)

@@ -22,6 +22,7 @@ from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.pieces import local_arguments, names, notation, of_sizes, start, with_dims
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 # -- embedding --------------------------------------------------------------------------------------------------------
 
@@ -312,3 +313,19 @@ def _isin_rule(op: Operator) -> Signature | None:
         return None
     inputs = [["..."], *([f"t{d}!" for d in range(len(meta.shape))] for meta in op.inputs[1:])]
     return parse(notation(inputs, [["..."]]), op)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+TRAITS = {
+    Traits("index", looks_up=True, embeds=True, new_gradients=True, user_order=(1, 0)): "embedding",
+    Traits("index", looks_up=True): "index_select",
+    Traits("index", looks_up=True, entry_differs=True): "gather index",
+    Traits("index", entry_differs=True): "index_put scatter",
+    Traits("index", sums_in_place=True): "index_add scatter_add",
+    Traits("index"): """
+        _unsafe_index _unsafe_index_put index_copy index_fill index_reduce scatter_reduce take take_along_dim
+    """,
+    Traits("index", has_gradient=False): "one_hot bucketize searchsorted isin",
+}
+register_traits(TRAITS)

@@ -25,6 +25,7 @@ from shardwright.rules.notation import parse
 from shardwright.rules.pointwise import aten_names
 from shardwright.rules.reduce import largest, sum_over_count, wide
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -301,3 +302,13 @@ def _summed(losses: Tensor, terms: Terms) -> Tensor:
     if terms.reduction == NONE:
         return losses.to(terms.dtype)
     return (losses.sum() / (terms.samples if terms.reduction == MEAN else 1)).to(terms.dtype)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+TRAITS = {
+    Traits("softmax", fused=True): "cross_entropy_loss",
+    Traits("softmax"): "nll_loss nll_loss_nd nll_loss2d",
+    Traits(large_mean=True): "mse_loss smooth_l1_loss",
+}
+register_traits(TRAITS)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
+
 from shardwright.ir.instructions import PerRank, Ref
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
@@ -72,3 +74,32 @@ class Local(Protocol):
     def offset(self, tensor_is_output: bool, index: int, dim: int) -> PerRank:
         """Global index at which the local piece of a dim starts."""
         ...
+
+
+# What lowerings call that is no overload, and the overload that does the same.
+_OVERLOADS: dict[Any, Any] = {
+    torch.reshape: torch.ops.aten.reshape.default,
+    torch.broadcast_to: torch.ops.aten.expand.default,
+    torch.squeeze: torch.ops.aten.squeeze.dims,
+}
+# Overloads that want certain strides, and the one that does the same with any.
+_OF_ANY_STRIDES: dict[Any, Any] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+
+
+def overload_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the overload that does what a function does; most functions stay as they are.
+
+    >>> overload_of(torch.reshape)
+    <OpOverload(op='aten.reshape', overload='default')>
+    """
+    found: Callable[..., Any] = _OVERLOADS.get(function, function)
+    return found
+
+
+def overload_for_part(target: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the overload that does the same whatever the strides, which a part's may be."""
+    found: Callable[..., Any] = _OF_ANY_STRIDES.get(target, target)
+    return found

@@ -5,6 +5,7 @@ A bias is added after those sums are reduced, so that it is counted once.
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any
 
@@ -17,6 +18,7 @@ from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.pieces import guarded_same_call
 from shardwright.rules.registry import rule, rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 aten = torch.ops.aten
 
@@ -140,3 +142,42 @@ def _mark(letter: str, terms: list[list[str]], result: list[str]) -> str:
     if any(term.count(letter) > 1 for term in terms):
         return "!"
     return "" if letter in result else "+"
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+
+def _nothing(op: Operator) -> float:
+    return 1.0
+
+
+def _batch_and_inner(op: Operator) -> float:
+    batch, _, inner = op.inputs[1].shape
+    return float(batch * inner)
+
+
+def _letters_not_kept(op: Operator) -> float:
+    """Returns the product of the sizes of an equation's letters that its output lacks."""
+    inputs, arrow, output = str(op.argument("equation", "")).replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, meta in zip(inputs.split(","), op.inputs):
+        leading, _, trailing = term.partition("...")
+        found = [*zip(leading, meta.shape), *zip(reversed(trailing), reversed(meta.shape))]
+        for letter, size in found:
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    if not arrow:  # then the letters that stand there once are the output's
+        output = "".join(letter for letter in sizes if inputs.count(letter) == 1)
+    return float(math.prod(size for letter, size in sizes.items() if letter not in output))
+
+
+TRAITS = {
+    Traits("matmul", new_result=True, new_gradients=True, half=True): "linear matmul mm bmm",
+    Traits("matmul", operands=1, new_result=True, half=True): "addmm baddbmm",
+    Traits("matmul", operands=1): "addmv",
+    Traits("matmul", operands=1, summed=_batch_and_inner): "addbmm",
+    Traits("matmul", summed=_letters_not_kept, half=True): "einsum",
+    Traits("matmul", summed=_nothing): "outer ger",
+    Traits("matmul"): "mv dot vdot",
+    Traits(linear=True): "add_scaled",  # of the lowering above; its product is made apart
+}
+register_traits(TRAITS)

@@ -21,6 +21,7 @@ from shardwright.rules.notation import parse
 from shardwright.rules.pieces import call_unless_empty, guarded_same_call, local_arguments, of_sizes
 from shardwright.rules.reduce import wide
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 # -- over the last dims -------------------------------------------------------------------------------------------
 
@@ -165,3 +166,15 @@ def update_running(running_mean: Tensor, running_var: Tensor, pieces: Tensor, co
     unbiased = variance * (sum(counts) / max(sum(counts) - 1, 1))
     running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     return running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+TRAITS = {
+    Traits("norm", fused=True): "layer_norm group_norm",
+    Traits("norm", fused=True, kernel="norm"): "rms_norm",
+    Traits("norm", fused=True, user_order=(0, 3, 4, 1, 2)): "batch_norm",
+    Traits("norm"): "native_layer_norm instance_norm",
+    Traits(has_gradient=False): "update_running",  # the function above
+}
+register_traits(TRAITS)

@@ -10,6 +10,7 @@ from shardwright.ir.operator import Operator, Slot
 from shardwright.ir.signature import Signature
 from shardwright.rules.notation import parse
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, lies_in_order, register_traits
 
 
 def aten_names(text: str) -> tuple[str, ...]:
@@ -94,3 +95,34 @@ def _glu(op: Operator) -> Signature:
     before = " ".join("both!" if i == dim else f"d{i}" for i in range(ndim))
     after = " ".join("half!" if i == dim else f"d{i}" for i in range(ndim))
     return parse(f"{before} -> {after}", op)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+
+def _keeps_dtype(op: Operator) -> bool:
+    return bool(op.inputs and op.outputs) and op.inputs[0].dtype == op.outputs[0].dtype
+
+
+# All others are pointwise, and nothing else is known of them.
+TRAITS = {
+    Traits(backward="handed on", linear=True): "add subtract",
+    Traits(backward="handed on", linear=True, entry_differs=True): "sub rsub",
+    Traits(linear=True): "neg negative",
+    Traits(entry_differs=True): "clamp div pow where",
+    Traits(has_gradient=False): """
+        eq ge greater greater_equal gt isclose isfinite isinf isnan isneginf isposinf isreal le less less_equal
+        logical_and logical_not logical_or logical_xor lt ne not_equal signbit
+    """,
+    Traits("copy", backward="handed on", linear=True, computes=False): "clone",
+    Traits("copy", lies_in_order, linear=True, computes=False): "contiguous",
+    Traits("copy", _keeps_dtype, linear=True, computes=False, entry_differs=True): "to",
+    Traits("copy", _keeps_dtype, linear=True, entry_differs=True): "type_as",
+    Traits("copy", linear=True, entry_differs=True): "_to_copy",
+    Traits("copy", linear=True): "lift_fresh_copy",
+    Traits("create"): "zeros_like ones_like full_like",
+    Traits("create", entry_differs=True): "fill",
+    Traits("view", linear=True): "alias detach",
+    Traits("view"): "empty_like",
+}
+register_traits(TRAITS)

@@ -24,6 +24,7 @@ from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.pieces import local_arguments, piece, piece_of_output, start
 from shardwright.rules.registry import replicated_signature, rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 
 def _stride(meta: TensorMeta) -> tuple[int, ...]:
@@ -161,3 +162,23 @@ def _by_value(local: Local) -> Ref:
     ordered = [local.call(random_draw.in_order, x, _stride(m)) for x, m in zip(local.inputs, local.op.inputs)]
     args, kwargs = local_arguments(local, ordered)
     return local.call(local.op.target, *args, **kwargs)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+
+def _drops_nothing(op: Operator) -> bool:
+    return bool(op.inputs) and (op.argument("train", True) is False or op.argument("p", 0.5) == 0)
+
+
+TRAITS = {
+    Traits("random", _drops_nothing, computes=False, kernel="dropout"): "dropout",
+    Traits("random"): """
+        native_dropout alpha_dropout feature_dropout feature_alpha_dropout binomial poisson rand randn rand_like randn_like
+        randint randint_like normal_functional log_normal exponential cauchy geometric random rrelu
+    """,
+    Traits("random", entry_differs=True): "bernoulli uniform normal",
+    Traits("sort"): "randperm",
+    Traits("sort", has_gradient=False): "multinomial",
+}
+register_traits(TRAITS)

@@ -6,6 +6,7 @@ The dims that are not reduced are always free.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from shardwright.rules.notation import parse
 from shardwright.rules.pieces import guarded_same_call
 from shardwright.rules.pointwise import aten_names, pointwise
 from shardwright.rules.registry import rule_for
+from shardwright.rules.traits import Traits, register_traits
 
 
 def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:
@@ -189,3 +191,27 @@ def share(exponentials: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
 def log_share(shifted: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
     """Logarithm of softmax, given the sum over the whole dim."""
     return (shifted - total.log()).to(dtype)
+
+
+# -- traits ------------------------------------------------------------------------------------------------------------------
+
+
+def _logsumexp_workspace(args: Sequence[Any], results: Sequence[Tensor]) -> float:
+    return float(args[0].nbytes)
+
+
+TRAITS = {
+    Traits("reduce", backward="handed on", linear=True): "sum",
+    Traits("reduce", linear=True): "mean",
+    Traits("reduce", entry_differs=True): "max min norm std var",
+    Traits("reduce", has_gradient=False): "argmax argmin any all count_nonzero",
+    Traits("reduce"): """
+        amax amin aminmax var_mean std_mean prod linalg_norm linalg_vector_norm nansum nanmean cumsum cumprod cummax cummin
+    """,
+    Traits("softmax"): "softmax _softmax log_softmax _log_softmax logcumsumexp",
+    Traits("softmax", workspace=_logsumexp_workspace): "logsumexp",
+    Traits("sort", has_gradient=False): "argsort",
+    Traits(has_gradient=False): "largest",  # the function above
+    Traits("sort"): "sort msort topk kthvalue median nanmedian mode",
+}
+register_traits(TRAITS)

@@ -1,12 +1,14 @@
-"""Every family of rules: importing this module registers them all."""
+"""Every family of rules, and the traits of their operators: importing this module registers them all."""
 
 import shardwright.rules.attention
 import shardwright.rules.conv
 import shardwright.rules.create
 import shardwright.rules.field_lookup
 import shardwright.rules.index
+import shardwright.rules.join_and_cut
 import shardwright.rules.loss
 import shardwright.rules.matmul
+import shardwright.rules.no_rule
 import shardwright.rules.norm
 import shardwright.rules.pointwise
 import shardwright.rules.random

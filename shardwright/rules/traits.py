@@ -1,71 +1,176 @@
-"""Traits: what is known about an operator apart from its rule."""
+"""Traits: what is known about an operator apart from its rule, one row beside the rule.
+
+Rows stand at the end of each family's file, those of operators without a rule in ``no_rule.py``. What torch itself knows of
+an overload, such as whether it draws, is asked of torch. An operator without a row is a pointwise one that nothing else is
+known of.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
-from shardwright.ir.operator import Operator
+from torch import Tensor
 
-# Whatever is in none of these is pointwise, also a name that nobody has seen.
-_FAMILIES = {
-    "matmul": """linear matmul mm bmm mv dot vdot outer ger addmm addmv addbmm baddbmm einsum bilinear tensordot""",
-    "norm": """layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm native_batch_norm
-        instance_norm""",
-    "softmax": """softmax _softmax log_softmax _log_softmax cross_entropy_loss logsumexp nll_loss nll_loss_nd nll_loss2d
-        nll_loss_forward logcumsumexp""",
-    "index": """embedding gather index _unsafe_index index_select index_add index_copy index_fill index_put index_reduce
-        _unsafe_index_put scatter scatter_add scatter_reduce take take_along_dim one_hot bucketize searchsorted isin
-        repeat_interleave""",
-    "sort": """sort argsort msort topk kthvalue median nanmedian mode randperm multinomial""",
-    "random": """dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout bernoulli binomial poisson rand
-        randn rand_like randn_like randint randint_like uniform normal normal_functional log_normal exponential cauchy
-        geometric random rrelu""",
-    "reduce": """sum mean max min amax amin aminmax var std var_mean std_mean prod norm linalg_norm linalg_vector_norm argmax
-        argmin any all count_nonzero nansum nanmean cumsum cumprod cummax cummin""",
-    "copy": """cat concat concatenate stack vstack hstack dstack row_stack column_stack clone contiguous repeat tile pad
-        constant_pad_nd flip fliplr flipud roll rot90 tril triu im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle
-        diag_embed diagonal_copy diagonal_scatter select_scatter slice_scatter reshape reshape_as ravel flatten to _to_copy
-        type_as lift_fresh_copy""",
-    "create": """zeros ones full arange range linspace eye zeros_like ones_like full_like new_zeros new_ones new_full
-        scalar_tensor fill zero""",
-    "view": """view _unsafe_view _reshape_alias view_as expand expand_as broadcast_to broadcast_tensors meshgrid transpose t
-        permute adjoint mT mH numpy_T matrix_H movedim moveaxis swapaxes swapdims unsqueeze squeeze atleast_1d atleast_2d
-        atleast_3d select slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk
-        tensor_split hsplit vsplit dsplit unbind unfold diagonal detach alias unflatten real imag view_as_real
-        view_as_complex empty empty_like empty_permuted empty_strided new_empty new_empty_strided""",
-}
-_FAMILY_OF = {name: kind for kind, names in _FAMILIES.items() for name in names.split()}
+from shardwright.base.operators import has_gradient, may_draw
+from shardwright.ir.operator import Operator, OpOverload, operator_name
+
+Workspace = Callable[[Sequence[Any], Sequence[Tensor]], float]
 
 
-def family(op: Operator) -> str:
-    """The family that an operator's cost follows.
+@dataclass(frozen=True)
+class Traits:
+    """What is known about an operator.
 
-    ``matmul``, ``attention``, ``conv``, ``norm``, ``softmax``, ``index``, ``sort``, ``random``, ``reduce``, ``copy``,
-    ``create``, ``view`` (free) or ``pointwise``, which all others count as. A reshape of what lies in order is a view, and
-    so is a dropout that drops nothing.
+    Prices read, also of another library's operator that has the name of one of torch's:
+
+    Args:
+        family: what its cost follows; see :func:`family`. ``free_when``: says which of its calls cost as a view does.
+        backward: where its backward is not the forward again: ``"in zeros"`` writes the gradient into zeros of the input's
+            shape, ``"summed"`` sums it to the input's shape, ``"handed on"`` hands it on as it is.
+        operands: of a product, the position of the first of its two operands.
+        summed: of a product, the size of the dims that it sums over; default: the last dim of its first operand.
+        transposed: of a convolution, whether it is a transposed one.
+
+    The rest is known of torch's own operators, and of the functions that rules call:
+
+    Args:
+        draws: whether it may take numbers from a generator. ``mutates``: whether it writes to an argument. ``is_view``:
+            whether its result may share an input's memory. All three are torch's word.
+        has_gradient: whether a gradient flows back through it; ``False``: it reads tensors without their gradients.
+        linear: whether its backward needs nothing of what it read.
+        new_result: whether its result is new memory that autograd does not keep.
+        new_gradients: whether its backward makes the gradients of its first two operands in new memory.
+        computes: whether it does work on values that a compiler can merge with other work.
+        reshapes: whether it gives the elements, in their order, another shape. ``reorders``: whether it reorders dims.
+        looks_up: whether it picks elements of a table, whose size is then no work. ``embeds``: whether it picks the rows of a
+            table by their numbers alone.
+        fused: whether it is worth a strategy, since it is one kernel for much work. ``kernel``: which of the kernels that
+            devices other than a CPU have, and that keep less: ``"attention"``, ``"norm"`` or ``"dropout"``.
+        half: whether autocast has it read its inputs in the lower precision.
+        entry_differs: whether torch's Python function of its name takes other arguments than the operator.
+        user_order: where torch's Python function takes its tensors in another order: the input at each of its positions.
+        workspace: bytes that the CPU's kernel needs while it runs, from arguments and results.
+        large_mean: whether the mean that the CPU's kernel makes lies in memory as large as the first argument.
+        sums_in_place: whether backward formulas run it in place, which fake tensors do not.
     """
-    name = op.name.rsplit(".", 1)[-1]
-    kind = _family_of(name)
-    if kind == "copy" and name in ("reshape", "reshape_as", "ravel", "flatten", "contiguous") and _lies_in_order(op):
-        return "view"
-    if name in ("to", "type_as") and op.inputs and op.outputs and op.inputs[0].dtype == op.outputs[0].dtype:
-        return "view"
-    if name == "dropout" and op.inputs and (op.argument("train", True) is False or op.argument("p", 0.5) == 0):
-        return "view"
-    return kind
+
+    family: str = "pointwise"
+    free_when: Callable[[Operator], bool] | None = None
+    backward: str = ""
+    operands: int = 0
+    summed: Callable[[Operator], float] | None = None
+    transposed: bool = False
+    draws: bool = False
+    mutates: bool = False
+    is_view: bool = False
+    has_gradient: bool = True
+    linear: bool = False
+    new_result: bool = False
+    new_gradients: bool = False
+    computes: bool = True
+    reshapes: bool = False
+    reorders: bool = False
+    looks_up: bool = False
+    embeds: bool = False
+    fused: bool = False
+    kernel: str = ""
+    half: bool = False
+    entry_differs: bool = False
+    user_order: tuple[int, ...] = ()
+    workspace: Workspace | None = None
+    large_mean: bool = False
+    sums_in_place: bool = False
+
+    @property
+    def does_work(self) -> bool:
+        """Says whether it does more than make constants and look at memory in another way."""
+        return self.computes and not self.reshapes and self.family not in ("view", "create")
+
+    def of_prices(self) -> Traits:
+        """Returns the traits that prices read, the others as if nothing were known."""
+        return Traits(self.family, self.free_when, self.backward, self.operands, self.summed, self.transposed)
+
+
+_ROWS: dict[str, Traits] = {}
+
+
+def register_traits(rows: Mapping[Traits, str]) -> None:
+    """Registers the traits of operators, given by their names without the library.
+
+    Raises:
+        ValueError: an operator has a row already.
+
+    >>> register_traits({Traits("matmul"): "demo_product demo_square"})
+    >>> rows()["demo_square"].family
+    'matmul'
+    """
+    for traits, names in rows.items():
+        for name in names.split():
+            if name in _ROWS:
+                raise ValueError(f"the operator {name} has two rows of traits")
+            _ROWS[name] = traits
+
+
+def rows() -> Mapping[str, Traits]:
+    """Returns the rows that families registered, by the operator's name without the library."""
+    return dict(_ROWS)
+
+
+def traits_of(operator: Operator | Callable[..., Any]) -> Traits:
+    """Returns what is known about an operator.
+
+    Args:
+        operator: a call of it, one of its overloads, or the function of its name that torch or a rule has.
+
+    >>> import torch
+    >>> traits_of(torch.ops.aten.bmm.default).family, traits_of(torch.ops.aten.dropout.default).draws
+    ('matmul', True)
+    """
+    target = operator.target if isinstance(operator, Operator) else operator
+    return _of_overload(target) if isinstance(target, OpOverload) else _named(operator_name(target))
 
 
 @cache
-def _family_of(name: str) -> str:
-    if "attention" in name:
-        return "attention"
-    if name.startswith(("conv", "_conv")):
-        return "conv"
-    return _FAMILY_OF.get(name, "pointwise")
+def _of_overload(overload: Any) -> Traits:
+    returned = (result.alias_info for result in overload._schema.returns)
+    return replace(
+        _named(operator_name(overload)),
+        draws=may_draw(overload),
+        mutates=overload._schema.is_mutable,
+        is_view=any(alias is not None and not alias.is_write for alias in returned),
+    )
 
 
-def _lies_in_order(op: Operator) -> bool:
-    """Whether the first input's elements lie in memory as its dims say."""
+@cache
+def _named(full_name: str) -> Traits:
+    library, _, name = full_name.rpartition(".")
+    found = _ROWS.get(name)
+    if found is None and "attention" in name:  # many kernels, of torch and of others, are called so
+        found = Traits("attention")
+    elif found is None and name.startswith(("conv", "_conv")):
+        found = Traits("conv", transposed="transpose" in name)
+    found = found or Traits()
+    if library not in ("", "aten"):
+        return found.of_prices()
+    return found if has_gradient(name) else replace(found, has_gradient=False)
+
+
+def family(op: Operator) -> str:
+    """Returns the family that an operator's cost follows.
+
+    ``matmul``, ``attention``, ``conv``, ``norm``, ``softmax``, ``index``, ``sort``, ``random``, ``reduce``, ``copy``,
+    ``create``, ``view`` (free) or ``pointwise``, which all others count as. A reshape of what lies in order is a view, and
+    so are a cast to the dtype that is there and a dropout that drops nothing.
+    """
+    traits = traits_of(op)
+    return "view" if traits.free_when is not None and traits.free_when(op) else traits.family
+
+
+def lies_in_order(op: Operator) -> bool:
+    """Says whether the first input's elements lie in memory as its dims say."""
     if not op.inputs:
         return False
     expected = 1

@@ -68,23 +68,6 @@ class _Record:
 
 _RECORD = "_shardwright_record"
 _serials = itertools.count(1)
-_aten = torch.ops.aten
-
-
-def _packets(names: str) -> set[Any]:
-    return {getattr(_aten, name) for name in names.split()}
-
-
-# These write every element of their first argument without reading it.
-_FILLS = _packets("uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_ zero_ fill_ copy_")
-# These read the shape of their first argument, not its values.
-_LIKE = _packets(
-    "empty_like zeros_like ones_like full_like rand_like randn_like randint_like "
-    "new_empty new_empty_strided new_zeros new_ones new_full"
-)
-# These have no values: zeros in the replay, so that all ranks agree on them.
-_EMPTY = _packets("empty empty_strided empty_permuted empty_like new_empty new_empty_strided")
-_LIFTS = _packets("lift lift_fresh lift_fresh_copy")  # torch.tensor(...) ends in one
 
 
 def _record_of(tensor: torch.Tensor) -> _Record | None:

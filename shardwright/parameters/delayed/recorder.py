@@ -27,18 +27,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from shardwright.base.operators import CLONE, FILLS, LIFTS, READS_NUMBER, READS_SHAPE, may_draw
 from shardwright.base.torch_private import TorchDispatchMode, current_dispatch_modes, disable_current_modes
 from shardwright.parameters.delayed.record import (
-    _FILLS,
-    _LIFTS,
-    _LIKE,
     _RECORD,
     CPU,
     META,
     OURS,
     DelayedInitError,
     _as_meta,
-    _aten,
     _check_dense,
     _covers,
     _frame_outside,
@@ -151,19 +148,19 @@ class _Recorder(TorchDispatchMode):
         if not tensors and asked == META and self.runs_model_code(sys._getframe(1)):
             return func(*args, **kwargs)  # as in skip_init: there, delayed tensors say that they are on the CPU
         if tensors and not any(_record_of(t) for t in tensors):
-            leaves_meta = func.overloadpacket in _LIKE and asked is not None and asked != META
+            leaves_meta = func.overloadpacket in READS_SHAPE and asked is not None and asked != META
             if any(t.device.type == "meta" for t in tensors) and not leaves_meta:
                 return func(*args, **kwargs)  # a meta tensor of the model's own
-            if func.overloadpacket in _LIFTS:
+            if func.overloadpacket in LIFTS:
                 return self.constant(args[0])
-            if written and torch.Tag.nondeterministic_seeded in func.tags:
+            if written and may_draw(func):
                 raise DelayedInitError(
                     f"{_user_line(func)} draws into a tensor of shape {tuple(written[0].shape)} that was made outside "
                     "no_init_parameters(), where draws are delayed: make the tensor inside the context"
                 )
             if written or func.is_view or torch.Tag.data_dependent_output in func.tags:
                 return func(*args, **kwargs)
-        for tensor in () if func.overloadpacket in _LIKE else tensors:
+        for tensor in () if func.overloadpacket in READS_SHAPE else tensors:
             if tensor.device.type == "meta" and not _record_of(tensor):
                 raise DelayedInitError(
                     f"{_user_line(func)} reads a meta tensor of shape {tuple(tensor.shape)} that was made outside "
@@ -181,7 +178,7 @@ class _Recorder(TorchDispatchMode):
 
     def _delay(self, func: Any, args: Any, kwargs: dict[str, Any], written: Sequence[torch.Tensor]) -> Any:
         """Runs the operator on meta tensors, and records it if it makes or changes values."""
-        device, draws = _device(args, kwargs), torch.Tag.nondeterministic_seeded in func.tags
+        device, draws = _device(args, kwargs), may_draw(func)
         if draws:
             _check_draw(func, device)
         kwargs.pop("pin_memory", None)
@@ -200,7 +197,7 @@ class _Recorder(TorchDispatchMode):
             _check_dense(tensor)
         changed = [] if torch.Tag.inplace_view in func.tags else written
         if any(fresh) or changed:
-            step = self._step(func, args, kwargs, changed, fills=func.overloadpacket in _FILLS)
+            step = self._step(func, args, kwargs, changed, fills=func.overloadpacket in FILLS)
             if draws:
                 self._draw(step, _leaves(torch.Generator, (args, kwargs)))
             for tensor in results:
@@ -217,7 +214,7 @@ class _Recorder(TorchDispatchMode):
         if fills:
             del reads[next(i for i, t in enumerate(reads) if t is changed[0])]
             base = None if _covers(changed[0]) else _known(changed[0]).last
-        if getattr(call, "overloadpacket", None) in _LIKE:
+        if getattr(call, "overloadpacket", None) in READS_SHAPE:
             frozen_args: Any = (_shape_only(args[0]), *_map(_frozen, args[1:]))
             reads = []
         else:
@@ -240,7 +237,7 @@ class _Recorder(TorchDispatchMode):
 
     def _read(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs an operator whose result Python needs now: possible where no draws are involved."""
-        what = ".item(), bool(), int() or float()" if func is _aten._local_scalar_dense.default else func
+        what = ".item(), bool(), int() or float()" if func is READS_NUMBER else func
 
         def now(x: Any) -> Any:
             return _value_now(x, what) if isinstance(x, torch.Tensor) else x
@@ -250,7 +247,7 @@ class _Recorder(TorchDispatchMode):
 
     def constant(self, value: torch.Tensor) -> torch.Tensor:
         """A delayed copy of a real tensor."""
-        return self._delay(_aten.clone.default, (value,), {}, [])  # type: ignore[no-any-return]
+        return self._delay(CLONE, (value,), {}, [])  # type: ignore[no-any-return]
 
     def record_call(self, call: Callable[..., Any], tensor: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Records a whole Python function that fills ``tensor`` with draws."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from shardwright.base.operators import EMPTY
 from shardwright.base.torch_private import disable_current_modes
 from shardwright.parameters.delayed.record import (
-    _EMPTY,
     CPU,
     DelayedInitError,
     T,
@@ -205,7 +205,7 @@ def _run_step(step: _Step, storages: dict[int, torch.UntypedStorage], state: tor
 
     torch.set_default_dtype(step.default_dtype)
     out = step.call(*_map(real, step.args), **_map(real, step.kwargs))
-    if getattr(step.call, "overloadpacket", None) in _EMPTY:
+    if getattr(step.call, "overloadpacket", None) in EMPTY:
         out.zero_()
     for ref, value in zip(step.outputs, _leaves(torch.Tensor, out)):
         if ref is None:

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from shardwright.base.operators import ALIAS
 from shardwright.errors import Problems
 from shardwright.ir.choice import late_layout
 from shardwright.ir.graph import Graph, Node, where_of
@@ -24,7 +23,6 @@ from shardwright.plan.asked.own_layouts import self_defined, split_by_hand
 from shardwright.plan.asked.strategies import check_layout
 from shardwright.rules.registry import signature_of
 
-ALIAS = torch.ops.aten.alias.default
 ParameterPlan = Mapping[str, tuple[Any, str]]
 
 

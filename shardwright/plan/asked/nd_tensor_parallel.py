@@ -28,10 +28,7 @@ from dataclasses import dataclass
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import Operator
 from shardwright.rules.registry import signature_of
-
-PRODUCTS = frozenset(
-    f"aten.{name}" for name in ("matmul", "linear", "mm", "bmm", "addmm", "baddbmm", "einsum")
-)  # fmt: skip
+from shardwright.rules.traits import traits_of
 
 Axes = tuple[str, ...]
 Refuse = Callable[[str], None]
@@ -70,7 +67,7 @@ class Pattern:
 
 def product_of(op: Operator) -> Product | None:
     """The dims of a product of an activation and a weight; ``None`` for any other operator."""
-    signature = signature_of(op) if op.name in PRODUCTS else None
+    signature = signature_of(op) if traits_of(op).family == "matmul" else None
     if signature is None or len(signature.summed) != 1:
         return None
     operands = [i for i in range(len(op.inputs)) if i not in signature.late]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from shardwright.base.operators import ALIAS
 from shardwright.errors import Problems
 from shardwright.ir.graph import Node, where_of
 from shardwright.ir.layout import Layout
@@ -20,10 +21,7 @@ from shardwright.plan.asked.strategies import check_layout
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.field_lookup import lookup_by_field
 from shardwright.rules.self_defined import SelfDefined
-
-RESHAPES = frozenset(
-    f"aten.{name}" for name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
-)
+from shardwright.rules.traits import traits_of
 
 # -- manual_split -----------------------------------------------------------------------------------------------------
 
@@ -34,7 +32,7 @@ def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, d
     Where the last dim of the indices is cut into as many slices, each reads its own rows and nothing is summed.
     """
     what, before = f"{where_of(node)}: manual_split {rows}", len(problems.lines)
-    if node.op.name != "aten.embedding" or node.op.argument("sparse") or node.op.argument("scale_grad_by_freq"):
+    if not traits_of(node.op).embeds or node.op.argument("sparse") or node.op.argument("scale_grad_by_freq"):
         problems.add(f"{what} is for plain lookups of rows (Gather along dim 0, Embedding); remove it")
         return node
     whole = node.op.inputs[0].shape[0]
@@ -156,7 +154,7 @@ def check_in_place(plan: Plan) -> None:
         return
     problems = Problems()
     for node in asked:
-        if node.op.name not in RESHAPES:
+        if not traits_of(node.op).reshapes:
             problems.add(f"{where_of(node)}: skip_redistribution is for reshapes; remove it")
             continue
         for side, steps in _moves_at(plan, node):
@@ -167,7 +165,7 @@ def check_in_place(plan: Plan) -> None:
 
 def _skips(node: Node) -> bool:
     mark = node.mark or node.region
-    return mark is not None and mark.attributes.get("skip_redistribution") is True and node.op.name != "aten.alias"
+    return mark is not None and mark.attributes.get("skip_redistribution") is True and node.op.target is not ALIAS
 
 
 def _moves_at(plan: Plan, node: Node) -> Iterator[tuple[str, str]]:

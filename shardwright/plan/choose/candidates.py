@@ -37,13 +37,12 @@ from shardwright.plan.choose.tables import (
     local_sizes,
     symbols_of,
 )
+from shardwright.rules.traits import traits_of
 
 Array = np.ndarray[Any, Any]
 
 # A table of more rows is too slow to look at: the first axes of the mesh vary, the others stay idle.
 MOST_ROWS = 20_000
-# Operators that pick rows of a table: how much there is to pick from is no work.
-LOOKUPS = ("aten.embedding", "aten.index_select", "aten.index", "aten.gather")
 # What differs by rounding errors is the same.
 _SAME = 1 + 1e-9
 
@@ -103,7 +102,7 @@ class Candidates:
             prices = [_sum_bytes(layout, column.meta) for layout in column.layouts]
             self.sums += np.array(prices)[column.index]
         self.share = table.fraction
-        if op.name in LOOKUPS:
+        if traits_of(op).looks_up:  # how much there is to pick from is no work
             self.share = local_sizes(done[0], op.outputs[0].shape, mesh.sizes) / max(1, op.outputs[0].numel)
         for choice in self.extra:
             self._add(choice)
@@ -260,7 +259,7 @@ def reducing(op: Operator, signature: Signature, choice: Choice, needs: Sequence
 
 def share_of(choice: Choice, op: Operator, signature: Signature) -> float:
     """The share of an operator's work that the busiest rank does."""
-    of_output = {f for dim in signature.outputs[0] for f in dim} if op.name in LOOKUPS else None
+    of_output = {f for dim in signature.outputs[0] for f in dim} if traits_of(op).looks_up else None
     share = 1.0
     for factor, (axes, pieces) in choice.split.items():
         if of_output is None or factor in of_output:

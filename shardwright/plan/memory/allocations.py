@@ -1,59 +1,18 @@
 """Allocations: what is allocated and freed while operators run on fake tensors.
 
-Fake tensors tell the memory of results, not what kernels need meanwhile; where that matters a table has it.
+Fake tensors tell the memory of results, not what kernels need meanwhile; where that matters the operator's traits have it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from shardwright.base.torch_private import TorchDispatchMode
 from shardwright.cost.saved import storage_key
-
-# -- what kernels of the CPU need meanwhile, found by profiling single calls ---------------------------------------------
-
-
-def _convolution(args: Sequence[Any], results: Sequence[Tensor]) -> float:
-    transposed = args[6]
-    return _bytes(*args[:2], results[0]) if transposed else float(results[0].nbytes)
-
-
-def _convolution_backward(args: Sequence[Any], results: Sequence[Tensor]) -> float:
-    return _bytes(*args[:3])
-
-
-def _batch_norm_backward(args: Sequence[Any], results: Sequence[Tensor]) -> float:
-    """A second tensor like the input, where gradient and input lie in memory alike."""
-    gradient, given = args[:2]
-    return float(given.nbytes) if gradient.stride() == given.stride() else 0.0
-
-
-def _logsumexp(args: Sequence[Any], results: Sequence[Tensor]) -> float:
-    return float(args[0].nbytes)
-
-
-def _bytes(*tensors: Tensor) -> float:
-    return float(sum(t.nbytes for t in tensors))
-
-
-# By operator: bytes that its kernel needs, from arguments and results.
-_WORKSPACE: dict[str, Callable[[Sequence[Any], Sequence[Tensor]], float]] = {
-    "aten.convolution.default": _convolution,
-    "aten.convolution_backward.default": _convolution_backward,
-    "aten.native_batch_norm_backward.default": _batch_norm_backward,
-    "aten.logsumexp.default": _logsumexp,
-}
-
-# Losses whose mean lies in memory as large as the first argument.
-_LARGE_SCALAR = frozenset({"aten.mse_loss.default", "aten.smooth_l1_loss.default", "aten.huber_loss.default"})
-
-# Fake tensors take these out of place in backward formulas, real ones in place.
-_IN_PLACE_BACKWARD = frozenset({"aten.index_add.default", "aten.scatter_add.default"})
-
+from shardwright.rules.traits import traits_of
 
 # -- counting ------------------------------------------------------------------------------------------------------------
 
@@ -84,15 +43,15 @@ class AllocationTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        name = str(function)
+        traits = traits_of(function)
         tensors = [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(t, Tensor)]
-        if self.in_backward and name in _IN_PLACE_BACKWARD and self.sizes.get(storage_key(args[0])):
+        if self.in_backward and traits.sums_in_place and self.sizes.get(storage_key(args[0])):
             self.leave_out(args[0])
-        is_large_scalar = self.on_cpu and name in _LARGE_SCALAR and not tensors[0].shape
+        is_large_scalar = self.on_cpu and traits.large_mean and not tensors[0].shape
         for tensor in tensors:
             self.track(tensor, args[0].nbytes if is_large_scalar else None)
-        if self.on_cpu and name in _WORKSPACE:
-            self._reach(_WORKSPACE[name](args, tensors))
+        if self.on_cpu and traits.workspace is not None:
+            self._reach(traits.workspace(args, tensors))
         return result
 
     def track(self, tensor: Tensor, size: float | None = None) -> None:

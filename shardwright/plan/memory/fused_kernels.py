@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.ir.operator import OpOverload
+from shardwright.rules.traits import traits_of
+
 
 class _FusedKernel(torch.autograd.Function):
     """Keeps its tensors, its result where asked, and a number a row."""
@@ -40,12 +43,9 @@ def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, *given: Any, 
     return _FusedKernel.apply(False, x, named.get("weight", weight))  # type: ignore[no-untyped-call]
 
 
-_STAND_INS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    torch.ops.aten.rms_norm.default: _rms_norm,
-}
+_STAND_INS: dict[str, Callable[..., Any]] = {"attention": _attention, "norm": _rms_norm}
 
 
 def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
     """What makes and keeps as much as the function does in one kernel; most functions stand for themselves."""
-    return _STAND_INS.get(function, function)
+    return _STAND_INS.get(traits_of(function).kernel, function) if isinstance(function, OpOverload) else function

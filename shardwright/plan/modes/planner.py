@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from shardwright.base.operators import may_draw
 from shardwright.errors import Problems
 from shardwright.ir.choice import Choice, make_choice
 from shardwright.ir.graph import Graph, GraphInput, Node
@@ -238,8 +237,12 @@ class Planner:
 
     def is_ready(self, node: Node) -> bool:
         """Whether every rank can make any piece of an operator's outputs from the whole batch that it was handed."""
-        random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
-        return bool(node.inputs) and not random and node.mark is None and all(v in self.ready for v in node.inputs)
+        return (
+            bool(node.inputs)
+            and not may_draw(node.op.target)
+            and node.mark is None
+            and all(v in self.ready for v in node.inputs)
+        )
 
     def given(self, graph_input: GraphInput) -> Layout | None:
         """Where an input is before any operator wants it elsewhere; ``None``: it is free."""

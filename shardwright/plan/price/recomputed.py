@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from shardwright.cost.communication import CollectivePrice
 from shardwright.cost.saved import NOTHING, saved_by
 from shardwright.ir.instructions import Call, KeepPiece, Move, Together
-from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
 from shardwright.partition.local_program import local_program
 from shardwright.plan.price.own_orders import steps_price
 from shardwright.redistribute.links import machine_links
 from shardwright.redistribute.planner import Options
+from shardwright.rules.traits import traits_of
 
 if TYPE_CHECKING:
     from shardwright.ir.machine import Machine
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from shardwright.plan.price.values import MovePrice, PlanPrice
 
 PART = "recompute"
-
-# Of the calls that an operator may be made of, those that need nothing of what they read for their backward.
-_SAVES_NOTHING = frozenset(
-    {"add", "add_scaled", "alias", "cat", "expand", "narrow", "neg", "slice", "sub", "sum", "transpose", "view"}
-)
 
 
 def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
@@ -104,17 +99,14 @@ class _Again:
             saved = saved_by(node.op, needs_grad, self.device, node.autocast)
         if node is not None and len(refs) == len(node.inputs):
             self.wanted.update(refs[slot] for slot in saved.inputs)
-        elif saved.inputs and not _saves_nothing(call):  # the operator is several calls, and this one may save what it reads
+        elif (
+            saved.inputs and not traits_of(call.function).linear
+        ):  # the operator is several calls, and this one may save what it reads
             self.wanted.update(refs)
         results = saved.outputs and not self.program.kept.issuperset(call.outputs)
         if call.recompute and (results or saved.extra or any(map(self._is_wanted, call.outputs))):
             self.nodes.add(call.cause)
             self.wanted.update(refs)
-
-
-def _saves_nothing(call: Call) -> bool:
-    function = call.function.overloadpacket if isinstance(call.function, OpOverload) else call.function
-    return getattr(function, "__name__", "") in _SAVES_NOTHING
 
 
 def _gather(move: MovePrice, steps: Iterable[CollectivePrice], machine: Machine) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from shardwright.base.operators import may_draw
 from shardwright.ir.graph import Graph
 
 
@@ -14,7 +13,6 @@ def ready_values(graph: Graph, full_batch: bool) -> frozenset[str]:
         if not i.requires_grad and (i.kind in ("buffer", "constant") or (i.kind == "input" and full_batch))
     }  # fmt: skip
     for node in graph.nodes:
-        random = torch.Tag.nondeterministic_seeded in getattr(node.op.target, "tags", ())
-        if not random and node.mark is None and all(v in ready for v in node.inputs):
+        if not may_draw(node.op.target) and node.mark is None and all(v in ready for v in node.inputs):
             ready.update(node.outputs)
     return frozenset(ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from shardwright.base.operators import without_library
 from shardwright.cost.communication import CollectivePrice
 from shardwright.ir.graph import Graph, Node, is_configured
 from shardwright.ir.layout import Layout
@@ -153,7 +154,7 @@ class Kinds:
     def of(self, node: Node) -> int:
         choice, tables = self.plan.choices[node.name], self.tables
         row: dict[str, Any] = {
-            "op": node.op.name.removeprefix("aten."),
+            "op": without_library(node.op.name),
             "inputs": [
                 [tables.tensor(meta), tables.layout(layout), self.names.get(value, "").rpartition(".")[2]]
                 for meta, layout, value in zip(node.op.inputs, choice.inputs, node.inputs)

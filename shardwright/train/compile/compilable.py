@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import Call, Ref, moves_of
@@ -15,20 +16,10 @@ from shardwright.ir.operator import OpOverload, Slot
 from shardwright.ir.program import LocalProgram
 from shardwright.rules.norm import update_running
 from shardwright.rules.pieces import piece
+from shardwright.rules.traits import traits_of
 from shardwright.train.compile.draws import draws
 
 _RULES = "shardwright.rules."
-
-# Operators that change running statistics in place when they train, which their schemas do not say.
-_NORMS = frozenset({"aten.batch_norm", "aten.instance_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit"})
-
-# Operators that compute nothing: a compiler has no work with them alone.
-_VIEWS = frozenset(
-    {"view", "_unsafe_view", "reshape", "view_as", "reshape_as", "transpose", "permute", "t", "T", "mT", "numpy_T"}
-    | {"unsqueeze", "squeeze", "expand", "expand_as", "broadcast_to", "slice", "select", "narrow", "split", "chunk"}
-    | {"split_with_sizes", "tensor_split", "unbind", "flatten", "unflatten", "alias", "detach", "movedim", "swapaxes"}
-    | {"contiguous", "clone", "to", "dropout", "arange", "zeros", "ones", "full", "empty", "identity", "diagonal"}
-)
 
 
 def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
@@ -60,9 +51,7 @@ def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
 
 def computes(call: Call) -> bool:
     """Whether a call does work that a compiler can merge with that of others, rather than only look at memory."""
-    function = call.function
-    name = function.overloadpacket.__name__ if isinstance(function, OpOverload) else function.__name__
-    return name not in _VIEWS
+    return traits_of(call.function).does_work
 
 
 def _can_trace(call: Call, node: Node) -> bool:
@@ -95,8 +84,8 @@ def _has_any_size(function: Any, node: Node) -> bool:
         return True
     if torch.Tag.dynamic_output_shape not in function.tags:
         return False
-    by_number = function.overloadpacket.__name__ == "index"  # by a mask it has any size
-    return not by_number or any(m.dtype in (torch.bool, torch.uint8) for m in node.op.inputs[1:])
+    looks_up = traits_of(function).looks_up  # by numbers; by a mask it has any size
+    return not looks_up or any(m.dtype in (torch.bool, torch.uint8) for m in node.op.inputs[1:])
 
 
 def _changes(call: Call, node: Node) -> list[str]:
@@ -108,7 +97,7 @@ def _changes(call: Call, node: Node) -> list[str]:
     if any(isinstance(f, OpOverload) and f._schema.is_mutable for f in functions):
         return refs
     op = node.op
-    if op.name in _NORMS and op.target in functions and (op.argument("training") or op.argument("use_input_stats")):
-        statistics = [op.argument("running_mean"), op.argument("running_var")]
+    if op.moves_statistics and op.target in functions:
+        statistics = [op.argument(name) for name in STATISTICS]
         return [refs[slot.index] for slot in statistics if isinstance(slot, Slot)]
     return []

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
+from shardwright.base.operators import may_draw
 from shardwright.base.torch_private import pytree
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import Call, Instruction, Ref
@@ -27,7 +26,7 @@ def draws(call: Call, node: Node) -> bool:
     if call.function in _DRAWS:
         return True
     functions = [call.function, *pytree.tree_leaves((call.args, call.kwargs))]
-    random = any(isinstance(f, OpOverload) and torch.Tag.nondeterministic_seeded in f.tags for f in functions)
+    random = any(isinstance(f, OpOverload) and may_draw(f) for f in functions)
     return random and node.op.draws
 
 

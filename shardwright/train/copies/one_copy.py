@@ -19,15 +19,9 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, OpOverload, Slot, TensorMeta
 from shardwright.ir.signature import Signature
+from shardwright.rules.lowering import overload_for_part, overload_of
 
 AXIS = "copy"
-
-# What rules emit that is no overload, and the overload that does the same.
-_OVERLOADS: dict[Any, Any] = {
-    torch.reshape: torch.ops.aten.reshape.default,
-    torch.broadcast_to: torch.ops.aten.expand.default,
-    torch.squeeze: torch.ops.aten.squeeze.dims,
-}
 
 
 class Unfit(Exception):
@@ -54,8 +48,7 @@ def operator_of_one_copy(
         if local.emitted is None or results != local.emitted[3]:
             raise Unfit("its rule computes something else for a part of the batch")
         target, args, kwargs = local.emitted[:3]
-    if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-        target = torch.ops.aten.reshape.default  # strides of a part may be others
+    target = overload_for_part(target)
     outputs = _outputs(target, args, kwargs, inputs)
     wanted = [local.shape(True, i) for i in range(len(op.outputs))]
     if [list(meta.shape) for meta in outputs] != wanted:
@@ -119,7 +112,7 @@ class _Parts:
         return self._keep(self.op.target, tuple(args), kwargs, len(self.op.outputs))
 
     def _keep(self, function: Callable[..., Any], args: Any, kwargs: Any, count: int) -> tuple[Ref, ...]:
-        target = _OVERLOADS.get(function, function)
+        target = overload_of(function)
         if self.emitted is not None or not isinstance(target, OpOverload):
             raise Unfit("its rule runs several calls for a part of the batch")
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from shardwright.base.operators import CAT, RESHAPE, SELECT
 from shardwright.capture.names import Names
 from shardwright.errors import Problems
 from shardwright.ir.graph import Graph, Node
@@ -31,8 +32,6 @@ from shardwright.rules.registry import signature_of
 from shardwright.train.copies.one_copy import Unfit, meta_of, operator_of_one_copy
 from shardwright.train.copies.turns import draws
 from shardwright.train.copies.virtual_axis_rules import Cut, check_cut, check_together, cut_layouts
-
-aten = torch.ops.aten
 
 
 def is_interleaved(graph: Graph) -> bool:
@@ -161,11 +160,11 @@ class _Copies:
             rest = shape[dim] // (self.ways * self.copies)
             blocks = (*shape[:dim], self.ways, self.copies, rest, *shape[dim + 1 :])
             part = (*shape[:dim], self.ways * rest, *shape[dim + 1 :])
-            apart = self._emit(at, f"{value}_parts", aten.reshape.default, [value], list(blocks))
+            apart = self._emit(at, f"{value}_parts", RESHAPE, [value], list(blocks))
             found = []
             for copy in range(self.copies):
-                one = self._emit(at, f"{value}_part", aten.select.int, [apart], dim + 1, copy, copy=copy)
-                found.append(self._emit(at, f"{value}_copy{copy}", aten.reshape.default, [one], list(part), copy=copy))
+                one = self._emit(at, f"{value}_part", SELECT, [apart], dim + 1, copy, copy=copy)
+                found.append(self._emit(at, f"{value}_copy{copy}", RESHAPE, [one], list(part), copy=copy))
             self.parts[value, dim] = found
         return self.parts[value, dim]
 
@@ -180,11 +179,11 @@ class _Copies:
             rest = shape[dim] // (self.ways * self.copies)
             blocks = [*shape[:dim], self.ways, 1, rest, *shape[dim + 1 :]]
             apart = [
-                self._emit(at, f"{value}_block", aten.reshape.default, [part], blocks, copy=copy)
+                self._emit(at, f"{value}_block", RESHAPE, [part], blocks, copy=copy)
                 for copy, part in enumerate(self.parts[value, dim])
             ]
-            joined = self._emit(at, f"{value}_joined", aten.cat.default, [apart], dim + 1)
-            self._emit(at, value, aten.reshape.default, [joined], list(shape), is_name=True, carries_batch=dim == 0)
+            joined = self._emit(at, f"{value}_joined", CAT, [apart], dim + 1)
+            self._emit(at, value, RESHAPE, [joined], list(shape), is_name=True, carries_batch=dim == 0)
 
     def _emit(
         self,

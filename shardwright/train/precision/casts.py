@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.base.operators import TO_COPY
 from shardwright.base.torch_private import FakeTensorMode, TorchDispatchMode, pytree
 from shardwright.cost.saved import filled
 from shardwright.ir.operator import Operator, TensorMeta
@@ -68,6 +69,6 @@ class _Watch(TorchDispatchMode):
         for leaf in pytree.tree_leaves((args, kwargs)):
             at = self.position.get(id(leaf))
             if at is not None and function.namespace != "prim":  # those ask for a property
-                is_cast = function is torch.ops.aten._to_copy.default
+                is_cast = function is TO_COPY
                 self.read_as[at].add(result.dtype if is_cast else None)
         return result

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.base.operators import may_draw
 from shardwright.base.torch_private import StorageWeakRef
 from shardwright.ir.instructions import Call
 from shardwright.ir.operator import OpOverload
@@ -222,4 +223,4 @@ def _draws(call: Call) -> bool | None:
     """Whether a call draws random numbers; ``None`` where its first run has to tell."""
     if not isinstance(call.function, OpOverload):
         return None
-    return None if torch.Tag.nondeterministic_seeded in call.function.tags else False
+    return None if may_draw(call.function) else False

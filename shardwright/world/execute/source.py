@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from shardwright.ir.instructions import Call, PerRank, Ref
 from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
+from shardwright.rules.traits import traits_of
 from shardwright.world.execute import log as record
 
 _PLAIN = (int, float, bool, str, type(None))
@@ -129,9 +130,9 @@ def python_entry(function: Callable[..., Any]) -> Callable[..., Any]:
     """The public builtin that calls the same operator as an ATen overload with less overhead, or the overload itself."""
     if not isinstance(function, OpOverload) or function.namespace != "aten":
         return function
-    name = function.overloadpacket.__name__
-    if name in _KEEP:
+    if traits_of(function).entry_differs:
         return function
+    name = function.overloadpacket.__name__
     for owner in (torch, F, torch.Tensor):
         entry = getattr(owner, name, None)
         if isinstance(entry, (types.BuiltinFunctionType, types.MethodDescriptorType)) and not hasattr(builtins, name):
@@ -150,12 +151,3 @@ def with_constants(function: Callable[..., Any], args: Any, kwargs: dict[str, An
         if argument.name in _CONSTANTS and position >= len(args) and argument.name not in kwargs:
             kwargs = {**kwargs, argument.name: argument.default_value}
     return kwargs
-
-
-# Python entries whose arguments differ from the operator's schema.
-_KEEP = frozenset(
-    {"to", "split", "norm", "where", "pad", "std", "var", "index", "max", "min", "new_zeros", "new_ones", "new_full"}
-    | {"new_empty", "repeat", "tensor_split", "unbind", "index_put", "_to_copy", "copy", "fill", "pow", "div", "clamp"}
-    | {"expand", "permute", "type_as", "bernoulli", "normal", "uniform", "slice", "select_scatter", "slice_scatter"}
-    | {"flatten", "unflatten", "squeeze", "tile", "flip", "roll", "movedim", "scatter", "gather", "sub", "rsub"}
-)

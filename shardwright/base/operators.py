@@ -1,0 +1,239 @@
+"""Operators by name, for the floors below the rules and for whatever writes operators into graphs.
+
+What an operator is stands in ``shardwright/rules``, a row of traits beside its rule. Graphs, captures and parameters lie below
+that and may not import it, so what they need stands here, once, where torch cannot be asked:
+
+- the overloads that shardwright itself writes into graphs;
+- which results have no gradient;
+- how capture makes a write functional, and which operators it refuses or skips;
+- the memory order that kernels give their results, where shape functions of torch say another;
+- which operators the replay of initialisations and DTensors' random numbers treat on their own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+
+
+def operator_of(overload: Any) -> str:
+    """Returns the name of the operator that an overload is of, without its library.
+
+    >>> operator_of(torch.ops.aten.add.Tensor)
+    'add'
+    """
+    return str(overload.overloadpacket.__name__)
+
+
+def may_draw(function: Any) -> bool:
+    """Says whether an operator may take numbers from a generator, which torch tags it with.
+
+    >>> may_draw(torch.ops.aten.dropout.default), may_draw(torch.relu)
+    (True, False)
+    """
+    return torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+
+
+def without_library(name: str) -> str:
+    """Returns an operator's full name as users know it: torch's own without their library.
+
+    >>> without_library("aten.linear"), without_library("mine.linear")
+    ('linear', 'mine.linear')
+    """
+    return name.removeprefix("aten.")
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _packets(names: str) -> frozenset[Any]:
+    return frozenset(getattr(_aten, name) for name in names.split())
+
+
+# -- what shardwright writes into graphs itself ------------------------------------------------------------------------------
+
+ALIAS = _aten.alias.default
+CAT = _aten.cat.default
+CLONE = _aten.clone.default
+DETACH = _aten.detach.default
+DIAGONAL_SCATTER = _aten.diagonal_scatter.default
+EXPAND = _aten.expand.default
+EYE = _aten.eye.m
+FULL_LIKE = _aten.full_like.default
+LOGICAL_AND = _aten.logical_and.default
+MASKED_FILL = _aten.masked_fill.Scalar
+MEAN = _aten.mean.dim
+NORM_WITH_STATISTICS = _aten._native_batch_norm_legit_functional.default  # returns the moved statistics as its last two results
+ONES_LIKE = _aten.ones_like.default
+PERMUTE = _aten.permute.default
+REPEAT = _aten.repeat.default
+RESHAPE = _aten.reshape.default
+SELECT = _aten.select.int
+SELECT_SCATTER = _aten.select_scatter.default
+SLICE = _aten.slice.Tensor
+SLICE_SCATTER = _aten.slice_scatter.default
+TO_COPY = _aten._to_copy.default  # what casts become beneath autocast
+TO_DTYPE = _aten.to.dtype
+TRANSPOSE = _aten.transpose.int
+VIEW = _aten.view.default
+WHERE = _aten.where.self
+
+# -- gradients ---------------------------------------------------------------------------------------------------------------
+
+# Operators whose result has no gradient though its dtype could have one: what reads the shape of a tensor alone.
+_WITHOUT_GRADIENT = _names("""
+    detach zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty
+    new_empty_strided uniform normal_functional log_normal cauchy exponential geometric random
+""")
+# Those of which it depends on the call, and the argument that decides: a number is one for all elements, and no tensor is read.
+_WITHOUT_GRADIENT_GIVEN = {"bernoulli": "p"}
+
+
+def has_gradient(name: str) -> bool:
+    """Says whether a gradient may flow through an operator of torch to the tensors that it reads.
+
+    >>> has_gradient("relu"), has_gradient("zeros_like")
+    (True, False)
+    """
+    return name not in _WITHOUT_GRADIENT
+
+
+def number_without_gradient(name: str) -> str | None:
+    """Returns the argument that, given as a number, makes an operator's result have no gradient."""
+    return _WITHOUT_GRADIENT_GIVEN.get(name)
+
+
+# -- writes in place ---------------------------------------------------------------------------------------------------------
+
+# Operators that change how a tensor is seen, and not what it holds.
+_VIEWS_IN_PLACE = _packets("squeeze_ unsqueeze_ t_ transpose_ swapaxes_ swapdims_")
+# Writes that have no functional form of their own, or need none.
+COPIES, FILLS_DIAGONAL, DETACHES = (_packets(name) for name in ("copy_", "fill_diagonal_", "detach_"))
+# Writes of a truth: what they leave has no gradient, whatever was there. Those without an underscore write to ``out``.
+WRITES_TRUTH = _packets("""
+    logical_and_ logical_not_ logical_or_ logical_xor_ logical_and logical_not logical_or logical_xor
+""")
+# Those that give a tensor other memory, which no graph shows.
+CHANGES_MEMORY = _packets("set_ resize_ resize_as_ sparse_resize_")
+# Those that compute nothing: they check what the trace assumed.
+CHECKS = _packets("_assert_tensor_metadata _assert_scalar sym_constrain_range _assert_async")
+RENORMALISES_TABLE = _packets("embedding_renorm embedding_renorm_")
+LIFTS_COPY = _aten.lift_fresh_copy.default  # no view of its input, whatever memory export gives the two
+
+# Overloads whose functional form has another default or other types.
+OTHER_FORMS: dict[Any, Any] = {_aten.bernoulli_.float: _aten.bernoulli.p}
+
+_KIND_OF_VIEW = {
+    name: kind
+    for kind, names in {
+        "reshaped": "view reshape _unsafe_view squeeze unsqueeze flatten unflatten view_as",
+        "same": "alias detach contiguous to lift_fresh clone",
+        "two dims swapped": "transpose swapaxes swapdims",
+        "last dims swapped": "t numpy_T mT",
+        "permuted": "permute",
+        "one index": "select",
+        "sliced": "slice",
+        "narrowed": "narrow",
+        "in pieces": "split chunk split_with_sizes tensor_split",
+        "in indices": "unbind",
+        "diagonal": "diagonal",
+    }.items()
+    for name in names.split()
+}
+
+
+def kind_of_view(overload: Any) -> str:
+    """Returns how an operator shows its input's memory; empty where no write goes back."""
+    return _KIND_OF_VIEW.get(operator_of(overload), "")
+
+
+def views_in_place(overload: Any) -> bool:
+    """Says whether an in-place operator changes how a tensor is seen, and not what it holds."""
+    return overload.overloadpacket in _VIEWS_IN_PLACE
+
+
+def functional_packets(overload: Any) -> list[Any]:
+    """Returns the operators that may compute what a writing one writes, the likeliest first."""
+    name = operator_of(overload)
+    plain = f"__{name[3:]}" if name.startswith("__i") and name.endswith("__") else name.rstrip("_")
+    found = (getattr(_aten, each, None) for each in dict.fromkeys((plain, f"{plain}_functional", f"_{plain}_functional")))
+    return [packet for packet in found if packet is not None]
+
+
+# Operators that move running statistics though their schema does not say so, and the argument that has them do it.
+_MOVES_STATISTICS = {"batch_norm": "training", "native_batch_norm": "training", "instance_norm": "use_input_stats"}
+STATISTICS = ("running_mean", "running_var")  # the arguments that they write to
+
+
+def statistics_flag(function: Any) -> str | None:
+    """Returns the argument that has an operator write to running statistics, unknown to its schema.
+
+    >>> statistics_flag(torch.ops.aten.instance_norm.default), statistics_flag(torch.ops.aten.layer_norm.default)
+    ('use_input_stats', None)
+    """
+    packet = getattr(function, "overloadpacket", None)
+    name = operator_of(function) if packet is not None else ""
+    return _MOVES_STATISTICS.get(name) if packet is getattr(_aten, name, None) else None
+
+
+def has_statistics_of_samples(overload: Any) -> bool:
+    """Says whether each sample has statistics of its own, whose mean is what moves the running ones."""
+    return statistics_flag(overload) == "use_input_stats"
+
+
+# -- memory order ------------------------------------------------------------------------------------------------------------
+
+_MEMORY_ORDER = {
+    name: order
+    for order, names in {
+        # new memory on a CPU in the format that the input suggests: channels last, or else contiguous
+        "suggested": """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
+            _batch_norm_with_update channel_shuffle max_pool1d max_unpool2d""",
+        # kernels of two tensors that order dims as those of a sum do
+        "as a sum": """copysign floor_divide heaviside logaddexp logaddexp2 logical_and logical_or logical_xor
+            special_xlog1py special_xlogy xlogy div divide""",
+        "contiguous": "log_sigmoid",
+    }.items()
+    for name in names.split()
+}
+
+
+@cache
+def memory_order(overload: Any) -> str:
+    """Returns how a kernel orders its result's memory where torch's shape function is wrong."""
+    return _MEMORY_ORDER.get(operator_of(overload), "")
+
+
+# -- delayed initialisation and DTensors -------------------------------------------------------------------------------------
+
+# Those that write every element of their first argument without reading it.
+FILLS = _packets("uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_ zero_ fill_ copy_")
+# Those that read the shape of their first argument, not its values.
+READS_SHAPE = _packets("""
+    empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_empty_strided new_zeros new_ones
+    new_full
+""")
+# Those that have no values: zeros in the replay, so that all ranks agree on them.
+EMPTY = _packets("empty empty_strided empty_permuted empty_like new_empty new_empty_strided")
+LIFTS = _packets("lift lift_fresh lift_fresh_copy")  # torch.tensor(...) ends in one
+READS_NUMBER = _aten._local_scalar_dense.default  # .item(), and the conversions to a number
+IS_NONZERO = _aten.is_nonzero.default
+CHECKS_AND_UNSCALES = _aten._amp_foreach_non_finite_check_and_unscale_.default
+
+# Those that reach DTensor as they are; others are taken apart before.
+_DRAWS_ON_DTENSORS = """
+    normal_ uniform_ bernoulli bernoulli_ rand_like randn_like randint_like native_dropout random_ exponential_ log_normal_
+    geometric_ cauchy_ multinomial normal poisson binomial rrelu_with_noise rrelu_with_noise_ _standard_gamma _sample_dirichlet
+"""
+
+
+def draws_on_dtensors() -> list[Any]:
+    """Returns the overloads by which random numbers are drawn for a DTensor."""
+    packets = (getattr(_aten, name) for name in _DRAWS_ON_DTENSORS.split())
+    overloads = (getattr(packet, name) for packet in packets for name in packet.overloads())
+    return [overload for overload in overloads if may_draw(overload)]
