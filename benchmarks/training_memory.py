@@ -45,7 +45,7 @@ from models import GPT
 from torch import Tensor, nn
 from training_variants import BUCKET, CASES, OURS, adamw, batch, own_inputs, prepared, threshold
 
-from shardwright.ir.buckets import Schedule
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.plan.memory import memory_of
 
 SIZE = 4  # bytes of an element
@@ -114,7 +114,8 @@ def closed_form(net: nn.Module, inputs: tuple[Tensor, ...], strategy: str, ranks
         width = inputs[0].shape[1] * net.tokens.embedding_dim if isinstance(net, GPT) else net.layers[1].out_features
         arriving = _arriving(SIZE * rows * width, ranks, False) if strategy == "tensor parallel" else 0.0
     else:
-        full = BUCKET << 20 if "fused" in strategy else (Schedule().gathers if "hsdp" in strategy else Schedule().sums).bytes
+        default = MoveBuckets()
+        full = BUCKET << 20 if "fused" in strategy else (default.gathers if "hsdp" in strategy else default.sums).bytes
         buckets = _buckets({n: s for n, s in sizes.items() if "hsdp" not in strategy or s >= least}, full)
         moments = _while_buckets_travel(kept, buckets, strategy, ranks, full)
         arriving = max(_arriving(sum(bucket), ranks, "hsdp" in strategy) for bucket in buckets)

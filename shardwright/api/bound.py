@@ -25,7 +25,7 @@ from shardwright.capture.closure import attribute_of
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.handed import Handed
 from shardwright.errors import CaptureError, WorldError
-from shardwright.ir.buckets import Schedule
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph, GraphInput
 from shardwright.ir.layout import Layout
 from shardwright.ir.machine import Machine
@@ -86,8 +86,11 @@ class Compiled:
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
-        machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
-        request = replace(plan_request(world.size, settings, parameter_plan, machine), machine=machine, once=world.once)
+        # a calibration may be on one host and not on another
+        machine: Machine = world.on_first_rank(lambda: load_machine(named))
+        request = replace(
+            plan_request(world.size, settings, parameter_plan, machine), machine=machine, on_first_rank=world.on_first_rank
+        )
         self.plan: Plan = plan_as_asked(root, self.graph, request, settings, again)
         self.plan = replace(self.plan, input_layouts=self._stored(device))
         links = machine_links(machine, self.plan.mesh)
@@ -132,7 +135,7 @@ class Compiled:
             self.runs = self.compiler.compiled(program, self.graph, self.world.is_simulated)
         return self.world.bind(self.runs)
 
-    def _accumulated(self, program: LocalProgram, how: Schedule, settings: Settings) -> AccumulatedRun:
+    def _accumulated(self, program: LocalProgram, how: MoveBuckets, settings: Settings) -> AccumulatedRun:
         """The program in two parts, and what runs them."""
         assert self.micro is not None
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch

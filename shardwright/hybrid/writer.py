@@ -12,7 +12,7 @@ from shardwright.errors import Problems
 from shardwright.hybrid.capture import Handed, RankGraphs
 from shardwright.hybrid.functions import chosen
 from shardwright.hybrid.mesh import Over
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.graph import GraphInput, Node
 from shardwright.ir.instructions import Call, Instruction, Move, PerRank, ProgramInput, Ref
 from shardwright.ir.layout import Layout
@@ -34,8 +34,8 @@ class Writer:
         self.parameters, self.handed = parameters, handed
         self.problems = Problems()
         self.instructions: list[Instruction] = []
-        self.lanes: dict[str, lane.Lanes] = {}
-        self.same: dict[str, lane.Lanes] = {}
+        self.lanes: dict[str, rank_groups.RankGroups] = {}
+        self.same: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}  # of inputs, as they come and as they are read
         self.place: dict[str, str] = {}  # graph value -> local value
         self.shapes: dict[str, tuple[int, ...]] = {}  # graph input -> whole shape
@@ -56,7 +56,7 @@ class Writer:
             shape, stored, used = item.shape, item.given, item.used
         stored, used = stored.normal(shape), used.normal(shape)
         self.shapes[name], self.waiting[name], self.layouts[name] = shape, (stored, used), stored
-        self.lanes[name] = self.same[name] = lane.of_layout(stored)
+        self.lanes[name] = self.same[name] = rank_groups.of_layout(stored)
         meta = TensorMeta(shape, graph_input.meta.dtype, (), graph_input.meta.device)
         return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
 
@@ -70,10 +70,10 @@ class Writer:
             steps = redistribution(stored, used, self.shapes[value], gradient, Options(itemsize=dtype.itemsize))
             self.place[value] = value
             if not steps.is_identity:
-                lanes = lane.of_layout(steps.target, steps.partial_gradient)
+                lanes = rank_groups.of_layout(steps.target, steps.partial_gradient)
                 edge = f"{value} -> {reader}"
                 self.place[value] = self.move(value, steps, dtype, reader, edge, lanes, needs_grad)
-                self.same[self.place[value]] = lane.of_layout(steps.target)
+                self.same[self.place[value]] = rank_groups.of_layout(steps.target)
                 self.layouts[self.place[value]] = steps.target
         return self.place[value]
 
@@ -99,7 +99,7 @@ class Writer:
         return f"{hint}_{number}"
 
     def move(
-        self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: lane.Lanes,
+        self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: rank_groups.RankGroups,
         needs_grad: bool, node: Node | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
         name = name or self.new_name(source)
@@ -110,11 +110,13 @@ class Writer:
 
     def call(self, function: Any, args: Any, kwargs: Any, names: tuple[str, ...], node: Node | None, sequence: bool) -> None:
         leaves = pytree.tree_leaves((args, kwargs))
-        own = [lane.number([repr(leaf.of(rank)) for rank in self.everyone]) for leaf in leaves if isinstance(leaf, PerRank)]
+        own = [
+            rank_groups.number([repr(leaf.of(rank)) for rank in self.everyone]) for leaf in leaves if isinstance(leaf, PerRank)
+        ]
         read = [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
         whole = (0,) * self.mesh.size
-        lanes = lane.join(whole, *own, *(self.lanes[name] for name in read))
-        same = lane.join(whole, *own, *(self.same[name] for name in read))
+        lanes = rank_groups.join(whole, *own, *(self.lanes[name] for name in read))
+        same = rank_groups.join(whole, *own, *(self.same[name] for name in read))
         for name in names:
             self.lanes[name], self.same[name] = lanes, same
         grad, autocast, cause = (node.grad, node.autocast, node.name) if node else (True, None, "return")

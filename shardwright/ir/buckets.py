@@ -20,7 +20,7 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class MoveBuckets:
     """What counts as small and as large, and what comes in buckets.
 
     Args:

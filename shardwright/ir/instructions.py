@@ -11,10 +11,10 @@ import torch
 from shardwright.base.torch_private import pytree
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import OpOverload, TensorMeta
+from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.redistribution import Redistribution
 
 F = TypeVar("F", bound=Callable[..., Any])
-Lanes = tuple[int, ...]
 Autocast = tuple[Any, ...] | None
 
 
@@ -40,7 +40,7 @@ class Call:
     outputs: tuple[str, ...]
     sequence: bool
     cause: str
-    lanes: Lanes
+    lanes: RankGroups
     autocast: Autocast = None
     grad: bool = True
     recompute: bool = False
@@ -92,11 +92,11 @@ class Move:
     dtype: torch.dtype
     cause: str
     edge: str
-    lanes: Lanes
+    lanes: RankGroups
     needs_grad: bool
     grad: bool = True
     autocast: Autocast = None
-    started: bool = False  # a Start before it begins it
+    started: bool = False  # a StartMoves before it begins it
     recompute: bool = False  # its result is not kept for the backward pass but moved again there
     copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
     wire: Wire | None = None
@@ -111,7 +111,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartMoves:
     """Begins moves, whose own instructions end them: they travel meanwhile. In the backward pass it is the other way round.
 
     Several moves share their collectives: in the backward pass these begin when the last of the gradients is there.
@@ -129,7 +129,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Together:
+class FusedMoves:
     """Moves of one kind over the same axes that share their collectives, forward and backward, and again."""
 
     moves: tuple[Move, ...]
@@ -148,7 +148,7 @@ class Together:
 
 
 @dataclass(frozen=True)
-class KeepPiece:
+class KeepSliceForBackward:
     """From here on a value is kept for the backward pass as the piece that ``cut`` makes; ``gather`` makes it whole again."""
 
     cut: Move
@@ -163,7 +163,7 @@ class KeepPiece:
         return self.cut.cause
 
 
-Instruction = Call | Move | Start | Together | KeepPiece
+Instruction = Call | Move | StartMoves | FusedMoves | KeepSliceForBackward
 
 
 def resolve(argument: Any, rank: int) -> Any:
@@ -211,7 +211,7 @@ class PerRank:
 
 def moves_of(instruction: Instruction) -> tuple[Move, ...]:
     """The moves that an instruction ends; none of a call."""
-    if isinstance(instruction, Together):
+    if isinstance(instruction, FusedMoves):
         return instruction.moves
     return (instruction,) if isinstance(instruction, Move) else ()
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwright.base.torch_private import pytree
-from shardwright.ir.instructions import Instruction, KeepPiece, Lanes, Move, ProgramInput, Ref, Start, Together
+from shardwright.ir.instructions import (
+    FusedMoves,
+    Instruction,
+    KeepSliceForBackward,
+    Move,
+    ProgramInput,
+    RankGroups,
+    Ref,
+    StartMoves,
+)
 from shardwright.ir.layout import Layout
 from shardwright.ir.program_text import instruction_text
 
@@ -31,7 +40,7 @@ class LocalProgram:
     instructions: tuple[Instruction, ...]
     outputs: tuple[Any, ...]
     updates: tuple[tuple[str, str], ...]
-    lanes: dict[str, Lanes]
+    lanes: dict[str, RankGroups]
     layouts: dict[str, Layout]
     places: dict[str, str] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
@@ -53,7 +62,7 @@ class LocalProgram:
         return self.text(0)
 
     def _remark(self, instruction: Instruction) -> str:
-        if isinstance(instruction, (Start, KeepPiece)) or not instruction.recompute:
+        if isinstance(instruction, (StartMoves, KeepSliceForBackward)) or not instruction.recompute:
             return ""
         if self.kept.issuperset(instruction.outputs):
             return ", kept; what it saves within is computed again"
@@ -66,21 +75,21 @@ class LocalProgram:
         for instruction in self.instructions:
             if isinstance(instruction, Move):
                 found.append(instruction)
-            elif isinstance(instruction, Together):
+            elif isinstance(instruction, FusedMoves):
                 found += instruction.moves
         return found
 
     @property
     def together(self) -> list[tuple[Move, ...]]:
         """The moves that share their collectives."""
-        return [i.moves for i in self.instructions if isinstance(i, (Start, Together)) and len(i.moves) > 1]
+        return [i.moves for i in self.instructions if isinstance(i, (StartMoves, FusedMoves)) and len(i.moves) > 1]
 
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
         if isinstance(instruction, Move):
             return (instruction.source,)
-        if isinstance(instruction, KeepPiece):
+        if isinstance(instruction, KeepSliceForBackward):
             return (instruction.cut.source,)
-        if isinstance(instruction, (Start, Together)):
+        if isinstance(instruction, (StartMoves, FusedMoves)):
             return tuple(move.source for move in instruction.moves)
         leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
         return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))

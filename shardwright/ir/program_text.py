@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardwright.ir.instructions import Instruction, KeepPiece, Move, Start, Together, resolve
+from shardwright.ir.instructions import FusedMoves, Instruction, KeepSliceForBackward, Move, StartMoves, resolve
 from shardwright.ir.operator import operator_name
 
 
@@ -18,12 +18,12 @@ def argument_text(argument: Any) -> str:
 
 
 def instruction_text(instruction: Instruction, rank: int) -> str:
-    if isinstance(instruction, Start):
+    if isinstance(instruction, StartMoves):
         edges = "; ".join(m.edge for m in instruction.moves)
         return f"start({', '.join(m.output for m in instruction.moves)})  # {edges}"
-    if isinstance(instruction, KeepPiece):
+    if isinstance(instruction, KeepSliceForBackward):
         return f"keep_piece({instruction.cut.source}, {str(instruction.cut.redistribution)!r})  # {instruction.cause}"
-    if isinstance(instruction, Together):
+    if isinstance(instruction, FusedMoves):
         names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
         edges = "; ".join(m.edge for m in instruction.moves)
         what = f"{str(instruction.moves[0].redistribution)!r}{_wire_text(instruction.moves[0])}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from shardwright.base.torch_private import pytree
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.choice import Choice
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import Autocast, Call, Instruction, Move, PerRank, Ref
@@ -43,7 +43,7 @@ class ProgramBuilder:
     def __init__(self, size: int, taken: Container[str], first_rank_only: bool = False):
         self.size, self.taken, self.first_rank_only = size, taken, first_rank_only
         self.instructions: list[Instruction] = []
-        self.lanes: dict[str, lane.Lanes] = {}
+        self.lanes: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}
         self._count = 0
 
@@ -55,7 +55,7 @@ class ProgramBuilder:
             if name not in self.lanes and name not in self.taken:
                 return name
 
-    def lanes_of(self, leaves: list[Any], lanes: dict[str, lane.Lanes] | None = None) -> lane.Lanes:
+    def lanes_of(self, leaves: list[Any], lanes: dict[str, rank_groups.RankGroups] | None = None) -> rank_groups.RankGroups:
         """Returns the lanes of a call with these arguments: ranks that are given the same compute the same.
 
         Args:
@@ -66,13 +66,15 @@ class ProgramBuilder:
         lanes = self.lanes if lanes is None else lanes
         known = [lanes[leaf.name] for leaf in leaves if isinstance(leaf, Ref)]
         known += [
-            lane.number([_hashable(leaf.of(rank)) for rank in range(self.size)]) for leaf in leaves if isinstance(leaf, PerRank)
+            rank_groups.number([_hashable(leaf.of(rank)) for rank in range(self.size)])
+            for leaf in leaves
+            if isinstance(leaf, PerRank)
         ]
-        return lane.join(*known) if known else (0,) * self.size
+        return rank_groups.join(*known) if known else (0,) * self.size
 
-    def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> lane.Lanes:
+    def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> rank_groups.RankGroups:
         """Returns the lanes of a value in a layout, its partial gradient along ``partial`` apart."""
-        return () if self.first_rank_only else lane.of_layout(layout, partial)
+        return () if self.first_rank_only else rank_groups.of_layout(layout, partial)
 
     def call(
         self,
@@ -80,7 +82,7 @@ class ProgramBuilder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         names: tuple[str, ...],
-        lanes: lane.Lanes,
+        lanes: rank_groups.RankGroups,
         sequence: bool = False,
         cause: str = "return",
         node: Node | None = None,
@@ -109,7 +111,7 @@ class ProgramBuilder:
         grad: bool = True,
         autocast: Autocast = None,
         name: str | None = None,
-        lanes: lane.Lanes | None = None,
+        lanes: rank_groups.RankGroups | None = None,
     ) -> str:
         """Writes a move and returns the name of its result.
 
@@ -229,7 +231,7 @@ class NodeBuilder:
             names.append(hint if is_free else self.builder.new_name(hint))
         return self.builder.call(function, args, kwargs, tuple(names), lanes, sequence, node=self.node)
 
-    def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> None:
+    def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: rank_groups.RankGroups) -> None:
         """A differentiable input that several lanes share would lose its gradient's reduction."""
         if self.builder.first_rank_only or not self.node.grad or _reads_without(function):
             return

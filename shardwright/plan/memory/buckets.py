@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwright.cost.memory import BucketMemory, Choose, bucket_memory
-from shardwright.ir.instructions import Move, Start
+from shardwright.ir.instructions import Move, StartMoves
 from shardwright.ir.step import Step
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
@@ -42,7 +42,7 @@ class BucketPlayer:
         tensors = [(found, m.redistribution.shape, m.dtype.itemsize) for m, found in zip(moves, steps, strict=True)]
         return bucket_memory(tensors, self.choose, self.hub)
 
-    def scratch(self, start: Start, trains: bool) -> float:
+    def scratch(self, start: StartMoves, trains: bool) -> float:
         """Bytes of scratch that a bucket's collectives need."""
         phases = [[m.redistribution.forward for m in start.moves]]
         phases += [[m.redistribution.backward for m in start.moves]] if trains and start.moves[0].needs_grad else []
@@ -50,7 +50,7 @@ class BucketPlayer:
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def start(self, start: Start) -> None:
+    def start(self, start: StartMoves) -> None:
         """Moves set off together: what they gather is in flight until the first of them is waited for."""
         bucket = _Bucket(start.moves)
         self.of |= dict.fromkeys((move.output for move in start.moves), bucket)

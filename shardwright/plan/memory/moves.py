@@ -18,7 +18,7 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.ir.instructions import KeepPiece, Move, Start, Together, communicates
+from shardwright.ir.instructions import FusedMoves, KeepSliceForBackward, Move, StartMoves, communicates
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.step import Step
@@ -72,7 +72,7 @@ class MovePlayer:
         largest = 0.0
         together: set[str] = set()
         for move in self.instructions:
-            if isinstance(move, Start) and len(move.moves) > 1:
+            if isinstance(move, StartMoves) and len(move.moves) > 1:
                 together.update(member.output for member in move.moves)
                 scratch = self.buckets.scratch(move, trains)
                 largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
@@ -106,7 +106,7 @@ class MovePlayer:
         self._make_again(move, given, need.peak, is_over_source=not need.result and communicates(move))
         self._record(move, self._play_backward)
 
-    def keep_piece(self, instruction: KeepPiece) -> None:
+    def keep_piece(self, instruction: KeepSliceForBackward) -> None:
         """A value is kept as a piece from which it is gathered again."""
         cut, gather = instruction.cut, instruction.gather
         value = self.state.values[cut.source].storage
@@ -178,7 +178,7 @@ class MovePlayer:
 
     # -- one move, started early --------------------------------------------------------------------------------------
 
-    def start(self, start: Start) -> None:
+    def start(self, start: StartMoves) -> None:
         """Moves set off."""
         if len(start.moves) > 1:
             self.buckets.start(start)
@@ -259,7 +259,7 @@ class MovePlayer:
 
     # -- moves that share a collective --------------------------------------------------------------------------------
 
-    def play_together(self, together: Together) -> None:
+    def play_together(self, together: FusedMoves) -> None:
         """Makes the results of moves that share a collective."""
         moves = together.moves
         sizes, peak = _shared(moves, [m.redistribution.forward for m in moves])
@@ -273,7 +273,7 @@ class MovePlayer:
         if any(map(self._needs_grad, moves)):
             self.state.tape.append(partial(self._play_together_backward, together))
 
-    def _play_together_backward(self, together: Together) -> None:
+    def _play_together_backward(self, together: FusedMoves) -> None:
         """Moves whose results got no gradient take no part."""
         moves = [move for move in together.moves if move.output in self.state.gradients]
         sizes, peak = _shared(moves, [m.redistribution.backward for m in moves])

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from shardwright.cost.memory import Choose
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, KeepPiece, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, KeepSliceForBackward, StartMoves
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
 from shardwright.plan.memory.calls import CallPlayer
@@ -98,11 +98,11 @@ class TrainingStep:
     def _play(self, instruction: Instruction, dying: Sequence[str]) -> None:
         if isinstance(instruction, Call):
             self.calls.play(instruction)
-        elif isinstance(instruction, Start):
+        elif isinstance(instruction, StartMoves):
             self.moves.start(instruction)
-        elif isinstance(instruction, KeepPiece):
+        elif isinstance(instruction, KeepSliceForBackward):
             self.moves.keep_piece(instruction)
-        elif isinstance(instruction, Together):
+        elif isinstance(instruction, FusedMoves):
             self.moves.play_together(instruction)
         elif instruction.started:
             self.moves.end(instruction)

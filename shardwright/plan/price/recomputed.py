@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from shardwright.cost.communication import CollectivePrice
 from shardwright.cost.saved import NOTHING, saved_by
-from shardwright.ir.instructions import Call, KeepPiece, Move, Together
+from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move
 from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
 from shardwright.plan.memory.first_rank import first_rank_program
@@ -82,11 +82,11 @@ class _Again:
         for instruction in reversed(self.program.instructions):
             if isinstance(instruction, Call):
                 self._call(instruction)
-            elif isinstance(instruction, KeepPiece):
+            elif isinstance(instruction, KeepSliceForBackward):
                 if instruction.cut.source in self.wanted:
                     self.moves.append(instruction.gather)
-            elif isinstance(instruction, (Move, Together)) and instruction.recompute:
-                moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
+            elif isinstance(instruction, (Move, FusedMoves)) and instruction.recompute:
+                moves = instruction.moves if isinstance(instruction, FusedMoves) else (instruction,)
                 # those that share collectives go together, and a gather goes ahead of whoever might want it
                 if any(self._is_wanted(move.output) or move.source in self.parameters for move in moves):
                     self.moves += moves

@@ -14,7 +14,7 @@ import torch
 
 from shardwright.base.torch_private import cpp_compiler, pytree
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.graph import Graph
 from shardwright.ir.instructions import Call, Instruction, PerRank, Ref
 from shardwright.ir.program import LocalProgram
@@ -105,7 +105,7 @@ class SegmentCompiler:
         inside = {name for call in calls for name in program.refs_of(call)}
         written = Written(calls, inputs, outputs, frozenset(inside))
         refs = tuple(Ref(name) for name in inputs)
-        lanes = lane.join(*(call.lanes for call in calls))
+        lanes = rank_groups.join(*(call.lanes for call in calls))
         whole = replace(calls[0], kwargs={}, outputs=outputs, sequence=True, cause=calls[-1].cause, lanes=lanes)
         leaves = pytree.tree_leaves([(call.args, call.kwargs) for call in calls])
         if not simulated and not any(isinstance(leaf, PerRank) for leaf in leaves):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, Move, Together, moves_of
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, Move, moves_of
 from shardwright.ir.program import LocalProgram
 
 Reach = frozenset[str] | None  # the outputs that gradients come from; None: there is nothing to differentiate
@@ -52,4 +52,4 @@ def moves_apart(program: LocalProgram, graph: Graph) -> Iterator[Instruction]:
         for move in moves_of(instruction):
             groups.setdefault(computed[0] if move.source in given else values.get(move.output), []).append(move)
         for moves in groups.values():
-            yield Together(tuple(moves)) if len(moves) > 1 else moves[0]
+            yield FusedMoves(tuple(moves)) if len(moves) > 1 else moves[0]

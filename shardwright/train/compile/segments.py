@@ -4,7 +4,7 @@ A segment is as long as the schedule allows. What a segment needs and what does 
 which blocking moves and the moves of parameters (that communicate in the backward pass alone) do not mind; calls that go
 on with what a segment made are brought before blocking moves. What overlaps communication with computation is kept:
 
-- A segment ends where a :class:`Start` stands: no call is brought before it.
+- A segment ends where a :class:`StartMoves` stands: no call is brought before it.
 - A started move that travels in the forward pass is not ended earlier than the schedule ends it.
 - Gradients of parameters leave a segment together, when its backward is done: they are ``bucket`` bytes at most.
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, KeepPiece, Move, Start, Together, moves_of
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, KeepSliceForBackward, Move, StartMoves, moves_of
 from shardwright.ir.program import LocalProgram
 from shardwright.plan.problem.blocks import blocks_of
 from shardwright.train.compile.compilable import changed_in_place, computes, left_out
@@ -114,7 +114,7 @@ class _Growth:
         if not (waits or continues) and facts.may_go_first(instruction, self.rest):
             self.before.append(instruction)
             return True
-        if isinstance(instruction, Start):
+        if isinstance(instruction, StartMoves):
             return False
         self.rest.append(instruction)
         self.late.update(facts.makes(instruction))
@@ -136,7 +136,7 @@ class _Growth:
         needed = set(self.read)
         kept: list[Instruction] = []
         for instruction in reversed(self.before):
-            if isinstance(instruction, Start) or not needed.isdisjoint(self.facts.makes(instruction)):
+            if isinstance(instruction, StartMoves) or not needed.isdisjoint(self.facts.makes(instruction)):
                 needed |= self.facts.reads[id(instruction)]
                 kept.append(instruction)
             else:
@@ -180,7 +180,7 @@ class _Facts:
         return (instruction.autocast, instruction.grad, lanes), self.reach[id(instruction)]
 
     def makes(self, instruction: Instruction) -> tuple[str, ...]:
-        return tuple(map(_token, instruction.moves)) if isinstance(instruction, Start) else instruction.outputs
+        return tuple(map(_token, instruction.moves)) if isinstance(instruction, StartMoves) else instruction.outputs
 
     def region(self, call: Instruction) -> int:
         """Which copy of a repeated layer a call belongs to."""
@@ -195,11 +195,11 @@ class _Facts:
         """Whether what does not depend on a segment may go before it, and before what is left behind."""
         if not self.changed.isdisjoint(self.reads[id(instruction)]):
             return False
-        if isinstance(instruction, (KeepPiece, Start)):
+        if isinstance(instruction, (KeepSliceForBackward, StartMoves)):
             return not rest
         if isinstance(instruction, Move) and instruction.started and _travels(instruction):
             return False
-        if isinstance(instruction, (Move, Together)):
+        if isinstance(instruction, (Move, FusedMoves)):
             return not (_communicates(instruction) and any(map(_communicates, rest)))
         if self.key(instruction) is not None:
             return not rest
@@ -227,7 +227,7 @@ def _travels(move: Move) -> bool:
 
 
 def _communicates(instruction: Instruction) -> bool:
-    return isinstance(instruction, Start) or any(map(_travels, moves_of(instruction)))
+    return isinstance(instruction, StartMoves) or any(map(_travels, moves_of(instruction)))
 
 
 def _gradient_bytes(move: Move) -> float:

@@ -29,7 +29,7 @@ import torch
 
 from shardwright.cost.operations import flops
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, Move, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, Move, StartMoves
 from shardwright.ir.operator import Operator
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.step import Step
@@ -110,7 +110,7 @@ class _Turns:
         last_draw = None
         for at, instruction in enumerate(self.region):
             found = [self.maker[name] for name in program.refs_of(instruction) if name in self.maker]
-            if isinstance(instruction, Start):
+            if isinstance(instruction, StartMoves):
                 starts.update((move.output, at) for move in instruction.moves)
             elif isinstance(instruction, Move) and instruction.output in starts:
                 found.append(starts[instruction.output])
@@ -127,7 +127,7 @@ class _Turns:
         """The results of moves -> the tensor they may share their memory with."""
         memory: dict[str, str] = {}
         for instruction in (*self.before, *self.region):
-            moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
+            moves = instruction.moves if isinstance(instruction, FusedMoves) else (instruction,)
             for move in moves:
                 if isinstance(move, Move):
                     memory[move.output] = memory.get(move.source, move.source)
@@ -218,7 +218,7 @@ class _Turns:
             assert isinstance(started, Move)
             self.started.add(move)
             self.under_way.add(move)
-            self.result.append(Start((started,)))
+            self.result.append(StartMoves((started,)))
         if self.draws[at]:  # what is drawn whole is cut at once, so that only the piece is kept
             cut = at + 1
             while cut < len(self.region) and self._only_cuts(cut, at):
@@ -233,10 +233,12 @@ class _Turns:
 def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) -> list[Instruction]:
     """The same without early starts of copies' own tensors: where these start is decided anew."""
     made = {name for i in instructions for name in i.outputs}
-    own = {i.moves[0].output for i in instructions if isinstance(i, Start) and i.cause in copies and i.moves[0].source in made}
+    own = {
+        i.moves[0].output for i in instructions if isinstance(i, StartMoves) and i.cause in copies and i.moves[0].source in made
+    }
     kept: list[Instruction] = []
     for instruction in instructions:
-        if isinstance(instruction, Start) and instruction.moves[0].output in own:
+        if isinstance(instruction, StartMoves) and instruction.moves[0].output in own:
             continue
         if isinstance(instruction, Move) and instruction.output in own:
             instruction = replace(instruction, started=False)
@@ -246,12 +248,12 @@ def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) ->
 
 def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instruction]:
     """Moves that share their collectives, those of each copy by themselves: one copy's should not wait for another's."""
-    if not isinstance(instruction, Together):
+    if not isinstance(instruction, FusedMoves):
         return [instruction]
     parts: dict[int | None, list[Move]] = {}
     for move in instruction.moves:
         parts.setdefault(copies.get(move.cause), []).append(move)
-    return [moves[0] if len(moves) == 1 else Together(tuple(moves)) for moves in parts.values()]
+    return [moves[0] if len(moves) == 1 else FusedMoves(tuple(moves)) for moves in parts.values()]
 
 
 def _travels(move: Move) -> bool:
@@ -273,13 +275,13 @@ def _without_idle_starts(
     idle: set[str] = set()
     for instruction in instructions:
         calls += isinstance(instruction, Call)
-        if isinstance(instruction, Start):
+        if isinstance(instruction, StartMoves):
             begun.update((move.output, calls) for move in instruction.moves)
         elif isinstance(instruction, Move) and instruction.output in ours and begun[instruction.output] == calls:
             idle.add(instruction.output)
     kept: list[Instruction] = []
     for instruction in instructions:
-        if isinstance(instruction, Start) and instruction.moves[0].output in idle:
+        if isinstance(instruction, StartMoves) and instruction.moves[0].output in idle:
             continue
         if isinstance(instruction, Move) and instruction.output in idle:
             instruction = replace(instruction, started=False)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwright.errors import WorldError
-from shardwright.ir.instructions import Call, Instruction, KeepPiece, Move, PerRank, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, KeepSliceForBackward, Move, PerRank, StartMoves
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.step import Step
 from shardwright.partition.free_results import result_is_free, values_read_once, values_with_free_gradients
 from shardwright.world.distributed.groups import Groups
-from shardwright.world.distributed.moves import DistributedMove, MovesTogether
+from shardwright.world.distributed.moves import DistributedFusedMoves, DistributedMove
 from shardwright.world.distributed.starts import StartedMoves
 from shardwright.world.execute.recipes import Computation
 from shardwright.world.execute.recording import computation_of
@@ -20,7 +20,7 @@ from shardwright.world.execute.source import SourceWriter, write_note
 
 def _steps_of(program: LocalProgram) -> list[Step]:
     """Every step of every move, forward and backward."""
-    moves = [*program.moves, *(i.gather for i in program.instructions if isinstance(i, KeepPiece))]
+    moves = [*program.moves, *(i.gather for i in program.instructions if isinstance(i, KeepSliceForBackward))]
     return [s for m in moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
 
 
@@ -48,14 +48,14 @@ def _bind(
         return DistributedMove(move, rank, groups, inplace, compact, move.output in free_gradients)
 
     for instruction, dead in zip(program.instructions, dying, strict=True):
-        if isinstance(instruction, KeepPiece):
+        if isinstance(instruction, KeepSliceForBackward):
             if records:
                 _write_keep_piece(writer, instruction, rank, groups)
             writer.forget([name for name in dead if name not in (keep or ())])
             continue
-        first = instruction.moves[0] if isinstance(instruction, (Start, Together)) else instruction
+        first = instruction.moves[0] if isinstance(instruction, (StartMoves, FusedMoves)) else instruction
         writer.context(first.autocast, first.grad)
-        if isinstance(instruction, Start):
+        if isinstance(instruction, StartMoves):
             compact = any(made_by.get(move.source) is not None for move in instruction.moves)
             inplace = instruction.moves[0].output in free_gradients
             together_started = StartedMoves(instruction.moves, rank, groups, compact, inplace)
@@ -69,8 +69,8 @@ def _bind(
                 )
             started |= {move.output: (under_way, index) for index, move in enumerate(instruction.moves)}
             left[under_way] = len(instruction.moves)
-        elif isinstance(instruction, Together):
-            together = MovesTogether(instruction.moves, rank, groups)
+        elif isinstance(instruction, FusedMoves):
+            together = DistributedFusedMoves(instruction.moves, rank, groups)
             name = writer.constant("together", together)
             sources = ", ".join(move.source for move in instruction.moves)
             writer.line(f"{', '.join(instruction.outputs)}, = {name}({sources})")
@@ -105,7 +105,7 @@ def _bind(
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
 
 
-def _again(writer: SourceWriter, start: Start, moves: StartedMoves, program: LocalProgram) -> str:
+def _again(writer: SourceWriter, start: StartMoves, moves: StartedMoves, program: LocalProgram) -> str:
     """How started moves are done again: those of parameters may be on their way before anybody waits for them."""
     parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
     is_ahead = all(move.source in parameters for move in start.moves)
@@ -121,7 +121,7 @@ def _write_moved(writer: SourceWriter, move: Move, runner: DistributedMove) -> N
         writer.line(f"_run.kept({move.output})")
 
 
-def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, rank: int, groups: Groups) -> None:
+def _write_keep_piece(writer: SourceWriter, instruction: KeepSliceForBackward, rank: int, groups: Groups) -> None:
     cut, gather = (DistributedMove(m, rank, groups, False, compact=True) for m in (instruction.cut, instruction.gather))
     again = writer.constant("again", Computation(gather.again))
     piece = writer.constant("cut", lambda values: [cut.run_forward(values[0])])

@@ -110,8 +110,11 @@ class DistributedWorld:
     def __repr__(self) -> str:
         return f"DistributedWorld(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What a function makes on rank 0, on every rank, or what it raises: where ranks must not differ, as by the clock."""
+    def on_first_rank(self, make: Callable[[], Any]) -> Any:
+        """Calls ``make`` on rank 0 and returns its result, or raises its error, on every rank.
+
+        For what ranks must not differ in and would, as by the clock. All ranks of the job call it.
+        """
         found: list[Any] = [None]
         if self.rank == 0:
             try:

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from shardwright.base.derivatives import first_derivative_only
-from shardwright.ir import lanes as lane
-from shardwright.ir.instructions import Call, KeepPiece, Move, PerRank, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, PerRank, StartMoves
 from shardwright.ir.layout import Layout
 from shardwright.ir.program import LocalProgram
+from shardwright.ir.rank_groups import RankGroups
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.execute import log as record
 from shardwright.world.execute.recipes import Computation
 from shardwright.world.execute.recording import computation_of
 from shardwright.world.execute.source import SourceWriter, write_note
-from shardwright.world.simulated.moves import SimulatedMove, SimulatedTogether, representatives
+from shardwright.world.simulated.moves import SimulatedFusedMoves, SimulatedMove, representatives
 from shardwright.world.simulated.steps import run_steps
-
-Lanes = lane.Lanes
 
 
 class _EnterFunction(torch.autograd.Function):
@@ -46,7 +44,7 @@ class _EnterFunction(torch.autograd.Function):
         return None, whole
 
 
-def enter(value: Tensor, layout: Layout, lanes: Lanes) -> list[Tensor]:
+def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
     """The piece of a global tensor that each lane holds, differentiably."""
     if max(lanes) == 0:
         return [value]
@@ -74,7 +72,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
     begun: set[str] = set()
     noted: dict[str, SimulatedMove] = {}
     for instruction, dead in zip(program.instructions, dying, strict=True):
-        if isinstance(instruction, Start):  # nothing travels here: the first of the moves to end does it all
+        if isinstance(instruction, StartMoves):  # nothing travels here: the first of the moves to end does it all
             if len(instruction.moves) > 1:
                 bucket_of |= dict.fromkeys((move.output for move in instruction.moves), instruction.moves)
             elif program.copies:  # logs are told, for they say what runs meanwhile
@@ -83,7 +81,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
                 writer.names["_logs"] = record._active
                 writer.line(f"if _logs: {writer.constant('start', noted[move.output].note_start)}({move.source})")
             continue
-        members = instruction.moves if isinstance(instruction, Together) else ()
+        members = instruction.moves if isinstance(instruction, FusedMoves) else ()
         if isinstance(instruction, Move) and instruction.output not in begun:
             members = bucket_of.get(instruction.output, ())
         if members:
@@ -103,7 +101,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
             else:
                 _write_call(writer, instruction, program)
             write_note(writer, instruction, program)
-        elif isinstance(instruction, KeepPiece) and records:
+        elif isinstance(instruction, KeepSliceForBackward) and records:
             _write_keep_piece(writer, instruction, program)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
@@ -115,7 +113,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
 
 
 def _write_together(writer: SourceWriter, moves: Sequence[Move], program: LocalProgram, records: bool) -> None:
-    runner = SimulatedTogether(moves, program.lanes)
+    runner = SimulatedFusedMoves(moves, program.lanes)
     sources, outputs = [move.source for move in moves], [move.output for move in moves]
     writer.line(f"{', '.join(outputs)} = {writer.constant('together', runner)}({', '.join(sources)})")
     if records and moves[0].recompute:
@@ -130,7 +128,7 @@ def _write_move(writer: SourceWriter, move: Move, program: LocalProgram, records
         writer.line(f"_run.moved({writer.constant('again', Computation(runner.again))}, {move.source}, {move.output})")
 
 
-def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, program: LocalProgram) -> None:
+def _write_keep_piece(writer: SourceWriter, instruction: KeepSliceForBackward, program: LocalProgram) -> None:
     cut = SimulatedMove(instruction.cut, program.lanes[instruction.cut.source])
     gather = SimulatedMove(replace(instruction.gather, lanes=program.lanes[instruction.cut.source]), instruction.cut.lanes)
     again = writer.constant("again", Computation(gather.again))
@@ -196,7 +194,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
         _write_many(writer, call)
 
 
-def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: Lanes) -> Tensor:
+def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
     """The global tensor that the lanes hold together, pending sums included."""
     steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]

@@ -1,6 +1,6 @@
 """The simulated world: all ranks in lock step in one process, differentiable, with exact values.
 
-A value is a list of tensors, one a lane (see :mod:`shardwright.ir.lanes`): ranks that compute the same thing are
+A value is a list of tensors, one a lane (see :mod:`shardwright.ir.rank_groups`): ranks that compute the same thing are
 computed once. Collectives are differentiable functions over such lists.
 """
 
@@ -42,8 +42,8 @@ class SimulatedWorld:
     def __repr__(self) -> str:
         return f"SimulatedWorld({self.size})"
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What a function makes; among processes, the first one's on all."""
+    def on_first_rank(self, make: Callable[[], Any]) -> Any:
+        """Calls ``make`` and returns its result: all ranks are this process."""
         return make()
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
