@@ -13,6 +13,7 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.operator import OpOverload, TensorMeta
 from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.redistribution import Redistribution
+from shardwright.ir.step import any_communicates
 
 F = TypeVar("F", bound=Callable[..., Any])
 Autocast = tuple[Any, ...] | None
@@ -104,6 +105,16 @@ class Move:
     @property
     def outputs(self) -> tuple[str, ...]:
         return (self.output,)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether ranks send each other anything when the move goes forward."""
+        return any_communicates(self.redistribution.forward)
+
+    @property
+    def communicates_backward(self) -> bool:
+        """Whether ranks send each other anything of its gradient."""
+        return self.needs_grad and any_communicates(self.redistribution.backward)
 
     def itemsize(self, phase: str) -> int:
         """Bytes an element as it travels, ``forward`` or ``backward``."""
@@ -214,8 +225,3 @@ def moves_of(instruction: Instruction) -> tuple[Move, ...]:
     if isinstance(instruction, FusedMoves):
         return instruction.moves
     return (instruction,) if isinstance(instruction, Move) else ()
-
-
-def communicates(move: Move) -> bool:
-    """Whether ranks send each other anything when the move goes forward."""
-    return any(step.kind != "slice" for step in move.redistribution.forward)

@@ -50,7 +50,7 @@ def _buckets(instructions: Sequence[Instruction], options: MoveBuckets, paramete
         if number is not None:
             found += [moves] if number else [[move] for move in moves]
             continue
-        rule = options.gathers if _communicates(moves[0].redistribution.forward) else options.sums
+        rule = options.gathers if moves[0].communicates else options.sums
         found += _by_place(moves, rule.starts) if rule.starts is not None else _by_size(moves, rule.bytes)
     return [members for members in found if members]
 
@@ -159,13 +159,12 @@ def _started(
         if not isinstance(move, Move):
             continue
         members = bucket_of.get(move.output, (move,))
-        plan = move.redistribution
-        forward = _communicates(plan.forward)
+        forward = move.communicates
         if move.output in begun:
             result[at] = replace(move, started=True)
             continue
         place = max(max(ready.get(m.source, 0) for m in members), earliest if forward else 0)
-        is_large = (forward or (move.needs_grad and _communicates(plan.backward))) and _bytes(move) >= options.large
+        is_large = (forward or move.communicates_backward) and _bytes(move) >= options.large
         if len(members) > 1 or (is_large and any(calls[place:at])):
             result[at] = replace(move, started=True)
             starts.setdefault(place, []).append(StartMoves(tuple(members)))
@@ -177,7 +176,3 @@ def _started(
         merged += starts.get(at, ())
         merged.append(instruction)
     return tuple(merged)
-
-
-def _communicates(steps: Sequence[Step]) -> bool:
-    return any(step.kind != "slice" for step in steps)

@@ -106,9 +106,9 @@ def _communication(moves: Iterable[Move]) -> tuple[str, str]:
     backward: list[str] = []
     for move in moves:
         plan = move.redistribution
-        forward += [_step(s, plan.shape, move.itemsize("forward")) for s in plan.forward if s.kind != "slice"]
+        forward += [_step(s, plan.shape, move.itemsize("forward")) for s in plan.forward if s.communicates]
         if move.needs_grad:
-            backward += [_step(s, plan.shape, move.itemsize("backward")) for s in plan.backward if s.kind != "slice"]
+            backward += [_step(s, plan.shape, move.itemsize("backward")) for s in plan.backward if s.communicates]
     return "\n".join(forward), "\n".join(backward)
 
 
@@ -128,7 +128,7 @@ def _totals(plan: Plan, program: LocalProgram | None) -> list[str]:
         steps = {"forward": redistribution.forward, "backward": redistribution.backward if move.needs_grad else ()}
         for phase, of_phase in steps.items():
             for step in of_phase:
-                if step.kind != "slice":
+                if step.communicates:
                     launch = (phase, shared.get(move.output, move.output), step.kind)
                     totals[phase][0] += move.output not in shared or launch not in seen
                     totals[phase][1] += sent_elements(step, redistribution.shape) * move.itemsize(phase)

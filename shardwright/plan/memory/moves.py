@@ -18,7 +18,8 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.ir.instructions import FusedMoves, KeepSliceForBackward, Move, StartMoves, communicates
+from shardwright.cost.message_sizes import is_kept
+from shardwright.ir.instructions import FusedMoves, KeepSliceForBackward, Move, StartMoves
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.step import Step
@@ -27,7 +28,7 @@ from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
-from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
+from shardwright.plan.memory.usage import Storage
 
 
 @dataclass
@@ -75,13 +76,13 @@ class MovePlayer:
             if isinstance(move, StartMoves) and len(move.moves) > 1:
                 together.update(member.output for member in move.moves)
                 scratch = self.buckets.scratch(move, trains)
-                largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
+                largest = max(largest, scratch if is_kept(scratch) else 0.0)
             elif isinstance(move, Move) and move.output not in together:
                 plan = move.redistribution
                 steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
                 needs = [step_memory(s, plan.shape, move.dtype.itemsize, self.choose, hub=self.hub) for s in steps]
                 scratch = max((need.scratch for need in needs), default=0.0)
-                largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
+                largest = max(largest, scratch if is_kept(scratch) else 0.0)
         self.usage.give_scratch(self.usage.take_scratch(largest))
 
     # -- one move, at once --------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ class MovePlayer:
         self.usage.point(move.cause, need.peak)
         given = self.state.values[move.source].storage
         self._define(move, Storage(need.result, "activations", move.source) if need.result else None)
-        self._make_again(move, given, need.peak, is_over_source=not need.result and communicates(move))
+        self._make_again(move, given, need.peak, is_over_source=not need.result and move.communicates)
         self._record(move, self._play_backward)
 
     def keep_piece(self, instruction: KeepSliceForBackward) -> None:

@@ -23,7 +23,7 @@ def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram
     each: list[Instruction] = []
     ready = set(own)
     for instruction in program.instructions:
-        if isinstance(instruction, Move) and instruction.source in ready and (gathers_once or not _gathers(instruction)):
+        if isinstance(instruction, Move) and instruction.source in ready and (gathers_once or not instruction.communicates):
             once.append(instruction)
             ready.add(instruction.output)
         else:
@@ -40,7 +40,3 @@ def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram
     local = [ProgramInput(name, "local", name, metas[name], program.layouts[name]) for name in handed]
     inputs = (*(i for i in program.inputs if i.kind != "parameter"), *local)
     return first, replace(program, inputs=inputs, instructions=tuple(each)), handed
-
-
-def _gathers(move: Move) -> bool:
-    return any(step.kind != "slice" for step in move.redistribution.forward)

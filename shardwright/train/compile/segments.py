@@ -197,7 +197,7 @@ class _Facts:
             return False
         if isinstance(instruction, (KeepSliceForBackward, StartMoves)):
             return not rest
-        if isinstance(instruction, Move) and instruction.started and _travels(instruction):
+        if isinstance(instruction, Move) and instruction.started and instruction.communicates:
             return False
         if isinstance(instruction, (Move, FusedMoves)):
             return not (_communicates(instruction) and any(map(_communicates, rest)))
@@ -221,18 +221,13 @@ def _reads(program: LocalProgram, instruction: Instruction) -> frozenset[str]:
     return frozenset(names)
 
 
-def _travels(move: Move) -> bool:
-    """Whether a move communicates in the forward pass."""
-    return any(step.kind != "slice" for step in move.redistribution.forward)
-
-
 def _communicates(instruction: Instruction) -> bool:
-    return isinstance(instruction, StartMoves) or any(map(_travels, moves_of(instruction)))
+    return isinstance(instruction, StartMoves) or any(move.communicates for move in moves_of(instruction))
 
 
 def _gradient_bytes(move: Move) -> float:
     """The bytes of the gradient that a move sends, where it sends nothing forward."""
     plan = move.redistribution
-    if _travels(move) or not move.needs_grad or all(step.kind == "slice" for step in plan.backward):
+    if move.communicates or not move.communicates_backward:
         return 0.0
     return math.prod(plan.target.local_shape(plan.shape, plan.target.mesh.ranks[0])) * move.dtype.itemsize

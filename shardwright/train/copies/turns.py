@@ -32,7 +32,6 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.instructions import Call, FusedMoves, Instruction, Move, StartMoves
 from shardwright.ir.operator import Operator
 from shardwright.ir.program import LocalProgram
-from shardwright.ir.step import Step
 from shardwright.rules import random_draw
 from shardwright.rules.pieces import piece
 
@@ -257,12 +256,7 @@ def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instructi
 
 
 def _travels(move: Move) -> bool:
-    plan = move.redistribution
-    return not move.started and (_communicates(plan.forward) or (move.needs_grad and _communicates(plan.backward)))
-
-
-def _communicates(steps: Iterable[Step]) -> bool:
-    return any(step.kind != "slice" for step in steps)
+    return not move.started and (move.communicates or move.communicates_backward)
 
 
 def _without_idle_starts(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Move, communicates
+from shardwright.ir.instructions import Call, Move
 from shardwright.ir.program import LocalProgram
 from shardwright.train.recompute.pieces import keep_in_pieces
 from shardwright.train.recompute.request import RecomputeRequest
@@ -34,7 +34,7 @@ def recompute_parameter_gathers(program: LocalProgram) -> LocalProgram:
         sources = program.refs_of(instruction)
         if not sources or not all(s in pieces or s in gathered for s in sources):
             continue
-        if gathered.intersection(sources) or (isinstance(instruction, Move) and communicates(instruction)):
+        if gathered.intersection(sources) or (isinstance(instruction, Move) and instruction.communicates):
             gathered.update(instruction.outputs)
             chosen.update(instruction.outputs)
         else:
@@ -133,9 +133,9 @@ class _Marking:
             return
         request = self.requests[whole[0]]
         if is_parameter:
-            again = request.parallel_optimizer_comm_recompute and communicates(move)
+            again = request.parallel_optimizer_comm_recompute and move.communicates
         else:
-            again = request.mp_comm_recompute or not communicates(move)
+            again = request.mp_comm_recompute or not move.communicates
         if again:
             self.chosen.add(move.output)
 
