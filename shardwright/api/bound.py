@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.agreement.signature import Signature, lines_of, looked_at
-from shardwright.agreement.watch import compare_on_ranks, explain, note
+from shardwright.agreement.watch import explain, note
 from shardwright.api import train_step
 from shardwright.api.marks import gather_again, gather_marks
 from shardwright.api.settings import Settings
@@ -35,7 +34,6 @@ from shardwright.parameters.distribute import distribute_parameters
 from shardwright.parameters.enter import enter
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import layout_of
-from shardwright.parameters.whole import materialise_whole
 from shardwright.partition.partitioner import scheduled, unscheduled
 from shardwright.redistribute.links import machine_links
 from shardwright.redistribute.planner import Options
@@ -80,9 +78,8 @@ class Compiled:
         with watch, given_a_part(self.micro), settings.precision.computing(device.type):
             self.graph: Graph = capture(root, args, kwargs, device, marks)
         self._check_assignments()
-        if not world.is_simulated:
-            text, constants = lines_of(str(self.graph), root), list(self.graph.constants.values())
-            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
+        constants = list(self.graph.constants.values())
+        world.compare("graph", lambda: (lines_of(str(self.graph), root), looked_at(constants, sketched=True)))
         self.graph = follow_attributes(self.graph, world.size, settings, parameter_plan)
         self.graph = prepare_copies(self.graph, parameter_plan if settings.mode != "data_parallel" else None)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
@@ -96,14 +93,13 @@ class Compiled:
         links = machine_links(machine, self.plan.mesh)
         options = Options(links, enable_alltoall=settings.enable_alltoall and not is_interleaved(self.graph))
         program = unscheduled(self.graph, self.plan, options)
-        adds_wide = world.is_simulated or device.type == "cpu"
+        adds_wide = world.adds_wide(device)
         program = with_wires(program, self.graph, settings.precision, self.micro is not None, adds_wide)
         for change in self.plan.passes:
             program = change(program)
         how = self.plan.schedule
         self.program: LocalProgram = interleave(scheduled(program, how), self.graph)
-        if not world.is_simulated:
-            compare_on_ranks(world, "program", lines_of(self.program.text(0)))
+        world.compare("program", lambda: (lines_of(self.program.text(0)), ()))
         self.view = PlanView(self.plan, self.program)
         self.compiler = settings.compiler
         self.runs = self.program  # what runs: the program, or its form of compiled segments
@@ -132,7 +128,7 @@ class Compiled:
         """The program bound to the world, compiled if that is asked for."""
         self.runs = program
         if self.compiler is not None:
-            self.runs = self.compiler.compiled(program, self.graph, self.world.is_simulated)
+            self.runs = self.compiler.compiled(program, self.graph, self.world.runs_lanes)
         return self.world.bind(self.runs)
 
     def _accumulated(self, program: LocalProgram, how: MoveBuckets, settings: Settings) -> AccumulatedRun:
@@ -161,10 +157,7 @@ class Compiled:
         """Places the parameters as the plan stores them; returns the layouts they really have."""
         layouts = dict(self.plan.input_layouts)
         named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
-        if self.world.is_simulated:
-            materialise_whole(self.root)
-            return layouts
-        actual = distribute_parameters(self.root, self._all(named), device)
+        actual = self.world.place_parameters(self.root, self._all(named), device)
         for i in self.graph.inputs:
             if i.kind == "parameter":
                 layouts[i.value] = actual[str(i.target)]
@@ -198,7 +191,7 @@ class Compiled:
         values = [read(leaves) for read in self._read]
         if self.graph.updates:
             self._check_aliases(values)
-        if not self.world.is_simulated and self._parameters:
+        if self.world.keeps_pieces and self._parameters:
             stored = [values[n] for n in self._parameters]
             if not all(type(p) is DTensor for p in stored):
                 stored = self._replaced(stored)
@@ -282,13 +275,13 @@ class Compiled:
             layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh
             for name, parameter in self.root.named_parameters():
                 layouts.setdefault(name, Layout.replicated(mesh, parameter.ndim))
-            distribute_parameters(self.root, layouts, self.world.device)  # type: ignore[union-attr]
+            distribute_parameters(self.root, layouts, self.world.device_of(self.root))
         return [self._read[n]([]) for n in self._parameters]
 
     def _run(self, values: list[Any]) -> Any:
         try:
-            if self._is_random and not self.world.is_simulated:
-                agree_on_random_state(self.world.device)  # type: ignore[union-attr]
+            if self._is_random:
+                self.world.agree_on_random_state()
             return self.run(*values)
         except RuntimeError as error:  # of communication, it may be, because of what another rank did
             said = explain(self.world)
@@ -310,10 +303,7 @@ class Compiled:
 
 def device_of(root: nn.Module, world: World) -> torch.device:
     """Where the program will run."""
-    if not world.is_simulated:
-        return world.device  # type: ignore[union-attr]
-    devices = {p.device for p in root.parameters() if p.device.type != "meta"}
-    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return world.device_of(root)
 
 
 # -- strategies given to modules and parameters by name -------------------------------------------------------------------
