@@ -1,8 +1,17 @@
-"""Instructions: what a local program is made of, calls on local tensors and moves of values between layouts."""
+"""Instructions: what a local program is made of, calls on local tensors and moves of values between layouts.
+
+All of them answer the same questions, so that who reads a program seldom has to ask which instruction it is:
+
+- ``reads`` and ``outputs``, local values by name; ``cause``, the graph node that it comes from;
+- ``starts``, the moves that it begins, and ``ends``, the moves whose results are there after it;
+- ``recompute``, whether its results are not kept for the backward pass but made again there.
+
+Where each needs an answer of its own there is :class:`~shardwright.ir.visitor.InstructionVisitor`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,6 +54,19 @@ class Call:
     autocast: Autocast = None
     grad: bool = True
     recompute: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return ()
 
     @property
     def written(self) -> list[str]:
@@ -103,8 +125,20 @@ class Move:
     wire: Wire | None = None
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return (self.output,)
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return (self,)
 
     @property
     def communicates(self) -> bool:
@@ -131,8 +165,24 @@ class StartMoves:
     moves: tuple[Move, ...]
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(move.source for move in self.moves)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return self.moves
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def recompute(self) -> bool:
+        return False  # it has no results: those of its moves are there when they end
 
     @property
     def cause(self) -> str:
@@ -146,12 +196,24 @@ class FusedMoves:
     moves: tuple[Move, ...]
 
     @property
-    def recompute(self) -> bool:
-        return self.moves[0].recompute
+    def reads(self) -> tuple[str, ...]:
+        return tuple(move.source for move in self.moves)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return tuple(move.output for move in self.moves)
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return self.moves
+
+    @property
+    def recompute(self) -> bool:
+        return self.moves[0].recompute
 
     @property
     def cause(self) -> str:
@@ -166,8 +228,24 @@ class KeepSliceForBackward:
     gather: Move
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.cut.source,)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def recompute(self) -> bool:
+        return False  # it has no results
 
     @property
     def cause(self) -> str:
@@ -220,8 +298,16 @@ class PerRank:
         self.of = of
 
 
-def moves_of(instruction: Instruction) -> tuple[Move, ...]:
-    """The moves that an instruction ends; none of a call."""
-    if isinstance(instruction, FusedMoves):
-        return instruction.moves
-    return (instruction,) if isinstance(instruction, Move) else ()
+def is_call(instruction: Instruction) -> bool:
+    """Returns whether an instruction computes something, rather than move it."""
+    return isinstance(instruction, Call)
+
+
+def calls_of(instructions: Iterable[Instruction]) -> list[Call]:
+    """Returns the local calls, in order."""
+    return [i for i in instructions if isinstance(i, Call)]
+
+
+def moves_alone(instructions: Iterable[Instruction]) -> list[Move]:
+    """Returns the moves that are instructions of their own, in order: not those that share their collectives."""
+    return [i for i in instructions if isinstance(i, Move)]

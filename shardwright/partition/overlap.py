@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from shardwright.ir.buckets import MoveBuckets
-from shardwright.ir.instructions import Call, FusedMoves, Instruction, Move, StartMoves
+from shardwright.ir.instructions import FusedMoves, Instruction, Move, StartMoves, is_call, moves_alone
 from shardwright.ir.step import Step
 from shardwright.redistribute.volume import is_even
 
@@ -42,8 +42,8 @@ def schedule(
 def _buckets(instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str]) -> list[list[Move]]:
     """Moves of parameters, those that share their collectives together, in the order in which they are read."""
     kinds: dict[Any, list[Move]] = {}
-    for move in instructions:
-        if isinstance(move, Move) and move.source in parameters and (kind := _kind(move)) is not None:
+    for move in moves_alone(instructions):
+        if move.source in parameters and (kind := _kind(move)) is not None:
             kinds.setdefault((kind, options.ids.get(move.source)), []).append(move)
     found: list[list[Move]] = []
     for (_, number), moves in kinds.items():
@@ -106,7 +106,7 @@ def _joined(instructions: Sequence[Instruction], options: MoveBuckets, alone: Co
     for at, instruction in enumerate(instructions):
         for members in groups.get(at, ()):
             joined.append(members[0] if len(members) == 1 else FusedMoves(tuple(members)))
-        if not (isinstance(instruction, Move) and instruction.output in elsewhere):
+        if elsewhere.isdisjoint(instruction.outputs):
             joined.append(instruction)
     return joined
 
@@ -151,10 +151,10 @@ def _started(
     begun: set[str] = set()
     ready = {name: at + 1 for at, i in enumerate(instructions) for name in i.outputs}
     result = list(instructions)
-    calls = [isinstance(i, Call) for i in instructions]
+    calls = [is_call(i) for i in instructions]
     earliest = 0
     for at, move in enumerate(instructions):
-        if isinstance(move, FusedMoves):
+        if len(move.ends) > 1:
             earliest = at + 1
         if not isinstance(move, Move):
             continue

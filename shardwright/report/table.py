@@ -91,11 +91,9 @@ def _module(node: Node) -> str:
 
 
 def _moves_by_cause(program: LocalProgram | None) -> dict[str, list[Move]]:
-    from shardwright.ir.instructions import Call
-
     result: dict[str, list[Move]] = {}
     if program is not None:
-        nodes = {i.cause for i in program.instructions if isinstance(i, Call)}
+        nodes = {call.cause for call in program.calls}
         for move in program.moves:
             result.setdefault(move.cause if move.cause in nodes else "", []).append(move)
     return result

@@ -42,11 +42,11 @@ class BucketPlayer:
         tensors = [(found, m.redistribution.shape, m.dtype.itemsize) for m, found in zip(moves, steps, strict=True)]
         return bucket_memory(tensors, self.choose, self.hub)
 
-    def scratch(self, start: StartMoves, trains: bool) -> float:
-        """Bytes of scratch that a bucket's collectives need."""
-        phases = [[m.redistribution.forward for m in start.moves]]
-        phases += [[m.redistribution.backward for m in start.moves]] if trains and start.moves[0].needs_grad else []
-        return max((self._need(start.moves, steps).scratch for steps in phases if any(steps)), default=0.0)
+    def scratch(self, moves: Sequence[Move], trains: bool) -> float:
+        """Returns the bytes of scratch that a bucket's collectives need."""
+        phases = [[m.redistribution.forward for m in moves]]
+        phases += [[m.redistribution.backward for m in moves]] if trains and moves[0].needs_grad else []
+        return max((self._need(moves, steps).scratch for steps in phases if any(steps)), default=0.0)
 
     # -- forward --------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from shardwright.cost.memory import (
     step_memory,
 )
 from shardwright.cost.message_sizes import is_kept
-from shardwright.ir.instructions import FusedMoves, KeepSliceForBackward, Move, StartMoves
+from shardwright.ir.instructions import FusedMoves, KeepSliceForBackward, Move, StartMoves, moves_alone
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.step import Step
@@ -70,20 +70,20 @@ class MovePlayer:
         """
         if self.choose is None:
             return
-        largest = 0.0
-        together: set[str] = set()
-        for move in self.instructions:
-            if isinstance(move, StartMoves) and len(move.moves) > 1:
-                together.update(member.output for member in move.moves)
-                scratch = self.buckets.scratch(move, trains)
-                largest = max(largest, scratch if is_kept(scratch) else 0.0)
-            elif isinstance(move, Move) and move.output not in together:
-                plan = move.redistribution
-                steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
-                needs = [step_memory(s, plan.shape, move.dtype.itemsize, self.choose, hub=self.hub) for s in steps]
-                scratch = max((need.scratch for need in needs), default=0.0)
-                largest = max(largest, scratch if is_kept(scratch) else 0.0)
+        buckets = [i.starts for i in self.instructions if len(i.starts) > 1]
+        together = {move.output for members in buckets for move in members}
+        alone = [move for move in moves_alone(self.instructions) if move.output not in together]
+        needed = [self.buckets.scratch(members, trains) for members in buckets]
+        needed += [self._scratch(move, self.choose, trains) for move in alone]
+        largest = max((scratch for scratch in needed if is_kept(scratch)), default=0.0)
         self.usage.give_scratch(self.usage.take_scratch(largest))
+
+    def _scratch(self, move: Move, choose: Choose, trains: bool) -> float:
+        """Returns the bytes of scratch that a move by itself needs."""
+        plan = move.redistribution
+        steps = [*plan.forward, *(plan.backward if move.needs_grad and trains else ())]
+        needs = [step_memory(s, plan.shape, move.dtype.itemsize, choose, hub=self.hub) for s in steps]
+        return max((need.scratch for need in needs), default=0.0)
 
     # -- one move, at once --------------------------------------------------------------------------------------------
 

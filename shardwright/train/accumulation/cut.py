@@ -19,7 +19,7 @@ def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram
         The two programs, and the local values that the first hands to the second: its inputs of kind ``local``.
     """
     own = {i.name for i in program.inputs if i.kind == "parameter"}
-    once: list[Instruction] = []
+    once: list[Move] = []
     each: list[Instruction] = []
     ready = set(own)
     for instruction in program.instructions:
@@ -28,11 +28,10 @@ def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram
             ready.add(instruction.output)
         else:
             each.append(instruction)
-    read = {name for instruction in each for name in program.refs_of(instruction)}
+    read = {name for instruction in each for name in instruction.reads}
     read |= {o for o in program.outputs if isinstance(o, str)} | {v for _, v in program.updates}
     metas = {i.name: i.meta for i in program.inputs}
     for move in once:
-        assert isinstance(move, Move)
         metas[move.output] = metas[move.source]
     handed = tuple(name for name in metas if name in ready and name in read)
     given = tuple(i for i in program.inputs if i.kind == "parameter")

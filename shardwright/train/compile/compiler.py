@@ -102,7 +102,7 @@ class SegmentCompiler:
     def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], runs_lanes: bool) -> Call:
         """A segment as one call. What depends on the rank is compiled for each rank's values."""
         calls, inputs = segment.calls, _inputs(program, segment)
-        inside = {name for call in calls for name in program.refs_of(call)}
+        inside = {name for call in calls for name in call.reads}
         written = Written(calls, inputs, outputs, frozenset(inside))
         refs = tuple(Ref(name) for name in inputs)
         lanes = rank_groups.join(*(call.lanes for call in calls))
@@ -124,4 +124,4 @@ def _inputs(program: LocalProgram, item: Instruction | Segment) -> tuple[str, ..
     """The values that an instruction or a segment reads and does not make, each once."""
     calls: Sequence[Instruction] = item.calls if isinstance(item, Segment) else (item,)
     own = {name for call in calls for name in call.outputs}
-    return tuple(dict.fromkeys(name for call in calls for name in program.refs_of(call) if name not in own))
+    return tuple(dict.fromkeys(name for call in calls for name in call.reads if name not in own))

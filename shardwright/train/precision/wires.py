@@ -96,7 +96,7 @@ class _Wires:
         self.nodes = {node.name: node for node in graph.nodes}
         self.readers: dict[str, list[Instruction | None]] = {}
         for instruction in program.instructions:
-            for name in program.refs_of(instruction):
+            for name in instruction.reads:
                 self.readers.setdefault(name, []).append(instruction)
         for name in [*program.outputs, *(value for _, value in program.updates)]:
             if isinstance(name, str):

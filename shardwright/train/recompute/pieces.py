@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from shardwright.ir import rank_groups
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Instruction, KeepSliceForBackward, Move, StartMoves
+from shardwright.ir.instructions import Instruction, KeepSliceForBackward, Move
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
@@ -23,8 +23,6 @@ def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str])
     instructions: list[Instruction] = []
     for instruction in program.instructions:
         instructions.append(instruction)
-        if isinstance(instruction, (StartMoves, KeepSliceForBackward)):
-            continue
         for name in instruction.outputs:
             if name in values and name in meta_of:
                 made = _keep_piece(name, meta_of[name], program.layouts[name], instruction.cause)
