@@ -1,4 +1,4 @@
-"""What the local program of a user's program of one rank is written with: its inputs, its instructions and their lanes."""
+"""Writer: builds the local program of a per-rank user program."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from shardwright.hybrid.functions import chosen
 from shardwright.hybrid.mesh import Over
 from shardwright.ir import rank_groups
 from shardwright.ir.graph import GraphInput, Node
-from shardwright.ir.instructions import Call, Instruction, Move, PerRank, ProgramInput, Ref
+from shardwright.ir.instructions import PerRank, ProgramInput, Ref
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.redistribution import Redistribution
+from shardwright.partition.builder import ProgramBuilder
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 
 
 class Writer:
-    """What a local program is written with: inputs, and instructions with the lanes of what they make.
+    """Builds a local program from what each kind of rank does: inputs, and instructions with the lanes of what they make.
 
     Args:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
@@ -33,8 +34,8 @@ class Writer:
         self.ranks, self.graph, self.mesh, self.over = ranks, ranks.first, over.mesh, over
         self.parameters, self.handed = parameters, handed
         self.problems = Problems()
-        self.instructions: list[Instruction] = []
-        self.lanes: dict[str, rank_groups.RankGroups] = {}
+        self.builder = ProgramBuilder(self.mesh.size, self.graph.metas)
+        self.instructions, self.lanes = self.builder.instructions, self.builder.lanes
         self.same: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}  # of inputs, as they come and as they are read
         self.place: dict[str, str] = {}  # graph value -> local value
@@ -104,23 +105,13 @@ class Writer:
     ) -> str:  # fmt: skip
         name = name or self.new_name(source)
         grad, autocast = (node.grad, node.autocast) if node else (True, None)
-        self.instructions.append(Move(source, name, steps, dtype, cause, edge, lanes, needs_grad, grad, autocast))
-        self.lanes[name] = lanes
-        return name
+        return self.builder.move(source, steps, dtype, edge, needs_grad, cause, grad, autocast, name, lanes)
 
     def call(self, function: Any, args: Any, kwargs: Any, names: tuple[str, ...], node: Node | None, sequence: bool) -> None:
         leaves = pytree.tree_leaves((args, kwargs))
-        own = [
-            rank_groups.number([repr(leaf.of(rank)) for rank in self.everyone]) for leaf in leaves if isinstance(leaf, PerRank)
-        ]
-        read = [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
-        whole = (0,) * self.mesh.size
-        lanes = rank_groups.join(whole, *own, *(self.lanes[name] for name in read))
-        same = rank_groups.join(whole, *own, *(self.same[name] for name in read))
-        for name in names:
-            self.lanes[name], self.same[name] = lanes, same
-        grad, autocast, cause = (node.grad, node.autocast, node.name) if node else (True, None, "return")
-        self.instructions.append(Call(function, args, kwargs, names, sequence, cause, lanes, autocast, grad))
+        lanes, same = self.builder.lanes_of(leaves), self.builder.lanes_of(leaves, self.same)
+        self.same.update(dict.fromkeys(names, same))
+        self.builder.call(function, args, kwargs, names, lanes, sequence, node=node)
 
     def call_one(self, function: Any, *args: Any, hint: str, node: Node | None = None) -> str:
         name = self.new_name(hint)

@@ -160,7 +160,7 @@ def _look(edge: Edge, kinds: set[str]) -> tuple[str, bool, str]:
     inherent = all(step.kind in ("all_reduce", "slice") for step in backward)  # of a gradient that is partial anyway
     if any_communicates(forward):
         kind, dashed, steps = _main(forward), False, forward
-    elif backward and (forward or not inherent) and _main(backward) != "slice":
+    elif backward and (forward or not inherent) and any_communicates(backward):
         kind, dashed, steps = _main(backward), True, backward
     else:
         kind = "slice" if forward else ""
