@@ -45,6 +45,7 @@ from models import GPT
 from torch import Tensor, nn
 from training_variants import BUCKET, CASES, OURS, adamw, batch, own_inputs, prepared, threshold
 
+from shardwright.cost.message_sizes import AHEAD, LEAST_PART, PART
 from shardwright.ir.buckets import MoveBuckets
 from shardwright.plan.memory import memory_of
 
@@ -163,9 +164,9 @@ def _arriving(size: float, ranks: int, is_scattered: bool) -> float:
         return (ranks - 1) * size
     if ranks == 2 and not is_scattered:
         return 0.0
-    piece, most = size / ranks, max(1 << 20, (6 << 20) / (ranks - 1))
+    piece, most = size / ranks, max(LEAST_PART, PART / (ranks - 1))
     parts = math.ceil(piece / most)
-    return (ranks - 1) * piece / parts * min(2, parts)
+    return (ranks - 1) * piece / parts * min(AHEAD, parts)
 
 
 def _stored(name: str, size: int, strategy: str, ranks: int, least: int) -> float:
