@@ -21,7 +21,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class MoveBuckets:
-    """What counts as small and as large, and what comes in buckets.
+    """Says which moves of a program share collectives, and which are worth starting early.
 
     Args:
         small: bytes of a local tensor up to which moves share collectives.
