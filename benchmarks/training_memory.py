@@ -45,7 +45,8 @@ from models import GPT
 from torch import Tensor, nn
 from training_variants import BUCKET, CASES, OURS, adamw, batch, own_inputs, prepared, threshold
 
-from shardwright.ir.buckets import Schedule
+from shardwright.cost.message_sizes import AHEAD, LEAST_PART, PART
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.plan.memory import memory_of
 
 SIZE = 4  # bytes of an element
@@ -114,7 +115,8 @@ def closed_form(net: nn.Module, inputs: tuple[Tensor, ...], strategy: str, ranks
         width = inputs[0].shape[1] * net.tokens.embedding_dim if isinstance(net, GPT) else net.layers[1].out_features
         arriving = _arriving(SIZE * rows * width, ranks, False) if strategy == "tensor parallel" else 0.0
     else:
-        full = BUCKET << 20 if "fused" in strategy else (Schedule().gathers if "hsdp" in strategy else Schedule().sums).bytes
+        default = MoveBuckets()
+        full = BUCKET << 20 if "fused" in strategy else (default.gathers if "hsdp" in strategy else default.sums).bytes
         buckets = _buckets({n: s for n, s in sizes.items() if "hsdp" not in strategy or s >= least}, full)
         moments = _while_buckets_travel(kept, buckets, strategy, ranks, full)
         arriving = max(_arriving(sum(bucket), ranks, "hsdp" in strategy) for bucket in buckets)
@@ -162,9 +164,9 @@ def _arriving(size: float, ranks: int, is_scattered: bool) -> float:
         return (ranks - 1) * size
     if ranks == 2 and not is_scattered:
         return 0.0
-    piece, most = size / ranks, max(1 << 20, (6 << 20) / (ranks - 1))
+    piece, most = size / ranks, max(LEAST_PART, PART / (ranks - 1))
     parts = math.ceil(piece / most)
-    return (ranks - 1) * piece / parts * min(2, parts)
+    return (ranks - 1) * piece / parts * min(AHEAD, parts)
 
 
 def _stored(name: str, size: int, strategy: str, ranks: int, least: int) -> float:

@@ -529,7 +529,7 @@ def explain(world: Any) -> str:
 
 def watch_of(world: Any) -> Watch | None:
     """The watch of the job that a world is; ``None`` for simulated worlds and jobs of one rank."""
-    if world.is_simulated or world.size == 1:
+    if world.processes == 1:
         return None
     found: Watch | None = world.watch
     if found is None:

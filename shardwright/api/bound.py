@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.agreement.signature import Signature, lines_of, looked_at
-from shardwright.agreement.watch import compare_on_ranks, explain, note
+from shardwright.agreement.watch import explain, note
 from shardwright.api.settings import Settings
 from shardwright.api.stages import (
     before_compiling,
@@ -39,7 +38,6 @@ from shardwright.parameters.distribute import distribute_parameters
 from shardwright.parameters.enter import enter
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import layout_of
-from shardwright.parameters.whole import materialise_whole
 from shardwright.partition.local_program import finished, program_before_overlap
 from shardwright.partition.partitioner import scheduled
 from shardwright.report.plan_view import PlanView
@@ -72,24 +70,23 @@ class Compiled:
         self.device_type = device.type
         self.micro = root if isinstance(root, GradAccumulation) else None
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
-        machine: Machine = world.once(lambda: load_machine(named))  # a calibration may be on one host and not on another
-        dump = dump_of(type(root).__name__, None if world.is_simulated else world.rank)
+        # a calibration may be on one host and not on another
+        machine: Machine = world.on_first_rank(lambda: load_machine(named))
+        dump = dump_of(type(root).__name__, world.rank if world.processes > 1 else None)
         target = make_target(
-            root, args, kwargs, settings, world.size, device, machine, world.is_simulated or device.type == "cpu",
-            dump=dump, may_be_a_step=may_be_a_step, on_first_rank=world.once,
+            root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device),
+            dump=dump, may_be_a_step=may_be_a_step, on_first_rank=world.on_first_rank,
         )  # fmt: skip
         graph = capture_target(target, capture)
-        if not world.is_simulated:
-            text, constants = lines_of(str(graph), root), list(graph.constants.values())
-            compare_on_ranks(world, "graph", text, looked_at(constants, sketched=True))
+        constants = list(graph.constants.values())
+        world.compare("graph", lambda: (lines_of(str(graph), root), looked_at(constants, sketched=True)))
         plan = plan_target(target, graph)
         self.graph = plan.graph
         self.plan: Plan = replace(plan, input_layouts=self._stored(plan, device))
         program = program_before_overlap(self.plan, dump=dump)
         self.program: LocalProgram = finished(program, self.plan, dump)
         self.schedule = self.plan.schedule
-        if not world.is_simulated:
-            compare_on_ranks(world, "program", lines_of(self.program.text(0)))
+        world.compare("program", lambda: (lines_of(self.program.text(0)), ()))
         self.view = PlanView(self.plan, self.program)
         self.compiler = settings.compiler
         self.runs = self.program  # what runs: the program, or its form of compiled segments
@@ -113,7 +110,7 @@ class Compiled:
         """The program bound to the world, compiled if that is asked for."""
         self.runs = program
         if self.compiler is not None:
-            self.runs = self.compiler.compiled(program, self.graph, self.world.is_simulated)
+            self.runs = self.compiler.compiled(program, self.graph, self.world.runs_lanes)
         return self.world.bind(self.runs)
 
     def _finished(self, program: LocalProgram) -> LocalProgram:
@@ -146,10 +143,7 @@ class Compiled:
         """Places the parameters as the plan stores them; returns the layouts they really have."""
         layouts = dict(plan.input_layouts)
         named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
-        if self.world.is_simulated:
-            materialise_whole(self.root)
-            return layouts
-        actual = distribute_parameters(self.root, self._all(named, plan.mesh), device)
+        actual = self.world.place_parameters(self.root, self._all(named, plan.mesh), device)
         for i in self.graph.inputs:
             if i.kind == "parameter":
                 layouts[i.value] = actual[str(i.target)]
@@ -183,7 +177,7 @@ class Compiled:
         values = [read(leaves) for read in self._read]
         if self.graph.updates:
             self._check_aliases(values)
-        if not self.world.is_simulated and self._parameters:
+        if self.world.keeps_pieces and self._parameters:
             stored = [values[n] for n in self._parameters]
             if not all(type(p) is DTensor for p in stored):
                 stored = self._replaced(stored)
@@ -259,13 +253,13 @@ class Compiled:
             layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh
             for name, parameter in self.root.named_parameters():
                 layouts.setdefault(name, Layout.replicated(mesh, parameter.ndim))
-            distribute_parameters(self.root, layouts, self.world.device)  # type: ignore[union-attr]
+            distribute_parameters(self.root, layouts, self.world.device_of(self.root))
         return [self._read[n]([]) for n in self._parameters]
 
     def _run(self, values: list[Any]) -> Any:
         try:
-            if self._is_random and not self.world.is_simulated:
-                agree_on_random_state(self.world.device)  # type: ignore[union-attr]
+            if self._is_random:
+                self.world.agree_on_random_state()
             return self.run(*values)
         except RuntimeError as error:  # of communication, it may be, because of what another rank did
             said = explain(self.world)
@@ -287,10 +281,7 @@ class Compiled:
 
 def device_of(root: nn.Module, world: World) -> torch.device:
     """Where the program will run."""
-    if not world.is_simulated:
-        return world.device  # type: ignore[union-attr]
-    devices = {p.device for p in root.parameters() if p.device.type != "meta"}
-    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return world.device_of(root)
 
 
 # -- strategies given to modules and parameters by name -------------------------------------------------------------------

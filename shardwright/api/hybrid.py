@@ -24,9 +24,7 @@ from shardwright.hybrid.program import local_program
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.program import LocalProgram
-from shardwright.parameters.distribute import adopt_slices, distribute_parameters
 from shardwright.parameters.placements import layout_of
-from shardwright.parameters.whole import materialise_whole
 from shardwright.partition.partitioner import scheduled
 from shardwright.train.accumulation.module import GradAccumulation, given_a_part
 from shardwright.train.fusion.settings import buckets_of
@@ -78,11 +76,8 @@ class HybridCompiled(Compiled):
 
     def _placed(self, layouts: dict[str, Layout], slices: dict[str, Shape], device: torch.device) -> dict[str, Layout]:
         """Places the parameters; returns the layouts they really have."""
-        if self.world.is_simulated:
-            materialise_whole(self.root)
-            return layouts
-        adopt_slices(self.root, {n: (layouts[n], shape) for n, shape in slices.items()}, device)
-        return distribute_parameters(self.root, layouts, device)
+        owned = {n: (layouts[n], shape) for n, shape in slices.items()}
+        return self.world.place_parameters(self.root, layouts, device, owned)
 
     @contextmanager
     def single_device(self) -> Iterator[None]:
@@ -151,7 +146,7 @@ def _handed_in(leaves: Sequence[Any], strategy: Any, over: Over, world: World) -
         used = [_by_rows(shape, first, over) for shape in shapes]
     else:
         used = [_as_told(entry, shape, over, i) for i, (entry, shape) in enumerate(_pairs(strategy, shapes))]
-    whole = world.is_simulated or strategy == "full_batch"
+    whole = world.inputs_are_whole or strategy == "full_batch"
     if not whole:
         check_same_shapes([leaves[at] for at in positions], world.size)
         shapes = [_all_slices(shape, layout) for shape, layout in zip(shapes, used, strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwright.ir.buckets import Schedule
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan
 from shardwright.plan.request import PlanRequest
@@ -34,7 +34,7 @@ class Settings:
     recompute: tuple[RecomputeRequest, ...] = ()
     planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
     hsdp: OptimizerParallel | None = None
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: MoveBuckets = field(default_factory=MoveBuckets)
     over: Any = None  # of hybrid_parallel: the mesh of the user's collectives
     gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
     compiler: SegmentCompiler | None = None  # compiles what runs between moves

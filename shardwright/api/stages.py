@@ -152,7 +152,7 @@ def plan_target(target: Target, graph: Graph) -> Plan:
     request = PlanRequest(
         asked.devices, settings.dataset_strategy, dict(asked.parameter_plan), asked.follows_marks, settings.mode,
         target.machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
-        once=target.on_first_rank, schedule=asked.schedule, tell=target.tell,
+        on_first_rank=target.on_first_rank, schedule=asked.schedule, tell=target.tell,
     )  # fmt: skip
 
     def make(request: PlanRequest) -> Plan:

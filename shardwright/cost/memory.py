@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from shardwright.cost.message_sizes import AHEAD, MANY, WINDOW, chunks_of_chain, may_hold_copies, parts_of_piece
 from shardwright.cost.saved import Saved
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.layout import Layout
@@ -20,11 +21,6 @@ Shape = tuple[int, ...]
 
 # The algorithm of a collective: of its kind, the number of ranks, the bytes, and what is possible.
 Choose = Callable[[str, int, int, Collection[str]], str]
-
-_MANY = 1 << 18  # elements from which gathered pieces are put in place as they arrive; as in the distributed world
-_MOST_COPIES = 64 << 20  # bytes of whole tensors that one member may hold for the others
-_CHUNK, _MOST_CHUNKS, _WINDOW = 2 << 20, 16, 3  # of a chain
-_PART, _LEAST_PART, _AHEAD = 6 << 20, 1 << 20, 2  # of pieces that arrive part by part
 
 
 def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: Array) -> Array:
@@ -229,7 +225,7 @@ def _all_reduce(
     if choose is None:
         return StepMemory(size if copy or not inplace else 0.0, copy)
     possible = ["pieces", "chain"]
-    if (members - 1) * size <= _MOST_COPIES:
+    if may_hold_copies(size, members):
         possible += ["hub", "copies"]
     if members == 2 and itemsize >= 4:
         possible.append("backend")
@@ -241,7 +237,7 @@ def _all_reduce(
     if name == "hub":  # receives from all; what the others send stays until they ask for the result
         return StepMemory(made, copy, (members - 1) * size) if hub else StepMemory(made, copy, 0.0, True)
     if name == "chain":
-        return StepMemory(made, copy, _WINDOW * size / min(_MOST_CHUNKS, max(1, size // _CHUNK)))
+        return StepMemory(made, copy, WINDOW * size / chunks_of_chain(size))
     return StepMemory(made, copy, arriving_bytes(math.ceil(size / members), members))
 
 
@@ -251,15 +247,15 @@ def arriving_bytes(piece: float, members: int) -> float:
     >>> arriving_bytes(3 << 20, 4) / 2**20, arriving_bytes(100 << 20, 4) / 2**20
     (9.0, 12.0)
     """
-    parts = max(1, math.ceil(piece / max(_LEAST_PART, _PART // (members - 1))))
-    return (members - 1) * math.ceil(piece / parts) * min(_AHEAD, parts)
+    parts = max(1, parts_of_piece(piece, members))
+    return (members - 1) * math.ceil(piece / parts) * min(AHEAD, parts)
 
 
 def _all_gather(
     step: Step, have: Shape, want: Shape, made: float, copy: float, members: int, choose: Choose | None
 ) -> StepMemory:
     outermost = len(step.dims) == 1 and math.prod(want[: step.dims[0]]) <= 1
-    if choose is not None and math.prod(want) >= _MANY and not outermost:
+    if choose is not None and math.prod(want) >= MANY and not outermost:
         arriving = 0.0 if _is_first(want, step.dims) else made * (members - 1) / members
         return StepMemory(made, copy + arriving, 0.0, True)
     flat = 0.0 if outermost else made  # pieces one after the other first, then put in place
@@ -271,7 +267,7 @@ def _all_gather(
 def _reduce_scatter(given: float, made: float, packed: float, members: int, choose: Choose | None, hub: bool) -> StepMemory:
     if choose is None:
         return StepMemory(made, packed)
-    possible = ["backend", "direct"] + (["hub"] if (members - 1) * given <= _MOST_COPIES else [])
+    possible = ["backend", "direct"] + (["hub"] if may_hold_copies(given, members) else [])
     name = choose("reduce_scatter", members, int(given), possible)
     if name == "hub":
         return StepMemory(made, packed + given, (members - 1) * given) if hub else StepMemory(made, packed, 0.0, True)

@@ -82,8 +82,7 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
             shape, layout = next(known)
             if layout.ndim and layout.bound[0]:
                 target = Layout.of(layout.mesh, [(), *layout.bound[1:]], (), [None, *layout.sizes[1:]])
-                if not world.is_simulated:
-                    leaf = world.redistribute(leaf, layout, target, shape)  # type: ignore[arg-type]
+                leaf = world.gather(leaf, layout, shape, target)
                 layout = target
             layouts.append(layout)
         found.append(leaf)
@@ -129,12 +128,7 @@ class Slice(Tensor):
         whole: Tensor | None = own["_whole"]
         if whole is None:
             piece, world, layout = own["piece"], own["_world"], own["laid_out"]
-            if world.is_simulated:
-                whole = piece.view_as(piece) if piece.requires_grad else piece.detach()
-            else:
-                target = Layout.replicated(layout.mesh, layout.ndim)
-                whole = world.redistribute(piece, layout, target, own["_shape"])
-            assert whole is not None
+            whole = world.gather(piece, layout, own["_shape"])
             own.update(_whole=whole, _version_then=whole._version)
         return whole
 
@@ -173,10 +167,10 @@ _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "d
 def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> Handed:
     """What these tensors are, of the global ones: the ranks' together, the caller's where he has the whole."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
-    if world.is_simulated or world.size == 1 or _asks_for_whole(strategy):
+    if world.inputs_are_whole or world.size == 1 or _asks_for_whole(strategy):
         return _of_whole(tuple(shapes), strategy, world.size)
     numbers = [n for t in tensors for n in (t.ndim | _dtypes().index(t.dtype) << _DIMS, *t.shape)]
-    everyone = tuple(map(tuple, world.gather_numbers(numbers)))  # type: ignore[union-attr]
+    everyone = tuple(map(tuple, world.gather_numbers(numbers)))
     return _of_slices(everyone, strategy, world.size)
 
 

@@ -95,7 +95,7 @@ class Loader:
         self._position, self._goes_on = start, False
         samples = None if self.order.length is None else self.order.samples(start.epoch)
         self._agree(world, start, samples)
-        strategy = "full_batch" if world.is_simulated else self.strategy
+        strategy = "full_batch" if world.inputs_are_whole else self.strategy
         cut = Cut(strategy, world.rank, world.size)
         batches = self._stream(world, cut, start) if samples is None else self._indexed(cut, start, samples)
         for count, batch in batches:
@@ -138,8 +138,8 @@ class Loader:
         )
         position = start.samples
         for count, batch in _ending(self._of_torch(reader)):
-            if not world.is_simulated and world.size > 1:
-                found = [numbers[0] for numbers in world.gather_numbers([count])]  # type: ignore[union-attr]
+            if world.processes > 1:
+                found = [numbers[0] for numbers in world.gather_numbers([count])]
                 _all_the_same("samples in the batch that begins at sample " + str(position), found)
             if not count:
                 return
@@ -152,7 +152,7 @@ class Loader:
 
     def _agree(self, world: World, start: Position, samples: Samples | None) -> None:
         """Compares what ranks are about to read; all of them raise if they differ."""
-        if world.is_simulated or world.size == 1:
+        if world.processes == 1:
             return
         order = self.order
         text = repr(list(samples)) if order.given is not None and samples is not None else ""
@@ -167,7 +167,7 @@ class Loader:
             "check sum of the order": zlib.crc32(text.encode()),
             "check sum of the strategy": zlib.crc32(repr(self.strategy).encode()),
         }
-        everyone = world.gather_numbers(list(told.values()))  # type: ignore[union-attr]
+        everyone = world.gather_numbers(list(told.values()))
         for position, name in enumerate(told):
             _all_the_same(name, [numbers[position] for numbers in everyone])
 

@@ -79,12 +79,13 @@ def call(collective: Collective, x: Tensor) -> Tensor:
             "use AutoParallel(model, 'hybrid_parallel'), or leave it out",
         )
     world = current_world()
-    if world.is_simulated:
-        raise failed(
+    world.own_rank(
+        lambda: failed(
             collective.kind,
             f"this process simulates all {world.size} ranks, and plain code runs once for all of them",
             "call it in a model of AutoParallel(model, 'hybrid_parallel')",
         )
+    )
     return _on_this_rank(collective, x, world)
 
 

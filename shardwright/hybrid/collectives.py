@@ -60,10 +60,10 @@ def rank(axis: str = "dp") -> int:
     if tracing is not None:
         tracing.asked.add(axis)
         return now.position(axis, tracing.rank)
-    world = current_world()
-    if world.is_simulated:
-        raise failed("rank", f"this process simulates all {size(axis)} ranks of {axis!r}", "call it in the model")
-    return now.position(axis, world.rank)
+    here = current_world().own_rank(
+        lambda: failed("rank", f"this process simulates all {size(axis)} ranks of {axis!r}", "call it in the model")
+    )
+    return now.position(axis, here)
 
 
 def all_reduce(x: Tensor, axis: str = "dp", op: str = "sum") -> Tensor:

@@ -84,7 +84,7 @@ def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool =
     requires_grad = value.requires_grad if isinstance(value, nn.Parameter) else True
     data = value.detach()
     world = current_world()
-    if not world.is_simulated and told.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
+    if world.keeps_pieces and told.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
         if not is_slice:
             data = data[told.layout.slices(told.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
         told = replace(told, is_slice=True)
@@ -99,8 +99,9 @@ def _told(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> Ow
     if not isinstance(dim, int) or not -value.ndim <= dim < value.ndim:
         raise LayoutError(f"own(dim={dim!r}): the tensor is {list(value.shape)}; give one of its dims")
     dim, shape, count = dim % value.ndim, list(value.shape), mesh.count(names)
-    if is_slice and current_world().is_simulated and mesh.size > 1:
-        raise LayoutError("own(is_slice=True): simulated ranks share one process: give the whole, all slices joined")
+    if is_slice and mesh.size > 1:
+        shared = "own(is_slice=True): simulated ranks share one process: give the whole, all slices joined"
+        current_world().own_rank(lambda: LayoutError(shared))
     if is_slice:
         shape[dim] *= count
     if shape[dim] < count:

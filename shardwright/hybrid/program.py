@@ -30,7 +30,7 @@ from shardwright.hybrid.functions import copy_for, drawn, next_seed, scaled_valu
 from shardwright.hybrid.mesh import Over
 from shardwright.hybrid.steps import Collective, kept, laid_out, plan, receivers
 from shardwright.hybrid.writer import Writer
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.graph import Constant, Node
 from shardwright.ir.instructions import PerRank, Ref
 from shardwright.ir.layout import Layout
@@ -101,7 +101,7 @@ class _Program(Writer):
     def _seed(self, node: Node, refs: list[Ref]) -> tuple[Ref, PerRank]:
         """Where a rank's random numbers begin: ranks that hold the same draw the same, others draw others."""
         seed = self.call_one(next_seed, hint="seed", node=node)
-        stream = lane.join((0,) * self.mesh.size, *(self.same[ref.name] for ref in refs))
+        stream = rank_groups.join((0,) * self.mesh.size, *(self.same[ref.name] for ref in refs))
         return Ref(seed), PerRank(lambda rank: stream[rank])
 
     def _own_statistics(self, node: Node) -> None:
@@ -150,7 +150,7 @@ class _Program(Writer):
         self.lanes[result], self.same[result] = self.lanes[name], self.same[name]
         self.place[result] = result
 
-    def _after(self, collective: Collective, before: lane.Lanes) -> lane.Lanes:
+    def _after(self, collective: Collective, before: rank_groups.RankGroups) -> rank_groups.RankGroups:
         """Which ranks hold the same after a collective."""
         position = self.positions(collective.axis)
         keys: list[Any] = []
@@ -165,7 +165,7 @@ class _Program(Writer):
                 keys.append(held[receivers(collective.numbers).index(position[rank])])
             else:
                 keys.append((held, position[rank]))
-        return lane.number(keys)
+        return rank_groups.number(keys)
 
     # -- results ----------------------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class _Program(Writer):
         scaled = self.call_one(torch.mul, Ref(name), PerRank(lambda rank: weights[rank]), hint=name)
         whole = Layout.replicated(self.mesh, 0)
         steps = redistribution(whole.with_partial(self.all_axes), whole, (), (), Options(itemsize=dtype.itemsize))
-        total = self.move(scaled, steps, dtype, "return", f"{name} -> return", lane.of_layout(whole), needs_grad)
+        total = self.move(scaled, steps, dtype, "return", f"{name} -> return", rank_groups.of_layout(whole), needs_grad)
         self.same[total] = self.lanes[total]
         return total
 
@@ -222,7 +222,7 @@ class _Program(Writer):
         steps = redistribution(source, whole, shape, (), Options(itemsize=meta.dtype.itemsize))
         if steps.is_identity and max(self.lanes[name]) == 0:
             return name
-        result = self.move(name, steps, meta.dtype, "return", f"{name} -> return", lane.of_layout(whole), needs_grad)
+        result = self.move(name, steps, meta.dtype, "return", f"{name} -> return", rank_groups.of_layout(whole), needs_grad)
         self.same[result] = self.lanes[result]
         return result
 
@@ -248,7 +248,7 @@ class _Program(Writer):
         scaled = self.call_one(scaled_value, Ref(name), 1 / self.mesh.size, hint=name)
         whole = Layout.replicated(self.mesh, len(meta.shape))
         steps = redistribution(whole.with_partial(self.all_axes), whole, meta.shape, (), Options(itemsize=meta.dtype.itemsize))
-        total = self.move(scaled, steps, meta.dtype, "return", f"{name} -> buffer", lane.of_layout(whole), False)
+        total = self.move(scaled, steps, meta.dtype, "return", f"{name} -> buffer", rank_groups.of_layout(whole), False)
         self.same[total] = self.lanes[total]
         return total
 

@@ -1,4 +1,4 @@
-"""What the local program of a user's program of one rank is written with: its inputs, its instructions and their lanes."""
+"""Writer: builds the local program of a per-rank user program."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from shardwright.errors import Problems
 from shardwright.hybrid.capture import Handed, RankGraphs
 from shardwright.hybrid.functions import chosen
 from shardwright.hybrid.mesh import Over
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.graph import GraphInput, Node
-from shardwright.ir.instructions import Call, Instruction, Move, PerRank, ProgramInput, Ref
+from shardwright.ir.instructions import PerRank, ProgramInput, Ref
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.redistribution import Redistribution
+from shardwright.partition.builder import ProgramBuilder
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 
 
 class Writer:
-    """What a local program is written with: inputs, and instructions with the lanes of what they make.
+    """Builds a local program from what each kind of rank does: inputs, and instructions with the lanes of what they make.
 
     Args:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
@@ -33,9 +34,9 @@ class Writer:
         self.ranks, self.graph, self.mesh, self.over = ranks, ranks.first, over.mesh, over
         self.parameters, self.handed = parameters, handed
         self.problems = Problems()
-        self.instructions: list[Instruction] = []
-        self.lanes: dict[str, lane.Lanes] = {}
-        self.same: dict[str, lane.Lanes] = {}
+        self.builder = ProgramBuilder(self.mesh.size, self.graph.metas)
+        self.instructions, self.lanes = self.builder.instructions, self.builder.lanes
+        self.same: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}  # of inputs, as they come and as they are read
         self.place: dict[str, str] = {}  # graph value -> local value
         self.shapes: dict[str, tuple[int, ...]] = {}  # graph input -> whole shape
@@ -56,7 +57,7 @@ class Writer:
             shape, stored, used = item.shape, item.given, item.used
         stored, used = stored.normal(shape), used.normal(shape)
         self.shapes[name], self.waiting[name], self.layouts[name] = shape, (stored, used), stored
-        self.lanes[name] = self.same[name] = lane.of_layout(stored)
+        self.lanes[name] = self.same[name] = rank_groups.of_layout(stored)
         meta = TensorMeta(shape, graph_input.meta.dtype, (), graph_input.meta.device)
         return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
 
@@ -70,10 +71,10 @@ class Writer:
             steps = redistribution(stored, used, self.shapes[value], gradient, Options(itemsize=dtype.itemsize))
             self.place[value] = value
             if not steps.is_identity:
-                lanes = lane.of_layout(steps.target, steps.partial_gradient)
+                lanes = rank_groups.of_layout(steps.target, steps.partial_gradient)
                 edge = f"{value} -> {reader}"
                 self.place[value] = self.move(value, steps, dtype, reader, edge, lanes, needs_grad)
-                self.same[self.place[value]] = lane.of_layout(steps.target)
+                self.same[self.place[value]] = rank_groups.of_layout(steps.target)
                 self.layouts[self.place[value]] = steps.target
         return self.place[value]
 
@@ -99,26 +100,18 @@ class Writer:
         return f"{hint}_{number}"
 
     def move(
-        self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: lane.Lanes,
+        self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: rank_groups.RankGroups,
         needs_grad: bool, node: Node | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
         name = name or self.new_name(source)
         grad, autocast = (node.grad, node.autocast) if node else (True, None)
-        self.instructions.append(Move(source, name, steps, dtype, cause, edge, lanes, needs_grad, grad, autocast))
-        self.lanes[name] = lanes
-        return name
+        return self.builder.move(source, steps, dtype, edge, needs_grad, cause, grad, autocast, name, lanes)
 
     def call(self, function: Any, args: Any, kwargs: Any, names: tuple[str, ...], node: Node | None, sequence: bool) -> None:
         leaves = pytree.tree_leaves((args, kwargs))
-        own = [lane.number([repr(leaf.of(rank)) for rank in self.everyone]) for leaf in leaves if isinstance(leaf, PerRank)]
-        read = [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
-        whole = (0,) * self.mesh.size
-        lanes = lane.join(whole, *own, *(self.lanes[name] for name in read))
-        same = lane.join(whole, *own, *(self.same[name] for name in read))
-        for name in names:
-            self.lanes[name], self.same[name] = lanes, same
-        grad, autocast, cause = (node.grad, node.autocast, node.name) if node else (True, None, "return")
-        self.instructions.append(Call(function, args, kwargs, names, sequence, cause, lanes, autocast, grad))
+        lanes, same = self.builder.lanes_of(leaves), self.builder.lanes_of(leaves, self.same)
+        self.same.update(dict.fromkeys(names, same))
+        self.builder.call(function, args, kwargs, names, lanes, sequence, node=node)
 
     def call_one(self, function: Any, *args: Any, hint: str, node: Node | None = None) -> str:
         name = self.new_name(hint)

@@ -20,8 +20,8 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """What counts as small and as large, and what comes in buckets.
+class MoveBuckets:
+    """Says which moves of a program share collectives, and which are worth starting early.
 
     Args:
         small: bytes of a local tensor up to which moves share collectives.

@@ -1,8 +1,17 @@
-"""Instructions: what a local program is made of, calls on local tensors and moves of values between layouts."""
+"""Instructions: what a local program is made of, calls on local tensors and moves of values between layouts.
+
+All of them answer the same questions, so that who reads a program seldom has to ask which instruction it is:
+
+- ``reads`` and ``outputs``, local values by name; ``cause``, the graph node that it comes from;
+- ``starts``, the moves that it begins, and ``ends``, the moves whose results are there after it;
+- ``recompute``, whether its results are not kept for the backward pass but made again there.
+
+Where each needs an answer of its own there is :class:`~shardwright.ir.visitor.InstructionVisitor`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,11 +21,11 @@ from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import OpOverload, TensorMeta
+from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.redistribution import Redistribution
-from shardwright.ir.step import Step
+from shardwright.ir.step import Step, any_communicates
 
 F = TypeVar("F", bound=Callable[..., Any])
-Lanes = tuple[int, ...]
 Autocast = tuple[Any, ...] | None
 
 
@@ -42,10 +51,23 @@ class Call:
     outputs: tuple[str, ...]
     sequence: bool
     cause: str
-    lanes: Lanes
+    lanes: RankGroups
     autocast: Autocast = None
     grad: bool = True
     recompute: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return ()
 
     @property
     def written(self) -> list[str]:
@@ -91,14 +113,18 @@ class Move:
     dtype: torch.dtype
     cause: str
     edge: str
-    lanes: Lanes
+    lanes: RankGroups
     needs_grad: bool
     grad: bool = True
     autocast: Autocast = None
-    started: bool = False  # a Start before it begins it
+    started: bool = False  # a StartMoves before it begins it
     recompute: bool = False  # its result is not kept for the backward pass but moved again there
     copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
     wire: Wire | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -114,13 +140,31 @@ class Move:
         travels = self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]
         return (result, travels, self.dtype) if phase == "backward" else (self.dtype, travels, result)
 
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return (self,)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether ranks send each other anything when the move goes forward."""
+        return any_communicates(self.redistribution.forward)
+
+    @property
+    def communicates_backward(self) -> bool:
+        """Whether ranks send each other anything of its gradient."""
+        return self.needs_grad and any_communicates(self.redistribution.backward)
+
     def itemsize(self, phase: str) -> int:
         """Bytes an element as it travels, ``forward`` or ``backward``."""
         return (self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]).itemsize
 
 
 @dataclass(frozen=True)
-class Start:
+class StartMoves:
     """Begins moves, whose own instructions end them: they travel meanwhile. In the backward pass it is the other way round.
 
     Several moves share their collectives: in the backward pass these begin when the last of the gradients is there.
@@ -129,8 +173,24 @@ class Start:
     moves: tuple[Move, ...]
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(move.source for move in self.moves)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return self.moves
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def recompute(self) -> bool:
+        return False  # it has no results: those of its moves are there when they end
 
     @property
     def cause(self) -> str:
@@ -138,41 +198,69 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Together:
+class FusedMoves:
     """Moves of one kind over the same axes that share their collectives, forward and backward, and again."""
 
     moves: tuple[Move, ...]
 
     @property
-    def recompute(self) -> bool:
-        return self.moves[0].recompute
+    def reads(self) -> tuple[str, ...]:
+        return tuple(move.source for move in self.moves)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return tuple(move.output for move in self.moves)
 
     @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return self.moves
+
+    @property
+    def recompute(self) -> bool:
+        return self.moves[0].recompute
+
+    @property
     def cause(self) -> str:
         return self.moves[0].cause
 
 
 @dataclass(frozen=True)
-class KeepPiece:
+class KeepSliceForBackward:
     """From here on a value is kept for the backward pass as the piece that ``cut`` makes; ``gather`` makes it whole again."""
 
     cut: Move
     gather: Move
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.cut.source,)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def starts(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def ends(self) -> tuple[Move, ...]:
+        return ()
+
+    @property
+    def recompute(self) -> bool:
+        return False  # it has no results
 
     @property
     def cause(self) -> str:
         return self.cut.cause
 
 
-Instruction = Call | Move | Start | Together | KeepPiece
+Instruction = Call | Move | StartMoves | FusedMoves | KeepSliceForBackward
 
 
 def resolve(argument: Any, rank: int) -> Any:
@@ -218,13 +306,16 @@ class PerRank:
         self.of = of
 
 
-def moves_of(instruction: Instruction) -> tuple[Move, ...]:
-    """The moves that an instruction ends; none of a call."""
-    if isinstance(instruction, Together):
-        return instruction.moves
-    return (instruction,) if isinstance(instruction, Move) else ()
+def is_call(instruction: Instruction) -> bool:
+    """Returns whether an instruction computes something, rather than move it."""
+    return isinstance(instruction, Call)
 
 
-def communicates(move: Move) -> bool:
-    """Whether ranks send each other anything when the move goes forward."""
-    return any(step.kind != "slice" for step in move.redistribution.forward)
+def calls_of(instructions: Iterable[Instruction]) -> list[Call]:
+    """Returns the local calls, in order."""
+    return [i for i in instructions if isinstance(i, Call)]
+
+
+def moves_alone(instructions: Iterable[Instruction]) -> list[Move]:
+    """Returns the moves that are instructions of their own, in order: not those that share their collectives."""
+    return [i for i in instructions if isinstance(i, Move)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwright.ir.buckets import Schedule
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.choice import Choice
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
@@ -92,5 +92,5 @@ class Plan:
     memory_limit: float | None = None
     enable_alltoall: bool = True
     passes: tuple[ProgramPass, ...] = field(default=(), compare=False, repr=False)
-    schedule: Schedule = field(default_factory=Schedule, compare=False, repr=False)
+    schedule: MoveBuckets = field(default_factory=MoveBuckets, compare=False, repr=False)
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)

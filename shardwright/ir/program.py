@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwright.base.torch_private import pytree
-from shardwright.ir.instructions import Instruction, KeepPiece, Lanes, Move, ProgramInput, Ref, Start, Together
+from shardwright.ir.instructions import Call, Instruction, KeepSliceForBackward, Move, ProgramInput, calls_of
 from shardwright.ir.layout import Layout
 from shardwright.ir.program_text import instruction_text
+from shardwright.ir.rank_groups import RankGroups
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LocalProgram:
     instructions: tuple[Instruction, ...]
     outputs: tuple[Any, ...]
     updates: tuple[tuple[str, str], ...]
-    lanes: dict[str, Lanes]
+    lanes: dict[str, RankGroups]
     layouts: dict[str, Layout]
     places: dict[str, str] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
@@ -53,7 +53,7 @@ class LocalProgram:
         return self.text(0)
 
     def _remark(self, instruction: Instruction) -> str:
-        if isinstance(instruction, (Start, KeepPiece)) or not instruction.recompute:
+        if not instruction.recompute:
             return ""
         if self.kept.issuperset(instruction.outputs):
             return ", kept; what it saves within is computed again"
@@ -62,28 +62,26 @@ class LocalProgram:
     @property
     def moves(self) -> list[Move]:
         """Every move, in order."""
-        found: list[Move] = []
-        for instruction in self.instructions:
-            if isinstance(instruction, Move):
-                found.append(instruction)
-            elif isinstance(instruction, Together):
-                found += instruction.moves
-        return found
+        return [move for instruction in self.instructions for move in instruction.ends]
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every local call, in order."""
+        return calls_of(self.instructions)
+
+    @property
+    def kept_slices(self) -> list[KeepSliceForBackward]:
+        """Every instruction by which a value is kept as a slice, in order."""
+        return [i for i in self.instructions if isinstance(i, KeepSliceForBackward)]
 
     @property
     def together(self) -> list[tuple[Move, ...]]:
         """The moves that share their collectives."""
-        return [i.moves for i in self.instructions if isinstance(i, (Start, Together)) and len(i.moves) > 1]
+        return [moves for i in self.instructions for moves in (i.starts, i.ends) if len(moves) > 1]
 
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
-        if isinstance(instruction, Move):
-            return (instruction.source,)
-        if isinstance(instruction, KeepPiece):
-            return (instruction.cut.source,)
-        if isinstance(instruction, (Start, Together)):
-            return tuple(move.source for move in instruction.moves)
-        leaves = pytree.tree_leaves((instruction.args, instruction.kwargs))
-        return tuple(leaf.name for leaf in leaves if isinstance(leaf, Ref))
+        """Returns the local values that an instruction reads."""
+        return instruction.reads
 
     def last_uses(self) -> list[tuple[str, ...]]:
         """For every instruction, the values that nothing reads after it."""
@@ -92,7 +90,7 @@ class LocalProgram:
         result: list[tuple[str, ...]] = []
         for instruction in reversed(self.instructions):
             dying = []
-            for name in (*self.refs_of(instruction), *instruction.outputs):
+            for name in (*instruction.reads, *instruction.outputs):
                 if name not in seen:
                     seen.add(name)
                     dying.append(name)

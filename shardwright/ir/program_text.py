@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from shardwright.ir.instructions import Instruction, KeepPiece, Move, Start, Together, resolve
+from shardwright.ir.instructions import (
+    Call,
+    FusedMoves,
+    Instruction,
+    KeepSliceForBackward,
+    Move,
+    StartMoves,
+    resolve,
+)
 from shardwright.ir.operator import operator_name
+from shardwright.ir.visitor import InstructionVisitor
 
 
 def argument_text(argument: Any) -> str:
@@ -18,23 +28,42 @@ def argument_text(argument: Any) -> str:
 
 
 def instruction_text(instruction: Instruction, rank: int) -> str:
-    if isinstance(instruction, Start):
-        edges = "; ".join(m.edge for m in instruction.moves)
-        return f"start({', '.join(m.output for m in instruction.moves)})  # {edges}"
-    if isinstance(instruction, KeepPiece):
-        return f"keep_piece({instruction.cut.source}, {str(instruction.cut.redistribution)!r})  # {instruction.cause}"
-    if isinstance(instruction, Together):
-        names, sources = ", ".join(instruction.outputs), ", ".join(m.source for m in instruction.moves)
-        edges = "; ".join(m.edge for m in instruction.moves)
-        what = f"{str(instruction.moves[0].redistribution)!r}{_wire_text(instruction.moves[0])}"
-        return f"{names} = move_together({sources}, {what})  # {edges}"
-    if isinstance(instruction, Move):
-        what = f"{str(instruction.redistribution)!r}{_wire_text(instruction)}"
-        return f"{instruction.output} = move({instruction.source}, {what})  # {instruction.edge}"
-    args, kwargs = resolve((instruction.args, instruction.kwargs), rank)
-    parts = [*(argument_text(a) for a in args), *(f"{k}={argument_text(v)}" for k, v in kwargs.items())]
-    name = operator_name(instruction.function)
-    return f"{', '.join(instruction.outputs)} = {name}({', '.join(parts)})  # {instruction.cause}"
+    """Returns the line of an instruction, as one rank runs it."""
+    return _Text(rank).visit(instruction)
+
+
+class _Text(InstructionVisitor[str]):
+    """Writes instructions as one rank runs them."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def call(self, call: Call) -> str:
+        args, kwargs = resolve((call.args, call.kwargs), self.rank)
+        parts = [*(argument_text(a) for a in args), *(f"{k}={argument_text(v)}" for k, v in kwargs.items())]
+        return f"{', '.join(call.outputs)} = {operator_name(call.function)}({', '.join(parts)})  # {call.cause}"
+
+    def move(self, move: Move) -> str:
+        return f"{move.output} = move({move.source}, {_what(move)})  # {move.edge}"
+
+    def start_moves(self, start: StartMoves) -> str:
+        return f"start({', '.join(move.output for move in start.moves)})  # {_edges(start.moves)}"
+
+    def fused_moves(self, fused: FusedMoves) -> str:
+        names, sources = ", ".join(fused.outputs), ", ".join(fused.reads)
+        return f"{names} = move_together({sources}, {_what(fused.moves[0])})  # {_edges(fused.moves)}"
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> str:
+        return f"keep_piece({keep.cut.source}, {str(keep.cut.redistribution)!r})  # {keep.cause}"
+
+
+def _edges(moves: Sequence[Move]) -> str:
+    return "; ".join(move.edge for move in moves)
+
+
+def _what(move: Move) -> str:
+    """Returns the steps of a move, and the dtypes in which it travels where they are not its own."""
+    return f"{str(move.redistribution)!r}{_wire_text(move)}"
 
 
 def _wire_text(move: Move) -> str:

@@ -5,6 +5,7 @@ A step carries the layout before and after it, which says all an executor needs:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shardwright.ir.layout import Layout
@@ -35,6 +36,11 @@ class Step:
     op: str = "sum"
 
     @property
+    def communicates(self) -> bool:
+        """Whether ranks send each other anything."""
+        return self.kind != "slice"
+
+    @property
     def groups(self) -> list[list[int]]:
         """The groups of ranks that communicate, each in the order of ``axes``."""
         if self.kind in ("exchange", "permute"):
@@ -48,3 +54,8 @@ class Step:
             return f"all_to_all({','.join(self.axes)}, dim {self.dims[0]}->{self.dims[1]})"
         dims = f", {'dim' if len(self.dims) == 1 else 'dims'} {','.join(map(str, self.dims))}" if self.dims else ""
         return f"{self.kind}({','.join(self.axes)}{dims})"
+
+
+def any_communicates(steps: Iterable[Step]) -> bool:
+    """Returns whether ranks send each other anything in some of these steps."""
+    return any(step.communicates for step in steps)

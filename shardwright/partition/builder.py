@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from shardwright.base.torch_private import pytree
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.choice import Choice
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import Autocast, Call, Instruction, Move, PerRank, Ref
@@ -41,7 +41,7 @@ class ProgramBuilder:
     def __init__(self, size: int, taken: Container[str], first_rank_only: bool = False):
         self.size, self.taken, self.first_rank_only = size, taken, first_rank_only
         self.instructions: list[Instruction] = []
-        self.lanes: dict[str, lane.Lanes] = {}
+        self.lanes: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}
         self._count = 0
 
@@ -53,7 +53,7 @@ class ProgramBuilder:
             if name not in self.lanes and name not in self.taken:
                 return name
 
-    def lanes_of(self, leaves: list[Any], lanes: dict[str, lane.Lanes] | None = None) -> lane.Lanes:
+    def lanes_of(self, leaves: list[Any], lanes: dict[str, rank_groups.RankGroups] | None = None) -> rank_groups.RankGroups:
         """Returns the lanes of a call with these arguments: ranks that are given the same compute the same.
 
         Args:
@@ -64,13 +64,15 @@ class ProgramBuilder:
         lanes = self.lanes if lanes is None else lanes
         known = [lanes[leaf.name] for leaf in leaves if isinstance(leaf, Ref)]
         known += [
-            lane.number([_hashable(leaf.of(rank)) for rank in range(self.size)]) for leaf in leaves if isinstance(leaf, PerRank)
+            rank_groups.number([_hashable(leaf.of(rank)) for rank in range(self.size)])
+            for leaf in leaves
+            if isinstance(leaf, PerRank)
         ]
-        return lane.join(*known) if known else (0,) * self.size
+        return rank_groups.join(*known) if known else (0,) * self.size
 
-    def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> lane.Lanes:
+    def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> rank_groups.RankGroups:
         """Returns the lanes of a value in a layout, its partial gradient along ``partial`` apart."""
-        return () if self.first_rank_only else lane.of_layout(layout, partial)
+        return () if self.first_rank_only else rank_groups.of_layout(layout, partial)
 
     def call(
         self,
@@ -78,7 +80,7 @@ class ProgramBuilder:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         names: tuple[str, ...],
-        lanes: lane.Lanes,
+        lanes: rank_groups.RankGroups,
         sequence: bool = False,
         cause: str = "return",
         node: Node | None = None,
@@ -107,7 +109,7 @@ class ProgramBuilder:
         grad: bool = True,
         autocast: Autocast = None,
         name: str | None = None,
-        lanes: lane.Lanes | None = None,
+        lanes: rank_groups.RankGroups | None = None,
     ) -> str:
         """Writes a move and returns the name of its result.
 
@@ -236,7 +238,7 @@ class NodeBuilder:
             self.differentiated.update(n for i, n in enumerate(names) if not same or self.op.outputs[i].differentiable)
         return self.builder.call(function, args, kwargs, tuple(names), lanes, sequence, node=self.node)
 
-    def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: lane.Lanes) -> bool:
+    def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: rank_groups.RankGroups) -> bool:
         """Checks that no lanes share a value whose gradient each makes a part of.
 
         The reduction of that gradient would be missing.

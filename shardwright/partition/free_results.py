@@ -27,12 +27,12 @@ def result_is_free(maker: Instruction | None) -> bool:
 
 def values_read_once(program: LocalProgram) -> frozenset[str]:
     """Values that one instruction reads, once, and that nothing else does."""
-    reads = Counter(name for i in program.instructions for name in program.refs_of(i))
+    reads = Counter(name for i in program.instructions for name in i.reads)
     kept = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
     return frozenset(name for name, count in reads.items() if count == 1 and name not in kept)
 
 
 def values_with_free_gradients(program: LocalProgram) -> frozenset[str]:
     """Values that one operator alone reads, once, which makes their gradient in new memory."""
-    calls = [i for i in program.instructions if isinstance(i, Call) and _traits(i).new_gradients]
+    calls = [call for call in program.calls if _traits(call).new_gradients]
     return values_read_once(program) & {a.name for call in calls for a in call.args[:2] if isinstance(a, Ref)}

@@ -1,4 +1,4 @@
-"""Schedule: which moves share a collective, and which start early.
+"""Overlap: decides which moves share a collective, and which start early.
 
 Moves of parameters come in buckets: those of one kind, in the order in which they are read, share their collectives.
 They start early and each ends where its parameter is read, so that they travel while ranks compute. The backward pass
@@ -17,14 +17,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from shardwright.ir.buckets import Schedule
-from shardwright.ir.instructions import Call, Instruction, Move, Start, Together
+from shardwright.ir.buckets import MoveBuckets
+from shardwright.ir.instructions import FusedMoves, Instruction, Move, StartMoves, is_call, moves_alone
 from shardwright.ir.step import Step
 from shardwright.redistribute.volume import is_even
 
 
 def schedule(
-    instructions: Sequence[Instruction], options: Schedule, parameters: Collection[str] = ()
+    instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str] = ()
 ) -> tuple[Instruction, ...]:
     """The same instructions, with moves that share collectives put together and large ones started early.
 
@@ -39,18 +39,18 @@ def schedule(
 # -- buckets of parameters -------------------------------------------------------------------------------------------------
 
 
-def _buckets(instructions: Sequence[Instruction], options: Schedule, parameters: Collection[str]) -> list[list[Move]]:
+def _buckets(instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str]) -> list[list[Move]]:
     """Moves of parameters, those that share their collectives together, in the order in which they are read."""
     kinds: dict[Any, list[Move]] = {}
-    for move in instructions:
-        if isinstance(move, Move) and move.source in parameters and (kind := _kind(move)) is not None:
+    for move in moves_alone(instructions):
+        if move.source in parameters and (kind := _kind(move)) is not None:
             kinds.setdefault((kind, options.ids.get(move.source)), []).append(move)
     found: list[list[Move]] = []
     for (_, number), moves in kinds.items():
         if number is not None:
             found += [moves] if number else [[move] for move in moves]
             continue
-        rule = options.gathers if _communicates(moves[0].redistribution.forward) else options.sums
+        rule = options.gathers if moves[0].communicates else options.sums
         found += _by_place(moves, rule.starts) if rule.starts is not None else _by_size(moves, rule.bytes)
     return [members for members in found if members]
 
@@ -83,7 +83,7 @@ def _by_size(moves: Sequence[Move], full: int) -> list[list[Move]]:
 # -- joining ---------------------------------------------------------------------------------------------------------------
 
 
-def _joined(instructions: Sequence[Instruction], options: Schedule, alone: Collection[str]) -> list[Instruction]:
+def _joined(instructions: Sequence[Instruction], options: MoveBuckets, alone: Collection[str]) -> list[Instruction]:
     made_at = {name: at for at, i in enumerate(instructions) for name in i.outputs}
     open_groups: dict[Any, tuple[int, int, list[Move]]] = {}  # key -> place, bytes, members
     groups: dict[int, list[list[Move]]] = {}
@@ -105,8 +105,8 @@ def _joined(instructions: Sequence[Instruction], options: Schedule, alone: Colle
     elsewhere = {m.output for found in groups.values() for members in found for m in members}
     for at, instruction in enumerate(instructions):
         for members in groups.get(at, ()):
-            joined.append(members[0] if len(members) == 1 else Together(tuple(members)))
-        if not (isinstance(instruction, Move) and instruction.output in elsewhere):
+            joined.append(members[0] if len(members) == 1 else FusedMoves(tuple(members)))
+        if elsewhere.isdisjoint(instruction.outputs):
             joined.append(instruction)
     return joined
 
@@ -140,35 +140,34 @@ def _bytes(move: Move) -> int:
 
 
 def _started(
-    instructions: Sequence[Instruction], options: Schedule, buckets: Sequence[Sequence[Move]]
+    instructions: Sequence[Instruction], options: MoveBuckets, buckets: Sequence[Sequence[Move]]
 ) -> tuple[Instruction, ...]:
     """Starts moves right after their tensor is made, but no forward collective before the one ahead of it has ended.
 
     More than one gather under way would hold more than one bucket of gathered tensors too early.
     """
     bucket_of = {move.output: members for members in buckets for move in members}
-    starts: dict[int, list[Start]] = {}
+    starts: dict[int, list[StartMoves]] = {}
     begun: set[str] = set()
     ready = {name: at + 1 for at, i in enumerate(instructions) for name in i.outputs}
     result = list(instructions)
-    calls = [isinstance(i, Call) for i in instructions]
+    calls = [is_call(i) for i in instructions]
     earliest = 0
     for at, move in enumerate(instructions):
-        if isinstance(move, Together):
+        if len(move.ends) > 1:
             earliest = at + 1
         if not isinstance(move, Move):
             continue
         members = bucket_of.get(move.output, (move,))
-        plan = move.redistribution
-        forward = _communicates(plan.forward)
+        forward = move.communicates
         if move.output in begun:
             result[at] = replace(move, started=True)
             continue
         place = max(max(ready.get(m.source, 0) for m in members), earliest if forward else 0)
-        is_large = (forward or (move.needs_grad and _communicates(plan.backward))) and _bytes(move) >= options.large
+        is_large = (forward or move.communicates_backward) and _bytes(move) >= options.large
         if len(members) > 1 or (is_large and any(calls[place:at])):
             result[at] = replace(move, started=True)
-            starts.setdefault(place, []).append(Start(tuple(members)))
+            starts.setdefault(place, []).append(StartMoves(tuple(members)))
             begun.update(m.output for m in members)
         if forward:
             earliest = at + 1
@@ -177,7 +176,3 @@ def _started(
         merged += starts.get(at, ())
         merged.append(instruction)
     return tuple(merged)
-
-
-def _communicates(steps: Sequence[Step]) -> bool:
-    return any(step.kind != "slice" for step in steps)

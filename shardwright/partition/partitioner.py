@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shardwright.ir import lanes as lane
-from shardwright.ir.buckets import Schedule
+from shardwright.ir import rank_groups
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.instructions import ProgramInput, Ref
 from shardwright.ir.layout import Layout
@@ -23,7 +23,7 @@ from shardwright.redistribute.planner import Options
 
 
 def partition(
-    graph: Graph, plan: Plan, options: Options | None = None, schedule_options: Schedule | None = None
+    graph: Graph, plan: Plan, options: Options | None = None, schedule_options: MoveBuckets | None = None
 ) -> LocalProgram:
     """The program one rank runs, with every collective the plan asks for.
 
@@ -34,7 +34,7 @@ def partition(
     Returns:
         A :class:`LocalProgram` whose outputs are whole on every rank.
     """
-    return scheduled(unscheduled(graph, plan, options or Options()), schedule_options or Schedule())
+    return scheduled(unscheduled(graph, plan, options or Options()), schedule_options or MoveBuckets())
 
 
 def unscheduled(graph: Graph, plan: Plan, options: Options, first_rank_only: bool = False) -> LocalProgram:
@@ -48,7 +48,7 @@ def unscheduled(graph: Graph, plan: Plan, options: Options, first_rank_only: boo
     return _Partitioner(graph, plan, options, first_rank_only).run()
 
 
-def scheduled(program: LocalProgram, options: Schedule) -> LocalProgram:
+def scheduled(program: LocalProgram, options: MoveBuckets) -> LocalProgram:
     """The program with its moves together and early, as the options say."""
     parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
     return replace(program, instructions=schedule(program.instructions, options, parameters))
@@ -134,7 +134,7 @@ class _Partitioner:
     def _check_lanes(self, node: Node, name: str, layout: Layout) -> None:
         """Proves that ranks on which the layout says that they replicate compute the same."""
         if not self.builder.first_rank_only:
-            assert lane.varies_only_with(self.lanes[name], lane.of_layout(layout)), (
+            assert rank_groups.varies_only_with(self.lanes[name], rank_groups.of_layout(layout)), (
                 f"{node.where}: the local result varies along axes that {layout.short()} does not have"
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwright.ir.buckets import Schedule
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.plan.asked.pins import Pin
 
 
@@ -24,8 +24,8 @@ class PlanRequest:
         states: bytes of optimizer state a byte of parameter.
         seconds: how long a search may look for a better plan.
         operator_plan: how nodes are to run, by name, as a plan file says; it replaces what the nodes' marks ask for.
-        once: makes a value once for all processes of a job: what a search ends with may hang on the clock, and processes
-            that had different plans would wait for each other for ever.
+        on_first_rank: makes a value once for all processes of a job: what a search ends with may hang on the clock, and
+            processes that had different plans would wait for each other for ever.
         schedule: which moves share collectives, and which start early.
         stored: parameters whose layout in ``parameter_plan`` is also how they are stored, whatever their readers want.
         tell: is told what is under way.
@@ -44,6 +44,6 @@ class PlanRequest:
     seconds: float = 30.0
     operator_plan: dict[str, Pin] = field(default_factory=dict)
     stored: frozenset[str] = frozenset()
-    schedule: Schedule = field(default_factory=Schedule)
-    once: Callable[[Callable[[], Any]], Any] = lambda make: make()
+    schedule: MoveBuckets = field(default_factory=MoveBuckets)
+    on_first_rank: Callable[[Callable[[], Any]], Any] = lambda make: make()
     tell: Callable[[str], None] = lambda text: None

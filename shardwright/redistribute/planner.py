@@ -362,7 +362,7 @@ class _Planner:
         direct = self.transfer(path, target)
         yield direct
         step = direct.steps[-1]
-        if step.kind == "slice" or sent_elements(step, self.shape) <= int(lacked(now, target, self.shape).max(initial=0)):
+        if not step.communicates or sent_elements(step, self.shape) <= int(lacked(now, target, self.shape).max(initial=0)):
             return
         for spread in self._spread(target, _replicating(target)):
             yield from self.gathered(self.transfer(path, spread), target)

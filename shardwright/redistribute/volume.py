@@ -125,7 +125,7 @@ def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:
 
 def received_elements(step: Step, shape: Shape) -> int:
     """Elements that all ranks together receive in one step, by the bandwidth-optimal algorithm of its collective."""
-    if step.kind == "slice":
+    if not step.communicates:
         return 0
     if step.kind in TRANSFERS or step.kind == "all_gather":
         return int(lacked(step.source, step.target, shape).sum())
@@ -149,7 +149,7 @@ def sent_elements(step: Step, shape: Shape) -> int:
     larger end, an exchange what its busiest rank must receive or send. Source: Thakur, Rabenseifner and Gropp,
     "Optimization of Collective Communication Operations in MPICH", 2005.
     """
-    if step.kind == "slice":
+    if not step.communicates:
         return 0
     if step.kind in ("exchange", "permute"):
         sent: dict[int, int] = {}

@@ -12,7 +12,7 @@ from shardwright.ir.graph import Node, is_configured
 from shardwright.ir.layout import Layout
 from shardwright.ir.layout_text import counts_of
 from shardwright.ir.plan import Plan
-from shardwright.ir.step import Step
+from shardwright.ir.step import Step, any_communicates
 from shardwright.plan.choose.edges import Edge, edges_of, sent
 from shardwright.redistribute.steps import steps_between
 from shardwright.report.draw import EDGE, INK, SUFFIXES
@@ -158,9 +158,9 @@ def _look(edge: Edge, kinds: set[str]) -> tuple[str, bool, str]:
     forward = moves.forward
     backward = moves.backward if edge.needs_grad else ()
     inherent = all(step.kind in ("all_reduce", "slice") for step in backward)  # of a gradient that is partial anyway
-    if any(step.kind != "slice" for step in forward):
+    if any_communicates(forward):
         kind, dashed, steps = _main(forward), False, forward
-    elif backward and (forward or not inherent) and _main(backward) != "slice":
+    elif backward and (forward or not inherent) and any_communicates(backward):
         kind, dashed, steps = _main(backward), True, backward
     else:
         kind = "slice" if forward else ""
@@ -173,11 +173,11 @@ def _look(edge: Edge, kinds: set[str]) -> tuple[str, bool, str]:
 
 def _main(steps: Sequence[Step]) -> str:
     """The kind of the step that is told by the colour: the first that communicates."""
-    return next((step.kind for step in steps if step.kind != "slice"), "slice")
+    return next((step.kind for step in steps if step.communicates), "slice")
 
 
 def _text(steps: tuple[Step, ...], shape: tuple[int, ...], itemsize: int) -> str:
-    names = " + ".join(step.kind for step in steps if step.kind != "slice")
+    names = " + ".join(step.kind for step in steps if step.communicates)
     return f"{names} {bytes_text(sent(steps, shape) * itemsize)}"
 
 

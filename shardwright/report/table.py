@@ -91,11 +91,9 @@ def _module(node: Node) -> str:
 
 
 def _moves_by_cause(program: LocalProgram | None) -> dict[str, list[Move]]:
-    from shardwright.ir.instructions import Call
-
     result: dict[str, list[Move]] = {}
     if program is not None:
-        nodes = {i.cause for i in program.instructions if isinstance(i, Call)}
+        nodes = {call.cause for call in program.calls}
         for move in program.moves:
             result.setdefault(move.cause if move.cause in nodes else "", []).append(move)
     return result
@@ -106,9 +104,9 @@ def _communication(moves: Iterable[Move]) -> tuple[str, str]:
     backward: list[str] = []
     for move in moves:
         plan = move.redistribution
-        forward += [_step(s, plan.shape, move.itemsize("forward")) for s in plan.forward if s.kind != "slice"]
+        forward += [_step(s, plan.shape, move.itemsize("forward")) for s in plan.forward if s.communicates]
         if move.needs_grad:
-            backward += [_step(s, plan.shape, move.itemsize("backward")) for s in plan.backward if s.kind != "slice"]
+            backward += [_step(s, plan.shape, move.itemsize("backward")) for s in plan.backward if s.communicates]
     return "\n".join(forward), "\n".join(backward)
 
 
@@ -128,7 +126,7 @@ def _totals(plan: Plan, program: LocalProgram | None) -> list[str]:
         steps = {"forward": redistribution.forward, "backward": redistribution.backward if move.needs_grad else ()}
         for phase, of_phase in steps.items():
             for step in of_phase:
-                if step.kind != "slice":
+                if step.communicates:
                     launch = (phase, shared.get(move.output, move.output), step.kind)
                     totals[phase][0] += move.output not in shared or launch not in seen
                     totals[phase][1] += sent_elements(step, redistribution.shape) * move.itemsize(phase)

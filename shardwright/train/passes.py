@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from shardwright.base.dump import NO_DUMP, Dump
-from shardwright.ir.buckets import Schedule
+from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan, ProgramPass
 from shardwright.ir.program import LocalProgram
@@ -61,7 +61,7 @@ class Asked:
     follows_marks: bool = True
     parameter_plan: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     enable_alltoall: bool = True
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: MoveBuckets = field(default_factory=MoveBuckets)
     hsdp: OptimizerParallel | None = None
     precision: Precision = field(default_factory=Precision)
     recompute: Mapping[str, RecomputeRequest] = field(default_factory=dict)

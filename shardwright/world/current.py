@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 from shardwright.errors import ArgumentTypeError, WorldError
 from shardwright.world.simulated.world import SimulatedWorld
-
-if TYPE_CHECKING:
-    from shardwright.world.distributed.world import DistributedWorld
-
-World = Union[SimulatedWorld, "DistributedWorld"]
+from shardwright.world.world import World as World
 
 _current: list[World] = []
 

@@ -106,10 +106,10 @@ def test_all_in_one(four):
 def test_no_more_than_the_bytes_ask_for(four, kilobytes):
     from dataclasses import replace
 
-    from shardwright.ir.buckets import Buckets, Schedule
+    from shardwright.ir.buckets import Buckets, MoveBuckets
 
     net = sw.AutoParallel(Layers(4))
-    net.settings.schedule = replace(Schedule(), sums=Buckets(kilobytes << 10))
+    net.settings.schedule = replace(MoveBuckets(), sums=Buckets(kilobytes << 10))
     total = sum(p.numel() * 8 for p in net.parameters())
     found = reductions(net)
     assert len(found) <= math.ceil(total / (kilobytes << 10)) + 1

@@ -19,7 +19,7 @@ from torch import nn
 import shardwright as sw
 from harness import compare, main, on_ranks, same_steps, simulated
 from shardwright.errors import ShardwrightError
-from shardwright.ir.instructions import Call, Move, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, Move, StartMoves
 from shardwright.train.compile import compiler as compile_pass
 from shardwright.train.compile.segments import Segment, segments_of
 
@@ -274,9 +274,9 @@ def keeps_the_schedule(program, items):
     for instruction in new:
         assert made.issuperset(program.refs_of(instruction)), instruction
         made.update(instruction.outputs)
-    sent = [[id(i) for i in order if isinstance(i, Start) or any(map(travels, moves_of(i)))] for order in (old, new)]
+    sent = [[id(i) for i in order if isinstance(i, StartMoves) or any(map(travels, moves_of(i)))] for order in (old, new)]
     assert sent[0] == sent[1]
-    for start in (i for i in old if isinstance(i, Start)):
+    for start in (i for i in old if isinstance(i, StartMoves)):
         before, now = calls_before(old, start), calls_before(new, start)
         assert now <= before, f"{start.moves[0].output} sets out later"
         outputs = {move.output for move in start.moves}
@@ -285,7 +285,7 @@ def keeps_the_schedule(program, items):
 
 
 def moves_of(instruction):
-    return instruction.moves if isinstance(instruction, Together) else (instruction,) if isinstance(instruction, Move) else ()
+    return instruction.moves if isinstance(instruction, FusedMoves) else (instruction,) if isinstance(instruction, Move) else ()
 
 
 def calls_before(order, instruction):

@@ -439,7 +439,9 @@ def as_rank(monkeypatch):
     """Lets loaders run as one rank of a job, which agrees with the others."""
 
     def become(rank, size):
-        world = SimpleNamespace(is_simulated=False, rank=rank, size=size, gather_numbers=lambda numbers: [numbers] * size)
+        world = SimpleNamespace(
+            inputs_are_whole=False, rank=rank, size=size, processes=size, gather_numbers=lambda numbers: [numbers] * size
+        )
         monkeypatch.setattr("shardwright.data.loading.current_world", lambda: world)
 
     return become

@@ -14,7 +14,7 @@ from torch import nn
 
 import shardwright as sw
 from harness import compare, main, on_ranks, rank_counts, same_steps, simulated
-from shardwright.ir.instructions import Call, Move, Start
+from shardwright.ir.instructions import Call, Move, StartMoves
 from shardwright.world.current import current_world
 
 AXIS = "interleaved_parallel"
@@ -96,7 +96,7 @@ def double(module):
 def tensor_parallel_blocks():
     net = double(sw.MicroBatchInterleaved(Net(), 2))
     parallel = same_steps(net, batches(3, 8), in_tensor_parallel)
-    assert any(isinstance(i, Start) for i in parallel.program.instructions)
+    assert any(isinstance(i, StartMoves) for i in parallel.program.instructions)
 
 
 def against_the_whole_batch():
@@ -113,7 +113,7 @@ def dropout_masks_are_those_of_the_single_device():
     net = double(sw.MicroBatchInterleaved(Net(drop=0.3), 2))
     parallel = same_steps(net, batches(2, 4), in_tensor_parallel)
     if current_world().size > 1:
-        assert any(isinstance(i, Start) for i in parallel.program.instructions)
+        assert any(isinstance(i, StartMoves) for i in parallel.program.instructions)
     net = double(sw.MicroBatchInterleaved(Net(drop=0.3), 2))
     same_steps(net, batches(2, 8), sw.AutoParallel)
 
@@ -457,7 +457,7 @@ def test_every_instruction_is_there_once_and_after_what_it_reads():
             assert set(parallel.program.refs_of(instruction)) <= made, instruction
             assert not made & set(instruction.outputs)
             made.update(instruction.outputs)
-            if isinstance(instruction, Start):
+            if isinstance(instruction, StartMoves):
                 started.update(move.output for move in instruction.moves)
             elif isinstance(instruction, Move) and instruction.started:
                 assert instruction.output in started
@@ -506,7 +506,7 @@ def test_large_tensors_that_would_start_early_take_turns_too():
         net = sw.MicroBatchInterleaved(Net(dim=16), 2)
         parallel = in_tensor_parallel(net)
         parallel(torch.randn(64, 16, 16), torch.randint(5, (64, 16)))
-        starts = [i.moves[0] for i in parallel.program.instructions if isinstance(i, Start) and len(i.moves) == 1]
+        starts = [i.moves[0] for i in parallel.program.instructions if isinstance(i, StartMoves) and len(i.moves) == 1]
         assert sum(move.copy is not None for move in starts) >= 12
         assert Counter(move.output for move in starts).most_common(1)[0][1] == 1
         assert sw.verify(parallel, torch.randn(64, 16, 16), torch.randint(5, (64, 16)))

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.ir.buckets import Buckets, Schedule
-from shardwright.ir.instructions import Call, Move, Ref, Start, Together
+from shardwright.ir.buckets import Buckets, MoveBuckets
+from shardwright.ir.instructions import Call, FusedMoves, Move, Ref, StartMoves
 from shardwright.partition.overlap import schedule
 from shardwright.redistribute.steps import redistribution
 
@@ -43,13 +43,13 @@ def four_ranks():
 
 def test_gradients_travel_together_and_early():
     net, parallel, x = compiled()
-    parallel.settings.schedule = Schedule(sums=Buckets(160 * 160 * 8 + 1))
+    parallel.settings.schedule = MoveBuckets(sums=Buckets(160 * 160 * 8 + 1))
     with sw.record_communication() as log:
         parallel(x)[0].backward()
     program = parallel.program
-    (of_outputs,) = [i for i in program.instructions if isinstance(i, Together)]
+    (of_outputs,) = [i for i in program.instructions if isinstance(i, FusedMoves)]
     assert of_outputs.outputs == program.outputs, "the two outputs are summed together"
-    starts = [i for i in program.instructions if isinstance(i, Start)]
+    starts = [i for i in program.instructions if isinstance(i, StartMoves)]
     targets = {i.name: str(i.target) for i in program.inputs}
     assert [[targets[m.source] for m in start.moves] for start in starts] == [
         ["one.weight", "one.bias"],
@@ -83,10 +83,10 @@ def test_what_no_output_needs_gets_no_gradient():
 
 ONE, ALL = Buckets(0), Buckets(1 << 40)
 CHOSEN = (
-    Schedule(small=0, large=0, sums=ONE, gathers=ONE),
-    Schedule(1 << 30, 1 << 30, sums=ALL),
-    Schedule(100, 3000, sums=Buckets(2000)),
-    Schedule(sums=Buckets(0, (1, 3))),
+    MoveBuckets(small=0, large=0, sums=ONE, gathers=ONE),
+    MoveBuckets(1 << 30, 1 << 30, sums=ALL),
+    MoveBuckets(100, 3000, sums=Buckets(2000)),
+    MoveBuckets(sums=Buckets(0, (1, 3))),
 )
 
 
@@ -100,9 +100,9 @@ def test_values_do_not_depend_on_the_schedule(chosen):
 @pytest.mark.parametrize("places, sizes", [((2, 4), [2, 2, 2]), ((1,), [1, 5]), ((9,), [6])])
 def test_a_bucket_has_an_end(places, sizes):
     _, parallel, x = compiled()
-    parallel.settings.schedule = Schedule(large=0, sums=Buckets(0, places))
+    parallel.settings.schedule = MoveBuckets(large=0, sums=Buckets(0, places))
     parallel(x)
-    starts = [i for i in parallel.program.instructions if isinstance(i, Start)]
+    starts = [i for i in parallel.program.instructions if isinstance(i, StartMoves)]
     assert [len(start.moves) for start in starts] == [size for size in sizes if size > 1]
 
 
@@ -115,8 +115,8 @@ def test_one_gather_at_a_time_is_started_early():
         instructions.append(Move(f"stored{n}", f"whole{n}", plan, torch.float32, f"linear{n}", "", (0, 0, 0, 0), True))
         args = (Ref(f"x{n}"), Ref(f"whole{n}"))
         instructions.append(Call(torch.nn.functional.linear, args, {}, (f"x{n + 1}",), False, f"linear{n}", (0, 1, 2, 3)))
-    found = schedule(instructions, Schedule(small=0, large=0))
-    order = [f"start {i.moves[0].output}" if isinstance(i, Start) else i.outputs[0] for i in found]
+    found = schedule(instructions, MoveBuckets(small=0, large=0))
+    order = [f"start {i.moves[0].output}" if isinstance(i, StartMoves) else i.outputs[0] for i in found]
     assert order == [
         *("whole0", "start whole1", "x1", "whole1", "start whole2", "x2", "whole2", "start whole3", "x3", "whole3", "x4")
     ]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright import Layout, Mesh
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.instructions import Move
 from shardwright.redistribute.steps import DEFAULT, redistribution, steps_between
 from shardwright.redistribute.volume import sent_elements
@@ -122,8 +122,8 @@ def test_gradients(data):
         key = tuple(mesh.coordinates(rank)[a] for a in partial)
         weights.setdefault(key, torch.randn(shape, dtype=torch.float64))
     total = sum(weights.values(), torch.zeros(shape, dtype=torch.float64))
-    source_lanes = lane.of_layout(plan.source)
-    lanes = lane.of_layout(plan.target, plan.partial_gradient)
+    source_lanes = rank_groups.of_layout(plan.source)
+    lanes = rank_groups.of_layout(plan.target, plan.partial_gradient)
     first = {own: rank for rank, own in reversed(list(enumerate(source_lanes)))}
     inputs = [whole[plan.source.slices(shape)[first[i]]].clone().requires_grad_() for i in sorted(first)]
     move = SimulatedMove(Move("x", "y", plan, torch.float64, "", "", lanes, True), source_lanes)

@@ -16,7 +16,7 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.cost.machine_files import PRESETS
-from shardwright.ir.buckets import Buckets, Schedule
+from shardwright.ir.buckets import Buckets, MoveBuckets
 from shardwright.parameters.whole import full_value
 from shardwright.plan.modes import search as automatic
 from shardwright.world import current
@@ -192,8 +192,8 @@ def bits(world):
         ("cnn", cnn, (images,)),
         ("cnn bfloat16", copy.deepcopy(cnn).bfloat16(), (images.bfloat16(),)),
     ]
-    early = Schedule(small=0, large=0, sums=Buckets(), gathers=Buckets())
-    schedules = {"default": Schedule(), "all early": early, "all joined": Schedule(1 << 30, 1 << 30)}
+    early = MoveBuckets(small=0, large=0, sums=Buckets(), gathers=Buckets())
+    schedules = {"default": MoveBuckets(), "all early": early, "all joined": MoveBuckets(1 << 30, 1 << 30)}
     for (name, model, batch), (how, chosen) in itertools.product(cases, schedules.items()):
         found = []
         for where in (SimulatedWorld(world.size), world):

@@ -402,11 +402,11 @@ def torchrun(directory, body, *arguments):
 
 SCRIPT = """
     import sys, time, torch
-    from shardwright.layout import Layout
-    from shardwright.mesh import Mesh
+    from shardwright.ir.layout import Layout
+    from shardwright.ir.mesh import Mesh
     from shardwright.redistribute.steps import steps_between
-    from shardwright.world.distributed import DistributedWorld
-    from shardwright.world.distributed_steps import prepare_steps
+    from shardwright.world.distributed.world import DistributedWorld
+    from shardwright.world.distributed.steps import prepare_steps
 
     world = DistributedWorld.from_environment()
     whole = Layout.replicated(Mesh(("x",), (2,)), 1)

@@ -17,6 +17,7 @@ from shardwright.ir.graph import Node, where_of
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import Operator, Slot
 from shardwright.ir.plan import Plan
+from shardwright.ir.step import any_communicates
 from shardwright.plan.asked.strategies import check_layout
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.field_lookup import lookup_by_field
@@ -181,5 +182,5 @@ def _moves_at(plan: Plan, node: Node) -> Iterator[tuple[str, str]]:
     for side, value, layout, axes in edges:
         shape = plan.graph.metas[value].shape
         steps = redistribution(made[value].normal(shape), layout.normal(shape), shape, axes).forward
-        if any(step.kind != "slice" for step in steps):
+        if any_communicates(steps):
             yield side, " + ".join(map(str, steps))

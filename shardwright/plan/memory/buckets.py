@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwright.cost.memory import BucketMemory, Choose, bucket_memory
-from shardwright.ir.instructions import Move, Start
+from shardwright.ir.instructions import Move, StartMoves
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
 from shardwright.plan.memory.usage import Storage
@@ -41,15 +41,15 @@ class BucketPlayer:
         tensors = [(move.steps(phase), move.redistribution.shape, move.itemsize(phase)) for move in moves]
         return bucket_memory(tensors, self.choose, self.hub)
 
-    def scratch(self, start: Start, trains: bool) -> float:
-        """Bytes of scratch that a bucket's collectives need."""
-        phases = ("forward", "backward") if trains and start.moves[0].needs_grad else ("forward",)
-        found = [phase for phase in phases if any(move.steps(phase) for move in start.moves)]
-        return max((self._need(start.moves, phase).scratch for phase in found), default=0.0)
+    def scratch(self, moves: Sequence[Move], trains: bool) -> float:
+        """Returns the bytes of scratch that a bucket's collectives need."""
+        phases = ("forward", "backward") if trains and moves[0].needs_grad else ("forward",)
+        found = [phase for phase in phases if any(move.steps(phase) for move in moves)]
+        return max((self._need(moves, phase).scratch for phase in found), default=0.0)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def start(self, start: Start) -> None:
+    def start(self, start: StartMoves) -> None:
         """Moves set off together: what they gather is in flight until the first of them is waited for."""
         bucket = _Bucket(start.moves)
         self.of |= dict.fromkeys((move.output for move in start.moves), bucket)

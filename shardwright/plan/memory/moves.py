@@ -18,7 +18,8 @@ from shardwright.cost.memory import (
     shared_collective_memory,
     step_memory,
 )
-from shardwright.ir.instructions import KeepPiece, Move, Start, Together, communicates
+from shardwright.cost.message_sizes import is_kept
+from shardwright.ir.instructions import FusedMoves, KeepSliceForBackward, Move, StartMoves, moves_alone
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
 from shardwright.partition.free_results import result_is_free, values_read_once, values_with_free_gradients
@@ -26,7 +27,7 @@ from shardwright.plan.memory.buckets import BucketPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.rank_state import Gradient, RankState
 from shardwright.plan.memory.recipes import Recipe
-from shardwright.plan.memory.usage import Storage, is_kept_as_scratch
+from shardwright.plan.memory.usage import Storage
 
 
 @dataclass
@@ -68,23 +69,23 @@ class MovePlayer:
         """
         if self.choose is None:
             return
-        largest = 0.0
-        together: set[str] = set()
-        for move in self.instructions:
-            if isinstance(move, Start) and len(move.moves) > 1:
-                together.update(member.output for member in move.moves)
-                scratch = self.buckets.scratch(move, trains)
-                largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
-            elif isinstance(move, Move) and move.output not in together:
-                shape = move.redistribution.shape
-                needs = [
-                    step_memory(step, shape, move.itemsize(phase), self.choose, hub=self.hub)
-                    for phase in (("forward", "backward") if move.needs_grad and trains else ("forward",))
-                    for step in move.steps(phase)
-                ]
-                scratch = max((need.scratch for need in needs), default=0.0)
-                largest = max(largest, scratch if is_kept_as_scratch(scratch) else 0.0)
+        buckets = [i.starts for i in self.instructions if len(i.starts) > 1]
+        together = {move.output for members in buckets for move in members}
+        alone = [move for move in moves_alone(self.instructions) if move.output not in together]
+        needed = [self.buckets.scratch(members, trains) for members in buckets]
+        needed += [self._scratch(move, self.choose, trains) for move in alone]
+        largest = max((scratch for scratch in needed if is_kept(scratch)), default=0.0)
         self.usage.give_scratch(self.usage.take_scratch(largest))
+
+    def _scratch(self, move: Move, choose: Choose, trains: bool) -> float:
+        """Returns the bytes of scratch that a move by itself needs."""
+        shape = move.redistribution.shape
+        needs = [
+            step_memory(step, shape, move.itemsize(phase), choose, hub=self.hub)
+            for phase in (("forward", "backward") if move.needs_grad and trains else ("forward",))
+            for step in move.steps(phase)
+        ]
+        return max((need.scratch for need in needs), default=0.0)
 
     # -- one move, at once --------------------------------------------------------------------------------------------
 
@@ -105,10 +106,10 @@ class MovePlayer:
         self.usage.point(move.cause, need.peak)
         given = self.state.values[move.source].storage
         self._define(move, Storage(need.result, "activations", move.source) if need.result else None)
-        self._make_again(move, given, need.peak, is_over_source=not need.result and communicates(move))
+        self._make_again(move, given, need.peak, is_over_source=not need.result and move.communicates)
         self._record(move, self._play_backward)
 
-    def keep_piece(self, instruction: KeepPiece) -> None:
+    def keep_piece(self, instruction: KeepSliceForBackward) -> None:
         """A value is kept as a piece from which it is gathered again."""
         cut, gather = instruction.cut, instruction.gather
         value = self.state.values[cut.source].storage
@@ -182,7 +183,7 @@ class MovePlayer:
 
     # -- one move, started early --------------------------------------------------------------------------------------
 
-    def start(self, start: Start) -> None:
+    def start(self, start: StartMoves) -> None:
         """Moves set off."""
         if len(start.moves) > 1:
             self.buckets.start(start)
@@ -263,7 +264,7 @@ class MovePlayer:
 
     # -- moves that share a collective --------------------------------------------------------------------------------
 
-    def play_together(self, together: Together) -> None:
+    def play_together(self, together: FusedMoves) -> None:
         """Makes the results of moves that share a collective."""
         moves = together.moves
         sizes, peak = _shared(moves, "forward")
@@ -277,7 +278,7 @@ class MovePlayer:
         if any(map(self._needs_grad, moves)):
             self.state.tape.append(partial(self._play_together_backward, together))
 
-    def _play_together_backward(self, together: Together) -> None:
+    def _play_together_backward(self, together: FusedMoves) -> None:
         """Moves whose results got no gradient take no part."""
         moves = [move for move in together.moves if move.output in self.state.gradients]
         sizes, peak = _shared(moves, "backward")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from shardwright.cost import algorithms as calibration
-from shardwright.ir.instructions import Start
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import local_program
 from shardwright.plan.memory.timeline import MemoryTimeline
@@ -41,7 +40,7 @@ def memory_of(
     states = _of_optimizer(optimizer)
     choose = calibration.load().choose if device == "cpu" else None
     timeline = TrainingStep(plan.graph, program, states, device, choose, hub=True).run()
-    if choose is not None and any(isinstance(i, Start) for i in program.instructions):
+    if choose is not None and any(i.starts for i in program.instructions):
         # what the others send to the first rank stays until they wait for the result
         other = TrainingStep(plan.graph, program, states, device, choose, hub=False).run()
         timeline = max(timeline, other, key=lambda t: t.peak)

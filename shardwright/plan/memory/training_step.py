@@ -8,9 +8,10 @@ from itertools import pairwise
 
 from shardwright.cost.memory import Choose
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, KeepPiece, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, StartMoves
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.program import LocalProgram
+from shardwright.ir.visitor import InstructionVisitor
 from shardwright.plan.memory.calls import CallPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.moves import MovePlayer
@@ -60,8 +61,10 @@ class TrainingStep:
     def run(self) -> MemoryTimeline:
         """Plays the step; once."""
         self._define_inputs()
+        forward = _Forward(self.calls, self.moves)
         for instruction, dying in zip(self.program.instructions, self.program.last_uses()):
-            self._play(instruction, dying)
+            forward.dying = dying
+            forward.visit(instruction)
             for name in dying:
                 self.state.forget(name)
         largest = self._largest_saved()
@@ -95,20 +98,6 @@ class TrainingStep:
             self.usage.hold(Storage(states, "optimizer", ""))
         self.moves.keep_scratch(trains)
 
-    def _play(self, instruction: Instruction, dying: Sequence[str]) -> None:
-        if isinstance(instruction, Call):
-            self.calls.play(instruction)
-        elif isinstance(instruction, Start):
-            self.moves.start(instruction)
-        elif isinstance(instruction, KeepPiece):
-            self.moves.keep_piece(instruction)
-        elif isinstance(instruction, Together):
-            self.moves.play_together(instruction)
-        elif instruction.started:
-            self.moves.end(instruction)
-        else:
-            self.moves.play(instruction, instruction.source in dying)
-
     def _play_backward(self) -> None:
         self.usage.phase = "backward"
         for name in self._losses():
@@ -141,3 +130,33 @@ class TrainingStep:
                 value, module = made_by.get(storage.label, (storage.label, ""))
                 found.append((value, module, storage.size))
         return tuple(sorted(found, key=lambda item: (-item[2], item[0]))[:_MOST_LISTED])
+
+
+class _Forward(InstructionVisitor[None]):
+    """Plays the instructions of the forward pass.
+
+    Attributes:
+        dying: values that nothing reads after the instruction that is played.
+    """
+
+    def __init__(self, calls: CallPlayer, moves: MovePlayer):
+        self.calls, self.moves = calls, moves
+        self.dying: Sequence[str] = ()
+
+    def call(self, call: Call) -> None:
+        self.calls.play(call)
+
+    def move(self, move: Move) -> None:
+        if move.started:
+            self.moves.end(move)
+        else:
+            self.moves.play(move, move.source in self.dying)
+
+    def start_moves(self, start: StartMoves) -> None:
+        self.moves.start(start)
+
+    def fused_moves(self, fused: FusedMoves) -> None:
+        self.moves.play_together(fused)
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> None:
+        self.moves.keep_piece(keep)

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from shardwright.cost.message_sizes import is_kept
 from shardwright.plan.memory.timeline import Point
 
 PARTS = ("parameters", "optimizer", "gradients", "activations", "transient")
-
-# Bytes of the scratch buffers that collectives keep for the next time; as in the distributed world.
-_LEAST_KEPT, _MOST_KEPT = 1 << 18, 1 << 26
 
 
 class WhenFree(Protocol):
@@ -118,15 +116,10 @@ class Usage:
         if not size:
             return
         self._scratch_taken -= 1
-        if size > self.kept_scratch and is_kept_as_scratch(size):
+        if size > self.kept_scratch and is_kept(size):
             size, self.kept_scratch = self.kept_scratch, size
         self._count_scratch(-size)
 
     def _count_scratch(self, size: float) -> None:
         self.parts["transient"] += size
         self.total += size
-
-
-def is_kept_as_scratch(size: float) -> bool:
-    """Whether collectives keep a buffer of so many bytes for the next time."""
-    return _LEAST_KEPT <= size <= _MOST_KEPT

@@ -221,7 +221,7 @@ class SearchPlanner(Planner):
 
     def find(self, problem: Problem, gap: float) -> Solution:
         """The search itself, by one process of a job."""
-        found: Solution = self.request.once(lambda: solve(problem, gap=gap, seconds=self.share_of_time()))
+        found: Solution = self.request.on_first_rank(lambda: solve(problem, gap=gap, seconds=self.share_of_time()))
         return found
 
     def share_of_time(self) -> float:

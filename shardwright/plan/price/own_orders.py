@@ -66,7 +66,7 @@ def steps_price(
             step.kind, step.axes, sent_elements(step, shape) * itemsize, options.links.seconds(step, shape, itemsize)
         )
         for step in steps
-        if step.kind != "slice"
+        if step.communicates
     )  # fmt: skip
 
 

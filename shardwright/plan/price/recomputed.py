@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from shardwright.cost.communication import CollectivePrice
 from shardwright.cost.saved import NOTHING, saved_by
-from shardwright.ir.instructions import Call, KeepPiece, Move, Together
+from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, StartMoves
 from shardwright.ir.program import LocalProgram
+from shardwright.ir.visitor import InstructionVisitor
 from shardwright.partition.local_program import local_program
 from shardwright.plan.price.own_orders import steps_price
 from shardwright.redistribute.links import machine_links
@@ -57,7 +58,7 @@ def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
     return replace(price, seconds=sum(parts.values()), parts=parts, again=tuple(sent))
 
 
-class _Again:
+class _Again(InstructionVisitor[None]):
     """Finds the operators and redistributions of a program that are done again: those that the backward has a use for.
 
     Of what is marked, the last operators before a value that is kept may save nothing for the backward, as a sum of two
@@ -75,24 +76,36 @@ class _Again:
 
     def find(self) -> None:
         for instruction in reversed(self.program.instructions):
-            if isinstance(instruction, Call):
-                self._call(instruction)
-            elif isinstance(instruction, KeepPiece):
-                if instruction.cut.source in self.wanted:
-                    self.moves.append(instruction.gather)
-            elif isinstance(instruction, (Move, Together)) and instruction.recompute:
-                moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
-                # those that share collectives go together, and a gather goes ahead of whoever might want it
-                if any(self._is_wanted(move.output) or move.source in self.parameters for move in moves):
-                    self.moves += moves
-                    self.wanted.update(move.source for move in moves)
+            self.visit(instruction)
+
+    def move(self, move: Move) -> None:
+        self._moves(move)
+
+    def fused_moves(self, fused: FusedMoves) -> None:
+        self._moves(fused)
+
+    def start_moves(self, start: StartMoves) -> None:
+        """Does nothing: a move is done again where its result is there."""
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> None:
+        if keep.cut.source in self.wanted:
+            self.moves.append(keep.gather)
+
+    def _moves(self, instruction: Move | FusedMoves) -> None:
+        """Notes moves that share collectives as one; a gather goes ahead of whoever might want it."""
+        if not instruction.recompute:
+            return
+        moves = instruction.ends
+        if any(self._is_wanted(move.output) or move.source in self.parameters for move in moves):
+            self.moves += moves
+            self.wanted.update(move.source for move in moves)
 
     def _is_wanted(self, value: str) -> bool:
         """Whether the backward has a use for a value that is not there any more."""
         return value in self.wanted and value not in self.program.kept
 
-    def _call(self, call: Call) -> None:
-        node, refs = self.graph_nodes.get(call.cause), self.program.refs_of(call)
+    def call(self, call: Call) -> None:
+        node, refs = self.graph_nodes.get(call.cause), call.reads
         saved = NOTHING
         if node is not None and node.grad:
             needs_grad = tuple(value in self.needs_grad for value in node.inputs)

@@ -16,7 +16,7 @@ import numpy as np
 from shardwright.cost.communication import CollectivePrice, Communication
 from shardwright.cost.compute import local_seconds, optimizer_seconds
 from shardwright.cost.convolution import Channels, channels_of
-from shardwright.ir.buckets import Buckets, Schedule
+from shardwright.ir.buckets import Buckets, MoveBuckets
 from shardwright.ir.graph import Graph
 from shardwright.ir.machine import Machine
 from shardwright.ir.mesh import Mesh
@@ -37,9 +37,9 @@ class Pricing:
         schedule: how many bytes of them share those that sum their gradients, and those that gather them.
     """
 
-    def __init__(self, machine: Machine, mesh: Mesh, sharing: float = 0.0, schedule: Schedule | None = None):
+    def __init__(self, machine: Machine, mesh: Mesh, sharing: float = 0.0, schedule: MoveBuckets | None = None):
         self.machine, self.mesh, self.sharing = machine, mesh, sharing
-        self.sums, self.gathers = (schedule or Schedule()).sums, (schedule or Schedule()).gathers
+        self.sums, self.gathers = (schedule or MoveBuckets()).sums, (schedule or MoveBuckets()).gathers
         self.communication = Communication(machine, mesh)
         self._memo: dict[Any, Any] = {}
         self._alive: list[Any] = []  # what ids in keys refer to

@@ -19,20 +19,19 @@ def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram
         The two programs, and the local values that the first hands to the second: its inputs of kind ``local``.
     """
     own = {i.name for i in program.inputs if i.kind == "parameter"}
-    once: list[Instruction] = []
+    once: list[Move] = []
     each: list[Instruction] = []
     ready = set(own)
     for instruction in program.instructions:
-        if isinstance(instruction, Move) and instruction.source in ready and (gathers_once or not _gathers(instruction)):
+        if isinstance(instruction, Move) and instruction.source in ready and (gathers_once or not instruction.communicates):
             once.append(instruction)
             ready.add(instruction.output)
         else:
             each.append(instruction)
-    read = {name for instruction in each for name in program.refs_of(instruction)}
+    read = {name for instruction in each for name in instruction.reads}
     read |= {o for o in program.outputs if isinstance(o, str)} | {v for _, v in program.updates}
     metas = {i.name: i.meta for i in program.inputs}
     for move in once:
-        assert isinstance(move, Move)
         metas[move.output] = metas[move.source]
     handed = tuple(name for name in metas if name in ready and name in read)
     given = tuple(i for i in program.inputs if i.kind == "parameter")
@@ -40,7 +39,3 @@ def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram
     local = [ProgramInput(name, "local", name, metas[name], program.layouts[name]) for name in handed]
     inputs = (*(i for i in program.inputs if i.kind != "parameter"), *local)
     return first, replace(program, inputs=inputs, instructions=tuple(each)), handed
-
-
-def _gathers(move: Move) -> bool:
-    return any(step.kind != "slice" for step in move.redistribution.forward)

@@ -11,7 +11,7 @@ import torch
 from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.instructions import Call, Ref, moves_of
+from shardwright.ir.instructions import Call, Ref
 from shardwright.ir.operator import OpOverload, Slot
 from shardwright.ir.program import LocalProgram
 from shardwright.rules.norm import update_running
@@ -28,12 +28,10 @@ def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
     nodes = {node.name: node for node in graph.nodes}
     changed = changed_in_place(program, graph)
     found = set()
-    for call in program.instructions:
-        if isinstance(call, Call):
-            node = nodes[call.cause]
-            reads = program.refs_of(call)
-            if call.recompute or not _can_trace(call, node) or draws(call, node) or not changed.isdisjoint(reads):
-                found.add(id(call))
+    for call in program.calls:
+        node = nodes[call.cause]
+        if call.recompute or not _can_trace(call, node) or draws(call, node) or not changed.isdisjoint(call.reads):
+            found.add(id(call))
     return frozenset(found)
 
 
@@ -44,8 +42,7 @@ def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
     for instruction in reversed(program.instructions):
         if isinstance(instruction, Call):
             found.update(_changes(instruction, nodes[instruction.cause]))
-        else:
-            found.update(move.source for move in moves_of(instruction) if move.output in found)
+        found.update(move.source for move in instruction.ends if move.output in found)
     return frozenset(found)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from shardwright.base.torch_private import cpp_compiler, pytree
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.graph import Graph
 from shardwright.ir.instructions import Call, Instruction, PerRank, Ref
 from shardwright.ir.program import LocalProgram
@@ -75,18 +75,18 @@ class SegmentCompiler:
                 "environment variable CXX; compile='aot_eager' needs none, but fuses nothing"
             ) from error
 
-    def compiled(self, program: LocalProgram, graph: Graph, simulated: bool) -> LocalProgram:
+    def compiled(self, program: LocalProgram, graph: Graph, runs_lanes: bool) -> LocalProgram:
         """The program with its segments as calls of functions that are compiled when first called.
 
         Args:
             graph: what the program was made from.
-            simulated: whether it is for the simulated world.
+            runs_lanes: whether the world runs a call once for each lane.
 
         Returns:
             A program of the same inputs, moves, outputs and updates. Values within a segment have no names any more.
         """
         program = drawn_apart(program, graph)
-        items = segments_of(program, graph, by_lanes=simulated)
+        items = segments_of(program, graph, by_lanes=runs_lanes)
         readers = Counter(name for name in program.outputs if isinstance(name, str))
         readers.update(name for _, name in program.updates)
         for item in items:
@@ -96,19 +96,19 @@ class SegmentCompiler:
             if not isinstance(item, Segment):
                 instructions.append(item)
             elif outputs := tuple(name for call in item.calls for name in call.outputs if readers[name]):
-                instructions.append(self._call(program, item, outputs, simulated))
+                instructions.append(self._call(program, item, outputs, runs_lanes))
         return replace(program, instructions=tuple(instructions))
 
-    def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], simulated: bool) -> Call:
+    def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], runs_lanes: bool) -> Call:
         """A segment as one call. What depends on the rank is compiled for each rank's values."""
         calls, inputs = segment.calls, _inputs(program, segment)
-        inside = {name for call in calls for name in program.refs_of(call)}
+        inside = {name for call in calls for name in call.reads}
         written = Written(calls, inputs, outputs, frozenset(inside))
         refs = tuple(Ref(name) for name in inputs)
-        lanes = lane.join(*(call.lanes for call in calls))
+        lanes = rank_groups.join(*(call.lanes for call in calls))
         whole = replace(calls[0], kwargs={}, outputs=outputs, sequence=True, cause=calls[-1].cause, lanes=lanes)
         leaves = pytree.tree_leaves([(call.args, call.kwargs) for call in calls])
-        if not simulated and not any(isinstance(leaf, PerRank) for leaf in leaves):
+        if not runs_lanes and not any(isinstance(leaf, PerRank) for leaf in leaves):
             return replace(whole, function=CompiledSegment(self.functions, written, 0), args=refs)
         of_rank: dict[int, CompiledSegment] = {}
 
@@ -124,4 +124,4 @@ def _inputs(program: LocalProgram, item: Instruction | Segment) -> tuple[str, ..
     """The values that an instruction or a segment reads and does not make, each once."""
     calls: Sequence[Instruction] = item.calls if isinstance(item, Segment) else (item,)
     own = {name for call in calls for name in call.outputs}
-    return tuple(dict.fromkeys(name for call in calls for name in program.refs_of(call) if name not in own))
+    return tuple(dict.fromkeys(name for call in calls for name in call.reads if name not in own))

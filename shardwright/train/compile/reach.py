@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, Move, Together, moves_of
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, Move
 from shardwright.ir.program import LocalProgram
 
 Reach = frozenset[str] | None  # the outputs that gradients come from; None: there is nothing to differentiate
@@ -27,10 +27,9 @@ def gradients_from(program: LocalProgram, graph: Graph) -> tuple[dict[int, Reach
             found = nothing.union(*(values.get(o, nothing) for o in instruction.outputs))
             passes = instruction.grad and instruction.cause in differentiable
             calls[id(instruction)] = found if passes else None
-            for name in program.refs_of(instruction) if passes else ():
+            for name in instruction.reads if passes else ():
                 values[name] = values.get(name, nothing) | found
-            continue
-        for move in moves_of(instruction):
+        for move in instruction.ends:
             if move.needs_grad and move.grad:
                 values[move.source] = values.get(move.source, nothing) | values.get(move.output, nothing)
     return calls, values
@@ -44,12 +43,12 @@ def moves_apart(program: LocalProgram, graph: Graph) -> Iterator[Instruction]:
     _, values = gradients_from(program, graph)
     given = {i.name for i in program.inputs}
     for instruction in program.instructions:
-        computed = [values.get(move.output) for move in moves_of(instruction) if move.source not in given]
+        computed = [values.get(move.output) for move in instruction.ends if move.source not in given]
         if len(set(computed)) < 2:
             yield instruction
             continue
         groups: dict[Any, list[Move]] = {}
-        for move in moves_of(instruction):
+        for move in instruction.ends:
             groups.setdefault(computed[0] if move.source in given else values.get(move.output), []).append(move)
         for moves in groups.values():
-            yield Together(tuple(moves)) if len(moves) > 1 else moves[0]
+            yield FusedMoves(tuple(moves)) if len(moves) > 1 else moves[0]

@@ -4,7 +4,7 @@ A segment is as long as the schedule allows. What a segment needs and what does 
 which blocking moves and the moves of parameters (that communicate in the backward pass alone) do not mind; calls that go
 on with what a segment made are brought before blocking moves. What overlaps communication with computation is kept:
 
-- A segment ends where a :class:`Start` stands: no call is brought before it.
+- A segment ends where a :class:`StartMoves` stands: no call is brought before it.
 - A started move that travels in the forward pass is not ended earlier than the schedule ends it.
 - Gradients of parameters leave a segment together, when its backward is done: they are ``bucket`` bytes at most.
 
@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, KeepPiece, Move, Start, Together, moves_of
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, KeepSliceForBackward, Move, StartMoves
 from shardwright.ir.program import LocalProgram
+from shardwright.ir.visitor import InstructionVisitor
 from shardwright.plan.problem.blocks import blocks_of
 from shardwright.train.compile.compilable import changed_in_place, computes, left_out
 from shardwright.train.compile.draws import draws
@@ -102,19 +103,20 @@ class _Growth:
         """Takes an instruction into the segment, before it or behind it; returns whether to go on."""
         facts = self.facts
         reads, key = facts.reads[id(instruction)], facts.key(instruction)
-        if self.region is not None and isinstance(instruction, Call) and facts.region(instruction) != self.region:
+        call = instruction if isinstance(instruction, Call) else None
+        if self.region is not None and call is not None and facts.region(call) != self.region:
             return False
         waits, continues = not reads.isdisjoint(self.late), not reads.isdisjoint(self.made)
         joined = None
         if key is not None and not waits and (continues or not self.rest):
             joined = _join(self.key, key) if self.members else key
         if joined is not None:
-            assert isinstance(instruction, Call)
-            return self._join(instruction, joined, reads)
+            assert call is not None  # nothing else has a key
+            return self._join(call, joined, reads)
         if not (waits or continues) and facts.may_go_first(instruction, self.rest):
             self.before.append(instruction)
             return True
-        if isinstance(instruction, Start):
+        if instruction.starts:
             return False
         self.rest.append(instruction)
         self.late.update(facts.makes(instruction))
@@ -136,7 +138,7 @@ class _Growth:
         needed = set(self.read)
         kept: list[Instruction] = []
         for instruction in reversed(self.before):
-            if isinstance(instruction, Start) or not needed.isdisjoint(self.facts.makes(instruction)):
+            if instruction.starts or not needed.isdisjoint(self.facts.makes(instruction)):
                 needed |= self.facts.reads[id(instruction)]
                 kept.append(instruction)
             else:
@@ -180,7 +182,7 @@ class _Facts:
         return (instruction.autocast, instruction.grad, lanes), self.reach[id(instruction)]
 
     def makes(self, instruction: Instruction) -> tuple[str, ...]:
-        return tuple(map(_token, instruction.moves)) if isinstance(instruction, Start) else instruction.outputs
+        return (*map(_token, instruction.starts), *instruction.outputs)
 
     def region(self, call: Instruction) -> int:
         """Which copy of a repeated layer a call belongs to."""
@@ -193,20 +195,42 @@ class _Facts:
 
     def may_go_first(self, instruction: Instruction, rest: Sequence[Instruction]) -> bool:
         """Whether what does not depend on a segment may go before it, and before what is left behind."""
-        if not self.changed.isdisjoint(self.reads[id(instruction)]):
-            return False
-        if isinstance(instruction, (KeepPiece, Start)):
-            return not rest
-        if isinstance(instruction, Move) and instruction.started and _travels(instruction):
-            return False
-        if isinstance(instruction, (Move, Together)):
-            return not (_communicates(instruction) and any(map(_communicates, rest)))
-        if self.key(instruction) is not None:
-            return not rest
-        return not (self._draws(instruction) and any(map(self._draws, rest)))
+        return self.changed.isdisjoint(self.reads[id(instruction)]) and _MayGoFirst(self, rest).visit(instruction)
 
-    def _draws(self, instruction: Instruction) -> bool:
+    def draws(self, instruction: Instruction) -> bool:
         return isinstance(instruction, Call) and draws(instruction, self.nodes[instruction.cause])
+
+
+class _MayGoFirst(InstructionVisitor[bool]):
+    """Decides whether what does not depend on a segment may go before what is left behind.
+
+    Args:
+        rest: what is left behind.
+    """
+
+    def __init__(self, facts: _Facts, rest: Sequence[Instruction]):
+        self.facts, self.rest = facts, rest
+
+    def call(self, call: Call) -> bool:
+        if self.facts.key(call) is not None:
+            return not self.rest
+        return not (self.facts.draws(call) and any(map(self.facts.draws, self.rest)))
+
+    def move(self, move: Move) -> bool:
+        return not (move.started and move.communicates) and self._keeps_order(move)
+
+    def fused_moves(self, fused: FusedMoves) -> bool:
+        return self._keeps_order(fused)
+
+    def start_moves(self, start: StartMoves) -> bool:
+        return not self.rest
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> bool:
+        return not self.rest
+
+    def _keeps_order(self, instruction: Instruction) -> bool:
+        """Returns whether collectives stay in the order in which all ranks make them."""
+        return not (_communicates(instruction) and any(map(_communicates, self.rest)))
 
 
 def _token(move: Move) -> str:
@@ -215,24 +239,19 @@ def _token(move: Move) -> str:
 
 
 def _reads(program: LocalProgram, instruction: Instruction) -> frozenset[str]:
-    names = program.refs_of(instruction)
+    names = instruction.reads
     if isinstance(instruction, Move) and instruction.started:
         return frozenset((*names, _token(instruction)))
     return frozenset(names)
 
 
-def _travels(move: Move) -> bool:
-    """Whether a move communicates in the forward pass."""
-    return any(step.kind != "slice" for step in move.redistribution.forward)
-
-
 def _communicates(instruction: Instruction) -> bool:
-    return isinstance(instruction, Start) or any(map(_travels, moves_of(instruction)))
+    return bool(instruction.starts) or any(move.communicates for move in instruction.ends)
 
 
 def _gradient_bytes(move: Move) -> float:
     """The bytes of the gradient that a move sends, where it sends nothing forward."""
     plan = move.redistribution
-    if _travels(move) or not move.needs_grad or all(step.kind == "slice" for step in plan.backward):
+    if move.communicates or not move.communicates_backward:
         return 0.0
     return math.prod(plan.target.local_shape(plan.shape, plan.target.mesh.ranks[0])) * move.dtype.itemsize

@@ -22,17 +22,16 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
 from shardwright.cost.operations import flops
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Instruction, Move, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, Move, StartMoves, calls_of, is_call
 from shardwright.ir.operator import Operator
 from shardwright.ir.program import LocalProgram
-from shardwright.ir.step import Step
 from shardwright.rules import random_draw
 from shardwright.rules.pieces import piece
 
@@ -83,16 +82,17 @@ class _Turns:
         self.before, self.after = instructions[:first], instructions[end:]
         self.region = [part for i in _not_started(instructions[first:end], copies) for part in _by_copy(i, copies)]
         self.maker = {name: at for at, i in enumerate(self.region) for name in i.outputs}
-        self.draws = [isinstance(i, Call) and i.cause in drawing and i.function not in _NO_DRAWS for i in self.region]
+        self.draws = [_is_draw(i, drawing) for i in self.region]
         self.needs = self._needs(program)
         self.queues = self._queues(copies)
         self.leaving: dict[int, list[int]] = {}  # maker of a tensor that travels -> its moves
-        for at, instruction in enumerate(self.region):
-            if not isinstance(instruction, Move) or instruction.cause not in copies or instruction.source not in self.maker:
+        self.moves: dict[int, Move] = {}  # of a copy's own tensors, by place
+        for at, move in enumerate(self.region):
+            if not isinstance(move, Move) or move.cause not in copies or move.source not in self.maker:
                 continue
-            instruction = self.region[at] = replace(instruction, copy=copies[instruction.cause])
-            if _travels(instruction):
-                self.leaving.setdefault(self.maker[instruction.source], []).append(at)
+            move = self.region[at] = self.moves[at] = replace(move, copy=copies[move.cause])
+            if _travels(move):
+                self.leaving.setdefault(self.maker[move.source], []).append(at)
         self.work = self._work(work)
         self.result: list[Instruction] = []
         self.done = [False] * len(self.region)
@@ -104,17 +104,15 @@ class _Turns:
         """For every instruction, those that have to run before it."""
         needs: list[list[int]] = []
         memory = self._memory()
-        changed = {memory.get(name, name) for i in self.region if isinstance(i, Call) for name in i.written}
+        changed = {memory.get(name, name) for call in calls_of(self.region) for name in call.written}
         last_use: dict[str, int] = {}  # tensor that is changed in place -> the last instruction that reads or writes it
         starts: dict[str, int] = {}
         last_draw = None
         for at, instruction in enumerate(self.region):
-            found = [self.maker[name] for name in program.refs_of(instruction) if name in self.maker]
-            if isinstance(instruction, Start):
-                starts.update((move.output, at) for move in instruction.moves)
-            elif isinstance(instruction, Move) and instruction.output in starts:
-                found.append(starts[instruction.output])
-            for tensor in changed & {memory.get(name, name) for name in program.refs_of(instruction)}:
+            found = [self.maker[name] for name in instruction.reads if name in self.maker]
+            starts.update((move.output, at) for move in instruction.starts)
+            found += [starts[move.output] for move in instruction.ends if move.output in starts]
+            for tensor in changed & {memory.get(name, name) for name in instruction.reads}:
                 found += [last_use[tensor]] if tensor in last_use else []
                 last_use[tensor] = at
             if self.draws[at]:
@@ -127,10 +125,8 @@ class _Turns:
         """The results of moves -> the tensor they may share their memory with."""
         memory: dict[str, str] = {}
         for instruction in (*self.before, *self.region):
-            moves = instruction.moves if isinstance(instruction, Together) else (instruction,)
-            for move in moves:
-                if isinstance(move, Move):
-                    memory[move.output] = memory.get(move.source, move.source)
+            for move in instruction.ends:
+                memory[move.output] = memory.get(move.source, move.source)
         return memory
 
     def _queues(self, copies: dict[str, int]) -> list[deque[int]]:
@@ -147,7 +143,7 @@ class _Turns:
         counted: set[str] = set()
         result = []
         for instruction in self.region:
-            is_first = isinstance(instruction, Call) and instruction.cause not in counted
+            is_first = is_call(instruction) and instruction.cause not in counted
             result.append(work.get(instruction.cause, 0.0) if is_first else 0.0)
             counted.update([instruction.cause] if is_first else [])
         return result
@@ -208,17 +204,11 @@ class _Turns:
     def _append(self, at: int) -> None:
         self.done[at] = True
         self.under_way.discard(at)
-        instruction = self.region[at]
-        if at in self.started:
-            assert isinstance(instruction, Move)
-            instruction = replace(instruction, started=True)
-        self.result.append(instruction)
+        self.result.append(replace(self.moves[at], started=True) if at in self.started else self.region[at])
         for move in self.leaving.get(at, ()):
-            started = self.region[move]
-            assert isinstance(started, Move)
             self.started.add(move)
             self.under_way.add(move)
-            self.result.append(Start((started,)))
+            self.result.append(StartMoves((self.moves[move],)))
         if self.draws[at]:  # what is drawn whole is cut at once, so that only the piece is kept
             cut = at + 1
             while cut < len(self.region) and self._only_cuts(cut, at):
@@ -230,15 +220,25 @@ class _Turns:
         return isinstance(instruction, Call) and instruction.function is piece and self.needs[at] == [drawn]
 
 
+def _is_draw(instruction: Instruction, drawing: set[str]) -> bool:
+    """Whether an instruction takes numbers from the generator; ``drawing``: nodes that do."""
+    return isinstance(instruction, Call) and instruction.cause in drawing and instruction.function not in _NO_DRAWS
+
+
 def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) -> list[Instruction]:
     """The same without early starts of copies' own tensors: where these start is decided anew."""
     made = {name for i in instructions for name in i.outputs}
-    own = {i.moves[0].output for i in instructions if isinstance(i, Start) and i.cause in copies and i.moves[0].source in made}
+    firsts = [i.starts[0] for i in instructions if i.starts and i.cause in copies]
+    return _whole_again(instructions, {move.output for move in firsts if move.source in made})
+
+
+def _whole_again(instructions: Sequence[Instruction], outputs: Collection[str]) -> list[Instruction]:
+    """Returns the instructions with the moves that make these values neither started before nor waited for."""
     kept: list[Instruction] = []
     for instruction in instructions:
-        if isinstance(instruction, Start) and instruction.moves[0].output in own:
+        if instruction.starts and instruction.starts[0].output in outputs:
             continue
-        if isinstance(instruction, Move) and instruction.output in own:
+        if isinstance(instruction, Move) and instruction.output in outputs:
             instruction = replace(instruction, started=False)
         kept.append(instruction)
     return kept
@@ -246,21 +246,16 @@ def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) ->
 
 def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instruction]:
     """Moves that share their collectives, those of each copy by themselves: one copy's should not wait for another's."""
-    if not isinstance(instruction, Together):
+    if len(instruction.ends) < 2:
         return [instruction]
     parts: dict[int | None, list[Move]] = {}
-    for move in instruction.moves:
+    for move in instruction.ends:
         parts.setdefault(copies.get(move.cause), []).append(move)
-    return [moves[0] if len(moves) == 1 else Together(tuple(moves)) for moves in parts.values()]
+    return [moves[0] if len(moves) == 1 else FusedMoves(tuple(moves)) for moves in parts.values()]
 
 
 def _travels(move: Move) -> bool:
-    plan = move.redistribution
-    return not move.started and (_communicates(plan.forward) or (move.needs_grad and _communicates(plan.backward)))
-
-
-def _communicates(steps: Iterable[Step]) -> bool:
-    return any(step.kind != "slice" for step in steps)
+    return not move.started and (move.communicates or move.communicates_backward)
 
 
 def _without_idle_starts(
@@ -272,16 +267,8 @@ def _without_idle_starts(
     calls = 0
     idle: set[str] = set()
     for instruction in instructions:
-        calls += isinstance(instruction, Call)
-        if isinstance(instruction, Start):
-            begun.update((move.output, calls) for move in instruction.moves)
-        elif isinstance(instruction, Move) and instruction.output in ours and begun[instruction.output] == calls:
-            idle.add(instruction.output)
-    kept: list[Instruction] = []
-    for instruction in instructions:
-        if isinstance(instruction, Start) and instruction.moves[0].output in idle:
-            continue
-        if isinstance(instruction, Move) and instruction.output in idle:
-            instruction = replace(instruction, started=False)
-        kept.append(instruction)
-    return kept
+        calls += is_call(instruction)
+        begun.update((move.output, calls) for move in instruction.starts)
+        ended = [move.output for move in instruction.ends if move.output in ours]
+        idle.update(output for output in ended if begun[output] == calls)
+    return _whole_again(instructions, idle)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.ir.buckets import Buckets, Schedule
+from shardwright.ir.buckets import Buckets, MoveBuckets
 
 MODES = {"allreduce": ("auto", "size", "index"), "allgather": ("auto", "size"), "reducescatter": ("auto", "size")}
 AUTO = 64  # MB
@@ -30,7 +30,7 @@ class FusionKeyError(ShardwrightError, KeyError):
         return str(self.args[0])
 
 
-def read_fusion(config: Any) -> Schedule:
+def read_fusion(config: Any) -> MoveBuckets:
     """The schedule that a configuration asks for; see :meth:`shardwright.AutoParallel.comm_fusion`.
 
     Raises:
@@ -50,11 +50,11 @@ def read_fusion(config: Any) -> Schedule:
         raise ArgumentTypeError(f"comm_fusion: openstate is {is_on!r}; give True or False")
     found = {kind: _read_kind(kind, config[kind]) for kind in MODES if kind in config}
     if not is_on:
-        return Schedule(sums=Buckets(), gathers=Buckets())
-    default = Schedule()
+        return MoveBuckets(sums=Buckets(), gathers=Buckets())
+    default = MoveBuckets()
     # a gathered parameter's gradient comes back in the bucket in which the parameter was gathered
     gathers = [found[kind] for kind in ("allgather", "reducescatter") if kind in found]
-    return Schedule(
+    return MoveBuckets(
         sums=found.get("allreduce", default.sums),
         gathers=min(gathers, key=lambda buckets: buckets.bytes) if gathers else default.gathers,
     )

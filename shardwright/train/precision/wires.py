@@ -26,7 +26,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.instructions import Call, Instruction, Move, Ref, Wire
 from shardwright.ir.operator import Slot
 from shardwright.ir.program import LocalProgram
-from shardwright.ir.step import Step
+from shardwright.ir.step import Step, any_communicates
 from shardwright.train.precision.casts import cast_by_autocast
 
 HALF = (torch.float16, torch.bfloat16)
@@ -96,7 +96,7 @@ class _Wires:
         self.nodes = {node.name: node for node in graph.nodes}
         self.readers: dict[str, list[Instruction | None]] = {}
         for instruction in program.instructions:
-            for name in program.refs_of(instruction):
+            for name in instruction.reads:
                 self.readers.setdefault(name, []).append(instruction)
         for name in [*program.outputs, *(value for _, value in program.updates)]:
             if isinstance(name, str):
@@ -126,8 +126,8 @@ class _Wires:
                 if len(self.readers[move.output]) == 1 and not adds_up:
                     result = arriving = cast
         backward = self._reduced_in(move, arriving) if _reduces(back) else arriving
-        there = _communicates(plan.forward) and forward != move.dtype
-        return Wire(forward, result, backward) if there or (_communicates(back) and backward != move.dtype) else None
+        there = move.communicates and forward != move.dtype
+        return Wire(forward, result, backward) if there or (any_communicates(back) and backward != move.dtype) else None
 
     def _reduced_in(self, move: Move, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a gradient that arrives in ``dtype`` is reduced."""
@@ -169,7 +169,3 @@ def _reduces(steps: Sequence[Step]) -> bool:
 
 def _is_sum(step: Step) -> bool:
     return step.kind in ("all_reduce", "reduce_scatter") and step.op == "sum"
-
-
-def _communicates(steps: Sequence[Step]) -> bool:
-    return any(step.kind != "slice" for step in steps)

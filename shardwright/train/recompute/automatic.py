@@ -69,7 +69,7 @@ def plan_with_recompute(
     if not found:
         assert problem is not None
         raise problem
-    return found[request.once(lambda: min(range(len(found)), key=lambda i: price_of(found[i][0]).seconds))][0]
+    return found[request.on_first_rank(lambda: min(range(len(found)), key=lambda i: price_of(found[i][0]).seconds))][0]
 
 
 def _fitting(
@@ -77,7 +77,7 @@ def _fitting(
     request: PlanRequest,
 ) -> tuple[Plan, float]:  # fmt: skip
     """The plan with modules computed again until it fits, and the seconds that takes."""
-    found = request.once(lambda: Chooser(plan, again, marked, automatic).choose(limit))
+    found = request.on_first_rank(lambda: Chooser(plan, again, marked, automatic).choose(limit))
     if isinstance(found[0], str):
         raise MemoryLimitError(found[0], found[1])
     paths, seconds = found

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, Move, communicates
+from shardwright.ir.instructions import Call, Move
 from shardwright.ir.program import LocalProgram
 from shardwright.train.recompute.pieces import keep_in_pieces
 from shardwright.train.recompute.request import RecomputeRequest
@@ -30,10 +30,10 @@ def recompute_parameter_gathers(program: LocalProgram) -> LocalProgram:
     gathered: set[str] = set()
     chosen: set[str] = set()
     for instruction in program.instructions:
-        sources = program.refs_of(instruction)
+        sources = instruction.reads
         if not sources or not all(s in pieces or s in gathered for s in sources):
             continue
-        if gathered.intersection(sources) or (isinstance(instruction, Move) and communicates(instruction)):
+        if gathered.intersection(sources) or any(move.communicates for move in instruction.ends):
             gathered.update(instruction.outputs)
             chosen.update(instruction.outputs)
         else:
@@ -95,8 +95,8 @@ class _Marking:
         for instruction in self.program.instructions:
             if isinstance(instruction, Call):
                 self._call(instruction)
-            elif isinstance(instruction, Move):
-                self._move(instruction)
+            for move in instruction.ends:
+                self._move(move)
         return with_recompute(self.program, self.chosen, self.kept)
 
     def _call(self, call: Call) -> None:
@@ -125,9 +125,9 @@ class _Marking:
             return
         request = self.requests[whole[0]]
         if is_parameter:
-            again = request.parallel_optimizer_comm_recompute and communicates(move)
+            again = request.parallel_optimizer_comm_recompute and move.communicates
         else:
-            again = request.mp_comm_recompute or not communicates(move)
+            again = request.mp_comm_recompute or not move.communicates
         if again:
             self.chosen.add(move.output)
 
@@ -145,7 +145,7 @@ class _Marking:
         found = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
         for instruction in program.instructions:
             here = self.whole_of.get(instruction.cause)
-            found.update(name for name in program.refs_of(instruction) if made_in.get(name, here) != here)
+            found.update(name for name in instruction.reads if made_in.get(name, here) != here)
             made_in.update(dict.fromkeys(instruction.outputs, here))
         return found
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from shardwright.ir import lanes as lane
+from shardwright.ir import rank_groups
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Instruction, KeepPiece, Move, Start
+from shardwright.ir.instructions import Instruction, KeepSliceForBackward, Move
 from shardwright.ir.layout import Layout
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
@@ -23,8 +23,6 @@ def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str])
     instructions: list[Instruction] = []
     for instruction in program.instructions:
         instructions.append(instruction)
-        if isinstance(instruction, (Start, KeepPiece)):
-            continue
         for name in instruction.outputs:
             if name in values and name in meta_of:
                 made = _keep_piece(name, meta_of[name], program.layouts[name], instruction.cause)
@@ -33,15 +31,15 @@ def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str])
     return replace(program, instructions=tuple(instructions))
 
 
-def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> KeepPiece | None:
+def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> KeepSliceForBackward | None:
     """The instruction for one value, ``None`` where no ranks hold the same or there is nothing to slice."""
     piece = sliced(layout, meta.shape)
     if piece is None:
         return None
     cut, gather = redistribution(layout, piece, meta.shape), redistribution(piece, layout, meta.shape)
-    lanes = (lane.of_layout(layout), lane.of_layout(piece))
+    lanes = (rank_groups.of_layout(layout), rank_groups.of_layout(piece))
     part, edge = f"{name}_piece", f"{name} -> kept in pieces"
-    return KeepPiece(
+    return KeepSliceForBackward(
         Move(name, part, cut, meta.dtype, cause, edge, lanes[1], False),
         Move(part, name, gather, meta.dtype, cause, edge, lanes[0], False),
     )

@@ -17,7 +17,6 @@ from shardwright.world.execute.summation import prepare_reduce
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_MOST_COPIES = 64 << 20  # bytes of whole tensors that one member may hold for the others
 
 
 def _nothing(run: Callable[[Tensor], Tensor]) -> Operation:

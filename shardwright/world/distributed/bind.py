@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwright.errors import WorldError
-from shardwright.ir.instructions import Call, Instruction, KeepPiece, Move, PerRank, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, Instruction, KeepSliceForBackward, Move, PerRank, StartMoves, is_call
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.step import Step
+from shardwright.ir.visitor import InstructionVisitor
 from shardwright.partition.free_results import result_is_free, values_read_once, values_with_free_gradients
 from shardwright.world.distributed.groups import Groups
-from shardwright.world.distributed.moves import DistributedMove, MovesTogether
+from shardwright.world.distributed.moves import DistributedFusedMoves, DistributedMove
 from shardwright.world.distributed.starts import StartedMoves
 from shardwright.world.execute.recipes import Computation
 from shardwright.world.execute.recording import computation_of
@@ -20,7 +21,7 @@ from shardwright.world.execute.source import SourceWriter, write_note
 
 def _steps_of(program: LocalProgram) -> list[Step]:
     """Every step of every move, forward and backward."""
-    moves = [*program.moves, *(i.gather for i in program.instructions if isinstance(i, KeepPiece))]
+    moves = [*program.moves, *(keep.gather for keep in program.kept_slices)]
     return [s for m in moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
 
 
@@ -30,72 +31,12 @@ def _bind(
     """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
     names = [i.name for i in program.inputs]
     writer = SourceWriter("distributed", ["_run", *names] if records else names)
-    dying = program.last_uses()
     check = writer.constant("check", _InputCheck(program, rank))
     writer.line(f"if {check}.pending: {check}([{', '.join(names)}])")
-    only_read_once = values_read_once(program) - set(keep or ())
-    free_gradients = values_with_free_gradients(program)
-    made_by = {o: i for i in program.instructions for o in i.outputs}
-    started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
-    left: dict[str, int] = {}
-
-    def move_of(move: Move, dead: Sequence[str]) -> DistributedMove:
-        maker = made_by.get(move.source)
-        inplace = move.source in only_read_once and _is_free(move.source, maker)
-        if move.recompute and not (isinstance(maker, Call) and maker.recompute):
-            inplace = False  # what it is moved from again must stay as it is
-        compact = maker is not None and move.source in dead
-        return DistributedMove(move, rank, groups, inplace, compact, move.output in free_gradients)
-
-    for instruction, dead in zip(program.instructions, dying, strict=True):
-        if isinstance(instruction, KeepPiece):
-            if records:
-                _write_keep_piece(writer, instruction, rank, groups)
-            writer.forget([name for name in dead if name not in (keep or ())])
-            continue
-        first = instruction.moves[0] if isinstance(instruction, (Start, Together)) else instruction
-        writer.context(first.autocast, first.grad)
-        if isinstance(instruction, Start):
-            compact = any(made_by.get(move.source) is not None for move in instruction.moves)
-            inplace = instruction.moves[0].output in free_gradients
-            together_started = StartedMoves(instruction.moves, rank, groups, compact, inplace)
-            name = writer.constant("start", together_started)
-            under_way = f"_{instruction.moves[0].output}_started"
-            sources = ", ".join(move.source for move in instruction.moves)
-            writer.line(f"{under_way} = {name}({sources})")
-            if records and first.recompute:
-                writer.line(
-                    f"{under_way}_again = _run.begin({_again(writer, instruction, together_started, program)}, ({sources},))"
-                )
-            started |= {move.output: (under_way, index) for index, move in enumerate(instruction.moves)}
-            left[under_way] = len(instruction.moves)
-        elif isinstance(instruction, Together):
-            together = MovesTogether(instruction.moves, rank, groups)
-            name = writer.constant("together", together)
-            sources = ", ".join(move.source for move in instruction.moves)
-            writer.line(f"{', '.join(instruction.outputs)}, = {name}({sources})")
-            if records and instruction.recompute:
-                again = writer.constant("again", Computation(together.again))
-                writer.line(f"_run.moved({again}, ({sources},), ({', '.join(instruction.outputs)},))")
-        elif isinstance(instruction, Move) and instruction.started:
-            under_way, index = started[instruction.output]
-            writer.line(f"{instruction.output} = {under_way}.end({index})")
-            if records and instruction.recompute:
-                writer.line(f"_run.made({under_way}_again, {index}, {instruction.output})")
-            left[under_way] -= 1
-            if not left[under_way]:
-                writer.line(f"{under_way} = {under_way}_again = None")
-        elif isinstance(instruction, Move):
-            move = move_of(instruction, dead)
-            name = writer.constant("move", move if instruction.needs_grad else move.without_gradient)
-            writer.line(f"{instruction.output} = {name}({instruction.source})")
-            if records:
-                _write_moved(writer, instruction, move)
-        elif records and instruction.recompute:
-            _write_recorded_call(writer, instruction, program, rank)
-        else:
-            _write_call(writer, instruction, rank)
-            write_note(writer, instruction, program)
+    binder = _Binder(writer, program, rank, groups, frozenset(keep or ()), records)
+    for instruction, dead in zip(program.instructions, program.last_uses(), strict=True):
+        binder.dead = dead
+        binder.visit(instruction)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
     if keep is not None:
@@ -105,33 +46,113 @@ def _bind(
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
 
 
-def _again(writer: SourceWriter, start: Start, moves: StartedMoves, program: LocalProgram) -> str:
-    """How started moves are done again: those of parameters may be on their way before anybody waits for them."""
-    parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
-    is_ahead = all(move.source in parameters for move in start.moves)
-    return writer.constant("again", Computation(moves.again, start=moves.start_again if is_ahead else None))
+class _Binder(InstructionVisitor[None]):
+    """Writes the lines of each instruction, as one rank runs it.
 
+    Args:
+        keep: local values that are returned, so that nothing may write over them.
+        records: whether the function is given a recording, ``_run``.
 
-def _write_moved(writer: SourceWriter, move: Move, runner: DistributedMove) -> None:
-    """Tells the recording of a move; one that is not repeated may have written over memory that it knows."""
-    if move.recompute:
-        again = writer.constant("again", Computation(runner.again, overwrites=runner.inplace))
-        writer.line(f"_run.moved({again}, ({move.source},), ({move.output},))")
-    elif runner.inplace:
-        writer.line(f"_run.kept({move.output})")
+    Attributes:
+        dead: values that nothing reads after the instruction that is written.
+    """
 
+    def __init__(
+        self, writer: SourceWriter, program: LocalProgram, rank: int, groups: Groups, keep: frozenset[str], records: bool
+    ):
+        self.writer, self.program, self.rank, self.groups, self.records = writer, program, rank, groups, records
+        self.dead: Sequence[str] = ()
+        self.only_read_once = values_read_once(program) - keep
+        self.free_gradients = values_with_free_gradients(program)
+        self.made_by = {o: i for i in program.instructions for o in i.outputs}
+        self.started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
+        self.left: dict[str, int] = {}
 
-def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, rank: int, groups: Groups) -> None:
-    cut, gather = (DistributedMove(m, rank, groups, False, compact=True) for m in (instruction.cut, instruction.gather))
-    again = writer.constant("again", Computation(gather.again))
-    piece = writer.constant("cut", lambda values: [cut.run_forward(values[0])])
-    writer.line(f"_run.keep_pieces({again}, {piece}, ({instruction.cut.source},))")
+    # -- calls ------------------------------------------------------------------------------------------------------------
 
+    def call(self, call: Call) -> None:
+        self.writer.context(call.autocast, call.grad)
+        if self.records and call.recompute:
+            self._recorded_call(call)
+        else:
+            _write_call(self.writer, call, self.rank)
+            write_note(self.writer, call, self.program)
 
-def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram, rank: int) -> None:
-    computation, names = computation_of(call, program, rank)
-    writer.line(f"_many = _run.call({', '.join([writer.constant('again', computation), *names])})")
-    _write_many(writer, call)
+    def _recorded_call(self, call: Call) -> None:
+        computation, names = computation_of(call, self.program, self.rank)
+        again = self.writer.constant("again", computation)
+        self.writer.line(f"_many = _run.call({', '.join([again, *names])})")
+        _write_many(self.writer, call)
+
+    # -- moves ------------------------------------------------------------------------------------------------------------
+
+    def move(self, move: Move) -> None:
+        self.writer.context(move.autocast, move.grad)
+        if move.started:
+            self._end(move)
+            return
+        runner = self._runner(move)
+        name = self.writer.constant("move", runner if move.needs_grad else runner.without_gradient)
+        self.writer.line(f"{move.output} = {name}({move.source})")
+        if self.records and move.recompute:
+            again = self.writer.constant("again", Computation(runner.again, overwrites=runner.inplace))
+            self.writer.line(f"_run.moved({again}, ({move.source},), ({move.output},))")
+        elif self.records and runner.inplace:  # it may have written over memory that the recording knows
+            self.writer.line(f"_run.kept({move.output})")
+
+    def _runner(self, move: Move) -> DistributedMove:
+        maker = self.made_by.get(move.source)
+        inplace = move.source in self.only_read_once and _is_free(move.source, maker)
+        if move.recompute and not (maker is not None and is_call(maker) and maker.recompute):
+            inplace = False  # what it is moved from again must stay as it is
+        compact = maker is not None and move.source in self.dead
+        return DistributedMove(move, self.rank, self.groups, inplace, compact, move.output in self.free_gradients)
+
+    def _end(self, move: Move) -> None:
+        under_way, index = self.started[move.output]
+        self.writer.line(f"{move.output} = {under_way}.end({index})")
+        if self.records and move.recompute:
+            self.writer.line(f"_run.made({under_way}_again, {index}, {move.output})")
+        self.left[under_way] -= 1
+        if not self.left[under_way]:
+            self.writer.line(f"{under_way} = {under_way}_again = None")
+
+    def start_moves(self, start: StartMoves) -> None:
+        first = start.moves[0]
+        self.writer.context(first.autocast, first.grad)
+        compact = any(source in self.made_by for source in start.reads)
+        runner = StartedMoves(start.moves, self.rank, self.groups, compact, first.output in self.free_gradients)
+        name = self.writer.constant("start", runner)
+        under_way, sources = f"_{first.output}_started", ", ".join(start.reads)
+        self.writer.line(f"{under_way} = {name}({sources})")
+        if self.records and first.recompute:
+            self.writer.line(f"{under_way}_again = _run.begin({self._started_again(start, runner)}, ({sources},))")
+        self.started |= {move.output: (under_way, index) for index, move in enumerate(start.moves)}
+        self.left[under_way] = len(start.moves)
+
+    def _started_again(self, start: StartMoves, runner: StartedMoves) -> str:
+        """How started moves are done again: those of parameters may be on their way before anybody waits for them."""
+        parameters = {i.name for i in self.program.inputs if i.kind in ("parameter", "local")}
+        ahead = runner.start_again if parameters.issuperset(start.reads) else None
+        return self.writer.constant("again", Computation(runner.again, start=ahead))
+
+    def fused_moves(self, fused: FusedMoves) -> None:
+        self.writer.context(fused.moves[0].autocast, fused.moves[0].grad)
+        runner = DistributedFusedMoves(fused.moves, self.rank, self.groups)
+        name = self.writer.constant("together", runner)
+        sources, outputs = ", ".join(fused.reads), ", ".join(fused.outputs)
+        self.writer.line(f"{outputs}, = {name}({sources})")
+        if self.records and fused.recompute:
+            again = self.writer.constant("again", Computation(runner.again))
+            self.writer.line(f"_run.moved({again}, ({sources},), ({outputs},))")
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> None:
+        if not self.records:
+            return
+        cut, gather = (DistributedMove(m, self.rank, self.groups, False, compact=True) for m in (keep.cut, keep.gather))
+        again = self.writer.constant("again", Computation(gather.again))
+        piece = self.writer.constant("cut", lambda values: [cut.run_forward(values[0])])
+        self.writer.line(f"_run.keep_pieces({again}, {piece}, ({keep.cut.source},))")
 
 
 def _write_many(writer: SourceWriter, call: Call) -> None:

@@ -49,7 +49,7 @@ class Groups:
                 wanted.add(everyone)  # for direct messages any group will do
             if step.kind in TRANSFERS and self.is_gloo:
                 continue
-            if step.kind != "slice":
+            if step.communicates:
                 wanted.update(tuple(sorted(group)) for group in step.groups)
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
             whole = len(ranks) == self.size

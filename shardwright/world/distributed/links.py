@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 
 from shardwright.cost.algorithms import DEFAULT, Calibration
+from shardwright.cost.message_sizes import may_hold_copies
 from shardwright.errors import WorldError
 from shardwright.world.distributed import message_algorithms as algorithms
 from shardwright.world.distributed.backend import (
-    _MOST_COPIES,
     _REDUCIBLE,
     _WHOLE,
     _backend_all_gather,
@@ -127,7 +127,7 @@ class Link:
             found: dict[str, Callable[[], Algorithm]] = {
                 "pieces": lambda: algorithms.pieces_all_reduce(self, count, how, inplace)
             }
-            if (self.size - 1) * count * dtype.itemsize <= _MOST_COPIES:
+            if may_hold_copies(count * dtype.itemsize, self.size):
                 found["hub"] = lambda: algorithms.hub_all_reduce(self, count, how, inplace)
                 found["copies"] = lambda: algorithms.copies_all_reduce(self, count, how, inplace)
             if not is_widened(dtype, op, self.size):
@@ -162,7 +162,7 @@ class Link:
             found = {"backend": lambda: _backend_scatter_reduce(self, sizes, how)}
             if self.is_gloo:
                 found["direct"] = lambda: algorithms.direct_reduce_scatter(self, sizes, how)
-                if (self.size - 1) * total * dtype.itemsize <= _MOST_COPIES:
+                if may_hold_copies(total * dtype.itemsize, self.size):
                     found["hub"] = lambda: algorithms.hub_reduce_scatter(self, sizes, how)
             return found
 

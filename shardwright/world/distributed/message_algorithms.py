@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.cost.message_sizes import WINDOW, chunks_of_chain
 from shardwright.world.distributed.messages import (
-    _CHUNK,
-    _MOST_CHUNKS,
-    _WINDOW,
     Algorithm,
     Messenger,
     Reduction,
@@ -132,7 +130,7 @@ def chain_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool)
     at = how.order.index(link.position)
     before = how.order[at - 1] if at else None
     after = how.order[at + 1] if at + 1 < link.size else None
-    number = min(_MOST_CHUNKS, max(1, count * how.dtype.itemsize // _CHUNK))
+    number = chunks_of_chain(count * how.dtype.itemsize)
     chunks = [c for c in _pieces(count, number) if c]
     combine = prepare_reduce(how.dtype, how.op, 2, 1 if inplace else 0)
 
@@ -146,10 +144,10 @@ def chain_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool)
         buffers: list[Tensor] = []
         coming: list[Any] = []
         if before is not None:
-            memory = link.scratch.take(_WINDOW * chunks[0], how.dtype)
-            starts = [i % _WINDOW * chunks[0] for i in range(len(chunks))]
+            memory = link.scratch.take(WINDOW * chunks[0], how.dtype)
+            starts = [i % WINDOW * chunks[0] for i in range(len(chunks))]
             buffers = [memory[start : start + size] for start, size in zip(starts, chunks)]
-            coming = [receive([buffer], before, tag) for buffer in buffers[:_WINDOW]]
+            coming = [receive([buffer], before, tag) for buffer in buffers[:WINDOW]]
         back = [] if after is None else [receive([out], after, tag + 1) for out in outs]
         sent = [] if before is not None else [send([piece], after, tag) for piece in pieces]
         return result, (send, receive, tag), pieces, outs, memory, buffers, coming, back, sent
@@ -161,8 +159,8 @@ def chain_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool)
             coming[i].wait()
             combine((buffer, piece), out)
             sent.append(send([out], *onwards))
-            if i + _WINDOW < len(buffers):
-                coming.append(receive([buffers[i + _WINDOW]], before, tag))
+            if i + WINDOW < len(buffers):
+                coming.append(receive([buffers[i + WINDOW]], before, tag))
         if memory is not None:
             link.scratch.give(memory)
         for work, out in zip(back, outs):

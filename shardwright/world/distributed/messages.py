@@ -33,16 +33,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from shardwright.cost.message_sizes import AHEAD, is_kept, parts_of_piece
 from shardwright.world.execute.summation import Combine
-
-_CHUNK = 2 << 20  # bytes of a chunk of a chain: larger ones fill the chain late, smaller ones cost more messages
-_MOST_CHUNKS = 16
-_LEAST_KEPT, _MOST_KEPT = 1 << 18, 1 << 26  # bytes of buffers that are kept for the next time
-# Bytes that a member is sent of its piece at once: by all others, and by each at least. Smaller messages cost time: with
-# 2 MB each, four ranks are as fast as with whole pieces, with 1 MB up to a tenth slower, with 256 kB up to 1.8 times as slow.
-_PART, _LEAST_PART = 6 << 20, 1 << 20
-_AHEAD = 2  # parts of a piece that are asked for before the first is there
-_WINDOW = 3  # chunks that a member of a chain may be sent before it takes the first
 
 
 class Algorithm(NamedTuple):
@@ -93,7 +85,7 @@ class Scratch:
         buffer = buffer.view(torch.uint8)
         with self._lock:
             self._taken -= 1
-            if _LEAST_KEPT <= buffer.numel() <= _MOST_KEPT and (self._kept is None or self._kept.numel() < buffer.numel()):
+            if is_kept(buffer.numel()) and (self._kept is None or self._kept.numel() < buffer.numel()):
                 self._kept = buffer
 
     @property
@@ -175,7 +167,7 @@ def _receive_into(
 
 def _parts(count: int, dtype: torch.dtype, members: int) -> list[int]:
     """Sizes of the parts in which members send a piece of ``count`` elements; none where it is empty."""
-    number = math.ceil(count * dtype.itemsize / max(_LEAST_PART, _PART // (members - 1)))
+    number = parts_of_piece(count * dtype.itemsize, members)
     return [size for size in _pieces(count, number) if size] if count else []
 
 
@@ -199,9 +191,9 @@ class _Incoming:
 
     def _begin(self) -> None:
         if self.own and self.memory is None:
-            ahead = min(_AHEAD, len(self.own))
+            ahead = min(AHEAD, len(self.own))
             self.memory = self.link.scratch.take(ahead * (self.link.size - 1) * self.size, self.how.dtype)
-            for _ in self.own[:_AHEAD]:
+            for _ in self.own[:AHEAD]:
                 self._ask()
 
     def _ask(self) -> None:
@@ -209,7 +201,7 @@ class _Incoming:
         assert self.memory is not None
         number = len(self.coming)
         own = self.own[number]
-        start = number % _AHEAD * (self.link.size - 1) * self.size
+        start = number % AHEAD * (self.link.size - 1) * self.size
         self.coming.append(_receive_into(self.link, self.receive, self.tag, self.memory[start:], own, self.how))
 
     def combine(self, combine: Combine, outs: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -91,7 +91,7 @@ class _MoveFunction(torch.autograd.Function):
 # -- moves that share their collectives --------------------------------------------------------------------------------
 
 
-class MovesTogether:
+class DistributedFusedMoves:
     """Moves of one kind over the same axes, on this rank: one collective for all, forward and backward.
 
     The backward waits for the gradients of all results; those that get none take no part.
@@ -134,7 +134,7 @@ class MovesTogether:
 
 class _TogetherFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, together: MovesTogether, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, together: DistributedFusedMoves, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.together = together
         ctx.set_materialize_grads(False)
         results = together.run("forward", list(range(len(values))), list(values))

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shardwright.cost.message_sizes import MANY
 from shardwright.ir.step import TRANSFERS, Step
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.world.distributed.groups import Groups
@@ -38,8 +39,6 @@ from shardwright.world.distributed.places import (
     _unpack_gathered,
 )
 from shardwright.world.distributed.transfer import Transfer, count, cutter
-
-_MANY = 1 << 18  # elements from which copying them costs more than a few messages
 
 _CLOSED = "this distributed world was closed: bind the program again in a new one"
 
@@ -219,7 +218,7 @@ def _slice(at: _Place) -> Local:
 
 def _all_gather(at: _Place) -> Runner:
     sizes = [math.prod(_extent(at.have[r])) for r in at.sorted_members]
-    if at.groups.is_gloo and sum(sizes) >= _MANY and not (at.is_sorted and _is_outermost(at.step.dims, at.result)):
+    if at.groups.is_gloo and sum(sizes) >= MANY and not (at.is_sorted and _is_outermost(at.step.dims, at.result)):
         # each piece is put in its place as it arrives, while others are on their way
         routes = [(m, at.rank, at.have[m]) for m in at.members] + [(at.rank, m, at.have[at.rank]) for m in at.members]
         return _transfer(at, [route for route in dict.fromkeys(routes) if count(route[2])])

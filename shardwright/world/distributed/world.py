@@ -16,22 +16,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwright.agreement.numbers import Agreement
-from shardwright.agreement.watch import Watch
+from shardwright.agreement.random_state import agree_on_random_state
+from shardwright.agreement.watch import Watch, compare_on_ranks
 from shardwright.base.process_groups import backend_of
 from shardwright.base.torch_private import set_group_timeout
 from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
+from shardwright.parameters.distribute import adopt_slices, distribute_parameters
 from shardwright.redistribute.steps import redistribution
 from shardwright.world.distributed.bind import _bind, _steps_of
 from shardwright.world.distributed.groups import Groups
@@ -39,9 +41,10 @@ from shardwright.world.distributed.moves import PieceMove
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
 from shardwright.world.job.torchrun import read_environment
+from shardwright.world.world import Described, World
 
 
-class DistributedWorld:
+class DistributedWorld(World):
     """This process as one rank of the initialised ``torch.distributed`` job.
 
     Args:
@@ -52,6 +55,9 @@ class DistributedWorld:
     """
 
     is_simulated = False
+    keeps_pieces = True
+    inputs_are_whole = False
+    runs_lanes = False
 
     def __init__(self, device: torch.device | str | None = None):
         if not (dist.is_available() and dist.is_initialized()):
@@ -110,8 +116,26 @@ class DistributedWorld:
     def __repr__(self) -> str:
         return f"DistributedWorld(rank={self.rank}, size={self.size}, device={str(self.device)!r})"
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What a function makes on rank 0, on every rank, or what it raises: where ranks must not differ, as by the clock."""
+    @property
+    def processes(self) -> int:
+        return self.size
+
+    def own_rank(self, otherwise: Callable[[], Exception]) -> int:
+        return self.rank
+
+    def device_of(self, root: nn.Module) -> torch.device:
+        """Returns the device of this rank, whatever the module's parameters are on before they are placed."""
+        return self.device
+
+    def adds_wide(self, device: torch.device) -> bool:
+        """Returns whether the backend adds in float32: gloo's collectives are ours, NCCL's round at each step."""
+        return device.type == "cpu"
+
+    def on_first_rank(self, make: Callable[[], Any]) -> Any:
+        """Calls ``make`` on rank 0 and returns its result, or raises its error, on every rank.
+
+        For what ranks must not differ in and would, as by the clock. All ranks of the job call it.
+        """
         found: list[Any] = [None]
         if self.rank == 0:
             try:
@@ -124,11 +148,39 @@ class DistributedWorld:
             raise failure
         return value
 
+    def compare(self, stage: str, describe: Callable[[], Described]) -> None:
+        """Refuses, on all ranks, what is not the same on all of them; see :meth:`Watch.compare`."""
+        if self.size > 1:
+            compare_on_ranks(self, stage, *describe())
+
+    def agree_on_random_state(self) -> None:
+        """Gives every rank the state of rank 0's default generator."""
+        agree_on_random_state(self.device)
+
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Every rank's numbers, by rank. All ranks of the job call it."""
+        """Returns every rank's numbers, by rank. All ranks of the job call it."""
         if self._agreement is None:
             self._agreement = Agreement(self.size)
         return self._agreement(numbers)
+
+    def place_parameters(
+        self,
+        root: nn.Module,
+        layouts: Mapping[str, Layout],
+        device: torch.device,
+        slices: Mapping[str, tuple[Layout, tuple[int, ...]]] | None = None,
+    ) -> dict[str, Layout]:
+        """Replaces every parameter of a module by a DTensor that holds this rank's piece."""
+        if slices is not None:
+            adopt_slices(root, slices, device)
+        return distribute_parameters(root, layouts, device)
+
+    def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
+        """Returns what this rank holds of ``target``, or the whole tensor, made of all ranks' pieces of ``source``."""
+        target = Layout.replicated(source.mesh, source.ndim) if target is None else target
+        found = self.redistribute(piece, source, target, shape)
+        assert found is not None  # every rank is in the mesh of a dataset strategy
+        return found
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.

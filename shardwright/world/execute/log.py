@@ -137,7 +137,7 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str, ends_later: boo
             if moved.wire is not None:
                 dtype = moved.wire.of(phase, dtype)[0]
             for step in plan.backward if phase == "backward" else plan.forward:
-                if step.kind == "slice":
+                if not step.communicates:
                     continue
                 groups = tuple(tuple(g) for g in groups_that_communicate(step, plan.shape))
                 sent = sent_elements(step, plan.shape) * dtype.itemsize

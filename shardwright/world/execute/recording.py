@@ -177,7 +177,7 @@ def _whole(view: Tensor, size: torch.Size, stride: tuple[int, ...], start: int) 
 
 def needs_recording(program: LocalProgram) -> bool:
     """Whether a program has something to compute again."""
-    return any(getattr(i, "recompute", False) for i in program.instructions)
+    return any(i.recompute for i in program.instructions)
 
 
 def recorded(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from shardwright.base.derivatives import first_derivative_only
-from shardwright.ir import lanes as lane
-from shardwright.ir.instructions import Call, KeepPiece, Move, PerRank, Start, Together
+from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, PerRank, StartMoves
 from shardwright.ir.layout import Layout
 from shardwright.ir.program import LocalProgram
+from shardwright.ir.rank_groups import RankGroups
+from shardwright.ir.visitor import InstructionVisitor
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.execute import log as record
 from shardwright.world.execute.recipes import Computation
 from shardwright.world.execute.recording import computation_of
 from shardwright.world.execute.source import SourceWriter, write_note
-from shardwright.world.simulated.moves import SimulatedMove, SimulatedTogether, representatives
+from shardwright.world.simulated.moves import SimulatedFusedMoves, SimulatedMove, representatives
 from shardwright.world.simulated.steps import run_steps
-
-Lanes = lane.Lanes
 
 
 class _EnterFunction(torch.autograd.Function):
@@ -46,7 +45,7 @@ class _EnterFunction(torch.autograd.Function):
         return None, whole
 
 
-def enter(value: Tensor, layout: Layout, lanes: Lanes) -> list[Tensor]:
+def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
     """The piece of a global tensor that each lane holds, differentiably."""
     if max(lanes) == 0:
         return [value]
@@ -61,7 +60,6 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
     """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
     names = [i.name for i in program.inputs]
     writer = SourceWriter("simulated", ["_run", *names] if records else names)
-    dying = program.last_uses()
     for item in program.inputs:
         if item.kind == "local":
             continue  # handed in as lanes
@@ -70,41 +68,9 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
             writer.line(f"{item.name} = {call}({item.name})")
         else:
             writer.line(f"{item.name} = [{item.name}]")
-    bucket_of: dict[str, tuple[Move, ...]] = {}
-    begun: set[str] = set()
-    noted: dict[str, SimulatedMove] = {}
-    for instruction, dead in zip(program.instructions, dying, strict=True):
-        if isinstance(instruction, Start):  # nothing travels here: the first of the moves to end does it all
-            if len(instruction.moves) > 1:
-                bucket_of |= dict.fromkeys((move.output for move in instruction.moves), instruction.moves)
-            elif program.copies:  # logs are told, for they say what runs meanwhile
-                (move,) = instruction.moves
-                noted[move.output] = SimulatedMove(move, program.lanes[move.source])
-                writer.names["_logs"] = record._active
-                writer.line(f"if _logs: {writer.constant('start', noted[move.output].note_start)}({move.source})")
-            continue
-        members = instruction.moves if isinstance(instruction, Together) else ()
-        if isinstance(instruction, Move) and instruction.output not in begun:
-            members = bucket_of.get(instruction.output, ())
-        if members:
-            writer.context(members[0].autocast, members[0].grad)
-            _write_together(writer, members, program, records)
-            begun.update(move.output for move in members)
-        elif isinstance(instruction, Move):
-            if instruction.output in begun:
-                writer.forget([name for name in dead if name not in (keep or ())])
-                continue
-            writer.context(instruction.autocast, instruction.grad)
-            _write_move(writer, instruction, program, records, noted.get(instruction.output))
-        elif isinstance(instruction, Call):
-            writer.context(instruction.autocast, instruction.grad)
-            if records and instruction.recompute:
-                _write_recorded_call(writer, instruction, program)
-            else:
-                _write_call(writer, instruction, program)
-            write_note(writer, instruction, program)
-        elif isinstance(instruction, KeepPiece) and records:
-            _write_keep_piece(writer, instruction, program)
+    binder = _Binder(writer, program, records)
+    for instruction, dead in zip(program.instructions, program.last_uses(), strict=True):
+        binder.visit(instruction)
         writer.forget([name for name in dead if name not in (keep or ())])
     writer.context(None, True)
     if keep is not None:
@@ -114,28 +80,72 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
 
 
-def _write_together(writer: SourceWriter, moves: Sequence[Move], program: LocalProgram, records: bool) -> None:
-    runner = SimulatedTogether(moves, program.lanes)
-    sources, outputs = [move.source for move in moves], [move.output for move in moves]
-    writer.line(f"{', '.join(outputs)} = {writer.constant('together', runner)}({', '.join(sources)})")
-    if records and moves[0].recompute:
-        again = writer.constant("again", Computation(runner.again))
-        writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
+class _Binder(InstructionVisitor[None]):
+    """Writes the lines of each instruction, as all lanes run it.
 
+    Args:
+        records: whether the function is given a recording, ``_run``.
+    """
 
-def _write_move(writer: SourceWriter, move: Move, program: LocalProgram, records: bool, noted: SimulatedMove | None) -> None:
-    runner = noted or SimulatedMove(move, program.lanes[move.source])
-    writer.line(f"{move.output} = {writer.constant('move', runner)}({move.source})")
-    if records and move.recompute:
-        writer.line(f"_run.moved({writer.constant('again', Computation(runner.again))}, {move.source}, {move.output})")
+    def __init__(self, writer: SourceWriter, program: LocalProgram, records: bool):
+        self.writer, self.program, self.lanes, self.records = writer, program, program.lanes, records
+        self.bucket_of: dict[str, tuple[Move, ...]] = {}  # output of a move that was started with others -> all of them
+        self.done: set[str] = set()  # outputs of moves that the first of their bucket did
+        self.noted: dict[str, SimulatedMove] = {}  # output of a move whose start logs are told -> what runs it
 
+    def call(self, call: Call) -> None:
+        self.writer.context(call.autocast, call.grad)
+        if self.records and call.recompute:
+            _write_recorded_call(self.writer, call, self.program)
+        else:
+            _write_call(self.writer, call, self.program)
+        write_note(self.writer, call, self.program)
 
-def _write_keep_piece(writer: SourceWriter, instruction: KeepPiece, program: LocalProgram) -> None:
-    cut = SimulatedMove(instruction.cut, program.lanes[instruction.cut.source])
-    gather = SimulatedMove(replace(instruction.gather, lanes=program.lanes[instruction.cut.source]), instruction.cut.lanes)
-    again = writer.constant("again", Computation(gather.again))
-    pieces = writer.constant("cut", lambda values: [piece.clone() for piece in cut.move_forward(values)])
-    writer.line(f"_run.keep_pieces({again}, {pieces}, {instruction.cut.source})")
+    def move(self, move: Move) -> None:
+        if move.output in self.done:
+            return
+        if move.output in self.bucket_of:
+            members = self.bucket_of[move.output]
+            self._together(members)
+            self.done.update(member.output for member in members)
+            return
+        self.writer.context(move.autocast, move.grad)
+        runner = self.noted.get(move.output) or SimulatedMove(move, self.lanes[move.source])
+        self.writer.line(f"{move.output} = {self.writer.constant('move', runner)}({move.source})")
+        if self.records and move.recompute:
+            again = self.writer.constant("again", Computation(runner.again))
+            self.writer.line(f"_run.moved({again}, {move.source}, {move.output})")
+
+    def start_moves(self, start: StartMoves) -> None:
+        """Writes next to nothing, for nothing travels here: the first of the moves to end does it all."""
+        if len(start.moves) > 1:
+            self.bucket_of |= dict.fromkeys((move.output for move in start.moves), start.moves)
+        elif self.program.copies:  # logs are told, for they say what runs meanwhile
+            (move,) = start.moves
+            runner = self.noted[move.output] = SimulatedMove(move, self.lanes[move.source])
+            self.writer.names["_logs"] = record._active
+            self.writer.line(f"if _logs: {self.writer.constant('start', runner.note_start)}({move.source})")
+
+    def fused_moves(self, fused: FusedMoves) -> None:
+        self._together(fused.moves)
+
+    def _together(self, moves: Sequence[Move]) -> None:
+        self.writer.context(moves[0].autocast, moves[0].grad)
+        runner = SimulatedFusedMoves(moves, self.lanes)
+        sources, outputs = [move.source for move in moves], [move.output for move in moves]
+        self.writer.line(f"{', '.join(outputs)} = {self.writer.constant('together', runner)}({', '.join(sources)})")
+        if self.records and moves[0].recompute:
+            again = self.writer.constant("again", Computation(runner.again))
+            self.writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> None:
+        if not self.records:
+            return
+        lanes = self.lanes[keep.cut.source]
+        cut, gather = SimulatedMove(keep.cut, lanes), SimulatedMove(replace(keep.gather, lanes=lanes), keep.cut.lanes)
+        again = self.writer.constant("again", Computation(gather.again))
+        pieces = self.writer.constant("cut", lambda values: [piece.clone() for piece in cut.move_forward(values)])
+        self.writer.line(f"_run.keep_pieces({again}, {pieces}, {keep.cut.source})")
 
 
 def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
@@ -196,7 +206,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
         _write_many(writer, call)
 
 
-def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: Lanes) -> Tensor:
+def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
     """The global tensor that the lanes hold together, pending sums included."""
     steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from shardwright.base.derivatives import first_derivative_only
-from shardwright.ir import lanes as lane
 from shardwright.ir.instructions import Move
+from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.redistribution import Redistribution
 from shardwright.world.execute import log as record
 from shardwright.world.simulated.steps import prepare
-
-Lanes = lane.Lanes
 
 
 class SimulatedMove:
@@ -24,7 +22,7 @@ class SimulatedMove:
     Where the program starts it before, that is told to logs alone, by :meth:`note_start`.
     """
 
-    def __init__(self, move: Move, source_lanes: Lanes):
+    def __init__(self, move: Move, source_lanes: RankGroups):
         self.plan, self.needs_grad = move.redistribution, move.needs_grad
         self.wire, self.dtype = move.wire, move.dtype
         self.is_started = self.ends_later = False
@@ -85,10 +83,10 @@ class SimulatedMove:
         return [values[i] for i in self.gives]
 
 
-class SimulatedTogether:
+class SimulatedFusedMoves:
     """Moves that share their collectives: one node of the autograd graph, whose backward waits for all gradients."""
 
-    def __init__(self, moves: Sequence[Move], lanes: dict[str, Lanes]):
+    def __init__(self, moves: Sequence[Move], lanes: dict[str, RankGroups]):
         self.parts = [SimulatedMove(move, lanes[move.source]) for move in moves]
         self.record = [part.record[0] for part in self.parts]
         self.counts = [max(lanes[move.source]) + 1 for move in moves], [max(move.lanes) + 1 for move in moves]
@@ -129,7 +127,7 @@ def _split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
 
 class _TogetherFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, together: SimulatedTogether, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, together: SimulatedFusedMoves, *flat: Tensor) -> tuple[Tensor, ...]:
         ctx.together = together
         ctx.set_materialize_grads(False)
         results = tuple(_distinct(together.forward(flat), flat))
@@ -171,7 +169,7 @@ class SimulatedPieces:
         return [values[self.back.lanes[r]] for r in self.sources]
 
 
-def _positions(ranks: Sequence[int], size: int) -> Lanes:
+def _positions(ranks: Sequence[int], size: int) -> RankGroups:
     """For every rank its position in ``ranks``, -1 where it is not there."""
     position = {rank: i for i, rank in enumerate(ranks)}
     return tuple(position.get(rank, -1) for rank in range(size))
@@ -201,7 +199,7 @@ class _MoveFunction(torch.autograd.Function):
         return (None, *ctx.move.backward(filled))
 
 
-def representatives(lanes: Lanes) -> list[int]:
+def representatives(lanes: RankGroups) -> list[int]:
     """One rank of each lane."""
     first: dict[int, int] = {}
     for rank, own in enumerate(lanes):

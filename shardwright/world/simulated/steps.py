@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.ir.lanes import Lanes
+from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.step import Step
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.world.execute.summation import reduce as _reduced
@@ -33,7 +33,7 @@ class Prepared:
         lanes: for every rank, the lane it holds after the last step; -1 where it holds nothing.
     """
 
-    def __init__(self, stages: list[list[Compute]], lanes: Lanes):
+    def __init__(self, stages: list[list[Compute]], lanes: RankGroups):
         self.stages, self.lanes = stages, lanes
 
     def __call__(self, values: Values) -> Values:
@@ -43,7 +43,7 @@ class Prepared:
 
 
 @lru_cache(maxsize=16384)
-def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: Lanes) -> Prepared:
+def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: RankGroups) -> Prepared:
     """The computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``, or nothing (-1)."""
     stages = []
     for step in steps:
@@ -64,7 +64,7 @@ def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, 
 # -- keys: for every rank, what its result is computed from; equal keys are computed once ---------------------------------
 
 
-def _by_rank(step: Step, lanes: Lanes, of: Callable[[int, list[int]], Any]) -> list[Any]:
+def _by_rank(step: Step, lanes: RankGroups, of: Callable[[int, list[int]], Any]) -> list[Any]:
     """The key of every rank of a group; ``None`` for those outside the mesh."""
     keys: list[Any] = [None] * len(lanes)
     for group in step.groups:
@@ -73,16 +73,16 @@ def _by_rank(step: Step, lanes: Lanes, of: Callable[[int, list[int]], Any]) -> l
     return keys
 
 
-def _group_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+def _group_keys(step: Step, shape: tuple[int, ...], lanes: RankGroups) -> list[Any]:
     return _by_rank(step, lanes, lambda rank, group: tuple(lanes[r] for r in group))
 
 
-def _slice_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+def _slice_keys(step: Step, shape: tuple[int, ...], lanes: RankGroups) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
     return [(lanes[rank], _cuts(have[rank], want[rank])) if rank in want else None for rank in range(len(lanes))]
 
 
-def _all_gather_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+def _all_gather_keys(step: Step, shape: tuple[int, ...], lanes: RankGroups) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
 
     def key(rank: int, group: list[int]) -> Any:
@@ -94,12 +94,12 @@ def _all_gather_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[A
     return _by_rank(step, lanes, key)
 
 
-def _reduce_scatter_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+def _reduce_scatter_keys(step: Step, shape: tuple[int, ...], lanes: RankGroups) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
     return _by_rank(step, lanes, lambda rank, group: (tuple(lanes[r] for r in group), _cuts(have[rank], want[rank])))
 
 
-def _all_to_all_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+def _all_to_all_keys(step: Step, shape: tuple[int, ...], lanes: RankGroups) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
     dim = step.dims[1]
 
@@ -110,7 +110,7 @@ def _all_to_all_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[A
     return _by_rank(step, lanes, key)
 
 
-def _exchange_keys(step: Step, shape: tuple[int, ...], lanes: Lanes) -> list[Any]:
+def _exchange_keys(step: Step, shape: tuple[int, ...], lanes: RankGroups) -> list[Any]:
     have, want = step.source.bounds(shape), step.target.bounds(shape)
     parts: dict[int, list[Any]] = {rank: [] for rank in want}
     for source, target, region in exchange_routes(step.source, step.target, shape):
@@ -171,7 +171,7 @@ def _exchange(key: Any, values: Values) -> Tensor:
     return out
 
 
-_KEYS: dict[str, Callable[[Step, tuple[int, ...], Lanes], list[Any]]] = {
+_KEYS: dict[str, Callable[[Step, tuple[int, ...], RankGroups], list[Any]]] = {
     "all_reduce": _group_keys,
     "all_gather": _all_gather_keys,
     "slice": _slice_keys,

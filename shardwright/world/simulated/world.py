@@ -1,19 +1,21 @@
 """The simulated world: all ranks in lock step in one process, differentiable, with exact values.
 
-A value is a list of tensors, one a lane (see :mod:`shardwright.ir.lanes`): ranks that compute the same thing are
+A value is a list of tensors, one a lane (see :mod:`shardwright.ir.rank_groups`): ranks that compute the same thing are
 computed once. Collectives are differentiable functions over such lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
 from shardwright.ir.program import LocalProgram
+from shardwright.parameters.whole import materialise_whole
 from shardwright.redistribute.steps import redistribution
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
@@ -22,9 +24,10 @@ from shardwright.world.simulated.moves import (
     SimulatedPieces,
     apply_move,
 )
+from shardwright.world.world import Described, World
 
 
-class SimulatedWorld:
+class SimulatedWorld(World):
     """``size`` ranks in one process.
 
     >>> SimulatedWorld(8).size
@@ -32,6 +35,9 @@ class SimulatedWorld:
     """
 
     is_simulated = True
+    keeps_pieces = False
+    inputs_are_whole = True
+    runs_lanes = True
     rank = 0
 
     def __init__(self, size: int):
@@ -42,9 +48,49 @@ class SimulatedWorld:
     def __repr__(self) -> str:
         return f"SimulatedWorld({self.size})"
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What a function makes; among processes, the first one's on all."""
+    @property
+    def processes(self) -> int:
+        return 1
+
+    def own_rank(self, otherwise: Callable[[], Exception]) -> int:
+        raise otherwise()
+
+    def device_of(self, root: nn.Module) -> torch.device:
+        """Returns the device that all parameters of a module are on; the CPU where they are on several."""
+        devices = {p.device for p in root.parameters() if p.device.type != "meta"}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    def adds_wide(self, device: torch.device) -> bool:
+        return True
+
+    def on_first_rank(self, make: Callable[[], Any]) -> Any:
+        """Calls ``make`` and returns its result: all ranks are this process."""
         return make()
+
+    def compare(self, stage: str, describe: Callable[[], Described]) -> None:
+        """Does nothing: there is one process."""
+
+    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Returns the numbers of this process, the only one."""
+        return [list(numbers)]
+
+    def agree_on_random_state(self) -> None:
+        """Does nothing: there is one generator."""
+
+    def place_parameters(
+        self,
+        root: nn.Module,
+        layouts: Mapping[str, Layout],
+        device: torch.device,
+        slices: Mapping[str, tuple[Layout, tuple[int, ...]]] | None = None,
+    ) -> dict[str, Layout]:
+        """Gives delayed parameters their whole values; all of them stay whole, and programs cut them."""
+        materialise_whole(root)
+        return dict(layouts)
+
+    def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
+        """Returns a view of the tensor, which was handed in whole."""
+        return piece.view_as(piece) if piece.requires_grad else piece.detach()
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
         """The program as a function of its inputs, given as global tensors.

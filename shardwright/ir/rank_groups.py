@@ -1,8 +1,8 @@
-"""Lanes: which ranks hold the same tensor.
+"""Rank groups: which ranks hold the same tensor.
 
-A partition of the ranks, written as one lane number a rank, numbered by first appearance. It is the type of a local
-value: what varies along an axis is in different lanes there. The partitioner checks it (a value may not vary where its
-layout says that ranks replicate), which is the proof that no reduction was forgotten.
+A partition of the ranks, written as one number a rank, by first appearance; a group of ranks is called a lane for short.
+It is the type of a local value: what varies along an axis is in different lanes there. The partitioner checks it (a value
+may not vary where its layout says that ranks replicate), which is the proof that no reduction was forgotten.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 
-Lanes = tuple[int, ...]
+RankGroups = tuple[int, ...]
 
 
-def number(keys: Sequence[Any]) -> Lanes:
+def number(keys: Sequence[Any]) -> RankGroups:
     """Numbers equal keys equally, by first appearance.
 
     >>> number(["b", "a", "b"])
@@ -28,7 +28,7 @@ def number(keys: Sequence[Any]) -> Lanes:
 
 
 @lru_cache(maxsize=4096)
-def of_axes(mesh: Mesh, axes: frozenset[str]) -> Lanes:
+def of_axes(mesh: Mesh, axes: frozenset[str]) -> RankGroups:
     """Ranks that agree on ``axes`` share a lane; indexed by rank."""
     keys: list[Any] = [None] * mesh.size
     for rank in mesh.ranks:
@@ -37,19 +37,19 @@ def of_axes(mesh: Mesh, axes: frozenset[str]) -> Lanes:
     return number(keys)
 
 
-def of_layout(layout: Layout, also: Sequence[str] = ()) -> Lanes:
-    """Lanes of a tensor laid out as ``layout``, distinct along the axes in ``also`` too."""
+def of_layout(layout: Layout, also: Sequence[str] = ()) -> RankGroups:
+    """Returns the lanes of a tensor in a layout, distinct along the axes in ``also`` too."""
     return of_axes(layout.mesh, frozenset((*layout.split_axes, *layout.partial_axes, *also)))
 
 
 @lru_cache(maxsize=65536)
-def join(*lanes: Lanes) -> Lanes:
+def join(*lanes: RankGroups) -> RankGroups:
     """Ranks share a lane where they share it in every argument."""
     return lanes[0] if len(set(lanes)) == 1 else number(list(zip(*lanes, strict=True)))
 
 
 @lru_cache(maxsize=65536)
-def varies_only_with(lanes: Lanes, allowed: Lanes) -> bool:
+def varies_only_with(lanes: RankGroups, allowed: RankGroups) -> bool:
     """Whether ranks that share a lane in ``allowed`` share one in ``lanes``."""
     seen: dict[int, int] = {}
     return all(seen.setdefault(a, own) == own for own, a in zip(lanes, allowed, strict=True))
