@@ -226,7 +226,8 @@ def test_new_memory_is_nobody_elses(name):
             assert not own & storages([given, result, *call.tensors])
 
 
-@pytest.mark.parametrize("name", sorted({*with_trait(lambda t: t.half)} - {"convolution"}))  # which CUDA's autocast alone lowers
+# CUDA's autocast alone lowers convolution
+@pytest.mark.parametrize("name", sorted({*with_trait(lambda t: t.half)} - {"convolution"}))
 def test_autocast_lowers_precision(name):
     with torch.autocast("cpu", torch.bfloat16):
         assert all(result.dtype == torch.bfloat16 for call in calls(name) for result in call.run())
