@@ -11,8 +11,9 @@ from torch import nn
 from shardwright.api.settings import Settings
 from shardwright.capture.attributes import check_attributes
 from shardwright.capture.closure import FunctionModule
-from shardwright.errors import Problems
+from shardwright.errors import Problems, ShardwrightError
 from shardwright.ir.marks import Mark
+from shardwright.ops import check_strategies
 from shardwright.train.recompute.request import RecomputeRequest, gather_requests
 
 MARK = "_shardwright_mark"
@@ -94,6 +95,11 @@ def _match(
         if unknown:
             problems.add(f"strategies: {pattern!r} at {source} has the keys {sorted(unknown)}; use in_strategy, "
                          "out_strategy, parameter_plan, attributes")  # fmt: skip
+            continue
+        try:
+            check_strategies(given.get("in_strategy"), given.get("out_strategy"))
+        except ShardwrightError as error:
+            problems.add(f"strategies: {pattern!r} at {source}: {error}")
             continue
         given = {**given, "attributes": check_attributes(f"strategies: {pattern!r} at {source}", given.get("attributes"))}
         marks[module] = Mark(type(module).__name__, **given, source=source, module_path=path)

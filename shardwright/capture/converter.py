@@ -78,8 +78,9 @@ class _Converter:
             outputs = [known.get(o, o) if isinstance(o, str) else o for o in outputs]
             updates = tuple((name, known.get(value, value)) for name, value in updates)
         return Graph(
-            tuple(self.inputs), tuple(nodes), tuple(outputs), updates, self.exported.call_spec.out_spec, self.constants
-        )
+            tuple(self.inputs), tuple(nodes), tuple(outputs), updates, self.exported.call_spec.out_spec, self.constants,
+            impossible_marks=tuple(self.session.impossible),
+        )  # fmt: skip
 
     # -- inputs and outputs -----------------------------------------------------------------------------------------
 

@@ -119,7 +119,8 @@ class _Expansion:
         outputs = tuple(known.get(o, o) if isinstance(o, str) else o for o in self.few.outputs)
         named = tuple(replace(i, value=known[i.value]) for i in inputs)
         updates = tuple((known[name], known.get(value, value)) for name, value in updates)
-        return Graph(named, tuple(nodes), outputs, updates, self.few.out_spec, self.few.constants)
+        marks = self.few.impossible_marks
+        return Graph(named, tuple(nodes), outputs, updates, self.few.out_spec, self.few.constants, impossible_marks=marks)
 
     # -- where things stand -----------------------------------------------------------------------------------------
 

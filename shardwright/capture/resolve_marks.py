@@ -35,6 +35,7 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> t
         if len(inside.get(call, ())) == 1 and not mark.is_pin and mark.module_path is None
         and mark.parameter_plan is None
     }  # fmt: skip
+    now.impossible += _entries_without_tensors([call for call in range(len(now.calls)) if call not in single], now)
     result = []
     renamed: dict[str, str] = {}
     pinned: dict[str, int] = {}
@@ -61,6 +62,26 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> t
             node = replace(node, mark=None, region=now.calls[meta[CALL]])
         result.append(node)
     return result, renamed
+
+
+def _entries_without_tensors(calls: list[int], now: Session) -> list[str]:
+    """Says which strategies have more entries than their call has tensors; the planner says it of single operators."""
+    found: dict[str, None] = {}  # a module that is called twice is one problem
+    for call in calls:
+        mark = now.calls[call]
+        what = ".".join(filter(None, (mark.module_path, mark.name))) + (f" at {mark.source}" if mark.source else "")
+        sides = (("in_strategy", mark.in_strategy, now.counts[call], "input"),
+                 ("out_strategy", mark.out_strategy, now.results[call], "output"))  # fmt: skip
+        for name, strategy, count, side in () if mark.is_pin else sides:
+            if isinstance(strategy, tuple) and len(strategy) > count:
+                hint = "" if mark.module_path is None or side == "output" else (
+                    "; layouts of its parameters stand in parameter_plan={'weight': ...}"
+                )  # fmt: skip
+                found[
+                    f"{what}: {len(strategy)} entries {strategy} in {name} for {count} tensor {side}{'s' * (count != 1)}; give "
+                    f"one an {side}{hint}"
+                ] = None
+    return list(found)
 
 
 def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:

@@ -22,11 +22,16 @@ COPY, BATCH = "shardwright_copy", "shardwright_batch"
 
 @dataclass
 class Session:
-    """The marked calls met during one capture; ``calls[i]`` is the mark of call ``i``."""
+    """The marked calls met during one capture; ``calls[i]`` is the mark of call ``i``.
+
+    ``counts[i]`` and ``results[i]`` are the numbers of tensors that the call takes and returns.
+    """
 
     calls: list[Mark] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)
     groups: int = 0  # of copies
+    impossible: list[str] = field(default_factory=list)  # what is wrong with marks, whatever devices they are for
 
     def new_group(self) -> int:
         """A number for the copies of one call of a network."""
@@ -54,15 +59,18 @@ class Session:
         self.calls.append(mark)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.counts.append(len(tensors))
+        self.results.append(0)
         args, kwargs = self._pinned(call, "in", (args, kwargs))
         with annotate({CALL: call}):
             result = function(*args, **kwargs)
+        self.results[call] = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
         return self._pinned(call, "out", result)
 
     def pin(self, mark: Mark, tensor: Tensor) -> Tensor:
         """The tensor with a layout pinned onto it."""
         self.calls.append(mark)
         self.counts.append(1)
+        self.results.append(0)
         with annotate({PIN: (len(self.calls) - 1, "in", 0)}):
             return ALIAS(tensor)
 

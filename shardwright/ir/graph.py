@@ -76,6 +76,7 @@ class Graph:
         updates: ``(buffer name, value)`` pairs: buffers that the program leaves changed.
         assignments: attributes of modules that the callable assigns in every call. Where tensors are among them, the result
             of the graph is a pair: what the callable returns, and those tensors in their order.
+        impossible_marks: what is wrong with strategies of modules and functions, whatever devices they are for.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -87,6 +88,7 @@ class Graph:
     metas: dict[str, TensorMeta] = field(default_factory=dict, compare=False)
     needs_grad: frozenset[str] = frozenset()
     assignments: tuple[Any, ...] = field(default=(), compare=False)
+    impossible_marks: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for graph_input in self.inputs:

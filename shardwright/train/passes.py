@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from shardwright.base.dump import NO_DUMP, Dump
+from shardwright.errors import Problems
 from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan, ProgramPass
@@ -118,7 +119,15 @@ def _wires(program: LocalProgram, plan: Plan, asked: Asked) -> LocalProgram:
     return with_wires(program, plan.graph, asked.precision, asked.accumulates, asked.adds_wide)
 
 
+def _checked_marks(graph: Graph, asked: Asked) -> Graph:
+    problems = Problems()
+    problems.lines += graph.impossible_marks
+    problems.raise_if_any("the strategies cannot be followed")
+    return graph
+
+
 GRAPH: tuple[Pass[Graph], ...] = (
+    Pass("forms of strategies", _follows_marks, _checked_marks),
     Pass("attributes", _follows_marks, lambda graph, asked: with_attributes(graph, asked.devices, dict(asked.parameter_plan))),
     Pass("copies", _follows_marks, lambda graph, asked: in_copies(graph, asked.parameter_plan)),
     Pass("shared by copies", _always, lambda graph, asked: share_between_copies(graph)),
