@@ -1,1 +1,6 @@
-"""TODO"""
+"""Launching: processes on this machine.
+
+=========  ==============================================
+``local``  starts processes on this machine, one per rank
+=========  ==============================================
+"""

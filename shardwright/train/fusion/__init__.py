@@ -1,1 +1,6 @@
-"""TODO"""
+"""Communication fusion: parameters that share collectives.
+
+============  ================================================================================
+``settings``  parameters whose gradients are reduced, or which are gathered, in one collective
+============  ================================================================================
+"""
