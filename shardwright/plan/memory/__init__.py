@@ -11,6 +11,7 @@ cost nothing and keep their base alive.
 ``training_step``   plays a step: forward, backward, optimizer
 ``calls``           plays local calls and their backward
 ``moves``           plays redistributions and their backward
+``buckets``         plays moves that share collectives and start early
 ``rank_state``      what the rank has meanwhile: values, gradients, the tape of the backward
 ``recipes``         plays what is computed again in the backward
 ``usage``           the storages in use, and bytes by part
