@@ -39,7 +39,9 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.plan.asked.sizes import memory_bytes
 from shardwright.plan.modes.search import SearchPlanner
+from shardwright.plan.price.price_of import price_of
 from shardwright.plan.request import PlanRequest
+from shardwright.report.plan_view import PlanView
 from shardwright.search.integer_program import solve_integer_program
 from shardwright.search.problem import Infeasible, Problem
 from shardwright.search.solve import solve
@@ -53,7 +55,7 @@ Missed = list[str]
 
 def captured(made: Made) -> Graph:
     model, inputs = made
-    return capture_repeated(model, inputs, {}, torch.device("meta"), {})
+    return capture_repeated(model, inputs, {}, torch.device("cpu"), {})
 
 
 def request(mesh: tuple[int, ...], mode: str = "auto", machine: str = "h100", **more: Any) -> PlanRequest:
@@ -214,7 +216,7 @@ def brute(count: int = BRUTE) -> Missed:
         assert plan.search is not None
         found = plan.search.seconds - planner.machine.step_launch
         worst = max(worst, abs(found / best - 1))
-        priced += math.isclose(plan.price.seconds - plan.price.unshared, plan.search.seconds, rel_tol=1e-6)
+        priced += math.isclose(price_of(plan).seconds - price_of(plan).unshared, plan.search.seconds, rel_tol=1e-6)
         # the same under a limit between the least memory and that of the best
         least, free = float(memory[np.isfinite(cost)].min()), float(memory[int(cost.argmin())])
         if free > least:
@@ -293,7 +295,7 @@ def expert_plan(reference: Reference) -> Plan:
         for i in plan.graph.inputs:
             if i.kind == "parameter" and i.meta.shape and i.meta.shape[0] % plan.mesh.size == 0:
                 layouts[i.value] = Layout.of(plan.mesh, [list(plan.mesh.axes), *([] for _ in i.meta.shape[1:])])
-        plan = replace(plan, input_layouts=layouts)
+        plan = PlanView(replace(plan.value, input_layouts=layouts))
     return plan
 
 
@@ -307,7 +309,7 @@ def rediscovery(names: Sequence[str] | None = None) -> Missed:
         with torch.device("meta"):
             graph = captured(reference.model())
         limit = None if reference.memory is None else memory_bytes(reference.memory)
-        found = SearchPlanner(graph, request(reference.mesh, machine=reference.machine, memory_limit=limit)).plan()
+        found = PlanView(SearchPlanner(graph, request(reference.mesh, machine=reference.machine, memory_limit=limit)).plan())
         expert, mine = theirs.price.seconds, found.price.seconds
         print(
             f"{name:38}{expert * 1e3:>9.2f} ms{mine * 1e3:>9.2f} ms{mine / expert:>8.3f}"

@@ -87,7 +87,7 @@ class HybridCompiled(Compiled):
             yield
 
     def __getattr__(self, name: str) -> Any:
-        if name == "plan":
+        if name in ("plan", "view"):
             raise ShardwrightError("a hybrid_parallel program has no plan: its writer made it; see net.program")
         raise AttributeError(name)
 

@@ -60,7 +60,7 @@ def simulated(program: Program, devices: int) -> None:
 def on_ranks(file: str, ranks: int, programs: Sequence[Program], timeout: float = 300) -> None:
     """Runs a test file's programs on real gloo processes; each says by name that it passed. Of many, a sample."""
     if IS_ON:
-        programs = sampled(programs, [f"{ranks} {program.__name__}" for program in programs], share=0.5, least=4)
+        programs = sampled(programs, [f"{ranks} {program.__name__}" for program in programs], share=0.4, least=3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), file]
     command += [program.__name__ for program in programs]
     tests = Path(__file__).resolve().parent.parent

@@ -15,6 +15,7 @@ from harness import main, on_ranks, simulated
 from shardwright.errors import ArgumentTypeError, CaptureError, LayoutError, ShardwrightError, StrategyError, WorldError
 from shardwright.world import current
 from shardwright.world.current import current_world
+from shardwright.world.simulated.world import SimulatedWorld
 
 cc = sw.collectives
 
@@ -226,7 +227,7 @@ def dropout_is_that_of_the_simulated_world():
         torch.manual_seed(3)
         net = sw.AutoParallel(lambda x, m=net_model: torch.dropout(m(x), 0.5, True), "hybrid_parallel")
         results.append(net(x))
-        current._current[:] = [sw.world.simulated.SimulatedWorld(n)]
+        current._current[:] = [SimulatedWorld(n)]
     current._current[:] = real
     assert torch.equal(results[0], results[1])
 

@@ -164,7 +164,7 @@ def test_what_makes_an_operator_run_so(tmp_path):
 
     path = write(tmp_path / "part.json", operators={"aten.relu": {"inputs": ["dp,tp"]}})
     assert why(plan_from_file(path, graph, request), "aten.relu") == f"pinned at {path}:7"
-    plan.save(tmp_path / "plan.json")
+    PlanView(plan).save(tmp_path / "plan.json")
     whole = plan_from_file(load_plan_file(tmp_path / "plan.json"), graph, request)
     assert why(whole, "aten.relu") == f"as saved in {tmp_path / 'plan.json'}"
 
@@ -198,7 +198,7 @@ def test_alternatives_cost_what_the_whole_plan_then_costs(mode):
         for row in rng.sample(range(len(table)), min(3, len(table))):
             if np.isfinite(more[row]):
                 choice = table.choice(row, [v in plan.graph.needs_grad for v in node.inputs])
-                other = replace(plan, choices={**plan.choices, node.name: choice})
+                other = PlanView(replace(plan.value, choices={**plan.choices, node.name: choice}))
                 before, after = (each.price.seconds - each.price.unshared for each in (plan, other))
                 assert after - before == pytest.approx(more[row], abs=1e-12)
                 checked += 1
