@@ -171,7 +171,7 @@ def test_what_makes_an_operator_run_so(tmp_path):
     searched = planned(Attention(), IDS, IDS, mode="dynamic_programming")[2]
     assert why(searched, "up").startswith("chosen by the search (")
     assert why(searched, "aten.cos").startswith("every rank can make any piece of it")
-    assert searched.explain("aten.cos").operators[0].alternatives == ()
+    assert explain(searched, "aten.cos").operators[0].alternatives == ()
     propagated = planned(Attention(), IDS, IDS, mode="sharding_propagation", strategies=MEGATRON)[2]
     assert why(propagated, "out") == "propagated from the operators that are configured"
 
