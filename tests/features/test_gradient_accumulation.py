@@ -62,7 +62,12 @@ def with_optimizer_parallel():
 def with_tensor_parallel():
     size = current_world().size
     layout = sw.Layout((size,), ("tp",))
-    plan = {"*up": {"in_strategy": (layout("None", "None", "None"), layout("tp", "None"), layout("tp"))}}
+    plan = {
+        "*up": {
+            "in_strategy": (layout("None", "None", "None"),),
+            "parameter_plan": {"weight": layout("tp", "None"), "bias": layout("tp")},
+        }
+    }
     same_steps(sw.GradAccumulation(Net(), 2), ids_batches(2), lambda m: sw.AutoParallel(m).shard(plan))
 
 

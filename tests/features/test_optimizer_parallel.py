@@ -43,7 +43,8 @@ def with_tensor_parallel():
     tp = "tp" if size % 2 == 0 else "None"
 
     def prepare(model):
-        plan = {"up": {"in_strategy": (layout("dp", "None", "None"), layout(tp, "None"), layout(tp))}}
+        own = {"weight": layout(tp, "None"), "bias": layout(tp)}
+        plan = {"up": {"in_strategy": (layout("dp", "None", "None"),), "parameter_plan": own}}
         return sw.AutoParallel(model).shard(plan).hsdp(threshold=0)
 
     same_steps(Net(), ids_batches(2), prepare)

@@ -65,8 +65,9 @@ def tensor_parallel(net: Any) -> Any:
     size = current_world().size
     tp = 2 if size % 2 == 0 else size
     layout = sw.Layout((size // tp, tp), ("dp", "tp"))
-    up = {"in_strategy": (layout("dp", "None", "None"), layout("tp", "None"), layout("tp"))}
-    down = {"in_strategy": (layout("dp", "None", "tp"), layout("None", "tp"), layout("None"))}
+    columns, rows = {"weight": layout("tp", "None"), "bias": layout("tp")}, {"weight": layout("None", "tp")}
+    up = {"in_strategy": (layout("dp", "None", "None"),), "parameter_plan": columns}
+    down = {"in_strategy": (layout("dp", "None", "tp"),), "parameter_plan": rows}
     return net.shard({"*.up": up, "*.down": down})
 
 
