@@ -58,5 +58,12 @@ def local_program(
     return finished(program_before_overlap(plan, options, first_rank_only, dump), plan, dump)
 
 
+def first_rank_program(plan: Plan) -> LocalProgram:
+    """Returns the program of the first rank, made without looking at the others; remembered, for several views ask for it."""
+    if "first rank" not in plan.memo:
+        plan.memo["first rank"] = local_program(plan, first_rank_only=True)
+    return plan.memo["first rank"]  # type: ignore[no-any-return]
+
+
 def _write(dump: Dump, name: str, program: LocalProgram) -> None:
     dump.write("program", name, program.text)

@@ -32,7 +32,7 @@ from shardwright.train.copies.turns import interleave
 from shardwright.train.copies.virtual_axis import in_copies, is_interleaved
 from shardwright.train.fusion.settings import buckets_of
 from shardwright.train.optimizer_parallel.stored import OptimizerParallel, split_parameters
-from shardwright.train.precision.wires import Precision, with_wires
+from shardwright.train.precision.wires import Precision, may_have_wires, with_wires
 from shardwright.train.recompute.marked import recompute_marked, recompute_parameter_gathers
 from shardwright.train.recompute.request import RecomputeRequest
 
@@ -141,7 +141,7 @@ PLAN: tuple[Pass[Plan], ...] = (
 )
 
 PROGRAM: tuple[ProgramRow, ...] = (
-    ProgramRow("wires", _always, _wires),
+    ProgramRow("wires", lambda asked, graph: may_have_wires(graph, asked.precision), _wires),
     ProgramRow(
         "parameter gathers again",
         lambda asked, graph: asked.hsdp is not None and asked.hsdp.gathers_again,

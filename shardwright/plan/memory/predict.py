@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardwright.cost import algorithms as calibration
 from shardwright.ir.plan import Plan
-from shardwright.partition.local_program import local_program
+from shardwright.partition.local_program import first_rank_program, local_program
 from shardwright.plan.memory.timeline import MemoryTimeline
 from shardwright.plan.memory.training_step import OptimizerMemory, TrainingStep
 from shardwright.redistribute.planner import Options
@@ -36,7 +36,7 @@ def memory_of(
     Raises:
         KeyError: an optimizer's name that is not one of these.
     """
-    program = local_program(plan, options, first_rank_only=True)
+    program = first_rank_program(plan) if options is None else local_program(plan, options, first_rank_only=True)
     states = _of_optimizer(optimizer)
     choose = calibration.load().choose if device == "cpu" else None
     timeline = TrainingStep(plan.graph, program, states, device, choose, hub=True).run()

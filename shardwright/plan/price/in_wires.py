@@ -10,7 +10,7 @@ from shardwright.ir.instructions import Move
 from shardwright.ir.layout import Layout
 from shardwright.ir.machine import Machine
 from shardwright.ir.plan import Plan
-from shardwright.partition.local_program import local_program
+from shardwright.partition.local_program import first_rank_program
 from shardwright.plan.price.own_orders import steps_price
 from shardwright.plan.price.values import MovePrice, PlanPrice
 from shardwright.redistribute.links import Links, machine_links
@@ -25,7 +25,7 @@ def in_wires(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
     """
     if not any(each.name == "wires" for each in plan.passes):
         return price
-    wired = {_key(move): move for move in local_program(plan, first_rank_only=True).moves if move.wire is not None}
+    wired = {_key(move): move for move in first_rank_program(plan).moves if move.wire is not None}
     if not wired:
         return price
     links = machine_links(machine, plan.mesh)

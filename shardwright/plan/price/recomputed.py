@@ -14,7 +14,7 @@ from shardwright.cost.saved import NOTHING, saved_by
 from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, StartMoves
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.visitor import InstructionVisitor
-from shardwright.partition.local_program import local_program
+from shardwright.partition.local_program import first_rank_program
 from shardwright.plan.price.own_orders import steps_price
 from shardwright.redistribute.links import machine_links
 from shardwright.redistribute.planner import Options
@@ -37,7 +37,7 @@ def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
     if not plan.passes:
         return price
     links = machine_links(machine, plan.mesh)
-    again = _Again(plan, local_program(plan, first_rank_only=True), machine.device)
+    again = _Again(plan, first_rank_program(plan), machine.device)
     again.find()
     seconds = sum(price.operators[cause].forward for cause in again.nodes if cause in price.operators)
     sent: list[CollectivePrice] = []

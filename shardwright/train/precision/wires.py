@@ -70,6 +70,11 @@ class Precision:
         return nullcontext() if self.dtype is None else torch.autocast(device_type, self.dtype)
 
 
+def may_have_wires(graph: Graph, precision: Precision) -> bool:
+    """Says whether some move may travel in another dtype than its value's."""
+    return precision.reduce_dtype is not None or any(meta.dtype in HALF for meta in graph.metas.values())
+
+
 def with_wires(
     program: LocalProgram, graph: Graph, precision: Precision, accumulates: bool = False, adds_wide: bool = True
 ) -> LocalProgram:
@@ -80,8 +85,7 @@ def with_wires(
         accumulates: whether gradients of parameters add up, over micro-batches, before they move.
         adds_wide: whether the world adds half precision in float32 and rounds once, as all but NCCL do.
     """
-    has_half = any(meta.dtype in HALF for meta in graph.metas.values())
-    if not has_half and precision.reduce_dtype is None:
+    if not may_have_wires(graph, precision):
         return program
     wires = _Wires(program, graph, precision, accumulates, adds_wide)
     instructions = [wires.set(i) if isinstance(i, Move) else i for i in program.instructions]
