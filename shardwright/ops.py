@@ -124,7 +124,7 @@ class Primitive:
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> torch.Tensor:
-    """One operator in every form, so that a strategy means its operands as they are given."""
+    """Returns one operator in every form, so that a strategy means its operands as they are given."""
     if not transpose_a and not transpose_b:
         return torch.matmul(x, w)
     if not transpose_a and w.ndim == 2:

@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     generated: dict[str, list[pytest.Item]] = {}
     chosen: set[pytest.Item] = set()
     for item in items:
-        if hasattr(item, "callspec"):
+        if hasattr(item, "callspec") and item.get_closest_marker("whole") is None:
             generated.setdefault(item.nodeid.partition("[")[0], []).append(item)
         elif item.get_closest_marker("long") is None:
             chosen.add(item)

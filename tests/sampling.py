@@ -1,7 +1,8 @@
 """Sampling: of many generated cases ``make test`` runs some, the same ones every time; ``make test-all`` runs them all.
 
 A test function with many parameters stands for as many cases. Each case that is left out is run by ``make test-all``, by
-``pytest`` on its file, and by whoever names it.
+``pytest`` on its file, and by whoever names it. Of tests marked ``whole``, whose cases are written by hand (pages, docstrings,
+maps), none is left out.
 """
 
 from __future__ import annotations

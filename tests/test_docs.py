@@ -46,6 +46,7 @@ def run(page: Path, block: Block, namespace: dict[str, object]) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_block_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -62,6 +63,7 @@ def test_every_block_runs_and_prints_what_the_page_says(page, tmp_path, monkeypa
             assert same, f"{page.name}, line {block.line}: the page says\n{block.expected}\nbut it prints\n{printed}"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_leads_somewhere(page):
     dead = [link for link in _LINK.findall(page.read_text("utf-8")) if not (page.parent / link).exists()]

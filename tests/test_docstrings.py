@@ -26,12 +26,14 @@ def _state_of_its_own(monkeypatch):
     shardwright.init(devices=8)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", [n for n, thing in vars(shardwright).items() if n[0] != "_" and callable(thing)])
 def test_public_names_have_an_example(name):
     assert ">>>" in (getattr(shardwright, name).__doc__ or "")

@@ -13,6 +13,7 @@ PACKAGE = Path(shardwright.__file__).parent
 FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(PACKAGE)))
 def test_a_folder_maps_its_files(folder):
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""

@@ -27,7 +27,7 @@ class Agreement:
         self.size = size
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Every rank's numbers, by rank; ranks may have different many."""
+        """Returns every rank's numbers, by rank; ranks may have different many."""
         message = [len(numbers), *numbers] if len(numbers) <= _ROOM else [-1]
         mine = torch.zeros(_ROOM + 1, dtype=torch.int64)
         mine[: len(message)] = torch.tensor(message, dtype=torch.int64)

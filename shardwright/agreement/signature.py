@@ -32,7 +32,7 @@ class Signature:
         object.__setattr__(self, "number", number_of([json.dumps(self.facts)]))
 
     def with_gradients(self, enabled: bool) -> Signature:
-        """The same call with gradients on or off."""
+        """Returns the same call with gradients on or off."""
         return Signature({**self.facts, GRADIENTS: _gradients(enabled)})
 
 
@@ -42,7 +42,7 @@ _UNSAID = {"module": "as the whole model", "parameter": "trained", "input": "not
 
 
 def number_of(lines: Iterable[str]) -> int:
-    """A number of 56 bits that differs, in all likelihood, where the lines do."""
+    """Returns a number of 56 bits that differs, in all likelihood, where the lines do."""
     return int.from_bytes(hashlib.blake2b("\n".join(lines).encode("utf-8", "replace"), digest_size=7).digest(), "little")
 
 
@@ -92,7 +92,7 @@ def _described(leaf: Any, shapes: Iterator[Sequence[int]]) -> str:
 
 
 def difference_of(here: Mapping[str, str], rank: int, there: Mapping[str, str], other: int) -> str:
-    """The facts that differ between two ranks, in words; the first three. Empty where none does."""
+    """Returns the facts that differ between two ranks, in words; the first three. Empty where none does."""
     found = []
     for what in dict.fromkeys((*there, *here)):
         mine, its = (facts.get(what) or _UNSAID.get(what.split()[0], "not there") for facts in (here, there))
@@ -103,7 +103,7 @@ def difference_of(here: Mapping[str, str], rank: int, there: Mapping[str, str], 
 
 
 def lines_of(text: str, root: nn.Module | None = None) -> list[str]:
-    """A text's lines as every rank writes them, with the parameters of a module before them."""
+    """Returns a text's lines as every rank writes them, with the parameters of a module before them."""
     parameters = [] if root is None else root.named_parameters()
     first = [f"parameter {n} {list(p.shape)} {p.dtype}{'' if p.requires_grad else ', frozen'}" for n, p in parameters]
     return [*first, *_OWN.sub("", text).splitlines()]
@@ -132,14 +132,16 @@ def _looked_at(tensor: Any, sketched: bool) -> Any:
 
 
 def _roundoff(dtype: torch.dtype) -> float:
-    """How far apart, relative to the whole, tensors may be that ranks computed alike in another order of additions."""
+    """Returns how far apart, relative to the whole, tensors may be that ranks computed alike in another order of additions."""
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     return max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
 def differing_value(here: Sequence[Any], there: Sequence[Any], allowed: float = 0.0) -> int | None:
-    """The position of the first tensor whose values differ by more than rounding, or than what is allowed of their norm."""
+    """Returns the position of the first tensor whose values differ by more than rounding, or than what is allowed of their
+    norm.
+    """
     for at, (mine, its) in enumerate(zip(here, there, strict=False)):
         if mine is None or its is None or mine[0] == its[0]:
             continue

@@ -39,7 +39,7 @@ def judge(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def _judge_made(messages: Sequence[dict[str, Any]]) -> str:
-    """The verdict on what ranks made of a call: its graph, its program."""
+    """Returns the verdict on what ranks made of a call: its graph, its program."""
     here = messages[0]
     for rank, there in enumerate(messages):
         if there["number"] != here["number"]:

@@ -100,7 +100,7 @@ class Watch:
     # -- events of the program ------------------------------------------------------------------------------------
 
     def begin(self, owner: Any) -> Event:
-        """A call of a net begins; what it is comes with :meth:`again` or :meth:`told`."""
+        """Returns a call of a net begins; what it is comes with :meth:`again` or :meth:`told`."""
         if self.verdict:
             raise WorldError(self.verdict)
         net: Net | None = owner.__dict__.get("_net")
@@ -113,7 +113,7 @@ class Watch:
         return event
 
     def name_of(self, owner: Any) -> str:
-        """The number and kind of a net that was called."""
+        """Returns the number and kind of a net that was called."""
         net: Net = owner.__dict__["_net"]
         return net.name
 
@@ -469,7 +469,7 @@ class _Watcher:
             print(f"shardwright: rank {self.watch.rank}: {said}", file=sys.stderr, flush=True)
 
     def _is_waiting(self) -> bool:
-        """Whether the program is in a collective, or in a backward pass, which has some."""
+        """Tells whether the program is in a collective, or in a backward pass, which has some."""
         return not self.watch.asking and self._is_inside()
 
     def _is_inside(self) -> bool:
@@ -528,7 +528,7 @@ def explain(world: Any) -> str:
 
 
 def watch_of(world: Any) -> Watch | None:
-    """The watch of the job that a world is; ``None`` for simulated worlds and jobs of one rank."""
+    """Returns the watch of the job that a world is; ``None`` for simulated worlds and jobs of one rank."""
     if world.processes == 1:
         return None
     found: Watch | None = world.watch
@@ -542,7 +542,7 @@ def watch_of(world: Any) -> Watch | None:
 
 
 def _patience(world: Any) -> float:
-    """Seconds that a rank waits for the others: those of the job, or torch's half hour."""
+    """Returns the seconds that a rank waits for the others: those of the job, or torch's half hour."""
     timeout = job_timeout(world.device.type)
     return 1800.0 if timeout is None else timeout.total_seconds()
 

@@ -107,7 +107,7 @@ class Compiled:
         self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
 
     def _bound(self, program: LocalProgram) -> Callable[..., Any]:
-        """The program bound to the world, compiled if that is asked for."""
+        """Returns the program bound to the world, compiled if that is asked for."""
         self.runs = program
         if self.compiler is not None:
             self.runs = self.compiler.compiled(program, self.graph, self.world.runs_lanes)
@@ -118,7 +118,7 @@ class Compiled:
         return finished(program, self.plan)
 
     def _accumulated(self, program: LocalProgram, settings: Settings) -> AccumulatedRun:
-        """The program in two parts, and what runs them."""
+        """Returns the program in two parts, and what runs them."""
         assert self.micro is not None
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
         first, second, handed = cut_program(program, gathers_once)
@@ -150,7 +150,7 @@ class Compiled:
         return layouts
 
     def _all(self, named: dict[str, Layout], mesh: Mesh) -> dict[str, Layout]:
-        """Layouts for every parameter of the root: those that no operator reads are replicated."""
+        """Returns the layouts for every parameter of the root: those that no operator reads are replicated."""
         result = dict(named)
         for name, parameter in self.root.named_parameters():
             result.setdefault(name, Layout.replicated(mesh, parameter.ndim))
@@ -231,7 +231,7 @@ class Compiled:
         return result
 
     def weights(self, parts: int, part: int) -> dict[str, Tensor]:
-        """One part of the parameters that every rank of a job holds the whole of, as this rank has them."""
+        """Returns one part of the parameters that every rank of a job holds the whole of, as this rank has them."""
         found = list(dict(self.root.named_parameters()).items())[part::parts]
         layouts = {name: layout_of(p) for name, p in found}
         return {name: p.to_local() for name, p in found if (at := layouts[name]) is not None and at.is_replicated}  # type: ignore[attr-defined]

@@ -110,7 +110,9 @@ def _check_settings(settings: Settings) -> None:
 
 
 def _parameter_layouts(root: nn.Module, mesh: Mesh) -> tuple[dict[str, Layout], dict[str, Shape]]:
-    """The layout in which the program reads each parameter, and the whole shape of those that are a rank's slice already."""
+    """Returns the layout in which the program reads each parameter, and the whole shape of those that are a rank's slice
+    already.
+    """
     layouts, slices = {}, {}
     for name, parameter in root.named_parameters():
         told = own_of(parameter)
@@ -159,7 +161,7 @@ def _handed_in(leaves: Sequence[Any], strategy: Any, over: Over, world: World) -
 
 
 def _by_rows(shape: Shape, batch: int, over: Over) -> Layout:
-    """Dim 0 over the data axes, of what has the batch there."""
+    """Returns the dim 0 over the data axes, of what has the batch there."""
     dims: list[tuple[str, ...]] = [()] * len(shape)
     if shape and shape[0] == batch:
         dims[0] = over.data
@@ -175,7 +177,7 @@ def _pairs(strategy: Sequence[Any], shapes: Sequence[Shape]) -> list[tuple[Any, 
 
 
 def _as_told(entry: Any, shape: Shape, over: Over, position: int) -> Layout:
-    """A Layout over the program's mesh; of slice counts, that of the batch over the data axes is one."""
+    """Returns a Layout over the program's mesh; of slice counts, that of the batch over the data axes is one."""
     mesh, what = over.mesh, f"dataset_strategy input {position}"
     if isinstance(entry, Layout):
         if (entry.mesh.axes, entry.mesh.sizes) != (mesh.axes, mesh.sizes):

@@ -134,7 +134,7 @@ def reshard(tensor: Tensor, layout: Layout) -> Tensor:
 def value_and_grad(
     fn: Callable[..., Any], grad_position: Any = 0, weights: Iterable[nn.Parameter] | None = None, has_aux: bool = False
 ) -> train_step.GradFunction:
-    """A function that returns the value of ``fn`` and its gradients.
+    """Returns a function that returns the value of ``fn`` and its gradients.
 
     Args:
         fn: returns the loss, a scalar; with ``has_aux``, a tuple whose first element is the loss.

@@ -20,7 +20,7 @@ MARK = "_shardwright_mark"
 
 
 def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, Mark], dict[str, tuple[Any, str]]]:
-    """The marks on the root's modules and the layouts given to parameters, by qualified name."""
+    """Returns the marks on the root's modules and the layouts given to parameters, by qualified name."""
     problems = Problems()
     marks: dict[nn.Module, Mark] = {}
     plan: dict[str, tuple[Any, str]] = {}
@@ -63,7 +63,7 @@ def check_patterns(step: nn.Module, settings: Settings) -> None:
 
 
 def _fits(root: nn.Module, name: str, pattern: str) -> bool:
-    """Whether a pattern names a module or parameter; of a function, also from the root of the module it reads."""
+    """Tells whether a pattern names a module or parameter; of a function, also from the root of the module it reads."""
     if fnmatch.fnmatchcase(name, pattern):
         return True
     inner = name.partition(".")[2]

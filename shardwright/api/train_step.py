@@ -67,7 +67,7 @@ class StepContext:
 
 
 def _identity(target: Callable[..., Any]) -> Any:
-    """The same for a function that is made anew in every step from the same code and the same closure."""
+    """Returns the same for a function that is made anew in every step from the same code and the same closure."""
     if not isinstance(target, types.FunctionType):
         return id(target)
     try:

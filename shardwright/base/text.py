@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def pattern(name: str) -> str:
-    """A qualified name with its numbers left open.
+    """Returns a qualified name with its numbers left open.
 
     >>> pattern("blocks.12.attention.query")
     'blocks.*.attention.query'
@@ -29,7 +29,7 @@ def alike_name(names: Sequence[str]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A time for people.
+    """Returns a time for people.
 
     >>> seconds_text(0.00312), seconds_text(2.5)
     ('3.12 ms', '2.50 s')
@@ -41,7 +41,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """A number of bytes for people: ``1.5 MB``."""
+    """Returns a number of bytes for people: ``1.5 MB``."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -51,7 +51,7 @@ def bytes_text(count: int) -> str:
 
 
 def enough(count: float) -> str:
-    """The next round number of bytes above one, as an option takes it.
+    """Returns the next round number of bytes above one, as an option takes it.
 
     >>> enough(55_650), enough(108.21e9)
     ('55.7kB', '108.3GB')

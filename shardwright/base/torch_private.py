@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 
 def cpp_compiler() -> str:
-    """The C++ compiler that Inductor uses.
+    """Returns the C++ compiler that Inductor uses.
 
     Raises:
         RuntimeError: there is none.
@@ -42,7 +42,7 @@ def untraceable() -> tuple[type[Exception], ...]:
 
 
 def failed_toolchain(error: BaseException) -> bool:
-    """Whether such an error comes from a compiler outside of PyTorch that is missing or fails."""
+    """Tells whether such an error comes from a compiler outside of PyTorch that is missing or fails."""
     from torch._inductor import exc
 
     kinds = (exc.InvalidCxxCompiler, exc.CppCompileError, exc.TritonMissing, exc.GPUTooOldForTriton)
@@ -56,12 +56,12 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
 
 
 def global_backward_hooks() -> Iterator[Any]:
-    """The hooks that every module runs in the backward pass."""
+    """Returns the hooks that every module runs in the backward pass."""
     return itertools.chain(_module._global_backward_pre_hooks.values(), _module._global_backward_hooks.values())
 
 
 def global_forward_hooks() -> dict[str, dict[int, Any]]:
-    """The hooks that every module runs before and after its forward."""
+    """Returns the hooks that every module runs before and after its forward."""
     return {"before": _module._global_forward_pre_hooks, "after": _module._global_forward_hooks}
 
 
@@ -83,12 +83,14 @@ def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callabl
 
 
 def cloned_store() -> torch.distributed.Store:
-    """The store by which the ranks of the job found each other, as a client of its own: one that waits blocks no other."""
+    """Returns the store by which the ranks of the job found each other, as a client of its own: one that waits blocks no
+    other.
+    """
     return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
 
 
 def job_timeout(device_type: str = "cpu") -> timedelta | None:
-    """How long a collective of the whole job may wait; ``None`` where its backend does not say."""
+    """Returns how long a collective of the whole job may wait; ``None`` where its backend does not say."""
     group: Any = torch.distributed.group.WORLD
     try:
         found: timedelta = group._get_backend(torch.device(device_type)).options._timeout

@@ -43,7 +43,7 @@ _SITE = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 
 
 def user_frame() -> FrameType | None:
-    """The nearest frame of the captured callable that is neither torch's nor this package's; none outside of it."""
+    """Returns the nearest frame of the captured callable that is neither torch's nor this package's; none outside of it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_users(frame.f_code.co_filename):
         if frame.f_code.co_name == "forward" and frame.f_code.co_filename == _BORDER:
@@ -54,7 +54,7 @@ def user_frame() -> FrameType | None:
 
 @cache
 def is_users(path: str) -> bool:
-    """Whether a file of code is neither torch's, nor this package's, nor Python's own."""
+    """Tells whether a file of code is neither torch's, nor this package's, nor Python's own."""
     if path.startswith((_TORCH, _HERE)):
         return False
     return not path.startswith(_NOBODYS) or any(site in path for site in _SITE)

@@ -64,7 +64,7 @@ class Measurements(NamedTuple):
 
 
 def group_sizes(ranks: int) -> list[int]:
-    """The numbers of ranks that are measured in a job of ``ranks``.
+    """Returns the numbers of ranks that are measured in a job of ``ranks``.
 
     >>> group_sizes(12)
     [2, 3, 4, 8, 12]
@@ -129,7 +129,7 @@ def tables_of(found: list[Measured]) -> dict[str, dict[int, Table]]:
 
 
 def _slower(case: Measured) -> dict[str, float]:
-    """How many times slower than the fastest each algorithm is; logarithms."""
+    """Returns how many times slower than the fastest each algorithm is; logarithms."""
     best = min(case.seconds.values())
     return {name: math.log(seconds / best) for name, seconds in case.seconds.items()}
 
@@ -184,14 +184,14 @@ def say(what: Any) -> None:
 
 
 def largest(own: float) -> float:
-    """The largest of the numbers that the ranks have."""
+    """Returns the largest of the numbers that the ranks have."""
     numbers = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return float(numbers)
 
 
 def _measure_group(link: Link, seconds: float) -> Iterator[tuple[Measured, float]]:
-    """Every case of a group, each with the fraction that is done."""
+    """Yields every case of a group, each with the fraction that is done."""
     cases = [(operation, nbytes) for operation in ALGORITHMS for nbytes in SIZES]
     total = weights = sum(_weight(nbytes) for _, nbytes in cases)
     hopeless: dict[str, set[str]] = {operation: set() for operation in ALGORITHMS}
@@ -206,12 +206,12 @@ def _measure_group(link: Link, seconds: float) -> Iterator[tuple[Measured, float
 
 
 def _weight(nbytes: int) -> float:
-    """How much of the time a case gets: a large one takes longer, but is less noisy."""
+    """Returns how much of the time a case gets: a large one takes longer, but is less noisy."""
     return 1 + 2 * math.sqrt(nbytes / (1 << 20))
 
 
 def _turns(link: Link, operation: str, nbytes: int, without: set[str]) -> dict[str, Callable[[], Tensor]]:
-    """Every algorithm of an operation, as a call without arguments; on whole numbers, for which any will do."""
+    """Returns every algorithm of an operation, as a call without arguments; on whole numbers, for which any will do."""
     turns: dict[str, Callable[[], Tensor]] = {}
     for name in ALGORITHMS[operation]:
         run, count = _prepare(link, operation, nbytes // 4, name)
@@ -221,7 +221,7 @@ def _turns(link: Link, operation: str, nbytes: int, without: set[str]) -> dict[s
 
 
 def _prepare(link: Link, operation: str, count: int, algorithm: str) -> tuple[Operation, int]:
-    """The operation over ``count`` elements, and how many a rank hands it."""
+    """Returns the operation over ``count`` elements, and how many a rank hands it."""
     n = link.size
     piece = max(1, count // n)
     if operation == "all_reduce":

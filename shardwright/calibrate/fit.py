@@ -91,9 +91,9 @@ TERMS: dict[str, Callable[[Machine, float], Machine]] = {
 
 
 def scaled(machine: Machine, factors: dict[str, float]) -> Machine:
-    """The machine on which some terms take so many times as long.
+    """Returns the machine on which some terms take so many times as long.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> scaled(load_machine("h100"), {"operator_launch": 2.0, "bandwidth": 4.0}).levels[0].bandwidth / 1e9
     92.5
     """
@@ -103,9 +103,9 @@ def scaled(machine: Machine, factors: dict[str, float]) -> Machine:
 
 
 def terms_of(price: Price, machine: Machine) -> dict[str, float]:
-    """How much of a price each term is: what it grows by where the term grows.
+    """Returns how much of a price each term is: what it grows by where the term grows.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> terms = terms_of(lambda m: 3 * m.operator_launch + 1e9 / m.levels[0].bandwidth, load_machine("h100"))
     >>> round(terms["operator_launch"] * 1e6, 3), round(terms["bandwidth"] * 1e6, 3)
     (12.0, 2702.703)
@@ -115,7 +115,7 @@ def terms_of(price: Price, machine: Machine) -> dict[str, float]:
 
 
 def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float]) -> Machine:
-    """The machine whose prices come nearest to times that were measured.
+    """Returns the machine whose prices come nearest to times that were measured.
 
     Rates of operators may become twice as high or low at most: they can be timed alone. What a collective takes in a step,
     where ranks wait for each other, may be far from what it takes alone.
@@ -125,7 +125,7 @@ def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float
         prices: what each measured step costs on a machine.
         seconds: what it took.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> h100 = load_machine("h100")
     >>> prices = [lambda m, n=n: n * m.operator_launch + 1e9 / m.levels[0].bandwidth for n in (0, 1e2, 1e3)]
     >>> fitted = fit_steps(h100, prices, [0.0027, 0.0028, 0.0037])
@@ -159,7 +159,7 @@ def fit_terms(machine: Machine, prices: Sequence[float], terms: Sequence[Mapping
 
     Where no machine's prices are nearer, the machine is as it was.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> h100 = load_machine("h100")
     >>> launches = [{"collective_launch": n * h100.collective_launch} for n in (10, 20, 40)]
     >>> prices = [sum(term.values()) for term in launches]

@@ -76,7 +76,7 @@ _UNIT = Machine("unit", "", {"float32": 1.0}, {}, 0.0, 1.0, 0.0, 0.0, (Level("al
 
 
 def operator_case(target: Any, arguments: Sequence[Any], **keywords: Any) -> Case:
-    """The case of one operator on tensors like these, which may be on the meta device.
+    """Returns the case of one operator on tensors like these, which may be on the meta device.
 
     >>> case = operator_case(aten.mm.default, [torch.empty(64, 32, device="meta"), torch.empty(32, 16, device="meta")])
     >>> case.family, case.flops
@@ -159,7 +159,7 @@ def convolution_cases() -> Iterator[Case]:
 
 
 def optimizer_case(nbytes: int) -> Case:
-    """A step of AdamW over parameters of so many bytes in eight tensors."""
+    """Returns a step of AdamW over parameters of so many bytes in eight tensors."""
 
     def prepare() -> Callable[[], Any]:
         tensors = [torch.nn.Parameter(torch.ones(max(1, nbytes // 32))) for _ in range(8)]
@@ -172,7 +172,7 @@ def optimizer_case(nbytes: int) -> Case:
 
 
 def _launch_case() -> Case:
-    """One call among many small ones that autograd records, half of it forward and half backward."""
+    """Returns one call among many small ones that autograd records, half of it forward and half backward."""
     count = 16
 
     def prepare() -> Callable[[], Any]:
@@ -220,7 +220,7 @@ def time_operators(
 
 
 def _seconds_a_call(call: Callable[[], Any], seconds: float) -> float:
-    """The mean of calls for so long.
+    """Returns the mean of calls for so long.
 
     Not the median: where ranks share cores, most calls run undisturbed, and what counts is how many get done.
     """
@@ -241,7 +241,7 @@ def _seconds_a_call(call: Callable[[], Any], seconds: float) -> float:
 
 
 def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = None, description: str = "") -> Machine:
-    """The machine that the samples were timed on; what they do not tell is as in ``base``.
+    """Returns the machine that the samples were timed on; what they do not tell is as in ``base``.
 
     Peaks are the fastest products of a dtype; a family that is faster than products has an efficiency above 1. Efficiencies and
     bytes a second of a family are means of logarithms: a price is as often and as many times too high as too low.
@@ -250,7 +250,7 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
         links: as measured among the same ranks; taken for the innermost level, and all levels where there is one only. A
             launch of 0, which two ranks alone cannot tell from messages, stays as in ``base``.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> samples = [Sample("launch", "float32", 2, 0, 1e-5), Sample("matmul", "float32", 1e9, 1e6, 0.1)]
     >>> fitted = fit_machine(load_machine("h100"), samples)
     >>> fitted.operator_launch, round(fitted.peak("float32") / 1e9)
@@ -291,7 +291,7 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
 
 
 def _fit_convolutions(machine: Machine, samples: Sequence[Sample]) -> Machine:
-    """The machine with what convolutions tell; of dtypes other than float32 only their efficiency."""
+    """Returns the machine with what convolutions tell; of dtypes other than float32 only their efficiency."""
     by_dtype = defaultdict(list)
     for sample in samples:
         by_dtype[sample.dtype].append(sample)
@@ -315,7 +315,7 @@ def _fit_convolutions(machine: Machine, samples: Sequence[Sample]) -> Machine:
 
 
 def price_of(machine: Machine, sample: Sample) -> float:
-    """Seconds that a machine says an operator takes that was timed."""
+    """Returns the seconds that a machine says an operator takes that was timed."""
     work, launch = sample.flops / machine.rate(sample.family, sample.dtype), machine.operator_launch
     if sample.channels:
         work *= float(padding(Channels(*sample.channels), machine.channel_block)[0])
@@ -324,9 +324,9 @@ def price_of(machine: Machine, sample: Sample) -> float:
 
 
 def errors_of(machine: Machine, samples: Sequence[Sample]) -> dict[str, float]:
-    """How many times a price is off, by family: the geometric mean of the larger over the smaller of price and time.
+    """Returns how many times a price is off, by family: the geometric mean of the larger over the smaller of price and time.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> h100 = load_machine("h100")
     >>> errors_of(h100, [Sample("copy", "float32", 0, 3.35e12, 1.0)])
     {'copy': 1.0}

@@ -37,7 +37,7 @@ def split_storage(graph: Graph, request: PlanRequest) -> Plan:
 
 
 def blurred(seed: int, blur: float, mesh: tuple[int, ...]) -> Callable[[Graph, PlanRequest], Plan]:
-    """A planner: what a search finds when its prices are multiplied by random numbers."""
+    """Returns a planner: what a search finds when its prices are multiplied by random numbers."""
 
     class Blurred(SearchPlanner):
         def find(self, problem: Problem, gap: float) -> Solution:
@@ -59,14 +59,14 @@ def _blurred(problem: Problem, draw: np.random.Generator, blur: float) -> Proble
 
 
 def planned_by(model: nn.Module, planner: Callable[[Graph, PlanRequest], Plan]) -> AutoParallel:
-    """The model under the plan that a function makes."""
+    """Returns the model under the plan that a function makes."""
     net = AutoParallel(model)
     net.settings.planner = planner
     return net
 
 
 def meshes_of(ranks: int) -> list[tuple[int, ...]]:
-    """The ranks in one axis, and in two where their number has factors.
+    """Returns the ranks in one axis, and in two where their number has factors.
 
     >>> meshes_of(4), meshes_of(3)
     ([(4,), (2, 2)], [(3,)])

@@ -74,7 +74,7 @@ class Case:
 
 
 def calibration_cases(ranks: int) -> list[Case]:
-    """The three models under plans of all kinds."""
+    """Returns the three models under plans of all kinds."""
     cases = []
     for name, (make, inputs) in MODELS.items():
         torch.manual_seed(0)
@@ -112,7 +112,7 @@ class MeasuredStep:
 
 
 def fit(machine: Machine, steps: Sequence[MeasuredStep]) -> Machine:
-    """The machine on which the prices of the steps are nearest their times; what they do not tell is as it was."""
+    """Returns the machine on which the prices of the steps are nearest their times; what they do not tell is as it was."""
     return fit_terms(machine, [s.price for s in steps], [s.terms for s in steps], [s.seconds for s in steps]).machine
 
 

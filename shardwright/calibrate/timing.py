@@ -59,7 +59,7 @@ def take_turns(
 
 
 def _busy_seconds() -> float:
-    """Seconds that the cores of this machine have worked, for whomever; 0 where nobody says."""
+    """Returns the seconds that the cores of this machine have worked, for whomever; 0 where nobody says."""
     try:
         line = Path("/proc/stat").read_text("ascii").split("\n", 1)[0]
     except OSError:
@@ -69,7 +69,7 @@ def _busy_seconds() -> float:
 
 
 def seconds_of(case: Timed) -> float:
-    """Seconds of a step, of the slowest rank, as :func:`undisturbed` has it."""
+    """Returns the seconds of a step, of the slowest rank, as :func:`undisturbed` has it."""
     times = torch.tensor(case.times, dtype=torch.float64)
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return undisturbed(times.tolist(), case.foreign)

@@ -80,7 +80,7 @@ def check_attribute(what: str, name: Any, value: Any) -> None:
 
 
 def check_attributes(what: str, attributes: Any) -> dict[str, Any]:
-    """The attributes given together as a dict, each checked; ``None`` is none of them."""
+    """Returns the attributes given together as a dict, each checked; ``None`` is none of them."""
     if attributes is None:
         return {}
     if not isinstance(attributes, dict):

@@ -44,7 +44,7 @@ def register_caches() -> None:
 
 
 def caches_in(value: Any) -> list[str]:
-    """The names of the classes of caches within arguments."""
+    """Returns the names of the classes of caches within arguments."""
     leaves = pytree.tree_leaves(value, is_leaf=lambda leaf: type(leaf) in _known)
     return [type(leaf).__name__ for leaf in leaves if type(leaf) in _known]
 

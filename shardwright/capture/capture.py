@@ -43,7 +43,7 @@ def capture(
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
 ) -> Graph:
-    """The graph of ``module(*args, **kwargs)``; nothing is computed and the module is left as it was.
+    """Returns the graph of ``module(*args, **kwargs)``; nothing is computed and the module is left as it was.
 
     Args:
         args, kwargs: tensors of global shape; only their shape, dtype and ``requires_grad`` are read.

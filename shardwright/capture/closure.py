@@ -40,7 +40,7 @@ class FunctionModule(nn.Module):
                 self.register_buffer(name, value, persistent=False)
 
     def is_up_to_date(self) -> bool:
-        """Whether the function still reaches the modules and tensors that it did when this was made."""
+        """Tells whether the function still reaches the modules and tensors that it did when this was made."""
         now, before = [value for _, value in closed_over(self.__dict__["function"])], self.__dict__["reached"]
         return len(now) == len(before) and all(map(operator.is_, now, before))
 
@@ -72,7 +72,7 @@ class _Substitute(TorchFunctionMode):
 
 
 def closed_over(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """The modules, parameters and tensors a function can reach through its closure, globals, defaults and self."""
+    """Returns the modules, parameters and tensors a function can reach through its closure, globals, defaults and self."""
     found: list[tuple[str, Any]] = []
     seen: set[int] = set()
     for name, value in _reachable(function, seen):
@@ -82,7 +82,7 @@ def closed_over(function: Callable[..., Any]) -> list[tuple[str, Any]]:
 
 
 def reaches(function: Callable[..., Any], wanted: tuple[type, ...]) -> bool:
-    """Whether a function can reach an object of one of the types."""
+    """Tells whether a function can reach an object of one of the types."""
     seen: set[int] = set()
     return any(True for _ in _walk_function(function, seen, wanted))
 
@@ -121,7 +121,7 @@ def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> I
 
 
 def names_read(code: types.CodeType) -> Iterator[str]:
-    """The names of globals and attributes that a code object, and those within it, read."""
+    """Yields the names of globals and attributes that a code object, and those within it, read."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -154,7 +154,7 @@ class _Converter:
         return Tracked(value_name, value)
 
     def _value(self, argument: Any) -> Any:
-        """A graph output: a value name, or a constant."""
+        """Returns a graph output: a value name, or a constant."""
         if isinstance(argument, fx.Node):
             entry = self.env[argument]
             return self.read(argument) if isinstance(entry, (Tracked, _Alias)) else Constant(entry)
@@ -197,7 +197,7 @@ class _Converter:
             self._operator(node)
 
     def _fold(self, node: fx.Node) -> Any:
-        """A Python function of plain values, such as arithmetic on sizes."""
+        """Returns a Python function of plain values, such as arithmetic on sizes."""
         args, kwargs = pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
         is_plain = getattr(node.target, "__module__", None) in ("_operator", "operator", "math", "builtins", "torch")
         if not is_plain or any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -241,7 +241,7 @@ class _Converter:
         self.env[node] = tracked if sequence else tracked[0]
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
-        """The input that an operator's output shares its memory with."""
+        """Returns the input that an operator's output shares its memory with."""
         if not isinstance(meta, Tensor) or node.target == operators.LIFTS_COPY:
             return None
         for argument in pytree.tree_leaves((node.args, node.kwargs)):
@@ -320,11 +320,11 @@ class _Converter:
         self.env[node] = results if is_sequence else results[0]
 
     def _where(self, node: fx.Node) -> str:
-        """The user's line that called an operator; else the module, or the function that was captured."""
+        """Returns the user's line that called an operator; else the module, or the function that was captured."""
         return _source(node) or _module_path(node) or str(getattr(self.module, "name", type(self.module).__name__))
 
     def _with_gradient(self, node: fx.Node, destination: fx.Node, old: str, new: str) -> str:
-        """A written value that has no gradient, though autograd sees one through the value before: one of zeros."""
+        """Returns a written value that has no gradient, though autograd sees one through the value before: one of zeros."""
         if not self.context[1] or self._tracked(destination).parent is not None:
             return new  # of a view, the rest of what is viewed keeps its gradient
         needing = self.needing.of(self.inputs, self.nodes)
@@ -365,7 +365,7 @@ class _Converter:
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
     def _faked(self, overload: Any, args: Any, kwargs: Any) -> Any:
-        """An operator on fake tensors."""
+        """Returns an operator on fake tensors."""
         known = [*pytree.tree_leaves((args, kwargs)), *self.metas.values()]
         mode = next((leaf.fake_mode for leaf in known if hasattr(leaf, "fake_mode")), None)
         with warnings.catch_warnings(), mode or FakeTensorMode(allow_non_fake_inputs=True):
@@ -373,7 +373,7 @@ class _Converter:
             return overload(*args, **kwargs)
 
     def _as_written(self, node: fx.Node, new: str, made: Tensor, meta: Tensor) -> str:
-        """A write keeps the shape and dtype of what it writes to, where the functional operator would promote it."""
+        """Returns a write keeps the shape and dtype of what it writes to, where the functional operator would promote it."""
         if tuple(made.shape) != tuple(meta.shape):
             raise CaptureError(
                 f"{node.target} at {self._where(node)} writes a tensor of shape {list(made.shape)} to one of "
@@ -429,7 +429,7 @@ class _Converter:
         return self._emit_simple(node, operators.MASKED_FILL, self.read(destination), mask, value)  # type: ignore[arg-type]
 
     def _is_buffer(self, node: fx.Node) -> bool:
-        """Whether a tensor is a buffer as it came in, which every rank holds whole."""
+        """Tells whether a tensor is a buffer as it came in, which every rank holds whole."""
         value = self.read(node)
         return any(i.value == value and i.kind == "buffer" for i in self.inputs)
 
@@ -487,7 +487,7 @@ class _Converter:
         tracked.writes += 1
 
     def read(self, node: fx.Node) -> str:
-        """The current value of a tensor; a view of something written since is made again."""
+        """Returns the current value of a tensor; a view of something written since is made again."""
         tracked = self._tracked(node)
         if tracked.parent is not None:
             current = self.read(tracked.parent)
@@ -596,7 +596,7 @@ class _Converter:
     def _operator_call(
         self, overload: Any, args: Any, kwargs: Any, inputs: list[str], outputs: list[str], sequence: bool
     ) -> Operator:
-        """One object for all equal calls, such as those of repeated layers, so that others can keep what they find out.
+        """Returns one object for all equal calls, such as those of repeated layers, so that others can keep what they find out.
 
         The text of the arguments tells 1 from 1.0 and from True, which are equal.
         """
@@ -655,7 +655,9 @@ def _attribute(owner: Any, path: str) -> Any:
 
 
 def _with_dense_gradient(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an operator, whose gradient is to be dense: ranks cannot add sparse ones; the values are the same."""
+    """Returns the arguments of an operator, whose gradient is to be dense: ranks cannot add sparse ones; the values are the
+    same.
+    """
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     if "sparse" not in names:
         return node.args, node.kwargs

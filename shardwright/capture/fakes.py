@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
-    """The autocast that is on for a kind of device, as nodes carry it: operators keep it wherever they are run."""
+    """Returns the autocast that is on for a kind of device, as nodes carry it: operators keep it wherever they are run."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()

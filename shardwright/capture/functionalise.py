@@ -30,13 +30,13 @@ class Tracked:
 
 
 def is_mutation(target: Any) -> bool:
-    """Whether an overload writes to its first argument."""
+    """Tells whether an overload writes to its first argument."""
     schema = getattr(target, "_schema", None)
     return bool(schema and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments))
 
 
 def functional_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Form:
-    """The call that computes what a writing call writes, and leaves its arguments alone.
+    """Returns the call that computes what a writing call writes, and leaves its arguments alone.
 
     Args:
         where: the user's line, for errors.
@@ -87,7 +87,7 @@ def _is_written(argument: Any) -> bool:
 
 
 def _in_place(written: list[Any], schema: Any) -> bool:
-    """Whether the call returns what it writes to, and nothing else."""
+    """Tells whether the call returns what it writes to, and nothing else."""
     return len(written) == len(schema.returns) and all(r.alias_info is not None for r in schema.returns)
 
 
@@ -104,7 +104,9 @@ def _candidates(target: Any) -> Iterator[Any]:
 
 
 def _takes(found: Any, given: list[Any], candidate: Any) -> bool:
-    """Whether an overload takes arguments of these names and types, in any order; a script's own overloads do not count."""
+    """Tells whether an overload takes arguments of these names and types, in any order; a script's own overloads do not
+    count.
+    """
     if candidate in operators.OTHER_FORMS.values():
         return True
     return {_name(a): _type(a) for a in found.arguments} == {_name(a): _type(a) for a in given}
@@ -122,7 +124,7 @@ def _type(argument: Any) -> str:
 
 
 def _is_default(schema: Any, name: str, value: Any) -> bool:
-    """Whether a value is what the overload takes if it is not told."""
+    """Tells whether a value is what the overload takes if it is not told."""
     argument = next(a for a in schema.arguments if a.name == name)
     if not argument.has_default_value() or isinstance(value, (fx.Node, Tensor)):
         return False
@@ -130,7 +132,7 @@ def _is_default(schema: Any, name: str, value: Any) -> bool:
 
 
 def view_of(target: Any) -> Any:
-    """The overload that makes the view which an in-place operator turns its tensor into."""
+    """Returns the overload that makes the view which an in-place operator turns its tensor into."""
     types = {a.name: _type(a) for a in target._schema.arguments}
     packet = operators.functional_packets(target)[0]
     overloads = (getattr(packet, o) for o in packet.overloads())
@@ -211,7 +213,7 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -
 
 
 def updates_statistics(node: fx.Node) -> bool:
-    """Whether an operator moves the running statistics that it is given."""
+    """Tells whether an operator moves the running statistics that it is given."""
     flag = operators.statistics_flag(node.target)
     if flag is None:
         return False
@@ -220,7 +222,7 @@ def updates_statistics(node: fx.Node) -> bool:
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name."""
+    """Returns the arguments of an operator by name."""
     schema = node.target._schema  # type: ignore[union-attr]
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     return defaults | dict(zip((a.name for a in schema.arguments), node.args)) | dict(node.kwargs)

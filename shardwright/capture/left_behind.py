@@ -252,7 +252,7 @@ def _is_torchs(function: Any) -> bool:
 
 
 def _lru_caches() -> Iterator[Any]:
-    """The functions with an ``lru_cache`` in all that is imported; looked for again when more has been imported."""
+    """Yields the functions with an ``lru_cache`` in all that is imported; looked for again when more has been imported."""
     for reference in _all_lru_caches(len(sys.modules)):
         function = reference()
         if function is not None:

@@ -30,7 +30,7 @@ class Names:
 
 
 def numbered(nodes: list[Node], names: Names) -> tuple[list[Node], dict[str, str]]:
-    """The nodes with values named in the order they are made, as if operators that were dropped had never been.
+    """Returns the nodes with values named in the order they are made, as if operators that were dropped had never been.
 
     Returns:
         The nodes, and old name -> new name of every value they make.

@@ -68,7 +68,9 @@ class PythonState:
         self._look()
 
     def version(self) -> int:
-        """The number of the state that holds now. The usual call, of a state that has not changed, takes microseconds."""
+        """Returns the number of the state that holds now. The usual call, of a state that has not changed, takes
+        microseconds.
+        """
         try:
             same = (
                 self._next_hook == RemovableHandle.next_id
@@ -83,7 +85,7 @@ class PythonState:
         return self._version
 
     def objects(self) -> list[Any]:
-        """The objects that count by identity, of names and attributes that are read."""
+        """Returns the objects that count by identity, of names and attributes that are read."""
         return [value.value for value in self.described.values() if isinstance(value, _Same)]
 
     def refresh(self) -> None:
@@ -333,7 +335,7 @@ _INSTALLED = tuple(sorted({sysconfig.get_paths()[name] for name in ("stdlib", "p
 
 @functools.cache
 def _is_librarys(module: str) -> bool:
-    """Whether a module is installed: its globals and classes are taken to stay as they are."""
+    """Tells whether a module is installed: its globals and classes are taken to stay as they are."""
     home = module.partition(".")[0]
     if home in ("torch", "builtins", "shardwright") or home in sys.stdlib_module_names:
         return True
@@ -342,7 +344,7 @@ def _is_librarys(module: str) -> bool:
 
 
 def _has_readable_attributes(value: Any) -> bool:
-    """Whether an object is a bag of values that code may read: a configuration, not a machine of a library."""
+    """Tells whether an object is a bag of values that code may read: a configuration, not a machine of a library."""
     if isinstance(value, (nn.Module, type, types.ModuleType, enum.Enum, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
@@ -352,7 +354,7 @@ def _has_readable_attributes(value: Any) -> bool:
 
 
 def _hashable(value: Any) -> Any:
-    """The value, or what stands for it in a key; the type tells 1 from 1.0 and from True."""
+    """Returns the value, or what stands for it in a key; the type tells 1 from 1.0 and from True."""
     if isinstance(value, tuple) and type(value) is tuple:
         return tuple([_hashable(v) for v in value])
     if isinstance(value, slice):

@@ -88,7 +88,9 @@ def _plainly_equal(one: Any, other: Any) -> bool:
 
 
 def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
-    """The line that draws, found by running the block once more with a look at the states at each of the user's lines."""
+    """Returns the line that draws, found by running the block once more with a look at the states at each of the user's
+    lines.
+    """
     known = [generator.state() for generator in generators]
     last: list[str] = []
 

@@ -52,7 +52,7 @@ def capture_repeated(
 
 
 def _from_few(root: nn.Module, args: Any, kwargs: Any, device: Any, marks: Any, runs: Sequence[Run]) -> Graph | None:
-    """The graph made from a few copies, ``None`` where that cannot be proved right."""
+    """Returns the graph made from a few copies, ``None`` where that cannot be proved right."""
     by_path = {mark.module_path: mark for mark in marks.values()}
     captured = []
     for count in (COPIES, COPIES + 1):
@@ -125,7 +125,7 @@ class _Expansion:
     # -- where things stand -----------------------------------------------------------------------------------------
 
     def _copy(self, path: str) -> tuple[int, int] | None:
-        """The run and copy that a module, parameter or buffer belongs to."""
+        """Returns the run and copy that a module, parameter or buffer belongs to."""
         if path not in self.seen:
             parent = path.rpartition(".")[0]
             self.seen[path] = self.copy_of.get(path) or (self._copy(parent) if parent else None)
@@ -168,7 +168,7 @@ class _Expansion:
     # -- connections ------------------------------------------------------------------------------------------------
 
     def _outside(self, value: str, allowed: int = -1) -> str:
-        """A value read from outside its run (or from the run ``allowed``): only what the last copy leaves."""
+        """Returns a value read from outside its run (or from the run ``allowed``): only what the last copy leaves."""
         place = self.places.get(value)
         if place and place.run != allowed and (place.copy != COPIES - 1 or place.position < 0):
             raise _Unfit
@@ -271,7 +271,7 @@ class _Expansion:
         return node if inputs == node.inputs else _changed(node, {"inputs": inputs})
 
     def _moved(self, path: str, run: int, copy: int, k: int) -> str:
-        """The path of what stands in copy ``k`` where ``path`` stands in ``copy``; outside them the path itself."""
+        """Returns the path of what stands in copy ``k`` where ``path`` stands in ``copy``; outside them the path itself."""
         before = self.runs[run].copies[copy]
         return self.runs[run].copies[k] + path[len(before) :] if is_within(path, before) else path
 
@@ -303,7 +303,7 @@ def _plain(graph_input: GraphInput) -> str:
 
 
 def same_graphs(a: Graph, b: Graph) -> bool:
-    """Whether two captures are the same in everything: names, shapes, connections, sources and marks."""
+    """Tells whether two captures are the same in everything: names, shapes, connections, sources and marks."""
     if a.inputs != b.inputs or a.updates != b.updates or a.out_spec != b.out_spec or len(a.nodes) != len(b.nodes):
         return False
     if a.outputs != b.outputs:

@@ -46,7 +46,7 @@ class Run:
 
 
 def is_within(path: str, module: str) -> bool:
-    """Whether a path is that of a module or of something in it."""
+    """Tells whether a path is that of a module or of something in it."""
     return path == module or path.startswith(f"{module}.")
 
 
@@ -54,7 +54,7 @@ def is_within(path: str, module: str) -> bool:
 
 
 def find_runs(root: nn.Module, marks: Mapping[nn.Module, Mark], least: int) -> list[Run]:
-    """The runs of at least ``least`` modules, outermost only, in lists whose callers do not count."""
+    """Returns the runs of at least ``least`` modules, outermost only, in lists whose callers do not count."""
     return _Finder(root, marks, least).runs
 
 
@@ -169,7 +169,7 @@ def _same_marks(a: Mark | None, b: Mark | None) -> bool:
 
 
 def _same_value(a: Any, b: Any) -> bool:
-    """Whether two settings are the same: plain values that are equal, or the very same object."""
+    """Tells whether two settings are the same: plain values that are equal, or the very same object."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -191,7 +191,7 @@ def _same_value(a: Any, b: Any) -> bool:
 
 
 def _functions(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """The user's functions that may call the children of a module."""
+    """Yields the user's functions that may call the children of a module."""
     if isinstance(module, FunctionModule):
         yield module.__dict__["function"]
     forward = module.__dict__.get("forward")
@@ -207,7 +207,7 @@ def _functions(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _counts_in_loops(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function that may call the modules of list ``name`` may tell one from another by its number.
+    """Tells whether a function that may call the modules of list ``name`` may tell one from another by its number.
 
     It may if it numbers or pairs what it loops over, or decides something within a loop.
     """
@@ -267,7 +267,7 @@ _TORCH = os.path.dirname(torch.__file__)
 
 
 def _watched(kind: type, asked: set[str]) -> type:
-    """The class of a list that notes what it is asked. Export, which looks at all children, does not count."""
+    """Returns the class of a list that notes what it is asked. Export, which looks at all children, does not count."""
 
     def noting(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any) -> Any:

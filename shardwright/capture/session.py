@@ -34,7 +34,7 @@ class Session:
     impossible: list[str] = field(default_factory=list)  # what is wrong with marks, whatever devices they are for
 
     def new_group(self) -> int:
-        """A number for the copies of one call of a network."""
+        """Returns a number for the copies of one call of a network."""
         self.groups += 1
         return self.groups
 
@@ -67,7 +67,7 @@ class Session:
         return self._pinned(call, "out", result)
 
     def pin(self, mark: Mark, tensor: Tensor) -> Tensor:
-        """The tensor with a layout pinned onto it."""
+        """Returns the tensor with a layout pinned onto it."""
         self.calls.append(mark)
         self.counts.append(1)
         self.results.append(0)
@@ -92,7 +92,7 @@ _current: list[Session] = []
 
 
 def current_session() -> Session | None:
-    """The session in progress, or ``None``."""
+    """Returns the session in progress, or ``None``."""
     return _current[-1] if _current else None
 
 

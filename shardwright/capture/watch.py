@@ -38,7 +38,8 @@ _refused: list[CaptureError] = []  # within the capture that runs: the user's co
 
 
 def refuse(what: str, instead: str) -> CaptureError:
-    """The error for a construct at the user's line that runs now; it is raised again at the end if the user's code catches it.
+    """Returns the error for a construct at the user's line that runs now; it is raised again at the end if the user's code
+    catches it.
 
     Args:
         what: the construct and what would be lost, a sentence without its end.
@@ -204,7 +205,9 @@ class Watch(TorchFunctionMode):
                 self.known.add(id(leaf))
 
     def number(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """A number read off a tensor: refused where it depends on values, also if the user's code catches what torch raises."""
+        """Returns a number read off a tensor: refused where it depends on values, also if the user's code catches what
+        torch raises.
+        """
         try:
             found = function(*args, **kwargs)
         except Exception as error:

@@ -84,7 +84,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _fit_steps(
     arguments: argparse.Namespace, machine: Machine, calibration: Path, progress: Callable[[float], None]
 ) -> tuple[Machine, str]:
-    """The machine on which the prices of whole steps are nearest the times they take, and what became of it."""
+    """Returns the machine on which the prices of whole steps are nearest the times they take, and what became of it."""
     from shardwright.calibrate.fit import fit_terms
     from shardwright.calibrate.steps import measure_steps
 

@@ -37,7 +37,7 @@ def _layout(arguments: argparse.Namespace) -> int:
 
 
 def _tensors(arguments: argparse.Namespace) -> list[tuple[Layout, tuple[int, ...]]]:
-    """Each layout with its shape, checked."""
+    """Returns each layout with its shape, checked."""
     texts, shapes = arguments.layouts, arguments.shape
     if len(shapes) not in (1, len(texts)):
         raise _UsageError(f"{len(texts)} layouts and {len(shapes)} shapes: give one --shape for all, or one a layout")

@@ -168,7 +168,7 @@ def _without_settings(plan: PlanView, given: dict[str, Any], script: str) -> Pla
 def _of_functions(
     found: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, options: dict[str, Any]
 ) -> PlanView:
-    """The plan of what a script's model() and inputs() return."""
+    """Returns the plan of what a script's model() and inputs() return."""
     unused = [name for name in given if not any(_accepts(found[f], name) for f in ("model", "inputs"))]
     if unused:
         raise ShardwrightError(f"--set {unused[0]}: neither model() nor inputs() of {arguments.script} has that argument")

@@ -50,7 +50,7 @@ def run_script(script: str, name: str, arguments: Sequence[str] = (), call: Call
 
 
 def _what_happened(script: str, error: Exception) -> str:
-    """The error of a script, with the innermost line that its author wrote."""
+    """Returns the error of a script, with the innermost line that its author wrote."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
     mine = [f for f in frames if Path(f.filename).resolve() == Path(script).resolve()] or frames
     text = f"{type(error).__name__}: {error}".rstrip(": ")

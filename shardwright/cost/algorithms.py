@@ -54,7 +54,7 @@ class Calibration:
     origin: str = "measured"
 
     def choose(self, operation: str, ranks: int, nbytes: int, allowed: Collection[str]) -> str:
-        """The fastest of the algorithms that are allowed; measurements of the nearest number of ranks count.
+        """Returns the fastest of the algorithms that are allowed; measurements of the nearest number of ranks count.
 
         >>> DEFAULT.choose("all_reduce", 4, 1024, ["pieces", "hub"])
         'hub'
@@ -87,7 +87,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:
-        """The inverse of :meth:`to_dict`.
+        """Returns the inverse of :meth:`to_dict`.
 
         Raises:
             WorldError: the values are none that it made.
@@ -142,7 +142,7 @@ def location() -> Path:
 
 
 def load(path: Path | None = None) -> Calibration:
-    """The calibration in a file, default the user's; :data:`DEFAULT` where there is none.
+    """Returns the calibration in a file, default the user's; :data:`DEFAULT` where there is none.
 
     A file that cannot be used, or that was measured on a machine with another number of cores, is warned of and left.
     """

@@ -68,7 +68,7 @@ class _Lines:
     sent: Array
 
     def lowest(self, rows: Array, nbytes: float) -> tuple[Array, Array, Array, Array]:
-        """The line that counts for a tensor of so many bytes, of some classes."""
+        """Returns the line that counts for a tensor of so many bytes, of some classes."""
         fixed, source, target = self.fixed[rows], self.source[rows], self.target[rows]
         best = np.argmin(fixed + nbytes * (source + target), axis=1)
         at = np.arange(len(rows)), best
@@ -89,7 +89,7 @@ class _Step(NamedTuple):
 class Communication:
     """Prices on one machine and mesh.
 
-    >>> from shardwright.ir.machine import load_machine
+    >>> from shardwright.cost.machine_files import load_machine
     >>> prices = Communication(load_machine("h100"), Mesh(("dp", "tp"), (4, 8)))
     >>> split, whole = np.array([[0, -1]]), np.array([[-1, -1]])
     >>> float(prices.moves((64, 32), 4, split, whole).bytes[0, 0])
@@ -109,7 +109,8 @@ class Communication:
     # -- redistributions --------------------------------------------------------------------------------------------
 
     def moves(self, shape: Sequence[int], itemsize: int, source: Array, target: Array) -> Moves:
-        """Every redistribution from a source code ``(S, A)`` to a target code ``(T, A)`` of a tensor of global ``shape``.
+        """Returns every redistribution from a source code ``(S, A)`` to a target code ``(T, A)`` of a tensor of global
+        ``shape``.
 
         A pair that would make a sum pending that is not costs infinitely much.
         """
@@ -134,7 +135,9 @@ class Communication:
     def describe(
         self, shape: Sequence[int], itemsize: int, source: Sequence[int], target: Sequence[int]
     ) -> tuple[CollectivePrice, ...]:
-        """The collectives of one redistribution, in order; local slices are left out. Prices add up to those of `moves`."""
+        """Returns the collectives of one redistribution, in order; local slices are left out. Prices add up to those of
+        `moves`.
+        """
         here, there = (np.asarray(codes, dtype=np.int8).reshape(1, -1) for codes in (source, target))
         nbytes = float(math.prod(shape) * itemsize)
         sequences = self._sequences(len(shape), here, there)
@@ -150,7 +153,7 @@ class Communication:
         return tuple(found)
 
     def _sequences(self, ndim: int, source: Array, target: Array) -> tuple[tuple[_Step, ...], ...]:
-        """The sequences of steps of one pair that are the cheapest for some size; none for what costs nothing."""
+        """Returns the sequences of steps of one pair that are the cheapest for some size; none for what costs nothing."""
         key = source.tobytes(), target.tobytes(), ndim
         if key not in self._described:
             if len(self._described) >= _MOST_TABLES:
@@ -176,15 +179,17 @@ class Communication:
     # -- single collectives -----------------------------------------------------------------------------------------
 
     def all_reduce(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Seconds to sum tensors of ``nbytes``, a number or an array, that every rank holds, over axes given by position."""
+        """Returns the seconds to sum tensors of ``nbytes``, a number or an array, that every rank holds, over axes given by
+        position.
+        """
         return self._collective(nbytes, axes, -2, -1)
 
     def all_gather(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Seconds to gather tensors that are ``nbytes`` once gathered."""
+        """Returns the seconds to gather tensors that are ``nbytes`` once gathered."""
         return self._collective(nbytes, axes, 0, -1)
 
     def reduce_scatter(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Seconds to sum tensors of ``nbytes``, of which every rank then keeps its piece."""
+        """Returns the seconds to sum tensors of ``nbytes``, of which every rank then keeps its piece."""
         return self._collective(nbytes, axes, -2, 0)
 
     def _collective(self, nbytes: Any, axes: Sequence[int], before: int, after: int) -> Any:
@@ -204,7 +209,9 @@ class Communication:
     # -- classes of pairs -------------------------------------------------------------------------------------------
 
     def _classes(self, ndim: int, source: Array, target: Array) -> Classes:
-        """The classes of all pairs: their rows among the lines, which of these each pair has, and which pairs cannot be."""
+        """Returns the classes of all pairs: their rows among the lines, which of these each pair has, and which pairs
+        cannot be.
+        """
         key = source.tobytes(), target.tobytes(), ndim
         found = self._tables.get(key)
         if found is None:
@@ -259,7 +266,9 @@ class Communication:
         return _Lines(*lines)
 
     def _masks(self, ndim: int, source: Array, target: Array) -> tuple[Array, Array, Array, Array]:
-        """Axes as bits, the outermost the lowest: those that split each dim before and after, that are pending, and stay so."""
+        """Returns the axes as bits, the outermost the lowest: those that split each dim before and after, that are pending,
+        and stay so.
+        """
         bits = np.array([1 << a if size > 1 else 0 for a, size in enumerate(self.mesh.sizes)], dtype=np.int64)
         dims = np.arange(ndim)[None, :, None]
         before, after = (((codes[:, None, :] == dims) * bits).sum(axis=-1) for codes in (source, target))
@@ -267,7 +276,7 @@ class Communication:
         return before, after, pending, kept
 
     def _unevenness(self, shape: Sequence[int], codes: Array) -> Array | None:
-        """How many times larger the largest piece is than an even one; None where all are even."""
+        """Returns how many times larger the largest piece is than an even one; None where all are even."""
         sizes = np.asarray(self.mesh.sizes, dtype=float)
         result = None
         for dim, size in enumerate(shape):
@@ -281,7 +290,7 @@ class Communication:
 
 @lru_cache(maxsize=16)
 def _random_numbers(axes: int) -> Array:
-    """A number for each mask before and after, 0 for none, and after these as many for the pending sums."""
+    """Returns a number for each mask before and after, 0 for none, and after these as many for the pending sums."""
     numbers = np.random.default_rng(axes).integers(1, 1 << 63, size=2 << (2 * axes), dtype=np.uint64)
     numbers[0] = 0
     return numbers

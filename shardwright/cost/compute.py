@@ -40,7 +40,7 @@ def local_seconds(
     needs_grad: Sequence[bool],
     channels: Channels | None = None,
 ) -> tuple[Array, Array]:
-    """Seconds of the forward and of the backward, for each of ``C`` choices.
+    """Returns the seconds of the forward and of the backward, for each of ``C`` choices.
 
     Args:
         fraction: ``(C,)``, share of the operator's work that a rank does.
@@ -70,7 +70,9 @@ def local_seconds(
 def _convolution_seconds(
     machine: Machine, work: Array, traffic: Array, needs_grad: Sequence[bool], channels: Channels
 ) -> tuple[Array, Array]:
-    """The forward, and a product for each gradient: all take their own padding. A bias' gradient comes with its weight's."""
+    """Returns the forward, and a product for each gradient: all take their own padding. A bias' gradient comes with its
+    weight's.
+    """
     launch = machine.operator_launch + machine.convolution_launch
     forward, *products = (np.maximum(work * more, traffic) + launch for more in padding(channels, machine.channel_block))
     wanted = [seconds for seconds, needed in zip(products, needs_grad) if needed]
@@ -93,7 +95,7 @@ def _memory_bound_backward(
 
 
 def work_seconds(op: Operator, machine: Machine) -> float:
-    """Seconds that the forward's operations take on the whole tensors, were memory no limit."""
+    """Returns the seconds that the forward's operations take on the whole tensors, were memory no limit."""
     meta = op.inputs[0] if op.inputs else op.outputs[0]
     work, kind = flops(op), family(op)
     if kind == "conv" and is_product(op):
@@ -104,7 +106,7 @@ def work_seconds(op: Operator, machine: Machine) -> float:
 def traffic_seconds(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, more: Array | float = 0.0
 ) -> Array:
-    """Seconds that reading the inputs, writing the outputs and ``more`` bytes take, ``(C,)``."""
+    """Returns the seconds that reading the inputs, writing the outputs and ``more`` bytes take, ``(C,)``."""
     kind = family(op)
     written = output_bytes.sum(axis=0)
     if kind == "index" and len(op.inputs) > 1 and op.outputs and op.inputs[0].numel > op.outputs[0].numel:
@@ -117,7 +119,7 @@ def traffic_seconds(
 def _view_seconds(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, count: int, grad: bool
 ) -> tuple[Array, Array]:
-    """A view is free but for the call, which devices other than the CPU do not wait for; some gradients are copied."""
+    """Returns a view is free but for the call, which devices other than the CPU do not wait for; some gradients are copied."""
     forward = np.full(count, machine.operator_launch / 2 if machine.device == "cpu" else 0.0)
     if not grad:
         return forward, np.zeros(count)
@@ -134,13 +136,14 @@ def _view_seconds(
 
 
 def _operands_with_gradient(op: Operator, needs_grad: Sequence[bool]) -> int:
-    """How many of a product's two operands need a gradient; biases and the like are no operands."""
+    """Returns how many of a product's two operands need a gradient; biases and the like are no operands."""
     first = traits_of(op).operands
     return sum(map(bool, list(needs_grad)[first : first + 2]))
 
 
 def optimizer_seconds(parameter_bytes: Array, states: float, machine: Machine) -> Array:
-    """Seconds of an optimizer's step over what a rank stores: reads and writes parameters and states, reads gradients.
+    """Returns the seconds of an optimizer's step over what a rank stores: reads and writes parameters and states, reads
+    gradients.
 
     Args:
         parameter_bytes: bytes of parameters, any shape.

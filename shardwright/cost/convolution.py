@@ -43,17 +43,17 @@ class Channels(NamedTuple):
 
 
 def is_transposed(op: Operator) -> bool:
-    """Whether a convolution is a transposed one, by its name or its arguments."""
+    """Tells whether a convolution is a transposed one, by its name or its arguments."""
     return traits_of(op).transposed or bool(op.argument("transposed", False))
 
 
 def is_product(op: Operator) -> bool:
-    """Whether a convolution's filters are one point, in one group."""
+    """Tells whether a convolution's filters are one point, in one group."""
     return op.argument("groups", 1) == 1 and math.prod(op.inputs[1].shape[2:]) == 1
 
 
 def channels_of(op: Operator) -> Channels:
-    """The channels of a convolution on whole tensors.
+    """Returns the channels of a convolution on whole tensors.
 
     >>> import torch
     >>> from shardwright.ir.operator import Slot, TensorMeta
@@ -68,7 +68,7 @@ def channels_of(op: Operator) -> Channels:
 
 
 def padding(channels: Channels, block: float) -> tuple[Array, Array, Array]:
-    """How many times as many operations kernels do: for the output, the input's gradient and the weight's gradient.
+    """Returns how many times as many operations kernels do: for the output, the input's gradient and the weight's gradient.
 
     Args:
         block: channels that are computed together.
@@ -107,7 +107,7 @@ class Kernels(NamedTuple):
 
 
 def kernels_of(flops: Sequence[float], traffic: Sequence[float], seconds: Sequence[float], read: Sequence[Channels]) -> Kernels:
-    """The kernels whose times are nearest to forward passes that were measured, by the mean error of logarithms.
+    """Returns the kernels whose times are nearest to forward passes that were measured, by the mean error of logarithms.
 
     Found on a grid that is refined around the best; of blocks that fit as well the smallest.
 

@@ -23,7 +23,7 @@ VARIABLE = "SHARDWRIGHT_MACHINE"
 
 
 def machines() -> tuple[str, ...]:
-    """The names of the machines that come with the package."""
+    """Returns the names of the machines that come with the package."""
     return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
 
 
@@ -34,7 +34,7 @@ def calibrated() -> Path:
 
 
 def load_machine(machine: Machine | str | Path) -> Machine:
-    """A machine by the name of a preset, or from a TOML file.
+    """Returns a machine by the name of a preset, or from a TOML file.
 
     ``cpu-gloo`` is what ``shardwright calibrate`` measured here, where it did. ``SHARDWRIGHT_MACHINE`` names a file that
     takes its place.

@@ -24,7 +24,7 @@ Choose = Callable[[str, int, int, Collection[str]], str]
 
 
 def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: Array) -> Array:
-    """Bytes that an operator keeps for its backward, for each of ``C`` choices.
+    """Returns the bytes that an operator keeps for its backward, for each of ``C`` choices.
 
     Args:
         input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, what a rank holds of each tensor.
@@ -50,7 +50,7 @@ def local_numel(layout: Layout, shape: Shape) -> int:
 
 @lru_cache(maxsize=65536)
 def local_bytes(layout: Layout, shape: Shape, itemsize: int) -> float:
-    """Bytes of the largest piece of a tensor of global ``shape``.
+    """Returns the bytes of the largest piece of a tensor of global ``shape``.
 
     >>> local_bytes(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8), 4)
     24.0
@@ -242,7 +242,8 @@ def _all_reduce(
 
 
 def arriving_bytes(piece: float, members: int) -> float:
-    """Bytes that a member holds of what gloo's other members send it of its piece: of a large one, two parts at a time.
+    """Returns the bytes that a member holds of what gloo's other members send it of its piece: of a large one, two parts at
+    a time.
 
     >>> arriving_bytes(3 << 20, 4) / 2**20, arriving_bytes(100 << 20, 4) / 2**20
     (9.0, 12.0)
@@ -292,5 +293,5 @@ def _transfer(
 
 
 def _is_first(shape: Shape, dims: Collection[int]) -> bool:
-    """Whether a range of this dim is contiguous in a tensor of this shape."""
+    """Tells whether a range of this dim is contiguous in a tensor of this shape."""
     return math.prod(shape[: min(dims, default=0)]) <= 1 and len(dims) <= 1

@@ -39,6 +39,6 @@ def flops(op: Operator) -> float:
 
 
 def _summed(op: Operator) -> float:
-    """The size of the dims that a product sums over."""
+    """Returns the size of the dims that a product sums over."""
     traits = traits_of(op)
     return traits.summed(op) if traits.summed is not None else float(math.prod(op.inputs[traits.operands].shape[-1:]))

@@ -116,7 +116,7 @@ def _known(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> Saved | 
 
 
 def _is_flash(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> bool:
-    """Whether attention runs as one kernel. Of a CPU, torch is asked about tensors of these shapes without memory."""
+    """Tells whether attention runs as one kernel. Of a CPU, torch is asked about tensors of these shapes without memory."""
     if not on_cpu:
         return True
     if op.argument("dropout_p", 0.0) > 0.0:

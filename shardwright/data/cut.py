@@ -39,7 +39,7 @@ class Cut:
     size: int
 
     def rows(self, count: int) -> tuple[int, int]:
-        """The first and the last sample, exclusive, of a batch of ``count`` that this rank has to read.
+        """Returns the first and the last sample, exclusive, of a batch of ``count`` that this rank has to read.
 
         Raises:
             StrategyError: a Layout says how many samples each rank has, and they do not add up to ``count``.

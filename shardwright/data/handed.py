@@ -38,7 +38,7 @@ class Handed:
 
 
 def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], Handed]:
-    """The tensors to run on, and what they are of global ones.
+    """Returns the tensors to run on, and what they are of global ones.
 
     Args:
         leaves: the flat inputs of a call, tensors and others.
@@ -91,7 +91,7 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
-    """The inputs of a train step, each tensor as a :class:`Slice` of the global one."""
+    """Returns the inputs of a train step, each tensor as a :class:`Slice` of the global one."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     handed = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
     told = handed.strategy
@@ -123,7 +123,7 @@ class Slice(Tensor):
         return made
 
     def whole(self) -> Tensor:
-        """The global tensor; gathered at the first call, which all ranks make."""
+        """Returns the global tensor; gathered at the first call, which all ranks make."""
         own = self.__dict__
         whole: Tensor | None = own["_whole"]
         if whole is None:
@@ -175,7 +175,7 @@ def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> Handed:
 
 
 def _asks_for_whole(strategy: Any) -> bool:
-    """Whether every rank is to hand in all of every tensor: then its own shapes are the global ones."""
+    """Tells whether every rank is to hand in all of every tensor: then its own shapes are the global ones."""
     if not isinstance(strategy, tuple):
         return False
     return all(e.is_replicated if isinstance(e, Layout) else all(count == 1 for count in e) for e in strategy)
@@ -220,7 +220,9 @@ def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) 
 
 
 def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Problems) -> tuple[Shape, Layout]:
-    """The global shape of an input of which each rank has such a slice; the layout, with the slices' sizes if need be."""
+    """Returns the global shape of an input of which each rank has such a slice; the layout, with the slices' sizes if need
+    be.
+    """
     mesh, sizes, shape = layout.mesh, list(layout.sizes), []
     for dim, axes in enumerate(layout.bound):
         found: dict[int, tuple[int, int]] = {}  # piece -> its size, and the rank that said so
@@ -251,7 +253,7 @@ _DIMS = 8  # bits for the number of dims, before those of the dtype
 
 @lru_cache(maxsize=1)
 def _dtypes() -> list[torch.dtype]:
-    """All dtypes, in an order that every rank has."""
+    """Returns all dtypes, in an order that every rank has."""
     return sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
 

@@ -60,7 +60,7 @@ class SlicePatches:
         return tuple(patch for row in rows for patch in row.tensor_split(self.num_width, dim=-1))
 
     def even(self, image: Tensor) -> Tensor:
-        """The image padded or cropped, so that its patches have one size: what they are patches of."""
+        """Returns the image padded or cropped, so that its patches have one size: what they are patches of."""
         if not isinstance(image, Tensor):
             raise ArgumentTypeError(f"SlicePatches takes a tensor (..., H, W), not a {type(image).__name__}; convert it first")
         if image.ndim < 2:
@@ -78,7 +78,8 @@ class SlicePatches:
         return image[..., : kept[0], : kept[1]]
 
     def of_rank(self, image: Tensor, rank: int, size: int) -> Tensor:
-        """The patch of one rank of ``size``, as slice counts say it: ranks left over, next to each other, have the same.
+        """Returns the patch of one rank of ``size``, as slice counts say it: ranks left over, next to each other, have the
+        same.
 
         >>> import torch
         >>> SlicePatches(num_width=2).of_rank(torch.arange(4.0).view(1, 4), rank=1, size=4)

@@ -77,7 +77,7 @@ class Loader:
         self._position, self._goes_on, self._latest = position_in(state, self.order), True, None
 
     def __len__(self) -> int:
-        """Global batches in a whole epoch.
+        """Returns global batches in a whole epoch.
 
         Raises:
             ArgumentTypeError: a stream, whose length nobody knows.
@@ -193,7 +193,7 @@ class _Latest:
 
 
 def _ending(batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The batches, then a count of 0, so that ranks can tell each other that they are done."""
+    """Yields the batches, then a count of 0, so that ranks can tell each other that they are done."""
     yield from batches
     yield 0, None
 

@@ -36,7 +36,7 @@ class Order:
     given: OrderFunction | None = None
 
     def samples(self, epoch: int) -> Samples:
-        """The indices of an epoch's samples in the order in which they are read; a tensor where they are shuffled."""
+        """Returns the indices of an epoch's samples in the order in which they are read; a tensor where they are shuffled."""
         assert self.length is not None
         if self.given is not None:
             return list(self.given(epoch))
@@ -46,7 +46,7 @@ class Order:
         return torch.randperm(self.length, generator=generator)
 
     def batches(self, epoch: int, skipped: int = 0, samples: Samples | None = None) -> Iterator[list[int]]:
-        """The indices of one global batch after another, from the sample at position ``skipped`` on."""
+        """Yields the indices of one global batch after another, from the sample at position ``skipped`` on."""
         samples = self.samples(epoch) if samples is None else samples
         for start in range(skipped, len(samples), self.batch_size):
             part = samples[start : start + self.batch_size]
@@ -55,7 +55,7 @@ class Order:
                 yield indices
 
     def count(self, samples: int) -> int:
-        """How many batches so many samples make."""
+        """Returns how many batches so many samples make."""
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
 
@@ -68,7 +68,7 @@ class Position:
 
 
 def state_of(position: Position, order: Order) -> dict[str, Any]:
-    """The state to save: the same on every rank, whatever their number."""
+    """Returns the state to save: the same on every rank, whatever their number."""
     return {
         "epoch": position.epoch,
         "samples": position.samples,
@@ -80,7 +80,7 @@ def state_of(position: Position, order: Order) -> dict[str, Any]:
 
 
 def position_in(state: Any, order: Order) -> Position:
-    """The position that a saved state describes; takes its seed over.
+    """Returns the position that a saved state describes; takes its seed over.
 
     Raises:
         ShardwrightError: no such state, or one of another data set or order.

@@ -131,14 +131,14 @@ class StreamReader(IterableDataset[Any]):
 
 
 def is_plain(dataset: Any) -> bool:
-    """Whether reading a data set draws no random numbers: tensors, or a subset of them."""
+    """Tells whether reading a data set draws no random numbers: tensors, or a subset of them."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return type(dataset) is TensorDataset
 
 
 def mixed(*numbers: int) -> int:
-    """One number of 63 bits from several, so that neighbours have nothing in common (splitmix64).
+    """Returns one number of 63 bits from several, so that neighbours have nothing in common (splitmix64).
 
     >>> mixed(0, 1) != mixed(1, 0)
     True

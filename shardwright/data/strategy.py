@@ -69,7 +69,7 @@ def _check_entry(entry: Any, position: int) -> None:
 
 
 def layouts_of(strategy: Any, ndims: Sequence[int], carries: Sequence[bool], size: int) -> list[Layout]:
-    """The layout that every tensor input has by a checked strategy.
+    """Returns the layout that every tensor input has by a checked strategy.
 
     Args:
         ndims: dims of each tensor input; carries: whether it has the batch as dim 0, for ``"data_parallel"``.

@@ -24,12 +24,12 @@ _LINE = 192  # bytes in which a rank says what it calls
 
 
 def failed(name: str, given: str, edit: str) -> ShardwrightError:
-    """The error of a call that cannot be done, with the user's line."""
+    """Returns the error of a call that cannot be done, with the user's line."""
     return ShardwrightError(f"{name} at {_user_line()}: {given}; {edit}")
 
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
-    """Number of ranks along the axis of a call, once its arguments are found to be a tensor and an axis."""
+    """Returns the number of ranks along the axis of a call, once its arguments are found to be a tensor and an axis."""
     mesh = current_over().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")
@@ -39,7 +39,7 @@ def participants(name: str, axis: Any, x: Any = None) -> int:
 
 
 def checked_dim(name: str, x: Tensor, what: str, dim: Any) -> int:
-    """The dim, counted from the front."""
+    """Returns the dim, counted from the front."""
     if type(dim) is not int or not -x.ndim <= dim < x.ndim:
         raise failed(name, f"{what}={dim!r} of a tensor {list(x.shape)}", f"give one of its {x.ndim} dims")
     return dim % x.ndim
@@ -130,7 +130,7 @@ def _words(collective: Collective) -> str:
 
 @cache
 def operator() -> Any:
-    """The operator that stands for a collective in a captured graph; it has a shape, and no values."""
+    """Returns the operator that stands for a collective in a captured graph; it has a shape, and no values."""
     schema = "(Tensor x, str kind, str axis, str op, int[] numbers, int[] shape) -> Tensor"
     make = torch.library.custom_op("shardwright::collective", mutates_args=(), schema=schema)
     made = make(_stands_for_a_collective)
@@ -143,6 +143,6 @@ def _stands_for_a_collective(x: Tensor, kind: str, axis: str, op: str, numbers: 
 
 
 def collective_of(args: tuple[Any, ...]) -> Collective:
-    """The collective that a captured call of :func:`operator` stands for."""
+    """Returns the collective that a captured call of :func:`operator` stands for."""
     _, kind, axis, op, numbers, _ = args
     return Collective(kind, axis, op, tuple(numbers))

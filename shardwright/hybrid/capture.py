@@ -47,12 +47,12 @@ class RankGraphs:
         return self.graphs[self.kind[rank]]
 
     def shapes(self, choose: Callable[[Graph], str]) -> tuple[tuple[int, ...], ...]:
-        """The local shape of a value on every rank; ``choose`` names it in each graph."""
+        """Returns the local shape of a value on every rank; ``choose`` names it in each graph."""
         found = [graph.metas[choose(graph)].shape for graph in self.graphs]
         return tuple(found[kind] for kind in self.kind)
 
     def merged(self, choose: Callable[[Graph], Any]) -> Any:
-        """A part of all graphs, such as the arguments of a call; what differs between ranks is a :class:`PerRank`."""
+        """Returns a part of all graphs, such as the arguments of a call; what differs between ranks is a :class:`PerRank`."""
         found = [pytree.tree_flatten(choose(graph)) for graph in self.graphs]
         leaves = [self._leaf(values) for values in zip(*(leaves for leaves, _ in found), strict=True)]
         return pytree.tree_unflatten(leaves, found[0][1])

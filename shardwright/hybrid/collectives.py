@@ -38,7 +38,7 @@ __all__ = [
 
 
 def size(axis: str = "dp") -> int:
-    """Number of ranks along an axis.
+    """Returns the number of ranks along an axis.
 
     >>> size("dp")
     8
@@ -67,7 +67,8 @@ def rank(axis: str = "dp") -> int:
 
 
 def all_reduce(x: Tensor, axis: str = "dp", op: str = "sum") -> Tensor:
-    """The sum, mean, maximum or minimum of all ranks' tensors, on each; the gradient is the all-reduce of the gradients.
+    """Returns the sum, mean, maximum or minimum of all ranks' tensors, on each; the gradient is the all-reduce of the
+    gradients.
 
     Args:
         x: of one shape on all ranks.
@@ -91,7 +92,7 @@ def all_reduce(x: Tensor, axis: str = "dp", op: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, axis: str = "dp", dim: int = 0) -> Tensor:
-    """All ranks' tensors joined along a dim, on each; the gradient is the reduce-scatter of the gradients.
+    """Returns all ranks' tensors joined along a dim, on each; the gradient is the reduce-scatter of the gradients.
 
     Args:
         x: of one shape on all ranks.
@@ -160,7 +161,7 @@ def all_to_all(x: Tensor, axis: str = "dp", split_dim: int = 0, concat_dim: int 
 
 
 def broadcast(x: Tensor, axis: str = "dp", source: int = 0) -> Tensor:
-    """One rank's tensor, on all; the gradient is the sum of the gradients, on that rank, and zero on the others.
+    """Returns one rank's tensor, on all; the gradient is the sum of the gradients, on that rank, and zero on the others.
 
     Args:
         x: of one shape on all ranks.

@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 def copy_for(x: Tensor, rank: int) -> Tensor:
-    """A copy that belongs to one rank."""
+    """Returns a copy that belongs to one rank."""
     return x.clone()
 
 
 @torch.no_grad()
 def scaled_value(x: Tensor, scale: float) -> Tensor:
-    """The product, without a gradient."""
+    """Returns the product, without a gradient."""
     return x * scale
 
 
 def chosen(index: int, *values: Tensor) -> Tensor:
-    """One of several values; the others get a gradient of zeros, for other ranks wait for theirs."""
+    """Returns one of several values; the others get a gradient of zeros, for other ranks wait for theirs."""
     result: Tensor = _Chosen.apply(index, *values)
     return result
 
@@ -41,7 +41,7 @@ class _Chosen(torch.autograd.Function):
 
 
 def next_seed() -> Tensor:
-    """A number drawn alike on all ranks."""
+    """Returns a number drawn alike on all ranks."""
     return torch.randint(1 << 62, (), device="cpu")
 
 
@@ -54,7 +54,7 @@ def drawn(function: Any, seed: Tensor, stream: int, *args: Any, **kwargs: Any) -
 
 
 def shared(x: Tensor, share: float) -> Tensor:
-    """The tensor itself, whose gradient is handed to several ranks: each takes a share of it."""
+    """Returns the tensor itself, whose gradient is handed to several ranks: each takes a share of it."""
     result: Tensor = _Shared.apply(x, share)
     return result
 

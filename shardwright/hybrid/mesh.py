@@ -27,7 +27,7 @@ class Over:
             )
 
     def position(self, axis: str, rank: int) -> int:
-        """The rank's index along an axis."""
+        """Returns the rank's index along an axis."""
         return self.mesh.coordinates(rank)[axis] if self.mesh.axis_size(axis) > 1 else 0
 
 
@@ -98,7 +98,7 @@ def current_over() -> Over:
 
 
 def current_tracing() -> Tracing | None:
-    """The capture of a rank's program in progress, or ``None``."""
+    """Returns the capture of a rank's program in progress, or ``None``."""
     return _tracing[-1] if _tracing else None
 
 

@@ -56,7 +56,7 @@ def _rebuilt(value: Tensor, requires_grad: bool, told: Own | None) -> nn.Paramet
 
 
 def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool = False) -> nn.Parameter:
-    """A parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
+    """Returns a parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
 
     On a real rank the result is that rank's slice. Simulated ranks share one process, so there it is the whole, of which
     each rank's program sees its slice when it runs. Slices are cut as ``torch.chunk`` cuts.
@@ -115,5 +115,5 @@ def own_of(parameter: Any) -> Own | None:
 
 
 def slice_shape(told: Own, rank: int) -> tuple[int, ...]:
-    """The shape of a rank's slice."""
+    """Returns the shape of a rank's slice."""
     return told.layout.local_shape(told.shape, rank)

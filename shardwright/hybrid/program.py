@@ -44,7 +44,7 @@ def local_program(
     ranks: RankGraphs, parameters: Mapping[str, tuple[tuple[int, ...], Layout, Layout]], handed: Mapping[int, Handed],
     over: Over, mean: bool = True,
 ) -> LocalProgram:  # fmt: skip
-    """The local program of a user's program of one rank; moves are not scheduled yet.
+    """Returns the local program of a user's program of one rank; moves are not scheduled yet.
 
     Args:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.

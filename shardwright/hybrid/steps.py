@@ -42,7 +42,7 @@ class Collective:
     numbers: tuple[int, ...] = ()
 
     def result_shape(self, shape: Shape, count: int) -> Shape:
-        """The shape of what a rank gets, of what it hands in and the number of ranks along the axis."""
+        """Returns the shape of what a rank gets, of what it hands in and the number of ranks along the axis."""
         result = list(shape)
         if self.kind == "all_gather":
             result[self.numbers[0]] *= count
@@ -55,11 +55,11 @@ class Collective:
         return tuple(result)
 
     def handed_in(self, position: int, size: int) -> int:
-        """How much of dim 0 the rank at a position of the axis hands in: of a broadcast all but the source nothing."""
+        """Returns how much of dim 0 the rank at a position of the axis hands in: of a broadcast all but the source nothing."""
         return size if self.kind != "broadcast" or position == self.numbers[0] else 0
 
     def receives(self, position: int) -> bool:
-        """Whether the rank at a position of the axis gets anything."""
+        """Tells whether the rank at a position of the axis gets anything."""
         return self.kind != "permute" or self.numbers[position] >= 0
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class _Kept(torch.autograd.Function):
 
 @lru_cache(maxsize=4096)
 def plan(collective: Collective, mesh: Mesh, shapes: Shapes) -> Redistribution:
-    """The steps of a collective and of its gradient, over an axis of two ranks or more.
+    """Returns the steps of a collective and of its gradient, over an axis of two ranks or more.
 
     Args:
         shapes: of what each rank calls it with, ``shapes[rank]``, the same along the axis.
@@ -142,7 +142,7 @@ def _with_steps(collective: Collective, source: Layout, target: Layout, shape: S
 
 
 def _permutation(collective: Collective, mesh: Mesh, shapes: Shapes, others: list[tuple[str, ...]]) -> Redistribution:
-    """Every rank's piece goes to one rank: the same tensor over the same mesh, whose ranks changed places."""
+    """Returns every rank's piece goes to one rank: the same tensor over the same mesh, whose ranks changed places."""
     taken = {axis for axes in others[1:] for axis in axes}
     dims = [tuple(axis for axis, size in zip(mesh.axes, mesh.sizes) if size > 1 and axis not in taken), *others[1:]]
     receiver = receivers(collective.numbers)
@@ -190,7 +190,7 @@ def _listed(shapes: Shapes) -> str:
 
 
 def laid_out(mesh: Mesh, dims: Sequence[tuple[str, ...]], shapes: Sequence[Shape]) -> tuple[Layout, Shape]:
-    """The layout in which ranks hold pieces of these shapes, and the shape of the whole."""
+    """Returns the layout in which ranks hold pieces of these shapes, and the shape of the whole."""
     sizes: list[tuple[int, ...] | None] = []
     whole = []
     for dim, axes in enumerate(dims):
@@ -204,7 +204,7 @@ def laid_out(mesh: Mesh, dims: Sequence[tuple[str, ...]], shapes: Sequence[Shape
 
 
 def _rank_at(mesh: Mesh, axes: Sequence[str], at: Sequence[int]) -> int:
-    """The rank with these coordinates, and 0 along the other axes."""
+    """Returns the rank with these coordinates, and 0 along the other axes."""
     known = dict(zip(axes, at, strict=True))
     position = 0
     for axis, size in zip(mesh.axes, mesh.sizes, strict=True):

@@ -62,7 +62,9 @@ class Writer:
         return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
 
     def read(self, value: str, reader: str) -> str:
-        """The local value that holds a value of the graph; at the first use of an input, the move that brings it there."""
+        """Returns the local value that holds a value of the graph; at the first use of an input, the move that brings it
+        there.
+        """
         if value not in self.place:
             stored, used = self.waiting.pop(value)
             needs_grad = value in self.graph.needs_grad
@@ -79,7 +81,7 @@ class Writer:
         return self.place[value]
 
     def operand(self, values: tuple[str, ...], reader: str, node: Node | None) -> tuple[str, bool]:
-        """The local value that holds what each kind of rank reads, and whether it needs a gradient."""
+        """Returns the local value that holds what each kind of rank reads, and whether it needs a gradient."""
         needs_grad = any(value in self.graph.needs_grad for value in values)
         if len(set(values)) == 1:
             return self.read(values[0], reader), needs_grad
@@ -124,6 +126,6 @@ class Writer:
         return [self.over.position(axis, rank) for rank in self.everyone]
 
     def varies(self, name: str) -> tuple[str, ...]:
-        """The axes along which ranks may hold different values."""
+        """Returns the axes along which ranks may hold different values."""
         same = self.same[name]
         return tuple(a for a in self.all_axes if any(len({same[r] for r in g}) > 1 for g in self.mesh.groups((a,))))

@@ -45,7 +45,7 @@ def make_choice(
     pending: Mapping[int, Layout] | None = None,
     outputs: Sequence[Layout] | None = None,
 ) -> Choice:
-    """The choice that splits factors as ``split`` says.
+    """Returns the choice that splits factors as ``split`` says.
 
     Args:
         needs_grad: for each input, whether a gradient flows back through it.
@@ -77,7 +77,7 @@ def make_choice(
 
 
 def late_layout(signature: Signature, index: int, output: Layout, op: Operator) -> Layout:
-    """The layout of an input that is combined with the reduced output: each of its dims as the output has it."""
+    """Returns the layout of an input that is combined with the reduced output: each of its dims as the output has it."""
     where = {factors: dim for dim, factors in enumerate(signature.outputs[0]) if factors}
     dims, sizes = [], []
     for factors in signature.inputs[index]:

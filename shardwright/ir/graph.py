@@ -127,7 +127,7 @@ class NeedsGradient:
         self.inputs = self.nodes = 0  # how many have been looked at
 
     def of(self, inputs: Sequence[GraphInput], nodes: Sequence[Node]) -> set[str]:
-        """The values, given all inputs and nodes so far."""
+        """Returns the values, given all inputs and nodes so far."""
         self.values.update(i.value for i in inputs[self.inputs :] if i.requires_grad)
         for node in nodes[self.nodes :]:
             if not node.grad or not node.op.has_gradient:
@@ -139,12 +139,12 @@ class NeedsGradient:
 
 
 def is_configured(node: Node) -> bool:
-    """Whether the user gave an operator a strategy, or pinned a layout there."""
+    """Tells whether the user gave an operator a strategy, or pinned a layout there."""
     return node.mark is not None and node.mark.in_strategy is not None
 
 
 def where_of(node: Node) -> str:
-    """An operator by what the user called it, with the line where it runs, or else the line of its strategy."""
+    """Returns an operator by what the user called it, with the line where it runs, or else the line of its strategy."""
     mark = node.mark or node.region
     if mark is None:
         return node.where

@@ -159,7 +159,7 @@ class Move:
         return self.needs_grad and any_communicates(self.redistribution.backward)
 
     def itemsize(self, phase: str) -> int:
-        """Bytes an element as it travels, ``forward`` or ``backward``."""
+        """Returns the bytes an element as it travels, ``forward`` or ``backward``."""
         return (self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]).itemsize
 
 
@@ -264,7 +264,7 @@ Instruction = Call | Move | StartMoves | FusedMoves | KeepSliceForBackward
 
 
 def resolve(argument: Any, rank: int) -> Any:
-    """The argument with every :class:`PerRank` replaced by its value on ``rank``."""
+    """Returns the argument with every :class:`PerRank` replaced by its value on ``rank``."""
     return pytree.tree_map(lambda leaf: leaf.of(rank) if isinstance(leaf, PerRank) else leaf, argument)
 
 

@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 @lru_cache(maxsize=65536)
 def local_shape(layout: Layout, shape: Shape) -> Shape:
-    """Shape of the largest piece of a tensor of global ``shape``, without looking at every rank: the first rank's.
+    """Returns shape of the largest piece of a tensor of global ``shape``, without looking at every rank: the first rank's.
 
     >>> local_shape(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8))
     (3, 2)

@@ -96,7 +96,7 @@ class Layout:
         partial: Sequence[tuple[str, str]] = (),
         sizes: Sequence[tuple[int, ...] | None] | None = None,
     ) -> Layout:
-        """The layout with these ordered axes a dim; ``partial`` lists ``(axis, "sum" | "max" | "min")``."""
+        """Returns the layout with these ordered axes a dim; ``partial`` lists ``(axis, "sum" | "max" | "min")``."""
         layout = object.__new__(Layout)
         if len(partial) > 1:
             partial = sorted(partial, key=lambda p: mesh.axes.index(p[0]))
@@ -110,11 +110,11 @@ class Layout:
 
     @staticmethod
     def replicated(mesh: Mesh, ndim: int) -> Layout:
-        """Every rank holds the whole tensor."""
+        """Returns every rank holds the whole tensor."""
         return Layout.of(mesh, ((),) * ndim)
 
     def __call__(self, *entries: DimSpec) -> Layout:
-        """The layout of a tensor with one entry a dim; see the class."""
+        """Returns the layout of a tensor with one entry a dim; see the class."""
         dims = [self._parse_entry(entry, position) for position, entry in enumerate(entries)]
         seen: dict[str, int] = {}
         for position, axes in enumerate(dims):
@@ -225,14 +225,14 @@ class Layout:
         return _bounds(self, tuple(shape))
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """Shape of the piece that ``rank`` holds of a tensor of global ``shape``."""
+        """Returns shape of the piece that ``rank`` holds of a tensor of global ``shape``."""
         bounds = _bounds(self, tuple(shape))
         if rank not in bounds:
             raise LayoutError(f"rank {rank} is not in this layout's ranks {sorted(bounds)}")
         return tuple(b - a for a, b in bounds[rank])
 
     def to_dict(self) -> dict[str, object]:
-        """The layout as plain data; ``tensor_map`` counts the axes that split each dim from the right, -1 for none.
+        """Returns the layout as plain data; ``tensor_map`` counts the axes that split each dim from the right, -1 for none.
 
         ``interleaved_parallel`` says whether the last axis is the virtual one.
 
@@ -252,17 +252,17 @@ class Layout:
     # -- variations ---------------------------------------------------------------------------------------------
 
     def without_partial(self) -> Layout:
-        """The same pieces with every pending reduction done."""
+        """Returns the same pieces with every pending reduction done."""
         return self if not self.partial else Layout.of(self.mesh, self.bound, (), self.sizes)
 
     def with_partial(self, axes: Sequence[str], op: str = "sum") -> Layout:
-        """The same pieces, partial over ``axes`` as well."""
+        """Returns the same pieces, partial over ``axes`` as well."""
         have = dict(self.partial)
         have.update({a: op for a in axes})
         return Layout.of(self.mesh, self.bound, tuple(have.items()), self.sizes)
 
     def normal(self, shape: Sequence[int]) -> Layout:
-        """The same placement with redundant notation dropped: explicit sizes equal to the chunks, axes of size 1."""
+        """Returns the same placement with redundant notation dropped: explicit sizes equal to the chunks, axes of size 1."""
         return _normal(self, tuple(shape))
 
     # -- identity and text --------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Layout:
         return f"{self.short() if self.dims is not None else ''} @ {axes}{found}{ranks}".lstrip()
 
     def short(self) -> str:
-        """The text form without the mesh: ``mp,(dp,sp)``, ``None,tp +sum(dp)``."""
+        """Returns the text form without the mesh: ``mp,(dp,sp)``, ``None,tp +sum(dp)``."""
         text = ",".join(self._entry_text(i) for i in range(self.ndim)) or "()"
         for op in ("sum", "max", "min"):
             axes = [a for a, o in self.partial if o == op]
@@ -315,12 +315,12 @@ class Layout:
         return text if explicit is None else f"{text}[{' '.join(map(str, explicit))}]"
 
     def _axes_and_copies(self, dim: int) -> tuple[str, ...]:
-        """The axes of a dim, with the virtual one where it cuts this dim."""
+        """Returns the axes of a dim, with the virtual one where it cuts this dim."""
         return (*self.bound[dim], INTERLEAVED) if self.interleaved and self.interleaved[1] == dim else self.bound[dim]
 
     @staticmethod
     def parse(text: str, mesh: Mesh | None = None) -> Layout:
-        """The layout that a text form describes; the inverse of ``str(layout)``.
+        """Returns the layout that a text form describes; the inverse of ``str(layout)``.
 
         Args:
             mesh: that of a text which names none, such as ``layout.short()``.

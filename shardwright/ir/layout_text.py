@@ -10,12 +10,12 @@ from shardwright.ir.layout import Layout
 
 
 def texts(layouts: Iterable[Layout]) -> str:
-    """Layouts in short, side by side."""
+    """Returns the layouts in short, side by side."""
     return " | ".join(map(brief, layouts))
 
 
 def brief(layout: Layout) -> str:
-    """A layout in short, with a few of its piece sizes if they are many.
+    """Returns a layout in short, with a few of its piece sizes if they are many.
 
     >>> brief(Layout.parse("dp[9 1 1 1 1 1 1 1] @ dp=8"))
     'dp[9 1 1 ... 1]'

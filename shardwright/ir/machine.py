@@ -70,7 +70,7 @@ class Machine:
     channel_block: float = 1.0
 
     def exposed(self, gather: Any, reduction: Any) -> Any:
-        """Seconds of a parameter's gather and of its gradient's reduction, numbers or arrays, that do not hide."""
+        """Returns the seconds of a parameter's gather and of its gradient's reduction, numbers or arrays, that do not hide."""
         return gather * (1 - self.gather_overlap) + reduction * (1 - self.overlap)
 
     def peak(self, dtype: str) -> float:
@@ -87,12 +87,14 @@ class Machine:
         return self.peak(dtype) * share
 
     def bandwidth_of(self, family: str) -> float:
-        """Bytes a second that an operator family reads and writes."""
+        """Returns the bytes a second that an operator family reads and writes."""
         return self.rates.get(family, self.memory_bandwidth)
 
     def level(self, ranks: int, total: int = 0) -> Level:
-        """The links among groups of ``ranks`` neighbours, of ``total`` ranks; a group may not cross a border between nodes.
+        """Returns the links among groups of ``ranks`` neighbours, of ``total`` ranks; a group may not cross a border
+        between nodes.
 
+        >>> from shardwright.cost.machine_files import load_machine
         >>> load_machine("h100").level(6, 24).name, load_machine("h100").level(6, 6).name
         ('network', 'node')
         """
@@ -103,8 +105,9 @@ class Machine:
         return next(filter(holds, self.levels), self.levels[-1])
 
     def axis_speeds(self, mesh: Mesh) -> list[tuple[float, float]]:
-        """Latency and bandwidth along every axis: of the outermost links that its groups reach across.
+        """Returns the latency and bandwidth along every axis: of the outermost links that its groups reach across.
 
+        >>> from shardwright.cost.machine_files import load_machine
         >>> load_machine("h100").axis_speeds(Mesh(("dp", "tp"), (4, 8)))[1][1] > 1e11
         True
         """
@@ -116,7 +119,7 @@ class Machine:
         return speeds[::-1]
 
     def to_toml(self) -> str:
-        """The machine as the text of a file."""
+        """Returns the machine as the text of a file."""
         lines = [f"{key} = {_text(getattr(self, key))}" for key in ("name", "description", "device")]
         for key in ("memory", "memory_bandwidth", *_LAUNCHES, "channel_block", "overlap", "gather_overlap"):
             lines.append(f"{key} = {getattr(self, key)!r}")

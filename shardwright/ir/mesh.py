@@ -117,23 +117,25 @@ class Mesh:
         return self._size_of[axis]  # type: ignore[attr-defined,no-any-return]
 
     def count(self, axes: Iterable[str]) -> int:
-        """Number of ranks spanned by ``axes``: the product of their sizes."""
+        """Returns the number of ranks spanned by ``axes``: the product of their sizes."""
         return math.prod(self.axis_size(a) for a in axes)
 
     def ordered(self, axes: Iterable[str]) -> tuple[str, ...]:
-        """The same axes in the mesh's order, most significant first."""
+        """Returns the same axes in the mesh's order, most significant first."""
         return tuple(sorted(axes, key=self._order.__getitem__))  # type: ignore[attr-defined]
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """The rank's index along every axis."""
+        """Returns the rank's index along every axis."""
         return dict(zip(self.axes, _coordinate_table(self)[_positions(self)[rank]], strict=True))
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
-        """The groups of ranks that differ only along ``axes``, each in the order of ``axes`` (first most significant)."""
+        """Returns the groups of ranks that differ only along ``axes``, each in the order of ``axes`` (first most
+        significant).
+        """
         return [list(g) for g in _groups(self, tuple(axes))]
 
     def group_of(self, rank: int, axes: Sequence[str]) -> list[int]:
-        """The group over ``axes`` that holds ``rank``."""
+        """Returns the group over ``axes`` that holds ``rank``."""
         return list(_group_index(self, tuple(axes))[rank])
 
     def __str__(self) -> str:
@@ -144,7 +146,7 @@ class Mesh:
 
     @staticmethod
     def parse(text: str) -> Mesh:
-        """The mesh that a text form describes; the inverse of ``str(mesh)``.
+        """Returns the mesh that a text form describes; the inverse of ``str(mesh)``.
 
         >>> Mesh.parse("dp=2,mp=4").sizes
         (2, 4)

@@ -27,7 +27,7 @@ def operator_keys(graph: Graph) -> dict[str, str]:
 
 
 def key_pattern(key: str) -> str:
-    """An operator's key with the numbers of layers left open.
+    """Returns an operator's key with the numbers of layers left open.
 
     >>> key_pattern("layers.0.query/aten.linear#2")
     'layers.*.query/aten.linear#2'
@@ -37,7 +37,7 @@ def key_pattern(key: str) -> str:
 
 
 def shapes_text(node: Node) -> str:
-    """The shapes of an operator's inputs and outputs: ``8x64 16x64 -> 8x16``."""
+    """Returns the shapes of an operator's inputs and outputs: ``8x64 16x64 -> 8x16``."""
     left, right = (" ".join(map(_shape_text, metas)) for metas in (node.op.inputs, node.op.outputs))
     return f"{left} -> {right}".strip()
 

@@ -97,7 +97,7 @@ class Operator:
         return has_gradient(name) and (number is None or not isinstance(self.argument(number), float))
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """An argument by its schema name, whether given by position or keyword; the schema's default if not given."""
+        """Returns an argument by its schema name, whether given by position or keyword; the schema's default if not given."""
         if not self._named:
             self._named.update(_bind(self))
         return self._named.get(name, default)

@@ -38,7 +38,7 @@ class LocalProgram:
     copies: dict[str, int] = field(default_factory=dict)
 
     def text(self, rank: int = 0) -> str:
-        """The program of one rank as readable code."""
+        """Returns the program of one rank as readable code."""
         names = ", ".join(i.name for i in self.inputs)
         lines = [f"def rank_{rank}({names}):"]
         for i in self.inputs:

@@ -29,7 +29,7 @@ def number(keys: Sequence[Any]) -> RankGroups:
 
 @lru_cache(maxsize=4096)
 def of_axes(mesh: Mesh, axes: frozenset[str]) -> RankGroups:
-    """Ranks that agree on ``axes`` share a lane; indexed by rank."""
+    """Returns the ranks that agree on ``axes`` share a lane; indexed by rank."""
     keys: list[Any] = [None] * mesh.size
     for rank in mesh.ranks:
         coords = mesh.coordinates(rank)
@@ -44,12 +44,12 @@ def of_layout(layout: Layout, also: Sequence[str] = ()) -> RankGroups:
 
 @lru_cache(maxsize=65536)
 def join(*lanes: RankGroups) -> RankGroups:
-    """Ranks share a lane where they share it in every argument."""
+    """Returns the ranks share a lane where they share it in every argument."""
     return lanes[0] if len(set(lanes)) == 1 else number(list(zip(*lanes, strict=True)))
 
 
 @lru_cache(maxsize=65536)
 def varies_only_with(lanes: RankGroups, allowed: RankGroups) -> bool:
-    """Whether ranks that share a lane in ``allowed`` share one in ``lanes``."""
+    """Tells whether ranks that share a lane in ``allowed`` share one in ``lanes``."""
     seen: dict[int, int] = {}
     return all(seen.setdefault(a, own) == own for own, a in zip(lanes, allowed, strict=True))

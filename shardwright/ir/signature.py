@@ -80,12 +80,12 @@ class Signature:
         return factor not in self.whole
 
     def taken(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
-        """A factor that some of these axes split already and that stands against splitting ``factor`` by them."""
+        """Returns a factor that some of these axes split already and that stands against splitting ``factor`` by them."""
         others = (f for f, (a, _) in split.items() if f != factor and set(a) & set(axes))
         return next((f for f in others if not {f, factor} <= self.tied), None)
 
     def layouts(self, mesh: Mesh, split: Mapping[str, Split]) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
-        """The layouts of inputs and outputs when each factor in ``split`` is split by its axes and piece sizes."""
+        """Returns the layouts of inputs and outputs when each factor in ``split`` is split by its axes and piece sizes."""
         inputs = tuple(self._layout(tensor, mesh, split, ()) for tensor in self.inputs)
         summed = [(a, "sum") for f, (axes, _) in split.items() if f in self.summed for a in axes]
         return inputs, tuple(self._layout(tensor, mesh, split, summed) for tensor in self.outputs)
@@ -107,7 +107,7 @@ class Signature:
         return Layout.of(mesh, dims, partial, sizes).normal(shape)
 
     def major(self, factors: DimFactors) -> str | None:
-        """The factor of a compound dim that may be split: the first of size above 1 (or the last)."""
+        """Returns the factor of a compound dim that may be split: the first of size above 1 (or the last)."""
         for factor in factors:
             if self.sizes[factor] > 1:
                 return factor

@@ -25,15 +25,15 @@ class InstructionVisitor(ABC, Generic[T]):
 
     @abstractmethod
     def call(self, call: Call) -> T:
-        """A local call."""
+        """Returns a local call."""
 
     @abstractmethod
     def move(self, move: Move) -> T:
-        """A move by itself: all of it, or its end where it is ``started``."""
+        """Returns a move by itself: all of it, or its end where it is ``started``."""
 
     @abstractmethod
     def start_moves(self, start: StartMoves) -> T:
-        """The beginning of moves that end later."""
+        """Returns the beginning of moves that end later."""
 
     @abstractmethod
     def fused_moves(self, fused: FusedMoves) -> T:
@@ -41,7 +41,7 @@ class InstructionVisitor(ABC, Generic[T]):
 
     @abstractmethod
     def keep_slice(self, keep: KeepSliceForBackward) -> T:
-        """A value that is kept for the backward pass as a slice."""
+        """Returns a value that is kept for the backward pass as a slice."""
 
 
 _METHODS: dict[type, str] = {

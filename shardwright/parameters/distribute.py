@@ -94,7 +94,7 @@ def adopt_slices(root: nn.Module, slices: Mapping[str, tuple[Layout, tuple[int, 
 
 
 def _choose(parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """A layout that can be stored for each parameter, once everything is found in order."""
+    """Returns a layout that can be stored for each parameter, once everything is found in order."""
     meshes = list(dict.fromkeys(layout.mesh for layout in layouts.values()))
     if len(meshes) > 1:
         raise WorldError(
@@ -149,7 +149,7 @@ class _Found:
         self._places.setdefault(id(tensor), []).append((module, key))
 
     def by_first_name(self, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-        """The layouts under the name that we use for each parameter, whichever of its names they came under."""
+        """Returns the layouts under the name that we use for each parameter, whichever of its names they came under."""
         given = {}
         for name, parameter in self.parameters.items():
             known = [layouts[alias] for alias in self._names[id(parameter)] if alias in layouts]
@@ -271,7 +271,7 @@ class _Distribution:
         return pieces
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
-        """The first rank's value, along each axis in turn from the ranks that stand first on it."""
+        """Returns the first rank's value, along each axis in turn from the ranks that stand first on it."""
         value = value.contiguous()
         for group, source in self._groups():
             dist.broadcast(value.view(-1).view(torch.uint8), source, group=group)

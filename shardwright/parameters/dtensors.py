@@ -34,12 +34,12 @@ Whole = Callable[[Tensor], Tensor]
 
 
 def is_ours(value: Any) -> bool:
-    """Whether a tensor is distributed over a mesh of ours."""
+    """Tells whether a tensor is distributed over a mesh of ours."""
     return isinstance(value, DTensor) and value.device_mesh in _meshes
 
 
 def is_part(value: DTensor) -> bool:
-    """Whether a rank holds less than the value of a distributed tensor: a piece, or a term of a sum."""
+    """Tells whether a rank holds less than the value of a distributed tensor: a piece, or a term of a sum."""
     mesh = value.device_mesh
     return any(not p.is_replicate() and mesh.size(i) > 1 for i, p in enumerate(value.placements))
 

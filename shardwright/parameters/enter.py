@@ -17,7 +17,7 @@ from shardwright.parameters.placements import _alike
 
 
 def enter(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The local tensors of many parameters, differentiable: the gradients of those become DTensor gradients of these.
+    """Returns the local tensors of many parameters, differentiable: the gradients of those become DTensor gradients of these.
 
     Each local gradient must be the parameter's piece of the whole gradient, reduced already. Frozen parameters give
     tensors without gradient.

@@ -45,10 +45,10 @@ class MovedParameter(nn.Parameter):
 
 
 def current(value: Any) -> Any:
-    """The new parameter for one from before; everything else as it is, also within lists, tuples and dicts.
+    """Returns the new parameter for one from before; everything else as it is, also within lists, tuples and dicts.
 
-    >>> current([1, torch.nn.Linear])
-    [1, <class 'torch.nn.modules.linear.Linear'>]
+    >>> current([1, int])
+    [1, <class 'int'>]
     """
     kind = type(value)
     if kind is MovedParameter:

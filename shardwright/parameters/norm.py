@@ -73,7 +73,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """The norm of tensors as of one vector; as ``torch.nn.utils.get_total_norm``, see :func:`clip_grad_norm_`.
+    """Returns the norm of tensors as of one vector; as ``torch.nn.utils.get_total_norm``, see :func:`clip_grad_norm_`.
 
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(5.)
@@ -112,7 +112,7 @@ def _total(tensors: Sequence[Tensor], order: float, foreach: bool | None) -> Ten
 
 
 def _norms(pieces: Sequence[Tensor], order: float, foreach: bool | None, device: torch.device) -> Tensor:
-    """The norm of each piece, in float64; without those of no elements."""
+    """Returns the norm of each piece, in float64; without those of no elements."""
     by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for piece in pieces:
         if piece.numel():
@@ -137,14 +137,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _is_everywhere(tensor: Tensor) -> bool:
-    """Whether every rank of the job holds the whole of a tensor."""
+    """Tells whether every rank of the job holds the whole of a tensor."""
     if not isinstance(tensor, DTensor) or tensor.device_mesh.size() != dist.get_world_size():
         return False
     return all(placement.is_replicate() for placement in tensor.placements)
 
 
 def _counts_here(tensor: Tensor) -> bool:
-    """Whether this rank is the first of those that hold its piece of a tensor."""
+    """Tells whether this rank is the first of those that hold its piece of a tensor."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     mesh = tensor.device_mesh

@@ -159,7 +159,7 @@ def _finish_local_step(optimizer: Optimizer) -> bool:
 
 
 def _beside(parameter: Any, key: str, value: Any) -> Any:
-    """A piece of state made in a local step as a DTensor; numbers such as ``step`` as they are."""
+    """Returns a piece of state made in a local step as a DTensor; numbers such as ``step`` as they are."""
     local = parameter._local_tensor
     if not isinstance(value, torch.Tensor) or value.shape != local.shape or (key == "step" and not local.dim()):
         return value

@@ -21,7 +21,7 @@ from shardwright.parameters.handles import current
 
 @lru_cache(maxsize=65536)
 def placements(layout: Layout, shape: tuple[int, ...]) -> tuple[Placement, ...] | None:
-    """The DTensor placements, one per axis of the mesh, that mean what a layout means.
+    """Returns the DTensor placements, one per axis of the mesh, that mean what a layout means.
 
     Args:
         layout: where the pieces of the tensor are.
@@ -64,7 +64,9 @@ def _ascends(mesh: Mesh, axis: str) -> bool:
 
 
 def _same_pieces(layout: Layout, dim: int, shape: tuple[int, ...], steps: Sequence[tuple[int, int, int]]) -> bool:
-    """Whether DTensor's strided splits of ``dim`` give the layout's pieces; steps are (place in the mesh, count, factor)."""
+    """Tells whether DTensor's strided splits of ``dim`` give the layout's pieces; steps are (place in the mesh, count,
+    factor).
+    """
     pieces = [torch.arange(shape[dim])]
     for _, count, factor in steps:
         pieces = [piece for whole in pieces for piece in _strided_split(whole, count, factor)]
@@ -85,7 +87,7 @@ def _strided_split(whole: torch.Tensor, count: int, factor: int) -> list[torch.T
 
 
 def storable(layout: Layout, shape: Sequence[int]) -> Layout:
-    """The layout itself if a DTensor can have it, else the nearest that one can.
+    """Returns the layout itself if a DTensor can have it, else the nearest that one can.
 
     Nearest: first without explicit piece sizes, then with the axes of every dim in the mesh's order, then without the
     axes along which ranks do not ascend. The caller redistributes from it where the parameter is used.
@@ -104,13 +106,13 @@ def storable(layout: Layout, shape: Sequence[int]) -> Layout:
 
 
 def stored_layouts(root: nn.Module) -> dict[str, Layout]:
-    """The layout of every distributed parameter of a module, under each of its names."""
+    """Returns the layout of every distributed parameter of a module, under each of its names."""
     named = root.named_parameters(remove_duplicate=False)
     return {name: layout for name, parameter in named if (layout := layout_of(parameter))}
 
 
 def layout_of(parameter: torch.Tensor) -> Layout | None:
-    """The layout in which a DTensor is stored, without axes of size 1; ``None`` for any other tensor.
+    """Returns the layout in which a DTensor is stored, without axes of size 1; ``None`` for any other tensor.
 
     It is read from the DTensor itself, so it holds whatever replaced the parameter: a cast, a copy, a checkpoint.
     """
@@ -122,7 +124,7 @@ def layout_of(parameter: torch.Tensor) -> Layout | None:
 
 @lru_cache(maxsize=4096)
 def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Layout | None:
-    """The inverse of :func:`placements`; ``None`` for meshes without names and placements that no layout means."""
+    """Returns the inverse of :func:`placements`; ``None`` for meshes without names and placements that no layout means."""
     dims: list[list[int]] = [[] for _ in range(ndim)]
     for at in reversed(range(len(split))):
         placement = split[at]
@@ -145,7 +147,7 @@ def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Lay
 
 
 def _slice(value: torch.Tensor, layout: Layout, device: torch.device) -> torch.Tensor:
-    """A copy of this rank's piece of a whole value."""
+    """Returns a copy of this rank's piece of a whole value."""
     piece = value.detach()[tuple(slice(*ends) for ends in layout.bounds(value.shape)[dist.get_rank()])]
     return piece.to(device, copy=True, memory_format=torch.contiguous_format)
 
@@ -157,7 +159,7 @@ def _as_dtensor(piece: torch.Tensor, layout: Layout, shape: torch.Size, mesh: De
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
-    """A whole value, the same on all ranks, as a DTensor beside a parameter: sliced alike if it has its shape."""
+    """Returns a whole value, the same on all ranks, as a DTensor beside a parameter: sliced alike if it has its shape."""
     assert isinstance(parameter, DTensor)
     layout = layout_of(parameter)
     assert layout is not None
@@ -168,7 +170,7 @@ def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
 
 
 def _alike(parameter: DTensor, piece: torch.Tensor) -> DTensor:
-    """A local tensor as a DTensor with the parameter's shape and placements; differentiable."""
+    """Returns a local tensor as a DTensor with the parameter's shape and placements; differentiable."""
     shape, stride = parameter.shape, parameter.stride()
     mesh, split = parameter.device_mesh, parameter.placements
     return DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=stride)

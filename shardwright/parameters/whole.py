@@ -35,7 +35,7 @@ def materialise_whole(root: nn.Module) -> None:
 
 
 def full_value(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, detached, on every rank; every rank of the mesh makes this call.
+    """Returns the whole tensor, detached, on every rank; every rank of the mesh makes this call.
 
     Args:
         parameter: a DTensor of any placements. An ordinary tensor is returned as it is, detached.

@@ -17,7 +17,7 @@ def _traits(call: Instruction | None) -> Traits:
 
 
 def result_is_free(maker: Instruction | None) -> bool:
-    """Whether the result of an operator's call is new memory that autograd does not keep.
+    """Tells whether the result of an operator's call is new memory that autograd does not keep.
 
     Args:
         maker: of the value; ``None`` for an input of the program.
@@ -26,13 +26,13 @@ def result_is_free(maker: Instruction | None) -> bool:
 
 
 def values_read_once(program: LocalProgram) -> frozenset[str]:
-    """Values that one instruction reads, once, and that nothing else does."""
+    """Returns the values that one instruction reads, once, and that nothing else does."""
     reads = Counter(name for i in program.instructions for name in i.reads)
     kept = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
     return frozenset(name for name, count in reads.items() if count == 1 and name not in kept)
 
 
 def values_with_free_gradients(program: LocalProgram) -> frozenset[str]:
-    """Values that one operator alone reads, once, which makes their gradient in new memory."""
+    """Returns the values that one operator alone reads, once, which makes their gradient in new memory."""
     calls = [call for call in program.calls if _traits(call).new_gradients]
     return values_read_once(program) & {a.name for call in calls for a in call.args[:2] if isinstance(a, Ref)}

@@ -26,7 +26,7 @@ from shardwright.redistribute.volume import is_even
 def schedule(
     instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str] = ()
 ) -> tuple[Instruction, ...]:
-    """The same instructions, with moves that share collectives put together and large ones started early.
+    """Returns the same instructions, with moves that share collectives put together and large ones started early.
 
     Args:
         parameters: inputs of the program whose moves come in buckets.

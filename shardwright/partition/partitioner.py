@@ -25,7 +25,7 @@ from shardwright.redistribute.planner import Options
 def partition(
     graph: Graph, plan: Plan, options: Options | None = None, schedule_options: MoveBuckets | None = None
 ) -> LocalProgram:
-    """The program one rank runs, with every collective the plan asks for.
+    """Returns the program one rank runs, with every collective the plan asks for.
 
     Args:
         options: what redistributions may use and what they cost; the item size is that of each tensor.
@@ -38,7 +38,7 @@ def partition(
 
 
 def unscheduled(graph: Graph, plan: Plan, options: Options, first_rank_only: bool = False) -> LocalProgram:
-    """The same, each move where its result is read first and by itself.
+    """Returns the same, each move where its result is read first and by itself.
 
     Args:
         first_rank_only: whether to make it for the first rank alone. It has the largest pieces of every tensor. What is
@@ -49,7 +49,7 @@ def unscheduled(graph: Graph, plan: Plan, options: Options, first_rank_only: boo
 
 
 def scheduled(program: LocalProgram, options: MoveBuckets) -> LocalProgram:
-    """The program with its moves together and early, as the options say."""
+    """Returns the program with its moves together and early, as the options say."""
     parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
     return replace(program, instructions=schedule(program.instructions, options, parameters))
 
@@ -141,7 +141,7 @@ class _Partitioner:
     # -- values ---------------------------------------------------------------------------------------------------
 
     def value_in(self, value: str, layout: Layout, gradient: tuple[str, ...], reader: str) -> str:
-        """The local value that holds ``value`` laid out as ``layout``; emits a move at its first use."""
+        """Returns the local value that holds ``value`` laid out as ``layout``; emits a move at its first use."""
         meta = self.graph.metas[value]
         layout = layout.normal(meta.shape)
         source = self.place[value]

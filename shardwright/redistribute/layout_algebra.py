@@ -8,7 +8,7 @@ from shardwright.ir.layout import Layout
 
 
 def _refines(fine: Layout, coarse: Layout, dim: int, shape: tuple[int, ...]) -> bool:
-    """Whether the pieces of ``fine`` along ``dim`` group into those of ``coarse`` (explicit sizes may not)."""
+    """Tells whether the pieces of ``fine`` along ``dim`` group into those of ``coarse`` (explicit sizes may not)."""
     if fine.bound[dim][: len(coarse.bound[dim])] != coarse.bound[dim]:
         return False
     if fine.sizes[dim] is None and coarse.sizes[dim] is None:
@@ -19,7 +19,7 @@ def _refines(fine: Layout, coarse: Layout, dim: int, shape: tuple[int, ...]) -> 
 
 
 def _one_to_one(now: Layout, after: Layout, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The dims between which one run of axes moves from end to end, where nothing else changes."""
+    """Returns the dims between which one run of axes moves from end to end, where nothing else changes."""
     changed = [d for d in range(now.ndim) if now.bound[d] != after.bound[d] or now.sizes[d] != after.sizes[d]]
     if len(changed) != 2:
         return None
@@ -40,13 +40,13 @@ def _with_dim(now: Layout, target: Layout, dim: int, axes: tuple[str, ...], redu
 
 
 def _replicating(layout: Layout) -> tuple[str, ...]:
-    """The axes along which ranks hold the same."""
+    """Returns the axes along which ranks hold the same."""
     busy = {*layout.split_axes, *layout.partial_axes}
     return tuple(a for a in layout.mesh.axes if a not in busy and layout.mesh.axis_size(a) > 1)
 
 
 def _with_suffixes(now: Layout, target: Layout, later: Sequence[str]) -> Layout | None:
-    """The target with some of the axes that leave still at the end of their dims; None where it cannot be written."""
+    """Returns the target with some of the axes that leave still at the end of their dims; None where it cannot be written."""
     dims, sizes = list(target.bound), list(target.sizes)
     for dim, axes in enumerate(now.bound):
         suffix = tuple(a for a in axes if a in later)
@@ -58,7 +58,7 @@ def _with_suffixes(now: Layout, target: Layout, later: Sequence[str]) -> Layout 
 
 
 def _pending(now: Layout, target: Layout) -> dict[str, str]:
-    """The reductions that are still to be done."""
+    """Returns the reductions that are still to be done."""
     kept = target.partial_axes if now.mesh == target.mesh else ()
     return {axis: op for axis, op in now.partial if axis not in kept}
 

@@ -45,7 +45,7 @@ class Links:
     axes: tuple[tuple[str, float, float], ...] = ()
 
     def speed(self, axes: Iterable[str]) -> Speed:
-        """Latency and bandwidth of a step over ``axes``."""
+        """Returns the latency and bandwidth of a step over ``axes``."""
         default = (self.latency, self.bandwidth)
         if not self.axes:
             return default
@@ -84,7 +84,7 @@ class Links:
 
 
 def moving_axes(source: Layout, target: Layout) -> tuple[str, ...]:
-    """The axes of the source along which pieces move: those that the target does not have in the same place."""
+    """Returns the axes of the source along which pieces move: those that the target does not have in the same place."""
     found: list[str] = []
     for now, then in zip(source.bound, target.bound, strict=True):
         found += now[common_prefix(now, then) :]

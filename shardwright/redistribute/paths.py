@@ -101,7 +101,7 @@ class Paths:
         return self.take(~bad) if bad.any() else self
 
     def split(self) -> Array:
-        """All axes that split something now."""
+        """Returns all axes that split something now."""
         return np.bitwise_or.reduce(self.now, axis=1)
 
     def totals(self) -> tuple[Array, Array, Array, Array]:
@@ -114,7 +114,7 @@ class Paths:
 
 
 def together(groups: Sequence[Paths]) -> Paths:
-    """All paths of some groups; those with fewer steps get empty ones."""
+    """Returns all paths of some groups; those with fewer steps get empty ones."""
     groups = [group for group in groups if len(group)] or list(groups[:1])
     if len(groups) == 1:
         return groups[0]
@@ -134,7 +134,7 @@ def together(groups: Sequence[Paths]) -> Paths:
 
 
 def paths_between(net: Network, before: Array, after: Array, pending: Array, kept: Array) -> Iterator[Paths]:
-    """All paths that may be the cheapest, in some groups.
+    """Yields all paths that may be the cheapest, in some groups.
 
     Args:
         before, after: ``(P, D)``, axes that split each dim. pending, kept: ``(P,)``, axes with sums before, and after too.
@@ -166,7 +166,7 @@ def _with_sums(net: Network, start: Paths) -> Iterator[Paths]:
 
 
 def _low(mask: Array) -> Array:
-    """All bits below the lowest; all bits for an empty mask."""
+    """Returns all bits below the lowest; all bits for an empty mask."""
     return (mask & -mask) - 1  # type: ignore[no-any-return]
 
 
@@ -200,7 +200,7 @@ def _scatter(net: Network, paths: Paths, mask: Array, held: Array) -> tuple[Path
 
 
 def _shared(net: Network, paths: Paths) -> Paths:
-    """Ranks that hold the same sums each slice a part of their own first."""
+    """Returns the ranks that hold the same sums each slice a part of their own first."""
     spare = net.everything & ~(paths.split() | paths.pending | paths.kept)
     now = paths.now.copy()
     now[:, -1] |= spare
@@ -314,14 +314,14 @@ def _transfer(net: Network, paths: Paths, later: Array) -> tuple[Paths, Array]:
 
 
 def _moving(net: Network, now: Array, target: Array, later: Array) -> Array:
-    """The axes along which pieces move: those that do not come at the same place among the axes of the same dim."""
+    """Returns the axes along which pieces move: those that do not come at the same place among the axes of the same dim."""
     rest = now & ~target
     common = np.where((now & net.span[target]) == target, target | (rest & _low(rest ^ later)), now & _low(now ^ target))
     return np.asarray(np.bitwise_or.reduce(now & ~common, axis=1))
 
 
 def _gather(net: Network, paths: Paths, later: Array) -> Iterator[Paths]:
-    """The gathers that remain, the slowest first: all together, dim by dim, or axis by axis from the end of a dim."""
+    """Yields the gathers that remain, the slowest first: all together, dim by dim, or axis by axis from the end of a dim."""
     mask = np.bitwise_or.reduce(later, axis=1)
     arrived = replace(paths, now=paths.target)
     held = 1 / net.count[paths.split()]

@@ -75,7 +75,7 @@ class Path:
 
 
 def cheapest(source: Layout, target: Layout, shape: tuple[int, ...], options: Options) -> tuple[Step, ...]:
-    """The cheapest steps between two layouts in normal form; both over one mesh, or ``target`` without partial axes."""
+    """Returns the cheapest steps between two layouts in normal form; both over one mesh, or ``target`` without partial axes."""
     planner = _Planner(source, target, shape, options)
     fallback: Path | None = None
     best: Path | None = None
@@ -103,18 +103,18 @@ class _Planner:
     def then(
         self, path: Path, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum"
     ) -> Path:
-        """The path with one more step."""
+        """Returns the path with one more step."""
         step = Step(kind, tuple(axes), path.now, after, dims, op)
         if step not in self.prices:
             self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
         return Path(after, (*path.steps, step), path.price + self.prices[step])
 
     def is_hopeless(self, path: Path, messages: int) -> bool:
-        """Whether a path that takes at least so many more messages cannot become the cheapest."""
+        """Tells whether a path that takes at least so many more messages cannot become the cheapest."""
         return path.price + messages * self.message >= self.limit
 
     def _needs_too_long(self, path: Path, target: Layout) -> bool:
-        """The same by the bytes that must still arrive."""
+        """Returns the same by the bytes that must still arrive."""
         if self.limit == math.inf or path.now == target:
             return False
         missing = int(lacked(path.now, target, self.shape).max(initial=0)) * self.options.itemsize
@@ -233,7 +233,9 @@ class _Planner:
         return after if _refines(after, now, dim, self.shape) else _with_dim(now, now, dim, now.bound[dim] + axes, reduced)
 
     def _roomy(self, layout: Layout, axes: Sequence[str]) -> list[int]:
-        """Two dims at most that can be split by ``axes`` too, evenly if one can; first those where the target has them."""
+        """Returns two dims at most that can be split by ``axes`` too, evenly if one can; first those where the target has
+        them.
+        """
         count = layout.mesh.count(axes)
         free = [d for d in range(layout.ndim) if layout.sizes[d] is None]
         now = {d: layout.mesh.count(layout.bound[d]) for d in free}
@@ -263,7 +265,7 @@ class _Planner:
                     yield from self.gathered(moved, target)
 
     def _on_the_way(self, now: Layout, target: Layout) -> Iterator[Layout]:
-        """Layouts from which only gathers are left."""
+        """Yields the layouts from which only gathers are left."""
         speed = self.options.links.speed
         leaving = sorted((a for a in now.split_axes if a not in target.split_axes), key=lambda a: speed((a,))[1])
         for count in range(len(leaving)):  # what the transfer gathers too has the slowest links
@@ -275,12 +277,12 @@ class _Planner:
             yield from self._spread(target, [a for a in _replicating(target) if a in _replicating(now)])
 
     def _spread(self, layout: Layout, spare: Sequence[str]) -> Iterator[Layout]:
-        """The layout split further by axes that replicate it."""
+        """Yields the layout split further by axes that replicate it."""
         for dim in self._roomy(layout, spare) if spare else ():
             yield _with_dim(layout, layout, dim, (*layout.bound[dim], *spare))
 
     def transfer(self, path: Path, after: Layout) -> Path:
-        """One step in which every rank gets what it lacks, under the most telling name."""
+        """Returns one step in which every rank gets what it lacks, under the most telling name."""
         now = path.now
         if now.mesh == after.mesh:
             dims = _one_to_one(now, after, self.shape)
@@ -298,7 +300,7 @@ class _Planner:
         return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
-        """The gathers that remain, joined in one, dim by dim or one axis at a time, the slowest links first."""
+        """Yields the gathers that remain, joined in one, dim by dim or one axis at a time, the slowest links first."""
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
         if self.is_hopeless(path, messages=1 if left else 0):
             return

@@ -17,7 +17,7 @@ Part = tuple[int, ...]
 
 
 def extent(region: Region) -> tuple[int, ...]:
-    """Shape of a region.
+    """Returns shape of a region.
 
     >>> extent(((2, 5), (0, 4)))
     (3, 4)
@@ -26,12 +26,12 @@ def extent(region: Region) -> tuple[int, ...]:
 
 
 def elements(region: Region) -> int:
-    """Number of elements of a region."""
+    """Returns the number of elements of a region."""
     return math.prod(b - a for a, b in region)
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """How many leading entries two sequences share.
+    """Returns how many leading entries two sequences share.
 
     >>> common_prefix(("dp", "sp", "tp"), ("dp", "tp"))
     1
@@ -78,7 +78,7 @@ def exchange_routes(source: Layout, target: Layout, shape: tuple[int, ...]) -> t
 
 
 def route_groups(routes: tuple[Route, ...]) -> tuple[tuple[int, ...], ...]:
-    """The sets of ranks that routes connect, each ascending; ranks that neither send nor receive are in none.
+    """Returns the sets of ranks that routes connect, each ascending; ranks that neither send nor receive are in none.
 
     >>> route_groups(((0, 1, ()), (1, 2, ()), (3, 3, ()), (5, 4, ())))
     ((0, 1, 2), (4, 5))

@@ -46,7 +46,7 @@ def redistribution(
 
 @lru_cache(maxsize=65536)
 def steps_between(source: Layout, target: Layout, shape: tuple[int, ...], options: Options = DEFAULT) -> tuple[Step, ...]:
-    """The cheapest steps that turn values laid out as ``source`` into ``target``, over the same ranks or others.
+    """Returns the cheapest steps that turn values laid out as ``source`` into ``target``, over the same ranks or others.
 
     Partial axes of ``target`` must be partial in ``source``: a pending reduction is done or kept, never invented.
     """
@@ -76,7 +76,7 @@ def _plain_steps(source: Layout, target: Layout, shape: tuple[int, ...], options
 
 @lru_cache(maxsize=1024)
 def _plain_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with its axes named by their position."""
+    """Returns the mesh with its axes named by their position."""
     return Mesh(tuple(f"a{i}" for i in range(len(mesh.axes))), mesh.sizes, mesh.ranks)
 
 

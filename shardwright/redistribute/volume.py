@@ -89,7 +89,7 @@ def _lacked_elsewhere(source: Layout, target: Layout, shape: Shape) -> Ints:
 
 
 def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
-    """Whether every rank of the target can cut its piece out of what it holds."""
+    """Tells whether every rank of the target can cut its piece out of what it holds."""
     if set(source.mesh.ranks) != set(target.mesh.ranks):
         return False
     position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
@@ -99,7 +99,7 @@ def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
 
 
 def is_even(layout: Layout, shape: Shape) -> bool:
-    """Whether all pieces have one shape."""
+    """Tells whether all pieces have one shape."""
     return all(len(set(layout.pieces(dim, size))) == 1 for dim, size in enumerate(shape))
 
 
@@ -136,7 +136,7 @@ def received_elements(step: Step, shape: Shape) -> int:
 
 
 def groups_that_communicate(step: Step, shape: Shape) -> list[list[int]]:
-    """The groups of ranks that send to each other in one step; of an exchange, those that its routes connect."""
+    """Returns the groups of ranks that send to each other in one step; of an exchange, those that its routes connect."""
     if step.kind in ("exchange", "permute"):
         return [list(group) for group in route_groups(exchange_routes(step.source, step.target, shape))]
     return step.groups

@@ -125,7 +125,7 @@ def _tensors(plan: Plan, kinds: tuple[str, ...]) -> Sides:
 
 
 def _edges(plan: Plan) -> Sides:
-    """The edges on which something is redistributed, or a gradient is partial."""
+    """Returns the edges on which something is redistributed, or a gradient is partial."""
     keys, places = operator_keys(plan.graph), _Placements()
     where = dict(plan.input_layouts)
     for node in plan.graph.nodes:

@@ -74,13 +74,13 @@ def _draw_one(tensor_axes: Any, grid_axes: Any, layout: Layout, shape: tuple[int
 
 
 def shown_dims(layout: Layout) -> tuple[int, ...]:
-    """The dims that are drawn: up to two, split ones before others, in order."""
+    """Returns the dims that are drawn: up to two, split ones before others, in order."""
     chosen = sorted(range(layout.ndim), key=lambda d: (not layout.bound[d], d))[:2]
     return tuple(sorted(chosen))
 
 
 def _colours(pieces: Sequence[Bounds]) -> Colours:
-    """A colour for each piece: along the dim with more pieces the hue changes, along the other one the lightness."""
+    """Returns a colour for each piece: along the dim with more pieces the hue changes, along the other one the lightness."""
     ndim = len(pieces[0])
     places = [sorted({p[d] for p in pieces}) for d in range(ndim)]
     by_count = sorted(range(ndim), key=lambda d: -len(places[d]))
@@ -100,7 +100,7 @@ def _colours(pieces: Sequence[Bounds]) -> Colours:
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:
-    """Ranks as a short text.
+    """Returns the ranks as a short text.
 
     >>> rank_ranges([0, 1, 2, 3, 6, 8, 9])
     '0–3, 6, 8, 9'
@@ -116,7 +116,7 @@ def rank_ranges(ranks: Sequence[int]) -> str:
 
 
 def fit(ranks: Sequence[int], room: tuple[float, float]) -> tuple[str, float, int]:
-    """The label of a piece: its text, font size and rotation, so that it fits in ``room`` (points across and down).
+    """Returns the label of a piece: its text, font size and rotation, so that it fits in ``room`` (points across and down).
 
     >>> fit([3], (80, 40)), fit([3], (30, 40)), fit([10, 11, 12, 13], (14, 60))
     (('rank 3', 10, 0), ('3', 10, 0), ('10–13', 10, 90))
@@ -237,7 +237,7 @@ def _draw_grid(axes: Any, mesh: Mesh, bounds: dict[int, Bounds], dims: tuple[int
 
 
 def _blocks_across(blocks: int, width: int, height: int) -> int:
-    """How many blocks stand side by side, so that the whole is about twice as wide as it is high."""
+    """Returns how many blocks stand side by side, so that the whole is about twice as wide as it is high."""
     return min(
         (n for n in range(1, blocks + 1) if blocks % n == 0),
         key=lambda n: (abs(math.log(n * width / (blocks // n * height) / 2)), -n),

@@ -172,7 +172,7 @@ def _look(edge: Edge, kinds: set[str]) -> tuple[str, bool, str]:
 
 
 def _main(steps: Sequence[Step]) -> str:
-    """The kind of the step that is told by the colour: the first that communicates."""
+    """Returns the kind of the step that is told by the colour: the first that communicates."""
     return next((step.kind for step in steps if step.communicates), "slice")
 
 

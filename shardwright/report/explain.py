@@ -140,7 +140,7 @@ def explain(plan: Plan, name: str) -> Explanation:
 
 
 def _named(plan: Plan, name: str, keys: dict[str, str]) -> list[Node]:
-    """The nodes that a name stands for, in the order they run."""
+    """Returns the nodes that a name stands for, in the order they run."""
     reads = {i.value: str(i.target) for i in plan.graph.inputs if i.kind in ("parameter", "buffer")}
     names = {
         node.name: (node.name, keys[node.name], node.module, *(reads[v] for v in node.inputs if v in reads))

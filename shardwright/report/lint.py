@@ -53,7 +53,7 @@ class Finding:
 
 
 def lint(plan: Plan, share: float = 0.01, large: int = 2**24) -> tuple[Finding, ...]:
-    """The operators of a plan that would be better configured, the most expensive first.
+    """Returns the operators of a plan that would be better configured, the most expensive first.
 
     Args:
         share: a redistribution counts if it sends at least this share of the bytes of a step, and work that is done
@@ -139,7 +139,9 @@ class _Lint:
         return self._finding(node, price, why, _counts(better))
 
     def _price_of(self, node: Node, choice: Choice) -> int:
-        """Bytes between an operator that runs otherwise and its configured neighbours; the others would follow it."""
+        """Returns the bytes between an operator that runs otherwise and its configured neighbours; the others would follow
+        it.
+        """
         total = 0
         for edge in self.edges:
             if edge.reader is node and edge.producer is not None and is_configured(edge.producer):
@@ -153,7 +155,7 @@ class _Lint:
         return total
 
     def _in_place(self, node: Node, edges: Sequence[Edge]) -> Choice | None:
-        """The choice that takes everything from where it is, or hands it on as it is wanted."""
+        """Returns the choice that takes everything from where it is, or hands it on as it is wanted."""
         op, signature = node.op, self.plan.signatures[node.name]
         needs = [value in self.plan.graph.needs_grad for value in node.inputs]
         reads = {edge.slot: edge.source.without_partial() for edge in edges if edge.reader is node}
@@ -166,7 +168,7 @@ class _Lint:
         return choice_for_output(op, signature, edges[0].target.without_partial(), needs, node.outputs.index(edges[0].value))
 
     def _of_weight(self, node: Node) -> Finding | None:
-        """A large weight that is whole on every rank."""
+        """Returns a large weight that is whole on every rank."""
         if self.plan.mesh.size == 1:
             return None
         for slot, value in enumerate(node.inputs):
@@ -200,7 +202,7 @@ class _Lint:
         return math.prod(self.plan.signatures[node.name].sizes.values()) if node.inputs else 0
 
     def _is_weight(self, value: str) -> bool:
-        """Whether a value is a parameter of two dims or more, or a view of one."""
+        """Tells whether a value is a parameter of two dims or more, or a view of one."""
         while value in self.maker and len(self.maker[value].inputs) == 1:
             value = self.maker[value].inputs[0]
         return value in self.parameters and len(self.plan.graph.metas[value].shape) > 1
@@ -208,7 +210,7 @@ class _Lint:
     # -- what to do about it --------------------------------------------------------------------------------------------
 
     def _cut(self, node: Node, slot: int) -> tuple[Counts, ...] | None:
-        """The strategy with a weight cut by the axes that are idle, or by all where none is."""
+        """Returns the strategy with a weight cut by the axes that are idle, or by all where none is."""
         choice, signature = self.plan.choices[node.name], self.plan.signatures[node.name]
         mesh = choice.mesh
         idle = tuple(a for a in mesh.axes if a not in choice.axes and mesh.axis_size(a) > 1)

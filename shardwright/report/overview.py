@@ -32,7 +32,7 @@ class _Row:
 
 
 def overview(plan: Plan, width: int = WIDTH) -> str:
-    """A plan as text: parameters and operators, alike ones together, with seconds and communication.
+    """Returns a plan as text: parameters and operators, alike ones together, with seconds and communication.
 
     Views that cost nothing are left out; a redistribution that several operators share stands at the first of them. Seconds
     are those of the operators, their own collectives and the redistributions beside them; of several tensors each has a line.

@@ -89,7 +89,7 @@ class PlanSummary:
 
 
 def summary_of(plan: Plan) -> PlanSummary:
-    """The summary of a plan, priced on its machine."""
+    """Returns the summary of a plan, priced on its machine."""
     price, search = price_of(plan), plan.search
     limit = plan.memory_limit if plan.memory_limit is not None else price.machine.memory or None
     return PlanSummary(
@@ -125,7 +125,7 @@ def _too_much(peak: float, limit: float | None) -> Iterable[str]:
 
 
 def flops_split(plan: Plan) -> float:
-    """How much of an even split operators reach, on average over FLOPs; 1 where there are none."""
+    """Returns how much of an even split operators reach, on average over FLOPs; 1 where there are none."""
     total = reached = 0.0
     shares: dict[tuple[int, int], tuple[float, float]] = {}
     for node in plan.graph.nodes:
@@ -145,7 +145,7 @@ def flops_split(plan: Plan) -> float:
 
 
 def parameters_split(plan: Plan) -> float:
-    """How much of an even split parameters reach as they are stored, on average over their bytes."""
+    """Returns how much of an even split parameters reach as they are stored, on average over their bytes."""
     total = reached = 0.0
     for i in plan.graph.inputs:
         if i.kind == "parameter" and i.meta.numel:
@@ -156,7 +156,7 @@ def parameters_split(plan: Plan) -> float:
 
 
 def piece_share(layout: Layout, shape: tuple[int, ...]) -> float:
-    """The largest piece's share of a tensor.
+    """Returns the largest piece's share of a tensor.
 
     >>> from shardwright.ir.layout import Layout
     >>> piece_share(Layout((2, 4), ("dp", "tp"))("tp", "None"), (6, 2))
@@ -211,7 +211,7 @@ def _place(node: Any) -> str:
 
 
 def _pattern(name: str) -> str:
-    """A name of modules and operators with its numbers left open."""
+    """Returns a name of modules and operators with its numbers left open."""
     return " ".join("/".join(map(pattern, word.split("/"))) for word in name.split(" "))
 
 
@@ -261,7 +261,7 @@ def _lines(summary: PlanSummary) -> Iterable[tuple[str, str]]:
 
 
 def gap_text(gap: float) -> str:
-    """How far a plan may be from the best one.
+    """Returns how far a plan may be from the best one.
 
     >>> gap_text(2e-16), gap_text(0.0023)
     ('optimal', 'at most 0.23% from the best')

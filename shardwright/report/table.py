@@ -22,7 +22,7 @@ WIDTH = 168
 
 
 def plan_table(plan: Plan, program: LocalProgram | None = None, width: int = WIDTH) -> str:
-    """A plan as text: parameters, operators with their collectives, totals and notes."""
+    """Returns a plan as text: parameters, operators with their collectives, totals and notes."""
     from rich.console import Console  # here: importing it draws from Python's random generator
 
     console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, legacy_windows=False)
@@ -144,7 +144,7 @@ def _collectives(count: int) -> str:
 
 
 def instruction_bytes(plan: Plan, value: str) -> int:
-    """Bytes of a graph input that the first rank holds."""
+    """Returns the bytes of a graph input that the first rank holds."""
     meta, layout = plan.graph.metas[value], plan.input_layouts[value]
     count = 1
     for size in layout.local_shape(meta.shape, plan.mesh.ranks[0]):

@@ -30,7 +30,7 @@ def _attention(op: Operator) -> Signature | None:
 
 
 def _mask(shape: tuple[int, ...], heads: str, length: str) -> str:
-    """The notation of a mask, which broadcasts to ``... h l s``."""
+    """Returns the notation of a mask, which broadcasts to ``... h l s``."""
     if len(shape) == 2 or not heads:
         return f"... {length} s!"
     return f"... {'1' if shape[-3] == 1 else heads} {length} s!"

@@ -77,14 +77,14 @@ def _convolution(local: Local) -> tuple[Ref, ...]:
 
 
 def _local_groups(local: Local) -> Any:
-    """How many groups the rank has; 1 where it has none, and nothing to convolve."""
+    """Returns how many groups the rank has; 1 where it has none, and nothing to convolve."""
     dim = len(local.op.outputs[0].shape) - len(local.op.inputs[1].shape) + 1
     each = local.signature.sizes["o"]
     return of_sizes(lambda size: max(1, size // each), local.local_size(True, 0, dim))
 
 
 def _replaced(op: Operator, args: Sequence[Any], kwargs: dict[str, Any], **changes: Any) -> tuple[list[Any], Any]:
-    """The arguments with some replaced by their schema name."""
+    """Returns the arguments with some replaced by their schema name."""
     args, kwargs = list(args), dict(kwargs)
     order = [argument.name for argument in op.target._schema.arguments]  # type: ignore[attr-defined]
     for name, value in changes.items():
@@ -126,7 +126,7 @@ def _planes_3d(op: Operator) -> Signature | None:
 
 
 def _planes(op: Operator, spatial: int) -> Signature | None:
-    """An operator on each plane (line, volume) by itself: batch and channels are free."""
+    """Returns an operator on each plane (line, volume) by itself: batch and channels are free."""
     if len(op.inputs) != 1 or op.inputs[0].numel == 0:
         return None
     outside = names(len(op.inputs[0].shape) - spatial)
@@ -176,7 +176,7 @@ def _columns_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.grid_sampler")
 def _grid_sampler_rule(op: Operator) -> Signature | None:
-    """Each rank samples its own points from whole pictures."""
+    """Returns each rank samples its own points from whole pictures."""
     spatial = len(op.inputs[0].shape) - 2
     read, points = [f"x{i}!" for i in range(spatial)], names(spatial, "p")
     inputs = [["n", "c", *read], ["n", *points, "coordinates!"]]

@@ -34,7 +34,7 @@ _VALUES: dict[str, Callable[..., Any]] = {
 @rule_for("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
 @rule_for("aten.empty_strided", "aten.empty_permuted", "aten.new_empty_strided")
 def _constant_rule(op: Operator) -> Signature | None:
-    """A tensor of one value, or of none; the strides of what has no values are each piece's own affair."""
+    """Returns a tensor of one value, or of none; the strides of what has no values are each piece's own affair."""
     return _created(op, _constant)
 
 
@@ -90,7 +90,7 @@ def _is_whole_numbers(op: Operator) -> bool:
 
 
 def _arange(local: Local) -> Ref:
-    """The numbers of the piece, by their own first and last."""
+    """Returns the numbers of the piece, by their own first and last."""
     first, step = local.op.argument("start", 0), local.op.argument("step", 1)
     at, size = start(local, True, 0, 0), local.local_size(True, 0, 0)
     begin = of_sizes(lambda a: first + step * a, at)
@@ -109,7 +109,7 @@ def _eye(local: Local) -> tuple[Ref, ...]:
 
 
 def eye_block(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: Any = None) -> Tensor:
-    """A block of an identity matrix, whose ones stand on this diagonal of the block.
+    """Returns a block of an identity matrix, whose ones stand on this diagonal of the block.
 
     >>> eye_block(2, 3, 1, torch.int64)
     tensor([[0, 1, 0],

@@ -45,12 +45,12 @@ def _embedding(local: Local) -> tuple[Ref, ...]:
 
 
 def own_row(row: int, first: int, rows: int) -> int:
-    """The local number of a global row, -1 for a row of another rank."""
+    """Returns the local number of a global row, -1 for a row of another rank."""
     return row - first if first <= row < first + rows else -1
 
 
 def embedding_of_rows(weight: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
-    """The rows that ``weight`` holds of a table, zeros for indices of other rows.
+    """Returns the rows that ``weight`` holds of a table, zeros for indices of other rows.
 
     Args:
         weight: rows ``first, first + 1, ...`` of the table; possibly none.
@@ -95,7 +95,7 @@ def _gather_rule(op: Operator) -> Signature | None:
 
 
 def _line(name: str, source: int, index: int, operator: str) -> tuple[str, str, str]:
-    """The factors of a dim that is not gathered along, in the source, the indices and the output."""
+    """Returns the factors of a dim that is not gathered along, in the source, the indices and the output."""
     if source == index:
         return name, name, name
     if operator == "aten.gather":  # reads the first of the source's positions
@@ -124,7 +124,7 @@ def _index_select_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.scatter", "aten.scatter_reduce")
 def _scatter_rule(op: Operator) -> Signature | None:
-    """The dim that is written along is whole everywhere, and so are dims in which the sizes differ."""
+    """Returns the dim that is written along is whole everywhere, and so are dims in which the sizes differ."""
     return _scattered(op, "!")
 
 
@@ -179,7 +179,7 @@ def _index_add_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.index_copy", "aten.index_reduce", "aten.index_fill")
 def _index_write_rule(op: Operator) -> Signature | None:
-    """The dim that is written along is whole everywhere."""
+    """Returns the dim that is written along is whole everywhere."""
     return _written_at(op, "!")
 
 
@@ -279,7 +279,7 @@ def _one_hot_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.bucketize", "aten.searchsorted")
 def _search_rule(op: Operator) -> Signature | None:
-    """Values are free, what they are looked up in is whole along the search."""
+    """Returns the values are free, what they are looked up in is whole along the search."""
     if isinstance(op.argument("self"), Slot):
         at = op.argument("self").index
         values = names(len(op.inputs[at].shape))
@@ -297,7 +297,7 @@ def _search_rule(op: Operator) -> Signature | None:
 
 
 def _search(local: Local) -> tuple[Ref, ...]:
-    """A piece cut out of a tensor is made contiguous, as the operator warns of what is not."""
+    """Returns a piece cut out of a tensor is made contiguous, as the operator warns of what is not."""
     if not local.split or not isinstance(local.op.argument("self"), Slot):
         return local.same_call()
     at, inputs = local.op.argument("self").index, list(local.inputs)
@@ -308,7 +308,7 @@ def _search(local: Local) -> tuple[Ref, ...]:
 
 @rule_for("aten.isin")
 def _isin_rule(op: Operator) -> Signature | None:
-    """Each element is looked up in all the test elements."""
+    """Returns each element is looked up in all the test elements."""
     if not isinstance(op.args[0], Slot):
         return None
     inputs = [["..."], *([f"t{d}!" for d in range(len(meta.shape))] for meta in op.inputs[1:])]

@@ -32,7 +32,7 @@ from shardwright.rules.view import ONE
 
 @rule_for("aten.cat", "aten.concat", "aten.concatenate", "aten.hstack", "aten.vstack", "aten.row_stack", "aten.dstack")
 def _cat_rule(op: Operator) -> Signature | None:
-    """The joined dim is whole in every input and in the output."""
+    """Returns the joined dim is whole in every input and in the output."""
     ndim = len(op.outputs[0].shape)
     dim = _joined_dim(op)
     out = names(ndim)
@@ -64,7 +64,7 @@ def _joined_dim(op: Operator) -> int:
 
 
 def _aligned(op: Operator, dims: list[str], ndim: int, index: int) -> list[str]:
-    """The dims of an input with fewer dims than the output."""
+    """Returns the dims of an input with fewer dims than the output."""
     if op.name in ("aten.vstack", "aten.row_stack"):
         return dims[1:] if ndim else []
     if op.name == "aten.dstack":
@@ -82,7 +82,7 @@ def _stack_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.meshgrid")
 def _meshgrid_rule(op: Operator) -> Signature | None:
-    """Every input is one dim of every output."""
+    """Returns every input is one dim of every output."""
     dims = names(len(op.inputs))
     out = [dims[1], dims[0], *dims[2:]] if op.argument("indexing") == "xy" and len(dims) > 1 else dims
     inputs = [[name] if meta.shape else [] for name, meta in zip(dims, op.inputs)]
@@ -95,7 +95,7 @@ def _meshgrid_rule(op: Operator) -> Signature | None:
 @rule_for("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.hsplit", "aten.vsplit")
 @rule_for("aten.dsplit", "aten.unsafe_split", "aten.unsafe_split_with_sizes", "aten.unsafe_chunk")
 def _split_rule(op: Operator) -> Signature | None:
-    """The dim that is cut is whole in the input and in every part."""
+    """Returns the dim that is cut is whole in the input and in every part."""
     if len(op.inputs) != 1:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -129,7 +129,7 @@ def _select_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.slice", "aten.narrow")
 def _slice_rule(op: Operator) -> Signature | None:
-    """A dim that is kept whole is free, one that is cut is whole."""
+    """Returns a dim that is kept whole is free, one that is cut is whole."""
     if len(op.inputs) != 1:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -180,7 +180,7 @@ def _diag_embed_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter")
 def _scatter_rule(op: Operator) -> Signature | None:
-    """The dims that are written to are whole, in both tensors."""
+    """Returns the dims that are written to are whole, in both tensors."""
     if len(op.inputs) != 2:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -200,7 +200,7 @@ def _scatter_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.flip", "aten.fliplr", "aten.flipud", "aten.roll", "aten.rot90")
 def _moved_rule(op: Operator) -> Signature | None:
-    """The dims along which elements move are whole."""
+    """Returns the dims along which elements move are whole."""
     ndim = len(op.inputs[0].shape)
     moved = _moved_dims(op, ndim)
     inputs = with_dims(names(ndim), {d: f"in{d}!" for d in moved})
@@ -220,7 +220,7 @@ def _moved_dims(op: Operator, ndim: int) -> set[int]:
 
 @rule_for("aten.tril", "aten.triu")
 def _triangle_rule(op: Operator) -> Signature | None:
-    """Every dim is free: a local block has its own diagonal."""
+    """Returns every dim is free: a local block has its own diagonal."""
     return parse("... -> ...", op, None, ONE, _triangle)
 
 

@@ -57,7 +57,7 @@ def _elementwise_mean(local: Local) -> Any:
 
 
 def _summable(local: Local, dtype: torch.dtype) -> Ref:
-    """The local losses, or their sum where that is safe in their own dtype."""
+    """Returns the local losses, or their sum where that is safe in their own dtype."""
     return local.same_call(reduction=SUM if wide(dtype) == dtype else NONE)[0]
 
 
@@ -162,7 +162,7 @@ def _mean_over_batch(local: Local, terms: Terms, pair: Ref) -> Ref:
 
 
 def ratio(pair: Tensor, dtype: torch.dtype) -> Tensor:
-    """The first of two numbers over the second."""
+    """Returns the first of two numbers over the second."""
     return (pair[0] / pair[1]).to(dtype)
 
 
@@ -188,7 +188,7 @@ def _loss_of_split_classes(local: Local, terms: Terms) -> Ref:
 
 
 def _sample_layout(local: Local, terms: Terms) -> Layout:
-    """The layout of one number a sample: that of the scores without the dim of classes."""
+    """Returns the layout of one number a sample: that of the scores without the dim of classes."""
     layout = local.input_layouts[0]
     kept = [dim for dim in range(layout.ndim) if dim != terms.dim]
     return Layout.of(local.mesh, [layout.bound[d] for d in kept], (), [layout.sizes[d] for d in kept])
@@ -262,7 +262,7 @@ class Exponentials(torch.autograd.Function):
 
 
 def _along(weight: Tensor, scores: Tensor, dim: int) -> Tensor:
-    """One weight a class, shaped to broadcast against the scores."""
+    """Returns one weight a class, shaped to broadcast against the scores."""
     return weight.view([-1 if d == dim else 1 for d in range(scores.ndim)])
 
 
@@ -279,7 +279,7 @@ def _inside(index: Tensor, values: Tensor, dim: int) -> Tensor:
 
 
 def loss_of_sums(sums: Tensor, target: Tensor | None, terms: Terms) -> Tensor:
-    """The reduced loss of the local samples from sums over all classes; for a mean, ``[sum of losses, count]``."""
+    """Returns the reduced loss of the local samples from sums over all classes; for a mean, ``[sum of losses, count]``."""
     if target is None:
         exponentials, share, scored = sums.unbind(0)
         return _summed(share * exponentials.log() - scored, terms)

@@ -60,19 +60,19 @@ class Local(Protocol):
         ...
 
     def axes_of(self, factor: str) -> tuple[str, ...]:
-        """The axes that split ``factor``; empty where it is whole."""
+        """Returns the axes that split ``factor``; empty where it is whole."""
         ...
 
     def local_size(self, tensor_is_output: bool, index: int, dim: int) -> PerRank | int:
-        """Local size of a dim of an input or output: an int where all ranks agree."""
+        """Returns local size of a dim of an input or output: an int where all ranks agree."""
         ...
 
     def local_shape(self, tensor_is_output: bool, index: int) -> list[PerRank | int]:
-        """Local shape of an input or output, an int where all ranks agree."""
+        """Returns local shape of an input or output, an int where all ranks agree."""
         ...
 
     def offset(self, tensor_is_output: bool, index: int, dim: int) -> PerRank:
-        """Global index at which the local piece of a dim starts."""
+        """Returns global index at which the local piece of a dim starts."""
         ...
 
 

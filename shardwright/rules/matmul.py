@@ -84,7 +84,7 @@ def _product_then_add(local: Local) -> Any:
 
 
 def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """The sum over the batch of matrix products, as ``addbmm`` adds it."""
+    """Returns the sum over the batch of matrix products, as ``addbmm`` adds it."""
     return left.transpose(0, 1).flatten(1) @ right.flatten(0, 1)
 
 
@@ -97,7 +97,7 @@ def add_scaled(product: Tensor, added: Tensor, alpha: float = 1, beta: float = 1
 
 @rule_for("aten.einsum")
 def _einsum(op: Operator) -> Signature | None:
-    """The equation itself, its letters as factors: those that reach no output are summed."""
+    """Returns the equation itself, its letters as factors: those that reach no output are summed."""
     equation = op.argument("equation").replace(" ", "")
     operands = op.argument("tensors")
     if not all(isinstance(operand, Slot) for operand in operands):
@@ -126,19 +126,19 @@ def _implicit_output(terms: list[str]) -> str:
 
 
 def _extra(term: str, shape: tuple[int, ...]) -> int:
-    """How many dims the ellipsis of a term stands for."""
+    """Returns how many dims the ellipsis of a term stands for."""
     return len(shape) - len(term.replace("...", ""))
 
 
 def _spell(term: str, extra: int) -> list[str]:
-    """The factors of a term, its ellipsis as ``extra`` factors that line up from the right."""
+    """Returns the factors of a term, its ellipsis as ``extra`` factors that line up from the right."""
     before, found, after = term.partition("...")
     middle = [f"_{i}" for i in reversed(range(extra))] if found else []
     return [*before, *middle, *after]
 
 
 def _mark(letter: str, terms: list[list[str]], result: list[str]) -> str:
-    """A diagonal stays whole; a letter that the result lacks is summed."""
+    """Returns a diagonal stays whole; a letter that the result lacks is summed."""
     if any(term.count(letter) > 1 for term in terms):
         return "!"
     return "" if letter in result else "+"

@@ -49,7 +49,7 @@ def _group_norm(op: Operator) -> Signature:
 
 
 def _spatial(shape: tuple[int, ...], mark: str) -> str:
-    """The dims after samples and channels."""
+    """Returns the dims after samples and channels."""
     return " ".join(f"s{i}{mark}" for i in range(len(shape) - 2))
 
 
@@ -65,7 +65,7 @@ def _local_groups(local: Local) -> Any:
 
 @rule_for("aten.instance_norm")
 def _instance_norm(op: Operator) -> Signature | None:
-    """Each channel of each sample by itself, unless running statistics are to be updated."""
+    """Returns each channel of each sample by itself, unless running statistics are to be updated."""
     fixed = not op.argument("use_input_stats")
     if isinstance(op.argument("running_mean"), Slot) and not fixed:
         return None
@@ -111,13 +111,13 @@ def _optional(local: Local, name: str) -> Ref | None:
 
 
 def _counts(local: Local) -> list[int]:
-    """How many elements of a channel each piece of the batch has, in the order of pieces."""
+    """Returns how many elements of a channel each piece of the batch has, in the order of pieces."""
     shape = local.op.inputs[0].shape
     return [piece * math.prod(shape[2:]) for piece in local.input_layouts[0].pieces(0, shape[0])]
 
 
 def _pieces_layout(local: Local) -> Layout:
-    """The layout of the statistics of every piece of the batch, of global shape ``(pieces, 2, C)``."""
+    """Returns the layout of the statistics of every piece of the batch, of global shape ``(pieces, 2, C)``."""
     layout = local.input_layouts[0]
     return Layout.of(local.mesh, (local.axes_of("n"), (), layout.bound[1]), (), (None, None, layout.sizes[1]))
 
@@ -154,7 +154,7 @@ def normalised(x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | No
 
 
 def channels_of(value: Tensor, x: Tensor) -> Tensor:
-    """A tensor of one element a channel, shaped to broadcast against ``x``."""
+    """Returns a tensor of one element a channel, shaped to broadcast against ``x``."""
     return value.view([1, x.shape[1]] + [1] * (x.ndim - 2))
 
 

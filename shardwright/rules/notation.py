@@ -21,7 +21,7 @@ def parse(
     lowering: Callable[[Any], Any] | None = None,
     late: Sequence[int] = (),
 ) -> Signature:
-    """The signature that ``notation`` gives an operator call; sizes follow from its shapes.
+    """Returns the signature that ``notation`` gives an operator call; sizes follow from its shapes.
 
     Args:
         sizes: sizes of the factors of compound dims.

@@ -14,7 +14,7 @@ from shardwright.rules.lowering import Local
 
 
 def names(count: int, prefix: str = "d") -> list[str]:
-    """One factor a dim.
+    """Returns one factor a dim.
 
     >>> names(3)
     ['d0', 'd1', 'd2']
@@ -23,7 +23,7 @@ def names(count: int, prefix: str = "d") -> list[str]:
 
 
 def notation(inputs: Iterable[Sequence[str]], outputs: Iterable[Sequence[str]]) -> str:
-    """The written form of a rule, from one list of dims a tensor.
+    """Returns the written form of a rule, from one list of dims a tensor.
 
     >>> notation([["m", "k+"], ["k+", "n"]], [["m", "n"]])
     'm k+, k+ n -> m n'
@@ -32,7 +32,7 @@ def notation(inputs: Iterable[Sequence[str]], outputs: Iterable[Sequence[str]]) 
 
 
 def with_dims(dims: Sequence[str], changes: Mapping[int, str]) -> list[str]:
-    """The same dims with some replaced.
+    """Returns the same dims with some replaced.
 
     >>> with_dims(["d0", "d1"], {1: "in!"})
     ['d0', 'in!']
@@ -44,7 +44,7 @@ def with_dims(dims: Sequence[str], changes: Mapping[int, str]) -> list[str]:
 
 
 def of_sizes(function: Callable[..., Any], *sizes: PerRank | int) -> PerRank | int:
-    """A function of sizes that may differ from rank to rank.
+    """Returns a function of sizes that may differ from rank to rank.
 
     >>> of_sizes(lambda a, b: a + b, 1, 2)
     3
@@ -64,7 +64,7 @@ def start(local: Local, tensor_is_output: bool, index: int, dim: int) -> PerRank
 
 
 def piece(whole: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The region of ``whole`` that starts at ``starts``, as a tensor that does not keep ``whole`` alive.
+    """Returns the region of ``whole`` that starts at ``starts``, as a tensor that does not keep ``whole`` alive.
 
     >>> piece(torch.arange(6).view(2, 3), (0, 1), (2, 2))
     tensor([[1, 2],
@@ -90,7 +90,7 @@ def piece_of_output(local: Local, whole: Ref, index: int = 0) -> Ref:
 
 
 def some_piece_is_empty(local: Local, of_inputs: bool = True) -> bool:
-    """Whether some rank holds nothing of an output, or of an input."""
+    """Tells whether some rank holds nothing of an output, or of an input."""
     tensors = [*zip(local.op.outputs, local.output_layouts)]
     tensors += zip(local.op.inputs, local.input_layouts) if of_inputs else ()
     return any(
@@ -175,7 +175,7 @@ def call_unless_empty(
 
 
 def local_arguments(local: Local, tensors: Sequence[Ref] | None = None) -> tuple[list[Any], dict[str, Any]]:
-    """The operator's own arguments with the local tensors (or these) in the place of its inputs."""
+    """Returns the operator's own arguments with the local tensors (or these) in the place of its inputs."""
     refs = local.inputs if tensors is None else tensors
 
     def read(value: Any) -> Any:
@@ -189,7 +189,7 @@ def local_arguments(local: Local, tensors: Sequence[Ref] | None = None) -> tuple
 
 
 def guarded_same_call(local: Local) -> tuple[Ref, ...]:
-    """The lowering of an operator that runs as it is, but refuses empty tensors."""
+    """Returns the lowering of an operator that runs as it is, but refuses empty tensors."""
     if not some_piece_is_empty(local, of_inputs=False):
         return local.same_call()
     return call_unless_empty(local, *local_arguments(local), of_inputs=False)

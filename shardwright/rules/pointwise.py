@@ -14,7 +14,7 @@ from shardwright.rules.traits import Traits, lies_in_order, register_traits
 
 
 def aten_names(text: str) -> tuple[str, ...]:
-    """The full names of ATen operators.
+    """Returns the full names of ATen operators.
 
     >>> aten_names("add mul")
     ('aten.add', 'aten.mul')
@@ -49,14 +49,14 @@ ADDS = aten_names("add sub subtract rsub")
 
 @rule_for(*UNARY, *BINARY, *TERNARY)
 def pointwise(op: Operator) -> Signature | None:
-    """The rule of a pointwise call with any number of tensor inputs."""
+    """Returns the rule of a pointwise call with any number of tensor inputs."""
     if not op.inputs or len(op.outputs) != 1:
         return None
     return parse(f"{', '.join(['...'] * len(op.inputs))} -> ...", op, None, _linear(op))
 
 
 def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
-    """The inputs in which the call is linear: no cast, no broadcasting, no constant term."""
+    """Returns the inputs in which the call is linear: no cast, no broadcasting, no constant term."""
     output = op.outputs[0]
     if any(meta.dtype != output.dtype or meta.shape != output.shape for meta in op.inputs):
         return ()
@@ -79,7 +79,7 @@ def _cast(op: Operator) -> Signature | None:
 
 @rule_for("aten.prelu")
 def _prelu(op: Operator) -> Signature:
-    """One slope for all, or one for each of the channels, which are dim 1."""
+    """Returns one slope for all, or one for each of the channels, which are dim 1."""
     ndim, slope = len(op.inputs[0].shape), op.inputs[1]
     dims = [f"d{i}" for i in range(ndim)]
     shared = slope.numel == 1
@@ -89,7 +89,7 @@ def _prelu(op: Operator) -> Signature:
 
 @rule_for("aten.glu")
 def _glu(op: Operator) -> Signature:
-    """The halves of a dim meet elementwise, so that dim stays whole."""
+    """Returns the halves of a dim meet elementwise, so that dim stays whole."""
     ndim = len(op.inputs[0].shape)
     dim = op.argument("dim", -1) % ndim
     before = " ".join("both!" if i == dim else f"d{i}" for i in range(ndim))

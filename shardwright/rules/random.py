@@ -28,7 +28,7 @@ from shardwright.rules.traits import Traits, register_traits
 
 
 def _stride(meta: TensorMeta) -> tuple[int, ...]:
-    """The strides of the global tensor; contiguous where they are not known."""
+    """Returns the strides of the global tensor; contiguous where they are not known."""
     if len(meta.stride) == len(meta.shape):
         return meta.stride
     return tuple(math.prod(meta.shape[d + 1 :]) for d in range(len(meta.shape)))
@@ -48,7 +48,7 @@ def _dropout_rule(op: Operator) -> Signature | None:
 
 
 def _draws(op: Operator) -> bool:
-    """Whether the call draws at all; eager does not for what it keeps or drops as a whole."""
+    """Tells whether the call draws at all; eager does not for what it keeps or drops as a whole."""
     return bool(op.argument("train")) and 0 < op.argument("p") < 1 and op.inputs[0].numel > 0
 
 
@@ -69,7 +69,7 @@ def _dropout(local: Local) -> Ref:
 
 
 def _piece_of_features(local: Local, noise: Ref) -> Ref:
-    """The local piece of noise that has size 1 in all but the first two dims."""
+    """Returns the local piece of noise that has size 1 in all but the first two dims."""
     axes, ndim = local.output_layouts[0].bound, len(local.op.outputs[0].shape)
     if not any(axes[:2]):
         return noise
@@ -79,7 +79,7 @@ def _piece_of_features(local: Local, noise: Ref) -> Ref:
 
 @rule_for("aten.native_dropout")
 def _native_dropout_rule(op: Operator) -> Signature | None:
-    """Two outputs: the tensor and its mask."""
+    """Returns two outputs: the tensor and its mask."""
     return parse("... -> ..., ...", op, None, (), _native_dropout) if op.inputs[0].numel else None
 
 
@@ -106,7 +106,7 @@ def _normal_rule(op: Operator) -> Signature | None:
 
 
 def _random_rule(op: Operator) -> Signature:
-    """The operator itself draws the whole tensor."""
+    """Returns the operator itself draws the whole tensor."""
     dims = " ".join(f"d{d}" for d in range(len(op.outputs[0].shape)))
     return parse(f" -> {dims}", op, None, (), lambda local: piece_of_output(local, local.same_call()[0]))
 
@@ -149,7 +149,7 @@ def _fill(local: Local) -> Ref:
 
 @rule_for("aten.multinomial", "aten.poisson", "aten.binomial", "aten.rrelu")
 def _by_value_rule(op: Operator) -> Signature | None:
-    """Every dim whole; the single device's memory order decides the order of the draws."""
+    """Returns every dim whole; the single device's memory order decides the order of the draws."""
     if len(op.outputs) != 1:
         return None
     if op.name == "aten.rrelu" and not op.argument("training"):

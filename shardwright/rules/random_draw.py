@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def filled(method: str, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, *args: Any) -> Tensor:
-    """A tensor of this shape and memory order, filled by a random in-place method such as ``normal_``.
+    """Returns a tensor of this shape and memory order, filled by a random in-place method such as ``normal_``.
 
     >>> filled("random_", (2,), (1,), torch.int64, None, 5, 6)
     tensor([5, 5])
@@ -82,7 +82,7 @@ def apply_alpha(x: Tensor, noise: Tensor, p: float) -> Tensor:
 
 
 def native_mask(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
-    """The boolean mask that ``native_dropout`` draws for a tensor like this."""
+    """Returns the boolean mask that ``native_dropout`` draws for a tensor like this."""
     like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
     if like.device.type == "cpu":
         return torch.empty_like(like, dtype=torch.bool).bernoulli_(1 - p)
@@ -116,7 +116,7 @@ class _NativeDropout(torch.autograd.Function):
 
 
 def in_order(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """The same values in this memory order, which is the order in which random operators draw."""
+    """Returns the same values in this memory order, which is the order in which random operators draw."""
     if x.stride() == tuple(stride):
         return x
     return torch.empty_strided(x.shape, tuple(stride), dtype=x.dtype, device=x.device).copy_(x)

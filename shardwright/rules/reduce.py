@@ -24,7 +24,7 @@ from shardwright.rules.traits import Traits, register_traits
 
 
 def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:
-    """The dims a call reduces: all of them where it names none."""
+    """Returns the dims a call reduces: all of them where it names none."""
     ndim = len(op.inputs[0].shape)
     given = op.argument("dim")
     if given is None or (given in ([], ()) and empty_means_all):
@@ -34,7 +34,7 @@ def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:
 
 
 def _reduction(op: Operator, mark: str, dims: frozenset[int]) -> str:
-    """The notation of a call that reduces ``dims`` to nothing, or to size 1."""
+    """Returns the notation of a call that reduces ``dims`` to nothing, or to size 1."""
     keepdim = bool(op.argument("keepdim", False))
     ndim = len(op.inputs[0].shape)
     before = " ".join(f"d{i}{mark if i in dims else ''}" for i in range(ndim))
@@ -58,7 +58,7 @@ def _mean(op: Operator) -> Signature:
 
 
 def _mean_of_split(local: Local) -> Any:
-    """A mean over split dims: the local sum over the global count, a partial sum."""
+    """Returns a mean over split dims: the local sum over the global count, a partial sum."""
     if not any(local.axes_of(factor) for factor in local.signature.summed):
         return local.same_call()
     op = local.op
@@ -69,12 +69,12 @@ def _mean_of_split(local: Local) -> Any:
 
 
 def sum_over_count(x: Tensor, dims: list[int], keepdim: bool, count: int, dtype: torch.dtype) -> Tensor:
-    """The sum over ``dims`` (none: over all) divided by ``count``."""
+    """Returns the sum over ``dims`` (none: over all) divided by ``count``."""
     return (x.sum(dims, keepdim=keepdim, dtype=wide(dtype)) / count).to(dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to take sums in: single for half precision, where a sum may overflow though the mean does not."""
+    """Returns the dtype to take sums in: single for half precision, where a sum may overflow though the mean does not."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -118,7 +118,7 @@ def _spread(op: Operator) -> Signature:
 
 @rule_for(*ALONG)
 def _along(op: Operator) -> Signature:
-    """Each position depends on others along one dim: that dim stays whole."""
+    """Returns each position depends on others along one dim: that dim stays whole."""
     dims = _with_one_dim(op, "d!")
     return parse(f"{dims} -> {', '.join([dims] * len(op.outputs))}", op)
 
@@ -130,7 +130,7 @@ def _topk(op: Operator) -> Signature:
 
 
 def _with_one_dim(op: Operator, factor: str) -> str:
-    """The notation of a tensor whose dim ``dim`` (default the operator's own) is ``factor``."""
+    """Returns the notation of a tensor whose dim ``dim`` (default the operator's own) is ``factor``."""
     ndim = len(op.inputs[0].shape)
     dim = op.argument("dim", 0 if op.name == "aten.msort" else -1)
     return " ".join(factor if ndim and i == dim % ndim else f"d{i}" for i in range(ndim))
@@ -141,7 +141,7 @@ def _with_one_dim(op: Operator, factor: str) -> str:
 
 @rule_for("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
 def _softmax(op: Operator) -> Signature:
-    """The dim itself may be split too: the largest value and the sum of exponentials are then reduced."""
+    """Returns the dim itself may be split too: the largest value and the sum of exponentials are then reduced."""
     dims = _with_one_dim(op, "d")
     return parse(f"{dims} -> {dims}", op, None, (), _softmax_of_split_dim)
 
@@ -166,7 +166,7 @@ def _softmax_of_split_dim(local: Local) -> Any:
 
 
 def largest(x: Tensor, dim: int, keepdim: bool) -> Tensor:
-    """The largest value along a dim, without gradient; ``-inf`` where the dim is empty."""
+    """Returns the largest value along a dim, without gradient; ``-inf`` where the dim is empty."""
     x = x.detach()
     return x.amax(dim, keepdim) if x.shape[dim] else x.sum(dim, keepdim).fill_(-math.inf)
 

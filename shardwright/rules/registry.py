@@ -50,18 +50,18 @@ def rule_for(*names: str) -> Callable[[Builder], Builder]:
 
 
 def registered() -> tuple[str, ...]:
-    """The names of all operators that have a rule."""
+    """Returns the names of all operators that have a rule."""
     return tuple(sorted(_RULES))
 
 
 def signature_of(op: Operator) -> Signature | None:
-    """The signature of a call, or ``None`` where the operator has no rule."""
+    """Returns the signature of a call, or ``None`` where the operator has no rule."""
     build = _RULES.get(op.name)
     return build(op) if build is not None else None
 
 
 def replicated_signature(op: Operator) -> Signature:
-    """The signature of a call that runs whole on every rank."""
+    """Returns the signature of a call that runs whole on every rank."""
     sizes: dict[str, int] = {}
 
     def whole(prefix: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:

@@ -37,7 +37,7 @@ class SelfDefined:
 
 @rule_for("self_defined")
 def _rule(op: Operator) -> Signature:
-    """Every dim is a factor of its own; which are split together is up to the layouts."""
+    """Returns every dim is a factor of its own; which are split together is up to the layouts."""
     inputs = [[f"{name}~" for name in names(len(meta.shape), f"i{i}_")] for i, meta in enumerate(op.inputs)]
     outputs = [names(len(meta.shape), f"o{i}_") for i, meta in enumerate(op.outputs)]
     signature = parse(notation(inputs, outputs), op, None, (), _on_pieces)
@@ -51,7 +51,7 @@ def _on_pieces(local: Local) -> tuple[Ref, ...]:
 
 
 def of_shape(x: Tensor, shape: Sequence[int], name: str) -> Tensor:
-    """The tensor itself, if it has this shape.
+    """Returns the tensor itself, if it has this shape.
 
     Raises:
         ShardwrightError: it has another.

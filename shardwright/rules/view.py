@@ -39,7 +39,7 @@ ONE = ((0,),)  # linear in the first input alone
 @rule_for("aten.view", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias", "aten.flatten", "aten.unflatten")
 @rule_for("aten.ravel", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d")
 def reshape_rule(op: Operator) -> Signature | None:
-    """The rule of a reshape, whatever its arguments: the two shapes say it all."""
+    """Returns the rule of a reshape, whatever its arguments: the two shapes say it all."""
     if op.argument("dtype") is not None:
         return _view_as_dtype(op)
     if not op.inputs or len(op.outputs) != 1:
@@ -50,14 +50,14 @@ def reshape_rule(op: Operator) -> Signature | None:
 
 
 def _reshape(local: Local) -> Ref:
-    """A local piece may have other strides than the whole, so what was a view may have to copy."""
+    """Returns a local piece may have other strides than the whole, so what was a view may have to copy."""
     return local.call(torch.reshape, local.inputs[0], local.local_shape(True, 0))
 
 
 def shared_factors(
     source: Sequence[int], target: Sequence[int]
 ) -> tuple[TensorFactors, TensorFactors, dict[str, int], set[str]]:
-    """The factors that two shapes of the same number of elements share, in row-major order.
+    """Returns the factors that two shapes of the same number of elements share, in row-major order.
 
     Walks both shapes from the left and takes the greatest common divisor of what is left of the two current dims as a
     shared factor. Where they have none, what is left of the group of dims with equal products is whole.
@@ -112,7 +112,7 @@ class _Walk:
                 self.new(self.shapes[side][position], side, whole=True)
 
     def group(self) -> bool:
-        """The next dims of equal product; whether there were any."""
+        """Returns the next dims of equal product; whether there were any."""
         self._skip_ones()
         if all(self.at[side] == len(self.shapes[side]) for side in (0, 1)):
             return False
@@ -183,7 +183,7 @@ def _squeeze_rule(op: Operator) -> Signature | None:
 
 
 def _squeezed(op: Operator) -> tuple[int, ...]:
-    """The dims of size 1 that a squeeze removes: those of the whole tensor, not those of a local piece."""
+    """Returns the dims of size 1 that a squeeze removes: those of the whole tensor, not those of a local piece."""
     shape = op.inputs[0].shape
     asked = op.argument("dim")
     dims = range(len(shape)) if asked is None else [asked] if isinstance(asked, int) else asked
@@ -207,7 +207,7 @@ def _unsqueeze_rule(op: Operator) -> Signature | None:
 @rule_for("aten.transpose", "aten.t", "aten.permute", "aten.movedim", "aten.moveaxis", "aten.swapaxes", "aten.swapdims")
 @rule_for("aten.numpy_T", "aten.mT", "aten.matrix_H", "aten.mH", "aten.adjoint")
 def _permutation_rule(op: Operator) -> Signature | None:
-    """The order is read off a tensor whose dims all have different sizes."""
+    """Returns the order is read off a tensor whose dims all have different sizes."""
     dims = names(len(op.inputs[0].shape))
     probe = torch.empty([i + 2 for i in range(len(dims))], device="meta")
     moved = op.target(probe, *op.args[1:], **op.kwargs)
@@ -234,7 +234,7 @@ def _expand(local: Local) -> list[Ref]:
 
 @rule_for("aten.repeat", "aten.tile")
 def _repeat_rule(op: Operator) -> Signature | None:
-    """A repeated dim is ``(repeats dim)``; the repeats can be split, the dim itself cannot."""
+    """Returns a repeated dim is ``(repeats dim)``; the repeats can be split, the dim itself cannot."""
     shape, counts = _repeats(op)
     inputs: list[str] = []
     outputs: list[str] = []
@@ -256,7 +256,7 @@ def _repeat_rule(op: Operator) -> Signature | None:
 
 
 def _repeats(op: Operator) -> tuple[list[int], list[int]]:
-    """The input's shape and the repeats, both with a leading 1 for every dim that only the other has."""
+    """Returns the input's shape and the repeats, both with a leading 1 for every dim that only the other has."""
     shape = list(op.inputs[0].shape)
     counts = list(op.argument("repeats" if op.name == "aten.repeat" else "dims"))
     ndim = max(len(shape), len(counts))

@@ -20,7 +20,7 @@ _ROUNDING = 1e-12
 
 
 def alike(problem: Problem, solution: Solution) -> Solution:
-    """The solution with the copies of each repeat alike where that costs nothing and fits.
+    """Returns the solution with the copies of each repeat alike where that costs nothing and fits.
 
     >>> from shardwright.search.problem import Node
     >>> layer = Node("layer", np.array([1.0, 1.0]))
@@ -49,7 +49,7 @@ def _rows(rows: int | list[int]) -> list[int]:
 
 
 def _with_copies(repeat: Repeat, choices: Choices, chosen: Sequence[int], ends: int) -> Choices:
-    """The choices with all copies but so many at each end as one of them."""
+    """Returns the choices with all copies but so many at each end as one of them."""
     changed = list(choices)
     for node, row in zip(repeat.nodes, chosen):
         rows = _rows(choices[node])
@@ -58,7 +58,7 @@ def _with_copies(repeat: Repeat, choices: Choices, chosen: Sequence[int], ends: 
 
 
 def _if_no_worse(problem: Problem, solution: Solution, choices: Choices) -> Solution:
-    """The solution with other choices, where they cost and need no more."""
+    """Returns the solution with other choices, where they cost and need no more."""
     if choices == solution.choices:
         return solution
     cost, memory = problem.price(choices)

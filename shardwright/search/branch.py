@@ -88,7 +88,7 @@ class Branching:
 
 
 def _narrowed(relaxation: Relaxation, kept: list[np.ndarray], chosen: list[np.ndarray]) -> tuple[Relaxation, list[np.ndarray]]:
-    """A relaxation with some choices only, its prices as they are, and those choices by their first numbers."""
+    """Returns a relaxation with some choices only, its prices as they are, and those choices by their first numbers."""
     smaller = Relaxation(restricted(relaxation.problem, chosen))
     smaller.prices = [price[:, at] for price, at in zip(relaxation.prices, chosen)]
     for link, old in zip(smaller.links, relaxation.links):

@@ -32,7 +32,7 @@ class Reduced:
     kept: list[np.ndarray]
 
     def original(self, choices: Choices) -> Choices:
-        """The choices of the original problem."""
+        """Returns the choices of the original problem."""
         return [kept[choice].tolist() for kept, choice in zip(self.kept, choices)]
 
 
@@ -105,17 +105,17 @@ def without_dead_ends(problem: Problem) -> Reduced:
 
 
 def kinds_of_copies(count: int) -> list[int]:
-    """A copy for each of: the first, those between, the last."""
+    """Returns a copy for each of: the first, those between, the last."""
     return sorted({0, min(1, count - 1), count - 1})
 
 
 def finite(table: np.ndarray) -> np.ndarray:
-    """The table with a huge number for infinity."""
+    """Returns the table with a huge number for infinity."""
     return np.where(np.isinf(table), _FORBIDDEN, table)
 
 
 def restricted(problem: Problem, kept: list[np.ndarray]) -> Problem:
-    """The problem with some of the choices only; arrays that were shared stay so."""
+    """Returns the problem with some of the choices only; arrays that were shared stay so."""
     made: dict[tuple, np.ndarray | None] = {}
 
     def part(table: np.ndarray | None, *nodes: int) -> np.ndarray | None:

@@ -58,7 +58,7 @@ class Memo:
 
 
 def best_order(sizes: Sizes, scopes: Iterable[tuple[int, ...]], keep: frozenset[int] = frozenset()) -> Order:
-    """The cheaper of two greedy orders: by the size of the table a step makes, and by the pairs it newly joins.
+    """Returns the cheaper of two greedy orders: by the size of the table a step makes, and by the pairs it newly joins.
 
     >>> best_order({0: 2, 1: 3, 2: 2}, [(0, 1), (1, 2)]).variables
     [0, 1, 2]
@@ -156,7 +156,7 @@ class Elimination:
         return Elimination(buckets, left, value)
 
     def assign(self, known: Mapping[int, int]) -> dict[int, int]:
-        """A best choice of every eliminated variable, given those of the kept ones; with the kept ones."""
+        """Returns a best choice of every eliminated variable, given those of the kept ones; with the kept ones."""
         chosen = dict(known)
         for v, bucket in reversed(self.buckets):
             total: np.ndarray | float = 0.0

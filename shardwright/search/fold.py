@@ -31,13 +31,13 @@ class Budget:
     operations: float = 1e10
 
     def allows(self, order: Order) -> bool:
-        """Whether an elimination stays within the budget."""
+        """Tells whether an elimination stays within the budget."""
         fits = order.largest <= self.largest and order.entries <= self.entries
         return fits and order.operations <= self.operations
 
 
 def solve_exactly(problem: Problem, budget: Budget | None = None) -> Choices | None:
-    """The choices of least cost, whatever their memory; None where that would exceed the budget.
+    """Returns the choices of least cost, whatever their memory; None where that would exceed the budget.
 
     >>> from shardwright.search.problem import Edge, Node, Problem, Repeat
     >>> layer = Node("layer", np.array([1.0, 1.5]))
@@ -142,7 +142,7 @@ class Segment:
         )
 
     def build(self, memo: Memo) -> Factor:
-        """The factor, its variables being places in `keys`."""
+        """Returns the factor, its variables being places in `keys`."""
         self.template = Elimination.of(self.factors, self.order.variables, memo)
         kept = slim(tuple(self.kept), [self.sizes[v] for v in self.kept])
         table = np.full([self.sizes[v] for v in kept], self.template.value)
@@ -154,7 +154,7 @@ class Segment:
         return tuple(places), self.power.table.reshape(table.shape)
 
     def recover(self, chosen: dict[Key, int]) -> np.ndarray:
-        """The choices (copy, node) of the copies between, given those that `keys` names."""
+        """Returns the choices (copy, node) of the copies between, given those that `keys` names."""
         at = [chosen[key] for key in self.keys]
         cut, end = len(self.globals), len(self.globals) + len(self.left)
         parts = (self.global_variables, at[:cut]), (self.left, at[cut:end]), (self.right, at[end:])
@@ -181,12 +181,12 @@ class Segment:
 
 
 def edge_factor(edge: Edge, a: int, b: int) -> Factor:
-    """The edge's table as a factor: its variables in rising order."""
+    """Returns the edge's table as a factor: its variables in rising order."""
     return ((a, b), edge.cost) if a < b else ((b, a), edge.cost.T)
 
 
 def edge_keys(problem: Problem, repeat: Repeat, edge: Edge) -> tuple[Key | int, Key | int] | None:
-    """The ends of an edge that belongs to every copy of a repeat: a template node, or what all copies read."""
+    """Returns the ends of an edge that belongs to every copy of a repeat: a template node, or what all copies read."""
     of_a, of_b = problem.repeat_of[edge.a], problem.repeat_of[edge.b]
     if of_a is of_b:
         return (edge.a, edge.b) if of_a is repeat else None
@@ -198,7 +198,7 @@ def edge_keys(problem: Problem, repeat: Repeat, edge: Edge) -> tuple[Key | int, 
 
 
 def smallest_cover(repeat: Repeat, sizes: list[int]) -> tuple[list[int], list[int]]:
-    """The nodes that make up a boundary, sources and targets of carried edges, with the fewest joint states."""
+    """Returns the nodes that make up a boundary, sources and targets of carried edges, with the fewest joint states."""
     pairs = sorted({(edge.a, edge.b) for edge in repeat.carried})
     sides = combinations((True, False), repeat=len(pairs)) if len(pairs) <= 8 else [(True,) * len(pairs), (False,) * len(pairs)]
     covers = []
@@ -270,11 +270,11 @@ class Graph:
                 self.factors.append(edge_factor(edge, self.variables[edge.a, i], self.variables[edge.b, j]))
 
     def fits(self, budget: Budget) -> bool:
-        """Whether solving stays within the budget."""
+        """Tells whether solving stays within the budget."""
         return all(budget.allows(order) for order in (self.order, *(s.cost_order() for s in self.segments)))
 
     def solve(self, memo: Memo) -> Choices:
-        """The choices of least cost."""
+        """Returns the choices of least cost."""
         factors = list(self.factors)
         for segment in self.segments:
             places, table = segment.build(memo)

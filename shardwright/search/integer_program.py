@@ -105,5 +105,5 @@ class _Program:
         return milp(self.cost, integrality=whole, bounds=bounds, constraints=rules, options=options)
 
     def choices(self, values: np.ndarray) -> list[int]:
-        """The choice of each node."""
+        """Returns the choice of each node."""
         return [int(np.argmax(values[start:end])) for start, end in zip(self.starts, self.starts[1:])]

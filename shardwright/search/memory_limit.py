@@ -33,7 +33,7 @@ class LimitedSearch:
     exact: bool = False
 
     def done(self) -> bool:
-        """Whether the gap is reached or the time is up."""
+        """Tells whether the gap is reached or the time is up."""
         return self.exact or self.cost - self.bound <= self.gap * abs(self.cost) or time.monotonic() > self.until
 
     def offer(self, picked: Picked) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def _find_price(search: LimitedSearch, free: Solution, least: Solution) -> int:
 
 
 def _nearest(search: LimitedSearch, count: int) -> list[Picked]:
-    """The assignments met that are cheapest at the last price, on both sides of the limit."""
+    """Returns the assignments met that are cheapest at the last price, on both sides of the limit."""
     within = [m for m in search.met if search.problem.fits(m[1])]
     over = [m for m in search.met if not search.problem.fits(m[1])]
     chosen = sorted(within, key=lambda m: -m[1])[:count] + sorted(over, key=lambda m: m[1])[:count]
@@ -168,7 +168,7 @@ def _combine(search: LimitedSearch) -> None:
 
 
 def _solve_by_fronts(search: LimitedSearch) -> bool:
-    """All choices, whole fronts: exact if it ends in time."""
+    """Returns all choices, whole fronts: exact if it ends in time."""
     sizes = [len(node.cost) for node in search.problem.nodes]
     if sum(search.problem.copies) > 400:
         return False
@@ -211,7 +211,7 @@ def _fronts(search: LimitedSearch, kept: list[np.ndarray], cap: int | None, unti
 
 
 def _table(ends: tuple[int, ...], cost: np.ndarray, memory: np.ndarray | None, kept: dict[int, np.ndarray]) -> Table:
-    """A table over the choices kept, without the ends that have one choice only."""
+    """Returns a table over the choices kept, without the ends that have one choice only."""
     at = np.ix_(*(kept[end] for end in ends))
     free = tuple(end for end in ends if len(kept[end]) > 1)
     shape = [len(kept[end]) for end in free]

@@ -17,7 +17,7 @@ _CHUNK = 1 << 15  # numbers in a working table: 256 KiB, so that two of them sta
 
 
 def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
-    """The factor's table with one axis per variable of `variables`, of length 1 where the factor lacks it."""
+    """Returns the factor's table with one axis per variable of `variables`, of length 1 where the factor lacks it."""
     own, table = factor
     order = sorted(range(len(own)), key=lambda axis: variables.index(own[axis]))
     table = table.transpose(order)
@@ -26,7 +26,7 @@ def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
 
 
 def slim(own: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The variables that there is a choice of, or one of them: an array has no more than 64 axes.
+    """Returns the variables that there is a choice of, or one of them: an array has no more than 64 axes.
 
     >>> slim((4, 7, 9), (1, 3, 1)), slim((4, 7), (1, 1))
     ((7,), (4,))
@@ -37,7 +37,7 @@ def slim(own: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def slimmed(factor: Factor) -> Factor:
-    """The factor without axes of length 1, but for one where it has no others."""
+    """Returns the factor without axes of length 1, but for one where it has no others."""
     own, table = factor
     kept = slim(own, table.shape)
     if len(kept) == len(own):
@@ -59,7 +59,7 @@ def absorb(factors: list[Factor]) -> list[Factor]:
 
 
 def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -> np.ndarray:
-    """The sum of the factors, minimised over one variable: a table over `scope`.
+    """Returns the sum of the factors, minimised over one variable: a table over `scope`.
 
     >>> pair = np.array([[0.0, 5.0], [5.0, 0.0]])
     >>> minimum_over(1, [((0, 1), pair), ((1,), np.array([7.0, 1.0])), ((1, 2), pair)], (0, 2))
@@ -85,7 +85,7 @@ def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -
 
 
 def _within(block: tuple[int | slice, ...], shape: tuple[int, ...]) -> tuple[int | slice, ...]:
-    """The block of a table that is spread along its axes of length 1."""
+    """Returns the block of a table that is spread along its axes of length 1."""
     return (slice(None), *(at if n > 1 else (0 if isinstance(at, int) else slice(None)) for at, n in zip(block, shape)))
 
 
@@ -103,7 +103,7 @@ def _minimum_of_sums(parts: list[np.ndarray], out: np.ndarray) -> None:
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The min-plus product of two stacks of matrices, (g, a, k) with (g, k, b).
+    """Returns the min-plus product of two stacks of matrices, (g, a, k) with (g, k, b).
 
     >>> product(np.array([[[0.0, 3.0]]]), np.array([[[5.0], [1.0]]]))
     array([[[4.]]])
@@ -141,7 +141,7 @@ class Power:
 
     @staticmethod
     def of(matrix: np.ndarray, exponent: int) -> Power:
-        """The power by repeated squaring."""
+        """Returns the power by repeated squaring."""
         square, result = Power(1, matrix), None
         while True:
             if exponent & 1:
@@ -157,7 +157,7 @@ class Power:
         return Power(self.exponent + other.exponent, product(self.table, other.table), self, other)
 
     def path(self, stack: int, first: int, last: int) -> list[int]:
-        """The states of a cheapest walk from `first` to `last`, both included."""
+        """Returns the states of a cheapest walk from `first` to `last`, both included."""
         if self.left is None or self.right is None:
             return [first, last]
         walk = self.paths.get((stack, first, last))

@@ -91,7 +91,7 @@ class Frontier:
         return front
 
     def best(self, limit: float) -> dict[int, int] | None:
-        """The cheapest assignment within the limit."""
+        """Returns the cheapest assignment within the limit."""
         roots = [s for s, (_, scope, _) in enumerate(self.steps) if not scope]
         total = _sum(0.0, 0.0, 0, [self._front(s, {}) for s in roots], np.inf)
         within = np.flatnonzero(total.memory <= limit)
@@ -115,7 +115,7 @@ def _slimmed(table: Table) -> Table:
 
 
 def _sum(cost: float, memory: float, choice: int, fronts: list[Front], limit: float) -> Front:
-    """All sums of one entry of each front."""
+    """Returns all sums of one entry of each front."""
     total = Front(np.array([cost]), np.array([memory]), np.array([[choice]]))
     for front in fronts:
         n, m = len(total.cost), len(front.cost)
@@ -139,7 +139,7 @@ def _undominated(front: Front, limit: float) -> Front:
 
 
 def _union(options: list[Front], width: int, limit: float, cap: int | None) -> tuple[Front, bool]:
-    """The best of all options, and whether none was thinned out."""
+    """Returns the best of all options, and whether none was thinned out."""
     if not options:
         return Front(np.empty(0), np.empty(0), np.empty((0, width), int)), True
     parts = (np.concatenate([getattr(front, name) for front in options]) for name in ("cost", "memory", "parts"))

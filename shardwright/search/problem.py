@@ -182,7 +182,7 @@ class Problem:
         return (outside, inside) if of_b else (inside, outside)
 
     def price(self, choices: Sequence[int | list[int] | np.ndarray]) -> tuple[float, float]:
-        """The cost and the memory of an assignment."""
+        """Returns the cost and the memory of an assignment."""
         picked = [np.atleast_1d(np.asarray(choice)) for choice in choices]
         assert [len(p) for p in picked] == self.copies, "one choice per node and copy"
         cost = memory = 0.0
@@ -196,15 +196,15 @@ class Problem:
         return cost, memory
 
     def fits(self, memory: float) -> bool:
-        """Whether an amount of memory is within the limit, but for the rounding of a long sum."""
+        """Tells whether an amount of memory is within the limit, but for the rounding of a long sum."""
         return self.limit is None or memory <= self.limit + 1e-12 * abs(self.limit)
 
     def weighted(self, price: float) -> Problem:
-        """The problem without a limit in which a unit of memory costs `price`."""
+        """Returns the problem without a limit in which a unit of memory costs `price`."""
         return self._changed(lambda cost, memory: cost if memory is None or not price else cost + price * memory)
 
     def memory_alone(self) -> Problem:
-        """The problem without a limit whose cost is the memory; what is forbidden stays so."""
+        """Returns the problem without a limit whose cost is the memory; what is forbidden stays so."""
 
         def change(cost: np.ndarray, memory: np.ndarray | None) -> np.ndarray:
             return np.where(np.isinf(cost), np.inf, 0.0 if memory is None else memory)
@@ -228,7 +228,7 @@ class Problem:
         return Problem(nodes, edges(self.edges), repeats)
 
     def unfolded(self) -> tuple[Problem, list[list[int]]]:
-        """The same problem without repeats, and for each node here the places of its copies there.
+        """Returns the same problem without repeats, and for each node here the places of its copies there.
 
         >>> layer = Node("layer", np.array([1.0, 2.0]))
         >>> flat, places = Problem((layer,), (), (Repeat(0, 1, 3, (Edge(0, 0, np.eye(2)),)),)).unfolded()
@@ -257,7 +257,7 @@ class Problem:
         return self.nodes[node].cost, self.nodes[node].memory
 
     def folded(self, flat: Sequence[int], places: list[list[int]]) -> Choices:
-        """The choices of the unfolded problem, written as choices of this one."""
+        """Returns the choices of the unfolded problem, written as choices of this one."""
         return [
             [int(flat[place]) for place in at] if self.repeat_of[node] else int(flat[at[0]]) for node, at in enumerate(places)
         ]

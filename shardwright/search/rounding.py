@@ -17,12 +17,12 @@ Picked = list[np.ndarray]  # for each node the choices of its copies
 
 
 def as_arrays(choices: Sequence[int | list[int]]) -> Picked:
-    """The choices with one array per node."""
+    """Returns the choices with one array per node."""
     return [np.atleast_1d(np.array(choice)) for choice in choices]
 
 
 def as_choices(problem: Problem, picked: Picked) -> Choices:
-    """The choices as a problem states them."""
+    """Returns the choices as a problem states them."""
     return [p.tolist() if own else int(p[0]) for p, own in zip(picked, problem.repeat_of)]
 
 

@@ -59,7 +59,7 @@ def _pairs(problem: Problem) -> int:
 
 
 def _second_opinion(problem: Problem, found: Solution, gap: float, seconds: float) -> Solution:
-    """The better of both assignments under the better of both bounds."""
+    """Returns the better of both assignments under the better of both bounds."""
     try:
         other = solve_integer_program(problem, seconds, gap)
     except (TimeoutError, Infeasible):

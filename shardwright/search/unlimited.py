@@ -19,7 +19,7 @@ _FLAT = 4_000  # nodes up to which parts of the unfolded problem are solved agai
 
 
 def minimise(problem: Problem, gap: float, until: float) -> Solution:
-    """A solution whatever its memory; its cost is infinite only where every assignment that was met is forbidden.
+    """Returns a solution whatever its memory; its cost is infinite only where every assignment that was met is forbidden.
 
     >>> from shardwright.search.problem import Node, Problem
     >>> minimise(Problem((Node("a", np.array([2.0, 1.0])),), ()), 0.0, time.monotonic() + 1).method
@@ -55,7 +55,7 @@ class _Search:
         self.best: Picked = [np.zeros(count, int) for count in problem.copies]
 
     def run(self) -> tuple[Choices, float]:
-        """The choices and the bound."""
+        """Returns the choices and the bound."""
         stalled = 0
         for round_ in range(1_000):
             before = self.bound

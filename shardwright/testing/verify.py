@@ -117,7 +117,9 @@ def _restore(root: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 def _run(call: Callable[[], Any], parameters: list[Tensor], state: Tensor) -> tuple[list[Tensor], list[Any]]:
-    """The tensor outputs and the gradients of a fixed weighting of them (of the loss itself, if that is all there is)."""
+    """Returns the tensor outputs and the gradients of a fixed weighting of them (of the loss itself, if that is all there
+    is).
+    """
     torch.set_rng_state(state)
     with torch.enable_grad():
         outputs = [o for o in pytree.tree_leaves(call()) if isinstance(o, Tensor)]
@@ -179,7 +181,7 @@ def _first_difference(
 
 
 def _observe(program: Any, inputs: list[Tensor], names: list[str], state: Tensor) -> dict[str, list[Tensor]]:
-    """The lanes of every named local value, from one simulated run."""
+    """Returns the lanes of every named local value, from one simulated run."""
     probed = replace(program, outputs=(), updates=())
     run = SimulatedWorld(program.world_size).bind(probed, keep=tuple(dict.fromkeys(names)))
     torch.set_rng_state(state)

@@ -87,7 +87,7 @@ def _in_job() -> bool:
 
 
 def current_world() -> World:
-    """The world that :func:`init` set up; found from the environment at the first use."""
+    """Returns the world that :func:`init` set up; found from the environment at the first use."""
     if not _current:
         init()
     return _current[0]

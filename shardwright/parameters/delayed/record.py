@@ -92,7 +92,7 @@ def _ref(tensor: torch.Tensor) -> _Ref:
 
 
 def _covers(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is the whole of its storage, each element once."""
+    """Tells whether the tensor is the whole of its storage, each element once."""
     expected = 1
     for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape) if si != 1):
         if stride != expected:
@@ -116,7 +116,7 @@ def _leaves(kind: type[T], tree: Any) -> list[T]:
 
 
 def _frozen(x: Any) -> Any:
-    """An argument as a step holds it: values of the user's own tensors are copied, as they may change."""
+    """Returns an argument as a step holds it: values of the user's own tensors are copied, as they may change."""
     if isinstance(x, torch.Generator):
         return _Generator
     if isinstance(x, torch.Tensor) and _record_of(x):
@@ -135,7 +135,7 @@ def _shape_only(x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_meta(x: Any) -> Any:
-    """An argument as the run on meta gets it."""
+    """Returns an argument as the run on meta gets it."""
     if isinstance(x, torch.Generator):
         return None
     return _shape_only(x) if isinstance(x, torch.Tensor) and not _record_of(x) else x
@@ -143,7 +143,7 @@ def _as_meta(x: Any) -> Any:
 
 @functools.cache
 def _schema(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
-    """The arguments that an operator writes, as positions and names, and whether it takes a device."""
+    """Returns the arguments that an operator writes, as positions and names, and whether it takes a device."""
     arguments = list(enumerate(func._schema.arguments))
     written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     return written, any(a.name == "device" for _, a in arguments)
@@ -153,7 +153,7 @@ OURS = str(Path(__file__).parent) + os.sep  # the files that record and replay
 
 
 def _frame_outside(*places: str) -> FrameType | None:
-    """The innermost frame that runs none of these files and folders."""
+    """Returns the innermost frame that runs none of these files and folders."""
     frame: FrameType | None = sys._getframe()
     while frame and frame.f_code.co_filename.startswith(places):
         frame = frame.f_back
@@ -161,7 +161,7 @@ def _frame_outside(*places: str) -> FrameType | None:
 
 
 def _user_line(call: Any = "") -> str:
-    """The operator, and the source line outside torch that runs it."""
+    """Returns the operator, and the source line outside torch that runs it."""
     frame = _frame_outside(OURS, str(Path(torch.__file__).parent))
     place = f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
     return f"{getattr(call, 'overloadpacket', call)}{place}"

@@ -86,6 +86,7 @@ def no_init_parameters() -> Iterator[None]:
     ...     optimizer = torch.optim.SGD(net.parameters(), 1e-2)
     >>> net.weight.device
     device(type='meta')
+    >>> from shardwright.parameters.delayed.replay import materialise
     >>> values = materialise(dict(net.named_parameters()), lambda name, value: value)
     >>> eager = torch.nn.Linear(4, 2)  # the generator is where it was
     >>> torch.equal(values["weight"], eager.weight)
@@ -103,7 +104,7 @@ def no_init_parameters() -> Iterator[None]:
 
 
 def is_delayed(tensor: torch.Tensor) -> bool:
-    """Whether the tensor was made under :func:`no_init_parameters` and has no value yet.
+    """Tells whether the tensor was made under :func:`no_init_parameters` and has no value yet.
 
     Args:
         tensor: any tensor. A view, ``.data`` and an ``nn.Parameter`` of a delayed tensor are delayed as well.
@@ -246,7 +247,7 @@ class _Recorder(TorchDispatchMode):
         return _map(lambda x: self.constant(x) if isinstance(x, torch.Tensor) else x, out)
 
     def constant(self, value: torch.Tensor) -> torch.Tensor:
-        """A delayed copy of a real tensor."""
+        """Returns a delayed copy of a real tensor."""
         return self._delay(CLONE, (value,), {}, [])  # type: ignore[no-any-return]
 
     def record_call(self, call: Callable[..., Any], tensor: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -262,7 +263,7 @@ class _Recorder(TorchDispatchMode):
             record.version = max(record.version, tensor._version + more)
 
     def runs_model_code(self, frame: FrameType | None) -> bool:
-        """Whether a method of a module or an optimizer called the frame, within the context."""
+        """Tells whether a method of a module or an optimizer called the frame, within the context."""
         while frame and id(frame) != self._user_frame:  # frames beyond are none of ours
             if isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
                 return True
@@ -346,7 +347,7 @@ _ATTRIBUTES = {getattr(torch.Tensor, name).__get__: name for name in ("device", 
 
 
 def _stay(x: Any, record: _Record) -> Any:
-    """An argument of ``tensor.to``; the device where the tensor would be is the one where it is."""
+    """Returns an argument of ``tensor.to``; the device where the tensor would be is the one where it is."""
     if isinstance(x, str):
         x = torch.device(x)
     return META if isinstance(x, torch.device) and x == record.device else x

@@ -49,6 +49,7 @@ def materialise(wanted: Mapping[str, torch.Tensor], keep: Callable[[str, torch.T
     Raises:
         DelayedInitError: tensors without a recorded value, or changed after the context closed; nothing was computed.
 
+    >>> from shardwright.parameters.delayed.recorder import no_init_parameters
     >>> with no_init_parameters():
     ...     net = torch.nn.Linear(4, 2).double()
     >>> half = materialise(dict(net.named_parameters()), lambda name, value: value[:1].clone())
@@ -115,7 +116,7 @@ def _replaying() -> Iterator[None]:
 
 
 def _closure(roots: Iterable[_Step]) -> list[_Step]:
-    """The steps that make the values of ``roots``, in their order."""
+    """Returns the steps that make the values of ``roots``, in their order."""
     found: set[_Step] = set()
     stack = list(roots)
     while stack:
@@ -127,7 +128,7 @@ def _closure(roots: Iterable[_Step]) -> list[_Step]:
 
 
 def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
-    """The draws that must happen so that the draws among ``steps`` get their numbers, in their order."""
+    """Returns the draws that must happen so that the draws among ``steps`` get their numbers, in their order."""
     found: set[_Step] = set()
     stack = [step for step in steps if step.after is not None]
     while stack:
@@ -219,7 +220,7 @@ def _run_step(step: _Step, storages: dict[int, torch.UntypedStorage], state: tor
 
 
 def _view(storages: dict[int, torch.UntypedStorage], ref: _Ref) -> torch.Tensor:
-    """The tensor; a storage that does not exist yet is about to be filled."""
+    """Returns the tensor; a storage that does not exist yet is about to be filled."""
     if ref.slot not in storages:
         storages[ref.slot] = torch.UntypedStorage(ref.nbytes)
     tensor = torch.empty(0, dtype=ref.dtype, device=CPU).set_(storages[ref.slot], ref.offset, ref.size, ref.stride)
@@ -227,7 +228,7 @@ def _view(storages: dict[int, torch.UntypedStorage], ref: _Ref) -> torch.Tensor:
 
 
 def _value_now(tensor: torch.Tensor, reader: Any) -> torch.Tensor:
-    """The real tensor behind a delayed one, if no draw is involved."""
+    """Returns the real tensor behind a delayed one, if no draw is involved."""
     record = _record_of(tensor)
     if record is None:
         return tensor

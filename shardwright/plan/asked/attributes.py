@@ -27,7 +27,7 @@ ParameterPlan = Mapping[str, tuple[Any, str]]
 
 
 def with_attributes(graph: Graph, devices: int, parameter_plan: ParameterPlan | None = None) -> Graph:
-    """The graph with every operator attribute carried out.
+    """Returns the graph with every operator attribute carried out.
 
     Args:
         devices: how many ranks there are.
@@ -45,7 +45,7 @@ def with_attributes(graph: Graph, devices: int, parameter_plan: ParameterPlan | 
 
 
 def asked(node: Node) -> dict[str, Any]:
-    """The attributes of an operator: its own, or those of the marked function or module in which it stands."""
+    """Returns the attributes of an operator: its own, or those of the marked function or module in which it stands."""
     mark = node.mark if node.mark is not None else node.region
     if mark is None or mark.is_pin or not mark.attributes or node.op.target is ALIAS:
         return {}
@@ -121,7 +121,7 @@ class _Attributes:
         return replace(node, inputs=tuple(inputs), mark=told, mark_positions=tuple(range(count)), mark_count=count)
 
     def pattern(self, node: Node, product: Product, scatter: int | None) -> Pattern | None:
-        """The pattern of the layouts given to a product; ``None``, and a problem, where there is none."""
+        """Returns the pattern of the layouts given to a product; ``None``, and a problem, where there is none."""
 
         def refuse(why: str) -> None:
             self.problems.add(f"{where_of(node)}: {why}")
@@ -141,14 +141,14 @@ class _Attributes:
         return pattern_of(product, left, right, scatter, refuse)
 
     def weight_of(self, node: Node, product: Product, left: Layout) -> Layout | None:
-        """The weight's layout within a module whose inputs alone were given one."""
+        """Returns the weight's layout within a module whose inputs alone were given one."""
         if left.dims is None or left.ndim != product.ndims[0]:
             return None
         have = self.told.of.get(node.inputs[product.left])
         return weight_for(product, have if have is not None and have.ndim == left.ndim else left)
 
     def at_rest(self, node: Node, index: int, layout: Layout, mark: Mark) -> str:
-        """A value that is ``node``'s input, pinned where it rests; readers of one value at one place share it."""
+        """Returns a value that is ``node``'s input, pinned where it rests; readers of one value at one place share it."""
         value, meta = node.inputs[index], node.op.inputs[index]
         while value in self.maker and _is_entry(self.maker[value]):  # where the module was entered: that is said here
             value = self.maker[value].inputs[0]
@@ -191,7 +191,7 @@ class _Attributes:
     # -- reshapes -------------------------------------------------------------------------------------------------------
 
     def kept_in_place(self, node: Node) -> Node:
-        """A reshape that follows its input; ``plan.asked.own_layouts.check_in_place`` looks at the plan later."""
+        """Returns a reshape that follows its input; ``plan.asked.own_layouts.check_in_place`` looks at the plan later."""
         if node.mark is None or node.mark.in_strategy is not None:
             return node
         return replace(node, mark=None, region=node.mark)
@@ -199,14 +199,14 @@ class _Attributes:
     # -- after ------------------------------------------------------------------------------------------------------------
 
     def without_unread(self) -> list[Node]:
-        """The nodes without the entries into modules that nothing reads any more."""
+        """Returns the nodes without the entries into modules that nothing reads any more."""
         read = {v for node in self.nodes for v in node.inputs} | {o for o in self.graph.outputs if isinstance(o, str)}
         read |= {v for _, v in self.graph.updates}
         return [node for node in self.nodes if node.outputs[0] in read or not _is_entry(node)]
 
 
 def _is_entry(node: Node) -> bool:
-    """Whether a node is where a value enters a module with ``enable_nd_tp``."""
+    """Tells whether a node is where a value enters a module with ``enable_nd_tp``."""
     return (
         node.op.target is ALIAS
         and node.mark is not None

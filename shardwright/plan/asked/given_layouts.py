@@ -32,7 +32,9 @@ class ToldLayouts:
         self.planned = {value: parameter_plan[name][0] for value, name in targets.items() if name in parameter_plan}
 
     def reordered(self, node: Node) -> Node:
-        """An operator configured with a tuple of axes reads what a product left in its own order of these axes, in that."""
+        """Returns an operator configured with a tuple of axes reads what a product left in its own order of these axes, in
+        that.
+        """
         mark = node.mark
         orders: dict[frozenset[str], tuple[str, ...]] = {}
         if mark is None or not isinstance(mark.in_strategy, tuple):

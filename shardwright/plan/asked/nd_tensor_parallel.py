@@ -66,7 +66,7 @@ class Pattern:
 
 
 def product_of(op: Operator) -> Product | None:
-    """The dims of a product of an activation and a weight; ``None`` for any other operator."""
+    """Returns the dims of a product of an activation and a weight; ``None`` for any other operator."""
     signature = signature_of(op) if traits_of(op).family == "matmul" else None
     if signature is None or len(signature.summed) != 1:
         return None
@@ -93,7 +93,7 @@ def product_of(op: Operator) -> Product | None:
 
 
 def pattern_of(product: Product, left: Layout, right: Layout, scatter: int | None, refuse: Refuse) -> Pattern | None:
-    """The pattern that the layouts of an activation and a weight stand for.
+    """Returns the pattern that the layouts of an activation and a weight stand for.
 
     Args:
         scatter: the dim of the result over which its sum is scattered; ``None``: the pattern's own.
@@ -145,7 +145,9 @@ def pattern_of(product: Product, left: Layout, right: Layout, scatter: int | Non
 
 
 def weight_for(product: Product, left: Layout) -> Layout | None:
-    """The layout of the weight where only the activation's is given, by the order of its axes; ``None`` without a pattern."""
+    """Returns the layout of the weight where only the activation's is given, by the order of its axes; ``None`` without a
+    pattern.
+    """
     inner = left.bound[product.inner[0]]
     rows = [left.bound[dim] for dim, _ in product.rows if len(left.bound[dim]) > 1]
     dims: list[Axes] = [()] * product.ndims[1]
@@ -159,7 +161,7 @@ def weight_for(product: Product, left: Layout) -> Layout | None:
 
 
 def with_axes(layout: Layout, changes: Mapping[int, Axes]) -> Layout:
-    """The layout with other axes for some dims.
+    """Returns the layout with other axes for some dims.
 
     >>> str(with_axes(Layout((2, 2), ("x", "y"))("None", ("x", "y")), {1: ("y", "x")}))
     'None,y>x @ x=2,y=2'
@@ -168,12 +170,12 @@ def with_axes(layout: Layout, changes: Mapping[int, Axes]) -> Layout:
 
 
 def same_axes(one: Axes, other: Axes) -> bool:
-    """Whether two dims are split by the same axes, in whatever order."""
+    """Tells whether two dims are split by the same axes, in whatever order."""
     return one == other or (len(one) == len(other) and {*one} == {*other})
 
 
 def _reads_so(layout: Layout, wanted: Mapping[int, Axes], refuse: Refuse, name: str) -> bool:
-    """Whether every dim has the axes wanted in the wanted order, or in the device matrix's, which a tuple is."""
+    """Tells whether every dim has the axes wanted in the wanted order, or in the device matrix's, which a tuple is."""
     for dim, axes in wanted.items():
         if layout.bound[dim] not in (axes, layout.mesh.ordered(axes)):
             given, right = ">".join(layout.bound[dim]), ">".join(axes)

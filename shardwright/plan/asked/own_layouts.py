@@ -28,7 +28,7 @@ from shardwright.rules.traits import traits_of
 
 
 def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, devices: int, problems: Problems) -> Node:
-    """A lookup whose table has slices of these rows.
+    """Returns a lookup whose table has slices of these rows.
 
     Where the last dim of the indices is cut into as many slices, each reads its own rows and nothing is summed.
     """
@@ -58,7 +58,7 @@ def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, d
 def _lookup_layouts(
     node: Node, slices: int, table: Any, indices: Any, devices: int, what: str, problems: Problems
 ) -> tuple[Layout, Layout] | None:
-    """The layouts of table and indices, whether they were given as Layouts or as slice counts."""
+    """Returns the layouts of table and indices, whether they were given as Layouts or as slice counts."""
     ndim = len(node.op.inputs[1].shape)
     if isinstance(table, tuple) and isinstance(indices, tuple):
         return _lookup_counts(slices, table, indices, ndim, devices, what, problems)
@@ -111,7 +111,7 @@ def _lookup_counts(
 
 
 def self_defined(node: Node, devices: int, problems: Problems) -> Node:
-    """An operator that runs on local pieces in the layouts given; their correctness is the user's."""
+    """Returns an operator that runs on local pieces in the layouts given; their correctness is the user's."""
     mark, op, before = node.mark, node.op, len(problems.lines)
     what = f"{where_of(node)}: self_define_shard"
     if mark is None:
@@ -170,7 +170,7 @@ def _skips(node: Node) -> bool:
 
 
 def _moves_at(plan: Plan, node: Node) -> Iterator[tuple[str, str]]:
-    """The redistributions next to an operator, other than slices."""
+    """Yields the redistributions next to an operator, other than slices."""
     made = {v: layout for n in plan.graph.nodes for v, layout in zip(n.outputs, plan.choices[n.name].outputs)}
     made = {**plan.input_layouts, **made}
     choice = plan.choices[node.name]

@@ -34,7 +34,7 @@ class Pin:
 
 
 def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Graph:
-    """The graph whose pinned nodes bear a mark, so that planners and readers know that somebody asked for it.
+    """Returns the graph whose pinned nodes bear a mark, so that planners and readers know that somebody asked for it.
 
     Nodes of which every rank can make any piece bear none: a mark would have them planned as if they could not.
     """
@@ -54,7 +54,7 @@ def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Gra
 
 
 def check_pin(node: Node, pin: Pin, world_size: int, problems: Problems) -> bool:
-    """Whether a pin has a layout for each tensor of its operator, of its dims and over the ranks of the world."""
+    """Tells whether a pin has a layout for each tensor of its operator, of its dims and over the ranks of the world."""
     outputs = node.op.outputs if pin.outputs is not None else ()
     fine = _check_count("inputs", len(pin.inputs), len(node.op.inputs), pin.what, problems)
     fine &= _check_count("outputs", len(pin.outputs or ()), len(outputs), pin.what, problems)
@@ -72,7 +72,7 @@ def _check_count(kind: str, given: int, wanted: int, what: str, problems: Proble
 
 
 def check_fits(layout: Layout, meta: TensorMeta, world_size: int, what: str, problems: Problems) -> bool:
-    """Whether a layout has a tensor's dims, pieces that add up, and all ranks of the world."""
+    """Tells whether a layout has a tensor's dims, pieces that add up, and all ranks of the world."""
     if layout.dims is None or layout.ndim != len(meta.shape):
         count = 0 if layout.dims is None else layout.ndim
         problems.add(f"{what}: the layout has {count} entries for a tensor {list(meta.shape)}; give {len(meta.shape)}")

@@ -13,7 +13,7 @@ _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB":
 
 
 def memory_bytes(memory: float | str) -> float:
-    """Bytes that a size such as ``"80GB"`` stands for; powers of ten, or of two as in ``"80GiB"``.
+    """Returns the bytes that a size such as ``"80GB"`` stands for; powers of ten, or of two as in ``"80GiB"``.
 
     >>> memory_bytes("1.5GB"), memory_bytes("2KiB"), memory_bytes(100)
     (1500000000.0, 2048.0, 100.0)
@@ -30,7 +30,7 @@ def memory_bytes(memory: float | str) -> float:
 
 
 def optimizer_states(optimizer: str | float) -> float:
-    """Bytes of optimizer state a byte of parameter."""
+    """Returns the bytes of optimizer state a byte of parameter."""
     if isinstance(optimizer, (int, float)) and not isinstance(optimizer, bool) and optimizer >= 0:
         return float(optimizer)
     if isinstance(optimizer, str) and optimizer.lower() in OPTIMIZER_STATES:

@@ -27,7 +27,7 @@ def choice_of_layouts(
     what: str,
     problems: Problems,
 ) -> Choice | None:
-    """The choice of an operator that reads and hands on these layouts.
+    """Returns the choice of an operator that reads and hands on these layouts.
 
     Args:
         outputs: ``None``: as computed, with its sums done.
@@ -128,7 +128,7 @@ class _Splits:
         return axes, None if own == usual else own
 
     def pending(self, inputs: Sequence[Layout]) -> dict[int, Layout] | None:
-        """The inputs that are read with sums pending; ``None`` where the operator cannot pass them on."""
+        """Returns the inputs that are read with sums pending; ``None`` where the operator cannot pass them on."""
         held = {i: layout for i, layout in enumerate(inputs) if layout.partial}
         if not held:
             return {}
@@ -151,7 +151,7 @@ class _Splits:
         return held
 
     def can_give(self, computed: Sequence[Layout], wanted: Sequence[Layout]) -> bool:
-        """Whether an operator can hand on what it computes as told: with sums pending, done, or scattered over a dim."""
+        """Tells whether an operator can hand on what it computes as told: with sums pending, done, or scattered over a dim."""
         fine = True
         for i, (made, told) in enumerate(zip(computed, wanted)):
             if not _follows(made, told):
@@ -164,7 +164,7 @@ class _Splits:
         return fine
 
     def is_told(self, choice: Choice, inputs: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
-        """Whether a choice is what was asked for, late inputs included."""
+        """Tells whether a choice is what was asked for, late inputs included."""
         fine = True
         for i, (needed, told) in enumerate(zip(choice.inputs, inputs)):
             if needed != told.normal(self.op.inputs[i].shape):
@@ -178,7 +178,7 @@ class _Splits:
 
 
 def _follows(made: Layout, told: Layout) -> bool:
-    """Whether one layout is another with some of its pending sums done or scattered."""
+    """Tells whether one layout is another with some of its pending sums done or scattered."""
     if made == told:
         return True
     sums = set(made.partial_axes)
@@ -203,7 +203,7 @@ class Checked:
     pinned: str = ""
 
     def matrix(self, order: Sequence[str], world_size: int) -> tuple[int, ...]:
-        """The device matrix of slice counts: the rule's factors in order, then the ranks that repeat the work."""
+        """Returns the device matrix of slice counts: the rule's factors in order, then the ranks that repeat the work."""
         assert self.counts is not None
         sizes = [self.counts.get(f, 1) for f in order]
         return (*sizes, world_size // math.prod(sizes))

@@ -23,7 +23,9 @@ from shardwright.plan.choose.common_mesh import Refinement
 
 
 def check_form(strategy: Any, what: str, problems: Problems) -> str | None:
-    """Whether a strategy is a tuple of tuples of positive ints, or of Layouts: ``"counts"``, ``"layouts"`` or ``None``."""
+    """Tells whether a strategy is a tuple of tuples of positive ints, or of Layouts: ``"counts"``, ``"layouts"`` or
+    ``None``.
+    """
     if not isinstance(strategy, tuple):
         problems.add(f"{what}: {strategy!r} is a {type(strategy).__name__}; give a tuple with one entry a tensor")
         return None
@@ -48,7 +50,7 @@ def check_form(strategy: Any, what: str, problems: Problems) -> str | None:
 
 
 def check_layout(layout: Layout, ndim: int, world_size: int, what: str, problems: Problems) -> bool:
-    """Whether a Layout is bound, has the tensor's dims and covers exactly the ranks of the world."""
+    """Tells whether a Layout is bound, has the tensor's dims and covers exactly the ranks of the world."""
     if layout.dims is None:
         problems.add(f"{what}: the Layout ({layout.mesh}) has no dims; call it with {ndim} entries")
         return False
@@ -73,7 +75,7 @@ def _ranks(mesh: Mesh) -> str:
 
 
 def check_counts(counts: Sequence[int], ndim: int, world_size: int, what: str, problems: Problems) -> bool:
-    """Whether slice counts fit a tensor's dims and the number of devices."""
+    """Tells whether slice counts fit a tensor's dims and the number of devices."""
     if len(counts) != ndim:
         problems.add(f"{what}: {tuple(counts)} has {len(counts)} counts for a tensor of {ndim} dims; give one a dim")
         return False
@@ -207,7 +209,7 @@ def resolve_strategy(
     needs_grad: Sequence[bool],
     problems: Problems,
 ) -> Choice | None:
-    """The choice that a checked strategy asks for, on the refined mesh."""
+    """Returns the choice that a checked strategy asks for, on the refined mesh."""
     if checked.pinned:
         return _pinned(node, signature, checked, refinement, needs_grad, problems)
     what = where_of(node)
@@ -231,7 +233,7 @@ def resolve_strategy(
 def _pinned(
     node: Node, signature: Signature, checked: Checked, refinement: Refinement, needs: Sequence[bool], problems: Problems
 ) -> Choice | None:
-    """The choice that a plan file's layouts ask for, on the refined mesh."""
+    """Returns the choice that a plan file's layouts ask for, on the refined mesh."""
 
     def refined(layouts: Sequence[Any], metas: Sequence[TensorMeta]) -> list[Layout]:
         return [refinement.refined(layout, meta.shape) for layout, meta in zip(layouts, metas, strict=True)]
@@ -252,7 +254,7 @@ def _split_of_counts(signature: Signature, checked: Checked, refinement: Refinem
 
 
 def flat_pieces(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...] | None:
-    """A count of n cuts as ``torch.chunk(n)`` does, whatever axes make up n; ``None`` where the axes do so anyway."""
+    """Returns a count of n cuts as ``torch.chunk(n)`` does, whatever axes make up n; ``None`` where the axes do so anyway."""
     flat = chunk_pieces(size, (mesh.count(axes),))
     nested = chunk_pieces(size, tuple(mesh.axis_size(a) for a in axes))
     return None if flat == nested else flat
@@ -267,7 +269,7 @@ def _outputs(
     what: str,
     problems: Problems,
 ) -> tuple[Layout, ...] | None:
-    """The output layouts asked for: as computed with its sums done, or with them scattered over a dim."""
+    """Returns the output layouts asked for: as computed with its sums done, or with them scattered over a dim."""
     assert checked.out is not None
     results = []
     for entry, computed, meta in zip(checked.out, choice.computed, node.op.outputs, strict=True):

@@ -119,7 +119,7 @@ class Candidates:
         return len(self.share)
 
     def choice(self, row: int) -> Choice:
-        """One candidate, which does its own sums."""
+        """Returns one candidate, which does its own sums."""
         if row >= len(self.table):
             return self.extra[row - len(self.table)]
         return reducing(self.op, self.signature, self.table.choice(row, self.needs), self.needs)
@@ -130,7 +130,7 @@ class Candidates:
     # -- the criteria -----------------------------------------------------------------------------------------------
 
     def best(self, links: Sequence[Link], parameters: Sequence[int]) -> Choice:
-        """The candidate that suits the links best.
+        """Returns the candidate that suits the links best.
 
         Args:
             parameters: the inputs that nobody has placed yet and that need a gradient.
@@ -153,7 +153,7 @@ class Candidates:
         return self.choice(int(rows[0]))
 
     def _least_forward(self, rows: Array, links: Sequence[Link]) -> Array:
-        """The rows whose forward redistributions are least; exact prices only where bounds leave it open."""
+        """Returns the rows whose forward redistributions are least; exact prices only where bounds leave it open."""
         if len(rows) == 1 or not links:
             return rows
         local = np.ones(len(rows), dtype=bool)
@@ -244,13 +244,13 @@ def _column(codes: Codes, meta: TensorMeta, mesh: Mesh) -> Column:
 
 
 def _sum_bytes(layout: Layout, meta: TensorMeta) -> int:
-    """Bytes of the all-reduce of what an operator has computed."""
+    """Returns the bytes of the all-reduce of what an operator has computed."""
     done = layout.without_partial()
     return forward_elements(layout, done, meta.shape) * meta.dtype.itemsize if layout.partial else 0
 
 
 def reducing(op: Operator, signature: Signature, choice: Choice, needs: Sequence[bool]) -> Choice:
-    """The same choice with its sums done by the operator itself, by an all-reduce."""
+    """Returns the same choice with its sums done by the operator itself, by an all-reduce."""
     if not any(layout.partial for layout in choice.outputs):
         return choice
     done = tuple(layout.without_partial() for layout in choice.computed)
@@ -258,7 +258,7 @@ def reducing(op: Operator, signature: Signature, choice: Choice, needs: Sequence
 
 
 def share_of(choice: Choice, op: Operator, signature: Signature) -> float:
-    """The share of an operator's work that the busiest rank does."""
+    """Returns the share of an operator's work that the busiest rank does."""
     of_output = {f for dim in signature.outputs[0] for f in dim} if traits_of(op).looks_up else None
     share = 1.0
     for factor, (axes, pieces) in choice.split.items():

@@ -88,7 +88,7 @@ class Refinement:
         return self
 
     def axes_of(self, sizes: Sequence[int], ranks: tuple[int, ...] | None = None) -> tuple[Mesh, list[tuple[str, ...]]]:
-        """The mesh that names a device matrix, and the axes of it that make up each of its axes."""
+        """Returns the mesh that names a device matrix, and the axes of it that make up each of its axes."""
         ranks = ranks or tuple(range(self.size))
         cuts = _cuts(sizes)
         for family, mesh in zip(self.families, self.meshes, strict=True):
@@ -103,7 +103,7 @@ class Refinement:
         raise AssertionError(f"{sizes} was not added before")
 
     def refined(self, layout: Layout, shape: Sequence[int]) -> Layout:
-        """The same placement on a refined mesh; uneven pieces are kept as they are."""
+        """Returns the same placement on a refined mesh; uneven pieces are kept as they are."""
         mesh, axes = self.axes_of(layout.mesh.sizes, layout.mesh.ranks)
         parts = dict(zip(layout.mesh.axes, axes, strict=True))
         dims = [tuple(p for a in entry for p in parts[a]) for entry in layout.bound]

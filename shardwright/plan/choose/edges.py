@@ -47,12 +47,12 @@ def backward_elements(source: Layout, target: Layout, shape: Shape, gradient: tu
 
 @lru_cache(maxsize=65536)
 def least_elements(source: Layout, target: Layout, shape: Shape) -> float:
-    """A lower bound of :func:`forward_elements` that is quick to find: what ranks lack, shared out evenly."""
+    """Returns a lower bound of :func:`forward_elements` that is quick to find: what ranks lack, shared out evenly."""
     return 0.0 if is_slice(source, target) else lower_bound(source, target, shape) / source.mesh.size
 
 
 def is_slice(source: Layout, target: Layout) -> bool:
-    """Whether each rank can surely cut its piece of the target out of its piece of the source."""
+    """Tells whether each rank can surely cut its piece of the target out of its piece of the source."""
     if source == target:
         return True
     if source.mesh != target.mesh or source.partial != target.partial:
@@ -112,7 +112,7 @@ class Edge:
 
 
 def edges_of(plan: Plan) -> Iterator[Edge]:
-    """Every edge of a plan, in the order of its operators."""
+    """Yields every edge of a plan, in the order of its operators."""
     made = {value: (node, i) for node in plan.graph.nodes for i, value in enumerate(node.outputs)}
     for node in plan.graph.nodes:
         choice = plan.choices[node.name]

@@ -25,7 +25,7 @@ def follow(
     mesh: Mesh,
     order: Sequence[int] | None = None,
 ) -> Choice:
-    """The choice that redistributes its inputs least.
+    """Returns the choice that redistributes its inputs least.
 
     Args:
         layouts: where each input is; ``None`` for an input that may be wherever the operator wants it.
@@ -47,7 +47,7 @@ def follow(
 def choice_for_output(
     op: Operator, signature: Signature, target: Layout, needs_grad: Sequence[bool], index: int = 0
 ) -> Choice | None:
-    """The choice whose output ``index`` comes out as ``target``, or ``None`` where the operator cannot make it."""
+    """Returns the choice whose output ``index`` comes out as ``target``, or ``None`` where the operator cannot make it."""
     split: dict[str, Split] = {}
     propose(split, signature, signature.outputs[index], target, op.outputs[index].shape)
     choice = make_choice(op, signature, target.mesh, split, needs_grad)
@@ -72,7 +72,7 @@ def propose(
 
 
 def _accepted(signature: Signature, factors: DimFactors, major: str, layout: Layout, dim: int, size: int) -> Split | None:
-    """The axes and pieces of the dim's first factor that the dim's layout amounts to: as many axes as fit."""
+    """Returns the axes and pieces of the dim's first factor that the dim's layout amounts to: as many axes as fit."""
     rest = math.prod(signature.sizes[f] for f in factors if f != major)
     axes, mesh = layout.bound[dim], layout.mesh
     pieces = layout.pieces(dim, size)
@@ -104,6 +104,6 @@ def _pending(signature: Signature, layouts: Sequence[Layout | None], mesh: Mesh,
 
 
 def _mesh_of(candidates: Sequence[tuple[int, Layout | None]], default: Mesh) -> Mesh:
-    """The mesh of the largest input that is split at all."""
+    """Returns the mesh of the largest input that is split at all."""
     split = [(numel, layout.mesh) for numel, layout in candidates if layout is not None and not layout.is_replicated]
     return max(split, key=lambda item: item[0])[1] if split else default

@@ -13,7 +13,7 @@ _MOST_AXES = 3
 
 @cache
 def prime_factors(n: int) -> tuple[int, ...]:
-    """The prime factors of ``n``, ascending.
+    """Returns the prime factors of ``n``, ascending.
 
     >>> prime_factors(12), prime_factors(1)
     ((2, 2, 3), ())
@@ -29,7 +29,7 @@ def prime_factors(n: int) -> tuple[int, ...]:
 
 @cache
 def factorisations(n: int, axes: int) -> tuple[tuple[int, ...], ...]:
-    """Every way to write ``n`` as an ordered product of ``axes`` factors above 1.
+    """Returns every way to write ``n`` as an ordered product of ``axes`` factors above 1.
 
     >>> factorisations(8, 2)
     ((2, 4), (4, 2))
@@ -73,7 +73,7 @@ def _node_size(n: int, machine: Machine) -> int:
 
 
 def _distance(sizes: tuple[int, ...], n: int, machine: Machine) -> tuple[float, ...]:
-    """How far a mesh is from what usually does best: a whole node on the last axes, the outer ones balanced."""
+    """Returns how far a mesh is from what usually does best: a whole node on the last axes, the outer ones balanced."""
     node = _node_size(n, machine)
     inner, at = 1, len(sizes)
     while at > 0 and inner < node:

@@ -78,7 +78,7 @@ class ChoiceTable:
         return len(self.fraction)
 
     def choice(self, row: int, needs_grad: Sequence[bool]) -> Choice:
-        """One row as a :class:`Choice`."""
+        """Returns one row as a :class:`Choice`."""
         if self.fixed is not None:
             return self.fixed
         assigned = [self.symbols[s] for s in self.rows[row]]
@@ -98,7 +98,7 @@ class ChoiceTable:
         return make_choice(self.op, self.signature, self.mesh, split, needs_grad, pending, outputs)
 
     def restricted(self, keep: np.ndarray[Any, Any]) -> ChoiceTable:
-        """The table with only these rows, a mask or indices."""
+        """Returns the table with only these rows, a mask or indices."""
         return replace(
             self,
             rows=self.rows[keep],
@@ -113,7 +113,7 @@ class ChoiceTable:
 
 
 def layout_of(code: Iterable[int], ndim: int, mesh: Mesh) -> Layout:
-    """The layout that a code stands for.
+    """Returns the layout that a code stands for.
 
     >>> layout_of([1, -2], 2, Mesh(("dp", "tp"), (2, 4))).short()
     'None,dp +sum(tp)'
@@ -129,7 +129,7 @@ def layout_of(code: Iterable[int], ndim: int, mesh: Mesh) -> Layout:
 
 
 def code_of(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """The code of a layout; one of another mesh counts as replicated, orders and piece sizes are left out.
+    """Returns the code of a layout; one of another mesh counts as replicated, orders and piece sizes are left out.
 
     >>> mesh = Mesh(("dp", "tp"), (2, 4))
     >>> code_of(layout_of([1, -2], 2, mesh), mesh)
@@ -143,12 +143,12 @@ def code_of(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
 
 
 def codes_of(layouts: Sequence[Layout], mesh: Mesh) -> Codes:
-    """The codes of layouts, one a row."""
+    """Returns the codes of layouts, one a row."""
     return np.array([code_of(layout, mesh) for layout in layouts], dtype=np.int8).reshape(len(layouts), len(mesh.axes))
 
 
 def is_slice(source: Layout, target: Layout) -> bool:
-    """Whether every rank has its piece of ``target`` within its piece of ``source``, at the cost of a view at most."""
+    """Tells whether every rank has its piece of ``target`` within its piece of ``source``, at the cost of a view at most."""
     if source.mesh != target.mesh:
         return source.is_replicated
     if source.partial != target.partial:
@@ -180,7 +180,7 @@ def choices_of(
     free: Sequence[int] | None = None,
     among: Container[Symbol] | None = None,
 ) -> ChoiceTable:
-    """Every choice of an operator on a mesh.
+    """Returns every choice of an operator on a mesh.
 
     Args:
         base, free: where given, only the axes at the positions ``free`` vary, the others do what ``base`` says.
@@ -281,7 +281,9 @@ def _table(
 
 
 def _reductions(signature: Signature, factor: str) -> int:
-    """How many all-reduces a lowering runs where an inner factor is split: a largest and a sum, or a sum and a count in one."""
+    """Returns how many all-reduces a lowering runs where an inner factor is split: a largest and a sum, or a sum and a
+    count in one.
+    """
     return 1 if factor in signature.pairs else 2
 
 
@@ -292,7 +294,7 @@ def _largest(op: Operator) -> float:
 def _codes(
     signature: Signature, tensor: Sequence[Sequence[str]], symbols: Sequence[Symbol], is_output: bool, index: int | None
 ) -> Codes:
-    """The code of one tensor that each symbol gives an axis."""
+    """Returns the code of one tensor that each symbol gives an axis."""
     where = {signature.major(tuple(factors)): dim for dim, factors in enumerate(tensor)}
     codes = []
     for symbol in symbols:
@@ -308,7 +310,7 @@ def _codes(
 
 
 def _late_code(signature: Signature, index: int, settled: Codes) -> Codes:
-    """The code of an input that is combined with the reduced output: each of its dims as the output has it."""
+    """Returns the code of an input that is combined with the reduced output: each of its dims as the output has it."""
     place = {tuple(factors): dim for dim, factors in enumerate(signature.inputs[index]) if factors}
     to_input = [place.get(tuple(factors), REPLICATED) for factors in signature.outputs[0]]
     table = np.array([*to_input, REPLICATED, REPLICATED], dtype=np.int8)  # settled -1 and -2 read the last two
@@ -336,7 +338,7 @@ def _apart(signature: Signature, choice: Choice) -> dict[str, Split]:
 
 
 def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choice) -> ChoiceTable:
-    """A table of one row: a choice that somebody else made, in this mesh's codes as far as they can say it."""
+    """Returns a table of one row: a choice that somebody else made, in this mesh's codes as far as they can say it."""
 
     def codes(layouts: Sequence[Layout]) -> tuple[Codes, ...]:
         return tuple(codes_of([layout], mesh) for layout in layouts)

@@ -36,7 +36,7 @@ def plan_from_file(
     part: bool = False,
     planner: Callable[[Graph, PlanRequest], Plan] = plan_graph,
 ) -> Plan:
-    """The plan that a file gives a graph.
+    """Returns the plan that a file gives a graph.
 
     Args:
         file: a file, or the path of one.
@@ -132,7 +132,7 @@ class _Match:
     def _fitting(
         self, kind: str, entries: dict[str, TensorEntry], here: dict[str, GraphInput], part: bool
     ) -> dict[str, TensorEntry]:
-        """The entries of tensors that are there, of the right shapes."""
+        """Returns the entries of tensors that are there, of the right shapes."""
         gone = [f"{name} (line {entry.line})" for name, entry in entries.items() if name not in here]
         if gone and not part:
             self.refuse(f"{_count(gone, kind)} read by no operator: {_some(gone)}; delete the entries")
@@ -179,7 +179,7 @@ class _Match:
             where.update(zip(node.outputs, choice.outputs))
 
     def pinned(self, request: PlanRequest) -> PlanRequest:
-        """The request with the file's entries in it."""
+        """Returns the request with the file's entries in it."""
         pins = {node.name: self.pin(node) for node in self.graph.nodes if node.name in self.operators}
         # without the line, which would tell the parameters of repeated layers apart
         layouts: dict[str, Any] = {n: (e.layout, self.file.path) for n, e in self.parameters.items()}
@@ -194,7 +194,7 @@ class _Match:
 
 
 def _without_marks(graph: Graph) -> Graph:
-    """The graph without the strategies on its operators, for a mode that does not follow them but follows a file."""
+    """Returns the graph without the strategies on its operators, for a mode that does not follow them but follows a file."""
     nodes = [
         replace(n, mark=replace(n.mark, in_strategy=None, is_pin=False) if n.mark else None, region=None) for n in graph.nodes
     ]
@@ -225,7 +225,7 @@ class _Whole:
         )  # fmt: skip
 
     def choices(self, planner: Planner) -> dict[str, Choice]:
-        """Every node's choice; equal ones are one object, as planners make them."""
+        """Returns every node's choice; equal ones are one object, as planners make them."""
         made: dict[Any, Choice | None] = {}
         same: dict[Any, Choice] = {}
         result = {}
@@ -290,6 +290,6 @@ def _count(found: list[str], what: str) -> str:
 
 
 def _some(found: list[str]) -> str:
-    """A few of many, by name."""
+    """Returns a few of many, by name."""
     more = len(found) - _NAMED
     return ", ".join(found[:_NAMED]) + (f" and {more} more" if more > 0 else "")

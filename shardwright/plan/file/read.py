@@ -78,7 +78,7 @@ class _Reader:
         )  # fmt: skip
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """An object whose keys are all different."""
+        """Returns an object whose keys are all different."""
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
@@ -172,7 +172,7 @@ class _Reader:
         return self.layouts[text]
 
     def line(self, key: str) -> int:
-        """The line of a key; of one that stands in several places, that which follows the one asked for last."""
+        """Returns the line of a key; of one that stands in several places, that which follows the one asked for last."""
         quoted = json.dumps(key) + ":"
         where = self.text.find(quoted, self.at)
         if where < 0:

@@ -45,7 +45,7 @@ def _write(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _text(plan: Plan, operators: bool, parameters: bool) -> str:
-    """The text of a file: one line an entry."""
+    """Returns the text of a file: one line an entry."""
     head: dict[str, Any] = {
         "format": FORMAT, "version": VERSION, "devices": plan.mesh.size, "mesh": str(plan.mesh), "mode": plan.mode,
     }  # fmt: skip
@@ -93,7 +93,7 @@ def _operators(plan: Plan) -> dict[str, Any]:
 
 
 def _parameters(plan: Plan) -> dict[str, Any]:
-    """Every parameter, and buffers that are not the same on all ranks."""
+    """Returns every parameter, and buffers that are not the same on all ranks."""
     entries = {}
     for i in plan.graph.inputs:
         layout = plan.input_layouts[i.value]

@@ -153,7 +153,7 @@ def _storage_at(
 
 
 def _with_slots(call: Call) -> tuple[Any, list[str]]:
-    """A call's arguments on the first rank, with a slot for each tensor, and the tensors' names."""
+    """Returns a call's arguments on the first rank, with a slot for each tensor, and the tensors' names."""
     names: list[str] = []
 
     def replace(leaf: Any) -> Any:

@@ -250,7 +250,7 @@ class MovePlayer:
         return travelling
 
     def _arrived(self, travelling: _Travelling) -> Storage:
-        """The result of a started move, which is held here; nothing else of it is."""
+        """Returns the result of a started move, which is held here; nothing else of it is."""
         self._release(travelling)
         return travelling.result
 

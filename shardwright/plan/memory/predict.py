@@ -21,7 +21,7 @@ _OPTIMIZERS = {
 def memory_of(
     plan: Plan, optimizer: str | float | None = 2.0, device: str = "cpu", options: Options | None = None
 ) -> MemoryTimeline:
-    """The memory of the rank with the largest pieces over a step: forward, backward, optimizer, gradients set to None.
+    """Returns the memory of the rank with the largest pieces over a step: forward, backward, optimizer, gradients set to None.
 
     Args:
         plan: with the passes that its program goes through, and its schedule.

@@ -115,7 +115,7 @@ class TrainingStep:
         return [n for n in found if not self.state.values[n].tensor.shape] or found
 
     def _temporaries(self, optimizer: OptimizerMemory) -> float:
-        """Bytes that the optimizer needs meanwhile: for a parameter, and half of that still of the one before."""
+        """Returns the bytes that the optimizer needs meanwhile: for a parameter, and half of that still of the one before."""
         sizes = [0.0, *self.state.parameters.values()]
         return max((optimizer.temporary * (now + before / 2) for before, now in pairwise(sizes)), default=0.0)
 

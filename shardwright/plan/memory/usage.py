@@ -60,12 +60,12 @@ class Usage:
         self._number = 0
 
     def next_number(self) -> int:
-        """A number larger than all before."""
+        """Returns a number larger than all before."""
         self._number += 1
         return self._number
 
     def hold(self, storage: Storage) -> Storage:
-        """One more user of a storage."""
+        """Returns one more user of a storage."""
         if storage.users == 0:
             self.parts[storage.part] += storage.size
             self.total += storage.size

@@ -127,7 +127,7 @@ class Planner:
         return fine
 
     def laid_out(self, entry: Any, shape: tuple[int, ...]) -> Layout:
-        """The layout that an entry checked by :meth:`fits` stands for."""
+        """Returns the layout that an entry checked by :meth:`fits` stands for."""
         if isinstance(entry, Layout):
             return self.refinement.refined(entry, shape)
         mesh, axes = self.refinement.axes_of((*entry, self.size // math.prod(entry)))
@@ -176,11 +176,11 @@ class Planner:
                 )
 
     def batch_layout(self, shape: tuple[int, ...]) -> Layout:
-        """A tensor whose dim 0 is the batch, split over the ranks."""
+        """Returns a tensor whose dim 0 is the batch, split over the ranks."""
         return Layout.of(self.mesh, [self.batch_axes(shape[0]), *[()] * (len(shape) - 1)]).normal(shape)
 
     def batch_layouts(self) -> list[tuple[GraphInput, Layout]]:
-        """The user inputs that carry the batch, split as the dataset strategy says."""
+        """Returns the user inputs that carry the batch, split as the dataset strategy says."""
         inputs = [i for i in self.graph.inputs if i.kind == "input"]
         strategy = self.request.dataset_strategy
         if not isinstance(strategy, str):
@@ -202,7 +202,7 @@ class Planner:
             self.refinement.add_if_fits((ways, self.size // ways))
 
     def batch_axes(self, batch: int) -> tuple[str, ...]:
-        """All axes of the mesh, or as many of the first as the batch has samples for."""
+        """Returns all axes of the mesh, or as many of the first as the batch has samples for."""
         axes: tuple[str, ...] = ()
         for axis in self.mesh.axes:
             if self.mesh.count((*axes, axis)) > batch:
@@ -236,7 +236,7 @@ class Planner:
             self.where.update(zip(node.outputs, choice.outputs, strict=True))
 
     def is_ready(self, node: Node) -> bool:
-        """Whether every rank can make any piece of an operator's outputs from the whole batch that it was handed."""
+        """Tells whether every rank can make any piece of an operator's outputs from the whole batch that it was handed."""
         return (
             bool(node.inputs)
             and not may_draw(node.op.target)
@@ -255,7 +255,7 @@ class Planner:
         return self.laid_out(entry[0], shape) if entry is not None else None
 
     def choose(self, node: Node) -> Choice | None:
-        """The choice of one operator, or ``None`` for one whose inputs are all free."""
+        """Returns the choice of one operator, or ``None`` for one whose inputs are all free."""
         signature, needs = self.signatures[node.name], self.needs[node.name]
         if node.name in self.checked:
             return resolve_strategy(node, signature, self.checked[node.name], self.refinement, needs, self.problems)
@@ -322,7 +322,9 @@ class Planner:
         return self.on_main_mesh(next(iter(candidates), given or replicated), graph_input.meta.shape)
 
     def on_main_mesh(self, layout: Layout, shape: tuple[int, ...]) -> Layout:
-        """The layout itself, or the nearest on the main mesh: parameters share one, so that their norms can be added."""
+        """Returns the layout itself, or the nearest on the main mesh: parameters share one, so that their norms can be
+        added.
+        """
         if layout.mesh == self.mesh:
             return layout
         free, dims = list(self.mesh.axes), []
@@ -337,6 +339,6 @@ class Planner:
 
 
 def _most_split(layouts: Sequence[Layout]) -> list[Layout]:
-    """The layouts with the most ways first; among equals the last reader's (they come last to first)."""
+    """Returns the layouts with the most ways first; among equals the last reader's (they come last to first)."""
     unique = list(dict.fromkeys(reversed(layouts)))
     return sorted(unique, key=lambda layout: -layout.mesh.count(layout.split_axes))

@@ -43,7 +43,7 @@ NOTHING_CONFIGURED = (
 
 
 def plan_propagation(graph: Graph, request: PlanRequest) -> Plan:
-    """The plan of a graph whose marks are propagated.
+    """Returns the plan of a graph whose marks are propagated.
 
     Raises:
         StrategyError: nothing is configured, or strategies cannot be followed; nothing has been run.
@@ -52,7 +52,7 @@ def plan_propagation(graph: Graph, request: PlanRequest) -> Plan:
 
 
 def slice_counts(plan: Plan, node: Node | str) -> tuple[tuple[int, ...], ...]:
-    """An operator's choice as a strategy: for each tensor input, into how many slices each dim is cut.
+    """Returns an operator's choice as a strategy: for each tensor input, into how many slices each dim is cut.
 
     Args:
         node: a node of the plan's graph, or its name.
@@ -131,7 +131,7 @@ class PropagationPlanner(Planner):
         return choice_for_output(node.op, signature, self.laid_out(self.pins[node.name], node.op.inputs[0].shape), needs)
 
     def is_free(self, value: str) -> bool:
-        """Whether a value may be wherever its readers want it: a parameter, or made from parameters alone."""
+        """Tells whether a value may be wherever its readers want it: a parameter, or made from parameters alone."""
         maker = self.maker.get(value)
         return self.where[value] is None and (maker is None or maker.name not in self.open)
 
@@ -154,7 +154,7 @@ class PropagationPlanner(Planner):
             level += 1
 
     def neighbours(self, name: str) -> Iterator[Node]:
-        """The makers of an operator's inputs and the readers of its outputs."""
+        """Yields the makers of an operator's inputs and the readers of its outputs."""
         node = self.graph.nodes[self.position[name]]
         for value in node.inputs:
             if value in self.maker:
@@ -164,7 +164,7 @@ class PropagationPlanner(Planner):
                 yield reader
 
     def choose_reached(self, node: Node, level: int) -> Choice:
-        """The candidate that suits an operator's decided neighbours best; alike ones are chosen for once."""
+        """Returns the candidate that suits an operator's decided neighbours best; alike ones are chosen for once."""
         signature, needs = self.signatures[node.name], tuple(self.needs[node.name])
         links = tuple(dict.fromkeys([*self.input_links(node, level), *self.output_links(node, level)]))
         parameters = tuple(i for i, v in enumerate(node.inputs) if needs[i] and self.where[v] is None and self.is_free(v))
@@ -183,7 +183,7 @@ class PropagationPlanner(Planner):
         return self.remembered[key]  # type: ignore[no-any-return]
 
     def kind(self, node: Node) -> int:
-        """A number that operators share which are called alike on tensors that are alike."""
+        """Returns a number that operators share which are called alike on tensors that are alike."""
         op = node.op
         key = (op.target, repr(op.args), repr(op.kwargs), op.inputs, op.outputs)
         return self.kinds.setdefault(key, len(self.kinds))
@@ -214,7 +214,7 @@ class PropagationPlanner(Planner):
                     yield Link(slot, False, wanted, gradient, grad, self.level[reader.name] < level)
 
     def mesh_of(self, links: Sequence[Link]) -> Mesh:
-        """The mesh of what reached the operator, where that is split at all."""
+        """Returns the mesh of what reached the operator, where that is split at all."""
         split = [link.other.mesh for link in links if link.reached and not link.other.is_replicated]
         return self.mesh if not split or self.mesh in split else split[0]
 
@@ -271,7 +271,7 @@ class PropagationPlanner(Planner):
                     break
 
     def pending_inputs(self, node: Node, group: frozenset[int], kept: set[str]) -> dict[int, Layout] | None:
-        """The sums that a group of inputs would read, where reading them pending makes them fewer or smaller."""
+        """Returns the sums that a group of inputs would read, where reading them pending makes them fewer or smaller."""
         values = {node.inputs[i] for i in group}
         found: dict[int, Layout] = {}
         for i in group:
@@ -297,7 +297,7 @@ class PropagationPlanner(Planner):
 
 
 def reducing_pending(choice: Choice) -> Choice:
-    """The same choice with all that it hands on reduced, be the sums its own or those that it read."""
+    """Returns the same choice with all that it hands on reduced, be the sums its own or those that it read."""
     return replace(choice, outputs=tuple(layout.without_partial() for layout in choice.computed))
 
 
@@ -327,5 +327,5 @@ def refine_to_primes(refinement: Refinement) -> None:
 
 
 def _divisor(n: int) -> int:
-    """The largest divisor up to the root, by which a size falls into two that are about alike; 1 of a prime."""
+    """Returns the largest divisor up to the root, by which a size falls into two that are about alike; 1 of a prime."""
     return max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)

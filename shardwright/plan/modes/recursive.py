@@ -45,7 +45,7 @@ class Recursion:
         self.axes = [a for a, size in enumerate(planner.mesh.sizes) if size > 1] or [0]
 
     def run(self) -> Attempt:
-        """The best plan found; under a limit, with the least price of memory that makes it fit."""
+        """Returns the best plan found; under a limit, with the least price of memory that makes it fit."""
         best = self._descend(0.0)
         if self.limit is not None and best.memory > self.limit:
             best = self._with_price_of_memory(best)
@@ -93,7 +93,9 @@ class Recursion:
         return min(state, together, key=lambda found: found.cost + price * found.memory)
 
     def _level(self, state: _State, axes: tuple[int, ...], price: float, among: dict[int, set[Symbol]] | None = None) -> _State:
-        """The best that some axes can do while the others stay as they are, with all symbols or ``among`` some of a site's."""
+        """Returns the best that some axes can do while the others stay as they are, with all symbols or ``among`` some of a
+        site's.
+        """
         planner = self.planner
         tables = {
             site: planner.table(site, state.symbols[site], axes, None if among is None else frozenset(among[site]))
@@ -113,12 +115,12 @@ class Recursion:
         return _State(symbols, codes, cost, memory, form, _spread(form.problem, answer))
 
     def _one(self, rows: Any) -> int:
-        """The choice of all copies of a repeated node: that of the middle one."""
+        """Returns the choice of all copies of a repeated node: that of the middle one."""
         return int(rows if isinstance(rows, (int, np.integer)) else rows[len(rows) // 2])
 
 
 def _spread(problem: Problem, answer: list[int]) -> list[Any]:
-    """The same choice for every copy of a repeated node."""
+    """Returns the same choice for every copy of a repeated node."""
     result: list[Any] = list(answer)
     for repeat in problem.repeats:
         for at in range(repeat.start, repeat.start + repeat.length):
@@ -127,7 +129,7 @@ def _spread(problem: Problem, answer: list[int]) -> list[Any]:
 
 
 def _priced(problem: Problem, price: float) -> Problem:
-    """The problem with memory paid for in seconds."""
+    """Returns the problem with memory paid for in seconds."""
 
     def edges(given: Any) -> Any:
         return tuple(e if e.memory is None else replace(e, cost=e.cost + price * e.memory, memory=None) for e in given)

@@ -160,7 +160,7 @@ class SearchPlanner(Planner):
         free: Sequence[int] | None = None,
         among: frozenset[Symbol] | None = None,
     ) -> ChoiceTable:
-        """The choices of a site; see :func:`shardwright.plan.choose.tables.choices_of`."""
+        """Returns the choices of a site; see :func:`shardwright.plan.choose.tables.choices_of`."""
         if site in self.pinned:
             return self.pinned[site]
         node = self.graph.nodes[site]
@@ -173,7 +173,7 @@ class SearchPlanner(Planner):
         return self.tables[key]
 
     def stored(self, value: str, base: tuple[int, ...] | None = None, free: Sequence[int] | None = None) -> Codes:
-        """The codes in which a parameter may be stored."""
+        """Returns the codes in which a parameter may be stored."""
         asked = self.where.get(value)
         if asked is not None:
             codes = codes_of([asked], self.mesh)
@@ -208,7 +208,7 @@ class SearchPlanner(Planner):
     # -- ways to solve it -------------------------------------------------------------------------------------------
 
     def exact(self, limit: float | None, gradients: float) -> Attempt:
-        """All axes at once."""
+        """Returns all axes at once."""
         started = time.perf_counter()
         tables = {site: self.table(site) for site in self.folded.sites}
         stored = {value: self.stored(value) for value in self.read_parameters()}
@@ -220,19 +220,19 @@ class SearchPlanner(Planner):
         return Attempt(self.mesh, formulation, solution)
 
     def find(self, problem: Problem, gap: float) -> Solution:
-        """The search itself, by one process of a job."""
+        """Returns the search itself, by one process of a job."""
         found: Solution = self.request.on_first_rank(lambda: solve(problem, gap=gap, seconds=self.share_of_time()))
         return found
 
     def share_of_time(self) -> float:
-        """Seconds that the next solution may take: a good part of those that are left."""
+        """Returns the seconds that the next solution may take: a good part of those that are left."""
         return max(0.5, (self.deadline - time.perf_counter()) / 3)
 
     def recursive(self, limit: float | None, gradients: float) -> Attempt:
         return Recursion(self, limit, gradients).run()
 
     def within_limit(self, how: Callable[[float | None, float], Attempt]) -> Plan:
-        """The plan of this mesh whose whole step fits into memory.
+        """Returns the plan of this mesh whose whole step fits into memory.
 
         The search limits what adds up over operators: parameters, optimizer states, what autograd keeps. Where the rest
         (gradients, buffers) makes the plan too large, the limit is tightened by what is missing.
@@ -264,7 +264,7 @@ class SearchPlanner(Planner):
         raise self.does_not_fit(plan, None)
 
     def near_the_end(self, plan: Plan) -> bool:
-        """Whether a plan needs most where nearly all that is kept is alive, so that it counts in full there."""
+        """Tells whether a plan needs most where nearly all that is kept is alive, so that it counts in full there."""
         phase, name = step_memory(plan).at
         last = [n.name for n in self.graph.nodes[-max(8, len(self.graph.nodes) // 20) :]]
         return phase != "optimizer" and name in last and self.site_of(name) in self.folded.sites
@@ -312,7 +312,7 @@ class SearchPlanner(Planner):
     # -- what does not fit ------------------------------------------------------------------------------------------
 
     def smallest(self, error: Infeasible) -> Plan | None:
-        """The plan that needs least, of those that weigh memory more and more against time."""
+        """Returns the plan that needs least, of those that weigh memory more and more against time."""
         if not error.choices:
             return None
         problem = self.latest.problem

@@ -18,7 +18,7 @@ from shardwright.plan.request import PlanRequest
 
 
 def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:
-    """The plan of a graph whose strategies are its marks.
+    """Returns the plan of a graph whose strategies are its marks.
 
     Raises:
         StrategyError: lists every problem of every strategy; nothing has been run.

@@ -33,7 +33,7 @@ PLANNERS: dict[str, Planning] = {
 
 
 def plan_graph(graph: Graph, request: PlanRequest) -> Plan:
-    """The plan of a graph, by the planner of the request's mode.
+    """Returns the plan of a graph, by the planner of the request's mode.
 
     Raises:
         ShardwrightError: a mode without a planner.

@@ -63,11 +63,11 @@ class Repricer:
         self.returned = {n for n in names if isinstance(n, str)}
 
     def is_priced(self, node: Node) -> bool:
-        """Whether an operator costs anything; what every rank makes where it is wanted does not."""
+        """Tells whether an operator costs anything; what every rank makes where it is wanted does not."""
         return not all(v in self.ready for v in node.outputs)
 
     def alternatives(self, node: Node, most: int = 4) -> list[Alternative]:
-        """The choices that would cost least in place of the plan's, the best first."""
+        """Returns the choices that would cost least in place of the plan's, the best first."""
         choice, signature = self.plan.choices[node.name], self.plan.signatures[node.name]
         symbols = 1 + 2 * len(signature.order)
         if choice.mesh != self.mesh or not self.is_priced(node) or symbols ** len(self.mesh.axes) > 100 * _MOST_CHOICES:
@@ -91,7 +91,7 @@ class Repricer:
         return found
 
     def cost(self, node: Node, table: ChoiceTable) -> Array:
-        """Seconds of each choice: the operator, and what changes of the redistributions next to it."""
+        """Returns the seconds of each choice: the operator, and what changes of the redistributions next to it."""
         total = self.pricing.operator(table, tuple(v in self.graph.needs_grad for v in node.inputs))
         read: set[Any] = set()
         for slot, value in enumerate(node.inputs):

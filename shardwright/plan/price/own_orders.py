@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=65536)
 def has_own_order(layout: Layout) -> bool:
-    """Whether some dim's axes are in another order than the mesh's."""
+    """Tells whether some dim's axes are in another order than the mesh's."""
     return any(axes != layout.mesh.ordered(axes) for axes in layout.bound)
 
 
 def in_true_orders(plan: Plan, price: PlanPrice, machine: Machine, of: type[MovePrice]) -> PlanPrice:
-    """The price of a plan with all that reads or makes a layout of its own order priced as it runs.
+    """Returns the price of a plan with all that reads or makes a layout of its own order priced as it runs.
 
     Args:
         of: the class of prices of redistributions.
@@ -91,7 +91,7 @@ class _Orders:
         self.values.update(value for value, layout in self.made.items() if has_own_order(layout))
 
     def own(self, node: Node) -> tuple[tuple[CollectivePrice, ...], tuple[CollectivePrice, ...]]:
-        """The collectives by which an operator does its sums, forward and backward."""
+        """Returns the collectives by which an operator does its sums, forward and backward."""
         choice, found = self.plan.choices[node.name], ([], [])  # type: ignore[var-annotated]
         for value, before, after in zip(node.outputs, choice.computed, choice.outputs):
             for phase, steps in zip(found, self._steps(value, before, after, ())):
@@ -99,7 +99,7 @@ class _Orders:
         return tuple(found[0]), tuple(found[1])
 
     def moves(self) -> Iterator[MovePrice]:
-        """The redistributions of all values with an order of their own, one for each way in which one is read."""
+        """Yields the redistributions of all values with an order of their own, one for each way in which one is read."""
         parameters = {i.value for i in self.graph.inputs if i.kind == "parameter"}
         whole = {o for o in self.graph.outputs if isinstance(o, str)} | {v for _, v in self.graph.updates}
         read: dict[str, dict[tuple[Layout, tuple[str, ...]], list[str]]] = {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float) -> Formulation:
-    """The problem whose only answer is the plan, layers that are planned alike written once."""
+    """Returns the problem whose only answer is the plan, layers that are planned alike written once."""
     graph, mesh = plan.graph, plan.mesh
     layouts = {i.value: plan.input_layouts[i.value] for i in graph.inputs if i.kind == "parameter"}
     blocks = blocks_of(graph, layouts, lambda node: _layouts(plan.choices[node.name]))
@@ -144,7 +144,7 @@ class _Breakdown:
         return [move for move in found if move.forward or move.backward]
 
     def _sharing(self, moves: Sequence[MovePrice]) -> tuple[MovePrice, ...]:
-        """The moves with parameters' launches shared by those whose collectives are alike, as they are when run."""
+        """Returns the moves with parameters' launches shared by those whose collectives are alike, as they are when run."""
 
         def kinds(move: MovePrice) -> list[Any]:
             phases = (move.forward, move.backward)
@@ -174,7 +174,7 @@ class _Breakdown:
         return self.copies[value]
 
     def _names(self, site: int) -> list[str]:
-        """The names of the nodes that a site stands for."""
+        """Returns the names of the nodes that a site stands for."""
         if site not in self.names:
             self.names[site] = [self.graph.nodes[node].name for _, node in self.form.folded.copies(site)]
         return self.names[site]
@@ -189,7 +189,7 @@ class _Breakdown:
         return [(c, self.graph.nodes[n].outputs[position]) for c, n in self.form.folded.copies(producer)]
 
     def _readers(self, value: str, copy: int, use: Use) -> list[str]:
-        """The nodes that read a copy of a value by a use."""
+        """Returns the nodes that read a copy of a value by a use."""
         folded = self.form.folded
         block = folded.block_of.get(use.node)
         producer = folded.producer.get(value)

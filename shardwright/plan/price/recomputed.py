@@ -29,7 +29,8 @@ PART = "recompute"
 
 
 def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
-    """The price with all that the plan does again in the backward as a part of its own; the same where there is nothing.
+    """Returns the price with all that the plan does again in the backward as a part of its own; the same where there is
+    nothing.
 
     Args:
         price: of a step in which everything is kept.
@@ -101,7 +102,7 @@ class _Again(InstructionVisitor[None]):
             self.wanted.update(move.source for move in moves)
 
     def _is_wanted(self, value: str) -> bool:
-        """Whether the backward has a use for a value that is not there any more."""
+        """Tells whether the backward has a use for a value that is not there any more."""
         return value in self.wanted and value not in self.program.kept
 
     def call(self, call: Call) -> None:
@@ -123,6 +124,6 @@ class _Again(InstructionVisitor[None]):
 
 
 def _gather(move: MovePrice, steps: Iterable[CollectivePrice], machine: Machine) -> float:
-    """Seconds of a parameter's gather that do not hide, launches shared with others as they are the first time."""
+    """Returns the seconds of a parameter's gather that do not hide, launches shared with others as they are the first time."""
     shared = move.launches[0] * (1 - move.share)
     return float(machine.exposed(max(0.0, sum(step.seconds for step in steps) - shared), 0.0))

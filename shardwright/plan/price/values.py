@@ -115,7 +115,7 @@ class PlanPrice:
         return once + sum(step.bytes for step in self.again)
 
     def moves_to(self, node: str) -> Sequence[MovePrice]:
-        """The redistributions that a node pays for."""
+        """Returns the redistributions that a node pays for."""
         if not self._by_reader:
             for move in self.moves:
                 for reader in move.readers:

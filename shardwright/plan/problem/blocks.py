@@ -40,7 +40,7 @@ class Block:
 def blocks_of(
     graph: Graph, labels: Mapping[str, Any] | None = None, alike: Callable[[Node], Any] | None = None
 ) -> tuple[Block, ...]:
-    """The repeated blocks of a graph, in order, none touching another.
+    """Returns the repeated blocks of a graph, in order, none touching another.
 
     Args:
         labels: what else is known of graph inputs; those of different labels are not alike.
@@ -109,7 +109,7 @@ class _Wiring:
         self.crossing = self._crossing(len(graph.nodes))
 
     def _crossing(self, count: int) -> Array:
-        """How many values are made before each node and read at it or later."""
+        """Returns how many values are made before each node and read at it or later."""
         change = np.zeros(count + 2, dtype=np.int64)
         read = (self.owner_array >= 0) & (self.reader_array > self.owner_array)
         np.add.at(change, self.owner_array[read] + 1, 1)
@@ -124,7 +124,7 @@ def _kind(node: Node, given: tuple[bool, ...]) -> Any:
 
 
 def _largest(wiring: _Wiring, low: int, high: int) -> Block | None:
-    """The block that covers most nodes of ``low .. high``."""
+    """Returns the block that covers most nodes of ``low .. high``."""
     kinds = wiring.kinds[low:high]
     best: Block | None = None
     for period in _periods(kinds):
@@ -136,7 +136,7 @@ def _largest(wiring: _Wiring, low: int, high: int) -> Block | None:
 
 
 def _periods(kinds: Array) -> list[int]:
-    """The distances at which kinds of nodes come again, the most frequent first."""
+    """Returns the distances at which kinds of nodes come again, the most frequent first."""
     last: dict[int, int] = {}
     gaps: Counter[int] = Counter()
     for at, kind in enumerate(kinds.tolist()):
@@ -163,7 +163,7 @@ def _runs(equal: Array, least: int) -> list[tuple[int, int]]:
 
 
 def _wired(wiring: _Wiring, start: int, stop: int, period: int) -> Block | None:
-    """The copies within ``start .. stop`` that are connected alike, cut where fewest values cross."""
+    """Returns the copies within ``start .. stop`` that are connected alike, cut where fewest values cross."""
     cuts = range(start, min(start + period, stop - _LEAST_COPIES * period + 1))
     for cut in sorted(cuts, key=lambda at: (int(wiring.crossing[at]), at)):
         block = Block(cut, period, (stop - cut) // period)
@@ -174,7 +174,7 @@ def _wired(wiring: _Wiring, start: int, stop: int, period: int) -> Block | None:
 
 
 def _is_wired(wiring: _Wiring, block: Block) -> bool:
-    """Whether each copy reads what the copy before it reads: its own, the previous copy's, or the same from before."""
+    """Tells whether each copy reads what the copy before it reads: its own, the previous copy's, or the same from before."""
     low = slice(wiring.offsets[block.start], wiring.offsets[block.stop - block.length])
     high = slice(wiring.offsets[block.start + block.length], wiring.offsets[block.stop])
     now, later = wiring.owners[low], wiring.owners[high]
@@ -187,7 +187,7 @@ def _is_wired(wiring: _Wiring, block: Block) -> bool:
 
 
 def _exits_last(wiring: _Wiring, block: Block) -> bool:
-    """Whether what is read after the block comes from its last copy, and nothing reaches back further than one copy."""
+    """Tells whether what is read after the block comes from its last copy, and nothing reaches back further than one copy."""
     owners, readers = wiring.owner_array, wiring.reader_array
     inside = (owners >= block.start) & (owners < block.stop)
     owners, readers = owners[inside], readers[inside]

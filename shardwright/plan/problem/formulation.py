@@ -237,7 +237,7 @@ class Formulation:
         return self.saved[site]
 
     def _kept(self, site: int) -> Array:
-        """Bytes that an operator keeps besides its inputs, which count where they come from."""
+        """Returns the bytes that an operator keeps besides its inputs, which count where they come from."""
         node, table, saved = self.graph.nodes[site], self.tables[site], self.saved_of(site)
         outputs = self.pricing.local_bytes(node.op.outputs, table.outputs, len(table))
         alone = Saved(frozenset(), saved.outputs, saved.extra, saved.aliases, saved.guessed)
@@ -273,7 +273,7 @@ class Formulation:
         return Needs(table.inputs[use.slot], table.gradients[use.slot])
 
     def source(self, value: str) -> tuple[int, Codes] | None:
-        """The variable that says where a value is, and its codes; ``None`` where that is given."""
+        """Returns the variable that says where a value is, and its codes; ``None`` where that is given."""
         if value in self.at_parameter:
             return self.at_parameter[value], self.stored[value]
         producer = self.folded.producer.get(value)
@@ -308,7 +308,7 @@ class Formulation:
             self.edges.append(edge)
 
     def counted(self, value: str) -> bool:
-        """Whether a value's memory is counted where it is made: stored, or kept by the operator that makes it."""
+        """Tells whether a value's memory is counted where it is made: stored, or kept by the operator that makes it."""
         if value in self.parameters:
             return True
         producer = self.folded.producer[value]
@@ -331,7 +331,7 @@ class Formulation:
 
 
 def stored_codes(meta: TensorMeta, mesh: Mesh) -> Codes:
-    """The layouts a parameter may be stored in: every axis replicates it or splits one dim, no piece empty."""
+    """Returns the layouts a parameter may be stored in: every axis replicates it or splits one dim, no piece empty."""
     if not mesh.axes:
         return np.zeros((1, 0), dtype=np.int8)
     options = [range(REPLICATED, len(meta.shape)) if size > 1 else (REPLICATED,) for size in mesh.sizes]

@@ -53,11 +53,11 @@ class Pricing:
         return self._memo[key]
 
     def interned(self, array: Array) -> Array:
-        """The one array with this content, so that what is alike has one price."""
+        """Returns the one array with this content, so that what is alike has one price."""
         return self._once(("array", array.dtype, array.shape, array.tobytes()), (), lambda: array)  # type: ignore[no-any-return]
 
     def interned_table(self, table: ChoiceTable) -> ChoiceTable:
-        """The table over interned arrays."""
+        """Returns the table over interned arrays."""
 
         def one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
             return tuple(map(self.interned, arrays))
@@ -76,11 +76,11 @@ class Pricing:
         return self._once(("scaled", id(array), weight), (array,), lambda: array * weight)  # type: ignore[no-any-return]
 
     def keys(self, codes: Codes, gradients: Array) -> Array:
-        """One number for each layout and gradient."""
+        """Returns one number for each layout and gradient."""
         return ((codes.astype(np.int64) + 3 + 8 * gradients) * self._radix).sum(axis=-1)
 
     def local_bytes(self, metas: Sequence[TensorMeta], codes: Sequence[Codes], count: int) -> Array:
-        """Bytes of the largest piece of each of ``T`` tensors in ``count`` choices: ``(T, C)``."""
+        """Returns the bytes of the largest piece of each of ``T`` tensors in ``count`` choices: ``(T, C)``."""
         if not metas:
             return np.zeros((0, count))
         return np.stack([self.piece_bytes(meta, code) for meta, code in zip(metas, codes)])
@@ -91,12 +91,12 @@ class Pricing:
     # -- variables --------------------------------------------------------------------------------------------------
 
     def operator(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> Array:
-        """Seconds of each choice, forward and backward, with the collectives it runs itself."""
+        """Returns the seconds of each choice, forward and backward, with the collectives it runs itself."""
         key = ("operator", id(table), needs_grad)
         return self._once(key, (table,), lambda: sum(self.operator_parts(table, needs_grad)))  # type: ignore[no-any-return]
 
     def operator_parts(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> tuple[Array, Array, Array]:
-        """Seconds of each choice: computing forward, computing backward, its own collectives."""
+        """Returns the seconds of each choice: computing forward, computing backward, its own collectives."""
         op = table.op
         inputs = self.local_bytes(op.inputs, table.inputs, len(table))
         outputs = self.local_bytes(op.outputs, table.outputs, len(table))
@@ -105,7 +105,7 @@ class Pricing:
         return np.asarray(forward), np.asarray(backward), self._own_collectives(table, any(needs_grad))
 
     def _channels(self, table: ChoiceTable) -> Channels:
-        """The channels of a convolution that a rank has in each choice; groups are only split as wholes."""
+        """Returns the channels of a convolution that a rank has in each choice; groups are only split as wholes."""
         whole, codes = channels_of(table.op), table.inputs[1]
         if whole.groups > 1:
             return whole
@@ -138,7 +138,9 @@ class Pricing:
     def own_steps(
         self, table: ChoiceTable, row: int, grad: bool
     ) -> tuple[tuple[CollectivePrice, ...], tuple[CollectivePrice, ...]]:
-        """The collectives that one choice of an operator runs itself, forward and backward; they add up to its price."""
+        """Returns the collectives that one choice of an operator runs itself, forward and backward; they add up to its
+        price.
+        """
         forward: list[CollectivePrice] = []
         backward: list[CollectivePrice] = []
         none = np.zeros((1, len(self.mesh.axes)), dtype=bool)
@@ -158,7 +160,7 @@ class Pricing:
         return tuple(forward), tuple(backward)
 
     def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:
-        """Seconds from each row's layout to the same row's other one."""
+        """Returns the seconds from each row's layout to the same row's other one."""
         seconds = np.zeros(len(before))
         changed = np.flatnonzero((before != after).any(axis=1))
         keys = np.concatenate([before[changed], after[changed]], axis=1)
@@ -171,7 +173,7 @@ class Pricing:
         return seconds
 
     def parameter(self, meta: TensorMeta, codes: Codes, grad: bool, states: float, gradients: float) -> tuple[Array, Array]:
-        """Seconds of the optimizer, and bytes: the parameter, its optimizer states, and a share of its gradient."""
+        """Returns the seconds of the optimizer, and bytes: the parameter, its optimizer states, and a share of its gradient."""
 
         def make() -> tuple[Array, Array]:
             held = self.piece_bytes(meta, codes)
@@ -182,7 +184,7 @@ class Pricing:
         return self._once(("parameter", meta, id(codes), grad, states, gradients), (codes,), make)  # type: ignore[no-any-return]
 
     def to_whole(self, meta: TensorMeta, codes: Codes, grad: bool) -> Array:
-        """Seconds to make a value whole on every rank."""
+        """Returns the seconds to make a value whole on every rank."""
         target = np.full((1, len(self.mesh.axes)), REPLICATED, dtype=np.int8)
         return self.move(meta, codes, target, np.zeros((1, len(self.mesh.axes)), dtype=bool), grad)[0][:, 0]
 
@@ -192,7 +194,7 @@ class Pricing:
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool = False,
         stored: bool = False, counted: bool = False,
     ) -> tuple[Array, Array | None]:  # fmt: skip
-        """Seconds ``(S, T)`` of redistributions, forward and backward, and the bytes that the reader keeps.
+        """Returns the seconds ``(S, T)`` of redistributions, forward and backward, and the bytes that the reader keeps.
 
         Args:
             gradients: ``(T, A)``, axes over which the gradient that comes back is partial.
@@ -224,7 +226,7 @@ class Pricing:
         return seconds[np.ix_(row_of, column_of)], memory
 
     def move_parts(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> tuple[Array, Array]:
-        """Seconds ``(S, T)`` of redistributions, forward and backward apart."""
+        """Returns the seconds ``(S, T)`` of redistributions, forward and backward apart."""
         size = meta.dtype.itemsize
         forward = self.communication.moves(meta.shape, size, source, target).seconds
         if not grad:
@@ -235,7 +237,7 @@ class Pricing:
     def saved_by_sharing(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
     ) -> tuple[Array, Array]:
-        """Seconds that a parameter saves, forward and backward, as it shares collectives: the others' launches."""
+        """Returns the seconds that a parameter saves, forward and backward, as it shares collectives: the others' launches."""
         forward, backward, share = self.launches(meta, source, target, gradients, grad)
         return forward * (1 - share), backward * (1 - share)
 
@@ -268,7 +270,9 @@ class Pricing:
         return first, where.reshape(-1)
 
     def _kept(self, meta: TensorMeta, source: Codes, target: Codes, counted: bool) -> Array:
-        """Bytes that a reader keeps: a slice keeps what it is a slice of, anything else that moves is a new tensor."""
+        """Returns the bytes that a reader keeps: a slice keeps what it is a slice of, anything else that moves is a new
+        tensor.
+        """
         before, after = self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :]
         changed = source[:, None, :] != target[None, :, :]
         sliced = (~changed | (source[:, None, :] == REPLICATED)).all(axis=-1)
@@ -291,7 +295,8 @@ class Pricing:
 
 
 def launches_of(buckets: Buckets, size: float, count: int) -> float:
-    """How many collectives ``count`` parameters of ``size`` bytes in all make; a bucket that is not full counts as a part.
+    """Returns how many collectives ``count`` parameters of ``size`` bytes in all make; a bucket that is not full counts as
+    a part.
 
     >>> launches_of(Buckets(4 << 20), 6 << 20, 10), launches_of(Buckets(), 6 << 20, 10)
     (1.5, 10.0)
@@ -302,7 +307,7 @@ def launches_of(buckets: Buckets, size: float, count: int) -> float:
 
 
 def bytes_of_parameters(graph: Graph) -> float:
-    """Bytes of all parameters of a graph, whole."""
+    """Returns the bytes of all parameters of a graph, whole."""
     return float(sum(i.meta.bytes for i in graph.inputs if i.kind == "parameter"))
 
 

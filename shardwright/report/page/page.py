@@ -70,7 +70,7 @@ def page_data(plan: Plan, title: str = "", priced: bool = True) -> dict[str, Any
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page that shows some data, as HTML."""
+    """Returns the page that shows some data, as HTML."""
     here = Path(__file__).parent
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":  # nothing in it may end the script, or start a comment
@@ -86,7 +86,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def _values(plan: Plan) -> list[str]:
-    """The values of the graph: its inputs, then what its nodes make."""
+    """Returns the values of the graph: its inputs, then what its nodes make."""
     return [i.value for i in plan.graph.inputs] + [value for node in plan.graph.nodes for value in node.outputs]
 
 
@@ -117,7 +117,7 @@ def _search(search: Search) -> dict[str, Any]:
 
 
 def _memory(plan: Plan, memory: MemoryTimeline) -> dict[str, Any]:
-    """The memory over time: bytes of each part at each point, in whole units."""
+    """Returns the memory over time: bytes of each part at each point, in whole units."""
     order = {node.name: at for at, node in enumerate(plan.graph.nodes)}
     unit = max(memory.peak / _MEMORY_STEPS, 1.0)
     phases: list[list[Any]] = []
@@ -145,7 +145,7 @@ def _short(numbers: Sequence[int]) -> list[int] | int:
 
 
 def _parameters(plan: Plan, price: PlanPrice | None, tables: Tables) -> list[dict[str, Any]]:
-    """The parameters, those of alike layers together."""
+    """Returns the parameters, those of alike layers together."""
     from shardwright.base.text import pattern
 
     moved: dict[str, float] = {}

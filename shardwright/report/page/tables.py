@@ -68,7 +68,7 @@ def _frozen(data: Any) -> Hashable:
 
 
 def _runs(ranks: Sequence[int]) -> list[list[int]]:
-    """Ranks as ``[first, step, count]``.
+    """Returns the ranks as ``[first, step, count]``.
 
     >>> _runs((0, 2, 4, 6, 1))
     [[0, 2, 4], [1, 1, 1]]
@@ -86,7 +86,7 @@ def _runs(ranks: Sequence[int]) -> list[list[int]]:
 
 
 def rounded(number: float) -> float:
-    """A number as a page has it: five digits are enough to look at.
+    """Returns a number as a page has it: five digits are enough to look at.
 
     >>> rounded(0.00012345678), rounded(123456789.0)
     (0.00012346, 123460000)
@@ -99,7 +99,7 @@ def rounded(number: float) -> float:
 
 
 def moves_of(price: PlanPrice, graph: Graph, tables: Tables) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The redistributions of each ``(node, value)``: of who reads the value or, with no reader, of who makes it.
+    """Returns the redistributions of each ``(node, value)``: of who reads the value or, with no reader, of who makes it.
 
     A redistribution that several nodes share is paid by the first; the others have it as ``shared``.
     """
@@ -119,7 +119,7 @@ def moves_of(price: PlanPrice, graph: Graph, tables: Tables) -> dict[tuple[str, 
 
 
 def _is_paid_by_each(price: PlanPrice, move: MovePrice) -> bool:
-    """Whether each reader redistributes for itself; otherwise they share one."""
+    """Tells whether each reader redistributes for itself; otherwise they share one."""
     gather, reduction = (sum(step.seconds for step in steps) for steps in (move.forward, move.backward))
     once = price.machine.exposed(gather, reduction) if move.of_parameter else gather + reduction
     return len(move.readers) > 1 and once > 0 and move.seconds > 1.5 * once
@@ -182,7 +182,7 @@ class Kinds:
 
 
 def _arguments(node: Node) -> str:
-    """The arguments that are neither tensors nor what they are by default.
+    """Returns the arguments that are neither tensors nor what they are by default.
 
     >>> import torch
     >>> from shardwright.ir.operator import Operator
@@ -204,7 +204,7 @@ def _arguments(node: Node) -> str:
 
 
 def _is_tensor(argument: Any) -> bool:
-    """Whether an argument is a tensor, or a list of tensors."""
+    """Tells whether an argument is a tensor, or a list of tensors."""
     if isinstance(argument, (list, tuple)):
         return len(argument) > 0 and all(map(_is_tensor, argument))
     return isinstance(argument, Slot)

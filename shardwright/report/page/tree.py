@@ -12,7 +12,7 @@ Path = tuple[str, ...]
 
 
 def module_tree(modules: Sequence[str], kinds: Sequence[int]) -> list[Item]:
-    """The tree of nodes that stand in ``modules``, in their order; a module that is entered again comes again.
+    """Returns the tree of nodes that stand in ``modules``, in their order; a module that is entered again comes again.
 
     Numbered modules that follow each other and consist of the same ``kinds`` are folded. Lists of modules, which compute
     nothing themselves, are left out: their layers stand in their place.
@@ -51,7 +51,7 @@ def _name(path: Path, depth: int) -> str | None:
 
 
 def _settled(item: Item) -> list[Item]:
-    """An item, or what stands in its place: a module's numbered children, or its only child."""
+    """Returns an item, or what stands in its place: a module's numbered children, or its only child."""
     if isinstance(item, list) or len(item["names"]) > 1:
         return [item]
     inner = item["items"]

@@ -67,7 +67,7 @@ class GradAccumulation(nn.Module):
         return pytree.tree_unflatten(results, found[0][1])
 
     def parts(self, leaves: Sequence[Any]) -> list[list[Any]]:
-        """The flat inputs of every micro-batch."""
+        """Returns the flat inputs of every micro-batch."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
             raise ShardwrightError("GradAccumulation was called without a tensor to cut along dim 0")
@@ -87,7 +87,7 @@ class GradAccumulation(nn.Module):
         ]
 
     def joined(self, results: Sequence[Sequence[Any]], position: int) -> Any:
-        """One result of the batch out of those of its parts: scalars are averaged or added, others put together."""
+        """Returns one result of the batch out of those of its parts: scalars are averaged or added, others put together."""
         values = [leaves[position] for leaves in results]
         if not isinstance(values[0], Tensor):
             return values[0]

@@ -49,7 +49,7 @@ class AccumulatedRun:
         return self._joined([self._run(batch, held) for batch in batches]), []
 
     def _batches(self, values: Sequence[Any]) -> list[list[Any]]:
-        """The values of every micro-batch, at their places; parameters left out."""
+        """Returns the values of every micro-batch, at their places; parameters left out."""
         given = [values[n] for n in self.cut]
         if any(isinstance(v, Tensor) and v.requires_grad for v in given):
             raise ShardwrightError("GradAccumulation: an input requires a gradient, which it does not give; detach() it")
@@ -71,7 +71,7 @@ class AccumulatedRun:
         return [self.module.joined(results, position) for position in range(len(results[0]))]
 
     def forward_and_backward(self, batches: list[list[Any]], spec: Any, leaves: list[Tensor]) -> list[Any]:
-        """Every micro-batch, forward and backward; gradients add up in the leaves."""
+        """Returns every micro-batch, forward and backward; gradients add up in the leaves."""
         held, results = pytree.tree_unflatten(leaves, spec), []
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         for batch in batches:

@@ -23,8 +23,9 @@ _RULES = "shardwright.rules."
 
 
 def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
-    """The ids of the calls that run as they are: those that draw, change something in place, or cannot be traced, and those
-    that are computed again in the backward pass, one by one."""
+    """Returns the ids of the calls that run as they are: those that draw, change something in place, or cannot be traced,
+    and those that are computed again in the backward pass, one by one.
+    """
     nodes = {node.name: node for node in graph.nodes}
     changed = changed_in_place(program, graph)
     found = set()
@@ -36,7 +37,7 @@ def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
 
 
 def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
-    """The values that some call changes, and what they are moved from."""
+    """Returns the values that some call changes, and what they are moved from."""
     nodes = {node.name: node for node in graph.nodes}
     found: set[str] = set()
     for instruction in reversed(program.instructions):
@@ -47,7 +48,7 @@ def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
 
 
 def computes(call: Call) -> bool:
-    """Whether a call does work that a compiler can merge with that of others, rather than only look at memory."""
+    """Tells whether a call does work that a compiler can merge with that of others, rather than only look at memory."""
     return traits_of(call.function).does_work
 
 
@@ -76,7 +77,7 @@ def _module_of(function: Any) -> str:
 
 
 def _has_any_size(function: Any, node: Node) -> bool:
-    """Whether values decide the shape of a result, or are read while running."""
+    """Tells whether values decide the shape of a result, or are read while running."""
     if torch.Tag.data_dependent_output in function.tags:
         return True
     if torch.Tag.dynamic_output_shape not in function.tags:
@@ -86,7 +87,7 @@ def _has_any_size(function: Any, node: Node) -> bool:
 
 
 def _changes(call: Call, node: Node) -> list[str]:
-    """The values that a call changes in place."""
+    """Returns the values that a call changes in place."""
     if call.function is update_running:
         return [ref.name for ref in call.args[:2] if isinstance(ref, Ref)]
     refs = [leaf.name for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Ref)]

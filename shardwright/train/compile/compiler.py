@@ -76,7 +76,7 @@ class SegmentCompiler:
             ) from error
 
     def compiled(self, program: LocalProgram, graph: Graph, runs_lanes: bool) -> LocalProgram:
-        """The program with its segments as calls of functions that are compiled when first called.
+        """Returns the program with its segments as calls of functions that are compiled when first called.
 
         Args:
             graph: what the program was made from.
@@ -100,7 +100,7 @@ class SegmentCompiler:
         return replace(program, instructions=tuple(instructions))
 
     def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], runs_lanes: bool) -> Call:
-        """A segment as one call. What depends on the rank is compiled for each rank's values."""
+        """Returns a segment as one call. What depends on the rank is compiled for each rank's values."""
         calls, inputs = segment.calls, _inputs(program, segment)
         inside = {name for call in calls for name in call.reads}
         written = Written(calls, inputs, outputs, frozenset(inside))
@@ -121,7 +121,7 @@ class SegmentCompiler:
 
 
 def _inputs(program: LocalProgram, item: Instruction | Segment) -> tuple[str, ...]:
-    """The values that an instruction or a segment reads and does not make, each once."""
+    """Returns the values that an instruction or a segment reads and does not make, each once."""
     calls: Sequence[Instruction] = item.calls if isinstance(item, Segment) else (item,)
     own = {name for call in calls for name in call.outputs}
     return tuple(dict.fromkeys(name for call in calls for name in call.reads if name not in own))

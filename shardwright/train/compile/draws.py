@@ -22,7 +22,7 @@ _DRAWS = frozenset(
 
 
 def draws(call: Call, node: Node) -> bool:
-    """Whether a local call does; ``node`` is the one it comes from."""
+    """Tells whether a local call does; ``node`` is the one it comes from."""
     if call.function in _DRAWS:
         return True
     functions = [call.function, *pytree.tree_leaves((call.args, call.kwargs))]
@@ -31,7 +31,7 @@ def draws(call: Call, node: Node) -> bool:
 
 
 def drawn_apart(program: LocalProgram, graph: Graph) -> LocalProgram:
-    """The same program with dropout of whole tensors as a draw and a product, which make the same numbers."""
+    """Returns the same program with dropout of whole tensors as a draw and a product, which make the same numbers."""
     nodes = {node.name: node for node in graph.nodes}
     instructions: list[Instruction] = []
     lanes = dict(program.lanes)

@@ -36,7 +36,7 @@ def gradients_from(program: LocalProgram, graph: Graph) -> tuple[dict[int, Reach
 
 
 def moves_apart(program: LocalProgram, graph: Graph) -> Iterator[Instruction]:
-    """The instructions, with moves of computed values together only where they lead to the same outputs.
+    """Yields the instructions, with moves of computed values together only where they lead to the same outputs.
 
     The backward of moves that share a collective goes on behind all of them, with no gradient where there is none.
     """

@@ -145,7 +145,7 @@ class SegmentOfRank:
 
 
 def _identity(value: Any) -> Any:
-    """A constant as a key: equal where the constants are the same in type and value."""
+    """Returns a constant as a key: equal where the constants are the same in type and value."""
     try:
         hash(value)
     except TypeError:

@@ -47,7 +47,7 @@ class Segment:
 def segments_of(
     program: LocalProgram, graph: Graph, by_lanes: bool = False, bucket: float = BUCKET
 ) -> list[Instruction | Segment]:
-    """The instructions of a program in an order that has long segments, and these segments.
+    """Returns the instructions of a program in an order that has long segments, and these segments.
 
     Args:
         graph: what the program was made from.
@@ -189,12 +189,12 @@ class _Facts:
         return bisect_right(self.borders, self.place[call.cause])
 
     def holds_a_copy(self, calls: Sequence[Call]) -> bool:
-        """Whether calls reach over a whole copy of a repeated layer."""
+        """Tells whether calls reach over a whole copy of a repeated layer."""
         regions = [self.region(call) for call in calls]
         return max(regions) - min(regions) > 1
 
     def may_go_first(self, instruction: Instruction, rest: Sequence[Instruction]) -> bool:
-        """Whether what does not depend on a segment may go before it, and before what is left behind."""
+        """Tells whether what does not depend on a segment may go before it, and before what is left behind."""
         return self.changed.isdisjoint(self.reads[id(instruction)]) and _MayGoFirst(self, rest).visit(instruction)
 
     def draws(self, instruction: Instruction) -> bool:
@@ -250,7 +250,7 @@ def _communicates(instruction: Instruction) -> bool:
 
 
 def _gradient_bytes(move: Move) -> float:
-    """The bytes of the gradient that a move sends, where it sends nothing forward."""
+    """Returns the bytes of the gradient that a move sends, where it sends nothing forward."""
     plan = move.redistribution
     if move.communicates or not move.communicates_backward:
         return 0.0

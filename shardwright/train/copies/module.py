@@ -128,7 +128,7 @@ class MicroBatchInterleaved(nn.Module):
 
 
 def _batch_size(leaves: Sequence[Any]) -> int:
-    """Dim 0 of the first tensor input that has dims."""
+    """Returns the dim 0 of the first tensor input that has dims."""
     first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
     if first is None:
         raise ShardwrightError("MicroBatchInterleaved: no input is a tensor with a batch to cut; give one")

@@ -31,7 +31,7 @@ class Unfit(Exception):
 def operator_of_one_copy(
     op: Operator, signature: Signature, factor: str, copies: int, inputs: Sequence[TensorMeta]
 ) -> Operator:
-    """The call for one of ``copies`` parts along ``factor``.
+    """Returns the call for one of ``copies`` parts along ``factor``.
 
     Args:
         inputs: the tensors that it is called on: parts of those that have the factor, wholes of the others.
@@ -74,7 +74,7 @@ def meta_of(tensor: torch.Tensor, device: torch.device | None) -> TensorMeta:
 
 
 def strides(meta: TensorMeta) -> tuple[int, ...]:
-    """The strides of a tensor; contiguous where they are not known."""
+    """Returns the strides of a tensor; contiguous where they are not known."""
     if len(meta.stride) == len(meta.shape):
         return meta.stride
     return tuple(math.prod(meta.shape[dim + 1 :]) for dim in range(len(meta.shape)))

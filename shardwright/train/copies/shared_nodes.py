@@ -14,7 +14,7 @@ from shardwright.train.copies.turns import draws
 
 
 def share_between_copies(graph: Graph) -> Graph:
-    """The graph in which equal operators of different copies that read the same parameters are one operator."""
+    """Returns the graph in which equal operators of different copies that read the same parameters are one operator."""
     if not any(node.copy is not None for node in graph.nodes):
         return graph
     fixed = {i.value for i in graph.inputs if i.kind != "input"}  # and what is made of these alone

@@ -43,7 +43,7 @@ _NO_DRAWS = (
 
 
 def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
-    """The same program with the instructions of copies taking turns; the program itself where its graph has no copies.
+    """Returns the same program with the instructions of copies taking turns; the program itself where its graph has no copies.
 
     Args:
         graph: the graph it was made from, whose nodes say which copy they belong to.
@@ -62,7 +62,7 @@ def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
 
 
 def draws(op: Operator) -> bool:
-    """Whether an operator call takes numbers from the generator; a dropout of nothing takes none."""
+    """Tells whether an operator call takes numbers from the generator; a dropout of nothing takes none."""
     return op.draws and not (op.name.endswith("dropout") and op.argument("p") == 0)
 
 
@@ -122,7 +122,7 @@ class _Turns:
         return needs
 
     def _memory(self) -> dict[str, str]:
-        """The results of moves -> the tensor they may share their memory with."""
+        """Returns the results of moves -> the tensor they may share their memory with."""
         memory: dict[str, str] = {}
         for instruction in (*self.before, *self.region):
             for move in instruction.ends:
@@ -139,7 +139,7 @@ class _Turns:
         return [deque(at for at, own in enumerate(self.owners) if own == index) for index in range(count)]
 
     def _work(self, work: dict[str, float]) -> list[float]:
-        """The operations of every instruction: those of an operator at its first call."""
+        """Returns the operations of every instruction: those of an operator at its first call."""
         counted: set[str] = set()
         result = []
         for instruction in self.region:
@@ -221,12 +221,12 @@ class _Turns:
 
 
 def _is_draw(instruction: Instruction, drawing: set[str]) -> bool:
-    """Whether an instruction takes numbers from the generator; ``drawing``: nodes that do."""
+    """Tells whether an instruction takes numbers from the generator; ``drawing``: nodes that do."""
     return isinstance(instruction, Call) and instruction.cause in drawing and instruction.function not in _NO_DRAWS
 
 
 def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) -> list[Instruction]:
-    """The same without early starts of copies' own tensors: where these start is decided anew."""
+    """Returns the same without early starts of copies' own tensors: where these start is decided anew."""
     made = {name for i in instructions for name in i.outputs}
     firsts = [i.starts[0] for i in instructions if i.starts and i.cause in copies]
     return _whole_again(instructions, {move.output for move in firsts if move.source in made})
@@ -261,7 +261,7 @@ def _travels(move: Move) -> bool:
 def _without_idle_starts(
     instructions: Sequence[Instruction], started: set[int], region: Sequence[Instruction]
 ) -> list[Instruction]:
-    """The same with moves whole again between whose start and end nothing is computed."""
+    """Returns the same with moves whole again between whose start and end nothing is computed."""
     ours = {region[at].outputs[0] for at in started}
     begun: dict[str, int] = {}
     calls = 0

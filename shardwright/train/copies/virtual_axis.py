@@ -35,12 +35,12 @@ from shardwright.train.copies.virtual_axis_rules import Cut, check_cut, check_to
 
 
 def is_interleaved(graph: Graph) -> bool:
-    """Whether some operator has a Layout with the virtual axis."""
+    """Tells whether some operator has a Layout with the virtual axis."""
     return any(True for node in graph.nodes for _ in cut_layouts(node))
 
 
 def in_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]]) -> Graph:
-    """The graph with what the virtual axis marks in copies; the graph itself where nothing does.
+    """Returns the graph with what the virtual axis marks in copies; the graph itself where nothing does.
 
     Raises:
         StrategyError: lists every use of the axis that is against its rules.
@@ -124,7 +124,7 @@ class _Copies:
         return True
 
     def _batch(self, node: Node, signature: Signature) -> str:
-        """The factor of an operator that is the batch."""
+        """Returns the factor of an operator that is the batch."""
         if node.name in self.cuts:
             return self.cuts[node.name].factor
         found = {
@@ -154,7 +154,7 @@ class _Copies:
         return replace(meta, shape=shape, stride=())
 
     def _parts(self, value: str, dim: int, at: Node) -> list[str]:
-        """A value in each copy; cut where it is whole so far."""
+        """Returns a value in each copy; cut where it is whole so far."""
         if (value, dim) not in self.parts:
             shape = self.metas[value].shape
             rest = shape[dim] // (self.ways * self.copies)
@@ -215,7 +215,7 @@ class _Copies:
 
 
 def _dim_of(factor: str, signature: Signature, tensor: TensorFactors) -> int | None:
-    """The dim of a tensor of which a factor is the outer part; ``None`` where the tensor does not have it."""
+    """Returns the dim of a tensor of which a factor is the outer part; ``None`` where the tensor does not have it."""
     for dim, factors in enumerate(tensor):
         if factor in factors:
             if signature.major(factors) != factor:
@@ -225,7 +225,7 @@ def _dim_of(factor: str, signature: Signature, tensor: TensorFactors) -> int | N
 
 
 def _between(graph: Graph, marked: Mapping[str, Any]) -> set[str]:
-    """The operators on the way from one marked operator to another, these included."""
+    """Returns the operators on the way from one marked operator to another, these included."""
     after: set[str] = set()
     values: set[str] = set()
     for node in graph.nodes:

@@ -23,7 +23,7 @@ class Cut:
 
 
 def cut_layouts(node: Node) -> Iterator[tuple[bool, int, Layout]]:
-    """The Layouts of an operator's strategy that have the virtual axis: of an output or not, which, and the Layout."""
+    """Yields the Layouts of an operator's strategy that have the virtual axis: of an output or not, which, and the Layout."""
     mark = node.mark
     if mark is None:
         return
@@ -82,7 +82,7 @@ def _layouts(node: Node) -> list[Layout]:
 def _factor(
     node: Node, signature: Signature, is_output: bool, index: int, layout: Layout, what: str, problems: Problems
 ) -> str | None:
-    """The factor that a Layout cuts into copies."""
+    """Returns the factor that a Layout cuts into copies."""
     side = f"{'output' if is_output else 'input'} {index}"
     meta = (node.op.outputs if is_output else node.op.inputs)[index]
     dim = layout.interleaved[1] if layout.interleaved is not None else None

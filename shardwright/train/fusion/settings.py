@@ -31,7 +31,7 @@ class FusionKeyError(ShardwrightError, KeyError):
 
 
 def read_fusion(config: Any) -> MoveBuckets:
-    """The schedule that a configuration asks for; see :meth:`shardwright.AutoParallel.comm_fusion`.
+    """Returns the schedule that a configuration asks for; see :meth:`shardwright.AutoParallel.comm_fusion`.
 
     Raises:
         ShardwrightError: a size or an index that makes no sense; ``ArgumentTypeError`` where a type is wrong, and
@@ -125,7 +125,7 @@ def _check_bucket(bucket: Any, where: str) -> None:
 
 
 def buckets_of(inputs: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """The bucket of every input of a graph whose parameter has one.
+    """Returns the bucket of every input of a graph whose parameter has one.
 
     Args:
         inputs: of the graph.

@@ -16,7 +16,7 @@ from shardwright.ir.plan import Plan
 def cut_axis(
     plan: Plan, axis: str, sizes: tuple[int, int], mesh: Mesh | None = None
 ) -> tuple[Plan, Callable[[Layout], Layout]]:
-    """The plan on a mesh whose ``axis`` is cut in two, ``<axis>0`` above ``<axis>1``; every piece stays where it is.
+    """Returns the plan on a mesh whose ``axis`` is cut in two, ``<axis>0`` above ``<axis>1``; every piece stays where it is.
 
     Args:
         mesh: the mesh that is cut, where the plan has several over its ranks; default: that of most operators.

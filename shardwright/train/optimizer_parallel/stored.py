@@ -54,7 +54,7 @@ class OptimizerParallel:
 
 
 def read_hsdp(shard_size: Any, threshold: Any, optimizer_level: Any) -> OptimizerParallel:
-    """The settings, checked.
+    """Returns the settings, checked.
 
     Raises:
         ShardwrightError: a value that makes no sense; ``ArgumentTypeError`` where it is of the wrong type.
@@ -75,7 +75,7 @@ def read_hsdp(shard_size: Any, threshold: Any, optimizer_level: Any) -> Optimize
 
 
 def split_parameters(plan: Plan, settings: OptimizerParallel, parameters: Mapping[str, Any]) -> Plan:
-    """The plan with its parameters stored split over the ranks that would hold the same piece.
+    """Returns the plan with its parameters stored split over the ranks that would hold the same piece.
 
     Args:
         parameters: the module's, by qualified name. One with ``parallel_optimizer = False`` stays as it is, as do frozen
@@ -111,13 +111,15 @@ def _is_eligible(graph_input: Any, settings: OptimizerParallel, parameters: Mapp
 
 
 def replica_axes(layout: Layout) -> tuple[str, ...]:
-    """The axes along which ranks hold the same piece, most significant first."""
+    """Returns the axes along which ranks hold the same piece, most significant first."""
     mesh = layout.mesh
     return tuple(a for a, n in zip(mesh.axes, mesh.sizes, strict=True) if n > 1 and a not in layout.split_axes)
 
 
 def _chosen(layout: Layout, size: int) -> tuple[str, ...]:
-    """The fastest axes of the replicas that hold ``size`` ranks; all of them where that does not divide their number."""
+    """Returns the fastest axes of the replicas that hold ``size`` ranks; all of them where that does not divide their
+    number.
+    """
     axes, mesh = replica_axes(layout), layout.mesh
     if size == -1 or mesh.count(axes) % size:
         return axes
@@ -146,7 +148,7 @@ def _cut_axes(plan: Plan, size: int, layouts: Sequence[Layout]) -> Plan:
 
 
 def _to_cut(layout: Layout, size: int) -> tuple[str, int] | None:
-    """The axis that a block ends within, and how many of its ranks are in the block."""
+    """Returns the axis that a block ends within, and how many of its ranks are in the block."""
     axes, mesh = replica_axes(layout), layout.mesh
     if mesh.count(axes) % size:
         return None
@@ -165,7 +167,8 @@ def _to_cut(layout: Layout, size: int) -> tuple[str, int] | None:
 
 
 def _split(layout: Layout, shape: tuple[int, ...], size: int) -> Layout:
-    """The layout with a dim split further: dim 0, if its pieces divide evenly, else another that do, else dim 0 unevenly.
+    """Returns the layout with a dim split further: dim 0, if its pieces divide evenly, else another that do, else dim 0
+    unevenly.
 
     A dim shorter than there are ranks would leave some without any: such a parameter stays as it is.
     """

@@ -18,7 +18,7 @@ _known: dict[Any, Casts] = {}
 
 
 def cast_by_autocast(op: Operator, autocast: tuple[Any, ...]) -> Casts:
-    """The dtype that each tensor input is cast to before the operator reads it, ``None`` where it is read as it is.
+    """Returns the dtype that each tensor input is cast to before the operator reads it, ``None`` where it is read as it is.
 
     Args:
         autocast: device, dtype, whether it is on, and whether it caches, as a node of a graph carries it.
@@ -50,7 +50,7 @@ def _run(op: Operator, autocast: tuple[Any, ...]) -> Casts:
 
 
 def _fake(meta: TensorMeta, device: str) -> Tensor:
-    """A tensor as the description says, contiguous where it does not say how it lies in memory."""
+    """Returns a tensor as the description says, contiguous where it does not say how it lies in memory."""
     if len(meta.stride) == len(meta.shape):
         return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
     return torch.empty(meta.shape, dtype=meta.dtype, device=device)

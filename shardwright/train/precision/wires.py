@@ -66,7 +66,7 @@ class Precision:
             )
 
     def computing(self, device_type: str) -> AbstractContextManager[Any]:
-        """The autocast to compute under."""
+        """Returns the autocast to compute under."""
         return nullcontext() if self.dtype is None else torch.autocast(device_type, self.dtype)
 
 
@@ -78,7 +78,7 @@ def may_have_wires(graph: Graph, precision: Precision) -> bool:
 def with_wires(
     program: LocalProgram, graph: Graph, precision: Precision, accumulates: bool = False, adds_wide: bool = True
 ) -> LocalProgram:
-    """The program with the dtypes that each move travels in.
+    """Returns the program with the dtypes that each move travels in.
 
     Args:
         program: as partitioned from ``graph``, not scheduled yet.
@@ -134,7 +134,7 @@ class _Wires:
         return Wire(forward, result, backward) if there or (any_communicates(back) and backward != move.dtype) else None
 
     def _reduced_in(self, move: Move, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a gradient that arrives in ``dtype`` is reduced."""
+        """Returns the dtype in which a gradient that arrives in ``dtype`` is reduced."""
         now = self.precision
         in_float32 = now.fp32_communication
         if move.source in self.of_parameters:
@@ -146,7 +146,7 @@ class _Wires:
         return torch.float32 if in_float32 and dtype in HALF else dtype
 
     def _cast_by_readers(self, move: Move) -> torch.dtype | None:
-        """The narrower dtype that every reader of a move's result casts it to, ``None`` if there is no such."""
+        """Returns the narrower dtype that every reader of a move's result casts it to, ``None`` if there is no such."""
         found = {self._cast_by(reader, move.output) for reader in self.readers.get(move.output, [None])}
         cast = found.pop() if len(found) == 1 else None
         return cast if cast is not None and cast.itemsize < move.dtype.itemsize else None

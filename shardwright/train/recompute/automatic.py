@@ -34,7 +34,7 @@ def plan_with_recompute(
     make: Callable[[PlanRequest], Plan], again: Again, request: PlanRequest, marked: Mapping[str, RecomputeRequest],
     automatic: RecomputeRequest | None,
 ) -> Plan:  # fmt: skip
-    """The plan that is asked for, with what is computed again.
+    """Returns the plan that is asked for, with what is computed again.
 
     Args:
         make: plans, with what is marked computed again.
@@ -76,7 +76,7 @@ def _fitting(
     plan: Plan, again: Again, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest,
     request: PlanRequest,
 ) -> tuple[Plan, float]:  # fmt: skip
-    """The plan with modules computed again until it fits, and the seconds that takes."""
+    """Returns the plan with modules computed again until it fits, and the seconds that takes."""
     found = request.on_first_rank(lambda: Chooser(plan, again, marked, automatic).choose(limit))
     if isinstance(found[0], str):
         raise MemoryLimitError(found[0], found[1])
@@ -131,7 +131,7 @@ class Chooser:
         )
 
     def fewest(self, tier: Sequence[Candidate], limit: float) -> int | None:
-        """How many of the first ones it takes."""
+        """Returns how many of the first ones it takes."""
         if self.timeline([c.path for c in tier]).peak > limit:
             return None
         low, high = 0, len(tier)  # low does not fit, high does
@@ -190,7 +190,7 @@ class Chooser:
         return found
 
     def moving(self, names: Sequence[str]) -> float:
-        """Seconds of the redistributions that these operators pay for, forward, as far as they are done again."""
+        """Returns the seconds of the redistributions that these operators pay for, forward, as far as they are done again."""
         again = self.automatic
         moves = {id(m): m for name in names for m in price_of(self.plan).moves_to(name)}
         return sum(

@@ -17,7 +17,8 @@ from shardwright.train.recompute.request import RecomputeRequest
 
 
 def recompute_parameter_gathers(program: LocalProgram) -> LocalProgram:
-    """The program whose parameters are gathered for the backward pass once more, instead of being kept since the forward.
+    """Returns the program whose parameters are gathered for the backward pass once more, instead of being kept since the
+    forward.
 
     In the backward a parameter is gathered once, however many operators read it, and dropped as soon as the last of them
     has had it; meanwhile the gather that comes before it in the program is on its way. Calls that turn nothing but
@@ -46,7 +47,7 @@ Whole = tuple[str, int]
 
 
 def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str, RecomputeRequest]) -> LocalProgram:
-    """The program in which operators and modules are computed again as their marks ask.
+    """Returns the program in which operators and modules are computed again as their marks ask.
 
     Of a module its inputs and outputs are kept, and everything inside is computed again; of modules within modules the
     outermost counts. What an operator is told itself wins over what its module is.
@@ -66,7 +67,7 @@ def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str,
 
 
 def outermost(module: str, paths: Iterable[str]) -> str | None:
-    """The shortest of the paths that a module is, or lies in."""
+    """Returns the shortest of the paths that a module is, or lies in."""
     found = [path for path in paths if not path or module == path or module.startswith(path + ".")]
     return min(found, key=len, default=None)
 
@@ -139,7 +140,7 @@ class _Marking:
             self.in_pieces.update(values)
 
     def _read_outside(self) -> set[str]:
-        """Values that leave the whole they are made in: read outside of it, or returned."""
+        """Returns the values that leave the whole they are made in: read outside of it, or returned."""
         program = self.program
         made_in: dict[str, Whole | None] = {}
         found = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
@@ -151,7 +152,7 @@ class _Marking:
 
 
 def with_recompute(program: LocalProgram, chosen: Collection[str], kept: Iterable[str] = ()) -> LocalProgram:
-    """The program with ``recompute`` on the instructions that make the values of these names.
+    """Returns the program with ``recompute`` on the instructions that make the values of these names.
 
     Args:
         program: not scheduled yet: moves that are done again share collectives with each other only.

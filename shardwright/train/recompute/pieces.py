@@ -15,7 +15,7 @@ from shardwright.redistribute.steps import redistribution
 
 
 def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str]) -> LocalProgram:
-    """The program that keeps of these local values slices only, where several ranks hold the same.
+    """Returns the program that keeps of these local values slices only, where several ranks hold the same.
 
     A value is sliced right after it is made, and gathered again when the backward pass needs it.
     """
@@ -32,7 +32,7 @@ def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str])
 
 
 def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> KeepSliceForBackward | None:
-    """The instruction for one value, ``None`` where no ranks hold the same or there is nothing to slice."""
+    """Returns the instruction for one value, ``None`` where no ranks hold the same or there is nothing to slice."""
     piece = sliced(layout, meta.shape)
     if piece is None:
         return None
@@ -46,7 +46,7 @@ def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> Keep
 
 
 def sliced(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
-    """The layout in which ranks that hold the same share it: the first dim that divides is split, or the largest.
+    """Returns the layout in which ranks that hold the same share it: the first dim that divides is split, or the largest.
 
     >>> str(sliced(Layout((2, 4), ("dp", "tp"))("dp", "None"), (8, 64)))
     '(dp,tp),None @ dp=2,tp=4'

@@ -45,7 +45,7 @@ class RecomputeRequest:
 def request_for(
     what: str, targets: Any, source: str, switches: dict[str, Any], memory: float | None = None
 ) -> RecomputeRequest:
-    """A request out of what a user gave.
+    """Returns a request out of what a user gave.
 
     Args:
         what: the call, for messages.
@@ -83,7 +83,7 @@ def request_for(
 def gather_requests(
     root: nn.Module, requests: Sequence[RecomputeRequest], fits: Callable[[nn.Module, str, str], bool], of_step: bool
 ) -> dict[str, RecomputeRequest]:
-    """The requests by module path, those on modules themselves and those by name.
+    """Returns the requests by module path, those on modules themselves and those by name.
 
     Args:
         fits: whether a module of a root is named by a pattern.

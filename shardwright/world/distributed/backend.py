@@ -20,7 +20,7 @@ _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Reduc
 
 
 def _nothing(run: Callable[[Tensor], Tensor]) -> Operation:
-    """An operation that moves nothing."""
+    """Returns an operation that moves nothing."""
     return Operation(lambda dtype: ("nothing", Algorithm(run, lambda result: result, run)), _Later())
 
 
@@ -31,7 +31,7 @@ def _empty(x: Tensor) -> Tensor:
 def _backend_algorithm(
     call: Callable[[Tensor, bool], tuple[Any, Any]], end: Callable[[Any], Tensor] | None = None
 ) -> Algorithm:
-    """An algorithm that is one collective of the backend, and maybe something local after it.
+    """Returns an algorithm that is one collective of the backend, and maybe something local after it.
 
     Args:
         call: of the tensor and whether it is to return before the end; returns the work, and what ``end`` needs.

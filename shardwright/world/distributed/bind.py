@@ -20,7 +20,7 @@ from shardwright.world.execute.source import SourceWriter, write_note
 
 
 def _steps_of(program: LocalProgram) -> list[Step]:
-    """Every step of every move, forward and backward."""
+    """Returns every step of every move, forward and backward."""
     moves = [*program.moves, *(keep.gather for keep in program.kept_slices)]
     return [s for m in moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
 
@@ -28,7 +28,7 @@ def _steps_of(program: LocalProgram) -> list[Step]:
 def _bind(
     program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...] | None, records: bool = False
 ) -> Callable[..., Any]:
-    """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    """Returns the function; with ``records`` its first argument is a recording, which is told what is computed again."""
     names = [i.name for i in program.inputs]
     writer = SourceWriter("distributed", ["_run", *names] if records else names)
     check = writer.constant("check", _InputCheck(program, rank))
@@ -174,7 +174,7 @@ def _write_call(writer: SourceWriter, call: Call, rank: int) -> None:
 
 
 def _is_free(name: str, maker: Instruction | None) -> bool:
-    """Whether a value is new memory that its maker and autograd do not keep."""
+    """Tells whether a value is new memory that its maker and autograd do not keep."""
     if result_is_free(maker):
         return True
     return isinstance(maker, Call) and name in getattr(maker.function, "fresh", ())

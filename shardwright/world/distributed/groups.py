@@ -77,7 +77,7 @@ class Groups:
 
 
 def _agreed_calibration(rank: int) -> Calibration:
-    """Rank 0's, on every rank: ranks that chose different algorithms would wait for each other for ever."""
+    """Returns the rank 0's, on every rank: ranks that chose different algorithms would wait for each other for ever."""
     values = [load().to_dict() if rank == 0 else None]
     dist.broadcast_object_list(values, 0)
     return Calibration.from_dict(values[0])

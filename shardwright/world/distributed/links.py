@@ -104,7 +104,7 @@ class Link:
         inplace: bool = False,
         algorithm: str | None = None,
     ) -> Operation:
-        """The combination of all members' tensors, on each.
+        """Returns the combination of all members' tensors, on each.
 
         Args:
             count: elements of a tensor, of any shape.
@@ -141,7 +141,7 @@ class Link:
     def prepare_reduce_scatter(
         self, sizes: Sequence[int], op: str = "sum", order: Sequence[int] | None = None, algorithm: str | None = None
     ) -> Operation:
-        """Each member's piece of the combination of all members' tensors.
+        """Returns each member's piece of the combination of all members' tensors.
 
         Args:
             sizes: elements of each member's piece; zero allowed.
@@ -169,7 +169,7 @@ class Link:
         return self._operation("reduce_scatter", total, ways, algorithm) if total else _nothing(_empty)
 
     def prepare_all_gather(self, sizes: Sequence[int], algorithm: str | None = None) -> Operation:
-        """All members' pieces, on each.
+        """Returns all members' pieces, on each.
 
         Args:
             sizes: elements of each member's piece; zero allowed.

@@ -54,7 +54,7 @@ class Algorithm(NamedTuple):
 
 
 def both(begin: Callable[[Tensor], Any], finish: Callable[[Any], Tensor], continues: bool = False) -> Algorithm:
-    """An algorithm that runs by ``finish(begin(x))``."""
+    """Returns an algorithm that runs by ``finish(begin(x))``."""
     return Algorithm(begin, finish, lambda x: finish(begin(x)), continues)
 
 
@@ -70,7 +70,7 @@ class Scratch:
         self._lock = threading.Lock()
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """A flat CPU tensor of at least ``count`` elements, which nobody else has."""
+        """Returns a flat CPU tensor of at least ``count`` elements, which nobody else has."""
         nbytes = math.ceil(count * dtype.itemsize / 64) * 64  # so that it is whole in every dtype
         with self._lock:
             buffer, self._kept = self._kept, None
@@ -121,7 +121,7 @@ class Reduction(NamedTuple):
 
 
 def plain(x: Tensor) -> Tensor:
-    """The values of a tensor in memory as they are, in the order of its dims; the tensor itself where it is so."""
+    """Returns the values of a tensor in memory as they are, in the order of its dims; the tensor itself where it is so."""
     if x.is_conj() or x.is_neg():
         x = x.resolve_conj().resolve_neg()
     return x.contiguous()
@@ -141,7 +141,7 @@ def _arriving(parts: Sequence[tuple[Any, Tensor]]) -> Iterator[Tensor]:
 
 
 def _others(link: Messenger) -> list[int]:
-    """The other members, beginning with the next, so that not all send to the same one at first."""
+    """Returns the other members, beginning with the next, so that not all send to the same one at first."""
     return [(link.position + k) % link.size for k in range(1, link.size)]
 
 

@@ -114,7 +114,7 @@ class DistributedFusedMoves:
         return self.run("recompute", list(range(len(values))), list(values))
 
     def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
-        """The steps of one phase on the tensors of some of the moves."""
+        """Returns the steps of one phase on the tensors of some of the moves."""
         if record._active:
             record.emit([self.record[i] for i in members], values[0].dtype, phase)
         key = (phase, tuple(members))

@@ -120,11 +120,11 @@ class Operation:
         return handle
 
     def algorithm(self, dtype: torch.dtype = torch.float32) -> str:
-        """Name of the algorithm for tensors of a dtype."""
+        """Returns name of the algorithm for tensors of a dtype."""
         return self._of(dtype)[0]
 
     def is_possible(self, dtype: torch.dtype) -> bool:
-        """Whether the algorithm that it was prepared with can do tensors of a dtype, and of its size."""
+        """Tells whether the algorithm that it was prepared with can do tensors of a dtype, and of its size."""
         try:
             self._of(dtype)
         except WorldError:

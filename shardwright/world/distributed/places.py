@@ -61,7 +61,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _is_outermost(dims: tuple[int, ...], result: Shape) -> bool:
-    """Whether pieces along ``dims``, one after the other in memory, are the result."""
+    """Tells whether pieces along ``dims``, one after the other in memory, are the result."""
     return len(dims) == 1 and math.prod(result[: dims[0]]) <= 1
 
 

@@ -18,7 +18,7 @@ from shardwright.world.distributed.places import Shape, _pack_for_members, _Plac
 def prepare_shared(
     steps: Sequence[Sequence[Step]], shapes: Sequence[Shape], rank: int, groups: Groups, views: bool = False
 ) -> SharedRunner:
-    """Steps of the same kinds over the same axes, for tensors of their own, each kind as one collective.
+    """Returns the steps of the same kinds over the same axes, for tensors of their own, each kind as one collective.
 
     Args:
         steps: of each tensor: all-reduces, or all-gathers or reduce-scatters between pieces of one size.

@@ -128,7 +128,7 @@ class Travelling:
             self.values = list(values) if wire is None else [value.to(wire.result) for value in values]
 
     def end(self, index: int) -> Tensor:
-        """The result of one of the moves."""
+        """Returns the result of one of the moves."""
         if self.token is not None:
             token, self.token = self.token, None
             self.values = list(_EndFunction.apply(self, token))
@@ -139,7 +139,7 @@ class Travelling:
         return result
 
     def end_forward(self) -> list[Any]:
-        """The results of all of them."""
+        """Returns the results of all of them."""
         if self.under_way is not None:
             self.values, self.under_way = self._end(self.under_way), None
         values, self.values = self.values, []
@@ -155,7 +155,7 @@ class Travelling:
             self.gradients = self._start("backward", self.started, [g for g in gradients if g is not None])
 
     def end_backward(self) -> list[Tensor | None]:
-        """The gradients of the arguments, ``None`` for those whose results had none."""
+        """Returns the gradients of the arguments, ``None`` for those whose results had none."""
         found: list[Tensor | None] = [None] * len(self.moves.everyone)
         if self.gradients is not None:
             for index, gradient in zip(self.started, self._end(self.gradients), strict=True):

@@ -61,7 +61,7 @@ class Runner(Protocol):
 
 
 def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool = False) -> Runner:
-    """The step as a function of the local tensor.
+    """Returns the step as a function of the local tensor.
 
     Args:
         shape: global shape.
@@ -89,7 +89,7 @@ def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool =
 def prepare_steps(
     steps: Sequence[Step], shape: Shape, rank: int, groups: Groups, inplace: bool = False, compact: bool = False
 ) -> Runner:
-    """All ``steps``, one after the other, as a function of the local tensor.
+    """Returns all ``steps``, one after the other, as a function of the local tensor.
 
     A rank that a step's source does not have hands it an empty tensor, of the right dtype; one that its target does not
     have gets an empty tensor.

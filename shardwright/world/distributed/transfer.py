@@ -91,7 +91,7 @@ class Transfer:
 
 
 def is_contiguous(region: Bounds, holder: Bounds | None) -> bool:
-    """Whether a region of a contiguous piece is contiguous itself."""
+    """Tells whether a region of a contiguous piece is contiguous itself."""
     assert holder is not None
     inner_is_whole = True
     for (a, b), (c, d) in reversed(list(zip(region, holder, strict=True))):
@@ -102,7 +102,7 @@ def is_contiguous(region: Bounds, holder: Bounds | None) -> bool:
 
 
 def cutter(region: Bounds, holder: Bounds | None) -> Cut:
-    """The part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
+    """Returns the part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
     assert holder is not None
     cuts = [(d, a - c, b - a) for d, ((a, b), (c, e)) in enumerate(zip(region, holder, strict=True)) if (a, b) != (c, e)]
     if not cuts:

@@ -76,7 +76,7 @@ class DistributedWorld(World):
 
     @classmethod
     def from_environment(cls, backend: str | None = None, timeout: timedelta | None = None) -> DistributedWorld:
-        """The world that the launcher's environment variables describe, or the one that is initialised already.
+        """Returns the world that the launcher's environment variables describe, or the one that is initialised already.
 
         Args:
             backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
@@ -183,7 +183,7 @@ class DistributedWorld(World):
         return found
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
-        """The program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
+        """Returns the program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
 
         Args:
             keep: names of local values to return, as this rank holds them, in place of the outputs.
@@ -250,7 +250,8 @@ class DistributedWorld(World):
         return move(value, dtype, self.device)
 
     def prepared(self, key: Any, plan: Callable[[], Redistribution], cause: str) -> PieceMove:
-        """Steps that are given, ready to run on this rank's tensor, and remembered by ``key``. All ranks of the job call it.
+        """Returns the steps that are given, ready to run on this rank's tensor, and remembered by ``key``. All ranks of the
+        job call it.
 
         Args:
             cause: what the record of communication says they are for.

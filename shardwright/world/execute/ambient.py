@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _kinds() -> tuple[str, ...]:
-    """The kinds of devices that tensors may be on."""
+    """Returns the kinds of devices that tensors may be on."""
     return ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
 
 
@@ -52,7 +52,7 @@ class RandomState:
             torch.cuda.set_rng_state(states[1])
 
     def is_past(self) -> bool:
-        """Whether numbers have been drawn since."""
+        """Tells whether numbers have been drawn since."""
         return any(not torch.equal(a, b) for a, b in zip(self.states, self._now(), strict=False))
 
     def __enter__(self) -> None:

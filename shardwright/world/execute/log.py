@@ -75,11 +75,11 @@ class CommunicationLog:
         return self.timeline[event.started + 1 : event.ended]
 
     def count(self, kind: str | None = None) -> int:
-        """Number of collectives, of one kind or of all; one that several tensors share counts once."""
+        """Returns the number of collectives, of one kind or of all; one that several tensors share counts once."""
         return len({e.launch for e in self.events if kind is None or e.kind == kind})
 
     def bytes(self, kind: str | None = None) -> int:
-        """Bytes that the busiest rank sends, over the collectives of one kind or of all."""
+        """Returns the bytes that the busiest rank sends, over the collectives of one kind or of all."""
         return sum(e.bytes for e in self.events if kind is None or e.kind == kind)
 
     def __str__(self) -> str:

@@ -78,7 +78,7 @@ class Task:
 
     @classmethod
     def of(cls, number: int) -> Task:
-        """The task of the backward pass in progress."""
+        """Returns the task of the backward pass in progress."""
         with cls._making:
             task = cls._by_number.get(number)
             if task is None:
@@ -218,7 +218,7 @@ class Recipe:
     # -- readers ------------------------------------------------------------------------------------------------------
 
     def result(self, index: int, task: Task) -> Tensor:
-        """A result, computed if it is not there."""
+        """Returns a result, computed if it is not there."""
         if index in self.given:
             return self.given[index]
         self.be_computed(task)
@@ -228,7 +228,7 @@ class Recipe:
         return self.results[index]
 
     def inner(self, position: int, task: Task) -> Tensor:
-        """A tensor that the operator saves within."""
+        """Returns a tensor that the operator saves within."""
         self.be_computed(task)
         if position not in self.inners:
             self.drop()
@@ -353,7 +353,7 @@ class Recipe:
             return computation.run(*tensors)
 
     def _as_before(self, index: int, result: Tensor) -> Tensor:
-        """A result with the strides it had the first time."""
+        """Returns a result with the strides it had the first time."""
         size, stride = self.results_like.get(index, (result.size(), result.stride()))
         if result.stride() == stride:
             return result

@@ -70,7 +70,7 @@ class Recording:
             self.made(recipe, index, result)
 
     def begin(self, computation: Computation, tensors: Sequence[Tensor]) -> Recipe:
-        """The recipe of what is about to be computed from these tensors."""
+        """Returns the recipe of what is about to be computed from these tensors."""
         recipe = Recipe(computation, [self._source(t) for t in tensors], self._ambient, self._ahead)
         recipe.taken = {_storage(t) for t in tensors}
         return recipe
@@ -162,12 +162,12 @@ class Recording:
 
 
 def _storage(tensor: Tensor) -> int:
-    """The number that a tensor's storage is known by, as long as it is alive or a weak reference to it is."""
+    """Returns the number that a tensor's storage is known by, as long as it is alive or a weak reference to it is."""
     return tensor.untyped_storage()._cdata
 
 
 def _whole(view: Tensor, size: torch.Size, stride: tuple[int, ...], start: int) -> Tensor:
-    """The tensor of this size that begins at this byte of the memory that a view lies in."""
+    """Returns the tensor of this size that begins at this byte of the memory that a view lies in."""
     view = view.detach()
     return view.as_strided(size, stride, start // view.element_size())
 
@@ -176,12 +176,12 @@ def _whole(view: Tensor, size: torch.Size, stride: tuple[int, ...], start: int) 
 
 
 def needs_recording(program: LocalProgram) -> bool:
-    """Whether a program has something to compute again."""
+    """Tells whether a program has something to compute again."""
     return any(i.recompute for i in program.instructions)
 
 
 def recorded(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The program as a function of its inputs.
+    """Returns the program as a function of its inputs.
 
     Args:
         run: the program as a function of a recording and its inputs.
@@ -202,7 +202,7 @@ def recorded(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[...
 
 
 def computation_of(call: Call, program: LocalProgram, rank: int) -> tuple[Computation, list[str]]:
-    """A call as one rank computes it, and the names of its tensors."""
+    """Returns a call as one rank computes it, and the names of its tensors."""
     writer = SourceWriter("again", [])
     names: list[str] = []
 
@@ -220,7 +220,7 @@ def computation_of(call: Call, program: LocalProgram, rank: int) -> tuple[Comput
 
 
 def _draws(call: Call) -> bool | None:
-    """Whether a call draws random numbers; ``None`` where its first run has to tell."""
+    """Tells whether a call draws random numbers; ``None`` where its first run has to tell."""
     if not isinstance(call.function, OpOverload):
         return None
     return None if may_draw(call.function) else False

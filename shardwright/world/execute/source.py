@@ -35,7 +35,7 @@ class SourceWriter:
         self._context: tuple[Any, bool] = (None, True)
 
     def constant(self, hint: str, value: Any) -> str:
-        """A name for ``value`` in the compiled function's globals."""
+        """Returns a name for ``value`` in the compiled function's globals."""
         name = f"_{hint}{len(self.names)}"
         self.names[name] = value
         return name
@@ -48,14 +48,14 @@ class SourceWriter:
         read: Callable[[str], str],
         per_rank: Callable[[PerRank], str],
     ) -> str:
-        """The text of a call, through the fastest public Python entry where an ATen overload has one."""
+        """Returns the text of a call, through the fastest public Python entry where an ATen overload has one."""
         entry = python_entry(function)
         if entry is not function:
             kwargs = with_constants(function, args, kwargs)
         return f"{self.callable(entry)}({self.arguments(args, kwargs, read, per_rank)})"
 
     def callable(self, function: Callable[..., Any]) -> str:
-        """A name for a function."""
+        """Returns a name for a function."""
         if id(function) not in self._by_id:
             self._by_id[id(function)] = self.constant("f", function)
         return self._by_id[id(function)]
@@ -68,7 +68,7 @@ class SourceWriter:
     def arguments(
         self, args: Any, kwargs: dict[str, Any], read: Callable[[str], str], per_rank: Callable[[PerRank], str]
     ) -> str:
-        """The text between the parentheses of a call."""
+        """Returns the text between the parentheses of a call."""
 
         def text(value: Any) -> str:
             if isinstance(value, Ref):
@@ -127,7 +127,9 @@ def write_note(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
 
 @cache
 def python_entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The public builtin that calls the same operator as an ATen overload with less overhead, or the overload itself."""
+    """Returns the public builtin that calls the same operator as an ATen overload with less overhead, or the overload
+    itself.
+    """
     if not isinstance(function, OpOverload) or function.namespace != "aten":
         return function
     if traits_of(function).entry_differs:
@@ -146,7 +148,7 @@ _CONSTANTS = ("reduction",)
 
 
 def with_constants(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of an overload, with those defaults written out that its Python entry does not have."""
+    """Returns the keyword arguments of an overload, with those defaults written out that its Python entry does not have."""
     for position, argument in enumerate(function._schema.arguments):  # type: ignore[attr-defined]
         if argument.name in _CONSTANTS and position >= len(args) and argument.name not in kwargs:
             kwargs = {**kwargs, argument.name: argument.default_value}

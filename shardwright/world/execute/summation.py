@@ -20,7 +20,7 @@ Combine = Callable[[Iterable[Tensor], Tensor], Tensor]
 
 
 def reduce(parts: Iterable[Tensor], op: str) -> Tensor:
-    """The sum, maximum or minimum of tensors of one shape and dtype, first to last.
+    """Returns the sum, maximum or minimum of tensors of one shape and dtype, first to last.
 
     Args:
         parts: one tensor or more; they stay as they are.
@@ -71,7 +71,7 @@ def prepare_reduce(dtype: torch.dtype, op: str, count: int, own: int = 0) -> Com
 
 
 def is_widened(dtype: torch.dtype, op: str, count: int) -> bool:
-    """Whether ``count`` tensors are combined in float32 and rounded once."""
+    """Tells whether ``count`` tensors are combined in float32 and rounded once."""
     if not dtype.is_floating_point:
         return False
     return dtype.itemsize == 1 or (dtype.itemsize == 2 and op == "sum" and count > 2)

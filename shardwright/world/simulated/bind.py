@@ -46,7 +46,7 @@ class _EnterFunction(torch.autograd.Function):
 
 
 def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
-    """The piece of a global tensor that each lane holds, differentiably."""
+    """Returns the piece of a global tensor that each lane holds, differentiably."""
     if max(lanes) == 0:
         return [value]
     slices = layout.slices(value.shape)
@@ -57,7 +57,7 @@ def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
 
 
 def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = False) -> Callable[..., Any]:
-    """The function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    """Returns the function; with ``records`` its first argument is a recording, which is told what is computed again."""
     names = [i.name for i in program.inputs]
     writer = SourceWriter("simulated", ["_run", *names] if records else names)
     for item in program.inputs:
@@ -207,6 +207,6 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
 
 
 def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
-    """The global tensor that the lanes hold together, pending sums included."""
+    """Returns the global tensor that the lanes hold together, pending sums included."""
     steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]

@@ -108,7 +108,7 @@ class SimulatedFusedMoves:
         return self.forward(flat, "recompute")
 
     def backward(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of the members whose outputs have any."""
+        """Returns the gradients of the members whose outputs have any."""
         given = _split(flat, self.counts[1])
         used = [any(g is not None for g in gradients) for gradients in given]
         if record._active:
@@ -176,7 +176,7 @@ def _positions(ranks: Sequence[int], size: int) -> RankGroups:
 
 
 def apply_move(move: SimulatedMove | SimulatedPieces, lanes: Sequence[Tensor]) -> list[Tensor]:
-    """The move, differentiably."""
+    """Returns the move, differentiably."""
     return list(_MoveFunction.apply(move, *lanes))
 
 
@@ -200,7 +200,7 @@ class _MoveFunction(torch.autograd.Function):
 
 
 def representatives(lanes: RankGroups) -> list[int]:
-    """One rank of each lane."""
+    """Returns one rank of each lane."""
     first: dict[int, int] = {}
     for rank, own in enumerate(lanes):
         first.setdefault(own, rank)
@@ -208,7 +208,7 @@ def representatives(lanes: RankGroups) -> list[int]:
 
 
 def _distinct(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, none of them twice and none of them an input: autograd forbids aliases."""
+    """Returns the same tensors, none of them twice and none of them an input: autograd forbids aliases."""
     seen = {id(t) for t in inputs}
     result = []
     for value in values:

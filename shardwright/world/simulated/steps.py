@@ -44,7 +44,7 @@ class Prepared:
 
 @lru_cache(maxsize=16384)
 def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: RankGroups) -> Prepared:
-    """The computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``, or nothing (-1)."""
+    """Returns the computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``, or nothing (-1)."""
     stages = []
     for step in steps:
         keys = _KEYS[step.kind](step, shape, lanes)
@@ -55,7 +55,7 @@ def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: RankGroups) 
 
 
 def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, ...]) -> list[Any]:
-    """The values after every step; ``values[r]`` is what rank ``r`` holds, ``None`` where its mesh does not have it."""
+    """Returns the values after every step; ``values[r]`` is what rank ``r`` holds, ``None`` where its mesh does not have it."""
     prepared = prepare(steps, shape, tuple(-1 if v is None else r for r, v in enumerate(values)))
     results = prepared(values)
     return [None if lane < 0 else results[lane] for lane in prepared.lanes]
@@ -65,7 +65,7 @@ def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, 
 
 
 def _by_rank(step: Step, lanes: RankGroups, of: Callable[[int, list[int]], Any]) -> list[Any]:
-    """The key of every rank of a group; ``None`` for those outside the mesh."""
+    """Returns the key of every rank of a group; ``None`` for those outside the mesh."""
     keys: list[Any] = [None] * len(lanes)
     for group in step.groups:
         for rank in group:

@@ -93,7 +93,7 @@ class SimulatedWorld(World):
         return piece.view_as(piece) if piece.requires_grad else piece.detach()
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
-        """The program as a function of its inputs, given as global tensors.
+        """Returns the program as a function of its inputs, given as global tensors.
 
         Args:
             keep: names of local values to return, as lanes, in place of the outputs.
