@@ -6,8 +6,10 @@
 ``capture``        a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``        the modules and parameters that a function reads from outside, held by one module
 ``converter``      an exported program as a graph of ours
+``emitter``        appends operators to the graph that is being made, and keeps the value that each tensor has now
 ``fakes``          shapes of a module's state and inputs, without their values, for the capture
 ``functionalise``  rewrites in-place operators so that every value is made once and never changed
+``fx_nodes``       parts of fx nodes: their arguments, the tensors they make, the modules around them
 ``left_behind``    Python values that the captured callable changed, undone, to be carried out in every call
 ``names``          readable, unique names for the values and nodes of a graph
 ``python_state``   everything besides its arguments that a captured callable reads
@@ -18,5 +20,6 @@
 ``session``        puts marks onto the operators that run while a callable is captured
 ``strides``        the memory order of what an operator makes, where the shape functions of torch say another
 ``watch``          finds, while a callable is captured, what it does that a graph cannot keep
+``writes``         makes the in-place operators of an exported program functional
 =================  ====================================================================================================
 """

@@ -23,7 +23,7 @@ from shardwright.base.torch_private import FakeTensorMode, preserve_node_meta, p
 from shardwright.base.user_code import _source, is_users
 from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
-from shardwright.capture.converter import _Converter
+from shardwright.capture.converter import Converter
 from shardwright.capture.fakes import _fake, _fake_state, autocast_around
 from shardwright.capture.left_behind import Assignment, Kept, check_values, ended_by, state_kept
 from shardwright.capture.random_states import random_states_kept
@@ -91,10 +91,10 @@ def capture(
     notes: list[str] = []
     with session() as now, warnings.catch_warnings(), preserve_node_meta(), _quiet_logs(), random_states_kept(module, export):
         warnings.simplefilter("ignore")
-        converter: _Converter | None = None
+        converter: Converter | None = None
         try:
             exported, assigned = export()
-            converter = _Converter(module, exported, now, flat, autocast_around(device))
+            converter = Converter(module, exported, now, flat, autocast_around(device))
             graph = converter.graph()
         except Exception as error:
             if isinstance(error, _PASS_THROUGH):
@@ -125,7 +125,7 @@ def _quiet_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _capture_message(module: nn.Module, error: Exception, converter: _Converter | None) -> str:
+def _capture_message(module: nn.Module, error: Exception, converter: Converter | None) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     name = module.name if isinstance(module, FunctionModule) else type(module).__name__
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]

@@ -1,0 +1,216 @@
+"""Emitter: appends operators to the graph that is being made, and keeps which value each tensor has now."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwright.base import operators
+from shardwright.base.torch_private import FakeTensorMode, pytree
+from shardwright.base.user_code import _source
+from shardwright.capture.functionalise import Tracked
+from shardwright.capture.fx_nodes import map_arguments, meta_of, module_calls, module_path, storage_of, with_dense_gradient
+from shardwright.capture.names import Names
+from shardwright.capture.session import BATCH, COPY, RECOMPUTE
+from shardwright.capture.strides import strides_made
+from shardwright.ir.graph import GraphInput, NeedsGradient, Node
+from shardwright.ir.operator import Operator, Slot, TensorMeta
+
+
+class Emitter:
+    """The inputs and nodes of a graph so far, and the value that every tensor of the exported program has at this point.
+
+    Args:
+        autocast: what :func:`~shardwright.capture.fakes.autocast_around` found around the callable.
+    """
+
+    def __init__(self, autocast: Any):
+        self.inputs: list[GraphInput] = []
+        self.nodes: list[Node] = []
+        self.env: dict[fx.Node, Any] = {}  # fx node -> Tracked, list of Tracked, or a plain value
+        self.names = Names()
+        self.metas: dict[str, Tensor] = {}  # value -> fake tensor
+        self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
+        self.operators: dict[Any, Operator] = {}
+        self.needing = NeedsGradient()
+        self.restrided: set[str] = set()  # values whose strides are not those that export gives them
+        self.calls: dict[str, Any] = {}  # node name -> custom meta
+        self.context: tuple[Any, bool] = (autocast, torch.is_grad_enabled())
+
+    def needs_gradient(self) -> Any:
+        """Returns the values so far that a gradient flows through."""
+        return self.needing.of(self.inputs, self.nodes)
+
+    def track_operator(self, node: fx.Node) -> None:
+        metas = node.meta["val"]
+        sequence = isinstance(metas, (tuple, list))
+        args, kwargs = with_dense_gradient(node)
+        outputs = self.emit_node(node, node.target, args, kwargs, list(metas) if sequence else [metas])
+        parent = self._viewed(node, metas[0] if sequence and metas else metas)
+        tracked: list[Any] = []
+        for i, (value, meta) in enumerate(zip(outputs, metas if sequence else [metas], strict=True)):
+            entry = Tracked(value, meta)
+            if parent is not None:
+                entry.parent, entry.version = parent, self.tracked(parent).writes
+                entry.remake = (node, node.args, node.kwargs, i if sequence else None)
+            tracked.append(entry)
+        self.env[node] = tracked if sequence else tracked[0]
+
+    def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
+        """Returns the input that an operator's output shares its memory with."""
+        if not isinstance(meta, Tensor) or node.target == operators.LIFTS_COPY:
+            return None
+        for argument in pytree.tree_leaves((node.args, node.kwargs)):
+            if isinstance(argument, fx.Node):
+                shares = isinstance(self.env.get(argument), (Tracked, WrittenTensor))
+                if shares and storage_of(self.tracked(argument).meta) == storage_of(meta):
+                    return argument
+        return None
+
+    def read(self, node: fx.Node) -> str:
+        """Returns the current value of a tensor; a view of something written since is made again."""
+        tracked = self.tracked(node)
+        if tracked.parent is not None:
+            current = self.read(tracked.parent)
+            parent = self.tracked(tracked.parent)
+            if tracked.version != parent.writes:
+                source, args, kwargs, which = tracked.remake  # type: ignore[misc]
+                metas = source.meta["val"]
+                out = self.emit_node(
+                    source, source.target, args, kwargs, list(metas) if which is not None else [metas],
+                )  # fmt: skip
+                tracked.value = out[which or 0]
+                tracked.version = parent.writes
+                tracked.writes += 1
+                assert current
+        return tracked.value
+
+    def tracked(self, node: fx.Node) -> Tracked:
+        entry = self.env[node]
+        while isinstance(entry, WrittenTensor):
+            entry = self.env[entry.node]
+        assert isinstance(entry, Tracked), (node, entry)
+        return entry
+
+    def emit(self, at: fx.Node, overload: Any, *args: Any, **kwargs: Any) -> str:
+        """Emits an operator of one result on values given by name."""
+        return self.emit_many(at, overload, *args, **kwargs)[0]
+
+    def emit_many(self, at: fx.Node, overload: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Emits an operator on values given by name; what it makes is computed on the fly."""
+        made = self.faked(overload, [self.metas[a] if isinstance(a, str) else a for a in args], kwargs)
+        inputs = [a for a in args if isinstance(a, str)]
+        slots = iter(range(len(inputs)))
+        arguments = tuple(Slot(next(slots)) if isinstance(a, str) else a for a in args)
+        sequence = isinstance(made, (tuple, list))
+        return self._append(at, overload, arguments, kwargs, inputs, list(made) if sequence else [made], sequence)
+
+    def emit_node(self, at: fx.Node, overload: Any, args: Any, kwargs: Any, metas: list[Any]) -> list[str]:
+        inputs: list[str] = []
+
+        def slot(argument: Any) -> Any:
+            if not isinstance(argument, fx.Node):
+                return argument
+            entry = self.env[argument]
+            if not isinstance(entry, (Tracked, WrittenTensor)):
+                return entry
+            inputs.append(self.read(argument))
+            return Slot(len(inputs) - 1)
+
+        arguments, keywords = map_arguments(slot, args), {k: map_arguments(slot, v) for k, v in kwargs.items()}
+        sequence = len(getattr(overload._schema, "returns", ())) != 1 or isinstance(at.meta.get("val"), (tuple, list))
+        return self._append(at, overload, arguments, keywords, inputs, metas, sequence)
+
+    def faked(self, overload: Any, args: Any, kwargs: Any) -> Any:
+        """Returns an operator on fake tensors."""
+        known = [*pytree.tree_leaves((args, kwargs)), *self.metas.values()]
+        mode = next((leaf.fake_mode for leaf in known if hasattr(leaf, "fake_mode")), None)
+        with warnings.catch_warnings(), mode or FakeTensorMode(allow_non_fake_inputs=True):
+            warnings.simplefilter("ignore")
+            return overload(*args, **kwargs)
+
+    def _append(
+        self, at: fx.Node, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any], sequence: bool
+    ) -> list[str]:
+        name = self.names.new(overload.overloadpacket.__name__.strip("_"))
+        outputs = [name] if len(metas) == 1 else [self.names.new(f"{name}_o{i}") for i in range(len(metas))]
+        for value, meta in zip(outputs, self._as_made(overload, args, kwargs, inputs, metas), strict=True):
+            self.metas[value] = meta
+            if meta.stride() != metas[outputs.index(value)].stride():
+                self.restrided.add(value)
+        operator = self._operator_call(overload, args, kwargs, inputs, outputs, sequence)
+        autocast, grad = self.context
+        custom = at.meta.get("custom") or {}
+        self.nodes.append(
+            Node(
+                name, operator, tuple(inputs), tuple(outputs), module_path(at), _source(at), autocast=autocast, grad=grad,
+                recompute=custom.get(RECOMPUTE), calls=module_calls(at),
+                copy=custom.get(COPY), carries_batch=BATCH in custom,
+            )
+        )  # fmt: skip
+        self.calls[name] = custom
+        return outputs
+
+    def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
+        """What an operator makes, in the memory order that its kernel, and those before it, give it."""
+        orders: list[Any] = [None] * len(metas)
+        if not self.restrided.isdisjoint(inputs):
+
+            def fake(leaf: Any) -> Any:
+                return self.metas[inputs[leaf.index]] if isinstance(leaf, Slot) else leaf
+
+            with contextlib.suppress(Exception):  # under autocast, for one; the order is then as export has it
+                keywords = {k: map_arguments(fake, v) for k, v in kwargs.items()}
+                made = self.faked(overload, map_arguments(fake, args), keywords)
+                orders = [m.stride() for m in (made if isinstance(made, (tuple, list)) else [made])]
+        own = strides_made(overload, [self.metas[i] for i in inputs], metas[0]) if metas else None
+        if own is not None:
+            orders[0] = own
+        return [
+            meta if order is None or order == meta.stride() or len(order) != meta.ndim else self._restrided(meta, order)
+            for meta, order in zip(metas, orders)
+        ]
+
+    def _restrided(self, meta: Tensor, order: tuple[int, ...]) -> Tensor:
+        return self.faked(torch.empty_strided, (tuple(meta.shape), order), {"dtype": meta.dtype, "device": meta.device})  # type: ignore[no-any-return]
+
+    def _describe(self, value: str) -> TensorMeta:
+        found = self.described.get(value)
+        if found is None:
+            found = self.described[value] = meta_of(self.metas[value])
+        return found
+
+    def _operator_call(
+        self, overload: Any, args: Any, kwargs: Any, inputs: list[str], outputs: list[str], sequence: bool
+    ) -> Operator:
+        """Returns one object for all equal calls, such as those of repeated layers, so that others can keep what they find out.
+
+        The text of the arguments tells 1 from 1.0 and from True, which are equal.
+        """
+        taken, made = tuple(map(self._describe, inputs)), tuple(map(self._describe, outputs))
+        devices = tuple([meta.device for meta in (*taken, *made)])  # equality of metas leaves these out
+        key = (overload, repr(args), repr(kwargs), taken, made, devices, sequence)
+        found = self.operators.get(key)
+        if found is None:
+            found = self.operators[key] = Operator(overload, args, kwargs, taken, made, sequence)
+        return found
+
+
+class Placeholder(Tracked):
+    """A placeholder, which remembers the value it came in with."""
+
+    def __init__(self, value: str, meta: Tensor, first: str):
+        super().__init__(value, meta)
+        self.first = first
+
+
+class WrittenTensor:
+    """The result of a write: the written tensor itself."""
+
+    def __init__(self, emitter: Emitter, node: fx.Node):
+        entry = emitter.env[node]
+        self.node: fx.Node = entry.node if isinstance(entry, WrittenTensor) else node
