@@ -12,7 +12,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shardwright.base.torch_private import FakeTensorMode, preserve_node_meta, pytree
 from shardwright.base.user_code import _source, is_users
+from shardwright.capture.backward_hooks import check_backward_hooks
 from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.converter import Converter
@@ -28,7 +29,7 @@ from shardwright.capture.fakes import _fake, _fake_state, autocast_around
 from shardwright.capture.left_behind import Assignment, Kept, check_values, ended_by, state_kept
 from shardwright.capture.random_states import random_states_kept
 from shardwright.capture.session import marked_modules, session
-from shardwright.capture.watch import check_backward_hooks, watched
+from shardwright.capture.watch import watched
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.ir.graph import Graph
 from shardwright.ir.marks import Mark
@@ -60,35 +61,16 @@ def capture(
             "  Call the model itself for generation, or pass use_cache=False and whole sequences"
         )
     check_values({**dict(module.named_parameters()), **dict(module.named_buffers())})
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     flat, spec = pytree.tree_flatten((args, kwargs))
+    notes: list[str] = []
 
     def export() -> tuple[Any, list[Assignment]]:
         fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-        found: tuple[list[Assignment], list[Tensor]] = ([], [])
-        before: Kept | None = None
-
-        def begin(args: Any, kwargs: Any) -> None:
-            nonlocal before
-            before = Kept(module)  # now, for torch too has changed what modules hold
-            watch.begin(args, kwargs)
-
-        def end(result: Any) -> Any:
-            nonlocal found
-            watch.end()
-            assert before is not None
-            result = before.buffers_written(result, watch.assigned)
-            found = before.assignments()
-            check_backward_hooks(module)
-            return (result, tuple(found[1])) if found[1] else result
-
         with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks or {}):
-            with watched(module, notes.append) as watch, ended_by(module, begin, end):
-                exported = torch.export.export(module, tuple(fake_args), fake_kwargs, strict=False)
-        return exported, found[0]
+            return _exported(module, fake_args, fake_kwargs, notes.append)
 
-    notes: list[str] = []
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with session() as now, warnings.catch_warnings(), preserve_node_meta(), _quiet_logs(), random_states_kept(module, export):
         warnings.simplefilter("ignore")
         converter: Converter | None = None
@@ -104,6 +86,40 @@ def capture(
     for note in notes:
         logger.warning("%s", note)
     return replace(graph, assignments=tuple(assigned))
+
+
+def _exported(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[[str], None]
+) -> tuple[Any, list[Assignment]]:
+    """Exports a module on fake tensors, watched for what a graph cannot keep.
+
+    Args:
+        args, kwargs: fake tensors, with the module's state faked in the same mode.
+        note: is called with each message for the user.
+
+    Returns:
+        The exported program, and the attributes that the callable assigned.
+    """
+    found: tuple[list[Assignment], list[Tensor]] = ([], [])
+    before: Kept | None = None
+
+    def begin(args: Any, kwargs: Any) -> None:
+        nonlocal before
+        before = Kept(module)  # now, for torch too has changed what modules hold
+        watch.begin(args, kwargs)
+
+    def end(result: Any) -> Any:
+        nonlocal found
+        watch.end()
+        assert before is not None
+        result = before.buffers_written(result, watch.assigned)
+        found = before.assignments()
+        check_backward_hooks(module)
+        return (result, tuple(found[1])) if found[1] else result
+
+    with watched(module, note) as watch, ended_by(module, begin, end):
+        exported = torch.export.export(module, tuple(args), kwargs, strict=False)
+    return exported, found[0]
 
 
 class StepFound(BaseException):

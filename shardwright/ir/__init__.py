@@ -7,6 +7,7 @@
 ``instructions``    what a local program is made of, calls on local tensors and moves of values between layouts
 ``largest_piece``   the first rank's, found without looking at the others
 ``layout``          where every piece of a tensor is
+``layout_entries``  entries of layouts as users write them: checked, and parsed from texts
 ``layout_text``     layouts as short texts and slice counts
 ``machine``         what devices compute, how fast they talk and how much they hold; read from TOML files
 ``marks``           what a user asked of an operator, a function or a module, carried through capture onto graph nodes

@@ -16,21 +16,25 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from shardwright.errors import ArgumentTypeError, LayoutError
-from shardwright.ir.mesh import AxisWords, Mesh, check_axes, check_ranks
+from shardwright.errors import LayoutError
+from shardwright.ir.layout_entries import (
+    INTERLEAVED,
+    DimSpec,
+    Sizes,
+    axes_of_entry,
+    call_text,
+    check_device_matrix,
+    parse_entries,
+    parse_reductions,
+)
+from shardwright.ir.mesh import Mesh
 from shardwright.ir.pieces import chunk_pieces
 
-# The virtual axis: it cuts what one device holds into copies, and has no devices of its own.
-INTERLEAVED = "interleaved_parallel"
-
-DimSpec = str | tuple[str, ...] | list[str]
 Dims = tuple[tuple[str, ...], ...]
-Sizes = tuple[tuple[int, ...] | None, ...]
 
 
 class Layout:
@@ -73,7 +77,7 @@ class Layout:
     interleaved: tuple[int, int | None] | None  # copies on each device, and the dim they cut; None where there are none
 
     def __init__(self, device_matrix: Sequence[int], alias_name: Sequence[str], rank_list: Sequence[int] | None = None) -> None:
-        _check_device_matrix(device_matrix, alias_name, rank_list)
+        check_device_matrix(device_matrix, alias_name, rank_list)
         real = len(alias_name) - (INTERLEAVED in alias_name)
         mesh = Mesh(tuple(alias_name[:real]), tuple(device_matrix[:real]), tuple(rank_list or ()))
         self._set(mesh, None, (), (), (device_matrix[real], None) if real < len(alias_name) else None)
@@ -115,13 +119,13 @@ class Layout:
 
     def __call__(self, *entries: DimSpec) -> Layout:
         """Returns the layout of a tensor with one entry a dim; see the class."""
-        dims = [self._parse_entry(entry, position) for position, entry in enumerate(entries)]
+        dims = [axes_of_entry(entry, position, self.aliases) for position, entry in enumerate(entries)]
         seen: dict[str, int] = {}
         for position, axes in enumerate(dims):
             for axis in axes:
                 if axis in seen:
                     raise LayoutError(
-                        f"layout{_call_text(entries)}: alias {axis!r} is used for dim {seen[axis]} and again for dim "
+                        f"layout{call_text(entries)}: alias {axis!r} is used for dim {seen[axis]} and again for dim "
                         f"{position}; an axis can split one dim only: use 'None' or another alias for one of them"
                     )
                 seen[axis] = position
@@ -132,34 +136,6 @@ class Layout:
         layout = Layout.of(self.mesh, real)
         layout._set(self.mesh, real, (), layout.sizes, (self.interleaved[0], seen[INTERLEAVED]))
         return layout
-
-    def _parse_entry(self, entry: DimSpec, position: int) -> tuple[str, ...]:
-        if isinstance(entry, str):
-            names = [part.strip() for part in entry.split(">")]
-            ordered = len(names) > 1
-        elif isinstance(entry, (tuple, list)):
-            names, ordered = list(entry), False
-        else:
-            raise ArgumentTypeError(
-                f"layout entry {position} is {entry!r}, a {type(entry).__name__}; give an alias, 'None' or a tuple of aliases"
-            )
-        for name in names:
-            if not isinstance(name, str):
-                raise ArgumentTypeError(f"layout entry {position} holds {name!r}, a {type(name).__name__}, not an alias")
-            if name != "None" and name not in self.aliases:
-                raise LayoutError(
-                    f"layout entry {position} names {name!r}, which is not an alias of this layout; the aliases are "
-                    f"{', '.join(self.aliases)}"
-                )
-        names = [n for n in names if n != "None"]
-        if len(set(names)) != len(names):
-            raise LayoutError(f"layout entry {position} {entry!r} lists an alias twice; list each alias once")
-        if ordered and INTERLEAVED in names[:-1]:
-            raise LayoutError(
-                f"layout entry {position} {entry!r} has {INTERLEAVED!r} above {names[-1]!r}: copies cut what a device holds; "
-                "write it last"
-            )
-        return tuple(names) if ordered else tuple(sorted(names, key=self.aliases.index))
 
     # -- where things are ---------------------------------------------------------------------------------------
 
@@ -338,33 +314,15 @@ class Layout:
         dims_text, *reductions = dims_text.split("+")
         if not dims_text.strip():
             return base
-        return base._bind_text(dims_text, reductions)
-
-    def _bind_text(self, dims_text: str, reductions: Sequence[str] = ()) -> Layout:
-        entries: list[DimSpec] = []
-        sizes: list[tuple[int, ...] | None] = []
-        if dims_text.strip() == "()":
-            dims_text = ""
-        for entry in re.findall(r"\([^)]*\)(?:\[[^\]]*\])?|[^,\[\s]+(?:\[[^\]]*\])?", dims_text):
-            name, _, explicit = entry.partition("[")
-            numbers = explicit.rstrip("]").split()
-            if not all(n.isdigit() for n in numbers):
-                raise LayoutError(f"cannot read the piece sizes [{explicit}: write whole numbers, dp[3 7]")
-            sizes.append(tuple(map(int, numbers)) if explicit else None)
-            entries.append(tuple(n.strip() for n in name[1:-1].split(",")) if name.startswith("(") else name)
-        partial = []
-        for reduction in reductions:
-            match = re.fullmatch(r"\s*(sum|max|min)\(([^)]*)\)\s*", reduction)
-            if not match:
-                raise LayoutError(f"cannot read the pending reduction {reduction.strip()!r}: write '+sum(dp,mp)'")
-            partial += [(axis.strip(), match[1]) for axis in match[2].split(",")]
-        bound = self(*entries)
+        entries, piece_sizes = parse_entries(dims_text)
+        partial = parse_reductions(reductions)
+        bound = base(*entries)
         for axis, _ in partial:
-            if axis not in self.mesh.axes or axis in bound.split_axes:
+            if axis not in base.mesh.axes or axis in bound.split_axes:
                 raise LayoutError(f"{axis!r} cannot be partial: it must be an alias of the layout that splits no dim")
-        layout = Layout.of(self.mesh, bound.bound, partial, sizes)
+        layout = Layout.of(base.mesh, bound.bound, partial, piece_sizes)
         if bound.interleaved is not None:
-            layout._set(self.mesh, layout.dims, layout.partial, layout.sizes, bound.interleaved)
+            layout._set(base.mesh, layout.dims, layout.partial, layout.sizes, bound.interleaved)
         return layout
 
 
@@ -409,22 +367,3 @@ def _normal(layout: Layout, shape: tuple[int, ...]) -> Layout:
     if dims == layout.dims and tuple(sizes) == layout.sizes and partial == layout.partial:
         return layout
     return Layout.of(mesh, dims, partial, sizes)
-
-
-def _check_device_matrix(device_matrix: object, alias_name: object, rank_list: object) -> None:
-    sizes, names = check_axes(device_matrix, alias_name, _WORDS)
-    if INTERLEAVED in names[:-1]:
-        raise LayoutError(
-            f"alias_name {names} has {INTERLEAVED!r} at {names.index(INTERLEAVED)}: it cuts what one device holds, "
-            "so it has to be the last alias"
-        )
-    if rank_list is not None:
-        check_ranks(rank_list, math.prod(sizes[:-1] if INTERLEAVED in names else sizes), _WORDS)
-
-
-# What a Layout calls sizes, names, one name, and ranks.
-_WORDS = AxisWords("device_matrix", "alias_name", "alias", "rank_list", "the device matrix")
-
-
-def _call_text(entries: Sequence[DimSpec]) -> str:
-    return "(" + ", ".join(repr(e) for e in entries) + ")"

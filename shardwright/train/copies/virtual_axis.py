@@ -25,7 +25,8 @@ from shardwright.base.operators import CAT, RESHAPE, SELECT
 from shardwright.capture.names import Names
 from shardwright.errors import Problems
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.layout import INTERLEAVED, Layout
+from shardwright.ir.layout import Layout
+from shardwright.ir.layout_entries import INTERLEAVED
 from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.signature import Signature, TensorFactors
 from shardwright.rules.registry import signature_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from shardwright.errors import Problems
 from shardwright.ir.graph import Graph, Node
-from shardwright.ir.layout import INTERLEAVED, Layout
+from shardwright.ir.layout import Layout
+from shardwright.ir.layout_entries import INTERLEAVED
 from shardwright.ir.signature import Signature
 from shardwright.rules.registry import signature_of
 

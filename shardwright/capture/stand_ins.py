@@ -1,0 +1,128 @@
+"""Stand-ins for parts of torch that are no torch functions, while a callable is captured."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.base.torch_private import CheckpointFunction, SingleLevelFunction, checkpoint_module
+from shardwright.base.user_code import _TORCH, user_source
+from shardwright.capture.refusals import refuse
+from shardwright.capture.torch_functions import Watch
+
+_plain_checkpoint = checkpoint_module._checkpoint_without_reentrant_generator
+_plain_new_parameter = nn.Parameter.__new__
+_plain_enter = torch.autograd.graph.saved_tensors_hooks.__enter__
+_said: set[str] = set()  # lines of which it has been said that their checkpoints save no memory
+
+
+def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
+    """Owner, name and stand-in of what is no torch function, and watched by standing in its place."""
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if watch.here and cls is CheckpointFunction:
+            _note_checkpoint(watch)
+            return _call_reentrant(*args)
+        if watch.here:
+            _check_function(cls, args)
+        return super(SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
+        """Stands for what a checkpoint does before and after the call of its function."""
+        if not watch.here:
+            yield from _plain_checkpoint(*args, **kwargs)
+            return
+        _note_checkpoint(watch)
+        yield
+
+    def new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if watch.here:
+            _check_parameter(sys._getframe(1).f_code.co_filename)
+        return _plain_new_parameter(cls, *args, **kwargs)
+
+    def enter(hooks: Any) -> Any:
+        if watch.here:
+            _check_saved_tensors_hooks(hooks)
+        return _plain_enter(hooks)
+
+    def unseeded(name: str, plain: Any) -> Any:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if watch.here:
+                raise refuse(
+                    f"torch.{name} cannot be captured: the state of the generator is no part of the program",
+                    "Call it outside, before the step",
+                )
+            return plain(*args, **kwargs)
+
+        return stand_in
+
+    seeds = ("manual_seed", "seed", "set_rng_state", "get_rng_state", "initial_seed")
+    return [
+        *((owner, name, unseeded(name, getattr(torch, name))) for owner in (torch, torch.random) for name in seeds),
+        (SingleLevelFunction, "apply", classmethod(apply)),
+        (checkpoint_module, "_checkpoint_without_reentrant_generator", checkpoint),
+        (nn.Parameter, "__new__", staticmethod(new_parameter)),
+        (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
+    ]
+
+
+def _note_checkpoint(watch: Watch) -> None:
+    """Says once that a checkpoint is computed as written."""
+    source = user_source()
+    if source not in _said:
+        _said.add(source)
+        watch.note(
+            f"torch.utils.checkpoint, at {source}, is computed as written and saves no memory in a parallel program yet; "
+            "for that say net.recompute('pattern of module names')"
+        )
+
+
+def _check_function(cls: Any, args: Any) -> None:
+    """Refuses an ``autograd.Function`` whose backward is the user's own.
+
+    Those of torch have the derivatives of their forward, or belong to an operator that is captured as a whole.
+    """
+    wants = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if wants and not cls.__module__.startswith("torch."):
+        raise refuse(
+            f"the autograd.Function {cls.__name__} cannot be captured: only the operators of its forward would be, and its "
+            "backward would be theirs instead of its own",
+            "Call it outside of the parallel module, or write it with operators whose gradients add up to its backward: "
+            "straight through is x + (f(x) - x).detach(), a gradient times c is x * c + (x - x * c).detach()",
+        )
+
+
+def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, *args: Any) -> Any:
+    """Stands for a reentrant checkpoint: the call itself, without gradients where it would give none."""
+    wants = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    with torch.set_grad_enabled(wants):
+        return function(*args)
+
+
+def _check_parameter(maker: str) -> None:
+    """Refuses ``nn.Parameter(...)`` but where torch makes one for itself: it would be another in every call.
+
+    Args:
+        maker: the file that calls.
+    """
+    if not maker.startswith(_TORCH) or maker.startswith(os.path.join(_TORCH, "nn")):
+        raise refuse(
+            "a parameter that is made while the callable is captured cannot be trained: it exists in the capture only",
+            "Make it in __init__; of unknown shape, run the model once on one device before it becomes parallel",
+        )
+
+
+def _check_saved_tensors_hooks(hooks: Any) -> None:
+    """Refuses a block of hooks on saved tensors; torch's own (``save_on_cpu``) change no value."""
+    packs = getattr(hooks.pack_hook, "__module__", None) or ""
+    if torch.is_grad_enabled() and not packs.startswith("torch."):
+        raise refuse(
+            "saved_tensors_hooks in a captured callable cannot be captured: what is saved for the backward pass is decided by "
+            "the parallel program",
+            "Open the block around the call of the parallel module",
+        )

@@ -1,0 +1,245 @@
+"""Torch functions that a captured callable calls: what a graph cannot keep is refused, every call is noted with its line."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import GetSetDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from shardwright.base.torch_private import FakeTensor, annotate, pytree
+from shardwright.base.user_code import SOURCE, user_frame, user_source
+from shardwright.capture.closure import attribute_of
+from shardwright.capture.refusals import refuse, refused
+from shardwright.errors import CaptureError
+
+
+class Watch(TorchFunctionMode):
+    """Sees every torch function that the captured callable calls on tensors.
+
+    Args:
+        module: what is captured.
+        note: is told what is computed as written and has no other effect.
+    """
+
+    def __init__(self, module: nn.Module, note: Callable[[str], None]):
+        super().__init__()
+        self.module, self.note, self.thread = module, note, threading.get_ident()
+        self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
+        self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
+        self.known: set[int] = set()  # ids of tensors with values that may be read
+        self.running = False  # whether the callable runs, and not what torch does before and after
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Takes notice of the tensors that the callable is about to work on."""
+        given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves((args, kwargs))]
+        self.given = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
+        self.arguments = (args, kwargs)
+        self.flat = pytree.tree_flatten(self.arguments)
+        self.running = True
+
+    def buffer(self, module: nn.Module, name: str, value: Any) -> None:
+        """Remembers the line that assigns a buffer."""
+        self.assigned[id(module), name] = user_source()
+
+    def end(self) -> None:
+        """Takes notice that the callable has ended: what torch does afterwards is its own business.
+
+        Raises:
+            CaptureError: it swallowed a refusal, or changed its arguments.
+        """
+        self.running = False
+        if refused:
+            raise refused[0]
+        leaves, spec = pytree.tree_flatten(self.arguments)
+        before, spec_before = self.flat
+        if spec != spec_before or any(a is not b for a, b in zip(leaves, before)):
+            raise CaptureError(
+                f"{type(self.module).__name__} changes an argument in place: a list, dict or the like that it is handed is "
+                "another one in a capture, so the caller's would stay as it is\n  Return what is new, or change a copy"
+            )
+
+    def called(self, module: nn.Module, args: Any) -> None:
+        """Refuses the call of a module that the captured one does not have: nobody would train it or update its buffers."""
+        if not self.here:
+            return
+        held = itertools.chain(*(t.values() for m in module.modules() for t in (m._parameters, m._buffers)))
+        if any(tensor is not None and not isinstance(tensor, FakeTensor) for tensor in held):
+            raise refuse(
+                f"{type(module).__name__} is called in a captured callable that does not have it as a submodule: its "
+                "parameters would get no gradients, its buffers no updates",
+                "Make it a submodule: an attribute of its own, or in an nn.ModuleList or nn.ModuleDict",
+            )
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = _HANDLERS.get(_key(function))
+        if handler is not None and self.here:
+            found = handler(self, function, args, kwargs or {})
+            if found is not None:
+                return found
+        if not self.here:
+            return function(*args, **(kwargs or {}))
+        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
+            raise refuse(
+                f"{getattr(function, '__name__', function)}(generator=...) cannot be captured: ranks draw the single device's "
+                "numbers from torch's default generator",
+                "Leave generator out, and seed with torch.manual_seed before the step; or draw outside and hand the numbers in",
+            )
+        frame = user_frame()
+        if frame is None:
+            return function(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():
+            self.check_real(pytree.tree_leaves((args, kwargs)))
+        with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno)}):
+            return function(*args, **(kwargs or {}))
+
+    def check_real(self, leaves: list[Any]) -> None:
+        """Refuses a tensor with a gradient that the captured module does not have: a graph would take it for a constant."""
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and not isinstance(leaf, FakeTensor):
+                if id(leaf) not in self.known and attribute_of(self.module, leaf) is None:
+                    raise refuse(
+                        f"a tensor of {list(leaf.shape)} with a gradient is read in a captured callable that does not have it: "
+                        "it would get none",
+                        f"Make it a parameter of {type(self.module).__name__}, in an nn.ParameterList if there are several",
+                    )
+                self.known.add(id(leaf))
+
+    def number(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Returns a number read off a tensor: refused where it depends on values, also if the user's code catches what
+        torch raises.
+        """
+        try:
+            found = function(*args, **kwargs)
+        except Exception as error:
+            raise self._of_values(function, error) from error
+        if any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in pytree.tree_leaves(found)):
+            raise self._of_values(function, None)
+        return found
+
+    def _of_values(self, function: Any, error: Exception | None) -> CaptureError:
+        known = error is None or "DataDependent" in type(error).__name__ or not str(error)
+        said = "" if known else f" ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return refuse(
+            f"{getattr(self.module, 'name', type(self.module).__name__)} cannot be captured as a graph: "
+            f"Tensor.{function.__name__} reads a number of a tensor that is computed{said}",
+            "A captured callable may not branch on the values of tensors or call .item(), and no size may depend on them; "
+            "return the tensor and read it outside, or write it with torch.where",
+        )
+
+    def hook(self, function: Any, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled() and not args[0].requires_grad:
+            return
+        raise refuse(
+            f"Tensor.{function.__name__} cannot be captured: a graph has no place for a hook, it would never be called",
+            "Remove it. To read or change a gradient, register the hook on a parameter, or on what the parallel module returns",
+        )
+
+    def retained(self, function: Any, args: Any, kwargs: Any) -> None:
+        raise refuse(
+            "Tensor.retain_grad cannot be captured: the gradient of a value within a captured callable is kept nowhere",
+            "Remove it; gradients of inputs and parameters are there, torch.autograd.grad gives those of inputs",
+        )
+
+    def node(self, function: Any, args: Any, kwargs: Any) -> None:
+        if getattr(args[0], "requires_grad", False):
+            raise refuse(
+                "Tensor.grad_fn cannot be read in a captured callable: other nodes run later than the one seen here",
+                "Remove it; for a hook on gradients, register it on a parameter",
+            )
+
+    def gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+        if id(args[0]) in self.given:
+            raise refuse(
+                "Tensor.grad cannot be read in a captured callable: the gradient of an earlier step is no part of its inputs",
+                "Read it outside, and hand in what is needed of it as an argument",
+            )
+
+    def new_gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+        if id(args[0]) in self.given:
+            raise refuse(
+                "Tensor.grad cannot be set in a captured callable: the gradients of the steps are no part of the program",
+                "Set it outside, before or after the call",
+            )
+
+    def data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+        return args[0].detach()
+
+    def new_data(self, function: Any, args: Any, kwargs: Any) -> None:
+        raise refuse(
+            "tensor.data = ... cannot be captured: it gives a tensor other memory, past autograd and the graph",
+            "For a buffer or a frozen parameter write: with torch.no_grad(): tensor.copy_(value). For an activation give the "
+            "new value a name: h = h + (value - h).detach()",
+        )
+
+    def leaf(self, function: Any, args: Any, kwargs: Any) -> None:
+        wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+        if id(args[0]) in self.given and bool(wanted) != args[0].requires_grad:
+            raise refuse(
+                f"requires_grad of an input, parameter or buffer is set to {bool(wanted)} in a captured callable: "
+                "it would hold in the capture only",
+                "Set it outside, before the call",
+            )
+
+    def derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+        with suppress(Exception):
+            function(*args, **kwargs)  # somebody further out may take it for a sign, as of a train step
+        raise refuse(
+            f"{function.__name__} in a captured callable cannot be captured: derivatives are taken of the whole program",
+            "Take the derivative outside: return the value, then call torch.autograd.grad or backward on it",
+        )
+
+    @property
+    def here(self) -> bool:
+        """Whether the captured callable is what calls: not torch around it, and not another thread."""
+        return self.running and threading.get_ident() == self.thread
+
+    def memory(self, function: Any, args: Any, kwargs: Any) -> None:
+        raise refuse(
+            f"Tensor.{function.__name__} cannot be captured: it changes a tensor's memory past the graph",
+            "Make a new tensor instead: x = x.new_empty(shape), or x.reshape(shape)",
+        )
+
+
+def _key(function: Any) -> Any:
+    """What tells a torch function apart: the getter or setter of a property is a new object every time."""
+    owner: Any = getattr(function, "__self__", None)
+    return (owner.__name__, function.__name__) if isinstance(owner, GetSetDescriptorType) else function
+
+
+_HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
+    Tensor.register_hook: Watch.hook,
+    Tensor.register_post_accumulate_grad_hook: Watch.hook,
+    Tensor.retain_grad: Watch.retained,
+    ("grad_fn", "__get__"): Watch.node,
+    ("grad", "__get__"): Watch.gradient,
+    ("grad", "__set__"): Watch.new_gradient,
+    ("data", "__get__"): Watch.data,
+    ("data", "__set__"): Watch.new_data,
+    ("requires_grad", "__set__"): Watch.leaf,
+    Tensor.requires_grad_: Watch.leaf,
+    Tensor.backward: Watch.derivative,
+    torch.autograd.backward: Watch.derivative,
+    torch.autograd.grad: Watch.derivative,
+    Tensor.item: Watch.number,
+    Tensor.tolist: Watch.number,
+    Tensor.numpy: Watch.number,
+    Tensor.__array__: Watch.number,
+    Tensor.__bool__: Watch.number,
+    Tensor.__float__: Watch.number,
+    Tensor.__int__: Watch.number,
+    Tensor.__index__: Watch.number,
+    Tensor.__complex__: Watch.number,
+    Tensor.__format__: Watch.number,
+    Tensor.set_: Watch.memory,
+    Tensor.resize_: Watch.memory,
+    Tensor.resize_as_: Watch.memory,
+    Tensor.untyped_storage: Watch.memory,
+    Tensor.storage: Watch.memory,
+}
