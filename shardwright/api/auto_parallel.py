@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.agreement.signature import Signature, looked_at, signature_of
-from shardwright.agreement.watch import Look, watch_of
+from shardwright.agreement.job_watch import watch_of
+from shardwright.agreement.signature import Signature, signature_of, value_summaries
+from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
 from shardwright.api.bound import Compiled
 from shardwright.api.call_key import _leaf_key, _out_of_inference
@@ -161,7 +162,7 @@ class AutoParallel(SettingsMethods):
         spec: Any
         watch = watch_of(current_world())
         if watch is not None:
-            watch.begin(self)
+            watch.begin_call(self)
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
@@ -186,7 +187,7 @@ class AutoParallel(SettingsMethods):
             self._described = key, dict(self._state.described)
             self._compiled[(spec, key[1], handed, self._state_key())] = compiled
         elif watch is not None:
-            watch.again(compiled, self._look(leaves, handed))
+            watch.known_call(compiled, self._look(leaves, handed))
         self._latest = compiled
         return leaves, compiled
 
@@ -199,14 +200,14 @@ class AutoParallel(SettingsMethods):
             return
         shapes = None if handed is None else handed.shapes
         sign = signature_of(self.module, leaves, spec, watch.name_of(self), shapes)
-        with watch.told(sign, self._look(leaves, handed)):
+        with watch.new_call(sign, self._look(leaves, handed)):
             yield {torch.is_grad_enabled(): sign}
 
-    def _look(self, leaves: list[Any], handed: Handed | None) -> Look | None:
+    def _look(self, leaves: list[Any], handed: Handed | None) -> Summarize | None:
         """What the ranks of a job compare of the inputs' values, where all of them are to hand in the same."""
         if handed is not None or self.settings.mode == "hybrid_parallel":
             return None
-        return lambda sketched: looked_at(leaves, sketched)
+        return lambda sketched: value_summaries(leaves, sketched)
 
     def _say_why_again(self, key: Any, leaves: list[Any]) -> None:
         """Says, from the second planning on, what is another than at the one before."""
