@@ -115,12 +115,12 @@ _OWN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # addresses, and the number
 # -- the values of inputs ---------------------------------------------------------------------------------------------
 
 
-def looked_at(tensors: Iterable[Any], sketched: bool = False) -> list[Any]:
+def value_summaries(tensors: Iterable[Any], sketched: bool = False) -> list[Any]:
     """What to compare of the values of tensors: of each its checksum; ``sketched``, for :func:`differing_value`, more."""
-    return [_looked_at(tensor, sketched) for tensor in tensors]
+    return [_value_summary(tensor, sketched) for tensor in tensors]
 
 
-def _looked_at(tensor: Any, sketched: bool) -> Any:
+def _value_summary(tensor: Any, sketched: bool) -> Any:
     is_plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
     if not is_plain or tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.is_quantized:
         return None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.signature import Signature, lines_of, looked_at
-from shardwright.agreement.watch import explain, note
+from shardwright.agreement.job_watch import explain, note
+from shardwright.agreement.signature import Signature, lines_of, value_summaries
 from shardwright.api.settings import Settings
 from shardwright.api.stages import (
     before_compiling,
@@ -79,7 +79,7 @@ class Compiled:
         )  # fmt: skip
         graph = capture_target(target, capture)
         constants = list(graph.constants.values())
-        world.compare("graph", lambda: (lines_of(str(graph), root), looked_at(constants, sketched=True)))
+        world.compare("graph", lambda: (lines_of(str(graph), root), value_summaries(constants, sketched=True)))
         plan = plan_target(target, graph)
         self.graph = plan.graph
         self.plan: Plan = replace(plan, input_layouts=self._stored(plan, device))
@@ -103,7 +103,7 @@ class Compiled:
         self._handed = [n for n, kind in enumerate(kinds) if kind == "input"]
         self._held = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
         self._written = {name for name, _ in self.graph.updates}
-        self._looked_at: list[Any] = []
+        self._value_summary: list[Any] = []
         self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
 
     def _bound(self, program: LocalProgram) -> Callable[..., Any]:
@@ -197,8 +197,8 @@ class Compiled:
     def _check_aliases(self, values: list[Any]) -> None:
         """Refuses a write to an input or buffer whose memory another one shares: a program has each by itself."""
         held = [values[n] for n in self._held]
-        if not (len(held) == len(self._looked_at) and all(map(operator.is_, held, self._looked_at))):
-            self._looked_at, self._memory = held, {}
+        if not (len(held) == len(self._value_summary) and all(map(operator.is_, held, self._value_summary))):
+            self._value_summary, self._memory = held, {}
             self._note_memory(self._held, values, self._memory)
         of_inputs = dict(self._memory)
         self._note_memory(self._handed, values, of_inputs)

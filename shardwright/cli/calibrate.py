@@ -8,9 +8,9 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shardwright.cli.options import _printed, _UsageError
+from shardwright.cli.options import _count, _printed, _seconds, _UsageError
 from shardwright.cost.algorithms import VARIABLE as CALIBRATION
 from shardwright.cost.algorithms import Calibration, location
 from shardwright.cost.machine_files import PRESETS, calibrated, load_machine
@@ -41,6 +41,30 @@ examples:
   shardwright calibrate --no-steps                    (prices are then further from the times that steps take)
   shardwright calibrate --output cluster.json         (then SHARDWRIGHT_CALIBRATION=cluster.json torchrun ... train.py,
                                                        and SHARDWRIGHT_MACHINE=cluster.toml for prices)"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure this machine: its collectives, and what operators and steps take",
+        description=CALIBRATE_HELP,
+        epilog=CALIBRATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_calibrate, name="calibrate")
+    parser.add_argument("--ranks", type=_count, default=4, metavar="N", help="number of processes; default: 4")
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=20.0,
+        metavar="S",
+        help="of collectives; operators take half as much besides, steps as much at least; default: 20",
+    )
+    parser.add_argument("--no-steps", action="store_true", help="leave out the training steps")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="where to keep it, instead of where jobs look; the machine: FILE.toml"
+    )
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.api.plan_for import plan_for, planning
+from shardwright.cli.options import _count, _ints, _names, _seconds
 from shardwright.cli.script import run_script
 from shardwright.errors import ShardwrightError
 from shardwright.report.plan_view import PlanView
@@ -38,14 +39,8 @@ examples:
   shardwright plan --machine list"""
 
 
-def add_parser(
-    commands: Any,
-    count: Callable[[str], int],
-    ints: Callable[[str], Any],
-    names: Callable[[str], Any],
-    seconds: Callable[[str], float],
-) -> None:
-    """Adds the command to the command line's commands; the functions read an option's text."""
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
     parser = commands.add_parser(
         "plan",
         help="plan a script's model for devices that need not exist",
@@ -57,16 +52,16 @@ def add_parser(
     parser.set_defaults(command=run, name="plan")
     parser.add_argument("script", nargs="?", metavar="script.py", help="the script with the model")
     parser.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of a training script, after --")
-    parser.add_argument("--devices", type=count, metavar="N", help="number of devices")
+    parser.add_argument("--devices", type=_count, metavar="N", help="number of devices")
     parser.add_argument(
         "--machine", metavar="M", help="a preset or a TOML file; --machine list lists them; default: the script's, else h100"
     )
     parser.add_argument("--mode", help="parallel mode; default: auto, or what the script's AutoParallel says")
-    parser.add_argument("--mesh", type=ints, metavar="32,8", help="device matrix; default: the best of several")
-    parser.add_argument("--axes", type=names, default=(), metavar="dp,tp", help="aliases of the device matrix's axes")
+    parser.add_argument("--mesh", type=_ints, metavar="32,8", help="device matrix; default: the best of several")
+    parser.add_argument("--axes", type=_names, default=(), metavar="dp,tp", help="aliases of the device matrix's axes")
     parser.add_argument("--memory", metavar="80GB", help="memory of a device; default: the machine's")
     parser.add_argument("--optimizer", metavar="NAME", help="whose states count; default: the script's, else adamw")
-    parser.add_argument("--seconds", type=seconds, metavar="S", help="how long to search; default: the script's, else 30")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="how long to search; default: the script's, else 30")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of model() or inputs()")
     parser.add_argument("--meta", action="store_true", help="run a training script with tensors on the meta device")
     parser.add_argument("--load", type=Path, metavar="FILE", help="start from the layouts in a plan file")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from shardwright.cli.options import _count, _UsageError
 from shardwright.world.current import init
@@ -26,6 +27,24 @@ examples:
   shardwright run --devices 8 examples/mnist_ops.py --epochs 2
   shardwright run --devices 4 --distributed examples/mnist_ops.py
   torchrun --nproc-per-node 8 examples/mnist_ops.py        (the same job as with --distributed, started by hand)"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
+    parser = commands.add_parser(
+        "run",
+        help="run a script on simulated devices, or in several processes",
+        description=RUN_HELP,
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_run, name="run")
+    parser.add_argument(
+        "--devices", type=_count, metavar="N", help=f"number of devices; default: {DEVICES}, else {DEFAULT_DEVICES}"
+    )
+    parser.add_argument("--distributed", action="store_true", help="start N processes instead of simulating N ranks")
+    parser.add_argument("script", metavar="script.py", help="the script to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
 
 
 def _run(arguments: argparse.Namespace) -> int:

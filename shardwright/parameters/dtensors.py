@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement import watch as watcher
+from shardwright.agreement import job_watch
 from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.base.operators import IS_NONZERO, READS_NUMBER, draws_on_dtensors
 from shardwright.base.torch_private import add_dtensor_handler, pytree
@@ -111,7 +111,7 @@ def _teach_draws(cut: Cut, whole: Whole) -> None:
             given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, DTensor)]
             if not all(map(is_ours, given)) or any(p.is_partial() for t in given for p in t.placements):
                 return otherwise(operator, args, kwargs)
-            watcher.note(f"random numbers for a tensor {list(given[0].shape)}")
+            job_watch.note(f"random numbers for a tensor {list(given[0].shape)}")
             wholes: dict[int, Tensor] = {id(t): whole(t).clone() for t in given}
             args, kwargs = pytree.tree_map(lambda a: wholes[id(a)] if isinstance(a, DTensor) else a, (args, kwargs))
             if kwargs.get("generator") is None:

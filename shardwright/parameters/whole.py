@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.watch import note
+from shardwright.agreement.job_watch import note
 from shardwright.ir.layout import Layout
 from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.delayed.replay import materialise

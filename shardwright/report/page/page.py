@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardwright.plan.memory import MemoryTimeline
     from shardwright.plan.price.values import PlanPrice
 
+SCRIPTS = ("data.js", "overview.js", "inspector.js", "tree.js", "page.js")  # in the order in which they are joined
 _MEMORY_STEPS = 20_000  # the memory over time is drawn in this many steps of the peak
 
 
@@ -78,7 +79,7 @@ def render(data: dict[str, Any]) -> str:
     parts = {
         "title": html.escape(str(data["title"])),
         "style": (here / "page.css").read_text("utf-8"),
-        "script": (here / "page.js").read_text("utf-8"),
+        "script": "\n".join((here / name).read_text("utf-8") for name in SCRIPTS),
         "data": text,
     }
     template = (here / "page.html").read_text("utf-8")

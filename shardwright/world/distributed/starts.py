@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.agreement.watch import in_backward
+from shardwright.agreement.job_watch import in_backward
 from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.instructions import Move
 from shardwright.world.distributed.groups import Groups

@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwright.agreement.job_watch import compare_on_ranks
 from shardwright.agreement.numbers import Agreement
 from shardwright.agreement.random_state import agree_on_random_state
-from shardwright.agreement.watch import Watch, compare_on_ranks
+from shardwright.agreement.watch import Watch
 from shardwright.base.process_groups import backend_of
 from shardwright.base.torch_private import set_group_timeout
 from shardwright.errors import WorldError

@@ -1,0 +1,241 @@
+"""The methods of an ``AutoParallel`` that say what it shall do; each drops the plans made before."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardwright.api.settings import SearchSettings, Settings
+from shardwright.base.user_code import user_line
+from shardwright.cost.machine_files import load_machine
+from shardwright.data.strategy import check_dataset_strategy
+from shardwright.errors import ArgumentTypeError, ShardwrightError
+from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
+from shardwright.plan.file.read import load_plan_file
+from shardwright.train.fusion.settings import read_fusion
+from shardwright.train.optimizer_parallel.stored import read_hsdp
+from shardwright.train.recompute.request import request_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class SettingsMethods:
+    """The settings of an ``AutoParallel`` and the methods that change them; every method returns the object itself."""
+
+    settings: Settings
+
+    def _forget(self) -> None:
+        """Drops all plans, since a setting has changed."""
+        raise NotImplementedError
+
+    def dataset_strategy(self, config: Any) -> Self:
+        """Says how the tensors that a rank hands in are slices of the global ones.
+
+        Args:
+            config: ``"full_batch"`` (the default: every rank hands in the whole batch), ``"data_parallel"`` (its slice
+                of dim 0 of every input that has the batch there), or a tuple with slice counts or a Layout an input.
+                In the simulated world the caller hands in the whole batch in every case. :func:`shardwright.data.loader`
+                makes batches that fit.
+
+        Raises:
+            ShardwrightError: no such strategy; an :class:`ArgumentTypeError` where a type is wrong. What does not fit the
+                inputs is refused at the first call.
+        """
+        check_dataset_strategy(config)
+        self.settings.dataset_strategy = config
+        self._forget()
+        return self
+
+    def enable_alltoall(self, enable: bool = True) -> Self:
+        """Says whether pieces may move straight from one layout to another; they may by default.
+
+        Args:
+            enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More
+                bytes move and tensors are larger in between; for backends whose all-to-all is slow or missing.
+        """
+        if not isinstance(enable, bool):
+            raise ArgumentTypeError(f"enable_alltoall({enable!r}): give True or False")
+        self.settings.enable_alltoall = enable
+        self._forget()
+        return self
+
+    def shard(self, strategies: dict[str, Any]) -> Self:
+        """Gives modules and parameters strategies by name, leaving the model as it is.
+
+        Args:
+            strategies: pattern (as in ``fnmatch``) -> for modules, an ``in_strategy`` tuple, or a dict with
+                ``in_strategy``, ``out_strategy``, ``parameter_plan`` and ``attributes``; for parameters, slice counts or
+                a Layout.
+                A pattern that matches nothing is an error at the first call.
+        """
+        if not isinstance(strategies, dict):
+            raise ArgumentTypeError(f"shard({strategies!r}): give a dict from name patterns to strategies")
+        self.settings.strategies = {**(self.settings.strategies or {}), **strategies}
+        self.settings.source = user_line()
+        self._forget()
+        return self
+
+    def load_strategies(self, path: str | os.PathLike[str]) -> Self:
+        """Follows a plan file: one of the whole plan as it is, one of parts as strategies for the mode to keep.
+
+        Args:
+            path: what :meth:`Plan.save` wrote, or a file written by hand; see the page on plan files.
+
+        Raises:
+            ShardwrightError: no such file, or not a plan file. What does not fit the model is refused at the first call.
+        """
+        self.settings.file = load_plan_file(path)
+        self._forget()
+        return self
+
+    def search(
+        self,
+        machine: Any = None,
+        memory: float | str | None = None,
+        mesh: tuple[int, ...] | None = None,
+        axes: tuple[str, ...] = (),
+        optimizer: str | float = "adamw",
+        seconds: float = 30.0,
+    ) -> Self:
+        """Says what plans are priced on and must fit into; the modes that search decide by it.
+
+        Args:
+            machine: a preset (``"h100"``, ...), a TOML file or a :class:`~shardwright.ir.machine.Machine`; default:
+                ``"cpu-gloo"``, and ``"h100"`` where the job runs on GPUs.
+            memory: bytes a rank may use over a step, ``"80GB"`` or a number; default: any.
+            mesh: the device matrix to search on; default: several are tried.
+            axes: its aliases.
+            optimizer: whose states count, by name, or bytes of state a byte of parameter.
+            seconds: how long a search may take.
+
+        Raises:
+            ShardwrightError: an unknown machine, optimizer or size; a mesh that is none.
+        """
+        if mesh is not None and not (isinstance(mesh, tuple) and mesh and all(type(n) is int and n > 0 for n in mesh)):
+            raise ArgumentTypeError(f"search(mesh={mesh!r}): give a tuple of sizes, (2, 4)")
+        if len(axes) not in (0, len(mesh or ())):
+            raise ShardwrightError(f"search(axes={axes!r}): give one alias for each of the {len(mesh or ())} axes of the mesh")
+        chosen = None if machine is None else load_machine(machine)
+        limit = None if memory is None else memory_bytes(memory)
+        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
+        self._forget()
+        return self
+
+    def hsdp(self, shard_size: int = -1, threshold: int = 64, optimizer_level: str = "level1") -> Self:
+        """Stores parameters split over the ranks that would hold the same, with their gradients and optimizer states.
+
+        Args:
+            shard_size: how many ranks share a parameter, neighbours in the order of ranks; -1: all that would hold the
+                same. Ignored where it does not divide their number.
+            threshold: KB; a smaller parameter stays as it is.
+            optimizer_level: ``"level1"``: parameters are gathered once a step. ``"level2"``: with micro-batches, their
+                gradients are scattered each time, so that they add up in pieces. ``"level3"``: gathered parameters are
+                dropped after use and gathered again for the backward pass.
+
+        A parameter with ``parameter.parallel_optimizer = False`` stays as it is.
+
+        Raises:
+            ShardwrightError: a value that makes no sense.
+        """
+        self.settings.hsdp = read_hsdp(shard_size, threshold, optimizer_level)
+        self._forget()
+        return self
+
+    def comm_fusion(self, config: dict[str, Any]) -> Self:
+        """Says which parameters share the collectives that reduce their gradients or gather them.
+
+        Args:
+            config: ``{"openstate": True, "allreduce": {"mode": ..., "config": ...}, "allgather": ..., "reducescatter": ...}``.
+                Modes: ``"auto"``: buckets of 64 MB. ``"size"``: of ``config`` MB, a bucket being full when it holds that
+                much; 0: each parameter alone. ``"index"`` (of ``allreduce``): ``config`` lists where buckets begin,
+                ``[20, 35]``, counted in the order in which parameters are read. With ``openstate`` false each
+                parameter is alone. Kinds that are not named keep what holds without settings.
+
+        Parameters with the attribute ``comm_fusion`` (:func:`shardwright.set_comm_fusion`) share with those that have the
+        same number, whatever the sizes.
+
+        Raises:
+            ShardwrightError: a configuration that makes no sense.
+        """
+        self.settings.schedule = read_fusion(config)
+        self._forget()
+        return self
+
+    def recompute(self, targets: Any, *, memory: float | str | None = None, **switches: bool) -> Self:
+        """Has modules computed again in the backward pass, so that what is inside them need not be kept until then.
+
+        Args:
+            targets: a name pattern (as in ``fnmatch``), a module, or several of these; or ``"auto"``: as many modules as it
+                takes to stay under a memory limit, at the least cost.
+            memory: with ``"auto"``, bytes a rank may use over a step, ``"80GB"`` or a number; default: that of :meth:`search`.
+            switches: ``mp_comm_recompute``, ``parallel_optimizer_comm_recompute``, ``recompute_slice_activation``; see
+                :func:`recompute`.
+
+        Raises:
+            ShardwrightError: an unknown switch. A pattern that matches no module is refused at the first call.
+
+        >>> import torch
+        >>> from shardwright.api.auto_parallel import AutoParallel
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        >>> net = AutoParallel(model).recompute("0")
+        """
+        limit = None if memory is None else memory_bytes(memory)
+        request = request_for("recompute", targets, user_line(), switches, limit)
+        self.settings.recompute = (*self.settings.recompute, request)
+        self._forget()
+        return self
+
+    def enable_gradients_mean(self, enable: bool = True) -> Self:
+        """Says whether ``"hybrid_parallel"`` averages what the ranks compute over the data axes; it does by default.
+
+        Each rank's loss counts as its share of the batch, so that a mean over its part becomes the mean over the whole batch,
+        and gradients are those of one device. In the other modes losses are global and there is nothing to choose.
+
+        Args:
+            enable: where ``False``, losses and with them gradients are summed over the data axes: right where the loss is a
+                sum over the batch.
+
+        Raises:
+            ShardwrightError: ``False`` in another mode.
+        """
+        if not isinstance(enable, bool):
+            raise ArgumentTypeError(f"enable_gradients_mean({enable!r}): give True or False")
+        if not enable and self.settings.mode != "hybrid_parallel":
+            raise ShardwrightError(
+                f"enable_gradients_mean(False): in mode {self.settings.mode!r} gradients are those of the loss on the whole "
+                "batch; for their sum, sum the loss over the batch (reduction='sum')"
+            )
+        self.settings.gradients_mean = enable
+        self._forget()
+        return self
+
+    def mixed_precision(self, dtype: torch.dtype | None = torch.bfloat16, reduce_dtype: torch.dtype | None = None) -> Self:
+        """Computes under autocast, with parameters, their gradients and the optimizer's states in their own dtype.
+
+        Args:
+            dtype: ``torch.bfloat16`` or ``torch.float16``; ``None``: no autocast but the one around the call.
+            reduce_dtype: dtype in which gradients of parameters are summed over ranks; default: their own, half precision
+                in float32.
+
+        Raises:
+            ShardwrightError: not such a dtype; a ``reduce_dtype`` beside :meth:`disable_gradient_fp32_sync`.
+        """
+        self.settings.precision = replace(self.settings.precision, dtype=dtype, reduce_dtype=reduce_dtype)
+        self._forget()
+        return self
+
+    def disable_gradient_fp32_sync(self) -> Self:
+        """Sums gradients of parameters over ranks in half precision where they are in half precision: half the bytes."""
+        self.settings.precision = replace(self.settings.precision, gradient_fp32_sync=False)
+        self._forget()
+        return self
+
+    def enable_fp32_communication(self) -> Self:
+        """Takes every sum over ranks of half-precision tensors in float32, forward and backward; twice the bytes."""
+        self.settings.precision = replace(self.settings.precision, fp32_communication=True)
+        self._forget()
+        return self
