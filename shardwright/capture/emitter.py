@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from shardwright.base import operators
+from shardwright.base.opaque import OpaqueFunction
 from shardwright.base.torch_private import FakeTensorMode, pytree
 from shardwright.base.user_code import _source
 from shardwright.capture.functionalise import Tracked
@@ -18,7 +20,7 @@ from shardwright.capture.names import Names
 from shardwright.capture.session import BATCH, COPY, RECOMPUTE
 from shardwright.capture.strides import strides_made
 from shardwright.ir.graph import GraphInput, NeedsGradient, Node
-from shardwright.ir.operator import Operator, Slot, TensorMeta
+from shardwright.ir.operator import Operator, OpOverload, Slot, TensorMeta
 
 
 class Emitter:
@@ -59,6 +61,14 @@ class Emitter:
                 entry.remake = (node, node.args, node.kwargs, i if sequence else None)
             tracked.append(entry)
         self.env[node] = tracked if sequence else tracked[0]
+
+    def track_opaque(self, node: fx.Node, function: OpaqueFunction, tensors: Sequence[fx.Node]) -> None:
+        """The call of an opaque function on tensors; it returns tensors of its own."""
+        inputs = [self.read(tensor) for tensor in tensors]
+        slots = tuple(Slot(i) for i in range(len(inputs)))
+        metas = list(node.meta["val"])
+        outputs = self._append(node, function, slots, {}, inputs, metas, sequence=True)
+        self.env[node] = [Tracked(value, meta) for value, meta in zip(outputs, metas, strict=True)]
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
         """Returns the input that an operator's output shares its memory with."""
@@ -136,7 +146,7 @@ class Emitter:
     def _append(
         self, at: fx.Node, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any], sequence: bool
     ) -> list[str]:
-        name = self.names.new(overload.overloadpacket.__name__.strip("_"))
+        name = self.names.new(getattr(overload, "overloadpacket", overload).__name__.strip("_"))
         outputs = [name] if len(metas) == 1 else [self.names.new(f"{name}_o{i}") for i in range(len(metas))]
         for value, meta in zip(outputs, self._as_made(overload, args, kwargs, inputs, metas), strict=True):
             self.metas[value] = meta
@@ -157,6 +167,8 @@ class Emitter:
 
     def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
         """What an operator makes, in the memory order that its kernel, and those before it, give it."""
+        if not isinstance(overload, OpOverload):
+            return metas
         orders: list[Any] = [None] * len(metas)
         if not self.restrided.isdisjoint(inputs):
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import GetSetDescriptorType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from shardwright.base.torch_private import FakeTensor, annotate, pytree
 from shardwright.base.user_code import SOURCE, user_frame, user_source
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.own_backward import OwnBackwards
 from shardwright.capture.refusals import refuse, refused
 from shardwright.errors import CaptureError
 
@@ -35,6 +36,7 @@ class Watch(TorchFunctionMode):
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
         self.known: set[int] = set()  # ids of tensors with values that may be read
         self.running = False  # whether the callable runs, and not what torch does before and after
+        self.own_backwards = OwnBackwards(refuse)
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """Takes notice of the tensors that the callable is about to work on."""
@@ -133,13 +135,26 @@ class Watch(TorchFunctionMode):
             "return the tensor and read it outside, or write it with torch.where",
         )
 
-    def hook(self, function: Any, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled() and not args[0].requires_grad:
-            return
-        raise refuse(
-            f"Tensor.{function.__name__} cannot be captured: a graph has no place for a hook, it would never be called",
-            "Remove it. To read or change a gradient, register the hook on a parameter, or on what the parallel module returns",
-        )
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block, nothing is watched: what runs is recorded as one operator."""
+        running, self.running = self.running, False
+        try:
+            yield
+        finally:
+            self.running = running
+
+    def hook(self, function: Any, args: Any, kwargs: Any) -> Any:
+        tensor, hook = args[0], args[1] if len(args) > 1 else kwargs.get("hook")
+        if not tensor.requires_grad or not torch.is_grad_enabled():
+            return None  # torch says what is wrong
+        if id(tensor) in self.given or function is not Tensor.register_hook:
+            raise refuse(
+                f"Tensor.{function.__name__} of an input or parameter cannot be captured: each call would register one more",
+                "Register it outside, before the call",
+            )
+        with self.paused():
+            return self.own_backwards.hook(tensor, hook)
 
     def retained(self, function: Any, args: Any, kwargs: Any) -> None:
         raise refuse(
