@@ -8,6 +8,7 @@ the program runs, the function itself is called, on whole tensors, and autograd 
 from __future__ import annotations
 
 import itertools
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,9 @@ class OpaqueFunction:
 
     Attributes:
         tags: what is known of it, as of torch's operators: whether its forward was seen to draw random numbers.
+        may_be_split: whether its forward and backward may be run on tensors without values, to see if pieces of the tensors
+            would give pieces of the result; those with effects besides may not.
+        traces: what was seen then.
         result: the structure of what it returned when it was captured, with its constants.
 
     >>> double = OpaqueFunction("double", lambda x: (2 * x, "doubled"))
@@ -57,6 +61,8 @@ class OpaqueFunction:
         self.call = call
         self.tags: set[torch.Tag] = set()
         self.result: tuple[Any, list[Any]] | None = None
+        self.may_be_split = False
+        self.traces: dict[Any, Any] = {}
         self.number = next(_numbers)
         _by_number[self.number] = self
 
@@ -92,6 +98,21 @@ class OpaqueFunction:
         return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in leaves], spec)
 
 
+def reads_outside(function: Any) -> bool:
+    """Tells whether a function reads Python objects from outside that can change, such as a list to which it appends.
+
+    >>> log = []
+    >>> reads_outside(lambda x: log.append(x)), reads_outside(lambda x: torch.sin(x))
+    (True, False)
+    """
+    if getattr(function, "__closure__", None):
+        return True
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    scope = getattr(function, "__globals__", {})
+    fixed = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, int, float, str, torch.dtype)
+    return any(not isinstance(scope[name], fixed) for name in names if name in scope)
+
+
 class _Draws(TorchDispatchMode):
     """Finds out whether operators within the block draw random numbers."""
 
@@ -99,7 +120,7 @@ class _Draws(TorchDispatchMode):
         super().__init__()
         self.found = False
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found = self.found or may_draw(function)
         return function(*args, **(kwargs or {}))
 
@@ -121,9 +142,25 @@ def _run_function(inputs: list[Tensor], number: int) -> list[Tensor]:
 _library = torch.library.Library("shardwright_opaque", "DEF")
 _library.define("function(Tensor[] inputs, int number) -> Tensor[]")
 _library.define("hook(Tensor input, int number) -> ()")
+_library.define("written_past_autograd(Tensor old, Tensor new) -> Tensor")
 _library.impl("function", _run_function, "CompositeImplicitAutograd")
 _library.impl("hook", lambda x, number: None, "CompositeImplicitAutograd")
+
+
+class _WrittenPastAutograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor) -> Tensor:
+        return new.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+_library.impl("written_past_autograd", _WrittenPastAutograd.apply, "CompositeImplicitAutograd")
 
 FUNCTION = torch.ops.shardwright_opaque.function.default  # the call of an opaque function
 HOOK = torch.ops.shardwright_opaque.hook.default  # says that a function is to be put where the tensor was made
 has_side_effect(HOOK)
+# What a write that autograd does not see leaves: the value of ``new``, with the gradient of ``old``.
+WRITTEN_PAST_AUTOGRAD = torch.ops.shardwright_opaque.written_past_autograd.default

@@ -64,7 +64,7 @@ def capture(
     flat, spec = pytree.tree_flatten((args, kwargs))
     notes: list[str] = []
 
-    def export() -> tuple[Any, list[Assignment]]:
+    def export() -> tuple[Any, list[Assignment], dict[Any, int]]:
         fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
         with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks or {}):
@@ -75,8 +75,8 @@ def capture(
         warnings.simplefilter("ignore")
         converter: Converter | None = None
         try:
-            exported, assigned = export()
-            converter = Converter(module, exported, now, flat, autocast_around(device))
+            exported, assigned, saved = export()
+            converter = Converter(module, exported, now, flat, autocast_around(device), saved)
             graph = converter.graph()
         except Exception as error:
             if isinstance(error, _PASS_THROUGH):
@@ -90,7 +90,7 @@ def capture(
 
 def _exported(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[[str], None]
-) -> tuple[Any, list[Assignment]]:
+) -> tuple[Any, list[Assignment], dict[Any, int]]:
     """Exports a module on fake tensors, watched for what a graph cannot keep.
 
     Args:
@@ -98,7 +98,7 @@ def _exported(
         note: is called with each message for the user.
 
     Returns:
-        The exported program, and the attributes that the callable assigned.
+        The exported program, the attributes that the callable assigned, and the storages that autograd saved, with the time.
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
     before: Kept | None = None
@@ -119,7 +119,7 @@ def _exported(
 
     with watched(module, note) as watch, ended_by(module, begin, end):
         exported = torch.export.export(module, tuple(args), kwargs, strict=False)
-    return exported, found[0]
+    return exported, found[0], watch.saved
 
 
 class StepFound(BaseException):

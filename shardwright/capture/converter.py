@@ -26,11 +26,11 @@ from shardwright.ir.operator import OpOverload
 class Converter:
     """Turns an exported program into a Graph: lifts inputs, inlines regions, makes in-place operators functional."""
 
-    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any):
+    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, saved: Any):
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
         self.module = module
         self.emitter = Emitter(autocast)
-        self.writes = Writes(self.emitter, module)
+        self.writes = Writes(self.emitter, module, saved)
         self.constants: dict[str, Any] = {}
         self.current: fx.Node | None = None  # what is being converted
         self.hooks: dict[str, list[OpaqueFunction]] = {}  # value -> hooks on its gradient, in order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,15 @@ class Emitter:
         """Returns the values so far that a gradient flows through."""
         return self.needing.of(self.inputs, self.nodes)
 
+    @contextlib.contextmanager
+    def in_context(self, context: tuple[Any, bool]) -> Iterator[None]:
+        """Within the block, operators run under these settings: autocast and grad mode."""
+        outside, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = outside
+
     def track_operator(self, node: fx.Node) -> None:
         metas = node.meta["val"]
         sequence = isinstance(metas, (tuple, list))
@@ -59,6 +68,7 @@ class Emitter:
             if parent is not None:
                 entry.parent, entry.version = parent, self.tracked(parent).writes
                 entry.remake = (node, node.args, node.kwargs, i if sequence else None)
+                entry.context = self.context
             tracked.append(entry)
         self.env[node] = tracked if sequence else tracked[0]
 
@@ -90,9 +100,10 @@ class Emitter:
             if tracked.version != parent.writes:
                 source, args, kwargs, which = tracked.remake  # type: ignore[misc]
                 metas = source.meta["val"]
-                out = self.emit_node(
-                    source, source.target, args, kwargs, list(metas) if which is not None else [metas],
-                )  # fmt: skip
+                with self.in_context(tracked.context):
+                    out = self.emit_node(
+                        source, source.target, args, kwargs, list(metas) if which is not None else [metas],
+                    )  # fmt: skip
                 tracked.value = out[which or 0]
                 tracked.version = parent.writes
                 tracked.writes += 1

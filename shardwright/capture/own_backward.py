@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.opaque import FUNCTION, HOOK, OpaqueFunction
+from shardwright.base.opaque import FUNCTION, HOOK, OpaqueFunction, reads_outside
 from shardwright.base.torch_private import BackwardHook, FakeTensor, pytree
 from shardwright.capture.names import Names
 from shardwright.ir.graph import Node
 from shardwright.ir.operator import Operator, Slot
+
+_METHODS = ("forward", "setup_context", "backward", "vjp")  # of an autograd.Function
 
 
 class OwnBackwards:
@@ -54,6 +56,7 @@ class OwnBackwards:
                 return apply(*pytree.tree_unflatten(whole, spec))
 
             found = self.by_call[key] = OpaqueFunction(function.__name__, call)
+            found.may_be_split = not any(reads_outside(getattr(function, name, None)) for name in _METHODS)
         return self._record(found, tensors)
 
     def _record(self, function: OpaqueFunction, tensors: list[Tensor]) -> Any:

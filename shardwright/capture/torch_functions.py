@@ -16,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from shardwright.base.torch_private import FakeTensor, annotate, pytree
 from shardwright.base.user_code import SOURCE, user_frame, user_source
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.fx_nodes import storage_of
 from shardwright.capture.own_backward import OwnBackwards
 from shardwright.capture.refusals import refuse, refused
+from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
 
 
@@ -37,6 +39,8 @@ class Watch(TorchFunctionMode):
         self.known: set[int] = set()  # ids of tensors with values that may be read
         self.running = False  # whether the callable runs, and not what torch does before and after
         self.own_backwards = OwnBackwards(refuse)
+        self.clock = 0  # counts the torch functions that the callable calls
+        self.saved: dict[Any, int] = {}  # storage that autograd saved for the backward pass -> when on the clock
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """Takes notice of the tensors that the callable is about to work on."""
@@ -98,7 +102,8 @@ class Watch(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if torch.is_grad_enabled():
             self.check_real(pytree.tree_leaves((args, kwargs)))
-        with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno)}):
+        self.clock += 1
+        with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno), CLOCK: self.clock}):
             return function(*args, **(kwargs or {}))
 
     def check_real(self, leaves: list[Any]) -> None:
@@ -134,6 +139,11 @@ class Watch(TorchFunctionMode):
             "A captured callable may not branch on the values of tensors or call .item(), and no size may depend on them; "
             "return the tensor and read it outside, or write it with torch.where",
         )
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Takes notice that autograd saves a tensor for the backward pass."""
+        self.saved.setdefault(storage_of(tensor), self.clock)
+        return tensor
 
     @contextmanager
     def paused(self) -> Iterator[None]:

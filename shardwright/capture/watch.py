@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
 
@@ -32,6 +33,7 @@ def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
     watch = Watch(module, note)
     with ExitStack() as stack:
         stack.enter_context(watch)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor))
         for owner, name, value in replacements(watch):
             stack.enter_context(_replaced(owner, name, value))
         stack.callback(register_module_buffer_registration_hook(watch.buffer).remove)

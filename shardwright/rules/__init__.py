@@ -14,6 +14,7 @@
 ``no_rule``       traits of operators that have no rule yet, or never need one: they run whole on every rank
 ``norm``          the dims whose statistics are taken stay whole, all others are free
 ``notation``      reads rules as they are written, ``m k+, k+ n -> m n``
+``opaque``        functions with a backward of their own: split where both work element by element
 ``pieces``        what several families of rules share: notation from lists of factors, local pieces, empty pieces
 ``pointwise``     every dim of the output is free, and inputs broadcast against it
 ``random``        in every layout the numbers are those of the single device
