@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from shardwright.agreement.job_watch import in_backward
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.errors import WorldError
 from shardwright.ir.instructions import Move
 from shardwright.ir.redistribution import Redistribution
@@ -70,7 +69,7 @@ class DistributedMove:
 
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, move: DistributedMove | PieceMove, value: Tensor) -> Tensor:
+    def forward(ctx: Any, move: DistributedMove | PieceMove | Reversed, value: Tensor) -> Tensor:
         ctx.move = move
         ctx.set_materialize_grads(False)
         result = move.forward(value)
@@ -79,13 +78,33 @@ class _MoveFunction(torch.autograd.Function):
         return result.view_as(result) if result is value else result
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Tensor | None]:
         if gradient is None:  # the result plays no part, on any rank
             return None, None
         if type(ctx.move) is DistributedMove:  # others may be between some ranks only
             in_backward()
+        if torch.is_grad_enabled():
+            return None, _MoveFunction.apply(Reversed(ctx.move), gradient)
         return None, ctx.move.backward(gradient)
+
+
+class Reversed:
+    """A move the other way: the backward of a move, whose own backward is the move again.
+
+    A move is linear, so the derivative of its backward carries what comes in as the move itself carries values. What is handed
+    in may be saved by others, and moves may overwrite it, so they are given a copy.
+    """
+
+    def __init__(self, move: DistributedMove | PieceMove | Reversed):
+        self.move = move
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return self.move.backward(gradient.clone())
+
+    def backward(self, value: Tensor) -> Tensor:
+        result = self.move.forward(value.clone())
+        assert result is not None
+        return result
 
 
 # -- moves that share their collectives --------------------------------------------------------------------------------
@@ -141,16 +160,40 @@ class _TogetherFunction(torch.autograd.Function):
         return tuple(r.view_as(r) if any(r is v for v in values) else r for r in results)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = [i for i, g in enumerate(gradients) if g is not None]
         results: list[Tensor | None] = [None] * len(gradients)
         if known:
             in_backward()
             given = [g for g in gradients if g is not None]
-            for i, result in zip(known, ctx.together.run("backward", known, given), strict=True):
+            if torch.is_grad_enabled():
+                found = run_reversed(ctx.together.run, known, given)
+            else:
+                found = ctx.together.run("backward", known, given)
+            for i, result in zip(known, found, strict=True):
                 results[i] = result
         return (None, *results)
+
+
+Run = Callable[[str, Sequence[int], list[Tensor]], Sequence[Tensor]]  # of a phase, members and their tensors
+
+
+def run_reversed(run: Run, members: Sequence[int], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Runs the backward of moves that share their collectives, differentiably."""
+    return _ReversedFunction.apply(run, "backward", members, *gradients)  # type: ignore[no-any-return]
+
+
+class _ReversedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Run, phase: str, members: Sequence[int], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.phase, ctx.members = run, phase, members
+        return tuple(run(phase, members, [value.clone() for value in values]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        in_backward()
+        other = "forward" if ctx.phase == "backward" else "backward"
+        return None, None, None, *_ReversedFunction.apply(ctx.run, other, ctx.members, *gradients)
 
 
 # -- redistribute -------------------------------------------------------------------------------------------------------

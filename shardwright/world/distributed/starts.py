@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from shardwright.agreement.job_watch import in_backward
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.instructions import Move
 from shardwright.world.distributed.groups import Groups
+from shardwright.world.distributed.moves import run_reversed
 from shardwright.world.distributed.shared_steps import SharedUnderWay, prepare_shared
 from shardwright.world.distributed.steps import UnderWay, prepare_steps
 from shardwright.world.execute import log as record
@@ -57,6 +57,15 @@ class StartedMoves:
             return self._starter(phase, members)(values)
         before, after = self.wire.of(phase, self.dtype)
         return CastUnderWay(self._starter(phase, members)([value.to(before) for value in values]), after)
+
+    def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
+        """Runs the steps of one phase on the tensors of some of the moves, and waits for them."""
+        if record._active:
+            record.emit([self.record[i] for i in members], values[0].dtype, phase)
+        if phase == "forward" and not self.moves_forward:
+            return values if self.wire is None else [value.to(self.wire.result) for value in values]
+        found = self.start(phase, tuple(members), values).wait()
+        return list(found) if isinstance(found, (list, tuple)) else [found]
 
     def again(self, *values: Tensor) -> list[Tensor]:
         """Forward once more, for the backward pass."""
@@ -107,6 +116,7 @@ class Travelling:
         self.values: list[Tensor | None] = []
         self.gradients: UnderWay | SharedUnderWay | None = None
         self.started: tuple[int, ...] = ()
+        self.found: Sequence[Tensor] | None = None  # gradients that are there already
         self.token: Tensor | None = None
         self.recorded: list[record.UnderWay] = []
 
@@ -154,9 +164,21 @@ class Travelling:
             in_backward()
             self.gradients = self._start("backward", self.started, [g for g in gradients if g is not None])
 
+    def backward_differentiably(self, gradients: Sequence[Tensor | None]) -> None:
+        """Runs the backward at once, so that it can be differentiated itself; :meth:`end_backward` hands on what it gave."""
+        self.started = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        if self.started:
+            in_backward()
+            given = [gradient for gradient in gradients if gradient is not None]
+            self.found = run_reversed(self.moves.run, self.started, given)
+
     def end_backward(self) -> list[Tensor | None]:
         """Returns the gradients of the arguments, ``None`` for those whose results had none."""
         found: list[Tensor | None] = [None] * len(self.moves.everyone)
+        if self.found is not None:
+            for index, gradient in zip(self.started, self.found, strict=True):
+                found[index] = gradient
+            self.found = None
         if self.gradients is not None:
             for index, gradient in zip(self.started, self._end(self.gradients), strict=True):
                 found[index] = gradient
@@ -174,7 +196,6 @@ class _StartFunction(torch.autograd.Function):
         return values[0].new_zeros(())
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, token: Tensor) -> tuple[Any, ...]:
         return None, *ctx.travelling.end_backward()
 
@@ -187,8 +208,10 @@ class _EndFunction(torch.autograd.Function):
         return tuple([result.view_as(result) for result in travelling.end_forward()])
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, Tensor | None]:
-        ctx.travelling.start_backward(gradients)
+        if torch.is_grad_enabled():
+            ctx.travelling.backward_differentiably(gradients)
+        else:
+            ctx.travelling.start_backward(gradients)
         known = next((gradient for gradient in gradients if gradient is not None), None)
         return None, None if known is None else known.new_zeros(())

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, PerRank, StartMoves
 from shardwright.ir.layout import Layout
 from shardwright.ir.program import LocalProgram
@@ -34,15 +33,34 @@ class _EnterFunction(torch.autograd.Function):
         return tuple(value[piece] for piece in pieces)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:
             return None, None
-        whole = known.new_empty(ctx.shape)
-        for piece, gradient in zip(ctx.pieces, gradients, strict=True):
-            whole[piece] = 0 if gradient is None else gradient
-        return None, whole
+        if torch.is_grad_enabled():
+            return None, _AssembleFunction.apply(ctx.pieces, ctx.shape, *gradients)
+        return None, _assembled(ctx.pieces, ctx.shape, gradients)
+
+
+class _AssembleFunction(torch.autograd.Function):
+    """Pieces to the global tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, pieces: list[tuple[slice, ...]], shape: torch.Size, *values: Tensor | None) -> Tensor:
+        ctx.pieces = pieces
+        return _assembled(pieces, shape, values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return None, None, *[gradient[piece] for piece in ctx.pieces]
+
+
+def _assembled(pieces: list[tuple[slice, ...]], shape: torch.Size, values: Sequence[Tensor | None]) -> Tensor:
+    """Returns the global tensor of its pieces; those that are missing are zero."""
+    whole = next(value for value in values if value is not None).new_empty(shape)
+    for piece, value in zip(pieces, values, strict=True):
+        whole[piece] = 0 if value is None else value
+    return whole
 
 
 def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.instructions import Move
 from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.redistribution import Redistribution
@@ -119,6 +118,14 @@ class SimulatedFusedMoves:
             results += part.move_backward(gradients) if is_used else [None] * count
         return results
 
+    def backward_differentiably(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns what :meth:`backward` does, as values that can be differentiated: each member by itself."""
+        results: list[Tensor | None] = []
+        for part, gradients, count in zip(self.parts, _split(flat, self.counts[1]), self.counts[0], strict=True):
+            is_used = gradients[0] is not None
+            results += apply_move(Reversed(part), gradients) if is_used else [None] * count
+        return results
+
 
 def _split(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     each = iter(flat)
@@ -135,7 +142,6 @@ class _TogetherFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:
@@ -144,6 +150,8 @@ class _TogetherFunction(torch.autograd.Function):
         for each in _split(list(zip(gradients, ctx.shapes, strict=True)), ctx.together.counts[1]):
             used = any(g is not None for g, _ in each)
             filled += [known.new_zeros(shape) if used and g is None else g for g, shape in each]
+        if torch.is_grad_enabled():
+            return (None, *ctx.together.backward_differentiably(filled))
         return (None, *ctx.together.backward(filled))
 
 
@@ -175,14 +183,30 @@ def _positions(ranks: Sequence[int], size: int) -> RankGroups:
     return tuple(position.get(rank, -1) for rank in range(size))
 
 
-def apply_move(move: SimulatedMove | SimulatedPieces, lanes: Sequence[Tensor]) -> list[Tensor]:
+class Reversed:
+    """A move the other way: the backward of a move, whose own backward is the move again.
+
+    A move is linear, so the derivative of its backward carries what comes in as the move itself carries values.
+    """
+
+    def __init__(self, move: SimulatedMove | SimulatedPieces | Reversed):
+        self.move = move
+
+    def forward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        return self.move.backward(gradients)
+
+    def backward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
+        return self.move.forward(lanes)
+
+
+def apply_move(move: SimulatedMove | SimulatedPieces | Reversed, lanes: Sequence[Tensor]) -> list[Tensor]:
     """Returns the move, differentiably."""
     return list(_MoveFunction.apply(move, *lanes))
 
 
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, move: SimulatedMove | SimulatedPieces, *lanes: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, move: SimulatedMove | SimulatedPieces | Reversed, *lanes: Tensor) -> tuple[Tensor, ...]:
         ctx.move, ctx.count = move, len(lanes)
         ctx.set_materialize_grads(False)
         results = tuple(_distinct(move.forward(lanes), lanes))
@@ -190,12 +214,13 @@ class _MoveFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:  # the result plays no part
             return (None,) * (1 + ctx.count)
         filled = [known.new_zeros(shape) if g is None else g for g, shape in zip(gradients, ctx.shapes, strict=True)]
+        if torch.is_grad_enabled():
+            return (None, *apply_move(Reversed(ctx.move), filled))
         return (None, *ctx.move.backward(filled))
 
 
