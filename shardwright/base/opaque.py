@@ -19,6 +19,7 @@ from torch.fx.node import has_side_effect
 
 from shardwright.base.operators import may_draw
 from shardwright.base.torch_private import TorchDispatchMode, pytree
+from shardwright.base.user_code import globals_read
 
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, OpaqueFunction] = weakref.WeakValueDictionary()
@@ -107,7 +108,8 @@ def reads_outside(function: Any) -> bool:
     """
     if getattr(function, "__closure__", None):
         return True
-    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    code = getattr(function, "__code__", None)
+    names = globals_read(code) if code is not None else ()
     scope = getattr(function, "__globals__", {})
     fixed = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, int, float, str, torch.dtype)
     return any(not isinstance(scope[name], fixed) for name in names if name in scope)
