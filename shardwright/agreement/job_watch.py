@@ -30,7 +30,7 @@ def in_backward() -> None:
 
 
 def compare_on_ranks(world: Any, stage: str, lines: Sequence[str], values: Sequence[Any] = ()) -> None:
-    """Refuses, on all ranks, what differs between them; see :meth:`Watch.compare`. Nothing on a single process.
+    """Refuses, on all ranks, what differs between them; see :meth:`Watch.compare`. Does nothing on a single process.
 
     Args:
         world: the world whose ranks compare.
@@ -47,7 +47,7 @@ def compare_on_ranks(world: Any, stage: str, lines: Sequence[str], values: Seque
 
 
 def explain(world: Any) -> str:
-    """Explains why another rank has left this one alone, if that is known; else returns ``""``."""
+    """Explains, if it is known, why another rank has left this one alone; else returns ``""``."""
     watch = watch_of(world)
     return "" if watch is None else watch.explain()
 
@@ -67,7 +67,7 @@ def watch_of(world: Any) -> Watch | None:
 
 
 def _patience(world: Any) -> float:
-    """Returns the seconds that a rank waits for the others: those of the job, or torch's half hour."""
+    """Returns the seconds that a rank waits for the others: the job's timeout, or torch's half hour."""
     timeout = job_timeout(world.device.type)
     return 1800.0 if timeout is None else timeout.total_seconds()
 

@@ -104,7 +104,7 @@ class Watcher:
                 self.messages.write(self._store, str(index), message)
 
     def _answer(self, index: int) -> dict[str, Any] | None:
-        """Returns this rank's message at an event: empty where the program writes it, ``None`` where it is not known yet."""
+        """Returns this rank's message at an event: empty where the program writes it, ``None`` where it is unknown yet."""
         log = self.log
         events = list(log.events)
         if not events or index < events[0].index:
@@ -160,7 +160,7 @@ class Watcher:
         return not self.log.is_asking and self._is_inside()
 
     def _is_inside(self) -> bool:
-        """Tells whether the program's thread is in a function of this package or of torch that waits for other ranks."""
+        """Tells whether the program's thread is in a function, ours or torch's, that waits for other ranks."""
         frame: Any = sys._current_frames().get(self.log.program_thread)
         while frame is not None and frame.f_code.co_filename == threading.__file__:
             frame = frame.f_back  # waits for a thread that waits for the others

@@ -22,7 +22,7 @@ from shardwright.parameters.handles import current
 
 
 class StepContext:
-    """The parallel form of everything one train step calls; ``make`` gives the parallel form of a callable."""
+    """The parallel form of everything that one train step calls; ``make`` makes that of one callable."""
 
     def __init__(self, make: Callable[[Callable[..., Any]], Any]):
         self.make = make

@@ -1,4 +1,4 @@
-"""``shardwright layout``: what each rank holds of a tensor, for any layout."""
+"""``shardwright layout``: prints and draws the slice of a tensor that each rank holds, for any layout."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _layout(arguments: argparse.Namespace) -> int:
 
 
 def _tensors(arguments: argparse.Namespace) -> list[tuple[Layout, tuple[int, ...]]]:
-    """Returns each layout with its shape, checked."""
+    """Reads the layouts with their shapes, and checks them."""
     texts, shapes = arguments.layouts, arguments.shape
     if len(shapes) not in (1, len(texts)):
         raise _UsageError(f"{len(texts)} layouts and {len(shapes)} shapes: give one --shape for all, or one a layout")

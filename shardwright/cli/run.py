@@ -1,4 +1,4 @@
-"""``shardwright run``: a script on simulated ranks, or on processes of this machine."""
+"""``shardwright run``: runs a script on simulated ranks, or on processes of this machine."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
 
 
 def _become(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command in the place of this process, so that signals reach it; where that cannot be, hands them on."""
+    """Replaces this process by a command, so that signals reach it; where the system cannot, passes signals on."""
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

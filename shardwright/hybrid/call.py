@@ -12,7 +12,7 @@ from torch import Tensor
 from shardwright.base.user_code import _user_line
 from shardwright.capture.session import current_session
 from shardwright.errors import ArgumentTypeError, ShardwrightError, WorldError
-from shardwright.hybrid.mesh import current_over, current_tracing
+from shardwright.hybrid.mesh import current_mesh, current_tracing
 from shardwright.hybrid.steps import Collective, kept, plan
 from shardwright.ir.mesh import Mesh
 from shardwright.world.current import current_world
@@ -30,7 +30,7 @@ def failed(name: str, given: str, edit: str) -> ShardwrightError:
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
     """Returns the number of ranks along the axis of a call, once its arguments are found to be a tensor and an axis."""
-    mesh = current_over().mesh
+    mesh = current_mesh().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")
     if axis not in mesh.axes:
@@ -68,7 +68,7 @@ def refuse_gradient(name: str, x: Tensor, op: str) -> None:
 def call(collective: Collective, x: Tensor) -> Tensor:
     """Runs a collective over an axis of two ranks or more; or puts it into the program that is captured."""
     if current_tracing() is not None:
-        mesh = current_over().mesh
+        mesh = current_mesh().mesh
         shape = collective.result_shape(tuple(x.shape), mesh.axis_size(collective.axis))
         result: Tensor = operator()(x, collective.kind, collective.axis, collective.op, list(collective.numbers), list(shape))
         return result
@@ -90,14 +90,14 @@ def call(collective: Collective, x: Tensor) -> Tensor:
 
 
 def _on_this_rank(collective: Collective, x: Tensor, world: Any) -> Tensor:
-    now, shape = current_over(), tuple(x.shape)
+    now, shape = current_mesh(), tuple(x.shape)
     now.check_world(world)
     mesh, position = now.mesh, now.position(collective.axis, world.rank)
     if now.check:
         _compare(collective, x, mesh, world)
     move = world.prepared((collective, mesh, shape), lambda: plan(collective, mesh, (shape,) * mesh.size), str(collective))
     if collective.kind == "broadcast":
-        x = x.narrow(0, 0, collective.handed_in(position, shape[0]))
+        x = x.narrow(0, 0, collective.sent_rows(position, shape[0]))
     result: Tensor = move(x, None, x.device)
     return kept(result, collective.receives(position)) if collective.kind == "permute" else result
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from shardwright.base.torch_private import pytree
 from shardwright.capture.capture import capture
 from shardwright.errors import CaptureError, StrategyError
-from shardwright.hybrid.mesh import Over, tracing
-from shardwright.hybrid.own import own_of, slice_shape
+from shardwright.hybrid.mesh import CollectiveMesh, tracing
+from shardwright.hybrid.owned_slice import owned_slice_of, slice_shape
 from shardwright.ir.graph import Constant, Graph, Node
 from shardwright.ir.instructions import PerRank
 from shardwright.ir.layout import Layout
 
 
 @dataclass(frozen=True)
-class Handed:
+class PerRankInput:
     """A tensor input: its global shape, the layout in which ranks hand it in and the one their programs read."""
 
     shape: tuple[int, ...]
@@ -64,32 +64,37 @@ class RankGraphs:
 
 
 def capture_ranks(
-    root: nn.Module, leaves: Sequence[Any], spec: Any, handed: Mapping[int, Handed], over: Over, device: torch.device
+    root: nn.Module,
+    leaves: Sequence[Any],
+    spec: Any,
+    inputs: Mapping[int, PerRankInput],
+    collective_mesh: CollectiveMesh,
+    device: torch.device,
 ) -> RankGraphs:
     """Captures the program of every rank.
 
     Args:
         leaves, spec: the flat inputs and their tree.
-        handed: position among the leaves -> what is handed in, of every tensor.
+        inputs: position among the leaves -> what is handed in, of every tensor.
 
     Raises:
         CaptureError: a program that a graph cannot hold, or ranks with programs of other operators.
     """
-    owned = {name: told for name, p in root.named_parameters() if (told := own_of(p))}
+    owned = {name: told for name, p in root.named_parameters() if (told := owned_slice_of(p))}
 
     def shapes_on(rank: int) -> Any:
-        inputs = tuple(h.used.local_shape(h.shape, rank) for h in handed.values())
-        return inputs, tuple(slice_shape(told, rank) for told in owned.values())
+        local_shapes = tuple(h.used.local_shape(h.shape, rank) for h in inputs.values())
+        return local_shapes, tuple(slice_shape(told, rank) for told in owned.values())
 
     asked: set[str] = set()
     while True:
         graphs: dict[Any, tuple[int, Graph]] = {}
         known, kind = frozenset(asked), []
-        for rank in range(over.mesh.size):
-            key = (shapes_on(rank), tuple(over.position(axis, rank) for axis in sorted(known)))
+        for rank in range(collective_mesh.mesh.size):
+            key = (shapes_on(rank), tuple(collective_mesh.position(axis, rank) for axis in sorted(known)))
             if key not in graphs:
-                with tracing(over, rank) as now, _slices(root, rank):
-                    args, kwargs = pytree.tree_unflatten(_local(leaves, handed, rank), spec)
+                with tracing(collective_mesh, rank) as now, _slices(root, rank):
+                    args, kwargs = pytree.tree_unflatten(_local(leaves, inputs, rank), spec)
                     graphs[key] = (len(graphs), capture(root, args, kwargs, device))
                 asked |= now.asked
             kind.append(graphs[key][0])
@@ -101,10 +106,10 @@ def capture_ranks(
     return found
 
 
-def _local(leaves: Sequence[Any], handed: Mapping[int, Handed], rank: int) -> list[Any]:
+def _local(leaves: Sequence[Any], inputs: Mapping[int, PerRankInput], rank: int) -> list[Any]:
     """Inputs as a rank's program gets them; tensors without values."""
     result = list(leaves)
-    for position, item in handed.items():
+    for position, item in inputs.items():
         leaf: Tensor = leaves[position]
         shape = item.used.local_shape(item.shape, rank)
         result[position] = torch.empty(shape, dtype=leaf.dtype, device="meta").requires_grad_(leaf.requires_grad)
@@ -119,7 +124,7 @@ def _slices(root: nn.Module, rank: int) -> Iterator[None]:
     try:
         for module in root.modules():
             for name, parameter in module._parameters.items():
-                told = own_of(parameter)
+                told = owned_slice_of(parameter)
                 if parameter is None or told is None:
                     continue
                 if id(parameter) not in made:

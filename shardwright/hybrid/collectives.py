@@ -17,9 +17,9 @@ from torch import Tensor
 
 from shardwright.errors import ArgumentTypeError
 from shardwright.hybrid.call import call, checked_dim, even, failed, participants, refuse_gradient
-from shardwright.hybrid.mesh import current_over, current_tracing
+from shardwright.hybrid.mesh import current_mesh, current_tracing
 from shardwright.hybrid.mesh import over as over
-from shardwright.hybrid.own import own as own
+from shardwright.hybrid.owned_slice import own as own
 from shardwright.hybrid.steps import Collective
 from shardwright.world.current import current_world
 
@@ -56,7 +56,7 @@ def rank(axis: str = "dp") -> int:
     """
     if participants("rank", axis) == 1:
         return 0
-    tracing, now = current_tracing(), current_over()
+    tracing, now = current_tracing(), current_mesh()
     if tracing is not None:
         tracing.asked.add(axis)
         return now.position(axis, tracing.rank)

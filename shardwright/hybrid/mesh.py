@@ -12,7 +12,7 @@ from shardwright.world.current import World, current_world
 
 
 @dataclass(frozen=True)
-class Over:
+class CollectiveMesh:
     """A mesh of all ranks, the axes that share out the batch, and whether calls outside of models are compared."""
 
     mesh: Mesh
@@ -35,12 +35,12 @@ class Over:
 class Tracing:
     """A capture in progress: the program of one rank. ``asked`` are the axes on which it asked where it is."""
 
-    over: Over
+    collective_mesh: CollectiveMesh
     rank: int
     asked: set[str] = field(default_factory=set)
 
 
-_over: list[Over] = []
+_chosen: list[CollectiveMesh] = []
 _tracing: list[Tracing] = []
 
 
@@ -76,25 +76,25 @@ def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True
         raise LayoutError(f"collectives.over: data names {unknown[0]!r}; the axes of the mesh are {', '.join(mesh.axes)}")
     if mesh.ranks != tuple(range(mesh.size)):
         raise LayoutError(f"collectives.over: the ranks of the mesh {mesh} are out of order: leave ranks out")
-    now = Over(mesh, mesh.ordered(axes), check)
+    now = CollectiveMesh(mesh, mesh.ordered(axes), check)
     now.check_world(current_world())
-    _over.append(now)
+    _chosen.append(now)
     try:
         yield mesh
     finally:
-        _over.remove(now)
+        _chosen.remove(now)
 
 
-def chosen_over() -> Over | None:
+def chosen_mesh() -> CollectiveMesh | None:
     """What the innermost block says; ``None`` outside of all."""
-    return _over[-1] if _over else None
+    return _chosen[-1] if _chosen else None
 
 
-def current_over() -> Over:
+def current_mesh() -> CollectiveMesh:
     """What holds here: a capture's, the innermost block's, or one axis ``"dp"`` of all ranks."""
     if _tracing:
-        return _tracing[-1].over
-    return chosen_over() or Over(Mesh(("dp",), (current_world().size,)), ("dp",))
+        return _tracing[-1].collective_mesh
+    return chosen_mesh() or CollectiveMesh(Mesh(("dp",), (current_world().size,)), ("dp",))
 
 
 def current_tracing() -> Tracing | None:
@@ -103,9 +103,9 @@ def current_tracing() -> Tracing | None:
 
 
 @contextmanager
-def tracing(over: Over, rank: int) -> Iterator[Tracing]:
+def tracing(collective_mesh: CollectiveMesh, rank: int) -> Iterator[Tracing]:
     """Within the block, the program of ``rank`` is captured."""
-    now = Tracing(over, rank)
+    now = Tracing(collective_mesh, rank)
     _tracing.append(now)
     try:
         yield now

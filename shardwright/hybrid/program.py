@@ -25,9 +25,9 @@ import torch
 from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.hybrid.call import collective_of, operator
-from shardwright.hybrid.capture import Handed, RankGraphs
+from shardwright.hybrid.capture import PerRankInput, RankGraphs
 from shardwright.hybrid.functions import copy_for, drawn, next_seed, scaled_value, shared
-from shardwright.hybrid.mesh import Over
+from shardwright.hybrid.mesh import CollectiveMesh
 from shardwright.hybrid.steps import Collective, kept, laid_out, plan, receivers
 from shardwright.hybrid.writer import Writer
 from shardwright.ir import rank_groups
@@ -41,28 +41,35 @@ from shardwright.redistribute.steps import redistribution
 
 
 def local_program(
-    ranks: RankGraphs, parameters: Mapping[str, tuple[tuple[int, ...], Layout, Layout]], handed: Mapping[int, Handed],
-    over: Over, mean: bool = True,
+    ranks: RankGraphs, parameters: Mapping[str, tuple[tuple[int, ...], Layout, Layout]], inputs: Mapping[int, PerRankInput],
+    collective_mesh: CollectiveMesh, mean: bool = True,
 ) -> LocalProgram:  # fmt: skip
     """Returns the local program of a user's program of one rank; moves are not scheduled yet.
 
     Args:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
-        handed: position -> tensor input.
+        inputs: position -> tensor input.
         mean: whether a scalar is averaged over the data axes, or summed.
 
     Raises:
         StrategyError: a result that is not one value, a collective of tensors of several shapes, and the like.
     """
-    writer = _Program(ranks, parameters, handed, over, mean)
+    writer = _Program(ranks, parameters, inputs, collective_mesh, mean)
     program = writer.run()
     writer.problems.raise_if_any("the program of a rank cannot be run on all")
     return program
 
 
 class _Program(Writer):
-    def __init__(self, ranks: RankGraphs, parameters: Any, handed: Mapping[int, Handed], over: Over, mean: bool):
-        super().__init__(ranks, parameters, handed, over)
+    def __init__(
+        self,
+        ranks: RankGraphs,
+        parameters: Any,
+        inputs: Mapping[int, PerRankInput],
+        collective_mesh: CollectiveMesh,
+        mean: bool,
+    ):
+        super().__init__(ranks, parameters, inputs, collective_mesh)
         self.mean = mean
         self.statistics: dict[str, str] = {}  # buffer -> its copy on each rank, that an operator changes
 
@@ -133,7 +140,7 @@ class _Program(Writer):
             self.problems.add(f"{node.where}: {collective.op} has no gradient, and its input needs one; hand in x.detach()")
         position = self.positions(collective.axis)
         if collective.kind == "broadcast":
-            length = PerRank(lambda rank: collective.handed_in(position[rank], shapes[rank][0]))
+            length = PerRank(lambda rank: collective.sent_rows(position[rank], shapes[rank][0]))
             name = self.call_one(torch.narrow, Ref(name), 0, 0, length, hint=name, node=node)
         receives = [collective.receives(position[rank]) for rank in self.everyone]
         steps, dtype = plan(collective, self.mesh, shapes), self.graph.metas[result].dtype
@@ -179,12 +186,12 @@ class _Program(Writer):
         varies = self.varies(name)
         if not meta.shape and (meta.differentiable or not varies):
             return self._scalar(name, meta.dtype, needs_grad) if needs_grad or varies else name
-        outside = [axis for axis in varies if axis not in self.over.data]
+        outside = [axis for axis in varies if axis not in self.collective_mesh.data]
         if outside or not meta.shape:
             self.problems.add(
                 f"{what}, {list(meta.shape)} {str(meta.dtype).removeprefix('torch.')}, may differ along {_named(varies)}: a "
                 "result is one value, joined along dim 0 over the data axes "
-                f"({', '.join(self.over.data) or 'none here'}); all_gather or all_reduce it in the program"
+                f"({', '.join(self.collective_mesh.data) or 'none here'}); all_gather or all_reduce it in the program"
             )
             return name
         shapes = tuple(self.ranks.of(rank).metas[values[self.ranks.kind[rank]]].shape for rank in self.everyone)
@@ -201,11 +208,11 @@ class _Program(Writer):
 
     def _weights(self) -> list[float]:
         """What each rank's scalar counts."""
-        size, data = self.mesh.size, self.mesh.count(self.over.data)
+        size, data = self.mesh.size, self.mesh.count(self.collective_mesh.data)
         if not self.mean:
             return [data / size] * size
-        for item in self.handed.values():
-            if item.shape and set(item.used.bound[0]) == set(self.over.data) and data > 1:
+        for item in self.inputs.values():
+            if item.shape and set(item.used.bound[0]) == set(self.collective_mesh.data) and data > 1:
                 rows = [item.used.local_shape(item.shape, rank)[0] for rank in self.everyone]
                 return [n / sum(rows) for n in rows]
         return [1 / size] * size

@@ -54,7 +54,7 @@ class Collective:
             result[concat] *= count
         return tuple(result)
 
-    def handed_in(self, position: int, size: int) -> int:
+    def sent_rows(self, position: int, size: int) -> int:
         """Returns how much of dim 0 the rank at a position of the axis hands in: of a broadcast all but the source nothing."""
         return size if self.kind != "broadcast" or position == self.numbers[0] else 0
 
@@ -104,7 +104,7 @@ def plan(collective: Collective, mesh: Mesh, shapes: Shapes) -> Redistribution:
     before, after, dims = list(others), list(others), collective.numbers
     if collective.kind == "broadcast":
         at = [mesh.coordinates(rank)[axis] for rank in range(mesh.size)]
-        given = [(collective.handed_in(p, shape[0]), *shape[1:]) for p, shape in zip(at, shapes, strict=True)]
+        given = [(collective.sent_rows(p, shape[0]), *shape[1:]) for p, shape in zip(at, shapes, strict=True)]
         dims = (0,)
     if collective.kind in ("broadcast", "all_gather"):
         before[dims[0]] += (axis,)

@@ -9,9 +9,9 @@ import torch
 
 from shardwright.base.torch_private import pytree
 from shardwright.errors import Problems
-from shardwright.hybrid.capture import Handed, RankGraphs
+from shardwright.hybrid.capture import PerRankInput, RankGraphs
 from shardwright.hybrid.functions import chosen
-from shardwright.hybrid.mesh import Over
+from shardwright.hybrid.mesh import CollectiveMesh
 from shardwright.ir import rank_groups
 from shardwright.ir.graph import GraphInput, Node
 from shardwright.ir.instructions import PerRank, ProgramInput, Ref
@@ -30,9 +30,9 @@ class Writer:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
     """
 
-    def __init__(self, ranks: RankGraphs, parameters: Any, handed: Mapping[int, Handed], over: Over):
-        self.ranks, self.graph, self.mesh, self.over = ranks, ranks.first, over.mesh, over
-        self.parameters, self.handed = parameters, handed
+    def __init__(self, ranks: RankGraphs, parameters: Any, inputs: Mapping[int, PerRankInput], collective_mesh: CollectiveMesh):
+        self.ranks, self.graph, self.mesh, self.collective_mesh = ranks, ranks.first, collective_mesh.mesh, collective_mesh
+        self.parameters, self.inputs = parameters, inputs
         self.problems = Problems()
         self.builder = ProgramBuilder(self.mesh.size, self.graph.metas)
         self.instructions, self.lanes = self.builder.instructions, self.builder.lanes
@@ -53,7 +53,7 @@ class Writer:
         if graph_input.kind == "parameter":
             shape, stored, used = self.parameters[str(graph_input.target)]
         elif graph_input.kind == "input":
-            item = self.handed[int(graph_input.target)]
+            item = self.inputs[int(graph_input.target)]
             shape, stored, used = item.shape, item.given, item.used
         stored, used = stored.normal(shape), used.normal(shape)
         self.shapes[name], self.waiting[name], self.layouts[name] = shape, (stored, used), stored
@@ -123,7 +123,7 @@ class Writer:
     # -- looking ----------------------------------------------------------------------------------------------------------
 
     def positions(self, axis: str) -> list[int]:
-        return [self.over.position(axis, rank) for rank in self.everyone]
+        return [self.collective_mesh.position(axis, rank) for rank in self.everyone]
 
     def varies(self, name: str) -> tuple[str, ...]:
         """Returns the axes along which ranks may hold different values."""

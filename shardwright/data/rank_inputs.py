@@ -1,6 +1,6 @@
 """What ranks hand in: slices, whose global shapes all ranks together know.
 
-- :func:`handed_in` is for a call of a net: local tensors to global shapes and the strategy to plan with. In a real job the
+- :func:`global_inputs` is for a call of a net: local tensors to global shapes and the strategy to plan with. In a real job the
   ranks compare the shapes of their slices at each call, for a rank cannot tell from its own slice that another one's is
   shorter, as in an uneven last batch; not where all hand in the whole.
 - :func:`step_inputs` is for a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Handed:
+class GlobalInputs:
     """What the tensors of a call are: their global shapes, their layouts, and the strategy that plans follow."""
 
     shapes: tuple[Shape, ...]
@@ -37,7 +37,7 @@ class Handed:
     strategy: Any
 
 
-def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], Handed]:
+def global_inputs(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], GlobalInputs]:
     """Returns the tensors to run on, and what they are of global ones.
 
     Args:
@@ -63,19 +63,19 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
         followed = "data_parallel"
     elif all(isinstance(entry, tuple) for entry in entries):
         followed = tuple(entries)
-    described = Handed(tuple(tuple(t.shape) for t in tensors), tuple(layouts), followed)
+    described = GlobalInputs(tuple(tuple(t.shape) for t in tensors), tuple(layouts), followed)
     return [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves], described
 
 
-def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[list[Any], Handed]:
+def whole_samples(leaves: Sequence[Any], given: GlobalInputs, world: World) -> tuple[list[Any], GlobalInputs]:
     """What was handed in, with slices of dim 0 gathered: for nets that take their batch in parts, one after the other.
 
     A part of a rank's slice is not the rank's slice of a part: which samples meet in a batch norm or get which dropout mask
     would be another matter than on a single device.
     """
-    if not any(layout.ndim and layout.bound[0] for layout in handed.layouts):
-        return list(leaves), handed
-    known = iter(zip(handed.shapes, handed.layouts))
+    if not any(layout.ndim and layout.bound[0] for layout in given.layouts):
+        return list(leaves), given
+    known = iter(zip(given.shapes, given.layouts))
     found, layouts = [], []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -87,16 +87,16 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
             layouts.append(layout)
         found.append(leaf)
     strategy = "full_batch" if all(layout.is_replicated for layout in layouts) else tuple(layouts)
-    return found, Handed(handed.shapes, tuple(layouts), strategy)
+    return found, GlobalInputs(given.shapes, tuple(layouts), strategy)
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
     """Returns the inputs of a train step, each tensor as a :class:`Slice` of the global one."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    handed = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
-    told = handed.strategy
-    entries = told if isinstance(told, tuple) else [told] * len(handed.shapes)
-    known = iter(zip(handed.shapes, handed.layouts, entries))
+    given = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
+    told = given.strategy
+    entries = told if isinstance(told, tuple) else [told] * len(given.shapes)
+    known = iter(zip(given.shapes, given.layouts, entries))
     marked = [Slice.of(leaf, *next(known), world) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(marked, spec)  # type: ignore[no-any-return]
 
@@ -164,7 +164,7 @@ _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "d
 # -- from local shapes to global ones ------------------------------------------------------------------------------------
 
 
-def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> Handed:
+def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> GlobalInputs:
     """What these tensors are, of the global ones: the ranks' together, the caller's where he has the whole."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if world.inputs_are_whole or world.size == 1 or _asks_for_whole(strategy):
@@ -182,16 +182,16 @@ def _asks_for_whole(strategy: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _of_whole(shapes: tuple[Shape, ...], strategy: Any, size: int) -> Handed:
+def _of_whole(shapes: tuple[Shape, ...], strategy: Any, size: int) -> GlobalInputs:
     first = next((shape[0] for shape in shapes if shape), 0)
     carries = [bool(shape) and shape[0] == first for shape in shapes]
     layouts = tuple(layouts_of(strategy, list(map(len, shapes)), carries, size))
     uneven = strategy == "data_parallel" and first % size
-    return Handed(shapes, layouts, layouts if uneven else strategy)
+    return GlobalInputs(shapes, layouts, layouts if uneven else strategy)
 
 
 @lru_cache(maxsize=1024)
-def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) -> Handed:
+def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) -> GlobalInputs:
     read = [_tensors(numbers) for numbers in everyone]
     by_rank = [shapes for shapes, _ in read]
     here, its_dtypes = read[0]
@@ -216,7 +216,7 @@ def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) 
     as_told = exact == tuple(layouts)
     if strategy == "data_parallel":
         as_told = as_told and all(shape[0] % size == 0 for shape, carried in zip(whole, carries) if carried)
-    return Handed(whole, exact, strategy if as_told else exact)
+    return GlobalInputs(whole, exact, strategy if as_told else exact)
 
 
 def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Problems) -> tuple[Shape, Layout]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ArgumentTypeError, LayoutError
-from shardwright.hybrid.mesh import current_over
+from shardwright.hybrid.mesh import current_mesh
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.parameters.delayed.recorder import is_delayed
@@ -20,7 +20,7 @@ _OWN = "shardwright_own"
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnedSlice:
     """What a parameter says of itself: how the slices of all ranks make up the whole, and whether it is one of them."""
 
     mesh: Mesh
@@ -37,8 +37,8 @@ class Own:
         return Layout.of(self.mesh, dims)
 
 
-class OwnParameter(nn.Parameter):
-    """A parameter that remembers what :func:`own` was told, through copies too."""
+class OwnedParameter(nn.Parameter):
+    """A parameter that remembers what :func:`own` was owned, through copies too."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
@@ -46,12 +46,12 @@ class OwnParameter(nn.Parameter):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (self.detach(), self.requires_grad, own_of(self))
+        return _rebuilt, (self.detach(), self.requires_grad, owned_slice_of(self))
 
 
-def _rebuilt(value: Tensor, requires_grad: bool, told: Own | None) -> nn.Parameter:
-    made = OwnParameter(value, requires_grad)
-    setattr(made, _OWN, told)
+def _rebuilt(value: Tensor, requires_grad: bool, owned: OwnedSlice | None) -> nn.Parameter:
+    made = OwnedParameter(value, requires_grad)
+    setattr(made, _OWN, owned)
     return made
 
 
@@ -80,19 +80,19 @@ def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool =
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"own({value!r}): give the whole tensor")
     names = (axes,) if isinstance(axes, str) else tuple(axes)
-    told = _told(value, names, dim, is_slice)
+    owned = _checked_slice(value, names, dim, is_slice)
     requires_grad = value.requires_grad if isinstance(value, nn.Parameter) else True
     data = value.detach()
     world = current_world()
-    if world.keeps_pieces and told.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
+    if world.keeps_pieces and owned.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
         if not is_slice:
-            data = data[told.layout.slices(told.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
-        told = replace(told, is_slice=True)
-    return _rebuilt(data, requires_grad, told)
+            data = data[owned.layout.slices(owned.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
+        owned = replace(owned, is_slice=True)
+    return _rebuilt(data, requires_grad, owned)
 
 
-def _told(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> Own:
-    mesh = current_over().mesh
+def _checked_slice(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> OwnedSlice:
+    mesh = current_mesh().mesh
     unknown = [name for name in names if name not in mesh.axes]
     if unknown or not names:
         raise LayoutError(f"own(axes={names}): the axes of the mesh are {', '.join(mesh.axes)}; name one of them")
@@ -106,14 +106,14 @@ def _told(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> Ow
         shape[dim] *= count
     if shape[dim] < count:
         raise LayoutError(f"own: dim {dim} of {shape} cannot be cut into {count} slices along {', '.join(names)}")
-    return Own(mesh, mesh.ordered(names), dim, tuple(shape), is_slice and mesh.size > 1)
+    return OwnedSlice(mesh, mesh.ordered(names), dim, tuple(shape), is_slice and mesh.size > 1)
 
 
-def own_of(parameter: Any) -> Own | None:
-    """What :func:`own` was told of a parameter; ``None`` of one that all ranks hold alike."""
+def owned_slice_of(parameter: Any) -> OwnedSlice | None:
+    """What :func:`own` was owned of a parameter; ``None`` of one that all ranks hold alike."""
     return getattr(parameter, _OWN, None)
 
 
-def slice_shape(told: Own, rank: int) -> tuple[int, ...]:
+def slice_shape(owned: OwnedSlice, rank: int) -> tuple[int, ...]:
     """Returns the shape of a rank's slice."""
-    return told.layout.local_shape(told.shape, rank)
+    return owned.layout.local_shape(owned.shape, rank)
