@@ -1,10 +1,10 @@
-"""What ranks hand in: slices, whose global shapes all ranks together know.
+"""Finds the global shapes and layouts of inputs of which each rank has a slice.
 
-- :func:`global_inputs` is for a call of a net: local tensors to global shapes and the strategy to plan with. In a real job the
-  ranks compare the shapes of their slices at each call, for a rank cannot tell from its own slice that another one's is
-  shorter, as in an uneven last batch; not where all hand in the whole.
-- :func:`step_inputs` is for a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
-  take as slices and any other code sees as the whole tensor.
+- :func:`global_inputs` serves a call of a net: from local tensors it finds the global shapes and the strategy to plan with.
+  In a real job the ranks compare the shapes of their slices at each call, since a rank cannot tell from its own slice
+  that another one's is shorter, as in an uneven last batch. They do not where every rank gives the whole.
+- :func:`step_inputs` serves a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
+  read as slices and any other code reads as the whole tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class GlobalInputs:
-    """What the tensors of a call are: their global shapes, their layouts, and the strategy that plans follow."""
+    """Global shapes and layouts of the tensors of a call, and the strategy that plans follow."""
 
     shapes: tuple[Shape, ...]
     layouts: tuple[Layout, ...]
@@ -38,12 +38,13 @@ class GlobalInputs:
 
 
 def global_inputs(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], GlobalInputs]:
-    """Returns the tensors to run on, and what they are of global ones.
+    """Returns the tensors to run on, and the global tensors that they are slices of.
 
     Args:
         leaves: the flat inputs of a call, tensors and others.
         strategy: the dataset strategy, not ``"full_batch"``.
-        of_step: whether the call is made by a train step: then only its inputs are slices.
+        world: the world whose ranks give them.
+        of_step: whether a train step makes the call: then only the step's inputs are slices.
 
     Raises:
         StrategyError: the strategy does not fit the inputs, or the ranks' slices do not fit together.
@@ -68,10 +69,10 @@ def global_inputs(leaves: Sequence[Any], strategy: Any, world: World, of_step: b
 
 
 def whole_samples(leaves: Sequence[Any], given: GlobalInputs, world: World) -> tuple[list[Any], GlobalInputs]:
-    """What was handed in, with slices of dim 0 gathered: for nets that take their batch in parts, one after the other.
+    """Gathers slices of dim 0, for nets that process their batch in parts, one after the other.
 
-    A part of a rank's slice is not the rank's slice of a part: which samples meet in a batch norm or get which dropout mask
-    would be another matter than on a single device.
+    A part of a rank's slice is not the rank's slice of a part: other samples would meet in a batch norm, and get other dropout
+    masks, than on a single device.
     """
     if not any(layout.ndim and layout.bound[0] for layout in given.layouts):
         return list(leaves), given
@@ -91,7 +92,7 @@ def whole_samples(leaves: Sequence[Any], given: GlobalInputs, world: World) -> t
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
-    """Returns the inputs of a train step, each tensor as a :class:`Slice` of the global one."""
+    """Turns each tensor among the inputs of a train step into a :class:`Slice` of the global one."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     given = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
     told = given.strategy
@@ -102,10 +103,10 @@ def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[An
 
 
 class Slice(Tensor):
-    """A rank's slice of a tensor that was handed to a train step: for any code but a net, the whole tensor.
+    """A rank's slice of a tensor that was given to a train step; to any code but a net, the whole tensor.
 
     The first operator that reads it gathers it, so that the step computes what the single device computes. A net reads the
-    slice itself. What was changed in place is a slice no more.
+    slice itself. After a change in place it is the whole tensor for nets too.
     """
 
     piece: Tensor
@@ -123,7 +124,7 @@ class Slice(Tensor):
         return made
 
     def whole(self) -> Tensor:
-        """Returns the global tensor; gathered at the first call, which all ranks make."""
+        """Returns the global tensor. The first call gathers it; all ranks make that call."""
         own = self.__dict__
         whole: Tensor | None = own["_whole"]
         if whole is None:
@@ -134,14 +135,14 @@ class Slice(Tensor):
 
     @property
     def changed(self) -> bool:
-        """Whether the whole tensor was changed in place since it was gathered."""
+        """Tells whether the whole tensor was changed in place since it was gathered."""
         whole = self.__dict__["_whole"]
         if whole is None:
             return False
         return whole._version != self.__dict__["_version_then"] or whole.requires_grad != self.piece.requires_grad
 
     def run_on(self) -> Tensor:
-        """What a net reads: the slice, or the whole tensor where that was changed."""
+        """Returns the tensor that a net reads: the slice, or the whole tensor where that was changed."""
         return self.whole() if self.changed else self.piece
 
     @classmethod
@@ -165,7 +166,7 @@ _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "d
 
 
 def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> GlobalInputs:
-    """What these tensors are, of the global ones: the ranks' together, the caller's where he has the whole."""
+    """Finds the global tensors of these: joined from the ranks' slices, or the caller's own where they are whole."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if world.inputs_are_whole or world.size == 1 or _asks_for_whole(strategy):
         return _of_whole(tuple(shapes), strategy, world.size)
@@ -175,7 +176,7 @@ def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> GlobalI
 
 
 def _asks_for_whole(strategy: Any) -> bool:
-    """Tells whether every rank is to hand in all of every tensor: then its own shapes are the global ones."""
+    """Tells whether every rank gives all of every tensor, so that local shapes are the global ones."""
     if not isinstance(strategy, tuple):
         return False
     return all(e.is_replicated if isinstance(e, Layout) else all(count == 1 for count in e) for e in strategy)
@@ -220,9 +221,7 @@ def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) 
 
 
 def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Problems) -> tuple[Shape, Layout]:
-    """Returns the global shape of an input of which each rank has such a slice; the layout, with the slices' sizes if need
-    be.
-    """
+    """Joins the slices of one input: returns its global shape, and its layout, with explicit piece sizes if needed."""
     mesh, sizes, shape = layout.mesh, list(layout.sizes), []
     for dim, axes in enumerate(layout.bound):
         found: dict[int, tuple[int, int]] = {}  # piece -> its size, and the rank that said so
@@ -253,12 +252,12 @@ _DIMS = 8  # bits for the number of dims, before those of the dtype
 
 @lru_cache(maxsize=1)
 def _dtypes() -> list[torch.dtype]:
-    """Returns all dtypes, in an order that every rank has."""
+    """Lists all dtypes, in an order that is the same on every rank."""
     return sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
 
 def _tensors(numbers: Sequence[int]) -> tuple[list[Shape], list[torch.dtype]]:
-    """Shapes and dtypes out of one row of numbers: of each, how many dims and of what, and which."""
+    """Decodes shapes and dtypes from one row of numbers: per tensor the number of dims, their sizes, and the dtype."""
     shapes, dtypes, at = [], [], 0
     while at < len(numbers):
         ndim = numbers[at] & (1 << _DIMS) - 1

@@ -1,4 +1,4 @@
-"""Summary: a plan on one page. What a step costs and where, what a rank holds, how much of the work is really split."""
+"""Summary of a plan on one page: what a step costs and where, the memory of a rank, how much of the work is split."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ class PlanSummary:
     """A plan on one page.
 
     Args:
-        seconds, parts: of a step, in all and by part. ``bytes``: what the busiest rank sends.
-        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit that was asked for, or else what
-            the machine's devices have, where it says that.
+        seconds, parts: seconds of a step, in all and by part.
+        bytes: bytes that the busiest rank sends.
+        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit that was asked for, or else the
+            memory of the machine's devices, where it is known.
         flops_split: how much of an even split operators reach, on average over FLOPs: 1 where every rank does ``1/n`` of the
             work, ``1/n`` where every rank does all of it.
         parameters_split: the same for the bytes of parameters as they are stored.
-        gap: share of the step's time by which the best plan might be better; ``None`` where nobody searched.
+        gap: share of the step's time by which the best plan might be better; ``None`` without a search.
         planning: seconds that the search took.
-        operators, moves: the most expensive.
+        operators, moves: the most expensive ones.
     """
 
     title: str
@@ -89,7 +90,7 @@ class PlanSummary:
 
 
 def summary_of(plan: Plan) -> PlanSummary:
-    """Returns the summary of a plan, priced on its machine."""
+    """Sums a plan up, priced on its machine."""
     price, search = price_of(plan), plan.search
     limit = plan.memory_limit if plan.memory_limit is not None else price.machine.memory or None
     return PlanSummary(
@@ -113,7 +114,7 @@ def summary_of(plan: Plan) -> PlanSummary:
 
 
 def _too_much(peak: float, limit: float | None) -> Iterable[str]:
-    """What to say of a plan that does not fit."""
+    """Yields warnings about a plan that does not fit into memory."""
     if limit is not None and peak > limit:
         yield (
             f"a rank needs {bytes_text(int(peak))} and has {bytes_text(int(limit))}: split more, store parameters in pieces "
@@ -125,7 +126,7 @@ def _too_much(peak: float, limit: float | None) -> Iterable[str]:
 
 
 def flops_split(plan: Plan) -> float:
-    """Returns how much of an even split operators reach, on average over FLOPs; 1 where there are none."""
+    """Computes how much of an even split operators reach, on average over FLOPs; 1 where there are none."""
     total = reached = 0.0
     shares: dict[tuple[int, int], tuple[float, float]] = {}
     for node in plan.graph.nodes:
@@ -145,7 +146,7 @@ def flops_split(plan: Plan) -> float:
 
 
 def parameters_split(plan: Plan) -> float:
-    """Returns how much of an even split parameters reach as they are stored, on average over their bytes."""
+    """Computes how much of an even split parameters reach as they are stored, on average over bytes."""
     total = reached = 0.0
     for i in plan.graph.inputs:
         if i.kind == "parameter" and i.meta.numel:
@@ -156,7 +157,7 @@ def parameters_split(plan: Plan) -> float:
 
 
 def piece_share(layout: Layout, shape: tuple[int, ...]) -> float:
-    """Returns the largest piece's share of a tensor.
+    """Computes the largest piece's share of a tensor.
 
     >>> from shardwright.ir.layout import Layout
     >>> piece_share(Layout((2, 4), ("dp", "tp"))("tp", "None"), (6, 2))
@@ -211,7 +212,7 @@ def _place(node: Any) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Returns a name of modules and operators with its numbers left open."""
+    """Replaces the numbers in a name of modules and operators by a placeholder."""
     return " ".join("/".join(map(pattern, word.split("/"))) for word in name.split(" "))
 
 
@@ -220,7 +221,7 @@ def _operator(node: Any) -> str:
 
 
 def steps_text(move: MovePrice) -> str:
-    """What a redistribution does, forward and backward, with its bytes."""
+    """Describes a redistribution, forward and backward, with its bytes."""
     forward, backward = (" + ".join(map(str, steps)) for steps in (move.forward, move.backward))
     return ", ".join(filter(None, (forward, backward and f"backward {backward}", bytes_text(int(move.bytes)))))
 
@@ -261,7 +262,7 @@ def _lines(summary: PlanSummary) -> Iterable[tuple[str, str]]:
 
 
 def gap_text(gap: float) -> str:
-    """Returns how far a plan may be from the best one.
+    """Describes how far a plan may be from the best one.
 
     >>> gap_text(2e-16), gap_text(0.0023)
     ('optimal', 'at most 0.23% from the best')
