@@ -74,7 +74,7 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
     net = target if isinstance(target, AutoParallel) else AutoParallel(target)
     if net._is_step:
         raise ShardwrightError("verify needs a module or a forward function: a train step changes its parameters")
-    leaves, compiled = net._find(inputs, kwargs)
+    leaves, compiled = net._bound_call_for(inputs, kwargs)
     root = compiled.root
     state = torch.get_rng_state()
     names = [n for n, p in root.named_parameters() if p.requires_grad]
