@@ -1,4 +1,4 @@
-"""How a collective that a user calls runs: at once on a real rank, or as an operator of the program that is captured."""
+"""Runs a user's collective at once on a real rank, or puts it into the program that is captured."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LINE = 192  # bytes in which a rank says what it calls
 
 
 def failed(name: str, given: str, edit: str) -> ShardwrightError:
-    """Returns the error of a call that cannot be done, with the user's line."""
+    """Builds the error of a call that cannot be done, with the user's line."""
     return ShardwrightError(f"{name} at {_user_line()}: {given}; {edit}")
 
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
-    """Returns the number of ranks along the axis of a call, once its arguments are found to be a tensor and an axis."""
+    """Checks the tensor and the axis of a call, and returns the number of ranks along the axis."""
     mesh = current_mesh().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")
@@ -46,7 +46,7 @@ def checked_dim(name: str, x: Tensor, what: str, dim: Any) -> int:
 
 
 def even(name: str, x: Tensor, dim: int, axis: str, count: int) -> None:
-    """Refuses a dim that does not divide into a piece for each rank."""
+    """Refuses a dim that does not divide into equal pieces, one per rank."""
     if x.shape[dim] % count:
         short = -x.shape[dim] % count
         raise failed(
@@ -57,7 +57,7 @@ def even(name: str, x: Tensor, dim: int, axis: str, count: int) -> None:
 
 
 def refuse_gradient(name: str, x: Tensor, op: str) -> None:
-    """Refuses to differentiate a maximum or minimum: which rank a gradient belongs to is not known where values are equal."""
+    """Refuses to differentiate a maximum or minimum: where values are equal, their gradient belongs to no rank."""
     if op in ("max", "min") and x.requires_grad and torch.is_grad_enabled():
         raise failed(name, f"op={op!r} has no gradient, and the tensor needs one", "hand in x.detach()")
 
@@ -66,7 +66,7 @@ def refuse_gradient(name: str, x: Tensor, op: str) -> None:
 
 
 def call(collective: Collective, x: Tensor) -> Tensor:
-    """Runs a collective over an axis of two ranks or more; or puts it into the program that is captured."""
+    """Runs a collective over an axis of two ranks or more, or puts it into the program that is captured."""
     if current_tracing() is not None:
         mesh = current_mesh().mesh
         shape = collective.result_shape(tuple(x.shape), mesh.axis_size(collective.axis))
@@ -103,7 +103,7 @@ def _on_this_rank(collective: Collective, x: Tensor, world: Any) -> Tensor:
 
 
 def _compare(collective: Collective, x: Tensor, mesh: Mesh, world: Any) -> None:
-    """Refuses calls that are not the same on all ranks of the axis, on all of them."""
+    """Refuses, on all ranks of the axis, calls that are not the same on all of them."""
     text = f"{collective.kind}({_words(collective)}) of {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
     line = torch.frombuffer(bytearray(text.encode()[:_LINE].ljust(_LINE)), dtype=torch.uint8).to(world.device)
     gather = Collective("all_gather", collective.axis, numbers=(0,))
@@ -130,7 +130,7 @@ def _words(collective: Collective) -> str:
 
 @cache
 def operator() -> Any:
-    """Returns the operator that stands for a collective in a captured graph; it has a shape, and no values."""
+    """Returns the operator that stands for a collective in a captured graph; it computes shapes only."""
     schema = "(Tensor x, str kind, str axis, str op, int[] numbers, int[] shape) -> Tensor"
     make = torch.library.custom_op("shardwright::collective", mutates_args=(), schema=schema)
     made = make(_stands_for_a_collective)

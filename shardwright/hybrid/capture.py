@@ -1,6 +1,6 @@
-"""The graphs of all ranks' programs: captured once for each kind of rank, and found to be one program.
+"""Captures the graphs of all ranks' programs, once per kind of rank, and checks that they are one program.
 
-Ranks are of one kind where they are given tensors of the same shapes and get the same answers to where they are.
+Ranks are of one kind where their tensors have the same shapes and their questions about their position the same answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardwright.ir.layout import Layout
 
 @dataclass(frozen=True)
 class PerRankInput:
-    """A tensor input: its global shape, the layout in which ranks hand it in and the one their programs read."""
+    """A tensor input: its global shape, the layout in which ranks give it, and the one that their programs read."""
 
     shape: tuple[int, ...]
     given: Layout
@@ -47,12 +47,12 @@ class RankGraphs:
         return self.graphs[self.kind[rank]]
 
     def shapes(self, choose: Callable[[Graph], str]) -> tuple[tuple[int, ...], ...]:
-        """Returns the local shape of a value on every rank; ``choose`` names it in each graph."""
+        """Returns the local shape of a value on every rank; ``choose`` picks the value in each graph."""
         found = [graph.metas[choose(graph)].shape for graph in self.graphs]
         return tuple(found[kind] for kind in self.kind)
 
     def merged(self, choose: Callable[[Graph], Any]) -> Any:
-        """Returns a part of all graphs, such as the arguments of a call; what differs between ranks is a :class:`PerRank`."""
+        """Merges a part of all graphs, such as the arguments of a call; what differs becomes a :class:`PerRank`."""
         found = [pytree.tree_flatten(choose(graph)) for graph in self.graphs]
         leaves = [self._leaf(values) for values in zip(*(leaves for leaves, _ in found), strict=True)]
         return pytree.tree_unflatten(leaves, found[0][1])
@@ -74,8 +74,11 @@ def capture_ranks(
     """Captures the program of every rank.
 
     Args:
+        root: the module that owns the parameters.
         leaves, spec: the flat inputs and their tree.
-        inputs: position among the leaves -> what is handed in, of every tensor.
+        inputs: position among the leaves -> the tensor input at it.
+        collective_mesh: the mesh of the user's collectives.
+        device: where the program runs.
 
     Raises:
         CaptureError: a program that a graph cannot hold, or ranks with programs of other operators.
@@ -107,7 +110,7 @@ def capture_ranks(
 
 
 def _local(leaves: Sequence[Any], inputs: Mapping[int, PerRankInput], rank: int) -> list[Any]:
-    """Inputs as a rank's program gets them; tensors without values."""
+    """Returns the inputs of one rank's program, as tensors without values."""
     result = list(leaves)
     for position, item in inputs.items():
         leaf: Tensor = leaves[position]
@@ -118,7 +121,7 @@ def _local(leaves: Sequence[Any], inputs: Mapping[int, PerRankInput], rank: int)
 
 @contextmanager
 def _slices(root: nn.Module, rank: int) -> Iterator[None]:
-    """Within the block, owned parameters have the shape of a rank's slice, and no values."""
+    """Gives owned parameters, within the block, the shape of a rank's slice, without values."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, nn.Parameter] = {}
     try:
@@ -175,6 +178,6 @@ def _check_same_program(first: Graph, other: Graph, rank: int) -> None:
 
 
 def _outline(node: Node) -> Any:
-    """What must be the same on all ranks: everything but numbers, and which of the values at hand is read."""
+    """Returns what must be the same on all ranks: everything but numbers and the choice of which value is read."""
     spec = pytree.tree_structure((node.op.args, node.op.kwargs))
     return node.op.target, spec, len(node.inputs), node.outputs, node.autocast, node.grad

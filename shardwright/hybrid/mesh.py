@@ -1,4 +1,4 @@
-"""The mesh that collectives in user code are over, and whose turn it is while a rank's program is captured."""
+"""Mesh of collectives in user code, and the rank whose program is being captured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwright.world.current import World, current_world
 
 @dataclass(frozen=True)
 class CollectiveMesh:
-    """A mesh of all ranks, the axes that share out the batch, and whether calls outside of models are compared."""
+    """Mesh of all ranks, the axes that divide the batch, and whether calls outside of models are compared."""
 
     mesh: Mesh
     data: tuple[str, ...]
@@ -33,7 +33,7 @@ class CollectiveMesh:
 
 @dataclass
 class Tracing:
-    """A capture in progress: the program of one rank. ``asked`` are the axes on which it asked where it is."""
+    """A capture in progress of one rank's program. ``asked``: axes on which it asked for its position."""
 
     collective_mesh: CollectiveMesh
     rank: int
@@ -46,7 +46,7 @@ _tracing: list[Tracing] = []
 
 @contextmanager
 def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True) -> Iterator[Mesh]:
-    """Within the block, collectives and parameters that ranks own are over the axes of this mesh.
+    """Sets, within the block, the mesh of collectives and of parameters that ranks own.
 
     An :class:`~shardwright.AutoParallel` in mode ``"hybrid_parallel"`` keeps the mesh of the block it is made in. Outside of
     any block the mesh is one axis ``"dp"`` of all ranks.
@@ -54,13 +54,14 @@ def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True
     Args:
         mesh: of all ranks of the world, in ascending order. Over a mesh of one rank every collective is the identity, so
             that the program of a rank is that of the single device.
-        data: the axes over which ranks are given different parts of the batch; default: ``"dp"``, if there is one.
+        data: the axes over which ranks have different parts of the batch; default: ``"dp"``, if there is one.
         check: whether ranks of a real job compare every call outside of a captured model before it runs. It costs a small
-            message a call; without it, ranks that call different things wait for each other.
+            message per call; without it, ranks that call different things wait for each other.
 
     Raises:
-        ArgumentTypeError: not a mesh. LayoutError: an axis it does not have, ranks out of order. WorldError: other ranks
-            than the world's.
+        ArgumentTypeError: not a mesh.
+        LayoutError: an axis that the mesh does not have, or ranks out of order.
+        WorldError: other ranks than the world's.
 
     >>> with over(Mesh(("dp", "mp"), (4, 2))) as mesh:
     ...     print(mesh)
@@ -86,12 +87,12 @@ def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True
 
 
 def chosen_mesh() -> CollectiveMesh | None:
-    """What the innermost block says; ``None`` outside of all."""
+    """Returns the mesh of the innermost block; ``None`` outside of all blocks."""
     return _chosen[-1] if _chosen else None
 
 
 def current_mesh() -> CollectiveMesh:
-    """What holds here: a capture's, the innermost block's, or one axis ``"dp"`` of all ranks."""
+    """Returns the mesh in force: a capture's, the innermost block's, or one axis ``"dp"`` of all ranks."""
     if _tracing:
         return _tracing[-1].collective_mesh
     return chosen_mesh() or CollectiveMesh(Mesh(("dp",), (current_world().size,)), ("dp",))
@@ -104,7 +105,7 @@ def current_tracing() -> Tracing | None:
 
 @contextmanager
 def tracing(collective_mesh: CollectiveMesh, rank: int) -> Iterator[Tracing]:
-    """Within the block, the program of ``rank`` is captured."""
+    """Marks the block as the capture of ``rank``'s program."""
     now = Tracing(collective_mesh, rank)
     _tracing.append(now)
     try:

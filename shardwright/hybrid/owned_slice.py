@@ -1,4 +1,4 @@
-"""Parameters of which each rank owns a slice, in programs that say themselves what each rank does."""
+"""Parameters of which each rank owns a slice, in per-rank programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OWN = "shardwright_own"
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """What a parameter says of itself: how the slices of all ranks make up the whole, and whether it is one of them."""
+    """Description of an owned parameter: how the slices of all ranks make up the whole, and whether it is one of them."""
 
     mesh: Mesh
     axes: tuple[str, ...]
@@ -31,14 +31,14 @@ class OwnedSlice:
 
     @property
     def layout(self) -> Layout:
-        """Where the slices are."""
+        """Layout of the slices."""
         dims: list[tuple[str, ...]] = [()] * len(self.shape)
         dims[self.dim] = self.axes
         return Layout.of(self.mesh, dims)
 
 
 class OwnedParameter(nn.Parameter):
-    """A parameter that remembers what :func:`own` was owned, through copies too."""
+    """A parameter that remembers its :class:`OwnedSlice`, through copies too."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
@@ -56,7 +56,7 @@ def _rebuilt(value: Tensor, requires_grad: bool, owned: OwnedSlice | None) -> nn
 
 
 def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool = False) -> nn.Parameter:
-    """Returns a parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
+    """Makes a parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
 
     On a real rank the result is that rank's slice. Simulated ranks share one process, so there it is the whole, of which
     each rank's program sees its slice when it runs. Slices are cut as ``torch.chunk`` cuts.
@@ -72,7 +72,8 @@ def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool =
         An ``nn.Parameter``, to be used as the rank's slice.
 
     Raises:
-        ArgumentTypeError: not a tensor. LayoutError: no such axis or dim, or a dim with fewer rows than slices.
+        ArgumentTypeError: not a tensor.
+        LayoutError: no such axis or dim, or a dim with fewer rows than slices.
 
     >>> own(torch.ones(8, 2), "dp").shape  # simulated: the whole
     torch.Size([8, 2])
@@ -110,7 +111,7 @@ def _checked_slice(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bo
 
 
 def owned_slice_of(parameter: Any) -> OwnedSlice | None:
-    """What :func:`own` was owned of a parameter; ``None`` of one that all ranks hold alike."""
+    """Returns the :class:`OwnedSlice` of a parameter made by :func:`own`; ``None`` for any other."""
     return getattr(parameter, _OWN, None)
 
 

@@ -1,9 +1,9 @@
-"""Hybrid: the program of one rank, written by the user with collectives in it, as a local program.
+"""Makes one local program of the user's per-rank programs with their collectives.
 
 What the user wrote stays: every operator is a local call, every collective a move. Added is what makes the ranks one model:
 
 - each rank's share of the inputs and of its parameters is cut out where the world holds the whole;
-- the gradient of a parameter is summed over all ranks that hold the same of it;
+- the gradient of a parameter is summed over all ranks that hold the same part of it;
 - a scalar result is the weighted sum of the ranks' scalars, ``loss = sum of weight(rank) * loss(rank)``. All gradients are
   those of that number, so that no gradient has to be scaled. By default the weights are the ranks' shares of the batch: the
   mean over the whole batch, if every rank's loss is the mean over its part;
@@ -11,7 +11,8 @@ What the user wrote stays: every operator is a local call, every collective a mo
 
 Invariants:
 
-- What needs a gradient has a lane of its own on every rank: a gradient is summed over ranks once, at the parameter.
+- On every rank, a value that needs a gradient has a rank group of its own: its gradient is summed over ranks once, at the
+  parameter.
 - ``same`` says, for every local value, which ranks provably hold the same; results may differ along data axes only.
 """
 
@@ -44,11 +45,13 @@ def local_program(
     ranks: RankGraphs, parameters: Mapping[str, tuple[tuple[int, ...], Layout, Layout]], inputs: Mapping[int, PerRankInput],
     collective_mesh: CollectiveMesh, mean: bool = True,
 ) -> LocalProgram:  # fmt: skip
-    """Returns the local program of a user's program of one rank; moves are not scheduled yet.
+    """Makes the local program of a per-rank user program; its moves are not scheduled yet.
 
     Args:
+        ranks: the captured graphs.
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
         inputs: position -> tensor input.
+        collective_mesh: the mesh of the user's collectives.
         mean: whether a scalar is averaged over the data axes, or summed.
 
     Raises:
@@ -106,7 +109,7 @@ class _Program(Writer):
         self.place.update({value: value for value in node.outputs})
 
     def _seed(self, node: Node, refs: list[Ref]) -> tuple[Ref, PerRank]:
-        """Where a rank's random numbers begin: ranks that hold the same draw the same, others draw others."""
+        """Returns the seed and stream of each rank: ranks that hold the same draw the same numbers, others do not."""
         seed = self.call_one(next_seed, hint="seed", node=node)
         stream = rank_groups.join((0,) * self.mesh.size, *(self.same[ref.name] for ref in refs))
         return Ref(seed), PerRank(lambda rank: stream[rank])
@@ -153,12 +156,12 @@ class _Program(Writer):
         self.place[result] = target
 
     def _give_up(self, name: str, result: str) -> None:
-        """Goes on after a problem, to find the others."""
+        """Replaces a result after a problem, so that other problems can be found."""
         self.lanes[result], self.same[result] = self.lanes[name], self.same[name]
         self.place[result] = result
 
     def _after(self, collective: Collective, before: rank_groups.RankGroups) -> rank_groups.RankGroups:
-        """Which ranks hold the same after a collective."""
+        """Computes which ranks hold the same after a collective."""
         position = self.positions(collective.axis)
         keys: list[Any] = []
         for rank in self.everyone:
@@ -207,7 +210,7 @@ class _Program(Writer):
         return total
 
     def _weights(self) -> list[float]:
-        """What each rank's scalar counts."""
+        """Computes the weight of each rank's scalar."""
         size, data = self.mesh.size, self.mesh.count(self.collective_mesh.data)
         if not self.mean:
             return [data / size] * size
@@ -236,7 +239,7 @@ class _Program(Writer):
     # -- buffers ----------------------------------------------------------------------------------------------------------
 
     def _updates(self) -> tuple[tuple[str, str], ...]:
-        """What the program leaves in buffers: the mean over the ranks where they differ, as running statistics do."""
+        """Builds the updates of buffers: the mean over the ranks where they differ, as running statistics do."""
         kinds = {i.value: i.kind for i in self.graph.inputs}
         found = []
         for name, value in [*self.graph.updates, *((b, b) for b in self.statistics)]:

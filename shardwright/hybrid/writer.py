@@ -1,4 +1,4 @@
-"""Writer: builds the local program of a per-rank user program."""
+"""Builds the local program of a per-rank user program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shardwright.redistribute.steps import redistribution
 
 
 class Writer:
-    """Builds a local program from what each kind of rank does: inputs, and instructions with the lanes of what they make.
+    """Builds a local program from the graphs of each kind of rank: inputs, and instructions with their rank groups.
 
     Args:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
@@ -62,9 +62,7 @@ class Writer:
         return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
 
     def read(self, value: str, reader: str) -> str:
-        """Returns the local value that holds a value of the graph; at the first use of an input, the move that brings it
-        there.
-        """
+        """Returns the local value that holds a value of the graph; the first use of an input writes its move."""
         if value not in self.place:
             stored, used = self.waiting.pop(value)
             needs_grad = value in self.graph.needs_grad
@@ -105,11 +103,33 @@ class Writer:
         self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: rank_groups.RankGroups,
         needs_grad: bool, node: Node | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
+        """Writes a move and returns the name of its result.
+
+        Args:
+            source: the local value that moves.
+            steps: its redistribution.
+            dtype: of the value.
+            cause: the operator that it is counted to.
+            edge: the values between which it stands, for people.
+            lanes: the rank groups of the result.
+            needs_grad: whether the value needs a gradient.
+            node: the graph node that it stands for.
+            name: the name of the result; default: a new one.
+        """
         name = name or self.new_name(source)
         grad, autocast = (node.grad, node.autocast) if node else (True, None)
         return self.builder.move(source, steps, dtype, edge, needs_grad, cause, grad, autocast, name, lanes)
 
     def call(self, function: Any, args: Any, kwargs: Any, names: tuple[str, ...], node: Node | None, sequence: bool) -> None:
+        """Writes a local call.
+
+        Args:
+            function: the function to call.
+            args, kwargs: its arguments, with references to local values.
+            names: the names of its results.
+            node: the graph node that it stands for.
+            sequence: whether it returns several results.
+        """
         leaves = pytree.tree_leaves((args, kwargs))
         lanes, same = self.builder.lanes_of(leaves), self.builder.lanes_of(leaves, self.same)
         self.same.update(dict.fromkeys(names, same))

@@ -1,4 +1,4 @@
-"""Device meshes: ours as torch's, whose distributed tensors are watched."""
+"""Converts our meshes to torch's, and registers them for the checks of distributed tensors."""
 
 from __future__ import annotations
 

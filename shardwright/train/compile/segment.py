@@ -1,4 +1,4 @@
-"""Compiled segment: calls written as one function of local tensors, which is compiled when it is first called.
+"""Writes calls as one function of local tensors, which is compiled when it is first called.
 
 Segments that are written alike and get tensors alike (shapes, strides, dtypes, devices, which need gradients) share one
 compiled function: equal layers are compiled once.
@@ -72,7 +72,7 @@ class Functions:
 
 
 class Written:
-    """A segment as a function of its inputs, returning a tuple of its outputs.
+    """Source of a segment: a function of its inputs that returns a tuple of its outputs.
 
     Args:
         inside: names that its own calls read.
@@ -87,7 +87,7 @@ class Written:
         self.what = f"{len(calls)} calls, {first} to {last} at {calls[-1].cause}"
 
     def on_rank(self, rank: int) -> tuple[Any, Callable[[], Callable[..., Any]]]:
-        """What it is on a rank, comparable, and what makes it a function."""
+        """Returns a comparable key of the segment on a rank, and a function that makes it callable there."""
         names = {name: f"x{i}" for i, name in enumerate(self.inputs)}
         writer = SourceWriter("segment", list(names.values()))
         for call in self.calls:
