@@ -29,7 +29,7 @@ _LONG = 20.0
 
 
 class Functions:
-    """The functions compiled so far, by what they compute and for which tensors.
+    """Compiled functions, by what they compute and for which tensors.
 
     Args:
         backend: a backend of ``torch.compile``.

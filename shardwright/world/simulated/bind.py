@@ -25,7 +25,7 @@ from shardwright.world.simulated.steps import run_steps
 
 
 class _EnterFunction(torch.autograd.Function):
-    """Global tensor to the pieces of each lane; the gradient's pieces are put together again."""
+    """Autograd function from a global tensor to the piece of each rank group; joins the gradient's pieces."""
 
     @staticmethod
     def forward(ctx: Any, pieces: list[tuple[slice, ...]], value: Tensor) -> tuple[Tensor, ...]:
@@ -46,7 +46,7 @@ class _EnterFunction(torch.autograd.Function):
 
 
 def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
-    """Returns the piece of a global tensor that each lane holds, differentiably."""
+    """Cuts a global tensor into the piece of each rank group, differentiably."""
     if max(lanes) == 0:
         return [value]
     slices = layout.slices(value.shape)
@@ -57,7 +57,13 @@ def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
 
 
 def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = False) -> Callable[..., Any]:
-    """Returns the function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    """Generates the function of a program.
+
+    Args:
+        program: the program.
+        keep: local values to return in place of the outputs.
+        records: whether the first argument of the function is a recording, which learns what is computed again.
+    """
     names = [i.name for i in program.inputs]
     writer = SourceWriter("simulated", ["_run", *names] if records else names)
     for item in program.inputs:
@@ -81,7 +87,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
 
 
 class _Binder(InstructionVisitor[None]):
-    """Writes the lines of each instruction, as all lanes run it.
+    """Writes the lines of each instruction, as all rank groups run it.
 
     Args:
         records: whether the function is given a recording, ``_run``.
@@ -117,7 +123,7 @@ class _Binder(InstructionVisitor[None]):
             self.writer.line(f"_run.moved({again}, {move.source}, {move.output})")
 
     def start_moves(self, start: StartMoves) -> None:
-        """Writes next to nothing, for nothing travels here: the first of the moves to end does it all."""
+        """Writes hardly anything, as nothing travels here: the first of the moves to end does everything."""
         if len(start.moves) > 1:
             self.bucket_of |= dict.fromkeys((move.output for move in start.moves), start.moves)
         elif self.program.copies:  # logs are told, for they say what runs meanwhile
@@ -149,7 +155,7 @@ class _Binder(InstructionVisitor[None]):
 
 
 def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
-    """The call of every lane, by itself: what it saves is computed again lane by lane."""
+    """Writes a call per rank group, since what each saves is computed again separately."""
     made = []
     for rank in representatives(call.lanes):
         computation, names = computation_of(call, program, rank)
@@ -166,7 +172,7 @@ def _write_many(writer: SourceWriter, call: Call) -> None:
 
 
 def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
-    """One comprehension over the lanes of the call; each input is read at the lane its own value has there."""
+    """Writes one comprehension over the rank groups of the call; each input is read at its own rank group."""
     ranks = representatives(call.lanes)
     reads: dict[str, str] = {}  # text of the read -> loop variable
     columns: list[list[Any]] = []
@@ -207,6 +213,13 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
 
 
 def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
-    """Returns the global tensor that the lanes hold together, pending sums included."""
+    """Joins the tensors of rank groups to the global tensor, and does pending sums.
+
+    Args:
+        values: the tensor of each rank group.
+        layout: their layout.
+        shape: global shape.
+        lanes: the rank groups.
+    """
     steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]
