@@ -19,7 +19,7 @@ from shardwright.capture.repeated import capture_repeated
 from shardwright.cost.machine_files import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.ir.machine import Machine
-from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
+from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
 from shardwright.plan.file.read import load_plan_file
 from shardwright.report.plan_view import PlanView
 from shardwright.world.current import init
@@ -105,7 +105,7 @@ def _with_options(
         limit,
         mesh or own.mesh,
         tuple(axes) if mesh else own.axes,
-        own.states if optimizer is None else optimizer_states(optimizer),
+        own.optimizer_bytes_per_byte if optimizer is None else optimizer_bytes_per_byte(optimizer),
         own.seconds if seconds is None else seconds,
     )
     return replace(settings, search=search, file=settings.file if file is None else load_plan_file(file))

@@ -49,5 +49,5 @@ class SearchSettings:
     memory: float | None = None
     mesh: tuple[int, ...] | None = None
     axes: tuple[str, ...] = ()
-    states: float = 2.0
+    optimizer_bytes_per_byte: float = 2.0
     seconds: float = 30.0

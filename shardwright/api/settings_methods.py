@@ -13,7 +13,7 @@ from shardwright.base.user_code import user_line
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.strategy import check_dataset_strategy
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
+from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
 from shardwright.plan.file.read import load_plan_file
 from shardwright.train.fusion.settings import read_fusion
 from shardwright.train.optimizer_parallel.stored import read_hsdp
@@ -126,7 +126,7 @@ class SettingsMethods:
             raise ShardwrightError(f"search(axes={axes!r}): give one alias for each of the {len(mesh or ())} axes of the mesh")
         chosen = None if machine is None else load_machine(machine)
         limit = None if memory is None else memory_bytes(memory)
-        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
+        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_bytes_per_byte(optimizer), seconds)
         self._forget()
         return self
 

@@ -157,7 +157,7 @@ def plan_target(target: Target, graph: Graph) -> Plan:
     target.tell(f"planning {len(graph.nodes):,} operators for {asked.devices:,} devices")
     request = PlanRequest(
         asked.devices, settings.dataset_strategy, dict(asked.parameter_plan), asked.follows_marks, settings.mode,
-        target.machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
+        target.machine, search.memory, search.mesh, search.axes, search.optimizer_bytes_per_byte, search.seconds,
         on_first_rank=target.on_first_rank, schedule=asked.schedule, tell=target.tell,
     )  # fmt: skip
 

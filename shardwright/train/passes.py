@@ -25,7 +25,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan, ProgramPass
 from shardwright.ir.program import LocalProgram
 from shardwright.plan.asked.attributes import with_attributes
-from shardwright.plan.asked.own_layouts import check_in_place
+from shardwright.plan.asked.manual_split import check_in_place
 from shardwright.report.table import plan_table
 from shardwright.train.copies.shared_nodes import share_between_copies
 from shardwright.train.copies.turns import interleave

@@ -1,4 +1,4 @@
-"""Calls: plays the local calls of a program, and their backward.
+"""Simulates the local calls of a program, and their backward.
 
 Calls that are alike, in this program or another, are run on fake tensors once.
 """
@@ -24,12 +24,12 @@ _MOST_REMEMBERED = 20_000
 
 
 class CallPlayer:
-    """Plays calls on the state of a rank.
+    """Simulates calls on the state of a rank.
 
     Args:
-        state: what the rank has.
+        state: the rank's state.
         device: kind of device, which decides what kernels keep.
-        kept: local names of results that are kept, though their calls are done again.
+        kept: local names of results that are kept, though their calls are repeated.
     """
 
     def __init__(self, state: RankState, device: str, kept: Collection[str] = ()):
@@ -67,7 +67,7 @@ class CallPlayer:
         self.state.tape.append(partial(self._play_backward, key, local, call, names, made, saved))
 
     def _recipe(self, call: Call, inputs: Sequence[Storage], new: Sequence[Storage], made: ForwardMemory) -> Recipe:
-        """How what a call makes is made again; results that are kept nevertheless are not."""
+        """Makes the recipe of a call's results, without those that are kept nevertheless."""
         results: dict[Storage, None] = {}
         for name, (_, place) in zip(call.outputs, made.outputs):
             storage = _storage_at(place, inputs, new)
@@ -131,7 +131,7 @@ class CallPlayer:
 
 
 def _forward_memory(key: Hashable, local: LocalCall) -> tuple[LocalCall, ForwardMemory]:
-    """What a call makes, and the first call that was like it."""
+    """Returns the memory that a call makes, and the first call that was like it."""
     if key not in _forwards:
         if len(_forwards) > _MOST_REMEMBERED:
             _forwards.clear()
