@@ -1,4 +1,4 @@
-"""The events of one rank: the calls of nets and the backward passes that all ranks have to make alike."""
+"""Events of one rank: the calls of nets and backward passes that all ranks make alike."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Event:
 
 
 class EventLog:
-    """The events of this rank, and the verdict on them. The program writes it; the watcher thread reads it."""
+    """Events of this rank, and the verdict on them. The program writes it; the watcher thread reads it."""
 
     def __init__(self, rank: int):
         self.rank = rank

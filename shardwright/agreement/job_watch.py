@@ -18,7 +18,7 @@ _active: list[Watch] = []
 
 
 def note(text: str) -> None:
-    """Records something that all ranks have to do and that is no call of a net."""
+    """Records something other than a call of a net that all ranks have to do."""
     if _active:
         _active[0].note(text)
 
@@ -81,7 +81,7 @@ _MIXED = (
 
 @lru_cache(maxsize=1)
 def _explain_failures() -> None:
-    """Makes an uncaught failure of communication print what the other ranks did, where that is known."""
+    """Makes uncaught failures of communication print what other ranks did, if that is known."""
     plain = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:

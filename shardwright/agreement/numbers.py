@@ -42,7 +42,7 @@ class Agreement:
 
 
 def check_same_shapes(tensors: Sequence[torch.Tensor], size: int) -> None:
-    """Refuses, on all ranks, slices of the batch that have other shapes or dtypes on other ranks.
+    """Refuses, on all ranks, slices of the batch whose shapes or dtypes differ between ranks.
 
     All ranks make this call.
 

@@ -1,4 +1,4 @@
-"""One random state on all ranks, so that masks drawn on every rank are the same."""
+"""Gives all ranks one random state, so that they draw the same masks."""
 
 from __future__ import annotations
 

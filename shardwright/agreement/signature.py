@@ -1,4 +1,4 @@
-"""Signatures describe a call of a net in words that the ranks of a job compare.
+"""Describes a call of a net in words that the ranks of a job compare.
 
 The words must be the same on every rank: no ids, no addresses, no index of a device.
 """
@@ -23,7 +23,7 @@ _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype)
 
 @dataclass(frozen=True)
 class Signature:
-    """A call in words, as ``facts`` by their subject, and a number that differs where the facts do."""
+    """Description of a call: ``facts`` by their subject, and a number that differs where they do."""
 
     facts: Mapping[str, str]
     number: int = field(init=False)
@@ -109,7 +109,7 @@ def difference_of(here: Mapping[str, str], rank: int, there: Mapping[str, str], 
 
 
 def lines_of(text: str, root: nn.Module | None = None) -> list[str]:
-    """Returns a text's lines without what differs between ranks, after a line per parameter of a module."""
+    """Returns a text's lines without what differs between ranks. The parameters of a module come first, one per line."""
     parameters = [] if root is None else root.named_parameters()
     first = [f"parameter {n} {list(p.shape)} {p.dtype}{'' if p.requires_grad else ', frozen'}" for n, p in parameters]
     return [*first, *_OWN.sub("", text).splitlines()]

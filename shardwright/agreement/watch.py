@@ -1,4 +1,4 @@
-"""The watch compares what ranks do, so that those that do different things raise errors instead of hanging.
+"""Compares what ranks do, so that those that do different things raise errors instead of hanging.
 
 Collectives of different programs wait for each other for ever, end the process, or mix up numbers. So every rank keeps a
 list of its *events* (calls of nets, and backward passes), and ranks compare events through the job's store. For that no
@@ -98,7 +98,7 @@ class Watch:
         return net.name
 
     def note(self, text: str) -> None:
-        """Records something that all ranks have to do and that is no call of a net."""
+        """Records something other than a call of a net that all ranks have to do."""
         self._log.settle(self._log.add(None, 0, text), len(text))
 
     def in_backward(self) -> None:
@@ -216,7 +216,7 @@ class Watch:
             raise WorldError(verdict)
 
     def _compare_weights(self, event: Event, weights: Mapping[str, Tensor]) -> None:
-        """Refuses, on all ranks, weights that should be the same on all of them and are not."""
+        """Refuses, on all ranks, weights that differ between ranks and should not."""
         sketches = value_summaries(weights.values(), True)
         names = list(weights)
         verdict = self._verdict_on(event, "/weights", {"event": str(event), "sketches": sketches, "names": names})
@@ -281,7 +281,7 @@ class Watch:
         return self._log.verdict
 
     def close(self, said: str = "") -> None:
-        """Ends the thread, and tells ranks that wait for this one that its script has ended."""
+        """Ends the thread, and tells waiting ranks that this one's script has ended."""
         last = f"after {self.calls} calls of nets" if self.calls else "before any call of a net"
         with contextlib.suppress(Exception):
             self._store.set(f"gone/{self.rank}", f"rank {self.rank}'s script has ended {last}{said}")

@@ -1,4 +1,4 @@
-"""The watcher: a thread that answers for its rank in the job's store while the program stands still."""
+"""A thread that answers for its rank in the job's store while the program stands still."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 48  # events
 
 
 class Watcher:
-    """The thread that looks into the store while the program stands still."""
+    """Thread that looks into the store while the program stands still."""
 
     def __init__(self, log: EventLog, messages: Messages):
         self.log, self.messages = log, messages
@@ -148,7 +148,7 @@ class Watcher:
             return
 
     def _accept(self, verdict: str) -> None:
-        """Records a verdict that ends the job, and prints it where the program waits for other ranks."""
+        """Records a verdict that ends the job. Prints it if the program waits for other ranks."""
         self.log.verdict = verdict
         self._verdict_since = time.monotonic()
         if self._is_waiting():
@@ -156,11 +156,11 @@ class Watcher:
             print(f"shardwright: rank {self.log.rank}: {verdict}", file=sys.stderr, flush=True)
 
     def _is_waiting(self) -> bool:
-        """Tells whether the program is in a collective, or in a backward pass, which has some."""
+        """Tells whether the program is in a collective, or in a backward pass with collectives."""
         return not self.log.is_asking and self._is_inside()
 
     def _is_inside(self) -> bool:
-        """Tells whether the program's thread is in a function, ours or torch's, that waits for other ranks."""
+        """Tells whether the program is in a function, ours or torch's, that waits for ranks."""
         frame: Any = sys._current_frames().get(self.log.program_thread)
         while frame is not None and frame.f_code.co_filename == threading.__file__:
             frame = frame.f_back  # waits for a thread that waits for the others

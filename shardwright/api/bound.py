@@ -97,7 +97,7 @@ class BoundCall:
         self._count_inputs()
 
     def _count_inputs(self) -> None:
-        """Records which inputs of the graph are parameters, arguments, buffers or constants, and which are written to."""
+        """Sorts the graph's inputs into parameters, arguments and others, and records which are written to."""
         kinds = [i.kind for i in self.graph.inputs]
         self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
         self._arguments = [n for n, kind in enumerate(kinds) if kind == "input"]
@@ -118,7 +118,7 @@ class BoundCall:
         return finished(program, self.plan)
 
     def _accumulated(self, program: LocalProgram, settings: Settings) -> AccumulatedRun:
-        """Cuts the program into a part that runs once per step and one that runs per micro-batch, and binds both."""
+        """Cuts the program into one part per step and one per micro-batch, and binds both."""
         assert self.micro is not None
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
         first, second, kept = cut_program(program, gathers_once)
@@ -127,7 +127,7 @@ class BoundCall:
         return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
     def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        """Builds meta tensors of the given global shapes, one per tensor input, in the place of the inputs."""
+        """Replaces each tensor input by a meta tensor of the given global shape."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         known = iter(shapes)
 
@@ -195,7 +195,7 @@ class BoundCall:
         return self._assigned(result) if self.graph.assignments else result
 
     def _check_aliases(self, values: list[Any]) -> None:
-        """Refuses writes to an input or buffer that shares its memory: a program treats each as separate."""
+        """Refuses writes to an input or buffer that shares its memory. A program treats each as separate."""
         held = [values[n] for n in self._other_inputs]
         if not (len(held) == len(self._checked) and all(map(operator.is_, held, self._checked))):
             self._checked, self._memory = held, {}
@@ -231,7 +231,7 @@ class BoundCall:
         return result
 
     def weights(self, parts: int, part: int) -> dict[str, Tensor]:
-        """Returns one part of the parameters that every rank holds whole, as this rank has them.
+        """Returns one part of the parameters that every rank holds whole.
 
         Args:
             parts: the number of parts that the parameters are divided into.

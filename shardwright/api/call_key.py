@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def _out_of_inference() -> Iterator[None]:
-    """Leaves inference mode within the block, so that new tensors can be trained, and keeps the grad mode."""
+    """Leaves inference mode within the block and keeps the grad mode. So new tensors can be trained."""
     if not torch.is_inference_mode_enabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""Checks an ``AutoParallel`` that becomes an attribute of a module which does not have its parameters.
+"""Checks each ``AutoParallel`` that becomes an attribute of a module without its parameters.
 
 A module finds parameters in the modules that it holds, and an ``AutoParallel`` is no module: an optimizer made from
 ``module.parameters()`` would not train them, and a ``state_dict()`` would leave them out, silently.
@@ -19,7 +19,7 @@ _plain = nn.Module.__setattr__
 
 @functools.lru_cache(maxsize=1)
 def watch_holders(kind: type) -> None:
-    """Makes modules refuse, from now on, an object of this type whose parameters they do not have."""
+    """Makes modules refuse, from now on, objects of this type whose parameters they lack."""
 
     @functools.wraps(_plain)
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:

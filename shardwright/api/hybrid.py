@@ -1,4 +1,4 @@
-"""The mode "hybrid_parallel": a program written per rank, bound to run on all ranks."""
+"""Mode "hybrid_parallel": a program written per rank, bound to run on all ranks."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _parameter_layouts(root: nn.Module, mesh: Mesh) -> tuple[dict[str, Layout], 
 def _per_rank_inputs(
     leaves: Sequence[Any], strategy: Any, collective_mesh: CollectiveMesh, world: World
 ) -> dict[int, PerRankInput]:
-    """Describes how ranks give each tensor among the flat inputs, and in which layout the programs read it."""
+    """Describes in which layouts ranks give the tensor inputs and programs read them."""
     positions = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     shapes = [tuple(leaves[at].shape) for at in positions]
     if isinstance(strategy, str):
@@ -169,7 +169,7 @@ def _per_rank_inputs(
 
 
 def _by_rows(shape: Shape, batch: int, collective_mesh: CollectiveMesh) -> Layout:
-    """Returns the layout that splits dim 0 over the data axes, where dim 0 is the batch."""
+    """Returns the layout that splits dim 0 over the data axes, if it is the batch."""
     dims: list[tuple[str, ...]] = [()] * len(shape)
     if shape and shape[0] == batch:
         dims[0] = collective_mesh.data

@@ -85,7 +85,7 @@ def shard(
 
 
 def recompute(module: nn.Module, **switches: bool) -> nn.Module:
-    """Marks a module to be computed again in the backward pass, which keeps only its inputs and outputs.
+    """Marks a module to be computed again in the backward pass. Only its inputs and outputs are kept.
 
     Values and gradients are the same to the bit, random masks included. Of nested marked modules the outermost counts; an
     operator with a setting of its own (:meth:`shardwright.ops.Primitive.recompute`) follows that.

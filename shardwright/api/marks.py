@@ -20,7 +20,7 @@ MARK = "_shardwright_mark"
 
 
 def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, Mark], dict[str, tuple[Any, str]]]:
-    """Gathers the marks on the root's modules and the layouts given to parameters, by qualified name."""
+    """Gathers the marks on the root's modules, and parameters' layouts by qualified name."""
     problems = Problems()
     marks: dict[nn.Module, Mark] = {}
     plan: dict[str, tuple[Any, str]] = {}
@@ -46,7 +46,7 @@ def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, M
 
 
 def gather_recompute(root: nn.Module, settings: Settings) -> dict[str, RecomputeRequest]:
-    """Gathers, by module path, the recompute requests of the settings and of the modules' own marks."""
+    """Gathers recompute requests by module path, from the settings and from modules' own marks."""
     return gather_requests(root, settings.recompute, _fits, settings.of_step)
 
 

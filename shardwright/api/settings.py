@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The machine that plans are priced on, their limits, and how to search; see :meth:`shardwright.AutoParallel.search`."""
+    """Settings of a search: machine, limits and time; see :meth:`shardwright.AutoParallel.search`."""
 
     machine: Any = None
     memory: float | None = None

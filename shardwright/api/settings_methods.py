@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SettingsMethods:
-    """The settings of an ``AutoParallel`` and the methods that change them; each method returns the object itself."""
+    """Settings of an ``AutoParallel`` and the methods that change them; each method returns the object itself."""
 
     settings: Settings
 
@@ -52,7 +52,7 @@ class SettingsMethods:
         return self
 
     def enable_alltoall(self, enable: bool = True) -> Self:
-        """Allows pieces to move straight from one layout to another, which is the default, or forbids it.
+        """Allows pieces to move straight between layouts, or forbids it. The default is to allow it.
 
         Args:
             enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More bytes
@@ -174,7 +174,7 @@ class SettingsMethods:
         return self
 
     def recompute(self, targets: Any, *, memory: float | str | None = None, **switches: bool) -> Self:
-        """Marks modules to be computed again in the backward pass instead of keeping what is inside them.
+        """Marks modules to be computed again in the backward pass. What is inside them is not kept.
 
         Args:
             targets: a name pattern (as in ``fnmatch``), a module, or several of these; or ``"auto"``: as many modules as it

@@ -146,7 +146,7 @@ def check_assignments(graph: Graph, accumulates: bool) -> None:
 
 
 def plan_target(target: Target, graph: Graph) -> Plan:
-    """Plans a captured graph as the settings ask, with the passes that its program will go through.
+    """Plans a captured graph as the settings ask. The plan has the passes that its program will go through.
 
     Raises:
         StrategyError: strategies that cannot be followed.
@@ -172,7 +172,7 @@ def plan_target(target: Target, graph: Graph) -> Plan:
 
 
 def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
-    """Plans by the mode, by the plan file that the settings name, or by the settings' own planner."""
+    """Plans by the mode, by the settings' plan file, or by the settings' own planner."""
     if settings.planner is not None:
         return settings.planner(graph, request)
     if settings.file is None:

@@ -67,7 +67,7 @@ class StepContext:
 
 
 def _identity(target: Callable[..., Any]) -> Any:
-    """Returns the same for a function that is made anew in every step from the same code and the same closure."""
+    """Returns a key of a function that is equal for all functions of the same code and closure."""
     if not isinstance(target, types.FunctionType):
         return id(target)
     try:

@@ -1,4 +1,4 @@
-"""The command line: one file per command, and what they share.
+"""Command line: one file per command, and what they share.
 
 =============  ======================================================================================================
 ``calibrate``  measures this machine for the price model

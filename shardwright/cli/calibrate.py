@@ -134,7 +134,7 @@ def _fit_steps(
 
 
 def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
-    """Builds a table of the rates that operators reach, by family, and how far off their prices are."""
+    """Builds a table of operators' rates by family, and how far off their prices are."""
     from rich.table import Table
 
     from shardwright.calibrate.operators import errors_of
@@ -155,7 +155,7 @@ def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
 
 
 def _calibration_table(found: Calibration) -> str:
-    """Builds a table of the fastest algorithms, with the sizes up to which they are the fastest."""
+    """Builds a table of the fastest algorithms, each with the size up to which it is."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

@@ -1,4 +1,4 @@
-"""Runs scripts of users within a command, and reports their errors by their own lines instead of our traceback."""
+"""Runs scripts of users within a command. Their errors are reported by the script's own lines, not by our traceback."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Cut:
     size: int
 
     def rows(self, count: int) -> tuple[int, int]:
-        """Returns the range of samples that this rank has to read of a batch of ``count``: first, and last exclusive.
+        """Returns the range of samples that this rank reads of ``count``: first, and last exclusive.
 
         Raises:
             StrategyError: a Layout says how many samples each rank has, and they do not add up to ``count``.

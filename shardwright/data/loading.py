@@ -70,7 +70,7 @@ class Loader:
         return state_of(self._position, self.order)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration continue from a saved state, with any number of ranks and any batch size.
+        """Makes the next iteration continue from a saved state. The number of ranks and the batch size may be others.
 
         Raises:
             ShardwrightError: not a state of a loader, or of another data set or order.
@@ -194,7 +194,7 @@ class _Latest:
 
 
 def _ending(batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Yields the batches, then a count of 0, so that ranks can tell each other that they are done."""
+    """Yields the batches, then a count of 0 that tells other ranks of the end."""
     yield from batches
     yield 0, None
 

@@ -1,4 +1,4 @@
-"""The order of samples: which are in which global batch, and where a loader stands. The same on every rank."""
+"""Order of samples: which are in which global batch, and where a loader stands. The same on every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Samples = Sequence[int] | Tensor
 
 @dataclass
 class Order:
-    """The order of samples in every epoch, cut into global batches.
+    """Order of samples in every epoch, cut into global batches.
 
     Args:
         length: samples in the data set; ``None`` for a stream.
@@ -84,7 +84,7 @@ def state_of(position: Position, order: Order) -> dict[str, Any]:
 
 
 def position_in(state: Any, order: Order) -> Position:
-    """Reads the position from a saved state, and sets the order's seed to the saved one.
+    """Reads the position from a saved state. Sets the order's seed to the saved one.
 
     Raises:
         ShardwrightError: no such state, or one of another data set or order.

@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class GlobalInputs:
-    """Global shapes and layouts of the tensors of a call, and the strategy that plans follow."""
+    """Global shapes and layouts of a call's tensors, and the strategy that plans follow."""
 
     shapes: tuple[Shape, ...]
     layouts: tuple[Layout, ...]
@@ -69,7 +69,7 @@ def global_inputs(leaves: Sequence[Any], strategy: Any, world: World, of_step: b
 
 
 def whole_samples(leaves: Sequence[Any], given: GlobalInputs, world: World) -> tuple[list[Any], GlobalInputs]:
-    """Gathers slices of dim 0, for nets that process their batch in parts, one after the other.
+    """Gathers slices of dim 0, for nets that process their batch in parts.
 
     A part of a rank's slice is not the rank's slice of a part: other samples would meet in a batch norm, and get other dropout
     masks, than on a single device.
@@ -92,7 +92,13 @@ def whole_samples(leaves: Sequence[Any], given: GlobalInputs, world: World) -> t
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
-    """Turns each tensor among the inputs of a train step into a :class:`Slice` of the global one."""
+    """Turns the tensor inputs of a train step into :class:`Slice` of the global ones.
+
+    Args:
+        args, kwargs: the inputs.
+        strategy: the dataset strategy.
+        world: the world whose ranks give them.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     given = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
     told = given.strategy
@@ -176,7 +182,7 @@ def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> GlobalI
 
 
 def _asks_for_whole(strategy: Any) -> bool:
-    """Tells whether every rank gives all of every tensor, so that local shapes are the global ones."""
+    """Tells whether every rank gives whole tensors, so that local shapes are the global ones."""
     if not isinstance(strategy, tuple):
         return False
     return all(e.is_replicated if isinstance(e, Layout) else all(count == 1 for count in e) for e in strategy)

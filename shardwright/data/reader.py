@@ -138,7 +138,7 @@ def is_plain(dataset: Any) -> bool:
 
 
 def mixed(*numbers: int) -> int:
-    """Mixes several numbers into one of 63 bits, so that neighbours have nothing in common (splitmix64).
+    """Mixes several numbers into one of 63 bits (splitmix64). Neighbours have nothing in common.
 
     >>> mixed(0, 1) != mixed(1, 0)
     True

@@ -1,4 +1,4 @@
-"""Runs a user's collective at once on a real rank, or puts it into the program that is captured."""
+"""Runs a user's collective on a real rank, or puts it into the captured program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def failed(name: str, given: str, edit: str) -> ShardwrightError:
 
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
-    """Checks the tensor and the axis of a call, and returns the number of ranks along the axis."""
+    """Checks the tensor and axis of a call. Returns the number of ranks along the axis."""
     mesh = current_mesh().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")
@@ -39,14 +39,29 @@ def participants(name: str, axis: Any, x: Any = None) -> int:
 
 
 def checked_dim(name: str, x: Tensor, what: str, dim: Any) -> int:
-    """Returns the dim, counted from the front."""
+    """Returns the dim, counted from the front.
+
+    Args:
+        name: the collective, for messages.
+        x: its tensor.
+        what: the argument, for messages.
+        dim: its value.
+    """
     if type(dim) is not int or not -x.ndim <= dim < x.ndim:
         raise failed(name, f"{what}={dim!r} of a tensor {list(x.shape)}", f"give one of its {x.ndim} dims")
     return dim % x.ndim
 
 
 def even(name: str, x: Tensor, dim: int, axis: str, count: int) -> None:
-    """Refuses a dim that does not divide into equal pieces, one per rank."""
+    """Refuses a dim that does not divide into equal pieces, one per rank.
+
+    Args:
+        name: the collective, for messages.
+        x: its tensor.
+        dim: the dim.
+        axis: the mesh axis.
+        count: the number of ranks along it.
+    """
     if x.shape[dim] % count:
         short = -x.shape[dim] % count
         raise failed(
@@ -66,7 +81,7 @@ def refuse_gradient(name: str, x: Tensor, op: str) -> None:
 
 
 def call(collective: Collective, x: Tensor) -> Tensor:
-    """Runs a collective over an axis of two ranks or more, or puts it into the program that is captured."""
+    """Runs a collective over an axis of two ranks or more, or captures it."""
     if current_tracing() is not None:
         mesh = current_mesh().mesh
         shape = collective.result_shape(tuple(x.shape), mesh.axis_size(collective.axis))
@@ -103,7 +118,7 @@ def _on_this_rank(collective: Collective, x: Tensor, world: Any) -> Tensor:
 
 
 def _compare(collective: Collective, x: Tensor, mesh: Mesh, world: Any) -> None:
-    """Refuses, on all ranks of the axis, calls that are not the same on all of them."""
+    """Refuses, on all ranks of the axis, calls that differ between them."""
     text = f"{collective.kind}({_words(collective)}) of {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
     line = torch.frombuffer(bytearray(text.encode()[:_LINE].ljust(_LINE)), dtype=torch.uint8).to(world.device)
     gather = Collective("all_gather", collective.axis, numbers=(0,))

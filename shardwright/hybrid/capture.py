@@ -1,6 +1,7 @@
-"""Captures the graphs of all ranks' programs, once per kind of rank, and checks that they are one program.
+"""Captures the programs of all ranks, once per kind of rank, and compares them.
 
 Ranks are of one kind where their tensors have the same shapes and their questions about their position the same answers.
+All ranks must run the same operators.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PerRankInput:
 
 @dataclass(frozen=True)
 class RankGraphs:
-    """The graphs of all ranks: ``graphs[kind[rank]]``. All have the same operators."""
+    """Graphs of all ranks: ``graphs[kind[rank]]``. All have the same operators."""
 
     graphs: tuple[Graph, ...]
     kind: tuple[int, ...]

@@ -13,14 +13,14 @@ from shardwright.world.current import World, current_world
 
 @dataclass(frozen=True)
 class CollectiveMesh:
-    """Mesh of all ranks, the axes that divide the batch, and whether calls outside of models are compared."""
+    """Mesh of all ranks, the axes that divide the batch, and whether calls are compared."""
 
     mesh: Mesh
     data: tuple[str, ...]
     check: bool = True
 
     def check_world(self, world: World) -> None:
-        """Refuses a mesh that is neither over all ranks of the world nor over one rank."""
+        """Refuses a mesh that is not over all ranks, nor over one rank."""
         if self.mesh.size not in (1, world.size):
             raise WorldError(
                 f"the mesh {self.mesh} has {self.mesh.size} ranks, this world has {world.size}: make it of {world.size} ranks"

@@ -115,7 +115,7 @@ class _Program(Writer):
         return Ref(seed), PerRank(lambda rank: stream[rank])
 
     def _own_statistics(self, node: Node) -> None:
-        """Gives every rank its own copy of the running statistics that an operator changes in place."""
+        """Copies, for every rank, the running statistics that an operator changes in place."""
         for argument in STATISTICS:
             slot = node.op.argument(argument)
             value = node.inputs[slot.index] if isinstance(slot, Slot) else None

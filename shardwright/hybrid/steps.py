@@ -93,7 +93,7 @@ class _Kept(torch.autograd.Function):
 
 @lru_cache(maxsize=4096)
 def plan(collective: Collective, mesh: Mesh, shapes: Shapes) -> Redistribution:
-    """Builds the steps of a collective and of its gradient, over an axis of two ranks or more.
+    """Builds the steps of a collective and its gradient, over two ranks or more.
 
     Args:
         shapes: of what each rank calls it with, ``shapes[rank]``, the same along the axis.
@@ -198,7 +198,7 @@ def _listed(shapes: Shapes) -> str:
 
 
 def laid_out(mesh: Mesh, dims: Sequence[tuple[str, ...]], shapes: Sequence[Shape]) -> tuple[Layout, Shape]:
-    """Returns the layout in which ranks hold pieces of these shapes, and the shape of the whole."""
+    """Returns the layout of ranks' pieces with these shapes, and the shape of the whole."""
     sizes: list[tuple[int, ...] | None] = []
     whole = []
     for dim, axes in enumerate(dims):

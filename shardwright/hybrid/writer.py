@@ -79,7 +79,7 @@ class Writer:
         return self.place[value]
 
     def operand(self, values: tuple[str, ...], reader: str, node: Node | None) -> tuple[str, bool]:
-        """Returns the local value that holds what each kind of rank reads, and whether it needs a gradient."""
+        """Returns the local value that each kind of rank reads, and whether it needs a gradient."""
         needs_grad = any(value in self.graph.needs_grad for value in values)
         if len(set(values)) == 1:
             return self.read(values[0], reader), needs_grad

@@ -16,7 +16,7 @@ from shardwright.parameters.whole import full_value
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
-    """Returns the one DeviceMesh of a mesh and a device type, for as long as the process group lives.
+    """Returns the one DeviceMesh of a mesh and a device type. It lives as long as the process group.
 
     Args:
         mesh: its axis names become the names of the DeviceMesh's dims; its ranks keep their places.

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def distribute_parameters(root: nn.Module, layouts: Mapping[str, Layout], device: torch.device | str) -> dict[str, Layout]:
-    """Replaces every parameter of a module by a DTensor parameter that holds this rank's piece only.
+    """Replaces every parameter of a module by a DTensor parameter of this rank's piece.
 
     Args:
         root: its parameters, tied ones once, are replaced in the tables of all submodules. Its buffers stay ordinary
@@ -127,7 +127,7 @@ def _mesh_of(parameters: Iterable[torch.Tensor], layouts: Mapping[str, Layout]) 
 
 
 class _Found:
-    """Parameters of a module and the buffers that are not distributed yet, each once, with every place that holds it."""
+    """Parameters of a module and its new buffers, each once, with every place that holds it."""
 
     def __init__(self, root: nn.Module):
         self.modules = list(root.modules())
@@ -153,7 +153,7 @@ class _Found:
         self._places.setdefault(id(tensor), []).append((module, key))
 
     def by_first_name(self, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-        """Returns the layouts by the first name of each parameter, whichever of its names they were given for."""
+        """Returns the layouts by the first name of each parameter. They may have been given for any of its names."""
         given = {}
         for name, parameter in self.parameters.items():
             known = [layouts[alias] for alias in self._names[id(parameter)] if alias in layouts]
@@ -168,7 +168,7 @@ class _Found:
                 setattr(module, key, new)
 
     def adopt(self) -> None:
-        """Puts the new parameters into the modules' tables, and makes the modules accept whole values when loading."""
+        """Puts the new parameters into the modules' tables. The modules then accept whole values when loading."""
         for parameter in self.parameters.values():
             self.put(parameter, current(parameter))
         for module in self.modules:
@@ -250,7 +250,7 @@ class _Distribution:
         return (ends[0] == -ends[1]).tolist()  # type: ignore[no-any-return]
 
     def _of_first_rank(self, differing: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Receives this rank's pieces of the first rank's values, one at a time in the order it makes them."""
+        """Receives this rank's pieces of the first rank's values, one at a time in its order."""
         if not differing:
             return {}
         names = list(self.tensors)
@@ -275,14 +275,14 @@ class _Distribution:
         return pieces
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
-        """Broadcasts the first rank's value, along each axis in turn from the ranks that are first on it."""
+        """Broadcasts the first rank's value along each axis in turn."""
         value = value.contiguous()
         for group, source in self._groups():
             dist.broadcast(value.view(-1).view(torch.uint8), source, group=group)
         return value
 
     def _groups(self) -> list[tuple[dist.ProcessGroup, int]]:
-        """Returns this rank's group along every axis, with the first rank of it in the mesh's order."""
+        """Returns this rank's group along every axis, with the group's first rank."""
         if self.device_mesh is None:
             return []
         axes = [(i, axis) for i, axis in enumerate(self.mesh.axes) if self.mesh.sizes[i] > 1]
@@ -297,7 +297,7 @@ def _first_other(here: Sequence[str], there: Sequence[str]) -> int:
 
 
 def _replace(old: nn.Parameter, value: DTensor, gradient: DTensor | None) -> None:
-    """Puts a new parameter in the place of an old one, which becomes a handle of it."""
+    """Puts a new parameter in the place of an old one. That becomes a handle of it."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     new.grad = gradient

@@ -38,7 +38,7 @@ def _handler(otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _largest(found_inf: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Replaces ``found_inf`` by the largest one of the ranks that hold other pieces of the gradients."""
+    """Replaces ``found_inf`` by the largest among ranks with other pieces of the gradients."""
     splits: dict[DeviceMesh, set[int]] = {}
     for gradient in gradients:
         if isinstance(gradient, DTensor):

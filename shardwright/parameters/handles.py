@@ -12,7 +12,7 @@ _MOVED_TO, _HOOKED = "_shardwright_moved_to", "_shardwright_hooked"
 
 
 class MovedParameter(nn.Parameter):
-    """A parameter from before the distribution, which stands for the new one wherever it is used.
+    """Parameter from before the distribution. It stands for the new one wherever it is used.
 
     Every function that gets it works on the new parameter: ``old.grad``, ``old.norm()``, ``old.requires_grad_()``,
     ``clip_grad_norm_([old], 1.0)``, ``copy.deepcopy(old)``. Only ``id``, ``hash`` and ``is`` tell them apart.

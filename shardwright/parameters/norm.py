@@ -1,4 +1,4 @@
-"""Computes the norm of all gradients and clips by it, over parameters of any layouts, with one small all-reduce.
+"""Computes the norm of all gradients and clips by it, with one small all-reduce. Parameters may have any layouts.
 
 Each rank adds up what it holds; a piece that several ranks hold counts on the first of them. One number is reduced.
 ``torch.nn.utils.clip_grad_norm_`` is right on DTensors too, but dispatches on each of them, has no largest value of an empty
@@ -35,7 +35,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Scales the gradients of parameters so that their norm, as of one vector, is at most ``max_norm``.
+    """Scales gradients so that their norm, as of one vector, is at most ``max_norm``.
 
     For ordinary tensors it is ``torch.nn.utils.clip_grad_norm_``. Of distributed parameters every logical element counts once,
     whichever ranks hold it, and ranks communicate once, or not at all where each holds everything. Every rank of the job makes
@@ -150,7 +150,7 @@ def _is_everywhere(tensor: Tensor) -> bool:
 
 
 def _counts_here(tensor: Tensor) -> bool:
-    """Tells whether this rank is the first of those that hold its piece of a tensor."""
+    """Tells whether this rank is the first that holds its piece of a tensor."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     mesh = tensor.device_mesh

@@ -87,7 +87,7 @@ _LOCAL_STEP = "_shardwright_local_step"
 
 
 class _LocalStep(NamedTuple):
-    """Records what an optimizer holds outside a step, and the local tensors of its parameters within."""
+    """Tensors of an optimizer outside a step, and the local tensors of its parameters within."""
 
     params: list[list[torch.Tensor]]
     state: Any

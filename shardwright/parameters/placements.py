@@ -21,7 +21,7 @@ from shardwright.parameters.handles import current
 
 @lru_cache(maxsize=65536)
 def placements(layout: Layout, shape: tuple[int, ...]) -> tuple[Placement, ...] | None:
-    """Returns the DTensor placements, one per axis of the mesh, that mean the same as a layout.
+    """Returns the DTensor placements, one per mesh axis, that mean the same as a layout.
 
     Args:
         layout: where the pieces of the tensor are.
@@ -92,7 +92,7 @@ def _strided_split(whole: torch.Tensor, count: int, factor: int) -> list[torch.T
 
 
 def storable(layout: Layout, shape: Sequence[int]) -> Layout:
-    """Returns the layout itself if DTensor can express it, else the nearest one that it can.
+    """Returns the layout itself if DTensor can express it, else the nearest possible.
 
     Nearest means: first without explicit piece sizes, then with the axes of every dim in the mesh's order, then without the
     axes along which ranks do not ascend. The caller redistributes from it where the parameter is used.
@@ -164,7 +164,7 @@ def _as_dtensor(piece: torch.Tensor, layout: Layout, shape: torch.Size, mesh: De
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
-    """Makes a DTensor of a whole value that is the same on all ranks, sliced like the parameter if it has its shape."""
+    """Makes a DTensor of a whole value that all ranks have. It is sliced like the parameter if it has its shape."""
     assert isinstance(parameter, DTensor)
     layout = layout_of(parameter)
     assert layout is not None

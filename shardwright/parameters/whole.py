@@ -59,7 +59,7 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
-    """Undoes the splits of every dim, the least significant axis first, with one gather per split."""
+    """Undoes the splits of every dim, least significant axis first, with one gather each."""
     rank, dims = dist.get_rank(), [list(axes) for axes in layout.bound]
     for dim, axes in enumerate(dims):
         while axes:

@@ -71,7 +71,7 @@ class ProgramBuilder:
         return rank_groups.join(*known) if known else (0,) * self.size
 
     def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> rank_groups.RankGroups:
-        """Returns the rank groups of a value in a layout, with partial gradients along ``partial`` kept apart."""
+        """Returns the rank groups of a value in a layout. Partial gradients along ``partial`` are kept apart."""
         return () if self.first_rank_only else rank_groups.of_layout(layout, partial)
 
     def call(
@@ -257,7 +257,7 @@ class NodeBuilder:
         return self.builder.call(function, args, kwargs, tuple(names), lanes, sequence, node=self.node)
 
     def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: rank_groups.RankGroups) -> bool:
-        """Refuses rank groups that share a value while each group makes a part of its gradient.
+        """Refuses rank groups that share a value but make different parts of its gradient.
 
         The reduction of that gradient would be missing.
 

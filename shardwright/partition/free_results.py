@@ -1,4 +1,4 @@
-"""Finds values and gradients that nobody else holds, so that a sum over ranks may be done in place."""
+"""Finds values and gradients that nobody else holds. A sum over ranks may overwrite them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _traits(call: Instruction | None) -> Traits:
 
 
 def result_is_free(maker: Instruction | None) -> bool:
-    """Tells whether the result of an operator's call is new memory that autograd does not keep.
+    """Tells whether an operator's result is new memory that autograd does not keep.
 
     Args:
         maker: of the value; ``None`` for an input of the program.
@@ -33,6 +33,6 @@ def values_read_once(program: LocalProgram) -> frozenset[str]:
 
 
 def values_with_free_gradients(program: LocalProgram) -> frozenset[str]:
-    """Finds the values that one operator alone reads, once, and whose gradient it makes in new memory."""
+    """Finds values that one operator alone reads, once, and whose gradient is new memory."""
     calls = [call for call in program.calls if _traits(call).new_gradients]
     return values_read_once(program) & {a.name for call in calls for a in call.args[:2] if isinstance(a, Ref)}

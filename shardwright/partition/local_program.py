@@ -15,7 +15,7 @@ from shardwright.redistribute.planner import Options
 
 
 def options_of(plan: Plan) -> Options:
-    """Returns the steps that redistributions of a plan may use, and their costs on its machine."""
+    """Returns the steps that a plan's redistributions may use, with costs on its machine."""
     if plan.machine is None:
         return Options(enable_alltoall=plan.enable_alltoall)
     return Options(machine_links(plan.machine, plan.mesh), enable_alltoall=plan.enable_alltoall)
@@ -41,7 +41,7 @@ def program_before_overlap(
 
 
 def finished(program: LocalProgram, plan: Plan, dump: Dump = NO_DUMP) -> LocalProgram:
-    """Fuses the moves of a program, starts them early, and runs the passes that come after that."""
+    """Fuses the moves of a program, starts them early, and runs the passes that follow."""
     program = scheduled(program, plan.schedule)
     _write(dump, "overlap", program)
     for each in plan.passes:
@@ -54,7 +54,11 @@ def finished(program: LocalProgram, plan: Plan, dump: Dump = NO_DUMP) -> LocalPr
 def local_program(
     plan: Plan, options: Options | None = None, first_rank_only: bool = False, dump: Dump = NO_DUMP
 ) -> LocalProgram:
-    """Makes the program that a rank runs; see :func:`program_before_overlap` for the arguments."""
+    """Makes the program that a rank runs.
+
+    Args:
+        plan, options, first_rank_only, dump: see :func:`program_before_overlap`.
+    """
     return finished(program_before_overlap(plan, options, first_rank_only, dump), plan, dump)
 
 

@@ -42,7 +42,7 @@ def schedule(
 
 
 def _buckets(instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str]) -> list[list[Move]]:
-    """Groups the moves of parameters into those that share collectives, in the order in which they are read."""
+    """Groups the moves of parameters that share collectives, in the order of reading."""
     kinds: dict[Any, list[Move]] = {}
     for move in moves_alone(instructions):
         if move.source in parameters and (kind := _kind(move)) is not None:
@@ -63,7 +63,7 @@ def _by_place(moves: Sequence[Move], starts: Sequence[int]) -> list[list[Move]]:
 
 
 def _by_size(moves: Sequence[Move], full: int) -> list[list[Move]]:
-    """Fills buckets from the last move read, so that the bucket that nothing can hide is a small one.
+    """Fills buckets from the last move read. The bucket that nothing can hide is then a small one.
 
     A move that would fill a bucket stays alone: it gains nothing from fusion, and need not be copied.
     """
@@ -144,7 +144,7 @@ def _bytes(move: Move) -> int:
 def _started(
     instructions: Sequence[Instruction], options: MoveBuckets, buckets: Sequence[Sequence[Move]]
 ) -> tuple[Instruction, ...]:
-    """Starts moves right after their tensor is made, but no forward collective before the previous one has ended.
+    """Starts moves right after their tensor is made. A forward collective waits until the one before it has ended.
 
     With more than one gather under way, more than one bucket of gathered tensors would be held too early.
     """

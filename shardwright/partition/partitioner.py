@@ -146,7 +146,14 @@ class _Partitioner:
     # -- values ---------------------------------------------------------------------------------------------------
 
     def value_in(self, value: str, layout: Layout, gradient: tuple[str, ...], reader: str) -> str:
-        """Returns the local value that holds ``value`` in ``layout``; its first use emits a move."""
+        """Returns the local value that holds ``value`` in ``layout``. Its first use emits a move.
+
+        Args:
+            value: a value of the graph.
+            layout: the layout in which it is read.
+            gradient: axes over which its gradient is partial at the reader.
+            reader: the operator that reads it.
+        """
         meta = self.graph.metas[value]
         layout = layout.normal(meta.shape)
         source = self.place[value]

@@ -153,7 +153,7 @@ def _differences(here: Sides, there: Sides, optional: bool = False) -> Iterator[
 
 
 def placement(layout: Layout, shape: tuple[int, ...]) -> Any:
-    """Describes the placement of a tensor in a layout, independent of axis names and of the mesh's factors.
+    """Describes a layout's placement of a tensor. Axis names and the mesh's factors do not matter.
 
     An axis is a digit of the rank: how far apart its ranks are, and how many. Digits that follow each other are joined.
 
@@ -193,7 +193,7 @@ def _merged(digits: list[tuple[int, int]]) -> Digits:
 
 
 def _prices(here: Plan, there: Plan) -> dict[str, tuple[float, float]]:
-    """Prices both plans on the machine of the first, or of the second where that has none."""
+    """Prices both plans on the machine of the first, or else of the second."""
     machine = here.machine or there.machine
     try:
         mine = price_of(here) if here.machine == machine else priced_on(here, machine or "cpu-gloo")

@@ -116,7 +116,7 @@ def rank_ranges(ranks: Sequence[int]) -> str:
 
 
 def fit(ranks: Sequence[int], room: tuple[float, float]) -> tuple[str, float, int]:
-    """Chooses the label of a piece, text, font size and rotation, so that it fits in ``room`` (points across and down).
+    """Chooses text, font size and rotation of a label that fits in ``room`` (points across and down).
 
     >>> fit([3], (80, 40)), fit([3], (30, 40)), fit([10, 11, 12, 13], (14, 60))
     (('rank 3', 10, 0), ('3', 10, 0), ('10–13', 10, 90))
@@ -237,7 +237,7 @@ def _draw_grid(axes: Any, mesh: Mesh, bounds: dict[int, Bounds], dims: tuple[int
 
 
 def _blocks_across(blocks: int, width: int, height: int) -> int:
-    """Chooses the number of blocks per row, so that the whole is about twice as wide as high."""
+    """Chooses the number of blocks per row. The whole is then about twice as wide as high."""
     return min(
         (n for n in range(1, blocks + 1) if blocks % n == 0),
         key=lambda n: (abs(math.log(n * width / (blocks // n * height) / 2)), -n),

@@ -33,7 +33,7 @@ WIDTH, HEIGHT, ACROSS, DOWN = 4.4, 0.6, 8.0, 1.0  # of a box, and from one box t
 
 
 def draw_plan(plan: Plan, path: str | Path) -> None:
-    """Draws the operators of a plan from top to bottom, with the forward pass's collectives along the edges.
+    """Draws a plan's operators from top to bottom, with the forward's collectives along edges.
 
     A box has the slice counts of the operator's inputs and outputs; those that the user configured are yellow. The reduction of
     an operator's own sum is beside its box. An edge has the colour of the collective that redistributes it, and is dashed where

@@ -98,7 +98,7 @@ class _Lint:
     # -- what is wrong ------------------------------------------------------------------------------------------------
 
     def _prices(self) -> tuple[dict[str, list[Edge]], int]:
-        """Finds edges along which pieces change, by the operator to configure against it, and sums the bytes of a step."""
+        """Finds edges along which pieces change, by the operator to configure. Sums the bytes of a step too."""
         found: dict[str, list[Edge]] = {}
         total, seen = 0, set()
         for edge in self.edges:
@@ -116,7 +116,7 @@ class _Lint:
         return found, total
 
     def _of_edges(self, node: Node, edges: Sequence[Edge], price: int) -> Finding | None:
-        """Finds redistribution at an operator, unless it is a boundary that the user wants, or shares out the work."""
+        """Finds redistribution at an operator. A boundary that the user wants, or that shares out the work, does not count."""
         worst = max(edges, key=lambda edge: edge.forward_bytes + edge.backward_bytes)
         better = self._in_place(node, edges)
         signature, now = self.plan.signatures[node.name], self.plan.choices[node.name]
@@ -154,7 +154,7 @@ class _Lint:
         return total
 
     def _in_place(self, node: Node, edges: Sequence[Edge]) -> Choice | None:
-        """Returns the choice that reads everything in its present layout, or produces the layout that readers want."""
+        """Returns the choice that keeps all inputs in place, or makes the layouts that readers want."""
         op, signature = node.op, self.plan.signatures[node.name]
         needs = [value in self.plan.graph.needs_grad for value in node.inputs]
         reads = {edge.slot: edge.source.without_partial() for edge in edges if edge.reader is node}
@@ -183,7 +183,7 @@ class _Lint:
         return None
 
     def _of_work(self, node: Node) -> Finding | None:
-        """Finds large work of an operator with weights, or of a fused one, that several ranks do alike."""
+        """Finds large work of operators with weights, or fused ones, that ranks repeat."""
         slots = [i for i, v in enumerate(node.inputs) if self._is_weight(v)]
         repeats = self.plan.mesh.size // math.prod(self.plan.mesh.axis_size(a) for a in self._axes(node))
         if repeats == 1 or not (slots or traits_of(node.op).fused) or traits_of(node.op).looks_up:
@@ -201,7 +201,7 @@ class _Lint:
         return math.prod(self.plan.signatures[node.name].sizes.values()) if node.inputs else 0
 
     def _is_weight(self, value: str) -> bool:
-        """Tells whether a value is a parameter of two dims or more, or a view of one."""
+        """Tells whether a value is a parameter of two dims or more, or its view."""
         while value in self.maker and len(self.maker[value].inputs) == 1:
             value = self.maker[value].inputs[0]
         return value in self.parameters and len(self.plan.graph.metas[value].shape) > 1
@@ -209,7 +209,7 @@ class _Lint:
     # -- what to do about it --------------------------------------------------------------------------------------------
 
     def _cut(self, node: Node, slot: int) -> tuple[Counts, ...] | None:
-        """Returns the strategy with a weight split by the axes that are idle, or by all axes where none is."""
+        """Splits a weight by the axes that are idle, or by all where none is."""
         choice, signature = self.plan.choices[node.name], self.plan.signatures[node.name]
         mesh = choice.mesh
         idle = tuple(a for a in mesh.axes if a not in choice.axes and mesh.axis_size(a) > 1)

@@ -65,7 +65,7 @@ class PlanView:
         return diff_plans(self.value, other.value if isinstance(other, PlanView) else other)
 
     def explain(self, name: str) -> Explanation:
-        """Explains why operators run as they do, what they cost and what else they could do.
+        """Explains why operators run as they do, what they cost, and their alternatives.
 
         Args:
             name: a module, a node, an operator as plan files call it, a parameter, or a pattern for these.

@@ -146,7 +146,7 @@ def flops_split(plan: Plan) -> float:
 
 
 def parameters_split(plan: Plan) -> float:
-    """Computes how much of an even split parameters reach as they are stored, on average over bytes."""
+    """Computes how much of an even split stored parameters reach, on average over bytes."""
     total = reached = 0.0
     for i in plan.graph.inputs:
         if i.kind == "parameter" and i.meta.numel:

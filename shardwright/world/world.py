@@ -1,4 +1,4 @@
-"""Interface of worlds, which run local programs and collectives on the processes of a job or on simulated ranks.
+"""Interface of worlds, which run local programs on a job's processes or on simulated ranks.
 
 Everything above this folder uses this interface and need not know which world it is.
 :class:`~shardwright.world.simulated.world.SimulatedWorld` is all ranks in one process,
@@ -60,7 +60,7 @@ class World(ABC):
 
     @abstractmethod
     def on_first_rank(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on rank 0 and returns its result, or raises its error, on every rank."""
+        """Calls ``make`` on rank 0; returns its result, or raises its error, on every rank."""
 
     @abstractmethod
     def compare(self, stage: str, describe: Callable[[], Described]) -> None:

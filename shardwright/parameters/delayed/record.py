@@ -143,7 +143,7 @@ def _as_meta(x: Any) -> Any:
 
 @functools.cache
 def _schema(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
-    """Returns the arguments that an operator writes, as positions and names, and whether it takes a device."""
+    """Returns the written arguments of an operator, as positions and names, and whether it takes a device."""
     arguments = list(enumerate(func._schema.arguments))
     written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     return written, any(a.name == "device" for _, a in arguments)

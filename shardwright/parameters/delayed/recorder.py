@@ -237,7 +237,7 @@ class _Recorder(TorchDispatchMode):
         generator.set_state(_with_token(state, step.serial))
 
     def _read(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs an operator whose result Python needs now, which is possible where no draws are involved."""
+        """Runs an operator whose result Python needs now. That is possible where no draws are involved."""
         what = ".item(), bool(), int() or float()" if func is READS_NUMBER else func
 
         def now(x: Any) -> Any:
@@ -263,7 +263,7 @@ class _Recorder(TorchDispatchMode):
             record.version = max(record.version, tensor._version + more)
 
     def runs_model_code(self, frame: FrameType | None) -> bool:
-        """Tells whether a method of a module or an optimizer called the frame, within the context."""
+        """Tells whether a module's or optimizer's method, within the context, called the frame."""
         while frame and id(frame) != self._user_frame:  # frames beyond are none of ours
             if isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
                 return True
@@ -347,7 +347,7 @@ _ATTRIBUTES = {getattr(torch.Tensor, name).__get__: name for name in ("device", 
 
 
 def _stay(x: Any, record: _Record) -> Any:
-    """Returns an argument of ``tensor.to``, with the device where the tensor would be replaced by the one where it is."""
+    """Returns an argument of ``tensor.to``. The device where the tensor would be is replaced by the one where it is."""
     if isinstance(x, str):
         x = torch.device(x)
     return META if isinstance(x, torch.device) and x == record.device else x

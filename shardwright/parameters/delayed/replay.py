@@ -128,7 +128,7 @@ def _closure(roots: Iterable[_Step]) -> list[_Step]:
 
 
 def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
-    """Collects the draws that must be repeated so that the draws among ``steps`` get their numbers, in order."""
+    """Collects the draws to repeat so that the draws among ``steps`` get their numbers."""
     found: set[_Step] = set()
     stack = [step for step in steps if step.after is not None]
     while stack:
@@ -141,7 +141,7 @@ def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
 
 
 def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, dict[int, torch.UntypedStorage]]]:
-    """Builds the storage of each slot, given the step that wrote it last, and frees it when asked for the next."""
+    """Builds the storage of each slot from its last step. Frees it when asked for the next."""
     slots = [(slot, _closure([step])) for slot, step in last.items()]
     tasks: dict[_Step | None, list[tuple[list[_Step], int | None]]] = defaultdict(list)  # by last draw
     for slot, program in slots:

@@ -149,7 +149,14 @@ class _Attributes:
         return weight_for(product, have if have is not None and have.ndim == left.ndim else left)
 
     def at_rest(self, node: Node, index: int, layout: Layout, mark: Mark) -> str:
-        """Pins a value, an input of ``node``, to the layout it is stored in; readers of one layout share it."""
+        """Pins an input of ``node`` to the layout it is stored in. Readers of one layout share the result.
+
+        Args:
+            node: the operator.
+            index: of the input.
+            layout: the layout it is stored in.
+            mark: the mark of the pin.
+        """
         value, meta = node.inputs[index], node.op.inputs[index]
         while value in self.maker and _is_entry(self.maker[value]):  # where the module was entered: that is said here
             value = self.maker[value].inputs[0]
@@ -176,7 +183,7 @@ class _Attributes:
         return self.resting[key]
 
     def check_given(self, node: Node, layouts: Sequence[Layout], result: Layout) -> None:
-        """Checks that the layouts given to the bias and the result are those that the pattern makes."""
+        """Checks that the given layouts of bias and result are those of the pattern."""
         mark = node.mark
         if mark is None:
             return

@@ -33,7 +33,7 @@ class GivenLayouts:
         self.planned = {value: parameter_plan[name][0] for value, name in targets.items() if name in parameter_plan}
 
     def reordered(self, node: Node) -> Node:
-        """Orders a tuple of axes in an operator's layouts as the product that made its input left them."""
+        """Orders tuples of axes as the product that made the input left them."""
         mark = node.mark
         orders: dict[frozenset[str], tuple[str, ...]] = {}
         if mark is None or not isinstance(mark.in_strategy, tuple):
@@ -54,7 +54,7 @@ class GivenLayouts:
         return replace(node, mark=replace(mark, in_strategy=again(mark.in_strategy), out_strategy=again(mark.out_strategy)))
 
     def learn(self, node: Node) -> None:
-        """Records where an operator's outputs are, as far as the layouts given so far determine it."""
+        """Records where an operator's outputs are, if the layouts given so far determine it."""
         given = [self.given(node, i) for i in range(len(node.inputs))]
         found = [
             entry if isinstance(entry, Layout) and entry.dims is not None and entry.ndim == len(meta.shape) else None

@@ -65,7 +65,7 @@ def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, d
 def _lookup_layouts(
     node: Node, slices: int, table: Any, indices: Any, devices: int, what: str, problems: Problems
 ) -> tuple[Layout, Layout] | None:
-    """Returns the layouts of table and indices, which were given as Layouts or as slice counts."""
+    """Returns the layouts of table and indices, given as Layouts or as slice counts."""
     ndim = len(node.op.inputs[1].shape)
     if isinstance(table, tuple) and isinstance(indices, tuple):
         return _lookup_counts(slices, table, indices, ndim, devices, what, problems)

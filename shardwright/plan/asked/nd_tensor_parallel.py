@@ -175,7 +175,7 @@ def same_axes(one: Axes, other: Axes) -> bool:
 
 
 def _reads_so(layout: Layout, wanted: Mapping[int, Axes], refuse: Refuse, name: str) -> bool:
-    """Tells whether every dim has the wanted axes in the wanted order, or in the device matrix's, which a tuple means."""
+    """Tells whether every dim has the wanted axes in the wanted order. A tuple means the device matrix's order."""
     for dim, axes in wanted.items():
         if layout.bound[dim] not in (axes, layout.mesh.ordered(axes)):
             given, right = ">".join(layout.bound[dim]), ">".join(axes)

@@ -34,7 +34,7 @@ class Pin:
 
 
 def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Graph:
-    """Marks the pinned nodes of a graph, so that planners and readers know that they are asked for.
+    """Marks the pinned nodes of a graph, so that planners and readers recognise them.
 
     Nodes of which every rank can make any piece are not marked: a mark would have them planned as if they could not.
     """
@@ -54,7 +54,7 @@ def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Gra
 
 
 def check_pin(node: Node, pin: Pin, world_size: int, problems: Problems) -> bool:
-    """Checks that a pin has a layout per tensor of its operator, of its dims and over the ranks of the world.
+    """Checks that a pin has a fitting layout per tensor of its operator.
 
     Args:
         node: the operator.
@@ -79,7 +79,7 @@ def _check_count(kind: str, given: int, wanted: int, what: str, problems: Proble
 
 
 def check_fits(layout: Layout, meta: TensorMeta, world_size: int, what: str, problems: Problems) -> bool:
-    """Checks that a layout has a tensor's dims, pieces that add up, and all ranks of the world.
+    """Checks that a layout has a tensor's dims, matching pieces, and all ranks.
 
     Args:
         layout: the layout.

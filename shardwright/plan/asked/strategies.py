@@ -52,7 +52,7 @@ def check_form(strategy: Any, what: str, problems: Problems) -> str | None:
 
 
 def check_layout(layout: Layout, ndim: int, world_size: int, what: str, problems: Problems) -> bool:
-    """Checks that a Layout is bound, has the tensor's dims and covers exactly the ranks of the world.
+    """Checks that a Layout is bound, has the tensor's dims and covers all ranks.
 
     Args:
         layout: the layout.
@@ -304,7 +304,7 @@ def _split_of_counts(signature: Signature, checked: Checked, refinement: Refinem
 
 
 def flat_pieces(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Returns the pieces of a cut by the product n of axes as ``torch.chunk(n)`` makes them.
+    """Returns the pieces that ``torch.chunk(n)`` makes, for the product n of axes.
 
     Returns:
         The sizes; ``None`` where the axes, one after the other, cut the same way.

@@ -75,7 +75,7 @@ class Refinement:
                 family.names.setdefault(span, name)
 
     def add_if_fits(self, sizes: Sequence[int]) -> None:
-        """Adds the cuts of a device matrix to the main mesh, unless they do not divide those already there."""
+        """Adds the cuts of a device matrix to the main mesh, if they fit those there."""
         if self.families[0].accepts(_cuts(sizes)):
             self.families[0].cuts |= _cuts(sizes)
 
@@ -88,7 +88,7 @@ class Refinement:
         return self
 
     def axes_of(self, sizes: Sequence[int], ranks: tuple[int, ...] | None = None) -> tuple[Mesh, list[tuple[str, ...]]]:
-        """Returns the mesh that names a device matrix, and the axes of it that make up each of its axes."""
+        """Returns the mesh that names a device matrix, and the mesh axes of each of its axes."""
         ranks = ranks or tuple(range(self.size))
         cuts = _cuts(sizes)
         for family, mesh in zip(self.families, self.meshes, strict=True):

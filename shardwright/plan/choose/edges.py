@@ -58,7 +58,7 @@ def least_elements(source: Layout, target: Layout, shape: Shape) -> float:
 
 
 def is_slice(source: Layout, target: Layout) -> bool:
-    """Tells whether each rank can surely cut its piece of the target out of its piece of the source."""
+    """Tells whether each rank can surely cut its target piece out of its source piece."""
     if source == target:
         return True
     if source.mesh != target.mesh or source.partial != target.partial:
@@ -100,7 +100,7 @@ class Edge:
 
     @property
     def forward_bytes(self) -> int:
-        """Bytes that the busiest rank sends to redistribute the value, a sum pending at the source included."""
+        """Bytes that the busiest rank sends to redistribute the value, including a pending sum."""
         return forward_elements(self.source, self.target, self.shape) * self.itemsize
 
     @property

@@ -70,7 +70,7 @@ def choice_for_output(
 def propose(
     split: dict[str, Split], signature: Signature, factors: TensorFactors, layout: Layout, shape: Sequence[int]
 ) -> None:
-    """Adds to ``split`` the axes that a tensor's layout proposes for its factors, where nothing prevents it.
+    """Adds to ``split`` the axes that a tensor's layout proposes for its factors, if possible.
 
     Args:
         split: the splits so far.
@@ -108,7 +108,7 @@ def _accepted(signature: Signature, factors: DimFactors, major: str, layout: Lay
 
 
 def _pending(signature: Signature, layouts: Sequence[Layout | None], mesh: Mesh, used: set[str]) -> Mapping[int, Layout] | None:
-    """Returns the inputs whose pending sums the operator can pass on, because it is linear in them."""
+    """Returns the inputs whose pending sums the operator can pass on, as it is linear."""
     for group in signature.linear:
         held = [layouts[i] for i in group]
         if any(layout is None or layout.mesh != mesh for layout in held):

@@ -67,7 +67,7 @@ def _some_factorisations(n: int, axes: int, machine: Machine) -> list[tuple[int,
 
 
 def _node_size(n: int, machine: Machine) -> int:
-    """Returns the devices of a node that a mesh of ``n`` devices can have on one axis."""
+    """Returns how many devices of a node a mesh of ``n`` devices can have on one axis."""
     size = machine.levels[0].size or n if machine.levels else n
     return math.gcd(n, size) if math.gcd(n, size) > 1 else 1
 

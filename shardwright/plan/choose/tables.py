@@ -150,7 +150,7 @@ def codes_of(layouts: Sequence[Layout], mesh: Mesh) -> Codes:
 
 
 def is_slice(source: Layout, target: Layout) -> bool:
-    """Tells whether every rank has its piece of ``target`` within its piece of ``source``, so that a view is enough."""
+    """Tells whether every rank has its piece of ``target`` within that of ``source``. Then a view is enough."""
     if source.mesh != target.mesh:
         return source.is_replicated
     if source.partial != target.partial:
@@ -161,7 +161,7 @@ def is_slice(source: Layout, target: Layout) -> bool:
 
 
 def local_sizes(codes: Codes, shape: Sequence[int], sizes: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Computes the elements of a tensor's largest piece, for codes ``(..., A)`` on axes of ``sizes``: ``(...)``.
+    """Counts the elements of a tensor's largest piece. Codes ``(..., A)`` on axes of ``sizes`` give ``(...)``.
 
     >>> local_sizes(np.array([[0, 1], [-1, 1]]), (4, 10), (2, 4))
     array([ 6., 12.])
@@ -227,7 +227,7 @@ def _can_split(signature: Signature, factors: Sequence[str]) -> bool:
 def _allowed(
     op: Operator, signature: Signature, mesh: Mesh, symbols: Sequence[Symbol], rows: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Finds the rows that cut every factor into large enough pieces, and read at most one set of pending sums."""
+    """Finds rows whose pieces are large enough and that read at most one set of pending sums."""
     sizes = np.array(mesh.sizes, dtype=float)
     fine = np.ones(len(rows), dtype=bool)
     compound = {
@@ -341,7 +341,7 @@ def _apart(signature: Signature, choice: Choice) -> dict[str, Split]:
 
 
 def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choice) -> ChoiceTable:
-    """Builds a table of one row from a given choice, in this mesh's codes as far as they can express it.
+    """Builds a table of one row from a given choice, as far as this mesh's codes can express it.
 
     Args:
         op: the operator.

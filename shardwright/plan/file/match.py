@@ -196,7 +196,7 @@ class _Match:
 
 
 def _without_marks(graph: Graph) -> Graph:
-    """Removes the strategies of a graph's operators, for a mode that ignores them but follows a file."""
+    """Removes the operators' strategies, for a mode that ignores them but follows a file."""
     nodes = [
         replace(n, mark=replace(n.mark, in_strategy=None, is_pin=False) if n.mark else None, region=None) for n in graph.nodes
     ]

@@ -1,4 +1,4 @@
-"""Predicts the memory of one rank over a training step, operator by operator, without running the step.
+"""Predicts the memory of one rank over a training step, without running the step.
 
 The local program of the first rank, which has the largest pieces, is simulated on shapes: the forward makes tensors
 and frees those that nobody reads any more and autograd does not keep; the backward goes the other way, makes gradients, and

@@ -18,7 +18,7 @@ from shardwright.rules.traits import traits_of
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Adds up the memory of tensors that are made, and subtracts that of those that are gone.
+    """Adds up the memory of new tensors, and subtracts that of tensors that are gone.
 
     Gradients that a backward is given are counted apart, since somebody else may hold them.
 

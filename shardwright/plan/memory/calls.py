@@ -58,7 +58,7 @@ class CallPlayer:
         self, key: Hashable, local: LocalCall, call: Call, names: Sequence[str], made: ForwardMemory,
         inputs: Sequence[Storage], new: Sequence[Storage], recipe: Recipe | None,
     ) -> None:  # fmt: skip
-        """Keeps what the backward of a call needs, or a reader of it where that is computed again."""
+        """Keeps what the backward of a call needs, or a reader where it is recomputed."""
         saved = self.state.save(_storage_at(place, inputs, new) for place in made.kept)
         if made.kept_besides and recipe is not None:
             saved.append(Reader(recipe, None))
@@ -153,7 +153,7 @@ def _storage_at(
 
 
 def _with_slots(call: Call) -> tuple[Any, list[str]]:
-    """Returns a call's arguments on the first rank, with a slot for each tensor, and the tensors' names."""
+    """Returns a call's arguments on the first rank, with slots for tensors, and the tensors' names."""
     names: list[str] = []
 
     def replace(leaf: Any) -> Any:

@@ -183,7 +183,7 @@ class LocalCall:
         return inputs, list(result) if call.sequence else [result], kept
 
     def _guess_forward(self) -> ForwardMemory:
-        """Guesses outputs like the largest input, all of them kept, and all inputs that may have gradients."""
+        """Guesses outputs like the largest input. All of them are kept, with all inputs that may have gradients."""
         largest = max(self.tensors, key=lambda t: t.bytes, default=LocalTensor((), (), torch.float32, False))
         needs_grad = self.call.grad and any(t.needs_grad for t in self.tensors)
         places = [Place("new", i) for i in range(len(self.call.outputs))]

@@ -31,7 +31,7 @@ class LocalTensor(NamedTuple):
 
 
 def contiguous_strides(shape: Sequence[int]) -> Strides:
-    """Computes the strides of a tensor that lies in memory in the order of its dims.
+    """Computes the strides of a contiguous tensor.
 
     >>> contiguous_strides((2, 3, 4))
     (12, 4, 1)

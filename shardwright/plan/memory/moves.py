@@ -123,7 +123,7 @@ class MovePlayer:
     def _make_again(
         self, move: Move, given: Storage, peak: float, is_over_source: bool = False, flight: float | None = None
     ) -> None:
-        """Makes the result of a move the recipe of a second move in the backward pass.
+        """Makes a move's result the recipe of a second move in the backward pass.
 
         If it was written over its source, the source's old value is gone.
 
@@ -179,7 +179,7 @@ class MovePlayer:
             self.state.tape.append(partial(backward, move))
 
     def _return_gradient(self, move: Move, gradient: Gradient, size: float) -> None:
-        """Gives the source of a move its gradient, in ``size`` bytes of new memory, or for 0 in the result's."""
+        """Gives the source of a move its gradient. It is in ``size`` bytes of new memory, or for 0 in the result's."""
         if size:
             made = self.usage.hold(Storage(size, "transient", move.source))
             self.usage.drop(gradient.storage)

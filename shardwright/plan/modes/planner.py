@@ -115,7 +115,7 @@ class Planner:
             self.pins[node.name] = mark.in_strategy[0]
 
     def fits(self, entry: Any, shape: Sequence[int], what: str) -> bool:
-        """Checks one layout or tuple of counts for a tensor, and adds its cuts to the mesh."""
+        """Checks one layout or tuple of counts, and adds its cuts to the mesh."""
         if isinstance(entry, Layout):
             fine = check_layout(entry, len(shape), self.size, what, self.problems)
             if fine:
@@ -195,14 +195,14 @@ class Planner:
         return result
 
     def make_room_for_batch(self) -> None:
-        """Cuts the mesh, if the batch has fewer samples than there are ranks, so that most ranks can share it."""
+        """Cuts the mesh if the batch has fewer samples than there are ranks. Most ranks can then share it."""
         first = next((i.meta.shape[0] for i in self.graph.inputs if i.kind == "input" and i.meta.shape), 0)
         if isinstance(self.request.dataset_strategy, str) and 1 < first < self.size:
             ways = max(d for d in range(1, first + 1) if self.size % d == 0)
             self.refinement.add_if_fits((ways, self.size // ways))
 
     def batch_axes(self, batch: int) -> tuple[str, ...]:
-        """Returns all axes of the mesh, or the first ones that the batch has enough samples for."""
+        """Returns all axes of the mesh, or the first ones with enough samples for them."""
         axes: tuple[str, ...] = ()
         for axis in self.mesh.axes:
             if self.mesh.count((*axes, axis)) > batch:
@@ -236,7 +236,7 @@ class Planner:
             self.where.update(zip(node.outputs, choice.outputs, strict=True))
 
     def is_ready(self, node: Node) -> bool:
-        """Tells whether every rank can make any piece of an operator's outputs from the whole batch it is given."""
+        """Tells whether every rank can make any piece of an operator's outputs by itself."""
         return (
             bool(node.inputs)
             and not may_draw(node.op.target)
@@ -274,7 +274,7 @@ class Planner:
         return follow(node.op, signature, settled, needs, self.mesh)
 
     def reads_planned_parameter(self, node: Node) -> bool:
-        """Tells whether a node reads a parameter of the plan, which is followed outside a marked region too."""
+        """Tells whether a node reads a parameter of the plan. It is followed outside a marked region too."""
         return any(v in self.planned for v in node.inputs)
 
     def parameters_first(self, node: Node, here: Sequence[Layout | None]) -> list[int]:

@@ -184,7 +184,7 @@ class PropagationPlanner(Planner):
         return self.remembered[key]  # type: ignore[no-any-return]
 
     def kind(self, node: Node) -> int:
-        """Numbers operators, with one number for those that are called alike on tensors that are alike."""
+        """Numbers operators; those that are called alike on alike tensors have one number."""
         op = node.op
         key = (op.target, repr(op.args), repr(op.kwargs), op.inputs, op.outputs)
         return self.kinds.setdefault(key, len(self.kinds))
@@ -215,7 +215,7 @@ class PropagationPlanner(Planner):
                     yield Link(slot, False, wanted, gradient, grad, self.level[reader.name] < level)
 
     def mesh_of(self, links: Sequence[Link]) -> Mesh:
-        """Returns the mesh of the neighbours that reached the operator, where that is split at all."""
+        """Returns the mesh of the neighbours that reached the operator, if they are split."""
         split = [link.other.mesh for link in links if link.reached and not link.other.is_replicated]
         return self.mesh if not split or self.mesh in split else split[0]
 
@@ -298,7 +298,7 @@ class PropagationPlanner(Planner):
 
 
 def reducing_pending(choice: Choice) -> Choice:
-    """Returns the choice with all pending sums of its outputs done, its own and those that it read."""
+    """Returns the choice with all pending sums of its outputs done."""
     return replace(choice, outputs=tuple(layout.without_partial() for layout in choice.computed))
 
 
@@ -307,7 +307,7 @@ def _is_usual(layout: Layout, mesh: Mesh) -> bool:
 
 
 def refine_to_primes(refinement: Refinement) -> None:
-    """Cuts the axes of the main mesh that no user has named into their prime factors, up to four axes in all.
+    """Cuts the unnamed axes of the main mesh into prime factors, up to four axes in all.
 
     >>> refinement = Refinement(8)
     >>> refine_to_primes(refinement)
@@ -328,5 +328,5 @@ def refine_to_primes(refinement: Refinement) -> None:
 
 
 def _divisor(n: int) -> int:
-    """Returns the largest divisor up to the root, which splits a size into about equal factors; 1 of a prime."""
+    """Returns the largest divisor up to the root: it splits a size about evenly. It is 1 of a prime."""
     return max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)

@@ -119,7 +119,7 @@ class SearchPlanner(Planner):
         return meshes_to_try(self.size, self.machine, 1 if self.request.mode == "recursive_programming" else 3)
 
     def on_mesh(self, sizes: tuple[int, ...]) -> None:
-        """Starts over on a mesh, refined so that the user's strategies can be named on it."""
+        """Starts over on a mesh, refined so that it can name the user's strategies."""
         self.refinement = copy.deepcopy(self.asked)
         self.refinement.add_if_fits(sizes)
         if self.request.mesh_axes and len(self.request.mesh_axes) == len(sizes):
@@ -279,7 +279,7 @@ class SearchPlanner(Planner):
         raise self.does_not_fit(plan, None)
 
     def near_the_end(self, plan: Plan) -> bool:
-        """Tells whether a plan's peak is where nearly all that is kept is alive, so that it counts in full."""
+        """Tells whether a plan's peak is where nearly all kept values are alive. They then count in full."""
         phase, name = step_memory(plan).at
         last = [n.name for n in self.graph.nodes[-max(8, len(self.graph.nodes) // 20) :]]
         return phase != "optimizer" and name in last and self.site_of(name) in self.folded.sites
@@ -328,7 +328,7 @@ class SearchPlanner(Planner):
     # -- what does not fit ------------------------------------------------------------------------------------------
 
     def smallest(self, error: Infeasible) -> Plan | None:
-        """Returns the plan of least memory, of those that weigh memory more and more against time."""
+        """Returns the plan of least memory, among searches that weigh memory more and more."""
         if not error.choices:
             return None
         problem = self.latest.problem

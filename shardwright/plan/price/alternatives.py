@@ -63,7 +63,7 @@ class Repricer:
         self.returned = {n for n in names if isinstance(n, str)}
 
     def is_priced(self, node: Node) -> bool:
-        """Tells whether an operator costs anything, as those do not whose pieces every rank makes itself."""
+        """Tells whether an operator costs anything. Those whose pieces every rank makes itself do not."""
         return not all(v in self.ready for v in node.outputs)
 
     def alternatives(self, node: Node, most: int = 4) -> list[Alternative]:

@@ -33,7 +33,7 @@ def has_own_order(layout: Layout) -> bool:
 
 
 def in_true_orders(plan: Plan, price: PlanPrice, machine: Machine, of: type[MovePrice]) -> PlanPrice:
-    """Replaces the prices of everything that reads or makes a layout of another order by those of its real moves.
+    """Replaces the prices at layouts with another order of axes by those of the real moves.
 
     Args:
         plan: the plan.

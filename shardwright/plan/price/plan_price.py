@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, optimizer_bytes_per_byte: float) -> Formulation:
-    """Writes the problem whose only answer is the plan, with layers that are planned alike written once.
+    """Writes the problem whose only answer is the plan, with alike layers written once.
 
     Args:
         plan: the plan.

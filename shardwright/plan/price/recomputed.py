@@ -29,7 +29,7 @@ PART = "recompute"
 
 
 def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
-    """Adds to a price, as a part of its own, all that the plan repeats in the backward.
+    """Adds to a price, as a part of its own, all that the backward repeats.
 
     Args:
         plan: the plan.
@@ -125,6 +125,6 @@ class _Again(InstructionVisitor[None]):
 
 
 def _gather(move: MovePrice, steps: Iterable[CollectivePrice], machine: Machine) -> float:
-    """Computes the seconds of a parameter's gather that do not hide, with launches shared as the first time."""
+    """Computes the seconds of a parameter's gather that do not hide. Launches are shared as the first time."""
     shared = move.launches[0] * (1 - move.share)
     return float(machine.exposed(max(0.0, sum(step.seconds for step in steps) - shared), 0.0))

@@ -1,4 +1,4 @@
-"""The search problem of a graph on a mesh: variables, choices, prices.
+"""Search problem of a graph on a mesh: variables, choices, prices.
 
 ===============  =============================================================================================
 ``blocks``       finds the repeated blocks of a graph, so that planning can work on one of their copies

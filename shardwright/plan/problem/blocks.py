@@ -188,7 +188,7 @@ def _is_wired(wiring: _Wiring, block: Block) -> bool:
 
 
 def _exits_last(wiring: _Wiring, block: Block) -> bool:
-    """Tells whether readers after the block read its last copy only, and nothing reaches back further than one copy."""
+    """Tells whether readers after the block read its last copy only. Nothing may reach back further than one copy."""
     owners, readers = wiring.owner_array, wiring.reader_array
     inside = (owners >= block.start) & (owners < block.stop)
     owners, readers = owners[inside], readers[inside]

@@ -123,7 +123,7 @@ class Folded:
 
 @dataclass
 class Formulation:
-    """The problem of a graph on a mesh, and what its choices stand for.
+    """Problem of a graph on a mesh, and what its choices stand for.
 
     Args:
         tables: choice table of each site.
@@ -237,7 +237,7 @@ class Formulation:
         return self.saved[site]
 
     def _kept(self, site: int) -> Array:
-        """Counts the bytes that an operator keeps besides its inputs, which count where they are made."""
+        """Counts the bytes that an operator keeps besides its inputs. Those count where they are made."""
         node, table, saved = self.graph.nodes[site], self.tables[site], self.saved_of(site)
         outputs = self.pricing.local_bytes(node.op.outputs, table.outputs, len(table))
         alone = Saved(frozenset(), saved.outputs, saved.extra, saved.aliases, saved.guessed)

@@ -176,7 +176,7 @@ class Pricing:
     def parameter(
         self, meta: TensorMeta, codes: Codes, grad: bool, optimizer_bytes_per_byte: float, gradients: float
     ) -> tuple[Array, Array]:
-        """Computes the seconds of the optimizer, and bytes of parameter, optimizer states and a share of its gradient.
+        """Computes the seconds of the optimizer, and the bytes of a parameter with states and gradient.
 
         Args:
             meta: the parameter.
@@ -206,7 +206,7 @@ class Pricing:
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool = False,
         stored: bool = False, counted: bool = False,
     ) -> tuple[Array, Array | None]:  # fmt: skip
-        """Computes the seconds ``(S, T)`` of redistributions, forward and backward, and the bytes that the reader keeps.
+        """Computes the seconds ``(S, T)`` of redistributions in both directions, and the bytes that readers keep.
 
         Args:
             meta: the value.
@@ -270,7 +270,7 @@ class Pricing:
     def launches(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
     ) -> tuple[Array, Array, Array]:
-        """Computes the launch seconds of a parameter's collectives, forward and backward, and its share of them.
+        """Computes the launch seconds of a parameter's collectives, forward and backward, and its share.
 
         A parameter pays launches in proportion to its bytes in its bucket, at least as if all parameters shared one. A search
         prices
@@ -292,7 +292,7 @@ class Pricing:
         return np.where(possible, empty[0], 0.0), np.where(possible, empty[1], 0.0), share
 
     def _share(self, buckets: Buckets, size: Array, part: float) -> Array:
-        """Computes the share of a launch of a parameter of ``size`` bytes, which is ``part`` of all."""
+        """Computes the share of a launch of a parameter: ``size`` bytes, ``part`` of all."""
         if buckets.starts is not None:
             return np.full_like(size, min(1.0, (1 + len(buckets.starts)) * part))
         return np.clip(size / buckets.bytes, part, 1.0) if buckets.bytes else np.ones_like(size)

@@ -50,7 +50,7 @@ def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
 
 
 def computes(call: Call) -> bool:
-    """Tells whether a call does work that a compiler can merge with other calls, rather than only reinterpret memory."""
+    """Tells whether a call does work that a compiler can merge, rather than only reinterpret memory."""
     return traits_of(call.function).does_work
 
 
@@ -79,7 +79,7 @@ def _module_of(function: Any) -> str:
 
 
 def _has_any_size(function: Any, node: Node) -> bool:
-    """Tells whether the shape of a result depends on values, or values are read while running."""
+    """Tells whether the shape of a result depends on values, or values are read."""
     if torch.Tag.data_dependent_output in function.tags:
         return True
     if torch.Tag.dynamic_output_shape not in function.tags:

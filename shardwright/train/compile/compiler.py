@@ -76,7 +76,7 @@ class SegmentCompiler:
             ) from error
 
     def compiled(self, program: LocalProgram, graph: Graph, runs_lanes: bool) -> LocalProgram:
-        """Replaces the segments of a program by calls of functions that are compiled when first called.
+        """Replaces the segments of a program by calls of functions compiled when first called.
 
         Args:
             program: the program.
@@ -122,7 +122,7 @@ class SegmentCompiler:
 
 
 def _inputs(program: LocalProgram, item: Instruction | Segment) -> tuple[str, ...]:
-    """Returns the values that an instruction or a segment reads and does not make, each once."""
+    """Returns the values that an instruction or segment reads but does not make."""
     calls: Sequence[Instruction] = item.calls if isinstance(item, Segment) else (item,)
     own = {name for call in calls for name in call.outputs}
     return tuple(dict.fromkeys(name for call in calls for name in call.reads if name not in own))

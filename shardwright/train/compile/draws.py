@@ -1,4 +1,4 @@
-"""Finds calls that use the generator, and splits dropout so that only one of two calls does.
+"""Finds calls that draw random numbers, and splits dropout into a draw and a product.
 
 A compiler has random numbers of its own. So that masks are the single device's, calls that draw are never compiled.
 """
@@ -31,7 +31,7 @@ def draws(call: Call, node: Node) -> bool:
 
 
 def drawn_apart(program: LocalProgram, graph: Graph) -> LocalProgram:
-    """Splits each dropout of a whole tensor into a draw and a product, which give the same numbers."""
+    """Splits each dropout of a whole tensor into a draw and a product. The numbers stay the same."""
     nodes = {node.name: node for node in graph.nodes}
     instructions: list[Instruction] = []
     lanes = dict(program.lanes)

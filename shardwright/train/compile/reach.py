@@ -17,7 +17,7 @@ Reach = frozenset[str] | None  # the outputs that gradients come from; None: the
 
 
 def gradients_from(program: LocalProgram, graph: Graph) -> tuple[dict[int, Reach], dict[str, frozenset[str]]]:
-    """Finds, for every call and every value, the outputs of the program whose gradients may reach it."""
+    """Finds, for every call and value, the outputs whose gradients may reach it."""
     differentiable = {n.name for n in graph.nodes if any(v in graph.needs_grad for v in n.outputs)}
     values: dict[str, frozenset[str]] = {o: frozenset((o,)) for o in program.outputs if isinstance(o, str)}
     nothing: frozenset[str] = frozenset()

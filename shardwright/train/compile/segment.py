@@ -1,4 +1,4 @@
-"""Writes calls as one function of local tensors, which is compiled when it is first called.
+"""Writes calls as one function of local tensors, compiled when it is first called.
 
 Segments that are written alike and get tensors alike (shapes, strides, dtypes, devices, which need gradients) share one
 compiled function: equal layers are compiled once.
@@ -87,7 +87,7 @@ class Written:
         self.what = f"{len(calls)} calls, {first} to {last} at {calls[-1].cause}"
 
     def on_rank(self, rank: int) -> tuple[Any, Callable[[], Callable[..., Any]]]:
-        """Returns a comparable key of the segment on a rank, and a function that makes it callable there."""
+        """Returns a comparable key of the segment on a rank, and its function there."""
         names = {name: f"x{i}" for i, name in enumerate(self.inputs)}
         writer = SourceWriter("segment", list(names.values()))
         for call in self.calls:

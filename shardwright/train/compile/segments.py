@@ -47,7 +47,7 @@ class Segment:
 def segments_of(
     program: LocalProgram, graph: Graph, by_lanes: bool = False, bucket: float = BUCKET
 ) -> list[Instruction | Segment]:
-    """Orders the instructions of a program so that segments are long, and returns them with the segments.
+    """Orders the instructions of a program so that segments are long; returns both.
 
     Args:
         program: the program.
@@ -135,7 +135,7 @@ class _Growth:
         return True
 
     def _put_back(self, order: dict[int, int]) -> None:
-        """Returns to its place what was put before the segment without need, so that its backward need not wait."""
+        """Returns to its place what was put before the segment without need. Its backward then need not wait."""
         needed = set(self.read)
         kept: list[Instruction] = []
         for instruction in reversed(self.before):
@@ -195,7 +195,7 @@ class _Facts:
         return max(regions) - min(regions) > 1
 
     def may_go_first(self, instruction: Instruction, rest: Sequence[Instruction]) -> bool:
-        """Tells whether an instruction that does not depend on a segment may go before it and the remaining ones."""
+        """Tells whether an independent instruction may go before a segment and the remaining ones."""
         return self.changed.isdisjoint(self.reads[id(instruction)]) and _MayGoFirst(self, rest).visit(instruction)
 
     def draws(self, instruction: Instruction) -> bool:
@@ -203,7 +203,7 @@ class _Facts:
 
 
 class _MayGoFirst(InstructionVisitor[bool]):
-    """Decides whether instructions that do not depend on a segment may go before the remaining ones.
+    """Decides whether instructions independent of a segment may go before the remaining ones.
 
     Args:
         rest: the remaining instructions.

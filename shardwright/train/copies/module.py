@@ -24,7 +24,7 @@ REDUCTIONS = ("mean", "sum")
 
 
 class MicroBatchInterleaved(nn.Module):
-    """A network that is run on several parts of its batch, each of them a copy of the whole computation.
+    """A network that runs on several parts of its batch, each a copy of the computation.
 
     Every tensor input whose dim 0 is the batch, which is dim 0 of the first tensor input, is cut along it into
     ``interleave_num`` equal parts; every copy gets everything else as it is. Results are joined:

@@ -1,4 +1,4 @@
-"""Builds the operator call that does for one part of a batch what a given call does for all of it.
+"""Builds the operator call that computes one part of a batch.
 
 Its arguments are those that the operator's rule gives to one of several ranks: the rule's lowering is run on a mesh with one
 rank per copy, and the calls that it emits are examined. A call on tensors alone stays as it is, sizes become those of the

@@ -68,7 +68,7 @@ def draws(op: Operator) -> bool:
 
 
 class _Turns:
-    """Instructions from the first to the last of a group of copies, and the order in which they will run."""
+    """Instructions from the first to the last of a group of copies, and their new order."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Turns:
         return [*self.before, *_without_idle_starts(self.result, self.started, self.region), *self.after]
 
     def _take_turn(self, copy: int) -> None:
-        """Runs a copy until one of its tensors has begun to travel, or half of the work before that is done.
+        """Runs a copy until one of its tensors travels, or half of the work before is done.
 
         After its last move it lets the others go first once, so that their moves have something to hide behind.
         """

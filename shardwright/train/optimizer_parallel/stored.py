@@ -75,7 +75,7 @@ def read_hsdp(shard_size: Any, threshold: Any, optimizer_level: Any) -> Optimize
 
 
 def split_parameters(plan: Plan, settings: OptimizerParallel, parameters: Mapping[str, Any]) -> Plan:
-    """Splits the stored parameters of a plan over the ranks that would hold the same piece.
+    """Splits a plan's stored parameters over the ranks that would hold the same piece.
 
     Args:
         plan: the plan.
@@ -148,7 +148,7 @@ def _cut_axes(plan: Plan, size: int, layouts: Sequence[Layout]) -> Plan:
 
 
 def _to_cut(layout: Layout, size: int) -> tuple[str, int] | None:
-    """Returns the axis that a block ends within, and how many of its ranks are in the block."""
+    """Returns the axis that a block ends within, and its number of ranks in the block."""
     axes, mesh = replica_axes(layout), layout.mesh
     if mesh.count(axes) % size:
         return None

@@ -1,4 +1,4 @@
-"""Finds the inputs of an operator that autocast casts, by running the operator on fake tensors."""
+"""Finds the inputs of an operator that autocast casts. It runs the operator on fake tensors."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class Chooser:
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def tiers(self) -> list[list[Candidate]]:
-        """Groups modules into tiers that do not overlap, from small to large, each in the order of the program."""
+        """Groups modules into tiers without overlap, from small to large, in program order."""
         candidates = self.candidates()
         heights: dict[str, int] = {}
         for path in sorted(candidates, key=lambda p: -p.count(".")):
@@ -167,7 +167,7 @@ class Chooser:
         return found
 
     def candidates(self) -> dict[str, Candidate]:
-        """Collects modules of several operators that are more than lists of others and not computed again already."""
+        """Collects modules of several operators that are not computed again already. Mere lists of modules are left out."""
         nodes: dict[str, list[str]] = {}
         for node in self.plan.graph.nodes:
             parts = node.module.split(".") if node.module else []

@@ -1,4 +1,4 @@
-"""Marks instructions of a local program that are not kept for the backward pass but run again there.
+"""Marks instructions of a local program that run again in the backward pass.
 
 The pass sets ``recompute`` on instructions; :mod:`shardwright.world.execute.recipes` runs them accordingly.
 """

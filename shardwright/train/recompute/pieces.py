@@ -15,7 +15,7 @@ from shardwright.redistribute.steps import redistribution
 
 
 def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str]) -> LocalProgram:
-    """Makes a program keep slices of these local values only, where several ranks hold the same.
+    """Makes a program keep slices of these values, where several ranks hold the same.
 
     A value is sliced right after it is made, and gathered when the backward pass needs it.
     """
@@ -32,7 +32,7 @@ def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str])
 
 
 def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> KeepSliceForBackward | None:
-    """Makes the instruction for one value, ``None`` where no ranks hold the same or nothing can be sliced."""
+    """Makes the instruction for one value; ``None`` where nothing is shared or can be sliced."""
     piece = sliced(layout, meta.shape)
     if piece is None:
         return None

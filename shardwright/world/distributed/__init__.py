@@ -1,4 +1,4 @@
-"""The distributed world: one rank per process, over ``torch.distributed``.
+"""Distributed world: one rank per process, over ``torch.distributed``.
 
 ======================  ============================================================================================
 ``backend``             collectives of the backend, such as NCCL's, as algorithms beside our own

@@ -31,7 +31,7 @@ def _empty(x: Tensor) -> Tensor:
 def _backend_algorithm(
     call: Callable[[Tensor, bool], tuple[Any, Any]], end: Callable[[Any], Tensor] | None = None
 ) -> Algorithm:
-    """Makes an algorithm of one collective of the backend, with an optional local step after it.
+    """Makes an algorithm of one collective of the backend and an optional local step.
 
     Args:
         call: a function of the tensor and whether to return before the end; returns the work, and what ``end`` needs.

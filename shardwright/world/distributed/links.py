@@ -85,7 +85,7 @@ class Link:
         self._later = _Later()
 
     def open(self) -> tuple[Callable[..., Any], Callable[..., Any], int]:
-        """Returns the send and receive functions, and the first of two tags that no other call under way has."""
+        """Returns the send and receive functions, and the first of two unused tags."""
         group, tag = self.group, self._tag
         self._tag = tag + 2 if tag < _LAST_TAG else _FIRST_TAG
         return group.send, group.recv, tag

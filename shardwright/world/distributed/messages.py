@@ -91,7 +91,7 @@ class Scratch:
 
     @property
     def is_taken(self) -> bool:
-        """Tells whether some operation has memory of it, so that others had better wait than take more."""
+        """Tells whether some operation has memory of it. Others had then better wait than take more."""
         return self._taken > 0
 
 
@@ -104,7 +104,7 @@ class Messenger(Protocol):
     scratch: Scratch
 
     def open(self) -> tuple[Callable[..., Any], Callable[..., Any], int]:
-        """Returns the send and receive functions, and the first of two tags that no other call under way has."""
+        """Returns the send and receive functions, and the first of two unused tags."""
 
 
 class Reduction(NamedTuple):
@@ -142,7 +142,7 @@ def _arriving(parts: Sequence[tuple[Any, Tensor]]) -> Iterator[Tensor]:
 
 
 def _others(link: Messenger) -> list[int]:
-    """Lists the other members, beginning with the next, so that not all send to the same one at first."""
+    """Lists the other members, beginning with the next. So not all send to the same one at first."""
     return [(link.position + k) % link.size for k in range(1, link.size)]
 
 
@@ -173,7 +173,7 @@ def _parts(count: int, dtype: torch.dtype, members: int) -> list[int]:
 
 
 class _Incoming:
-    """Receives the members' contributions to one piece, a few parts ahead, into scratch memory used in turn.
+    """Receives the members' contributions to one piece, a few parts ahead, into reused scratch memory.
 
     So received data need little memory. Where another operation under way has scratch memory already, this one requests nothing
     before it is its turn to be ended: operations end in the order of their start, and then need that memory once.

@@ -38,7 +38,7 @@ class Handle:
 
 
 class _Continued(Handle):
-    """Operation under way whose later rounds a thread of the link does, unless somebody waits for it before."""
+    """Operation under way whose later rounds a thread of the link does. A thread that waits for it does them itself."""
 
     __slots__ = ("_claim", "_done", "_error")
 

@@ -88,7 +88,7 @@ def _pack_for_members(at: _Place, dim: int) -> tuple[Local, list[int]]:
 
 
 def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> Local:
-    """Joins pieces of these shapes, flat and in torch's order, along ``dim`` in the order of ``order``."""
+    """Joins flat pieces of these shapes, in torch's order, along ``dim`` in order ``order``."""
     is_sorted = order == list(range(len(order)))
     if is_sorted and _is_outermost((dim,), result):
         return lambda flat: flat.view(result)

@@ -18,7 +18,7 @@ from shardwright.world.distributed.places import Shape, _pack_for_members, _Plac
 def prepare_shared(
     steps: Sequence[Sequence[Step]], shapes: Sequence[Shape], rank: int, groups: Groups, views: bool = False
 ) -> SharedRunner:
-    """Prepares the steps of several tensors, of the same kinds over the same axes, each kind as one collective.
+    """Prepares the steps of several tensors over the same axes, each kind as one collective.
 
     Args:
         steps: the steps of each tensor: all-reduces, or all-gathers or reduce-scatters between pieces of one size.
@@ -69,7 +69,7 @@ def _cut_up(flat: Tensor, shapes: Sequence[Shape], views: bool) -> list[Tensor]:
 
 
 class _SharedStage(NamedTuple):
-    """One collective, with the functions that pack many tensors into its argument and unpack its result."""
+    """One collective of many tensors, with functions that pack its argument and unpack its result."""
 
     pack: Callable[[Sequence[Tensor]], Tensor]
     operation: Operation

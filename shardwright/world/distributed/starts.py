@@ -1,4 +1,4 @@
-"""Moves that are started early on one rank, and ended one by one where their results are read.
+"""Moves that start early on one rank, and end one by one where they are read.
 
 In the autograd graph those that share their collectives have one start and one end, where the first of them is read: a
 node of Python costs some 20 us forward and as much backward. The backward pass is the mirror of it: when the last of their
@@ -165,7 +165,7 @@ class Travelling:
 
 
 class _StartFunction(torch.autograd.Function):
-    """Autograd function to a token, which ties the end to the start in the autograd graph."""
+    """Autograd function to a token that ties the end of moves to their start."""
 
     @staticmethod
     def forward(ctx: Any, travelling: Travelling, *values: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class DistributedWorld(World):
         return self.rank
 
     def device_of(self, root: nn.Module) -> torch.device:
-        """Returns the device of this rank, whatever device the module's parameters are on before they are placed."""
+        """Returns the device of this rank. The devices of the module's parameters do not matter."""
         return self.device
 
     def adds_wide(self, device: torch.device) -> bool:
@@ -133,7 +133,7 @@ class DistributedWorld(World):
         return device.type == "cpu"
 
     def on_first_rank(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on rank 0 and returns its result, or raises its error, on every rank.
+        """Calls ``make`` on rank 0; returns its result, or raises its error, on every rank.
 
         It serves values that must not differ between ranks and otherwise would, as by the clock. All ranks of the job call it.
         """
@@ -171,13 +171,21 @@ class DistributedWorld(World):
         device: torch.device,
         slices: Mapping[str, tuple[Layout, tuple[int, ...]]] | None = None,
     ) -> dict[str, Layout]:
-        """Replaces every parameter of a module by a DTensor that holds this rank's piece."""
+        """Replaces every parameter of a module by a DTensor of this rank's piece.
+
+        Args:
+            root, layouts, device, slices: see :meth:`World.place_parameters`.
+        """
         if slices is not None:
             adopt_slices(root, slices, device)
         return distribute_parameters(root, layouts, device)
 
     def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
-        """Joins all ranks' pieces of ``source`` to what this rank holds of ``target``, or to the whole tensor."""
+        """Joins all ranks' pieces of ``source`` to this rank's of ``target``, or to the whole.
+
+        Args:
+            piece, source, shape, target: see :meth:`World.gather`.
+        """
         target = Layout.replicated(source.mesh, source.ndim) if target is None else target
         found = self.redistribute(piece, source, target, shape)
         assert found is not None  # every rank is in the mesh of a dataset strategy
@@ -301,7 +309,7 @@ def _has_gpus_for(local_rank: int, local_size: int) -> bool:
 
 
 def _let_threads_finish() -> None:
-    """Gives gloo's threads a moment to release the last collective's tensors, for which they need the interpreter.
+    """Gives gloo's threads a moment to release tensors, for which they need the interpreter.
 
     Before Python 3.14 a thread that asks for the interpreter while it ends aborts the process ("terminate called without
     an active exception"), and groups that others hold, such as a DeviceMesh, run on until then.

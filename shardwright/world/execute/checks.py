@@ -1,4 +1,4 @@
-"""Checks the pieces that ranks give to a redistribution, as a wrong one would leave other ranks waiting."""
+"""Checks the pieces that ranks give to a redistribution. A wrong one would leave other ranks waiting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from shardwright.redistribute.routes import extent
 
 
 def check_layouts(source: Layout, target: Layout, partial_gradient: Sequence[str], size: int) -> None:
-    """Refuses layouts between which no redistribution in a world of ``size`` ranks is possible."""
+    """Refuses layouts between which no redistribution in the world is possible.
+
+    Args:
+        source, target: the layouts.
+        partial_gradient: axes over which gradients are partial at the target.
+        size: number of ranks.
+    """
     problems = Problems()
     for name, layout in (("source", source), ("target", target)):
         beyond = sorted(rank for rank in layout.mesh.ranks if rank >= size)
@@ -54,7 +60,7 @@ def check_piece(rank: int, value: Tensor | None, layout: Layout, shape: tuple[in
 
 
 def check_differentiable(source: Layout, target: Layout) -> None:
-    """Refuses to differentiate a pending maximum or minimum, as its gradient belongs to an unknown part."""
+    """Refuses to differentiate a pending maximum or minimum. Which part its gradient belongs to is unknown."""
     done = [op for axis, op in source.partial if op != "sum" and axis not in target.partial_axes]
     if done:
         raise WorldError(f"redistribute has no gradient through the pending {done[0]} of {source}: hand in value.detach()")

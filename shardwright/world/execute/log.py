@@ -80,7 +80,7 @@ class CommunicationLog:
         return len({e.launch for e in self.events if kind is None or e.kind == kind})
 
     def bytes(self, kind: str | None = None) -> int:
-        """Sums the bytes that the busiest rank sends, over the collectives of one kind or of all."""
+        """Sums the bytes that the busiest rank sends, over collectives of one kind or all."""
         return sum(e.bytes for e in self.events if kind is None or e.kind == kind)
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ def ended(under_way: list[UnderWay]) -> None:
 
 
 class CallNote:
-    """Records in the active logs that a call was made, and its backward when it begins."""
+    """Record of a call in the active logs, and of its backward when that begins."""
 
     def __init__(self, cause: str, copy: int | None):
         self.forward, self.backward = Moment("call", "forward", cause, copy), Moment("call", "backward", cause, copy)

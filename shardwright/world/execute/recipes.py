@@ -1,4 +1,4 @@
-"""Recipes compute values again that the backward pass needs and that are not kept for it.
+"""Recipes compute values again for the backward pass that were not kept for it.
 
 A recipe is one instruction of a program in one run: how it computes, and where its tensors come from: kept, or from other
 recipes. Autograd saves a *reader* of a recipe in place of a value. A recipe that is asked for a value computes it, and before
@@ -87,7 +87,7 @@ class Task:
             return task
 
     def end(self) -> None:
-        """Frees what is still held, by readers that were not asked, as in a backward pass of a part of the graph."""
+        """Frees what is still held for readers that did not ask. That happens in a backward pass of a part of the graph."""
         for reference in self.recipes:
             recipe = reference()
             if recipe is not None and recipe.task is self:
@@ -158,7 +158,7 @@ class Inner:
         recipe.add_reader(self)
 
     def is_really(self, other: Part | Kept) -> None:
-        """Replaces this reader by another value, so that it does not read the recipe any more."""
+        """Replaces this reader by another value. It then does not read the recipe any more."""
         self.instead = other
         self.recipe.inner_wanted.discard(self.position)
         self.recipe.is_gone(self)
@@ -240,7 +240,7 @@ class Recipe:
         self.readers[reader.index] = self.readers.get(reader.index, 0) + 1
 
     def was_read(self, reader: Reader, task: Task) -> None:
-        """Records that a reader has had its value, and will not ask in this task again."""
+        """Records that a reader has had its value. It will not ask in this task again."""
         if self.task is task and reader.task is not task:
             reader.task = task
             self._one_less(self.left, reader.index)
@@ -272,7 +272,7 @@ class Recipe:
     # -- computing ----------------------------------------------------------------------------------------------------
 
     def be_computed(self, task: Task, once_more: int | None = None) -> None:
-        """Computes this recipe and those it depends on, if they are missing, in the order of the program.
+        """Computes this recipe and the missing ones it depends on, in the program's order.
 
         Args:
             task: the task in progress.
@@ -361,7 +361,7 @@ class Recipe:
         return torch.empty_strided(size, stride, dtype=result.dtype, device=result.device).copy_(result)
 
     def _start_next(self, task: Task) -> None:
-        """Starts the nearest earlier recipe that is still needed, since the backward goes the other way."""
+        """Starts the nearest earlier recipe that is still needed. The backward goes the other way."""
         for reference in reversed(self.ahead[: self.place]):
             other: Recipe | None = reference()
             if other is None or not other.readers:

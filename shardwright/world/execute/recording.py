@@ -1,4 +1,4 @@
-"""One run of a program that does not keep all its values for the backward pass.
+"""Records one run of a program that does not keep all values for the backward.
 
 While it runs, autograd passes every tensor that it saves to a hook. A tensor that lies in the memory of an instruction that
 is to be computed again is replaced by a reader of that instruction's recipe (see :mod:`.recipes`), and so is a tensor that
@@ -162,7 +162,7 @@ class Recording:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Returns a number that identifies a tensor's storage as long as it, or a weak reference to it, is alive."""
+    """Returns a number that identifies a tensor's storage. It is valid while the storage, or a weak reference to it, is alive."""
     return tensor.untyped_storage()._cdata
 
 

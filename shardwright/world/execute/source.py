@@ -1,4 +1,4 @@
-"""Writes a local program as the source of one Python function, so that running it costs no interpretation."""
+"""Writes a local program as the source of one Python function. Running it needs no interpreter of programs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class SourceWriter:
         self.lines.append(("        " if self._context != (None, True) else "    ") + text)
 
     def forget(self, names: Sequence[str]) -> None:
-        """Drops values that nothing reads any more, so that memory is freed as early as in eager code."""
+        """Drops values that nothing reads any more. Memory is then freed as early as in eager code."""
         if names:
             self.line(" = ".join(names) + " = None")
 
@@ -131,7 +131,7 @@ class SourceWriter:
 
 
 def write_note(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
-    """Writes the line by which a call of a program in copies records itself in the logs, which are seldom active."""
+    """Writes the line by which a call of a program in copies records itself in logs."""
     if program.copies:
         writer.names["_logs"] = record._active
         note = writer.constant("note", record.CallNote(call.cause, program.copies.get(call.cause)))
@@ -140,7 +140,7 @@ def write_note(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
 
 @cache
 def python_entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the public builtin that calls an ATen overload's operator with less overhead, or the overload itself."""
+    """Returns the public builtin that calls an ATen overload's operator with less overhead, if there is one."""
     if not isinstance(function, OpOverload) or function.namespace != "aten":
         return function
     if traits_of(function).entry_differs:

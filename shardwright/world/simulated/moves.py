@@ -40,7 +40,7 @@ class SimulatedMove:
         return self.forward(lanes)
 
     def note_start(self, lanes: Sequence[Tensor]) -> None:
-        """Records in the logs that the move starts, and in the backward pass, which is reversed, that it ends."""
+        """Records in the logs that the move starts. In the backward pass, which is reversed, it records the end."""
         self.recorded = record.emit(self.record, lanes[0].dtype, "forward", ends_later=True)
         self.is_started, self.ends_later = True, lanes[0].grad_fn is not None
         if lanes[0].grad_fn is not None:

@@ -44,7 +44,7 @@ class Prepared:
 
 @lru_cache(maxsize=16384)
 def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: RankGroups) -> Prepared:
-    """Prepares ``steps`` for values of which rank ``r`` holds that of rank group ``lanes[r]``, or nothing (-1)."""
+    """Prepares ``steps`` for values of which rank ``r`` holds rank group ``lanes[r]``, or nothing (-1)."""
     stages = []
     for step in steps:
         keys = _KEYS[step.kind](step, shape, lanes)

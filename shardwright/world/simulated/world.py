@@ -84,12 +84,20 @@ class SimulatedWorld(World):
         device: torch.device,
         slices: Mapping[str, tuple[Layout, tuple[int, ...]]] | None = None,
     ) -> dict[str, Layout]:
-        """Gives delayed parameters their whole values. All parameters stay whole, and programs cut them."""
+        """Gives delayed parameters their whole values. All parameters stay whole, and programs cut them.
+
+        Args:
+            root, layouts, device, slices: see :meth:`World.place_parameters`.
+        """
         materialise_whole(root)
         return dict(layouts)
 
     def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
-        """Returns a view of the tensor, which the caller gave whole."""
+        """Returns a view of the tensor, which the caller gave whole.
+
+        Args:
+            piece, source, shape, target: see :meth:`World.gather`.
+        """
         return piece.view_as(piece) if piece.requires_grad else piece.detach()
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
