@@ -43,7 +43,7 @@ class EventLog:
         self.events: deque[Event] = deque(maxlen=_REMEMBERED)
         self.count = 0
         self.current_call: Event | None = None
-        self.verdict = ""  # why this rank cannot go on, though it asked nobody
+        self.verdict = ""  # why this rank cannot go on; found by the watcher
         self.is_asking = False  # whether the program waits for a verdict
         self.program_thread = threading.get_ident()
         self._chain = 0

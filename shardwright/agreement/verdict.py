@@ -84,7 +84,7 @@ def _other_weights(here: dict[str, Any], there: dict[str, Any], rank: int) -> st
     )
 
 
-_DRIFT = 1e-3  # relative to a weight's norm; what rounding may do to copies in many steps is less
+_DRIFT = 1e-3  # relative to a weight's norm; rounding moves copies apart by less, even in many steps
 
 
 def _first_difference(stage: str, here: Sequence[str], there: Sequence[str], other: int) -> str:

@@ -37,7 +37,7 @@ from shardwright.agreement.watcher import Watcher
 from shardwright.base.torch_private import cloned_store, current_graph_task
 from shardwright.errors import WorldError
 
-EVERY = 64  # calls between comparisons of what is known
+EVERY = 64  # calls between comparisons of known programs
 _PARTS = 8  # of the weights, of which one is compared at a time
 _CHANGES = 16  # changes of signature that are compared each; from then on one of as many
 

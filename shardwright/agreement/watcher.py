@@ -76,7 +76,7 @@ class Watcher:
             if self._ticks % 5:
                 return
         if not log.verdict and not self._is_inside():
-            return  # the user's own code; nobody to ask, perhaps, and no store any more
+            return  # the user's own code; other ranks and the store may be gone
         self._read_asks()
         self._read_verdicts()
         if now - self._since > _STILL and self._ticks % 5 == 0 and not log.verdict and log.count:

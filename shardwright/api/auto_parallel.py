@@ -125,7 +125,7 @@ class AutoParallel(SettingsMethods):
 
     def _check_nested(self) -> None:
         """Raises an error within a capture that lacks this object's parameters: they would get no gradient."""
-        owns = isinstance(self.target, nn.Module)  # what a function reads itself is known by other names
+        owns = isinstance(self.target, nn.Module)  # tensors that a function reads itself have other names here
         outside = [n for n, p in self.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
         if outside:
             raise CaptureError(
@@ -283,7 +283,7 @@ class AutoParallel(SettingsMethods):
         """The local program of the latest call; prints as readable code of rank 0, and as another rank's by ``text(rank)``."""
         return self.latest.program
 
-    # -- what a module has ------------------------------------------------------------------------------------------
+    # -- interface of modules ---------------------------------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module:

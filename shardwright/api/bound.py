@@ -52,7 +52,7 @@ class BoundCall:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
     compiler: SegmentCompiler | None = None
-    signatures: dict[bool, Signature]  # what other ranks are told of it, by gradient mode
+    signatures: dict[bool, Signature]  # its descriptions for other ranks, by gradient mode
 
     def __init__(
         self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, given: GlobalInputs | None = None,

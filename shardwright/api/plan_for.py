@@ -24,7 +24,7 @@ from shardwright.plan.file.read import load_plan_file
 from shardwright.report.plan_view import PlanView
 from shardwright.world.current import init
 
-MACHINE = "h100"  # what is planned for where nobody names a machine
+MACHINE = "h100"  # the default machine
 
 
 def plan_for(
@@ -98,7 +98,7 @@ def _with_options(
     limit = own.memory if memory is None else memory_bytes(memory)
     if machine is None and own.machine is not None:
         machine = own.machine
-    elif memory is None:  # a machine that one does not have, and what its devices hold
+    elif memory is None:  # no such machine is at hand: its devices set the limit
         limit = own.memory or load_machine(machine or MACHINE).memory or None
     search = SearchSettings(
         load_machine(machine or MACHINE),

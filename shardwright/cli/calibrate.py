@@ -85,7 +85,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             task = progress.add_task(f"measuring {ranks} ranks", total=1.0)
             found = measure(ranks, seconds, lambda done: progress.update(task, completed=done))
             found.collectives.save(path)
-            # from the preset: what an older calibration found is over
+            # from the preset: results of an older calibration do not count
             base, said = load_machine(PRESETS / "cpu-gloo.toml"), f"measured by shardwright calibrate with {ranks} ranks"
             machine = fit_machine(base, found.operators, found.collectives.links, said)
             texts = [_calibration_table(found.collectives), _machine_table(machine, found.operators)]

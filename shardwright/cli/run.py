@@ -89,7 +89,7 @@ def _run_simulated(devices: int, script: str, arguments: list[str]) -> None:
 
 def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
     """Starts the script in ``devices`` processes on this machine; returns the job's exit code."""
-    # the store listens on this machine only, and gloo too: nobody else is to join
+    # the store and gloo listen on this machine only, so that nobody else can join
     at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", f"shardwright-{os.getpid()}"]
     command = ["-m", "torch.distributed.run", *at, "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices), script]
     command += arguments

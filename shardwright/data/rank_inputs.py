@@ -117,7 +117,7 @@ class Slice(Tensor):
 
     piece: Tensor
     laid_out: Layout
-    entry: Any  # what the strategy says of it
+    entry: Any  # its entry in the strategy
     _world: World
     _shape: Shape
     _whole: Tensor | None
@@ -162,7 +162,7 @@ class Slice(Tensor):
         return func(*args, **kwargs)
 
 
-# What can be told of the whole tensor without gathering it.
+# Properties of the whole tensor that need no gathering.
 _ABOUT_SHAPE: set[Any] = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}
 _ABOUT_SHAPE |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim")}
 _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requires_grad")}

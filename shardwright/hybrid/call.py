@@ -17,7 +17,7 @@ from shardwright.hybrid.steps import Collective, kept, plan
 from shardwright.ir.mesh import Mesh
 from shardwright.world.current import current_world
 
-_LINE = 192  # bytes in which a rank says what it calls
+_LINE = 192  # bytes of the message that describes a call
 
 
 # -- checks --------------------------------------------------------------------------------------------------------------

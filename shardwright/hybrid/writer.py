@@ -41,7 +41,7 @@ class Writer:
         self.place: dict[str, str] = {}  # graph value -> local value
         self.shapes: dict[str, tuple[int, ...]] = {}  # graph input -> whole shape
         self.waiting: dict[str, tuple[Layout, Layout]] = {}  # graph input not read yet -> as stored, as read
-        self.chosen: dict[Any, str] = {}  # what each kind of rank reads -> local value
+        self.chosen: dict[Any, str] = {}  # values that each kind of rank reads -> local value
         self.everyone = tuple(range(self.mesh.size))
         self.all_axes = tuple(a for a, size in zip(self.mesh.axes, self.mesh.sizes, strict=True) if size > 1)
 

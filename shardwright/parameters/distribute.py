@@ -211,7 +211,7 @@ class _Distribution:
             elif name in self.delayed or tensor.device != piece.device:
                 self.found.put(tensor, piece)
             elif name in differing:
-                tensor.data = piece  # the same object, for whoever holds it
+                tensor.data = piece  # the same object, for all who hold it
 
     def _piece(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Returns the part of a value that this rank keeps: a slice of a parameter, the whole of a buffer."""

@@ -48,7 +48,7 @@ def enter(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-# Parameters enter in groups, so that the gradients of one group are handed on before those of the next are complete.
+# Parameters enter in groups, so that the gradients of one group are delivered before those of the next are complete.
 _GROUP_BYTES = 4 << 20
 
 
@@ -91,7 +91,7 @@ class _Enter(torch.autograd.Function):
             if not gradient.is_contiguous():
                 gradient = gradient.contiguous()
             elif count > alone or gradient._use_count() > 1:
-                gradient = gradient.clone()  # somebody else has it, and optimizers write into gradients
+                gradient = gradient.clone()  # others hold it, and optimizers write into gradients
             whole = DTensor(gradient, parameter._spec, requires_grad=False)
             if plain and have is None:
                 parameter.grad = whole

@@ -213,7 +213,7 @@ class NodeBuilder:
         self.op, self.signature, self.mesh, self.split = node.op, signature, choice.mesh, choice.split
         self.inputs, self.input_layouts = inputs, choice.inputs
         self.output_layouts, self.settled_layouts = choice.computed, choice.outputs
-        # local values that a gradient flows back through: inputs, and what calls and moves make of them
+        # local values that a gradient flows back through: inputs, and results of calls and moves of them
         self.differentiated = {
             ref.name
             for ref, value, meta in zip(inputs, node.inputs, node.op.inputs, strict=True)

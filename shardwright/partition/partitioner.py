@@ -68,7 +68,7 @@ class _Partitioner:
         self.moves = Moves(self.builder, options, self.parameters)
         self.place: dict[str, str] = {}  # graph value -> local value
         self.moved: dict[tuple[str, Layout, tuple[str, ...]], str] = {}
-        self.needs: dict[str, dict[Need, None]] = {}  # what each graph value is read as, in order
+        self.needs: dict[str, dict[Need, None]] = {}  # layouts in which each graph value is read, in order
         # Values that some reader takes a gradient of: a move is shared, and its first reader may be one that takes none.
         self.with_gradient = graph.needs_grad & {value for node in graph.nodes if node.grad for value in node.inputs}
         self.node: Node | None = None

@@ -95,7 +95,7 @@ class _Lint:
                 found.append(finding)
         return tuple(sorted(found, key=lambda f: -f.bytes))
 
-    # -- what is wrong ------------------------------------------------------------------------------------------------
+    # -- the findings -------------------------------------------------------------------------------------------------
 
     def _prices(self) -> tuple[dict[str, list[Edge]], int]:
         """Finds edges along which pieces change, by the operator to configure. Sums the bytes of a step too."""
@@ -160,7 +160,7 @@ class _Lint:
         reads = {edge.slot: edge.source.without_partial() for edge in edges if edge.reader is node}
         if reads:
             now = self.plan.choices[node.name].inputs
-            follows = [value not in self.maker for value in node.inputs]  # inputs are handed in as they are read
+            follows = [value not in self.maker for value in node.inputs]  # inputs are given as they are read
             have = [reads.get(i, None if follows[i] else layout) for i, layout in enumerate(now)]
             order = sorted((i for i, layout in enumerate(have) if layout is not None), key=lambda i: i not in reads)
             return reducing(op, signature, follow(op, signature, have, needs, self.plan.mesh, order), needs)
@@ -206,7 +206,7 @@ class _Lint:
             value = self.maker[value].inputs[0]
         return value in self.parameters and len(self.plan.graph.metas[value].shape) > 1
 
-    # -- what to do about it --------------------------------------------------------------------------------------------
+    # -- the recommendations --------------------------------------------------------------------------------------------
 
     def _cut(self, node: Node, slot: int) -> tuple[Counts, ...] | None:
         """Splits a weight by the axes that are idle, or by all where none is."""

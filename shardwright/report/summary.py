@@ -27,7 +27,7 @@ OPTIMAL = 1e-9  # a smaller gap is rounding
 _MOST = 5  # rows of the most expensive
 _MOST_READERS = 3  # of a redistribution, by name
 
-# By pattern of a name and what it does: names and seconds of all that are alike.
+# By pattern of a name and by operation: names and seconds of those that are alike.
 _Found = dict[tuple[str, str], list[tuple[str, float]]]
 
 
@@ -196,7 +196,7 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
         maker = makers.get(move.value)
         source = _place(maker) if maker else names.get(move.value, move.value)
         readers = dict.fromkeys(_place(modules[r]) if r in modules else r for r in move.readers)
-        if maker is not None and source in readers:  # within a module operators are told apart by what they are
+        if maker is not None and source in readers:  # within a module operators are distinguished by their kind
             source = _operator(maker)
             readers = dict.fromkeys(_operator(modules[r]) if r in modules else r for r in move.readers)
         more = len(readers) - _MOST_READERS

@@ -273,7 +273,7 @@ def resolve_strategy(
     mesh, split = found
     choice = make_choice(node.op, signature, mesh, split, needs_grad)
     if checked.out is None:
-        # what a strategy leaves unsaid: a sum is done at its operator, by an all-reduce
+        # by default an operator does its own sum, by an all-reduce
         outputs: tuple[Layout, ...] | None = tuple(layout.without_partial() for layout in choice.computed)
     else:
         outputs = _outputs(node, signature, checked, refinement, choice, what, problems)

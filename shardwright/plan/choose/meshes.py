@@ -7,7 +7,7 @@ from functools import cache
 
 from shardwright.ir.machine import Machine
 
-# A mesh of more axes has too many choices an operator to look at all of them.
+# A mesh of more axes has too many choices per operator to look at all of them.
 _MOST_AXES = 3
 
 

@@ -17,7 +17,7 @@ class _Bucket:
     """Moves under way, and later their gradients."""
 
     moves: tuple[Move, ...]
-    flight: Storage | None = None  # what travels, until the first result is waited for
+    flight: Storage | None = None  # the travelling tensors, until the first result is waited for
     scratch: float = 0.0
     results: dict[str, Storage] = field(default_factory=dict)
     expected: int = 0  # results that may get a gradient

@@ -109,7 +109,7 @@ class LocalCall:
                 described = LocalTensor(tuple(result.shape), result.stride(), result.dtype, result.requires_grad)
                 outputs.append((described, places[key]))
             kept_places = frozenset(places[key] for key in kept if key in places)
-            # outputs are left out, and what nobody keeps is gone: what is live is kept
+            # outputs are left out and unkept tensors are gone, so the live ones are kept
             return ForwardMemory(tuple(outputs), tuple(sizes), kept_places, tracker.live, tracker.peak)
 
     def backward(self, strides: Sequence[Strides | None]) -> BackwardMemory:

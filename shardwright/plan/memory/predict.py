@@ -43,7 +43,7 @@ def memory_of(
     choose = calibration.load().choose if device == "cpu" else None
     timeline = TrainingStep(plan.graph, program, states, device, choose, hub=True).run()
     if choose is not None and any(i.starts for i in program.instructions):
-        # what the others send to the first rank stays until they wait for the result
+        # messages of others to the first rank stay in memory until they wait for the result
         other = TrainingStep(plan.graph, program, states, device, choose, hub=False).run()
         timeline = max(timeline, other, key=lambda t: t.peak)
     return timeline

@@ -88,7 +88,7 @@ class Recipe:
         if ahead is not None:
             ahead.append(self)
         for storage in results:
-            if storage.when_free is not None:  # written over what another recipe makes
+            if storage.when_free is not None:  # written over another recipe's result
                 storage.when_free.is_free(storage)
             makers[storage] = self
             storage.when_free = self

@@ -89,7 +89,7 @@ class TrainingStep:
             )
             part = "parameters" if given.kind in ("parameter", "buffer") else "activations"
             storage = Storage(float(tensor.bytes), part, given.value)
-            self.usage.hold(storage)  # by whoever handed it in
+            self.usage.hold(storage)  # by the caller
             self.state.define(given.value, storage, tensor)
             if given.kind == "parameter" and given.requires_grad:
                 self.state.parameters[given.value] = storage.size

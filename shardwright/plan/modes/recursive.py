@@ -21,7 +21,7 @@ from shardwright.search.problem import Infeasible, Problem, Solution
 
 # Tries of a price for memory.
 _PRICES = 12
-# How far from its optimum a level may end: what the levels lose between them is more.
+# How far from its optimum a level may end; splitting the problem into levels loses more.
 _GAP = 0.005
 
 

@@ -45,7 +45,7 @@ from shardwright.search.solve import solve
 
 # A gap below this is not worth more time.
 GAP = 0.002
-# How often a plan that needs more memory than the search reckoned is looked for again under a tighter limit.
+# How often the search is repeated under a tighter limit, if its plan needs more memory than it computed.
 _TIGHTENINGS = 5
 # Prices of all memory against all time, for what needs least memory: with time left out, the search would think nothing of
 # making large tensors that nobody keeps.
@@ -263,7 +263,7 @@ class SearchPlanner(Planner):
                 if limit is None or found is None or step_memory(found).peak > limit:
                     raise self.does_not_fit(found, error) from None
                 return replace(found, search=replace(found.search, bound=bound))  # type: ignore[type-var]
-            if target == limit:  # every plan that fits keeps less than this: what it proves holds for all of them
+            if target == limit:  # every plan that fits keeps less than this, so its bound holds for all of them
                 bound = max(bound, attempt.solution.bound)
             plan = self.assemble(attempt, bound)
             memory = step_memory(plan)

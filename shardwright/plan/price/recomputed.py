@@ -116,7 +116,7 @@ class _Again(InstructionVisitor[None]):
             self.wanted.update(refs[slot] for slot in saved.inputs)
         elif (
             saved.inputs and not traits_of(call.function).linear
-        ):  # the operator is several calls, and this one may save what it reads
+        ):  # the operator is several calls, and this one may save its inputs
             self.wanted.update(refs)
         results = saved.outputs and not self.program.kept.issuperset(call.outputs)
         if call.recompute and (results or saved.extra or any(map(self._is_wanted, call.outputs))):

@@ -50,8 +50,8 @@ class MovePrice:
     backward: tuple[CollectivePrice, ...]
     of_parameter: bool
     seconds: float
-    # of a parameter's forward and backward collectives, what others of the same kind over the same axes share; the share of
-    # it that ``seconds`` counts; and bytes of the larger end
+    # of a parameter's forward and backward collectives, the part shared with others of the same kind over the same axes;
+    # the share of it that ``seconds`` counts; and bytes of the larger end
     launches: tuple[float, float] = (0.0, 0.0)
     share: float = 0.0
     size: float = 0.0

@@ -181,7 +181,7 @@ def _is_wired(wiring: _Wiring, block: Block) -> bool:
     now, later = wiring.owners[low], wiring.owners[high]
     fine = (later == now + block.length) & (wiring.places[high] == wiring.places[low])
     fine |= (wiring.values[high] == wiring.values[low]) & (now < block.start)
-    # the first copy may read from anywhere before what later ones read from the copy before
+    # where later copies read from the copy before, the first may read from anywhere before
     first = int(wiring.offsets[block.start + block.length] - wiring.offsets[block.start])
     fine[:first] |= (now[:first] < block.start) & (later[:first] >= block.start) & (later[:first] < block.start + block.length)
     return bool(fine.all())

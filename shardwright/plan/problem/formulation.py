@@ -242,7 +242,7 @@ class Formulation:
         outputs = self.pricing.local_bytes(node.op.outputs, table.outputs, len(table))
         alone = Saved(frozenset(), saved.outputs, saved.extra, saved.aliases, saved.guessed)
         kept = kept_bytes(alone, np.zeros((len(node.inputs), len(table))), outputs, table.fraction)
-        if site in self.live:  # what is alive besides while this operator runs
+        if site in self.live:  # values that are also alive while this operator runs
             backward = self.live[site] == "backward"
             grads = [v in self.graph.needs_grad for v in node.inputs]
             inputs = self.pricing.local_bytes(node.op.inputs, table.inputs, len(table))

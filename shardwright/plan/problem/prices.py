@@ -42,7 +42,7 @@ class Pricing:
         self.sums, self.gathers = (schedule or MoveBuckets()).sums, (schedule or MoveBuckets()).gathers
         self.communication = Communication(machine, mesh)
         self._memo: dict[Any, Any] = {}
-        self._alive: list[Any] = []  # what ids in keys refer to
+        self._alive: list[Any] = []  # the objects whose ids are in keys
         self._sizes = np.asarray(mesh.sizes)
         self._radix = 16 ** np.arange(len(mesh.axes), dtype=np.int64)
 

@@ -54,7 +54,7 @@ class Functions:
         begin = time.perf_counter()
         compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend)
         try:
-            with warnings.catch_warnings():  # torch's tracing looks at the .grad of what it is given
+            with warnings.catch_warnings():  # torch's tracing reads the .grad of its arguments
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
                 result = compiled(*tensors)
         except untraceable() as error:

@@ -89,7 +89,7 @@ class _Growth:
         self.before: list[Instruction] = []
         self.rest: list[Instruction] = []
         self.made: set[str] = set()
-        self.late: set[str] = set()  # made by what is left behind
+        self.late: set[str] = set()  # made by the remaining instructions
         self.read: set[str] = set()
         self.bytes = 0.0
         self.key: _Key = (None, None)
@@ -148,7 +148,7 @@ class _Growth:
         self.rest.sort(key=lambda instruction: order[id(instruction)])
 
 
-# -- what is known of the instructions ------------------------------------------------------------------------------------
+# -- facts about the instructions -------------------------------------------------------------------------------------
 
 _Key = tuple[Any, Reach]
 

@@ -17,7 +17,7 @@ def share_between_copies(graph: Graph) -> Graph:
     """Merges equal operators of different copies that read the same parameters."""
     if not any(node.copy is not None for node in graph.nodes):
         return graph
-    fixed = {i.value for i in graph.inputs if i.kind != "input"}  # and what is made of these alone
+    fixed = {i.value for i in graph.inputs if i.kind != "input"}  # and values made of these alone
     known: dict[Any, tuple[str, ...]] = {}
     same: dict[str, str] = {}
     nodes = []

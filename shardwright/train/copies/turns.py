@@ -210,7 +210,7 @@ class _Turns:
             self.started.add(move)
             self.under_way.add(move)
             self.result.append(StartMoves((self.moves[move],)))
-        if self.draws[at]:  # what is drawn whole is cut at once, so that only the piece is kept
+        if self.draws[at]:  # a whole draw is cut at once, so that only the piece is kept
             cut = at + 1
             while cut < len(self.region) and self._only_cuts(cut, at):
                 self._append(cut)

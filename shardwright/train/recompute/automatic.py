@@ -185,7 +185,7 @@ class Chooser:
             if len(names) < 2 or is_list or outermost(path, self.marked) is not None:
                 continue
             priced = [price.operators[name] for name in names if name in price.operators]  # others cost nothing: every rank
-            kept = sum(operator.kept for operator in priced)  # has what they are made of, such as positions
+            kept = sum(operator.kept for operator in priced)  # includes their inputs, such as positions
             seconds = sum(operator.forward for operator in priced) + self.moving(names)
             found[path] = Candidate(path, kept, seconds)
         return found

@@ -89,7 +89,7 @@ class _Marking:
         self.of_operator: dict[str, str] = {}  # results of an operator's own calls, and of the moves that settle them
         self.chosen: set[str] = set()
         self.kept: set[str] = set()
-        self.in_pieces: set[str] = set()  # what leaves a whole and is to be kept in slices
+        self.in_pieces: set[str] = set()  # values that leave a recomputed module and are kept in slices
         self.read_outside = self._read_outside()
 
     def run(self) -> LocalProgram:

@@ -171,4 +171,4 @@ _REDUCIBLE = _WHOLE | {
     torch.complex64,
     torch.complex128,
 }
-_MOVABLE = _REDUCIBLE | {torch.bool}  # what they move; anything else travels as bytes
+_MOVABLE = _REDUCIBLE | {torch.bool}  # dtypes that they move; others travel as bytes

@@ -73,7 +73,7 @@ class _Binder(InstructionVisitor[None]):
         self.only_read_once = values_read_once(program) - keep
         self.free_gradients = values_with_free_gradients(program)
         self.made_by = {o: i for i in program.instructions for o in i.outputs}
-        self.started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
+        self.started: dict[str, tuple[str, int]] = {}  # output of a started move -> the moves under way, and its index
         self.left: dict[str, int] = {}
 
     # -- calls ------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class _Binder(InstructionVisitor[None]):
         maker = self.made_by.get(move.source)
         inplace = move.source in self.only_read_once and _is_free(move.source, maker)
         if move.recompute and not (maker is not None and is_call(maker) and maker.recompute):
-            inplace = False  # what it is moved from again must stay as it is
+            inplace = False  # its source must stay unchanged for the second move
         compact = maker is not None and move.source in self.dead
         return DistributedMove(move, self.rank, self.groups, inplace, compact, move.output in self.free_gradients)
 

@@ -77,7 +77,7 @@ class Scratch:
             buffer, self._kept = self._kept, None
             self._taken += 1
         if buffer is None or buffer.numel() < nbytes:
-            with torch.inference_mode(False):  # what is made in inference mode could not be written outside
+            with torch.inference_mode(False):  # tensors made in inference mode could not be written outside
                 buffer = torch.empty(nbytes, dtype=torch.uint8)
         return buffer.view(dtype)
 

@@ -85,7 +85,7 @@ class _Later:
 
 
 def _serve(queue: SimpleQueue[_Continued | None]) -> None:
-    # what was started in inference mode may be written in it only, and what was not may be written in it too
+    # tensors made in inference mode may be written in it only; others may be written in it too
     with torch.inference_mode():
         while (handle := queue.get()) is not None:
             handle.advance()

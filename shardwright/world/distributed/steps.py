@@ -104,7 +104,7 @@ def prepare_steps(
         compact: whether the result must not be a view into the argument, which it would keep alive.
     """
     runs: list[Runner] = []
-    own, is_view = inplace, False  # whether nobody else reads what the next step is given; whether it is a view
+    own, is_view = inplace, False  # whether only the next step reads its argument; whether that is a view
     for step in steps:
         if rank not in step.source.mesh.ranks and rank not in step.target.mesh.ranks:
             continue

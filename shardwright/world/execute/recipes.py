@@ -291,7 +291,7 @@ class Recipe:
                     pending += [s.recipe for s in recipe.sources if type(s) is Part and s.index not in s.recipe.given]
         for number in sorted(found):
             found[number]._compute(task, once_more if found[number] is self else None)
-        for recipe in found.values():  # what is asked for a second time has no readers left
+        for recipe in found.values():  # a result that is asked for a second time has no readers left
             if recipe is not self:
                 recipe.end_read()
 

@@ -80,7 +80,7 @@ class Recording:
         storage = _storage(result)
         known = self._made.get(storage)
         if (known is not None and known[1] is recipe) or (storage in recipe.taken and not recipe.computation.overwrites):
-            return  # lies where its tensor does, and is kept or computed again with it
+            return  # shares its tensor's memory, and is kept or computed again with it
         self._register(recipe, index, result)
 
     def keep_pieces(
@@ -138,7 +138,7 @@ class Recording:
         known, is_kept = self._made.get(storage), bool(recipe.computation.kept) and recipe.computation.kept[index]
         if is_kept and known is not None:
             _, maker, which, _ = self._made.pop(storage)
-            if which in maker.results_like:  # a view of what was not to be kept
+            if which in maker.results_like:  # a view of a result that is not kept
                 maker.given[which] = _whole(result, *maker.results_like[which], known[3])
         if storage in recipe.taken or known is not None:
             return
@@ -162,7 +162,7 @@ class Recording:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Returns a number that identifies a tensor's storage. It is valid while the storage, or a weak reference to it, is alive."""
+    """Returns a number that identifies a tensor's storage while that, or a weak reference to it, is alive."""
     return tensor.untyped_storage()._cdata
 
 

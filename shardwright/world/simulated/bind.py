@@ -68,7 +68,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
     writer = SourceWriter("simulated", ["_run", *names] if records else names)
     for item in program.inputs:
         if item.kind == "local":
-            continue  # handed in as lanes
+            continue  # given as rank groups
         if max(program.lanes[item.name]) > 0:
             call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.lanes[i.name]))
             writer.line(f"{item.name} = {call}({item.name})")
@@ -97,7 +97,7 @@ class _Binder(InstructionVisitor[None]):
         self.writer, self.program, self.lanes, self.records = writer, program, program.lanes, records
         self.bucket_of: dict[str, tuple[Move, ...]] = {}  # output of a move that was started with others -> all of them
         self.done: set[str] = set()  # outputs of moves that the first of their bucket did
-        self.noted: dict[str, SimulatedMove] = {}  # output of a move whose start logs are told -> what runs it
+        self.noted: dict[str, SimulatedMove] = {}  # output of a move whose start is logged -> the move
 
     def call(self, call: Call) -> None:
         self.writer.context(call.autocast, call.grad)
@@ -126,7 +126,7 @@ class _Binder(InstructionVisitor[None]):
         """Writes hardly anything, as nothing travels here: the first of the moves to end does everything."""
         if len(start.moves) > 1:
             self.bucket_of |= dict.fromkeys((move.output for move in start.moves), start.moves)
-        elif self.program.copies:  # logs are told, for they say what runs meanwhile
+        elif self.program.copies:  # logged, as logs show what runs meanwhile
             (move,) = start.moves
             runner = self.noted[move.output] = SimulatedMove(move, self.lanes[move.source])
             self.writer.names["_logs"] = record._active

@@ -61,7 +61,7 @@ def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, 
     return [None if lane < 0 else results[lane] for lane in prepared.lanes]
 
 
-# -- keys: for every rank, what its result is computed from; equal keys are computed once ---------------------------------
+# -- keys: for every rank, the sources of its result; equal keys are computed once -----------------------------------------
 
 
 def _by_rank(step: Step, lanes: RankGroups, of: Callable[[int, list[int]], Any]) -> list[Any]:
