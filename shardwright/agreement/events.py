@@ -1,4 +1,4 @@
-"""The events of one rank: the calls of nets and the backward passes that all ranks have to make alike."""
+"""Events of one rank: the calls of nets and backward passes that all ranks make alike."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Event:
 
 
 class EventLog:
-    """The events of this rank, and the verdict on them. The program writes it; the watcher thread reads it."""
+    """Events of this rank, and the verdict on them. The program writes it; the watcher thread reads it."""
 
     def __init__(self, rank: int):
         self.rank = rank
         self.events: deque[Event] = deque(maxlen=_REMEMBERED)
         self.count = 0
         self.current_call: Event | None = None
-        self.verdict = ""  # why this rank cannot go on, though it asked nobody
+        self.verdict = ""  # why this rank cannot go on; found by the watcher
         self.is_asking = False  # whether the program waits for a verdict
         self.program_thread = threading.get_ident()
         self._chain = 0

@@ -18,7 +18,7 @@ _active: list[Watch] = []
 
 
 def note(text: str) -> None:
-    """Records something that all ranks have to do and that is no call of a net."""
+    """Records something other than a call of a net that all ranks have to do."""
     if _active:
         _active[0].note(text)
 
@@ -30,7 +30,7 @@ def in_backward() -> None:
 
 
 def compare_on_ranks(world: Any, stage: str, lines: Sequence[str], values: Sequence[Any] = ()) -> None:
-    """Refuses, on all ranks, what differs between them; see :meth:`Watch.compare`. Nothing on a single process.
+    """Refuses, on all ranks, what differs between them; see :meth:`Watch.compare`. Does nothing on a single process.
 
     Args:
         world: the world whose ranks compare.
@@ -47,7 +47,7 @@ def compare_on_ranks(world: Any, stage: str, lines: Sequence[str], values: Seque
 
 
 def explain(world: Any) -> str:
-    """Explains why another rank has left this one alone, if that is known; else returns ``""``."""
+    """Explains, if it is known, why another rank has left this one alone; else returns ``""``."""
     watch = watch_of(world)
     return "" if watch is None else watch.explain()
 
@@ -67,7 +67,7 @@ def watch_of(world: Any) -> Watch | None:
 
 
 def _patience(world: Any) -> float:
-    """Returns the seconds that a rank waits for the others: those of the job, or torch's half hour."""
+    """Returns the seconds that a rank waits for the others: the job's timeout, or torch's half hour."""
     timeout = job_timeout(world.device.type)
     return 1800.0 if timeout is None else timeout.total_seconds()
 
@@ -81,7 +81,7 @@ _MIXED = (
 
 @lru_cache(maxsize=1)
 def _explain_failures() -> None:
-    """Makes an uncaught failure of communication print what the other ranks did, where that is known."""
+    """Makes uncaught failures of communication print what other ranks did, if that is known."""
     plain = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:

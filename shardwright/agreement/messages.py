@@ -1,4 +1,4 @@
-"""The messages that ranks write into the job's store, and the verdict on each set of them."""
+"""Messages that ranks write into the job's store, and the verdict on each set of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KEPT = 32  # verdicts in the store
 
 
 class Messages:
-    """The messages of this rank in the job's store, and the verdicts that it writes as the last to arrive.
+    """Messages of this rank, and the verdicts that it writes if it arrives last.
 
     An event ``at`` has these keys: ``m/<at>/<rank>``, a rank's message; ``n/<at>``, how many have been written;
     ``v/<at>``, 1 where the ranks agree and more where they do not; ``w/<at>``, the words of the verdict.
@@ -24,7 +24,7 @@ class Messages:
         self._judged: deque[str] = deque()
 
     def write(self, store: Any, at: str, message: dict[str, Any]) -> int:
-        """Writes a message of this rank, and judges if it is the last of all ranks.
+        """Writes a message of this rank, and judges if it is the last one.
 
         Args:
             store: the connection to write through; each thread has one.

@@ -1,4 +1,4 @@
-"""The watch compares what the ranks of a job do, so that ranks that do different things raise errors instead of hanging.
+"""Compares what ranks do, so that those that do different things raise errors instead of hanging.
 
 Collectives of different programs wait for each other for ever, end the process, or mix up numbers. So every rank keeps a
 list of its *events* (calls of nets, and backward passes), and ranks compare events through the job's store. For that no
@@ -37,7 +37,7 @@ from shardwright.agreement.watcher import Watcher
 from shardwright.base.torch_private import cloned_store, current_graph_task
 from shardwright.errors import WorldError
 
-EVERY = 64  # calls between comparisons of what is known
+EVERY = 64  # calls between comparisons of known programs
 _PARTS = 8  # of the weights, of which one is compared at a time
 _CHANGES = 16  # changes of signature that are compared each; from then on one of as many
 
@@ -66,7 +66,7 @@ class Watch:
 
     @property
     def has_printed_verdict(self) -> bool:
-        """Whether the watcher thread has printed why this rank cannot go on."""
+        """Tells whether the watcher thread has printed why this rank cannot go on."""
         return bool(self._log.verdict) and self._watcher.has_printed
 
     # -- events of the program ------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Watch:
         return net.name
 
     def note(self, text: str) -> None:
-        """Records something that all ranks have to do and that is no call of a net."""
+        """Records something other than a call of a net that all ranks have to do."""
         self._log.settle(self._log.add(None, 0, text), len(text))
 
     def in_backward(self) -> None:
@@ -108,11 +108,11 @@ class Watch:
             self._backward = task
             self.note("a backward pass")
 
-    def known_call(self, compiled: Any, summarize: Summarize | None) -> None:
-        """Records that the call that has begun runs a program bound earlier, and compares it with other ranks when due.
+    def known_call(self, bound: Any, summarize: Summarize | None) -> None:
+        """Records that the current call runs a program bound earlier; compares it with other ranks when due.
 
         Args:
-            compiled: the bound program, with its signatures by gradient mode.
+            bound: the bound program, with its signatures by gradient mode.
             summarize: summarizes the values of the call's inputs, where all ranks should have the same.
 
         Raises:
@@ -121,9 +121,9 @@ class Watch:
         event, enabled = self._log.current_call, torch.is_grad_enabled()
         assert event is not None
         assert event.net is not None
-        net, sign = event.net, compiled.signs.get(enabled)
+        net, sign = event.net, bound.signatures.get(enabled)
         if sign is None:
-            sign = compiled.signs[enabled] = next(iter(compiled.signs.values())).with_gradients(enabled)
+            sign = bound.signatures[enabled] = next(iter(bound.signatures.values())).with_gradients(enabled)
             is_due = True
         elif sign is not net.latest:
             net.changes += 1
@@ -136,13 +136,13 @@ class Watch:
         if event.asked:
             self._ask(event, sign, False, summarize)
             if self.calls % EVERY == 0:
-                self._compare_weights(event, compiled.weights(_PARTS, self.calls // EVERY % _PARTS))
+                self._compare_weights(event, bound.weights(_PARTS, self.calls // EVERY % _PARTS))
         else:
             event.sign = sign
 
     @contextlib.contextmanager
     def new_call(self, sign: Signature, summarize: Summarize | None) -> Iterator[None]:
-        """Surrounds the planning of the call that has begun: all ranks plan it, with the same signature.
+        """Surrounds the planning of the current call: all ranks plan it, with the same signature.
 
         A rank that fails within tells those that wait for it in :meth:`compare`.
 
@@ -216,7 +216,7 @@ class Watch:
             raise WorldError(verdict)
 
     def _compare_weights(self, event: Event, weights: Mapping[str, Tensor]) -> None:
-        """Refuses, on all ranks, weights that should be the same on all of them and are not."""
+        """Refuses, on all ranks, weights that differ between ranks and should not."""
         sketches = value_summaries(weights.values(), True)
         names = list(weights)
         verdict = self._verdict_on(event, "/weights", {"event": str(event), "sketches": sketches, "names": names})
@@ -268,7 +268,7 @@ class Watch:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Explains why another rank has left this one alone, if that is known; for failed communication."""
+        """Explains, if it is known, why another rank has left this one alone; for failed communication."""
         with contextlib.suppress(Exception):
             self._watcher.look_once()
             if self._log.verdict:
@@ -281,7 +281,7 @@ class Watch:
         return self._log.verdict
 
     def close(self, said: str = "") -> None:
-        """Ends the thread, and tells ranks that wait for this one that it has gone."""
+        """Ends the thread, and tells waiting ranks that this one's script has ended."""
         last = f"after {self.calls} calls of nets" if self.calls else "before any call of a net"
         with contextlib.suppress(Exception):
             self._store.set(f"gone/{self.rank}", f"rank {self.rank}'s script has ended {last}{said}")

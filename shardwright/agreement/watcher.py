@@ -1,4 +1,4 @@
-"""The watcher: a thread that answers for its rank in the job's store while the program stands still."""
+"""A thread that answers for its rank in the job's store while the program stands still."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 48  # events
 
 
 class Watcher:
-    """The thread that looks into the store while the program stands still."""
+    """Thread that looks into the store while the program stands still."""
 
     def __init__(self, log: EventLog, messages: Messages):
         self.log, self.messages = log, messages
@@ -76,7 +76,7 @@ class Watcher:
             if self._ticks % 5:
                 return
         if not log.verdict and not self._is_inside():
-            return  # the user's own code; nobody to ask, perhaps, and no store any more
+            return  # the user's own code; other ranks and the store may be gone
         self._read_asks()
         self._read_verdicts()
         if now - self._since > _STILL and self._ticks % 5 == 0 and not log.verdict and log.count:
@@ -104,7 +104,7 @@ class Watcher:
                 self.messages.write(self._store, str(index), message)
 
     def _answer(self, index: int) -> dict[str, Any] | None:
-        """Returns this rank's message at an event: empty where the program writes it, ``None`` where it is not known yet."""
+        """Returns this rank's message at an event: empty where the program writes it, ``None`` where it is unknown yet."""
         log = self.log
         events = list(log.events)
         if not events or index < events[0].index:
@@ -148,7 +148,7 @@ class Watcher:
             return
 
     def _accept(self, verdict: str) -> None:
-        """Records a verdict that ends the job, and prints it where the program waits for other ranks."""
+        """Records a verdict that ends the job. Prints it if the program waits for other ranks."""
         self.log.verdict = verdict
         self._verdict_since = time.monotonic()
         if self._is_waiting():
@@ -156,11 +156,11 @@ class Watcher:
             print(f"shardwright: rank {self.log.rank}: {verdict}", file=sys.stderr, flush=True)
 
     def _is_waiting(self) -> bool:
-        """Tells whether the program is in a collective, or in a backward pass, which has some."""
+        """Tells whether the program is in a collective, or in a backward pass with collectives."""
         return not self.log.is_asking and self._is_inside()
 
     def _is_inside(self) -> bool:
-        """Tells whether the program's thread is in a function of this package or of torch that waits for other ranks."""
+        """Tells whether the program is in a function, ours or torch's, that waits for ranks."""
         frame: Any = sys._current_frames().get(self.log.program_thread)
         while frame is not None and frame.f_code.co_filename == threading.__file__:
             frame = frame.f_back  # waits for a thread that waits for the others

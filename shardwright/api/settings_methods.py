@@ -1,4 +1,4 @@
-"""The methods of an ``AutoParallel`` that say what it shall do; each drops the plans made before."""
+"""The methods of an ``AutoParallel`` that change its settings; each drops the plans made before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwright.base.user_code import user_line
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.strategy import check_dataset_strategy
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
+from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
 from shardwright.plan.file.read import load_plan_file
 from shardwright.train.fusion.settings import read_fusion
 from shardwright.train.optimizer_parallel.stored import read_hsdp
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SettingsMethods:
-    """The settings of an ``AutoParallel`` and the methods that change them; every method returns the object itself."""
+    """Settings of an ``AutoParallel`` and the methods that change them; each method returns the object itself."""
 
     settings: Settings
 
@@ -33,17 +33,18 @@ class SettingsMethods:
         raise NotImplementedError
 
     def dataset_strategy(self, config: Any) -> Self:
-        """Says how the tensors that a rank hands in are slices of the global ones.
+        """Sets how the input tensors of a rank are slices of the global ones.
 
         Args:
-            config: ``"full_batch"`` (the default: every rank hands in the whole batch), ``"data_parallel"`` (its slice
-                of dim 0 of every input that has the batch there), or a tuple with slice counts or a Layout an input.
-                In the simulated world the caller hands in the whole batch in every case. :func:`shardwright.data.loader`
-                makes batches that fit.
+            config: ``"full_batch"`` (the default: every rank gives the whole batch), ``"data_parallel"`` (a rank gives its
+                slice of
+                dim 0 of every input that has the batch there), or a tuple with slice counts or a Layout per input. In the
+                simulated world the caller always gives the whole batch. :func:`shardwright.data.loader` makes batches that fit.
 
         Raises:
             ShardwrightError: no such strategy; an :class:`ArgumentTypeError` where a type is wrong. What does not fit the
-                inputs is refused at the first call.
+                inputs is
+                refused at the first call.
         """
         check_dataset_strategy(config)
         self.settings.dataset_strategy = config
@@ -51,11 +52,12 @@ class SettingsMethods:
         return self
 
     def enable_alltoall(self, enable: bool = True) -> Self:
-        """Says whether pieces may move straight from one layout to another; they may by default.
+        """Allows pieces to move straight between layouts, or forbids it. The default is to allow it.
 
         Args:
-            enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More
-                bytes move and tensors are larger in between; for backends whose all-to-all is slow or missing.
+            enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More bytes
+                move
+                and tensors are larger in between; for backends whose all-to-all is slow or missing.
         """
         if not isinstance(enable, bool):
             raise ArgumentTypeError(f"enable_alltoall({enable!r}): give True or False")
@@ -67,10 +69,13 @@ class SettingsMethods:
         """Gives modules and parameters strategies by name, leaving the model as it is.
 
         Args:
-            strategies: pattern (as in ``fnmatch``) -> for modules, an ``in_strategy`` tuple, or a dict with
-                ``in_strategy``, ``out_strategy``, ``parameter_plan`` and ``attributes``; for parameters, slice counts or
-                a Layout.
-                A pattern that matches nothing is an error at the first call.
+            strategies: pattern (as in ``fnmatch``) -> for modules, an ``in_strategy`` tuple, or a dict with ``in_strategy``,
+                ``out_strategy``, ``parameter_plan`` and ``attributes``; for parameters, slice counts or a Layout. A pattern
+                that
+                matches nothing is an error at the first call.
+
+        Raises:
+            ArgumentTypeError: not a dict.
         """
         if not isinstance(strategies, dict):
             raise ArgumentTypeError(f"shard({strategies!r}): give a dict from name patterns to strategies")
@@ -80,7 +85,7 @@ class SettingsMethods:
         return self
 
     def load_strategies(self, path: str | os.PathLike[str]) -> Self:
-        """Follows a plan file: one of the whole plan as it is, one of parts as strategies for the mode to keep.
+        """Follows a plan file: a whole plan as it is, or parts of one as strategies that the mode keeps.
 
         Args:
             path: what :meth:`Plan.save` wrote, or a file written by hand; see the page on plan files.
@@ -101,19 +106,19 @@ class SettingsMethods:
         optimizer: str | float = "adamw",
         seconds: float = 30.0,
     ) -> Self:
-        """Says what plans are priced on and must fit into; the modes that search decide by it.
+        """Sets the machine that plans are priced on, their limits, and how modes search.
 
         Args:
             machine: a preset (``"h100"``, ...), a TOML file or a :class:`~shardwright.ir.machine.Machine`; default:
                 ``"cpu-gloo"``, and ``"h100"`` where the job runs on GPUs.
-            memory: bytes a rank may use over a step, ``"80GB"`` or a number; default: any.
+            memory: bytes that a rank may use over a step, ``"80GB"`` or a number; default: no limit.
             mesh: the device matrix to search on; default: several are tried.
-            axes: its aliases.
-            optimizer: whose states count, by name, or bytes of state a byte of parameter.
+            axes: the aliases of its axes.
+            optimizer: name of the optimizer whose states count, or bytes of state per byte of parameter.
             seconds: how long a search may take.
 
         Raises:
-            ShardwrightError: an unknown machine, optimizer or size; a mesh that is none.
+            ShardwrightError: an unknown machine, optimizer or size; a mesh that is not a tuple of sizes.
         """
         if mesh is not None and not (isinstance(mesh, tuple) and mesh and all(type(n) is int and n > 0 for n in mesh)):
             raise ArgumentTypeError(f"search(mesh={mesh!r}): give a tuple of sizes, (2, 4)")
@@ -121,42 +126,45 @@ class SettingsMethods:
             raise ShardwrightError(f"search(axes={axes!r}): give one alias for each of the {len(mesh or ())} axes of the mesh")
         chosen = None if machine is None else load_machine(machine)
         limit = None if memory is None else memory_bytes(memory)
-        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
+        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_bytes_per_byte(optimizer), seconds)
         self._forget()
         return self
 
     def hsdp(self, shard_size: int = -1, threshold: int = 64, optimizer_level: str = "level1") -> Self:
-        """Stores parameters split over the ranks that would hold the same, with their gradients and optimizer states.
-
-        Args:
-            shard_size: how many ranks share a parameter, neighbours in the order of ranks; -1: all that would hold the
-                same. Ignored where it does not divide their number.
-            threshold: KB; a smaller parameter stays as it is.
-            optimizer_level: ``"level1"``: parameters are gathered once a step. ``"level2"``: with micro-batches, their
-                gradients are scattered each time, so that they add up in pieces. ``"level3"``: gathered parameters are
-                dropped after use and gathered again for the backward pass.
+        """Splits parameters, their gradients and optimizer states over ranks that would hold the same.
 
         A parameter with ``parameter.parallel_optimizer = False`` stays as it is.
 
+        Args:
+            shard_size: how many ranks share a parameter, neighbours in the order of ranks; -1: all that would hold the same.
+                Ignored where it does not divide their number.
+            threshold: KB; a smaller parameter stays as it is.
+            optimizer_level: ``"level1"``: parameters are gathered once per step. ``"level2"``: the gradients of each
+                micro-batch
+                are scattered too, so that they add up in pieces. ``"level3"``: gathered parameters are dropped after use and
+                gathered a second time for the backward pass.
+
         Raises:
-            ShardwrightError: a value that makes no sense.
+            ShardwrightError: a value out of range.
         """
         self.settings.hsdp = read_hsdp(shard_size, threshold, optimizer_level)
         self._forget()
         return self
 
     def comm_fusion(self, config: dict[str, Any]) -> Self:
-        """Says which parameters share the collectives that reduce their gradients or gather them.
+        """Sets which parameters share the collectives that reduce their gradients or gather them.
+
+        Parameters with the attribute ``comm_fusion`` (:func:`shardwright.set_comm_fusion`) share with those of the same number,
+        whatever the sizes.
 
         Args:
             config: ``{"openstate": True, "allreduce": {"mode": ..., "config": ...}, "allgather": ..., "reducescatter": ...}``.
-                Modes: ``"auto"``: buckets of 64 MB. ``"size"``: of ``config`` MB, a bucket being full when it holds that
-                much; 0: each parameter alone. ``"index"`` (of ``allreduce``): ``config`` lists where buckets begin,
-                ``[20, 35]``, counted in the order in which parameters are read. With ``openstate`` false each
-                parameter is alone. Kinds that are not named keep what holds without settings.
-
-        Parameters with the attribute ``comm_fusion`` (:func:`shardwright.set_comm_fusion`) share with those that have the
-        same number, whatever the sizes.
+                Modes: ``"auto"``: buckets of 64 MB. ``"size"``: buckets that are full at ``config`` MB; 0: each parameter
+                    alone.
+                ``"index"`` (of ``allreduce``): ``config`` lists where buckets begin, ``[20, 35]``, counted in the order in
+                which
+                parameters are read. With ``openstate`` false each parameter is alone. Kinds that are not named stay as they are
+                without settings.
 
         Raises:
             ShardwrightError: a configuration that makes no sense.
@@ -166,14 +174,15 @@ class SettingsMethods:
         return self
 
     def recompute(self, targets: Any, *, memory: float | str | None = None, **switches: bool) -> Self:
-        """Has modules computed again in the backward pass, so that what is inside them need not be kept until then.
+        """Marks modules to be computed again in the backward pass. What is inside them is not kept.
 
         Args:
             targets: a name pattern (as in ``fnmatch``), a module, or several of these; or ``"auto"``: as many modules as it
                 takes to stay under a memory limit, at the least cost.
-            memory: with ``"auto"``, bytes a rank may use over a step, ``"80GB"`` or a number; default: that of :meth:`search`.
+            memory: with ``"auto"``, bytes that a rank may use over a step, ``"80GB"`` or a number; default: that of
+                :meth:`search`.
             switches: ``mp_comm_recompute``, ``parallel_optimizer_comm_recompute``, ``recompute_slice_activation``; see
-                :func:`recompute`.
+                :func:`shardwright.recompute`.
 
         Raises:
             ShardwrightError: an unknown switch. A pattern that matches no module is refused at the first call.
@@ -190,14 +199,17 @@ class SettingsMethods:
         return self
 
     def enable_gradients_mean(self, enable: bool = True) -> Self:
-        """Says whether ``"hybrid_parallel"`` averages what the ranks compute over the data axes; it does by default.
+        """Sets whether ``"hybrid_parallel"`` averages losses over the data axes; the default is yes.
 
-        Each rank's loss counts as its share of the batch, so that a mean over its part becomes the mean over the whole batch,
-        and gradients are those of one device. In the other modes losses are global and there is nothing to choose.
+        With averaging, each rank's loss is weighted by its share of the batch, so that a mean over a rank's part becomes the
+        mean
+        over the whole batch, and gradients are those of one device. In the other modes losses are global, and this has no
+        effect.
 
         Args:
-            enable: where ``False``, losses and with them gradients are summed over the data axes: right where the loss is a
-                sum over the batch.
+            enable: where ``False``, losses and with them gradients are summed over the data axes, which is right where the loss
+                is
+                a sum over the batch.
 
         Raises:
             ShardwrightError: ``False`` in another mode.

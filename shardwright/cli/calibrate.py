@@ -85,7 +85,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             task = progress.add_task(f"measuring {ranks} ranks", total=1.0)
             found = measure(ranks, seconds, lambda done: progress.update(task, completed=done))
             found.collectives.save(path)
-            # from the preset: what an older calibration found is over
+            # from the preset: results of an older calibration do not count
             base, said = load_machine(PRESETS / "cpu-gloo.toml"), f"measured by shardwright calibrate with {ranks} ranks"
             machine = fit_machine(base, found.operators, found.collectives.links, said)
             texts = [_calibration_table(found.collectives), _machine_table(machine, found.operators)]
@@ -108,7 +108,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _fit_steps(
     arguments: argparse.Namespace, machine: Machine, calibration: Path, progress: Callable[[float], None]
 ) -> tuple[Machine, str]:
-    """Returns the machine on which the prices of whole steps are nearest the times they take, and what became of it."""
+    """Fits the machine to the times that whole steps take.
+
+    Returns:
+        The machine, and a text that says how far off prices were and are.
+    """
     from shardwright.calibrate.fit import fit_terms
     from shardwright.calibrate.steps import measure_steps
 
@@ -130,7 +134,7 @@ def _fit_steps(
 
 
 def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
-    """What operators reach, by family, and how many times off their prices are."""
+    """Builds a table of operators' rates by family, and how far off their prices are."""
     from rich.table import Table
 
     from shardwright.calibrate.operators import errors_of
@@ -151,7 +155,7 @@ def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
 
 
 def _calibration_table(found: Calibration) -> str:
-    """What was chosen: the fastest algorithms, by the size up to which they are."""
+    """Builds a table of the fastest algorithms, each with the size up to which it is."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

@@ -1,4 +1,4 @@
-"""``shardwright layout``: what each rank holds of a tensor, for any layout."""
+"""``shardwright layout``: prints and draws the slice of a tensor that each rank holds, for any layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwright.ir.layout import Layout
 LAYOUT_HELP = """\
 Print which slice of a tensor every rank holds under a layout, and draw it.
 
-A layout has one entry a dim, separated by commas: the alias of an axis, None, several aliases in parentheses that
+A layout has one entry per dim, separated by commas: the alias of an axis, None, several aliases in parentheses that
 split the dim jointly (the leftmost axis of the device matrix is the most significant), or an order of your own such
 as sp>dp. Piece sizes may follow in brackets: "dp[20 12],None". Quote a layout, so that the shell leaves it alone."""
 LAYOUT_EXAMPLES = """\
@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
         help="global shape of the tensor; one for all layouts, or one for each in their order",
     )
     parser.add_argument("--draw", metavar="FILE", help="draw the tensor and the device grid to a .png or .svg file")
-    parser.add_argument("layouts", nargs="+", metavar="LAYOUT", help='one entry a dim: "mp,(sp,dp)"')
+    parser.add_argument("layouts", nargs="+", metavar="LAYOUT", help='one entry per dim: "mp,(sp,dp)"')
 
 
 def _layout(arguments: argparse.Namespace) -> int:
@@ -64,7 +64,7 @@ def _layout(arguments: argparse.Namespace) -> int:
 
 
 def _tensors(arguments: argparse.Namespace) -> list[tuple[Layout, tuple[int, ...]]]:
-    """Returns each layout with its shape, checked."""
+    """Reads the layouts with their shapes, and checks them."""
     texts, shapes = arguments.layouts, arguments.shape
     if len(shapes) not in (1, len(texts)):
         raise _UsageError(f"{len(texts)} layouts and {len(shapes)} shapes: give one --shape for all, or one a layout")

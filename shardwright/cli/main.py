@@ -1,4 +1,4 @@
-"""The command line: ``shardwright layout``, ``run``, ``plan`` and ``calibrate``, also as ``python -m shardwright``."""
+"""Command line: ``shardwright layout``, ``run``, ``plan`` and ``calibrate``, also as ``python -m shardwright``."""
 
 from __future__ import annotations
 

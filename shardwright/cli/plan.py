@@ -1,4 +1,4 @@
-"""The command ``shardwright plan``: a plan for devices one does not have, from a script, on shapes alone."""
+"""``shardwright plan``: plans a script's model for devices that need not exist, on shapes only."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     from shardwright.cost.machine_files import machines
 
     if arguments.machine == "list":
@@ -89,7 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses what would be found wrong only after the plan is made."""
+    """Refuses arguments whose mistakes would show only after the plan is made.
+
+    Raises:
+        ShardwrightError: a missing argument or file, or a path that cannot be written.
+    """
     if arguments.script is None or arguments.devices is None:
         missing = "script" if arguments.script is None else "number of devices"
         raise ShardwrightError(f"the {missing} is missing: write shardwright plan {arguments.script or 'train.py'} --devices 8")
@@ -107,8 +111,8 @@ _SUFFIX = {"save": "json", "html": "html"}
 
 
 @contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """What is under way, shown on a terminal while it takes; nothing is left of it."""
+def showing_progress() -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal what is being done, and removes it afterwards."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -125,7 +129,7 @@ def make_plan(arguments: argparse.Namespace) -> PlanView:
         "machine": arguments.machine, "mesh": arguments.mesh, "axes": arguments.axes, "memory": arguments.memory,
         "optimizer": arguments.optimizer, "seconds": arguments.seconds, "file": arguments.load,
     }  # fmt: skip
-    with telling() as tell:
+    with showing_progress() as tell:
         # a script without `if __name__ == "__main__":` trains already when it is looked at
         with planning(arguments.devices, arguments.mode, arguments.meta, options, tell) as plans:
             found = run_script(script, "__shardwright_plan__", own)
@@ -163,7 +167,7 @@ def _without_settings(plan: PlanView, given: dict[str, Any], script: str) -> Pla
 def _of_functions(
     found: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, options: dict[str, Any]
 ) -> PlanView:
-    """Returns the plan of what a script's model() and inputs() return."""
+    """Plans what a script's model() and inputs() return."""
     unused = [name for name in given if not any(_accepts(found[f], name) for f in ("model", "inputs"))]
     if unused:
         raise ShardwrightError(f"--set {unused[0]}: neither model() nor inputs() of {arguments.script} has that argument")

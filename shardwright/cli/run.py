@@ -1,4 +1,4 @@
-"""``shardwright run``: a script on simulated ranks, or on processes of this machine."""
+"""``shardwright run``: runs a script on simulated ranks, or on processes of this machine."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _run_simulated(devices: int, script: str, arguments: list[str]) -> None:
 
 def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
     """Starts the script in ``devices`` processes on this machine; returns the job's exit code."""
-    # the store listens on this machine only, and gloo too: nobody else is to join
+    # the store and gloo listen on this machine only, so that nobody else can join
     at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", f"shardwright-{os.getpid()}"]
     command = ["-m", "torch.distributed.run", *at, "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices), script]
     command += arguments
@@ -109,7 +109,7 @@ _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
 
 
 def _become(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command in the place of this process, so that signals reach it; where that cannot be, hands them on."""
+    """Replaces this process by a command, so that signals reach it; where the system cannot, passes signals on."""
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

@@ -88,7 +88,7 @@ _PASSED_ON = (
 
 
 def _arguments_of(given: DataLoader[Any]) -> dict[str, Any]:
-    """What a ``DataLoader`` was made with; anything of the same attributes will do, such as torchdata's stateful one."""
+    """Reads the arguments of a ``DataLoader``. Anything with the same attributes will do, such as torchdata's."""
     shuffled = type(given.sampler) is RandomSampler and not given.sampler.replacement
     if given.batch_size is None or not (shuffled or type(given.sampler) is SequentialSampler or _is_stream(given.dataset)):
         raise ShardwrightError(

@@ -69,7 +69,7 @@ class Plan:
         notes: what a user should know: operators that run replicated and why.
         machine: what it is priced on.
         search: how it was found, where a search found it.
-        states: bytes of optimizer state a byte of parameter.
+        optimizer_bytes_per_byte: bytes of optimizer state a byte of parameter.
         full_batch: whether every rank is handed the whole batch.
         memory_limit: bytes a rank may use, where that was asked for.
         enable_alltoall: whether moves may be all-to-alls.
@@ -87,7 +87,7 @@ class Plan:
     mode: str = "semi_auto"
     machine: Machine | None = None
     search: Search | None = None
-    states: float = 2.0
+    optimizer_bytes_per_byte: float = 2.0
     full_batch: bool = True
     memory_limit: float | None = None
     enable_alltoall: bool = True

@@ -1,4 +1,4 @@
-"""Distributed tensors in the user's own code: what would be one rank's part of the truth is made right, or refused.
+"""Makes distributed tensors in the user's own code give the global result, or refuses.
 
 DTensor lets a rank read its own part of a number, draws the same random numbers for every piece, and ignores an assignment to
 ``.data``. For tensors over our meshes, and no others:
@@ -34,7 +34,7 @@ Whole = Callable[[Tensor], Tensor]
 
 
 def is_ours(value: Any) -> bool:
-    """Tells whether a tensor is distributed over a mesh of ours."""
+    """Tells whether a tensor is distributed over one of our meshes."""
     return isinstance(value, DTensor) and value.device_mesh in _meshes
 
 
@@ -45,14 +45,14 @@ def is_part(value: DTensor) -> bool:
 
 
 def watch_over(mesh: DeviceMesh, cut: Cut, whole: Whole) -> None:
-    """Takes a mesh for ours, from the first of its tensors on."""
+    """Registers a mesh as ours, when the first of its tensors is made."""
     _meshes.add(mesh)
     _teach(cut, whole)
 
 
 @lru_cache(maxsize=1)
 def _teach(cut: Cut, whole: Whole) -> None:
-    """Teaches DTensor, for as long as this process lives."""
+    """Installs this behaviour in DTensor, for as long as this process lives."""
     _teach_readings()
     _teach_draws(cut, whole)
     _teach_copies()

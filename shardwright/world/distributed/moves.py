@@ -1,7 +1,6 @@
 """Moves on one rank: redistributions as differentiable functions of local tensors.
 
-A move runs at once; those that are started early are in :mod:`.distributed_starts`. Small moves of one kind share their
-collectives.
+A move runs at once; those that are started early are in :mod:`.starts`. Small moves of one kind share their collectives.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class DistributedMove:
         return self.run_backward(gradient)
 
     def again(self, value: Tensor) -> tuple[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         if record._active:
             record.emit(self.record, value.dtype, "recompute")
         return (self.run_forward(value),)
@@ -113,7 +112,7 @@ class Reversed:
 class DistributedFusedMoves:
     """Moves of one kind over the same axes, on this rank: one collective for all, forward and backward.
 
-    The backward waits for the gradients of all results; those that get none take no part.
+    The backward waits for the gradients of all results; those without gradients are left out.
     """
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups):
@@ -129,11 +128,11 @@ class DistributedFusedMoves:
         return self.run("forward", list(range(len(values))), [v.detach() for v in values])
 
     def again(self, *values: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         return self.run("recompute", list(range(len(values))), list(values))
 
     def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
-        """Returns the steps of one phase on the tensors of some of the moves."""
+        """Runs the steps of one phase on the tensors of some of the moves."""
         if record._active:
             record.emit([self.record[i] for i in members], values[0].dtype, phase)
         key = (phase, tuple(members))
@@ -200,7 +199,7 @@ class _ReversedFunction(torch.autograd.Function):
 
 
 class PieceMove:
-    """A redistribution of one tensor on this rank, prepared."""
+    """Redistribution of one tensor on this rank, prepared."""
 
     def __init__(self, plan: Redistribution, rank: int, groups: Groups, cause: str = "redistribute"):
         self.plan = plan

@@ -1,4 +1,4 @@
-"""Moves that are started early on one rank, and ended one by one where their results are read.
+"""Moves that start early on one rank, and end one by one where they are read.
 
 In the autograd graph those that share their collectives have one start and one end, where the first of them is read: a
 node of Python costs some 20 us forward and as much backward. The backward pass is the mirror of it: when the last of their
@@ -23,11 +23,11 @@ from shardwright.world.execute import log as record
 
 
 class StartedMoves:
-    """Moves of one kind on this rank, prepared; one alone may be of any kind.
+    """Moves of one kind on this rank, prepared; a single move may be of any kind.
 
     Args:
         compact: whether results must not be views into the arguments, which they would keep alive.
-        inplace: whether the gradient of the result of one alone may be overwritten.
+        inplace: whether the gradient of a single move's result may be overwritten.
     """
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool, inplace: bool = False):
@@ -43,7 +43,7 @@ class StartedMoves:
         self._starter("backward", self.everyone)
 
     def __call__(self, *values: Tensor) -> Travelling:
-        """Starts the moves; ``end(i)`` of the result gives what each would give by itself."""
+        """Starts the moves; ``end(i)`` of the result returns what each move would return by itself."""
         travelling = Travelling(self, values)
         if self.needs_grad and torch.is_grad_enabled() and any(value.requires_grad for value in values):
             travelling.token = _StartFunction.apply(travelling, *values)
@@ -68,12 +68,12 @@ class StartedMoves:
         return list(found) if isinstance(found, (list, tuple)) else [found]
 
     def again(self, *values: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         found = self.start_again(list(values)).wait()
         return found if isinstance(found, list) else [found]
 
     def start_again(self, values: list[Tensor]) -> UnderWay | SharedUnderWay:
-        """Starts what :meth:`again` does."""
+        """Starts the forward a second time; see :meth:`again`."""
         if record._active:
             record.emit(self.record, values[0].dtype, "recompute")
         return self.start("recompute", self.everyone, values)
@@ -97,7 +97,7 @@ class StartedMoves:
 
 
 class CastUnderWay:
-    """What is under way, and the dtype in which it is handed on."""
+    """Steps under way, and the dtype that their result is cast to."""
 
     def __init__(self, under_way: UnderWay | SharedUnderWay, dtype: torch.dtype):
         self.under_way, self.dtype = under_way, dtype
@@ -149,7 +149,7 @@ class Travelling:
         return result
 
     def end_forward(self) -> list[Any]:
-        """Returns the results of all of them."""
+        """Returns the results of all moves."""
         if self.under_way is not None:
             self.values, self.under_way = self._end(self.under_way), None
         values, self.values = self.values, []
@@ -158,7 +158,7 @@ class Travelling:
     # -- backward -------------------------------------------------------------------------------------------------
 
     def start_backward(self, gradients: Sequence[Tensor | None]) -> None:
-        """Starts the gradients of results; some may play no part in what is differentiated."""
+        """Starts the gradients of results; some may have no part in what is differentiated."""
         self.started = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         if self.started:
             in_backward()
@@ -187,7 +187,7 @@ class Travelling:
 
 
 class _StartFunction(torch.autograd.Function):
-    """To a token that ties the end to the start in the autograd graph."""
+    """Autograd function to a token that ties the end of moves to their start."""
 
     @staticmethod
     def forward(ctx: Any, travelling: Travelling, *values: Tensor) -> Tensor:

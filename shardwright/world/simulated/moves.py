@@ -16,9 +16,9 @@ from shardwright.world.simulated.steps import prepare
 
 
 class SimulatedMove:
-    """One move of the program, over lanes.
+    """One move of the program, over rank groups.
 
-    Where the program starts it before, that is told to logs alone, by :meth:`note_start`.
+    Where the program starts it early, only logs learn of that, by :meth:`note_start`.
     """
 
     def __init__(self, move: Move, source_lanes: RankGroups):
@@ -39,7 +39,7 @@ class SimulatedMove:
         return self.forward(lanes)
 
     def note_start(self, lanes: Sequence[Tensor]) -> None:
-        """Tells the logs that the move starts, and in the backward pass, where it is the other way round, that it is over."""
+        """Records in the logs that the move starts. In the backward pass, which is reversed, it records the end."""
         self.recorded = record.emit(self.record, lanes[0].dtype, "forward", ends_later=True)
         self.is_started, self.ends_later = True, lanes[0].grad_fn is not None
         if lanes[0].grad_fn is not None:
@@ -55,7 +55,7 @@ class SimulatedMove:
         return self.move_forward(lanes)
 
     def again(self, *lanes: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         if record._active:
             record.emit(self.record, lanes[0].dtype, "recompute")
         return self.move_forward(lanes)
@@ -103,7 +103,7 @@ class SimulatedFusedMoves:
         return [v for part, lanes in zip(self.parts, given, strict=True) for v in part.move_forward(lanes)]
 
     def again(self, *flat: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         return self.forward(flat, "recompute")
 
     def backward(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -156,7 +156,7 @@ class _TogetherFunction(torch.autograd.Function):
 
 
 class SimulatedPieces:
-    """A redistribution over the pieces of all ranks, one after the other; those of ranks outside a mesh left out."""
+    """Redistribution over the pieces of all ranks, one after the other; ranks outside a mesh have none."""
 
     def __init__(self, plan: Redistribution, size: int):
         self.plan = plan
@@ -178,7 +178,7 @@ class SimulatedPieces:
 
 
 def _positions(ranks: Sequence[int], size: int) -> RankGroups:
-    """For every rank its position in ``ranks``, -1 where it is not there."""
+    """Returns the position of every rank in ``ranks``, -1 where it is not in it."""
     position = {rank: i for i, rank in enumerate(ranks)}
     return tuple(position.get(rank, -1) for rank in range(size))
 
@@ -200,7 +200,7 @@ class Reversed:
 
 
 def apply_move(move: SimulatedMove | SimulatedPieces | Reversed, lanes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the move, differentiably."""
+    """Runs a move on the tensors of rank groups, differentiably."""
     return list(_MoveFunction.apply(move, *lanes))
 
 
@@ -225,7 +225,7 @@ class _MoveFunction(torch.autograd.Function):
 
 
 def representatives(lanes: RankGroups) -> list[int]:
-    """Returns one rank of each lane."""
+    """Returns one rank of each rank group."""
     first: dict[int, int] = {}
     for rank, own in enumerate(lanes):
         first.setdefault(own, rank)
@@ -233,7 +233,7 @@ def representatives(lanes: RankGroups) -> list[int]:
 
 
 def _distinct(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the same tensors, none of them twice and none of them an input: autograd forbids aliases."""
+    """Copies tensors that come twice or are inputs: autograd forbids aliases."""
     seen = {id(t) for t in inputs}
     result = []
     for value in values:
