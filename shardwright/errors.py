@@ -30,11 +30,11 @@ class CaptureError(ShardwrightError):
 
 
 class WorldError(ShardwrightError):
-    """The set of ranks does not fit what it is asked to do."""
+    """A set of ranks that cannot do what is asked."""
 
 
 class MemoryLimitError(ShardwrightError):
-    """No plan fits into a rank's memory. ``least``: bytes that the smallest plan found needs."""
+    """No plan fits into a rank's memory. ``least`` is the bytes that the smallest plan found needs."""
 
     def __init__(self, message: str, least: float):
         super().__init__(message)

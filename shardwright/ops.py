@@ -25,7 +25,7 @@ from shardwright.ir.marks import Mark
 
 
 def check_strategies(in_strategy: Any, out_strategy: Any) -> None:
-    """Refuses what is no strategy at all; counts and layouts are checked against the operator at compile time."""
+    """Refuses values that cannot be strategies. Counts and layouts are checked against the operator when planning."""
     for name, strategy in (("in_strategy", in_strategy), ("out_strategy", out_strategy)):
         if strategy is not None and not isinstance(strategy, tuple):
             raise ArgumentTypeError(
@@ -57,8 +57,8 @@ class Primitive:
         """Gives the operator a strategy.
 
         Args:
-            in_strategy: one entry a tensor input: a tuple of slice counts, one a dim, or a Layout.
-            out_strategy: one entry an output, in the same form; for operators that sum, scattering the sum over a dim
+            in_strategy: one entry per tensor input: a tuple of slice counts, one per dim, or a Layout.
+            out_strategy: one entry per output, in the same form; for operators that sum, scattering the sum over a dim
                 turns the all-reduce into a reduce-scatter.
 
         Returns:
@@ -97,7 +97,7 @@ class Primitive:
         return self
 
     def recompute(self, mode: bool = True) -> Primitive:
-        """Has the operator's output, and what it keeps within, computed again in the backward pass instead of kept.
+        """Computes the operator's output, and what it saves, again in the backward pass instead of keeping it.
 
         Args:
             mode: ``False`` keeps them, also where the operator's module is computed again.
@@ -124,7 +124,7 @@ class Primitive:
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> torch.Tensor:
-    """Returns one operator in every form, so that a strategy means its operands as they are given."""
+    """Computes a product by one operator, whatever is transposed, so that a strategy applies to the operands as passed."""
     if not transpose_a and not transpose_b:
         return torch.matmul(x, w)
     if not transpose_a and w.ndim == 2:

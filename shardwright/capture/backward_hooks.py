@@ -1,4 +1,4 @@
-"""Backward hooks of modules, which a captured program would never call: refused."""
+"""Backward hooks of modules. They are refused, because a captured program would never call them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capture: a callable to a Graph, by ``torch.export`` without decomposition.
+"""Capture: converts a callable to a Graph, by ``torch.export`` without decomposition.
 
 Parameters and buffers are replaced by fake tensors of their global shape while the callable is traced, so that nothing
 is computed, models on the meta device and models whose parameters are already distributed capture alike.
@@ -44,9 +44,10 @@ def capture(
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
 ) -> Graph:
-    """Returns the graph of ``module(*args, **kwargs)``; nothing is computed and the module is left as it was.
+    """Captures ``module(*args, **kwargs)`` as a graph. Nothing is computed, and the module is left as it was.
 
     Args:
+        module: what is captured; it may be on the meta device.
         args, kwargs: tensors of global shape; only their shape, dtype and ``requires_grad`` are read.
         device: device the program will run on.
         marks: modules whose calls carry a strategy.
@@ -91,7 +92,7 @@ def capture(
 def _exported(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[[str], None]
 ) -> tuple[Any, list[Assignment]]:
-    """Exports a module on fake tensors, watched for what a graph cannot keep.
+    """Exports a module on fake tensors, while watching for what a graph cannot keep.
 
     Args:
         args, kwargs: fake tensors, with the module's state faked in the same mode.
@@ -123,7 +124,7 @@ def _exported(
 
 
 class StepFound(BaseException):
-    """Raised within a capture by something only a train step does: a backward pass or an optimizer step."""
+    """Signals, within a capture, something only a train step does: a backward pass or an optimizer step."""
 
 
 _PASS_THROUGH = (ShardwrightError, StepFound)
@@ -131,7 +132,7 @@ _PASS_THROUGH = (ShardwrightError, StepFound)
 
 @contextlib.contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """A failed export logs its whole inner state; what the user needs is in the error."""
+    """Silences logs and stderr. A failed export logs its whole inner state; what the user needs is in the error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -158,5 +159,5 @@ def _capture_message(module: nn.Module, error: Exception, converter: Converter |
     return text
 
 
-# What torch and this package say of shapes, branches and numbers that depend on values.
+# Words in errors of torch and of this package about shapes, branches and numbers that depend on values.
 _OF_VALUES = ("data-dependent", "DataDependent", ".item()", "Unbacked", "SymInt", "SymFloat", "SymBool")

@@ -1,4 +1,4 @@
-"""Converter: an exported program as a graph of ours."""
+"""Converter: converts an exported program to a ``Graph``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from shardwright.ir.operator import OpOverload
 
 
 class Converter:
-    """Turns an exported program into a Graph: lifts inputs, inlines regions, makes in-place operators functional."""
+    """Turns an exported program into a ``Graph``. It lifts inputs, inlines regions and makes in-place operators functional.
+
+    Args:
+        module: what was captured.
+        exported: the ``ExportedProgram``.
+        now: the capture session, which knows the marked calls.
+        flat_inputs: the leaves of the callable's arguments, as ``torch.utils._pytree`` flattens them.
+        autocast: see :class:`~shardwright.capture.emitter.Emitter`.
+    """
 
     def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any):
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
@@ -33,6 +41,7 @@ class Converter:
         self.current: fx.Node | None = None  # what is being converted
 
     def graph(self) -> Graph:
+        """Converts the exported program and returns the graph."""
         graph_module = self.exported.graph_module
         self._placeholders(graph_module.graph)
         placeholders = dict(self.emitter.env)
@@ -127,7 +136,7 @@ class Converter:
         return Tracked(value_name, value)
 
     def _value(self, argument: Any) -> Any:
-        """Returns a graph output: a value name, or a constant."""
+        """Returns the graph output for an argument: a value name, or a :class:`Constant`."""
         if isinstance(argument, fx.Node):
             entry = self.emitter.env[argument]
             return self.emitter.read(argument) if isinstance(entry, (Tracked, WrittenTensor)) else Constant(entry)
@@ -170,7 +179,7 @@ class Converter:
             self.emitter.track_operator(node)
 
     def _fold(self, node: fx.Node) -> Any:
-        """Returns a Python function of plain values, such as arithmetic on sizes."""
+        """Computes a Python function of plain values, such as arithmetic on sizes."""
         args, kwargs = pytree.tree_map(lambda a: self.emitter.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
         is_plain = getattr(node.target, "__module__", None) in ("_operator", "operator", "math", "builtins", "torch")
         if not is_plain or any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -200,8 +209,9 @@ class Converter:
 
 
 def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[list[Node], list[Any]]:
-    """Removes operators whose results nothing reads. Random ones stay: they advance the generator; and collectives that a user
-    calls: other ranks wait for them."""
+    """Removes operators whose results nothing reads. Random ones stay, because they advance the generator; so do the user's
+    collectives, because other ranks wait for them.
+    """
     needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
     kept = []
     for node in reversed(nodes):

@@ -1,4 +1,4 @@
-"""Fakes: shapes of a module's state and inputs, without their values, for the capture."""
+"""Fake tensors for a module's state and inputs during capture: shapes without values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
-    """Returns the autocast that is on for a kind of device, as nodes carry it: operators keep it wherever they are run."""
+    """Returns the autocast that is on for a kind of device, in the form that nodes carry it."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()

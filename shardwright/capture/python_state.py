@@ -41,7 +41,7 @@ _missing = object()
 
 
 class _Same:
-    """Stands for an object that counts by identity, and keeps it alive, so that no other can have its id."""
+    """A key for an object compared by identity. It keeps the object alive, so that no other can get its id."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -54,7 +54,7 @@ class _Same:
 
 
 class PythonState:
-    """What a root module, or the function that it holds, reads from Python.
+    """The Python values that a root module, or the function that it holds, reads.
 
     Args:
         root: the module that is captured.
@@ -64,13 +64,11 @@ class PythonState:
         self.root = root
         self.versions: dict[Any, int] = {}  # the latest last; they keep alive what counts by identity
         self._made = 0
-        self.outdated = False  # whether a function reaches other modules or tensors than those that the root was made with
+        self.outdated = False  # whether a function reaches modules or tensors that were not there when the root was made
         self._look()
 
     def version(self) -> int:
-        """Returns the number of the state that holds now. The usual call, of a state that has not changed, takes
-        microseconds.
-        """
+        """Returns the number of the current state. An unchanged state, the usual case, takes microseconds."""
         try:
             same = (
                 self._next_hook == RemovableHandle.next_id
@@ -78,22 +76,22 @@ class PythonState:
                 and list(map(_requires_grad, self._parameters)) == self._trained
                 and all(map(operator.is_, [cell.cell_contents for cell in self.cells], self.held))
             )
-        except (RuntimeError, ValueError, TypeError):  # tensors and arrays that were replaced do not compare
+        except (RuntimeError, ValueError, TypeError):  # comparing replaced tensors and arrays raises
             same = False
         if not same:
             self._look()
         return self._version
 
     def objects(self) -> list[Any]:
-        """Returns the objects that count by identity, of names and attributes that are read."""
+        """Returns the objects compared by identity, among the names and attributes that are read."""
         return [value.value for value in self.described.values() if isinstance(value, _Same)]
 
     def refresh(self) -> None:
-        """Reads everything anew, after parameters have been replaced."""
+        """Reads everything again, after parameters have been replaced."""
         self._look()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
-        """What is another than in an earlier :attr:`described`: name, value then and value now."""
+        """Lists what differs from an earlier :attr:`described`: name, value then and value now."""
         now = self.described
         names = [name for name in (*before, *(n for n in now if n not in before)) if before.get(name) != now.get(name)]
         modes = [name for name in names if name.rpartition(".")[2] == "training" and name in now and name in before]
@@ -102,7 +100,7 @@ class PythonState:
         return found + [f"{name}: {_short(before.get(name, _missing))} -> {_short(now.get(name, _missing))}" for name in rest]
 
     def _look(self) -> None:
-        """Reads everything anew."""
+        """Reads everything again."""
         self.live: list[Any] = []  # containers as they are, and copies of what they held
         self.seen: list[Any] = []
         self._parameters: list[Tensor] = []
@@ -169,7 +167,7 @@ class PythonState:
             self._function(own["forward"])
 
     def _class(self, cls: type) -> None:
-        """The plain attributes of a class that the user wrote, and what its functions read."""
+        """Reads the plain attributes of a class that the user wrote, and what its functions read."""
         if id(cls) in self._known or _is_librarys(cls.__module__):
             return
         self._known.add(id(cls))
@@ -190,7 +188,7 @@ class PythonState:
         self.seen.append(dict(vars(cls)))
 
     def _callable(self, value: Any) -> None:
-        """What a target reads that is no module: a function, a bound or a partial one, an object with ``__call__``."""
+        """Reads what a callable that is no module reads: a function, a bound or partial one, or an object with ``__call__``."""
         if isinstance(value, functools.partial):
             self._named("argument", value.args)
             self._named("argument", value.keywords)
@@ -208,7 +206,7 @@ class PythonState:
                 self._named(f"{type(value).__name__}.{name}", held)
 
     def _function(self, function: Any) -> None:
-        """The globals and cells that a function of the user's reads, and those of the functions it calls."""
+        """Reads the globals and cells of a user's function, and those of the functions it calls."""
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or function in self._functions:
             return
@@ -252,7 +250,7 @@ class PythonState:
             self.seen.append(dict(container) if isinstance(container, dict) else type(container)(container))
 
     def _read(self, value: Any, name: str, depth: int) -> Any:
-        """What a value counts as; containers that can change are watched from now on."""
+        """Returns the key that a value is compared by. Containers that can change are watched from now on."""
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, Tensor):
@@ -302,7 +300,7 @@ def _numpy_array() -> Any:
 
 
 class _Array:
-    """The values of a NumPy array, which compare with bytes as they were."""
+    """A copy of a NumPy array's bytes, to compare its values with later."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -314,7 +312,7 @@ class _Array:
 
 
 class _Globals:
-    """The values of some names of a module, which compare with a tuple of values as they were."""
+    """The values of some names of a module, which compare with a tuple of earlier values."""
 
     def __init__(self, scope: dict[str, Any], read: Callable[[Any], tuple[Any, ...]]):
         self.scope, self.read = scope, read
@@ -335,7 +333,7 @@ _INSTALLED = tuple(sorted({sysconfig.get_paths()[name] for name in ("stdlib", "p
 
 @functools.cache
 def _is_librarys(module: str) -> bool:
-    """Tells whether a module is installed: its globals and classes are taken to stay as they are."""
+    """Tells whether a module belongs to an installed library. Its globals and classes are taken as constant."""
     home = module.partition(".")[0]
     if home in ("torch", "builtins", "shardwright") or home in sys.stdlib_module_names:
         return True
@@ -344,7 +342,7 @@ def _is_librarys(module: str) -> bool:
 
 
 def _has_readable_attributes(value: Any) -> bool:
-    """Tells whether an object is a bag of values that code may read: a configuration, not a machine of a library."""
+    """Tells whether an object is a plain bag of values that code may read, such as a configuration."""
     if isinstance(value, (nn.Module, type, types.ModuleType, enum.Enum, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
@@ -354,7 +352,7 @@ def _has_readable_attributes(value: Any) -> bool:
 
 
 def _hashable(value: Any) -> Any:
-    """Returns the value, or what stands for it in a key; the type tells 1 from 1.0 and from True."""
+    """Returns the value, or its replacement in a key. The type tells 1 from 1.0 and from True."""
     if isinstance(value, tuple) and type(value) is tuple:
         return tuple([_hashable(v) for v in value])
     if isinstance(value, slice):

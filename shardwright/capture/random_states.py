@@ -1,4 +1,4 @@
-"""Random states: numbers that a captured callable draws beside torch's operators, found and refused."""
+"""Random numbers that a captured callable draws without torch's operators: found and refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardwright.errors import CaptureError
 
 @dataclass(frozen=True)
 class _Generator:
-    """Something random that a callable may draw from beside torch's operators."""
+    """A random generator, besides torch's, that a callable may draw from."""
 
     name: str
     state: Callable[[], Any]
@@ -52,7 +52,7 @@ def _generators(module: nn.Module) -> Iterator[_Generator]:
 
 @contextmanager
 def random_states_kept(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]:
-    """Refuses, after the block, a random number that Python or NumPy drew in it, or a seed that was set.
+    """Refuses, after the block, random numbers that Python or NumPy drew in it, and seeds that were set.
 
     Args:
         again: repeats the block, so that the line that drew can be found.
@@ -88,9 +88,7 @@ def _plainly_equal(one: Any, other: Any) -> bool:
 
 
 def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
-    """Returns the line that draws, found by running the block once more with a look at the states at each of the user's
-    lines.
-    """
+    """Finds the line that draws. It runs the block again and compares the states at each of the user's lines."""
     known = [generator.state() for generator in generators]
     last: list[str] = []
 

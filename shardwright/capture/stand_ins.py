@@ -1,4 +1,4 @@
-"""Stand-ins for parts of torch that are no torch functions, while a callable is captured."""
+"""Replacements, while a callable is captured, for parts of torch that are not torch functions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from shardwright.capture.torch_functions import Watch
 _plain_checkpoint = checkpoint_module._checkpoint_without_reentrant_generator
 _plain_new_parameter = nn.Parameter.__new__
 _plain_enter = torch.autograd.graph.saved_tensors_hooks.__enter__
-_said: set[str] = set()  # lines of which it has been said that their checkpoints save no memory
+_said: set[str] = set()  # source lines whose checkpoints have been noted
 
 
 def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
-    """Owner, name and stand-in of what is no torch function, and watched by standing in its place."""
+    """Lists owner, name and replacement of each part of torch that is watched by replacing it."""
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if watch.here and cls is CheckpointFunction:
@@ -33,7 +33,7 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         return super(SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
     def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
-        """Stands for what a checkpoint does before and after the call of its function."""
+        """Replaces what a checkpoint does before and after the call of its function."""
         if not watch.here:
             yield from _plain_checkpoint(*args, **kwargs)
             return
@@ -72,7 +72,7 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
 
 
 def _note_checkpoint(watch: Watch) -> None:
-    """Says once that a checkpoint is computed as written."""
+    """Notes once per source line that a checkpoint is computed as written."""
     source = user_source()
     if source not in _said:
         _said.add(source)
@@ -83,7 +83,7 @@ def _note_checkpoint(watch: Watch) -> None:
 
 
 def _check_function(cls: Any, args: Any) -> None:
-    """Refuses an ``autograd.Function`` whose backward is the user's own.
+    """Refuses an ``autograd.Function`` with a backward that the user wrote.
 
     Those of torch have the derivatives of their forward, or belong to an operator that is captured as a whole.
     """
@@ -98,14 +98,14 @@ def _check_function(cls: Any, args: Any) -> None:
 
 
 def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, *args: Any) -> Any:
-    """Stands for a reentrant checkpoint: the call itself, without gradients where it would give none."""
+    """Replaces a reentrant checkpoint: calls the function, without gradients if none of its arguments needs any."""
     wants = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     with torch.set_grad_enabled(wants):
         return function(*args)
 
 
 def _check_parameter(maker: str) -> None:
-    """Refuses ``nn.Parameter(...)`` but where torch makes one for itself: it would be another in every call.
+    """Refuses ``nn.Parameter(...)`` except where torch makes one for itself. It would be a new one in every call.
 
     Args:
         maker: the file that calls.

@@ -1,4 +1,4 @@
-"""Torch functions that a captured callable calls: what a graph cannot keep is refused, every call is noted with its line."""
+"""Torch functions that a captured callable calls: refused where a graph cannot keep them, else annotated with their line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Watch(TorchFunctionMode):
 
     Args:
         module: what is captured.
-        note: is told what is computed as written and has no other effect.
+        note: is called with a message about what is computed as written and has no other effect.
     """
 
     def __init__(self, module: nn.Module, note: Callable[[str], None]):
@@ -33,11 +33,11 @@ class Watch(TorchFunctionMode):
         self.module, self.note, self.thread = module, note, threading.get_ident()
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
-        self.known: set[int] = set()  # ids of tensors with values that may be read
+        self.known: set[int] = set()  # ids of tensors with gradients that belong to the module
         self.running = False  # whether the callable runs, and not what torch does before and after
 
     def begin(self, args: Any, kwargs: Any) -> None:
-        """Takes notice of the tensors that the callable is about to work on."""
+        """Records the tensors that the callable is about to work on."""
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves((args, kwargs))]
         self.given = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
         self.arguments = (args, kwargs)
@@ -49,7 +49,7 @@ class Watch(TorchFunctionMode):
         self.assigned[id(module), name] = user_source()
 
     def end(self) -> None:
-        """Takes notice that the callable has ended: what torch does afterwards is its own business.
+        """Records that the callable has ended. What torch does afterwards is not watched.
 
         Raises:
             CaptureError: it swallowed a refusal, or changed its arguments.
@@ -66,7 +66,9 @@ class Watch(TorchFunctionMode):
             )
 
     def called(self, module: nn.Module, args: Any) -> None:
-        """Refuses the call of a module that the captured one does not have: nobody would train it or update its buffers."""
+        """Refuses calls of modules that are not submodules of the captured one. Nobody would train them or update their
+        buffers.
+        """
         if not self.here:
             return
         held = itertools.chain(*(t.values() for m in module.modules() for t in (m._parameters, m._buffers)))
@@ -100,7 +102,7 @@ class Watch(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
     def check_real(self, leaves: list[Any]) -> None:
-        """Refuses a tensor with a gradient that the captured module does not have: a graph would take it for a constant."""
+        """Refuses a tensor with a gradient that is not the captured module's. A graph would take it for a constant."""
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad and not isinstance(leaf, FakeTensor):
                 if id(leaf) not in self.known and attribute_of(self.module, leaf) is None:
@@ -112,8 +114,9 @@ class Watch(TorchFunctionMode):
                 self.known.add(id(leaf))
 
     def number(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Returns a number read off a tensor: refused where it depends on values, also if the user's code catches what
-        torch raises.
+        """Reads a number off a tensor, which is refused if it depends on values.
+
+        It is refused even if the user's code catches what torch raises.
         """
         try:
             found = function(*args, **kwargs)
@@ -134,6 +137,7 @@ class Watch(TorchFunctionMode):
         )
 
     def hook(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses hooks on gradients of activations."""
         if not torch.is_grad_enabled() and not args[0].requires_grad:
             return
         raise refuse(
@@ -142,12 +146,14 @@ class Watch(TorchFunctionMode):
         )
 
     def retained(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses ``retain_grad``."""
         raise refuse(
             "Tensor.retain_grad cannot be captured: the gradient of a value within a captured callable is kept nowhere",
             "Remove it; gradients of inputs and parameters are there, torch.autograd.grad gives those of inputs",
         )
 
     def node(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to read ``grad_fn``."""
         if getattr(args[0], "requires_grad", False):
             raise refuse(
                 "Tensor.grad_fn cannot be read in a captured callable: other nodes run later than the one seen here",
@@ -155,6 +161,7 @@ class Watch(TorchFunctionMode):
             )
 
     def gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to read ``grad`` of inputs, parameters and buffers."""
         if id(args[0]) in self.given:
             raise refuse(
                 "Tensor.grad cannot be read in a captured callable: the gradient of an earlier step is no part of its inputs",
@@ -162,6 +169,7 @@ class Watch(TorchFunctionMode):
             )
 
     def new_gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to set ``grad`` of inputs, parameters and buffers."""
         if id(args[0]) in self.given:
             raise refuse(
                 "Tensor.grad cannot be set in a captured callable: the gradients of the steps are no part of the program",
@@ -169,9 +177,11 @@ class Watch(TorchFunctionMode):
             )
 
     def data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+        """Reads ``tensor.data`` as ``tensor.detach()``."""
         return args[0].detach()
 
     def new_data(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to set ``tensor.data``."""
         raise refuse(
             "tensor.data = ... cannot be captured: it gives a tensor other memory, past autograd and the graph",
             "For a buffer or a frozen parameter write: with torch.no_grad(): tensor.copy_(value). For an activation give the "
@@ -179,6 +189,7 @@ class Watch(TorchFunctionMode):
         )
 
     def leaf(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to change ``requires_grad`` of inputs, parameters and buffers."""
         wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         if id(args[0]) in self.given and bool(wanted) != args[0].requires_grad:
             raise refuse(
@@ -188,8 +199,9 @@ class Watch(TorchFunctionMode):
             )
 
     def derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses derivatives that the callable itself takes."""
         with suppress(Exception):
-            function(*args, **kwargs)  # somebody further out may take it for a sign, as of a train step
+            function(*args, **kwargs)  # a caller may react to it, for example because it signals a train step
         raise refuse(
             f"{function.__name__} in a captured callable cannot be captured: derivatives are taken of the whole program",
             "Take the derivative outside: return the value, then call torch.autograd.grad or backward on it",
@@ -197,10 +209,11 @@ class Watch(TorchFunctionMode):
 
     @property
     def here(self) -> bool:
-        """Whether the captured callable is what calls: not torch around it, and not another thread."""
+        """True while the captured callable itself calls, not torch around it or another thread."""
         return self.running and threading.get_ident() == self.thread
 
     def memory(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses what changes a tensor's memory."""
         raise refuse(
             f"Tensor.{function.__name__} cannot be captured: it changes a tensor's memory past the graph",
             "Make a new tensor instead: x = x.new_empty(shape), or x.reshape(shape)",
@@ -208,7 +221,7 @@ class Watch(TorchFunctionMode):
 
 
 def _key(function: Any) -> Any:
-    """What tells a torch function apart: the getter or setter of a property is a new object every time."""
+    """Returns a key of a torch function. The getter or setter of a property is a new object every time."""
     owner: Any = getattr(function, "__self__", None)
     return (owner.__name__, function.__name__) if isinstance(owner, GetSetDescriptorType) else function
 

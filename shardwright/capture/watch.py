@@ -1,4 +1,4 @@
-"""Watch: finds, while a callable is captured, what it does that a graph cannot keep, and refuses it with the user's line.
+"""Watch: watches a callable while it is captured, and refuses what a graph cannot keep, with the user's line.
 
 ``torch.export`` records operators. What changes gradients or values beside operators (a backward of one's own, a hook, a
 write to ``.data``, a random number of Python's) leaves no trace in what it records, so it is watched for here. What can be
@@ -22,11 +22,11 @@ from shardwright.capture.torch_functions import Watch
 
 @contextmanager
 def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
-    """Within the block, what a graph cannot keep raises a :class:`CaptureError`.
+    """Raises, within the block, a :class:`CaptureError` for what a graph cannot keep.
 
     Args:
         module: what is captured.
-        note: is told, once a source line, what is computed as written and has no other effect.
+        note: is called, once per source line, with a message about what is computed as written and has no other effect.
     """
     check_backward_hooks(module)
     watch = Watch(module, note)

@@ -1,8 +1,8 @@
-"""The local program: what one rank runs.
+"""The local program that one rank runs.
 
 A list of calls on local tensors and of moves (redistributions). It names collectives by axes, never by process groups,
 so the same program runs in every world. ``lanes`` says, for every value, which ranks hold the same tensor: two ranks
-in one lane compute the same thing. A distributed rank ignores it, the simulated world computes each lane once.
+in one lane compute the same thing. A distributed rank ignores it; the simulated world computes each lane only once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shardwright.ir.rank_groups import RankGroups
 
 @dataclass(frozen=True)
 class LocalProgram:
-    """What one rank runs.
+    """The local program that one rank runs.
 
     ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
     each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
@@ -71,7 +71,7 @@ class LocalProgram:
 
     @property
     def kept_slices(self) -> list[KeepSliceForBackward]:
-        """Every instruction by which a value is kept as a slice, in order."""
+        """Every instruction that keeps only a slice of a value for the backward pass, in order."""
         return [i for i in self.instructions if isinstance(i, KeepSliceForBackward)]
 
     @property
@@ -80,11 +80,11 @@ class LocalProgram:
         return [moves for i in self.instructions for moves in (i.starts, i.ends) if len(moves) > 1]
 
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
-        """Returns the local values that an instruction reads."""
+        """Lists the local values that an instruction reads."""
         return instruction.reads
 
     def last_uses(self) -> list[tuple[str, ...]]:
-        """For every instruction, the values that nothing reads after it."""
+        """Lists, for every instruction, the values that nothing reads after it."""
         kept = {o for o in self.outputs if isinstance(o, str)} | {v for _, v in self.updates}
         seen: set[str] = set(kept)
         result: list[tuple[str, ...]] = []

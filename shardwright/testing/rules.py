@@ -49,15 +49,15 @@ def check_rule(
         args, kwargs: its arguments; floating tensors should be float64, and have their gradients checked.
         operator: name of the operator of interest, e.g. ``"aten.linear"``; default: every operator of the function.
         meshes: mesh sizes to split over.
-        limit: most choices tried on each mesh (spread evenly over all there are).
+        limit: most choices tried on each mesh, spread evenly over all that exist.
         tolerance: largest relative difference allowed.
         needs_rule: whether the operator must have a rule that allows some split.
 
     Returns:
-        How many choices were tried.
+        The number of choices tried.
 
     Raises:
-        AssertionError: a choice computes something else than the whole; the message names it.
+        AssertionError: a choice computes something else than the single device; the message names it.
 
     >>> check_rule(torch.relu, torch.randn(4, 6, dtype=torch.float64)) > 4
     True
