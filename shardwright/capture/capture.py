@@ -25,9 +25,9 @@ from shardwright.capture.backward_hooks import check_backward_hooks
 from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.converter import Converter
-from shardwright.capture.fakes import _fake, _fake_state, autocast_around
-from shardwright.capture.left_behind import Assignment, Kept, check_values, ended_by, state_kept
-from shardwright.capture.random_states import random_states_kept
+from shardwright.capture.fakes import autocast_around, fake_of, fake_state
+from shardwright.capture.left_behind import Assignment, SavedState, check_values, ended_by, state_restored
+from shardwright.capture.random_states import randomness_refused
 from shardwright.capture.session import marked_modules, session
 from shardwright.capture.watch import watched
 from shardwright.errors import CaptureError, ShardwrightError
@@ -66,13 +66,19 @@ def capture(
     notes: list[str] = []
 
     def export() -> tuple[Any, list[Assignment]]:
-        fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        fakes = [fake_of(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-        with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks or {}):
+        with fake_state(module, mode, device), state_restored(module), marked_modules(module, marks or {}):
             return _exported(module, fake_args, fake_kwargs, notes.append)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with session() as now, warnings.catch_warnings(), preserve_node_meta(), _quiet_logs(), random_states_kept(module, export):
+    with (
+        session() as now,
+        warnings.catch_warnings(),
+        preserve_node_meta(),
+        _quiet_logs(),
+        randomness_refused(module, export),
+    ):
         warnings.simplefilter("ignore")
         converter: Converter | None = None
         try:
@@ -102,11 +108,11 @@ def _exported(
         The exported program, and the attributes that the callable assigned.
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
-    before: Kept | None = None
+    before: SavedState | None = None
 
     def begin(args: Any, kwargs: Any) -> None:
         nonlocal before
-        before = Kept(module)  # now, for torch too has changed what modules hold
+        before = SavedState(module)  # now, for torch too has changed what modules hold
         watch.begin(args, kwargs)
 
     def end(result: Any) -> Any:

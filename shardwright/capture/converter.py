@@ -13,7 +13,7 @@ from shardwright.capture.emitter import Emitter, Placeholder, WrittenTensor
 from shardwright.capture.functionalise import Tracked, is_mutation, named_arguments, updates_statistics
 from shardwright.capture.fx_nodes import attribute_at, input_name, meta_of, module_path
 from shardwright.capture.names import Names, numbered
-from shardwright.capture.resolve_marks import _at, _resolve_marks
+from shardwright.capture.resolve_marks import at_line, resolve_marks
 from shardwright.capture.session import Session
 from shardwright.capture.writes import Writes
 from shardwright.errors import CaptureError
@@ -52,7 +52,7 @@ class Converter:
             for node, tracked in ((n, t) for n, t in placeholders.items() if isinstance(t, Placeholder))
             if tracked.writes and self.emitter.read(node) != tracked.first
         )
-        nodes, renamed = _resolve_marks(self.emitter.nodes, self.emitter.calls, self.session)
+        nodes, renamed = resolve_marks(self.emitter.nodes, self.emitter.calls, self.session)
         outputs = [renamed.get(o, o) if isinstance(o, str) else o for o in outputs]
         updates = tuple((name, renamed.get(value, value)) for name, value in updates)
         emitted = len(self.emitter.nodes)
@@ -166,7 +166,7 @@ class Converter:
             )
         elif target.overloadpacket in operators.CHANGES_MEMORY:
             raise CaptureError(
-                f"{target}{_at(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor"
+                f"{target}{at_line(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor"
             )
         elif target.overloadpacket in operators.CHECKS:
             self.emitter.env[node] = None
@@ -185,8 +185,8 @@ class Converter:
         if not is_plain or any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
             name = getattr(node.target, "__name__", str(node.target))
             raise CaptureError(
-                f"{name}{_at(node)} cannot be sharded: only tensor operators can, not transformations as those of torch.func; "
-                "take it out of the callable"
+                f"{name}{at_line(node)} cannot be sharded: only tensor operators can, not transformations as those of "
+                "torch.func; take it out of the callable"
             )
         return node.target(*args, **kwargs)  # type: ignore[operator,misc]
 

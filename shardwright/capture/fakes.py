@@ -17,7 +17,7 @@ def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
     return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()
 
 
-def _fake(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
+def fake_of(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
     with mode:
         made = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad) if made.is_floating_point() or made.is_complex() else made
@@ -28,7 +28,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
+def fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
     """Replaces every parameter and buffer by a fake one of its global shape, tied ones by the same."""
     known: dict[int, Tensor] = {}
     changed: list[tuple[dict[str, Any], str, Any]] = []
@@ -40,7 +40,7 @@ def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[
                     if value is None:
                         continue
                     if id(value) not in known:
-                        made = _fake(mode, value.detach(), device)
+                        made = fake_of(mode, value.detach(), device)
                         if isinstance(value, nn.Parameter):
                             made = nn.Parameter(made, requires_grad=value.requires_grad)
                         known[id(value)] = made

@@ -59,7 +59,7 @@ class Assignment:
 
 
 @dataclass
-class Kept:
+class SavedState:
     """The Python values that a module reaches, as they were before a capture."""
 
     root: nn.Module
@@ -189,7 +189,7 @@ class Kept:
                 return name
         return "something that it reaches"
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restores everything as it was before. Caches of functions that may hold tensors of the capture are emptied."""
         for _, module, before in self.modules:
             own = vars(module)
@@ -209,7 +209,7 @@ class Kept:
             if cell.cell_contents is not held:
                 cell.cell_contents = held
         for function, misses in self.caches:
-            if function.cache_info().misses != misses and not _is_torchs(function):
+            if function.cache_info().misses != misses and not _is_of_torch(function):
                 function.cache_clear()
 
 
@@ -248,7 +248,7 @@ def _all_lru_caches(modules: int) -> tuple[weakref.ref[Any], ...]:
     return tuple([weakref.ref(o) for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper])
 
 
-def _is_torchs(function: Any) -> bool:
+def _is_of_torch(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "").partition(".")[0] in ("torch", "sympy", "shardwright")
 
 
@@ -275,13 +275,13 @@ def check_values(tensors: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def state_kept(root: nn.Module) -> Iterator[Kept]:
+def state_restored(root: nn.Module) -> Iterator[SavedState]:
     """Restores, after the block, what a root reaches."""
-    kept = Kept(root, of_caches=True)
+    kept = SavedState(root, of_caches=True)
     try:
         yield kept
     finally:
-        kept.put_back()
+        kept.restore()
 
 
 @contextmanager

@@ -40,14 +40,14 @@ _MOST_VERSIONS = 64  # that are known again
 _missing = object()
 
 
-class _Same:
+class _ByIdentity:
     """A key for an object compared by identity. It keeps the object alive, so that no other can get its id."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ByIdentity) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -84,7 +84,7 @@ class PythonState:
 
     def objects(self) -> list[Any]:
         """Returns the objects compared by identity, among the names and attributes that are read."""
-        return [value.value for value in self.described.values() if isinstance(value, _Same)]
+        return [value.value for value in self.described.values() if isinstance(value, _ByIdentity)]
 
     def refresh(self) -> None:
         """Reads everything again, after parameters have been replaced."""
@@ -118,7 +118,7 @@ class PythonState:
             self._module(path, module)
         for kind, hooks in global_forward_hooks().items():
             self._watch(hooks)
-            self.described[f"hooks of all modules, {kind}"] = tuple(map(_Same, hooks.values()))
+            self.described[f"hooks of all modules, {kind}"] = tuple(map(_ByIdentity, hooks.values()))
         if isinstance(self.root, FunctionModule):
             self._callable(self.root.__dict__["function"])
             self.outdated = not self.root.is_up_to_date()
@@ -144,12 +144,12 @@ class PythonState:
         prefix = f"{path}." if path else ""
         self._watch(own)
         self._watch(module._modules)
-        self.described[f"{prefix}submodules"] = tuple((n, _Same(m)) for n, m in module._modules.items())
+        self.described[f"{prefix}submodules"] = tuple((n, _ByIdentity(m)) for n, m in module._modules.items())
         for kind in _HOOKS:
             hooks = own.get(kind)
             if hooks:
                 self._watch(hooks)
-                self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(_Same, hooks.values()))
+                self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(_ByIdentity, hooks.values()))
                 for hook in hooks.values():
                     self._function(hook)
         for table in (module._parameters, module._buffers):
@@ -168,7 +168,7 @@ class PythonState:
 
     def _class(self, cls: type) -> None:
         """Reads the plain attributes of a class that the user wrote, and what its functions read."""
-        if id(cls) in self._known or _is_librarys(cls.__module__):
+        if id(cls) in self._known or _is_of_library(cls.__module__):
             return
         self._known.add(id(cls))
         for name, value in list(vars(cls).items()):
@@ -179,7 +179,7 @@ class PythonState:
                 self.caches.append(value)
                 value = value.__wrapped__
             if isinstance(value, types.FunctionType):
-                self.described[f"{cls.__qualname__}.{name}"] = _Same(value)
+                self.described[f"{cls.__qualname__}.{name}"] = _ByIdentity(value)
                 self._function(value)
             elif not name.startswith("__") and not isinstance(value, (property, types.BuiltinFunctionType)):
                 self.described[f"{cls.__qualname__}.{name}"] = self._read(value, f"{cls.__qualname__}.{name}", 0)
@@ -212,10 +212,10 @@ class PythonState:
             return
         self._functions.add(function)
         self._function(getattr(function, "__wrapped__", None))
-        if not _is_librarys(function.__module__ or ""):
+        if not _is_of_library(function.__module__ or ""):
             for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
                 self._named(f"{function.__qualname__}: a default", default)
-        if _is_librarys(function.__module__ or ""):
+        if _is_of_library(function.__module__ or ""):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
             try:
@@ -255,30 +255,30 @@ class PythonState:
             return value
         if isinstance(value, Tensor):
             if depth:
-                return _Same(value)
+                return _ByIdentity(value)
             return ("tensor", tuple(value.shape), value.dtype, value.device, value.requires_grad)
         if isinstance(value, types.FunctionType):
             self._function(value)
-            return _Same(value)
+            return _ByIdentity(value)
         if isinstance(value, types.MethodType):
             self._function(value)
-            return (_Same(value.__func__), self._read(value.__self__, name, depth))
+            return (_ByIdentity(value.__func__), self._read(value.__self__, name, depth))
         if isinstance(value, type):
             self._class(value)
-            return _Same(value)
+            return _ByIdentity(value)
         if isinstance(value, _numpy_array()):
             if value.size > _LONGEST:
-                return _Same(value)
+                return _ByIdentity(value)
             if id(value) not in self._known:
                 self._known.add(id(value))
                 self.live.append(_Array(value))
                 self.seen.append(value.tobytes())
             return (value.shape, str(value.dtype), value.tobytes())
         if isinstance(value, tuple):
-            return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else _Same(value)
+            return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else _ByIdentity(value)
         if isinstance(value, CONTAINERS):
             if depth >= _DEEPEST or len(value) > _LONGEST:
-                return (_Same(value), len(value))
+                return (_ByIdentity(value), len(value))
             self._watch(value)
             items: Any = value.items() if isinstance(value, dict) else enumerate(value)
             if isinstance(value, set):
@@ -287,11 +287,11 @@ class PythonState:
         if depth < 2 and _has_readable_attributes(value):
             own = vars(value)
             if id(own) in self._known:
-                return _Same(value)
+                return _ByIdentity(value)
             self._watch(own)
             for key, v in list(own.items()):
                 self.described[f"{name}.{key}"] = self._read(v, f"{name}.{key}", depth + 1)
-        return _Same(value)
+        return _ByIdentity(value)
 
 
 def _numpy_array() -> Any:
@@ -332,7 +332,7 @@ _INSTALLED = tuple(sorted({sysconfig.get_paths()[name] for name in ("stdlib", "p
 
 
 @functools.cache
-def _is_librarys(module: str) -> bool:
+def _is_of_library(module: str) -> bool:
     """Tells whether a module belongs to an installed library. Its globals and classes are taken as constant."""
     home = module.partition(".")[0]
     if home in ("torch", "builtins", "shardwright") or home in sys.stdlib_module_names:
@@ -360,14 +360,14 @@ def _hashable(value: Any) -> Any:
     try:
         hash(value)
     except TypeError:
-        return _Same(value)
+        return _ByIdentity(value)
     return (type(value), value)
 
 
 def _short(value: Any) -> str:
     if value is _missing:
         return "nothing"
-    if isinstance(value, _Same):
+    if isinstance(value, _ByIdentity):
         value = value.value
     text = value.__name__ if isinstance(value, (types.FunctionType, type)) else repr(value)
     return text if len(text) <= 40 and "\n" not in text else f"another {type(value).__name__}"

@@ -51,11 +51,11 @@ def _generators(module: nn.Module) -> Iterator[_Generator]:
 
 
 @contextmanager
-def random_states_kept(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]:
+def randomness_refused(module: nn.Module, rerun: Callable[[], Any]) -> Iterator[None]:
     """Refuses, after the block, random numbers that Python or NumPy drew in it, and seeds that were set.
 
     Args:
-        again: repeats the block, so that the line that drew can be found.
+        rerun: repeats the block, so that the line that drew can be found.
 
     Raises:
         CaptureError: a state is another than before; all are put back as they were.
@@ -67,7 +67,7 @@ def random_states_kept(module: nn.Module, again: Callable[[], Any]) -> Iterator[
         return
     for generator, was in before:
         generator.put_back(was)
-    where = _where(again, [generator for generator, _ in before])
+    where = _where(rerun, [generator for generator, _ in before])
     for generator, was in before:
         generator.put_back(was)
     raise CaptureError(
@@ -87,7 +87,7 @@ def _plainly_equal(one: Any, other: Any) -> bool:
     return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
-def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
+def _where(rerun: Callable[[], Any], generators: Sequence[_Generator]) -> str:
     """Finds the line that draws. It runs the block again and compares the states at each of the user's lines."""
     known = [generator.state() for generator in generators]
     last: list[str] = []
@@ -107,7 +107,7 @@ def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
     outer = sys.gettrace()
     sys.settrace(trace)
     try:
-        again()
+        rerun()
     except Found:
         return f", at {last[0]}"
     except Exception:  # the place is all that is asked

@@ -70,14 +70,14 @@ def _from_few(root: nn.Module, args: Any, kwargs: Any, device: Any, marks: Any, 
     return _expanded(few, runs, [len(run.copies) for run in runs], by_path)
 
 
-class _Unfit(Exception):
+class _NotRepeated(Exception):
     """Signals that a graph is not that of a row of copies."""
 
 
 def _expanded(few: Graph, runs: Sequence[Run], counts: Sequence[int], by_path: dict[str | None, Mark]) -> Graph | None:
     try:
         return _Expansion(few, runs, counts, by_path).graph()
-    except _Unfit:
+    except _NotRepeated:
         return None
 
 
@@ -139,9 +139,9 @@ class _Expansion:
             if copy == len(starts):
                 starts.append(i)
             elif copy != len(starts) - 1:
-                raise _Unfit  # a copy that is called again, or out of turn
+                raise _NotRepeated  # a copy that is called again, or out of turn
         if len(starts) < COPIES:
-            raise _Unfit
+            raise _NotRepeated
         # What follows the last call belongs to its segment as far as the same follows the other calls.
         end, middle = starts[2], self.few.nodes[starts[1] : starts[2]]
         for node, same in zip(self.few.nodes[starts[2] :], middle):
@@ -154,7 +154,7 @@ class _Expansion:
         ends = 0
         for run in sorted(range(len(self.runs)), key=lambda r: self.bounds[r][0]):
             if self.bounds[run][0] < ends:
-                raise _Unfit  # runs whose calls alternate
+                raise _NotRepeated  # runs whose calls alternate
             ends = self.bounds[run][-1]
             for copy in range(COPIES):
                 first, stop = self.bounds[run][copy : copy + 2]
@@ -172,7 +172,7 @@ class _Expansion:
         """Checks a value read from outside its run, or from the run ``allowed``: it must come from the last copy."""
         place = self.places.get(value)
         if place and place.run != allowed and (place.copy != COPIES - 1 or place.position < 0):
-            raise _Unfit
+            raise _NotRepeated
         return value
 
     def _inside(self, value: str, run: int, copy: int, k: int) -> str:
@@ -183,12 +183,12 @@ class _Expansion:
         if place.copy == copy:
             return f"{k}:{value}" if copy == 1 and k > 1 else value
         if place.copy != copy - 1 or place.position < 0:
-            raise _Unfit
+            raise _NotRepeated
         if copy == 0 or k == 1:
             return value
         before = self.values[run, 1]
         if place.position >= len(before):
-            raise _Unfit
+            raise _NotRepeated
         value = before[place.position]
         return f"{k - 1}:{value}" if k - 1 > 1 else value
 
@@ -261,7 +261,7 @@ class _Expansion:
             if place is None:
                 continue
             if of_value is None or (of_value.run, of_value.copy) != (place.run, place.copy):
-                raise _Unfit
+                raise _NotRepeated
             if place.copy == 1:
                 made.update((f"{k}:{name}", f"{k}:{value}") for k in range(2, self.counts[place.run] - 1))
         return tuple((i.value, made[i.value]) for i in inputs if i.value in made)

@@ -13,12 +13,12 @@ from shardwright.ir.graph import Node
 from shardwright.ir.marks import Mark
 
 
-def _at(node: fx.Node) -> str:
+def at_line(node: fx.Node) -> str:
     source = _source(node)
     return f" at {source}" if source else ""
 
 
-def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tuple[list[Node], dict[str, str]]:
+def resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tuple[list[Node], dict[str, str]]:
     """Puts each marked call's mark on its one operator. Where it has several, pins its inputs and outputs.
 
     Returns:

@@ -25,34 +25,34 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
     """Lists owner, name and replacement of each part of torch that is watched by replacing it."""
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if watch.here and cls is CheckpointFunction:
+        if watch.is_in_callable and cls is CheckpointFunction:
             _note_checkpoint(watch)
             return _call_reentrant(*args)
-        if watch.here:
+        if watch.is_in_callable:
             _check_function(cls, args)
         return super(SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
     def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
         """Replaces what a checkpoint does before and after the call of its function."""
-        if not watch.here:
+        if not watch.is_in_callable:
             yield from _plain_checkpoint(*args, **kwargs)
             return
         _note_checkpoint(watch)
         yield
 
     def new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if watch.here:
+        if watch.is_in_callable:
             _check_parameter(sys._getframe(1).f_code.co_filename)
         return _plain_new_parameter(cls, *args, **kwargs)
 
     def enter(hooks: Any) -> Any:
-        if watch.here:
+        if watch.is_in_callable:
             _check_saved_tensors_hooks(hooks)
         return _plain_enter(hooks)
 
     def unseeded(name: str, plain: Any) -> Any:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if watch.here:
+            if watch.is_in_callable:
                 raise refuse(
                     f"torch.{name} cannot be captured: the state of the generator is no part of the program",
                     "Call it outside, before the step",

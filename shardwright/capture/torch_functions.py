@@ -44,7 +44,7 @@ class Watch(TorchFunctionMode):
         self.flat = pytree.tree_flatten(self.arguments)
         self.running = True
 
-    def buffer(self, module: nn.Module, name: str, value: Any) -> None:
+    def note_buffer(self, module: nn.Module, name: str, value: Any) -> None:
         """Remembers the line that assigns a buffer."""
         self.assigned[id(module), name] = user_source()
 
@@ -65,11 +65,11 @@ class Watch(TorchFunctionMode):
                 "another one in a capture, so the caller's would stay as it is\n  Return what is new, or change a copy"
             )
 
-    def called(self, module: nn.Module, args: Any) -> None:
+    def check_called(self, module: nn.Module, args: Any) -> None:
         """Refuses calls of modules that are not submodules of the captured one. Nobody would train them or update their
         buffers.
         """
-        if not self.here:
+        if not self.is_in_callable:
             return
         held = itertools.chain(*(t.values() for m in module.modules() for t in (m._parameters, m._buffers)))
         if any(tensor is not None and not isinstance(tensor, FakeTensor) for tensor in held):
@@ -81,11 +81,11 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(_key(function))
-        if handler is not None and self.here:
+        if handler is not None and self.is_in_callable:
             found = handler(self, function, args, kwargs or {})
             if found is not None:
                 return found
-        if not self.here:
+        if not self.is_in_callable:
             return function(*args, **(kwargs or {}))
         if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
             raise refuse(
@@ -113,7 +113,7 @@ class Watch(TorchFunctionMode):
                     )
                 self.known.add(id(leaf))
 
-    def number(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def read_number(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Reads a number off a tensor, which is refused if it depends on values.
 
         It is refused even if the user's code catches what torch raises.
@@ -136,7 +136,7 @@ class Watch(TorchFunctionMode):
             "return the tensor and read it outside, or write it with torch.where",
         )
 
-    def hook(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_hook(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses hooks on gradients of activations."""
         if not torch.is_grad_enabled() and not args[0].requires_grad:
             return
@@ -145,14 +145,14 @@ class Watch(TorchFunctionMode):
             "Remove it. To read or change a gradient, register the hook on a parameter, or on what the parallel module returns",
         )
 
-    def retained(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_retain_grad(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses ``retain_grad``."""
         raise refuse(
             "Tensor.retain_grad cannot be captured: the gradient of a value within a captured callable is kept nowhere",
             "Remove it; gradients of inputs and parameters are there, torch.autograd.grad gives those of inputs",
         )
 
-    def node(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_grad_fn(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to read ``grad_fn``."""
         if getattr(args[0], "requires_grad", False):
             raise refuse(
@@ -160,7 +160,7 @@ class Watch(TorchFunctionMode):
                 "Remove it; for a hook on gradients, register it on a parameter",
             )
 
-    def gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_reading_grad(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to read ``grad`` of inputs, parameters and buffers."""
         if id(args[0]) in self.given:
             raise refuse(
@@ -168,7 +168,7 @@ class Watch(TorchFunctionMode):
                 "Read it outside, and hand in what is needed of it as an argument",
             )
 
-    def new_gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_setting_grad(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to set ``grad`` of inputs, parameters and buffers."""
         if id(args[0]) in self.given:
             raise refuse(
@@ -176,11 +176,11 @@ class Watch(TorchFunctionMode):
                 "Set it outside, before or after the call",
             )
 
-    def data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+    def read_data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
         """Reads ``tensor.data`` as ``tensor.detach()``."""
         return args[0].detach()
 
-    def new_data(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_setting_data(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to set ``tensor.data``."""
         raise refuse(
             "tensor.data = ... cannot be captured: it gives a tensor other memory, past autograd and the graph",
@@ -188,7 +188,7 @@ class Watch(TorchFunctionMode):
             "new value a name: h = h + (value - h).detach()",
         )
 
-    def leaf(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_requires_grad(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to change ``requires_grad`` of inputs, parameters and buffers."""
         wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         if id(args[0]) in self.given and bool(wanted) != args[0].requires_grad:
@@ -198,7 +198,7 @@ class Watch(TorchFunctionMode):
                 "Set it outside, before the call",
             )
 
-    def derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_derivative(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses derivatives that the callable itself takes."""
         with suppress(Exception):
             function(*args, **kwargs)  # a caller may react to it, for example because it signals a train step
@@ -208,11 +208,11 @@ class Watch(TorchFunctionMode):
         )
 
     @property
-    def here(self) -> bool:
+    def is_in_callable(self) -> bool:
         """True while the captured callable itself calls, not torch around it or another thread."""
         return self.running and threading.get_ident() == self.thread
 
-    def memory(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_new_memory(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses what changes a tensor's memory."""
         raise refuse(
             f"Tensor.{function.__name__} cannot be captured: it changes a tensor's memory past the graph",
@@ -227,32 +227,32 @@ def _key(function: Any) -> Any:
 
 
 _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
-    Tensor.register_hook: Watch.hook,
-    Tensor.register_post_accumulate_grad_hook: Watch.hook,
-    Tensor.retain_grad: Watch.retained,
-    ("grad_fn", "__get__"): Watch.node,
-    ("grad", "__get__"): Watch.gradient,
-    ("grad", "__set__"): Watch.new_gradient,
-    ("data", "__get__"): Watch.data,
-    ("data", "__set__"): Watch.new_data,
-    ("requires_grad", "__set__"): Watch.leaf,
-    Tensor.requires_grad_: Watch.leaf,
-    Tensor.backward: Watch.derivative,
-    torch.autograd.backward: Watch.derivative,
-    torch.autograd.grad: Watch.derivative,
-    Tensor.item: Watch.number,
-    Tensor.tolist: Watch.number,
-    Tensor.numpy: Watch.number,
-    Tensor.__array__: Watch.number,
-    Tensor.__bool__: Watch.number,
-    Tensor.__float__: Watch.number,
-    Tensor.__int__: Watch.number,
-    Tensor.__index__: Watch.number,
-    Tensor.__complex__: Watch.number,
-    Tensor.__format__: Watch.number,
-    Tensor.set_: Watch.memory,
-    Tensor.resize_: Watch.memory,
-    Tensor.resize_as_: Watch.memory,
-    Tensor.untyped_storage: Watch.memory,
-    Tensor.storage: Watch.memory,
+    Tensor.register_hook: Watch.refuse_hook,
+    Tensor.register_post_accumulate_grad_hook: Watch.refuse_hook,
+    Tensor.retain_grad: Watch.refuse_retain_grad,
+    ("grad_fn", "__get__"): Watch.refuse_grad_fn,
+    ("grad", "__get__"): Watch.refuse_reading_grad,
+    ("grad", "__set__"): Watch.refuse_setting_grad,
+    ("data", "__get__"): Watch.read_data,
+    ("data", "__set__"): Watch.refuse_setting_data,
+    ("requires_grad", "__set__"): Watch.refuse_requires_grad,
+    Tensor.requires_grad_: Watch.refuse_requires_grad,
+    Tensor.backward: Watch.refuse_derivative,
+    torch.autograd.backward: Watch.refuse_derivative,
+    torch.autograd.grad: Watch.refuse_derivative,
+    Tensor.item: Watch.read_number,
+    Tensor.tolist: Watch.read_number,
+    Tensor.numpy: Watch.read_number,
+    Tensor.__array__: Watch.read_number,
+    Tensor.__bool__: Watch.read_number,
+    Tensor.__float__: Watch.read_number,
+    Tensor.__int__: Watch.read_number,
+    Tensor.__index__: Watch.read_number,
+    Tensor.__complex__: Watch.read_number,
+    Tensor.__format__: Watch.read_number,
+    Tensor.set_: Watch.refuse_new_memory,
+    Tensor.resize_: Watch.refuse_new_memory,
+    Tensor.resize_as_: Watch.refuse_new_memory,
+    Tensor.untyped_storage: Watch.refuse_new_memory,
+    Tensor.storage: Watch.refuse_new_memory,
 }

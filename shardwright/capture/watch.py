@@ -34,21 +34,21 @@ def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
         stack.enter_context(watch)
         for owner, name, value in replacements(watch):
             stack.enter_context(_replaced(owner, name, value))
-        stack.callback(register_module_buffer_registration_hook(watch.buffer).remove)
-        stack.callback(register_module_forward_pre_hook(watch.called).remove)
+        stack.callback(register_module_buffer_registration_hook(watch.note_buffer).remove)
+        stack.callback(register_module_forward_pre_hook(watch.check_called).remove)
         stack.callback(refused.clear)
         yield watch
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = name in vars(owner)
+    is_owners = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own:
+        if is_owners:
             setattr(owner, name, before)
         else:
             delattr(owner, name)

@@ -22,7 +22,7 @@ from shardwright.capture.functionalise import (
     view_of,
 )
 from shardwright.capture.fx_nodes import map_arguments, module_path
-from shardwright.capture.resolve_marks import _at
+from shardwright.capture.resolve_marks import at_line
 from shardwright.errors import CaptureError
 
 
@@ -54,7 +54,7 @@ class Writes:
             if tracked.parent is None:
                 if self.trains and past_autograd and tracked.value in self.emitter.needs_gradient():
                     raise CaptureError(
-                        f"{node.target}{_at(node)} writes past autograd, under no_grad or through detach() or .data, "
+                        f"{node.target}{at_line(node)} writes past autograd, under no_grad or through detach() or .data, "
                         "to a value that a gradient flows through\n  Give the new value a name, with the gradient of the old: "
                         "h = h + (new - h).detach(). Frozen parameters and buffers can be written to"
                     )

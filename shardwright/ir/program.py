@@ -75,7 +75,7 @@ class LocalProgram:
         return [i for i in self.instructions if isinstance(i, KeepSliceForBackward)]
 
     @property
-    def together(self) -> list[tuple[Move, ...]]:
+    def shared_moves(self) -> list[tuple[Move, ...]]:
         """The moves that share their collectives."""
         return [moves for i in self.instructions for moves in (i.starts, i.ends) if len(moves) > 1]
 

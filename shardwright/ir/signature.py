@@ -80,7 +80,7 @@ class Signature:
         """Tells whether a factor may be split."""
         return factor not in self.whole
 
-    def taken(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
+    def conflicting_factor(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
         """Finds a factor that some of these axes already split and that forbids splitting ``factor`` by them."""
         others = (f for f, (a, _) in split.items() if f != factor and set(a) & set(axes))
         return next((f for f in others if not {f, factor} <= self.tied), None)

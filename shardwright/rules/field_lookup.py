@@ -17,7 +17,7 @@ from shardwright.ir.instructions import Ref
 from shardwright.ir.operator import Operator
 from shardwright.ir.signature import Signature
 from shardwright.rules.in_range import check_in_range
-from shardwright.rules.index import embedding_of_rows, own_row
+from shardwright.rules.index import embedding_of_rows, local_row
 from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.pieces import of_sizes, start
@@ -45,16 +45,16 @@ def _lookup(local: Local) -> tuple[Ref, ...]:
         return local.same_call()
     table, indices = local.inputs
     first, count = start(local, False, 0, 0), local.local_size(False, 0, 0)
-    padding = of_sizes(own_row, local.op.args[2] if len(local.op.args) > 2 else -1, first, count)
+    padding = of_sizes(local_row, local.op.args[2] if len(local.op.args) > 2 else -1, first, count)
     if rows == fields:
-        return (local.call(own_rows, table, indices, first, padding, local.op.inputs[0].shape[0]),)
+        return (local.call(rows_of_piece, table, indices, first, padding, local.op.inputs[0].shape[0]),)
     assert not set(rows) & set(fields), "rows and fields share axes but are not split alike"
     meta, whole = local.op.outputs[0], local.output_layouts[0]
     found = local.call(embedding_of_rows, table, indices, first, padding, local.op.inputs[0].shape[0])
     return (local.move(found, meta.shape, whole.with_partial(rows), whole, (), meta.dtype),)
 
 
-def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
+def rows_of_piece(table: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
     """Looks up rows in a piece of a table that starts at row ``first``, by indices into the whole table.
 
     Args:
@@ -68,7 +68,7 @@ def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1, size
         IndexRangeError: an index of no row.
         ShardwrightError: an index into another piece.
 
-    >>> own_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([8, 7]), 7).flatten()
+    >>> rows_of_piece(torch.tensor([[1.0], [2.0]]), torch.tensor([8, 7]), 7).flatten()
     tensor([2., 1.])
     """
     rows, own = table.shape[0], indices - first if first else indices

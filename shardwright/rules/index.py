@@ -40,11 +40,11 @@ def _embedding(local: Local) -> tuple[Ref, ...]:
         return local.same_call()
     weight, indices = local.inputs
     first, rows = start(local, False, 0, 0), local.local_size(False, 0, 0)
-    padding = of_sizes(own_row, local.op.argument("padding_idx", -1), first, rows)
+    padding = of_sizes(local_row, local.op.argument("padding_idx", -1), first, rows)
     return (local.call(embedding_of_rows, weight, indices, first, padding, local.op.inputs[0].shape[0]),)
 
 
-def own_row(row: int, first: int, rows: int) -> int:
+def local_row(row: int, first: int, rows: int) -> int:
     """Returns the local number of a global row, -1 for a row of another rank."""
     return row - first if first <= row < first + rows else -1
 

@@ -122,7 +122,7 @@ def unless_empty(
     )
 
 
-def unless_nothing(
+def unless_result_is_empty(
     function: Callable[..., Any],
     shapes: Sequence[Sequence[int]],
     dtypes: Sequence[torch.dtype],
@@ -135,11 +135,11 @@ def unless_nothing(
     return unless_empty(function, shapes, dtypes, *args, **kwargs)
 
 
-def unless_nothing_one(
+def unless_result_is_empty_one(
     function: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Calls :func:`unless_nothing` for a function of one output."""
-    result = unless_nothing(function, [shape], [dtype], *args, **kwargs)
+    """Calls :func:`unless_result_is_empty` for a function of one output."""
+    result = unless_result_is_empty(function, [shape], [dtype], *args, **kwargs)
     return result if isinstance(result, Tensor) else result[0]
 
 
@@ -168,11 +168,11 @@ def call_unless_empty(
         if not some_piece_is_empty(local, of_inputs):
             return local.call_many(len(dtypes), target, *args, **keywords)
         shapes = [local.local_shape(True, i) for i in range(len(dtypes))]
-        guard = unless_empty if of_inputs else unless_nothing
+        guard = unless_empty if of_inputs else unless_result_is_empty
         return local.call_many(len(dtypes), guard, target, shapes, dtypes, *args, **keywords)
     if not some_piece_is_empty(local, of_inputs):
         return (local.call(target, *args, **keywords),)
-    guard_one = unless_empty_one if of_inputs else unless_nothing_one
+    guard_one = unless_empty_one if of_inputs else unless_result_is_empty_one
     return (local.call(guard_one, target, local.local_shape(True, 0), dtypes[0], *args, **keywords),)
 
 

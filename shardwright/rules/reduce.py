@@ -167,7 +167,7 @@ def _softmax_of_split_dim(local: Local) -> Any:
     peak = local.call(largest, local.inputs[0], dim, True)
     peak = local.move(peak, tuple(shape), one.with_partial(axes, "max"), one, (), op.inputs[0].dtype)
     logarithm = op.name in ("aten.log_softmax", "aten._log_softmax")
-    prepare, finish = (logits_and_sum, log_share) if logarithm else (exponentials_and_sum, share)
+    prepare, finish = (logits_and_sum, log_softmax_of_sum) if logarithm else (exponentials_and_sum, softmax_of_sum)
     values, total = local.call_many(2, prepare, local.inputs[0], peak, dim, dtype)
     total = local.move(total, tuple(shape), one.with_partial(axes), one, axes, dtype)
     return (local.call(finish, values, total, op.outputs[0].dtype),)
@@ -205,12 +205,12 @@ def logits_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) -> tup
     return shifted, shifted.exp().sum(dim, keepdim=True)
 
 
-def share(exponentials: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+def softmax_of_sum(exponentials: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes softmax, given the sum over the whole dim."""
     return (exponentials / total).to(dtype)
 
 
-def log_share(shifted: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+def log_softmax_of_sum(shifted: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes the logarithm of softmax, given the sum over the whole dim."""
     return (shifted - total.log()).to(dtype)
 

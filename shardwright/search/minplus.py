@@ -25,22 +25,22 @@ def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
     return table.reshape([next(sizes) if v in own else 1 for v in variables])
 
 
-def slim(own: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+def slim(variables: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
     """Returns the variables with more than one choice, or one of the others. An array has no more than 64 axes.
 
     >>> slim((4, 7, 9), (1, 3, 1)), slim((4, 7), (1, 1))
     ((7,), (4,))
     """
-    if 1 not in sizes or len(own) == 1:
-        return own
-    return tuple([v for v, size in zip(own, sizes) if size > 1]) or own[:1]
+    if 1 not in sizes or len(variables) == 1:
+        return variables
+    return tuple([v for v, size in zip(variables, sizes) if size > 1]) or variables[:1]
 
 
 def slimmed(factor: Factor) -> Factor:
     """Drops the axes of length 1 of a factor, except one if it has no others."""
-    own, table = factor
-    kept = slim(own, table.shape)
-    if len(kept) == len(own):
+    variables, table = factor
+    kept = slim(variables, table.shape)
+    if len(kept) == len(variables):
         return factor
     return kept, table.reshape([n for n in table.shape if n > 1] or [1])
 
