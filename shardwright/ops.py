@@ -97,7 +97,7 @@ class Primitive:
         return self
 
     def recompute(self, mode: bool = True) -> Primitive:
-        """Computes the operator's output, and what it saves, again in the backward pass instead of keeping it.
+        """Recomputes the operator's output, and what it saves, in the backward pass.
 
         Args:
             mode: ``False`` keeps them, also where the operator's module is computed again.
@@ -124,7 +124,7 @@ class Primitive:
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> torch.Tensor:
-    """Computes a product by one operator, whatever is transposed, so that a strategy applies to the operands as passed."""
+    """Computes a product by one operator, whatever is transposed. So a strategy applies to the operands as passed."""
     if not transpose_a and not transpose_b:
         return torch.matmul(x, w)
     if not transpose_a and w.ndim == 2:

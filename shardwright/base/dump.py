@@ -44,7 +44,7 @@ NO_DUMP = Dump()
 
 
 def dump_of(name: str, rank: int | None) -> Dump:
-    """Makes the dump of one call of a target, in a new folder within the one that the environment names.
+    """Makes the dump of one call of a target, in a new folder.
 
     Args:
         name: of the target.

@@ -1,4 +1,4 @@
-"""Facts about operators by name, for the floors below the rules and for code that writes operators into graphs.
+"""Facts about operators by name. They are for floors below the rules, and for code that writes graphs.
 
 Most facts are in ``shardwright/rules``, a row of traits beside each rule. Graphs, captures and parameters lie below
 that and may not import it, so what they need and torch does not tell is here:
@@ -95,7 +95,7 @@ _WITHOUT_GRADIENT_GIVEN = {"bernoulli": "p"}
 
 
 def has_gradient(name: str) -> bool:
-    """Tells whether a gradient may flow through an operator of torch to the tensors that it reads.
+    """Tells whether a gradient may flow through an operator of torch to its tensors.
 
     >>> has_gradient("relu"), has_gradient("zeros_like")
     (True, False)
@@ -171,7 +171,7 @@ STATISTICS = ("running_mean", "running_var")  # the arguments that they write to
 
 
 def statistics_flag(function: Any) -> str | None:
-    """Returns the argument that makes an operator write to running statistics, though its schema does not say so.
+    """Returns the argument that makes an operator write to running statistics. Its schema does not show it.
 
     >>> statistics_flag(torch.ops.aten.instance_norm.default), statistics_flag(torch.ops.aten.layer_norm.default)
     ('use_input_stats', None)

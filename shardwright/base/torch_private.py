@@ -42,7 +42,7 @@ def untraceable() -> tuple[type[Exception], ...]:
 
 
 def failed_toolchain(error: BaseException) -> bool:
-    """Tells whether such an error comes from a compiler outside of PyTorch that is missing or fails."""
+    """Tells whether such an error comes from a compiler outside of PyTorch. It may be missing or fail."""
     from torch._inductor import exc
 
     kinds = (exc.InvalidCxxCompiler, exc.CppCompileError, exc.TritonMissing, exc.GPUTooOldForTriton)
@@ -88,7 +88,7 @@ def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callabl
 
 
 def cloned_store() -> torch.distributed.Store:
-    """Returns a new client of the store by which the ranks of the job found each other. A client that waits blocks no other."""
+    """Returns a new client of the store by which ranks find each other. A client that waits blocks no other."""
     return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
 
 

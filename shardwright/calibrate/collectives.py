@@ -41,7 +41,7 @@ SECONDS = "SHARDWRIGHT_CALIBRATE_SECONDS"
 
 
 class Measured(NamedTuple):
-    """The medians of one case.
+    """Medians of one case.
 
     Args:
         operation: its name.
@@ -221,7 +221,7 @@ def _turns(link: Link, operation: str, nbytes: int, without: set[str]) -> dict[s
 
 
 def _prepare(link: Link, operation: str, count: int, algorithm: str) -> tuple[Operation, int]:
-    """Returns the operation over ``count`` elements, and the number of elements that a rank passes to it."""
+    """Returns the operation over ``count`` elements. Also returns the number of elements that a rank passes to it."""
     n = link.size
     piece = max(1, count // n)
     if operation == "all_reduce":

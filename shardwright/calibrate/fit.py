@@ -147,7 +147,7 @@ def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float
 
 
 class Fit(NamedTuple):
-    """A machine fitted to measured times, with the median relative error of prices before and after."""
+    """A machine fitted to measured times. Has the median relative error of prices before and after."""
 
     machine: Machine
     before: float
@@ -188,7 +188,7 @@ def fit_terms(machine: Machine, prices: Sequence[float], terms: Sequence[Mapping
 
 
 def solve_factors(table: Array, wanted: Array, least: Array | float = 0.1, most: Array | float = 10.0) -> Array:
-    """Finds factors for which ``table @ factors`` is nearest ``wanted``, by absolute instead of squared errors.
+    """Finds factors for which ``table @ factors`` is nearest ``wanted``. Errors count absolute, not squared.
 
     It is least squares by coordinate descent, with weights that are lowered for what is far off, so a step that something
     else disturbed has little weight.

@@ -50,7 +50,7 @@ class Pictures(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A model with a table of embeddings, a gated network per token, and a large head."""
+    """A model with an embedding table, a gated network per token, and a large head."""
 
     def __init__(self, vocab: int = 3000, d: int = 96, tags: int = 400):
         super().__init__()

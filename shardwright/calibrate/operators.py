@@ -41,7 +41,7 @@ _LEAST_CONVOLUTIONS = 4  # samples that determine the four numbers of convolutio
 
 
 class Sample(NamedTuple):
-    """The measured time of one operator.
+    """A measured time of one operator.
 
     Args:
         family: see :func:`~shardwright.rules.traits.family`; also ``optimizer``, and ``launch`` for tiny tensors.
@@ -76,7 +76,7 @@ _UNIT = Machine("unit", "", {"float32": 1.0}, {}, 0.0, 1.0, 0.0, 0.0, (Level("al
 
 
 def operator_case(target: Any, arguments: Sequence[Any], **keywords: Any) -> Case:
-    """Builds the case of one operator on tensors like these, which may be on the meta device.
+    """Builds the case of one operator on such tensors. They may be on the meta device.
 
     >>> case = operator_case(aten.mm.default, [torch.empty(64, 32, device="meta"), torch.empty(32, 16, device="meta")])
     >>> case.family, case.flops
@@ -172,7 +172,7 @@ def optimizer_case(nbytes: int) -> Case:
 
 
 def _launch_case() -> Case:
-    """Builds one call among many small ones that autograd records, half of it forward and half backward."""
+    """Builds one call among many small ones that autograd records. Half of it is forward and half backward."""
     count = 16
 
     def prepare() -> Callable[[], Any]:

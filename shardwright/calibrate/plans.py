@@ -26,7 +26,7 @@ _RANDOM = 8  # random plans per model
 
 
 def split_storage(graph: Graph, request: PlanRequest) -> Plan:
-    """Plans data parallelism, with every parameter stored split over all ranks along dim 0 if that is even."""
+    """Plans data parallelism with parameters stored split over all ranks. They are split along dim 0 if that is even."""
     plan = plan_graph(graph, replace(request, mode="data_parallel", honour_marks=False))
     layouts = dict(plan.input_layouts)
     for i in graph.inputs:

@@ -1,4 +1,4 @@
-"""Key-value caches of Hugging Face models as containers of tensors, so that models can return them."""
+"""Key-value caches of Hugging Face models as containers of tensors. So models can return them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _CONTAINERS = (list, tuple, set)
 
 
 class FunctionModule(nn.Module):
-    """A function as a module that owns the modules and tensors that the function closes over.
+    """A function as a module, which owns what the function closes over.
 
     Modules keep the name the function uses for them; so ``net.fc1.weight`` is the name of a parameter of ``net``.
     """
@@ -40,7 +40,7 @@ class FunctionModule(nn.Module):
                 self.register_buffer(name, value, persistent=False)
 
     def is_up_to_date(self) -> bool:
-        """Tells whether the function still reaches the modules and tensors that it did when this was made."""
+        """Tells whether the function still reaches the same modules and tensors as at the beginning."""
         now, before = [value for _, value in closed_over(self.__dict__["function"])], self.__dict__["reached"]
         return len(now) == len(before) and all(map(operator.is_, now, before))
 
@@ -121,7 +121,7 @@ def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> I
 
 
 def names_read(code: types.CodeType) -> Iterator[str]:
-    """Yields the names of globals and attributes that a code object, and those within it, read."""
+    """Yields the names of globals and attributes that a code object reads. Code objects within it count too."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -22,7 +22,7 @@ from shardwright.ir.operator import Operator, Slot, TensorMeta
 
 
 class Emitter:
-    """The inputs and nodes of a graph so far, and the current value of every tensor of the exported program.
+    """Inputs and nodes of a graph so far, and the current value of every tensor.
 
     Args:
         autocast: the autocast around the callable, as :func:`~shardwright.capture.fakes.autocast_around` returns it.
@@ -46,7 +46,7 @@ class Emitter:
         return self.needing.of(self.inputs, self.nodes)
 
     def track_operator(self, node: fx.Node) -> None:
-        """Emits an exported operator as it is, and tracks its outputs, which may be views of its inputs."""
+        """Emits an exported operator as it is, and tracks its outputs. They may be views of its inputs."""
         metas = node.meta["val"]
         sequence = isinstance(metas, (tuple, list))
         args, kwargs = with_dense_gradient(node)
@@ -112,7 +112,7 @@ class Emitter:
         return self._append(at, overload, arguments, kwargs, inputs, list(made) if sequence else [made], sequence)
 
     def emit_node(self, at: fx.Node, overload: Any, args: Any, kwargs: Any, metas: list[Any]) -> list[str]:
-        """Emits an operator on the arguments of an fx node, and returns the names of its outputs.
+        """Emits an operator on an fx node's arguments. Returns the names of its outputs.
 
         Args:
             at: the fx node that the new node takes its module, source line and marks from.
@@ -166,7 +166,7 @@ class Emitter:
         return outputs
 
     def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
-        """Returns the fake outputs of an operator with the strides that its kernel really gives them."""
+        """Returns an operator's fake outputs with the strides that its kernel gives them."""
         orders: list[Any] = [None] * len(metas)
         if not self.restrided.isdisjoint(inputs):
 
@@ -220,7 +220,7 @@ class Placeholder(Tracked):
 
 
 class WrittenTensor:
-    """The result of a write, which is the written tensor itself."""
+    """A written tensor, as the result of the write."""
 
     def __init__(self, emitter: Emitter, node: fx.Node):
         entry = emitter.env[node]

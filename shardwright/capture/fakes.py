@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
-    """Returns the autocast that is on for a kind of device, in the form that nodes carry it."""
+    """Returns the autocast that is on for a kind of device, as nodes carry it."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()
@@ -29,7 +29,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
-    """Replaces every parameter and buffer by a fake one of its global shape, tied ones by the same."""
+    """Replaces every parameter and buffer by a fake one of its global shape. Tied ones stay tied."""
     known: dict[int, Tensor] = {}
     changed: list[tuple[dict[str, Any], str, Any]] = []
     try:

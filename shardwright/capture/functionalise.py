@@ -163,7 +163,7 @@ def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
 
 
 def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -> Callable[[Callable[..., Any], Any, Any], Any]:
-    """Builds the function that writes a new value of a view into the tensor it views.
+    """Builds the function that writes a view's new value into the viewed tensor.
 
     Args:
         node: the fx node that made the view.

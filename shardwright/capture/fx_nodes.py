@@ -11,7 +11,7 @@ from shardwright.ir.operator import TensorMeta
 
 
 def map_arguments(function: Callable[[Any], Any], value: Any) -> Any:
-    """Applies a function to every leaf of nested arguments, and returns them in the same nesting."""
+    """Applies a function to every leaf of nested arguments. The nesting stays."""
     if isinstance(value, (list, tuple)):
         mapped = [map_arguments(function, v) for v in value]
         return tuple(mapped) if isinstance(value, tuple) else mapped

@@ -60,7 +60,7 @@ class Assignment:
 
 @dataclass
 class SavedState:
-    """The Python values that a module reaches, as they were before a capture."""
+    """Python values that a module reaches, as they were before a capture."""
 
     root: nn.Module
     of_caches: bool = False  # whether the caches of functions are looked at, too

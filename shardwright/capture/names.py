@@ -11,7 +11,7 @@ from shardwright.ir.operator import Operator
 
 
 class Names:
-    """The names of a graph's values. No name is given twice."""
+    """Names of a graph's values. No name is given twice."""
 
     def __init__(self) -> None:
         self.taken: dict[str, int] = {}  # name -> how often it has been asked for
@@ -31,7 +31,7 @@ class Names:
 
 
 def numbered(nodes: list[Node], names: Names) -> tuple[list[Node], dict[str, str]]:
-    """Renames values in the order in which they are made, as if dropped operators had never existed.
+    """Renames values in the order in which they are made, without gaps for dropped operators.
 
     Returns:
         The nodes, and old name -> new name of every value they make.

@@ -54,7 +54,7 @@ class _ByIdentity:
 
 
 class PythonState:
-    """The Python values that a root module, or the function that it holds, reads.
+    """Python values that a root module, or the function that it holds, reads.
 
     Args:
         root: the module that is captured.
@@ -167,7 +167,7 @@ class PythonState:
             self._function(own["forward"])
 
     def _class(self, cls: type) -> None:
-        """Reads the plain attributes of a class that the user wrote, and what its functions read."""
+        """Reads the plain attributes of a user's class, and what its functions read."""
         if id(cls) in self._known or _is_of_library(cls.__module__):
             return
         self._known.add(id(cls))
@@ -206,7 +206,7 @@ class PythonState:
                 self._named(f"{type(value).__name__}.{name}", held)
 
     def _function(self, function: Any) -> None:
-        """Reads the globals and cells of a user's function, and those of the functions it calls."""
+        """Reads the globals and cells of a user's function and of the functions it calls."""
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or function in self._functions:
             return
@@ -312,7 +312,7 @@ class _Array:
 
 
 class _Globals:
-    """The values of some names of a module, which compare with a tuple of earlier values."""
+    """Values of some names of a module, which compare with a tuple of earlier values."""
 
     def __init__(self, scope: dict[str, Any], read: Callable[[Any], tuple[Any, ...]]):
         self.scope, self.read = scope, read
@@ -342,7 +342,7 @@ def _is_of_library(module: str) -> bool:
 
 
 def _has_readable_attributes(value: Any) -> bool:
-    """Tells whether an object is a plain bag of values that code may read, such as a configuration."""
+    """Tells whether an object is a plain bag of values, such as a configuration."""
     if isinstance(value, (nn.Module, type, types.ModuleType, enum.Enum, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):

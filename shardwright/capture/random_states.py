@@ -52,7 +52,7 @@ def _generators(module: nn.Module) -> Iterator[_Generator]:
 
 @contextmanager
 def randomness_refused(module: nn.Module, rerun: Callable[[], Any]) -> Iterator[None]:
-    """Refuses, after the block, random numbers that Python or NumPy drew in it, and seeds that were set.
+    """Refuses, after the block, random numbers that Python or NumPy drew in it. Seeds that were set are refused too.
 
     Args:
         rerun: repeats the block, so that the line that drew can be found.

@@ -1,4 +1,4 @@
-"""Errors for what a captured callable does and a graph cannot hold, with the user's line."""
+"""Errors for what a graph cannot hold, with the user's line."""
 
 from __future__ import annotations
 

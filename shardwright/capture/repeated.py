@@ -41,6 +41,9 @@ def capture_repeated(
     :func:`capture`. The model is left as it was. Not seen is a layer that is treated otherwise because of its number by
     code that none of the modules around it holds.
 
+    Args:
+        root, args, kwargs, device, marks: see :func:`capture`.
+
     >>> net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
     >>> len(capture_repeated(net, (torch.ones(2, 4),), {}, torch.device("cpu")).nodes)
     6
@@ -83,7 +86,7 @@ def _expanded(few: Graph, runs: Sequence[Run], counts: Sequence[int], by_path: d
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a value of a run: its copy, and its position among that copy's values."""
+    """A place of a value of a run: its copy, and its position among that copy's values."""
 
     run: int
     copy: int

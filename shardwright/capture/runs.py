@@ -54,7 +54,7 @@ def is_within(path: str, module: str) -> bool:
 
 
 def find_runs(root: nn.Module, marks: Mapping[nn.Module, Mark], least: int) -> list[Run]:
-    """Finds the runs of at least ``least`` modules, outermost only, in lists whose callers do not count."""
+    """Finds the outermost runs of at least ``least`` modules. Their lists' callers must not count."""
     return _Finder(root, marks, least).runs
 
 
@@ -122,7 +122,7 @@ class _Finder:
         return all(x is y if x is None or y is None else self._same(x, y) for x, y in pairs)
 
     def _ties(self, path: str, module: nn.Module) -> list[Any]:
-        """Maps each tensor of a module to its first place in it, or to itself if it is used elsewhere too."""
+        """Maps each tensor of a module to its first place in it. A tensor that is used elsewhere too maps to itself."""
         first: dict[int, int] = {}
         result: list[Any] = []
         for i, (_, tensor) in enumerate(_tensors(module)):

@@ -22,7 +22,7 @@ COPY, BATCH = "shardwright_copy", "shardwright_batch"
 
 @dataclass
 class Session:
-    """The marked calls met during one capture; ``calls[i]`` is the mark of call ``i``.
+    """Marked calls met during one capture; ``calls[i]`` is the mark of call ``i``.
 
     ``counts[i]`` and ``results[i]`` are the numbers of tensors that the call takes and returns.
     """

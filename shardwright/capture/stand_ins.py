@@ -22,7 +22,7 @@ _said: set[str] = set()  # source lines whose checkpoints have been noted
 
 
 def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
-    """Lists owner, name and replacement of each part of torch that is watched by replacing it."""
+    """Lists owner, name and replacement of each replaced part of torch."""
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if watch.is_in_callable and cls is CheckpointFunction:

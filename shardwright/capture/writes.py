@@ -27,7 +27,7 @@ from shardwright.errors import CaptureError
 
 
 class Writes:
-    """Emits what operators that write to a tensor compute, and passes the new value to all views of its memory.
+    """Emits what writing operators compute. All views of the written memory get the new value.
 
     Args:
         emitter: appends to the graph that is being made.
@@ -117,7 +117,7 @@ class Writes:
         return _source(node) or module_path(node) or str(getattr(self.module, "name", type(self.module).__name__))
 
     def _with_gradient(self, node: fx.Node, destination: fx.Node, old: str, new: str) -> str:
-        """Returns a written value, with a gradient of zeros to the old value where autograd has one."""
+        """Returns a written value. It gets a gradient of zeros if only the old value has one."""
         if not self.emitter.context[1] or self.emitter.tracked(destination).parent is not None:
             return new  # for a view, the rest of the viewed tensor keeps its gradient
         needing = self.emitter.needs_gradient()
@@ -169,7 +169,7 @@ class Writes:
         return self.emitter.emit(node, operators.TO_DTYPE, new, meta.dtype)
 
     def _keep_for_backward(self, node: fx.Node, destination: fx.Node) -> None:
-        """Makes a write to an input work on a copy if autograd may save the input. The input itself is changed at the end."""
+        """Makes a write to an input work on a copy if autograd may save it. The input itself is changed at the end."""
         root = self.emitter.tracked(destination)
         while root.parent is not None:
             root = self.emitter.tracked(root.parent)

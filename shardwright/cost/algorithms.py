@@ -36,7 +36,7 @@ Table = tuple[Row, ...]
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fastest algorithms of a machine.
+    """Fastest algorithms of a machine.
 
     Bytes are those of the tensor of an all-reduce, of the whole tensor of a reduce-scatter or all-gather, and those that a
     member sends in an exchange.
@@ -54,7 +54,7 @@ class Calibration:
     origin: str = "measured"
 
     def choose(self, operation: str, ranks: int, nbytes: int, allowed: Collection[str]) -> str:
-        """Returns the fastest of the allowed algorithms, by the measurements of the nearest number of ranks.
+        """Returns the fastest of the allowed algorithms. Measurements of the nearest number of ranks decide.
 
         Args:
             operation: the collective, such as ``all_reduce``.

@@ -56,7 +56,7 @@ class CollectivePrice:
 
 @dataclass
 class _Lines:
-    """The cheapest lines of each class of redistributions, ``(N, K)``.
+    """Cheapest lines of each class of redistributions, ``(N, K)``.
 
     Seconds are ``fixed + bytes * (source * unevenness of the source + target * that of the target)``, where ``bytes`` are those
     of the whole tensor, and the busiest rank sends ``bytes`` times ``sent``.
@@ -68,7 +68,7 @@ class _Lines:
     sent: Array
 
     def lowest(self, rows: Array, nbytes: float) -> tuple[Array, Array, Array, Array]:
-        """Returns the number of the lowest line for a tensor of so many bytes, for some classes."""
+        """Returns the numbers of the lowest lines for a tensor of so many bytes."""
         fixed, source, target = self.fixed[rows], self.source[rows], self.target[rows]
         best = np.argmin(fixed + nbytes * (source + target), axis=1)
         at = np.arange(len(rows)), best
@@ -187,7 +187,7 @@ class Communication:
     # -- single collectives -----------------------------------------------------------------------------------------
 
     def all_reduce(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Prices the sum of tensors of ``nbytes``, a number or an array, over axes given by position, in seconds."""
+        """Prices the sum of tensors of ``nbytes``, over axes given by position, in seconds."""
         return self._collective(nbytes, axes, -2, -1)
 
     def all_gather(self, nbytes: Any, axes: Sequence[int]) -> Any:
@@ -195,7 +195,7 @@ class Communication:
         return self._collective(nbytes, axes, 0, -1)
 
     def reduce_scatter(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Prices the sum of tensors of ``nbytes``, of which every rank then keeps its piece, in seconds."""
+        """Prices the sum of tensors of ``nbytes``, in seconds. Every rank keeps its piece of it."""
         return self._collective(nbytes, axes, -2, 0)
 
     def _collective(self, nbytes: Any, axes: Sequence[int], before: int, after: int) -> Any:
@@ -294,7 +294,7 @@ class Communication:
 
 @lru_cache(maxsize=16)
 def _random_numbers(axes: int) -> Array:
-    """Returns a number for each mask before and after, 0 for none, and after these as many for the pending sums."""
+    """Returns a random number per mask before and after, 0 for none. As many for the pending sums follow."""
     numbers = np.random.default_rng(axes).integers(1, 1 << 63, size=2 << (2 * axes), dtype=np.uint64)
     numbers[0] = 0
     return numbers

@@ -85,7 +85,7 @@ def _convolution_seconds(
 def _memory_bound_backward(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, needs_grad: Sequence[bool]
 ) -> Array:
-    """Prices reading the output's gradient and the saved tensors, and writing a gradient for each input that needs one."""
+    """Prices a backward by memory. It reads the output's gradient and saved tensors, and writes the inputs' gradients."""
     if traits_of(op).backward == "handed on":
         summed = [meta.numel < op.outputs[0].numel and wanted for meta, wanted in zip(op.inputs, needs_grad)]
         is_broadcast = family(op) != "reduce"

@@ -28,7 +28,7 @@ _COLOURS = 3
 
 
 class Channels(NamedTuple):
-    """The channels of a convolution, as numbers or as arrays over choices.
+    """Channels of a convolution, as numbers or as arrays over choices.
 
     Args:
         made, read: channels of a group, of the output and of the input.

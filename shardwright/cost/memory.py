@@ -250,7 +250,7 @@ def _all_reduce(
 
 
 def arriving_bytes(piece: float, members: int) -> float:
-    """Computes the bytes that a member holds of the data for its piece from gloo's other members: at most two parts of each.
+    """Computes the bytes in flight to a member for its piece. From each other member they are at most two parts.
 
     >>> arriving_bytes(3 << 20, 4) / 2**20, arriving_bytes(100 << 20, 4) / 2**20
     (9.0, 12.0)

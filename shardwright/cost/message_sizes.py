@@ -45,7 +45,7 @@ def chunks_of_chain(nbytes: float) -> int:
 
 
 def parts_of_piece(nbytes: float, members: int) -> int:
-    """Counts the parts in which each of the other members sends a piece of so many bytes.
+    """Counts the parts in which each other member sends a piece of so many bytes.
 
     >>> parts_of_piece(3 << 20, 4), parts_of_piece(100 << 20, 4)
     (2, 50)
@@ -54,7 +54,7 @@ def parts_of_piece(nbytes: float, members: int) -> int:
 
 
 def may_hold_copies(nbytes: float, members: int) -> bool:
-    """Tells whether one member may hold a tensor of so many bytes from each other member."""
+    """Tells whether one member may hold such a tensor from each other member."""
     return (members - 1) * nbytes <= MOST_COPIES
 
 

@@ -17,7 +17,7 @@ from shardwright.rules.traits import traits_of
 
 @dataclass(frozen=True)
 class Saved:
-    """The tensors that the backward of one operator call needs.
+    """Tensors that the backward of one operator call needs.
 
     Args:
         inputs, outputs: positions of the tensors that are saved.
@@ -102,7 +102,7 @@ def frozen(value: Any) -> Hashable:
 
 
 def _known(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> Saved | None:
-    """Returns what the kernels of real devices save where the meta device decomposes the operator instead."""
+    """Returns what real devices' kernels save where the meta device decomposes the operator."""
     if not any(needs_grad):
         return None
     rows = op.inputs[0].shape[:-1] if op.inputs else ()
@@ -190,7 +190,7 @@ def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) ->
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Returns a key of a tensor's memory, equal for its views, as long as both are alive."""
+    """Returns a key of a tensor's memory, equal for its views. It is valid while both are alive."""
     return tensor.untyped_storage()._cdata
 
 

@@ -80,7 +80,14 @@ def make_choice(
 
 
 def late_layout(signature: Signature, index: int, output: Layout, op: Operator) -> Layout:
-    """Returns the layout of an input that is combined with the reduced output. Its dims are split as the output's."""
+    """Returns the layout of an input that is combined with the reduced output. Its dims are split as the output's.
+
+    Args:
+        signature: the operator's rule.
+        index: position of the input.
+        output: layout of the reduced output.
+        op: the operator.
+    """
     where = {factors: dim for dim, factors in enumerate(signature.outputs[0]) if factors}
     dims, sizes = [], []
     for factors in signature.inputs[index]:

@@ -88,7 +88,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Wire:
-    """The dtypes in which a move travels, where they differ from the value's dtype.
+    """Dtypes in which a move travels, where they differ from the value's dtype.
 
     Args:
         forward: dtype that the value is cast to before it moves; ``result``: dtype after it.
@@ -100,7 +100,9 @@ class Wire:
     backward: torch.dtype
 
     def of(self, phase: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Returns the dtype in which a value of ``dtype``, or its gradient, travels in a phase, and its dtype after."""
+        """Returns the dtype in which a value of ``dtype`` travels, and its dtype after. In the backward phase the value is a
+        gradient.
+        """
         return (self.backward, dtype) if phase == "backward" else (self.forward, self.result)
 
 
@@ -136,7 +138,7 @@ class Move:
         return self.redistribution.backward if phase == "backward" else self.redistribution.forward
 
     def dtypes(self, phase: str) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-        """Returns the dtype of what moves and the dtype of the result, in the phase ``forward`` or ``backward``."""
+        """Returns the dtypes before and after the move, in the phase ``forward`` or ``backward``."""
         result = self.dtype if self.wire is None else self.wire.result
         travels = self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]
         return (result, travels, self.dtype) if phase == "backward" else (self.dtype, travels, result)
@@ -200,7 +202,7 @@ class StartMoves:
 
 @dataclass(frozen=True)
 class FusedMoves:
-    """Moves of one kind over the same axes that share their collectives, in the forward and in the backward pass."""
+    """Moves of one kind over the same axes that share their collectives. They do so in the backward pass too."""
 
     moves: tuple[Move, ...]
 
@@ -297,7 +299,7 @@ def writes(*positions: int) -> Callable[[F], F]:
 
 
 class PerRank:
-    """One argument that each rank computes for itself, such as a local size or an offset.
+    """An argument that each rank computes for itself, such as a local size or offset.
 
     Args:
         of: the value on a given rank.

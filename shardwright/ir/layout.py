@@ -38,7 +38,7 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 class Layout:
-    """The placement of a tensor over a device matrix with named axes.
+    """Placement of a tensor over a device matrix with named axes.
 
     It is made in two steps, first from a device matrix, then from one entry per dim:
 
@@ -186,7 +186,7 @@ class Layout:
         return not self.partial and not any(self.bound)
 
     def pieces(self, dim: int, size: int) -> tuple[int, ...]:
-        """Computes the sizes of the pieces of ``dim``, of global size ``size``, the most significant first."""
+        """Computes the sizes of the pieces of ``dim``, the most significant first. ``size`` is its global size."""
         axes = self.bound[dim]
         explicit = self.sizes[dim]
         if explicit is not None:
@@ -200,7 +200,7 @@ class Layout:
         return chunk_pieces(size, tuple(self.mesh.axis_size(a) for a in axes))
 
     def slices(self, shape: Sequence[int]) -> dict[int, tuple[slice, ...]]:
-        """Returns, for every rank, the slice of each dim that it holds of a tensor of global ``shape``."""
+        """Returns the slice of each dim of a tensor of global ``shape``, for every rank."""
         return {rank: tuple(slice(a, b) for a, b in bounds) for rank, bounds in _bounds(self, tuple(shape)).items()}
 
     def bounds(self, shape: Sequence[int]) -> dict[int, tuple[tuple[int, int], ...]]:

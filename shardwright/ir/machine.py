@@ -33,7 +33,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices of a cluster, all alike.
+    """A cluster's devices, all alike, and their links.
 
     Args:
         flops: peak operations per second, by dtype name.
@@ -71,7 +71,7 @@ class Machine:
     channel_block: float = 1.0
 
     def exposed(self, gather: Any, reduction: Any) -> Any:
-        """Returns the seconds of a parameter's gather and its gradient's reduction that do not hide behind computing."""
+        """Returns the seconds of parameter gathers and gradient reductions that computing does not hide."""
         return gather * (1 - self.gather_overlap) + reduction * (1 - self.overlap)
 
     def peak(self, dtype: str) -> float:

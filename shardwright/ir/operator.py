@@ -89,7 +89,7 @@ class Operator:
 
     @property
     def has_gradient(self) -> bool:
-        """True if a gradient flows back through the call, provided that its result's dtype permits one."""
+        """True if a gradient flows back through the call. Its result's dtype must permit one too."""
         library, _, name = self.name.partition(".")
         if library != "aten":
             return True

@@ -33,7 +33,7 @@ class ProgramPass:
 
 @dataclass(frozen=True)
 class Search:
-    """The search that found a plan.
+    """A search that found a plan.
 
     Args:
         seconds: modelled time per step.

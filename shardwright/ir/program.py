@@ -18,7 +18,7 @@ from shardwright.ir.rank_groups import RankGroups
 
 @dataclass(frozen=True)
 class LocalProgram:
-    """The local program that one rank runs.
+    """A program that one rank runs.
 
     ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
     each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
@@ -71,7 +71,7 @@ class LocalProgram:
 
     @property
     def kept_slices(self) -> list[KeepSliceForBackward]:
-        """Every instruction that keeps only a slice of a value for the backward pass, in order."""
+        """Every instruction that keeps only a slice for the backward pass, in order."""
         return [i for i in self.instructions if isinstance(i, KeepSliceForBackward)]
 
     @property

@@ -62,7 +62,7 @@ def _edges(moves: Sequence[Move]) -> str:
 
 
 def _what(move: Move) -> str:
-    """Returns the steps of a move, and the dtypes in which it travels if they differ from its own."""
+    """Returns the steps of a move. It adds the dtypes in which it travels if they differ from its own."""
     return f"{str(move.redistribution)!r}{_wire_text(move)}"
 
 

@@ -29,7 +29,7 @@ def number(keys: Sequence[Any]) -> RankGroups:
 
 @lru_cache(maxsize=4096)
 def of_axes(mesh: Mesh, axes: frozenset[str]) -> RankGroups:
-    """Returns the rank groups, indexed by rank, in which ranks at the same place on ``axes`` share one."""
+    """Returns the rank groups, indexed by rank, that share a place on ``axes``."""
     keys: list[Any] = [None] * mesh.size
     for rank in mesh.ranks:
         coords = mesh.coordinates(rank)
@@ -44,7 +44,7 @@ def of_layout(layout: Layout, also: Sequence[str] = ()) -> RankGroups:
 
 @lru_cache(maxsize=65536)
 def join(*lanes: RankGroups) -> RankGroups:
-    """Returns the rank groups in which ranks share one if they share one in every argument."""
+    """Returns the rank groups of ranks that share a group in every argument."""
     return lanes[0] if len(set(lanes)) == 1 else number(list(zip(*lanes, strict=True)))
 
 

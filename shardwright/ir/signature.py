@@ -31,7 +31,7 @@ Split = tuple[tuple[str, ...], "tuple[int, ...] | None"]
 
 @dataclass(frozen=True)
 class Signature:
-    """The rule of one operator call.
+    """A rule for one operator call.
 
     Args:
         inputs, outputs: for every tensor, for every dim, its factors, most significant first; ``()`` for a dim that
@@ -81,12 +81,12 @@ class Signature:
         return factor not in self.whole
 
     def conflicting_factor(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
-        """Finds a factor that some of these axes already split and that forbids splitting ``factor`` by them."""
+        """Finds a factor that forbids splitting ``factor`` by these axes. Some of them split it already."""
         others = (f for f, (a, _) in split.items() if f != factor and set(a) & set(axes))
         return next((f for f in others if not {f, factor} <= self.tied), None)
 
     def layouts(self, mesh: Mesh, split: Mapping[str, Split]) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
-        """Computes the layouts of inputs and outputs when each factor in ``split`` is split by its axes and piece sizes."""
+        """Computes the layouts of inputs and outputs. Each factor in ``split`` is split by its axes and piece sizes."""
         inputs = tuple(self._layout(tensor, mesh, split, ()) for tensor in self.inputs)
         summed = [(a, "sum") for f, (axes, _) in split.items() if f in self.summed for a in axes]
         return inputs, tuple(self._layout(tensor, mesh, split, summed) for tensor in self.outputs)

@@ -23,7 +23,7 @@ Speed = tuple[float, float]
 
 @dataclass(frozen=True)
 class Links:
-    """The links between ranks.
+    """Speeds of the links between ranks.
 
     Args:
         launch: seconds to start any collective.

@@ -182,7 +182,9 @@ def _low(mask: Array) -> Array:
 
 
 def _shrink(net: Network, paths: Paths, slices_only: bool = False) -> Paths:
-    """Slices dims by replicated axes and reduce-scatters them by pending ones, as far as the target's axes continue these."""
+    """Slices dims by replicated axes and reduce-scatters them by pending ones. It goes as far as the target's axes continue
+    these.
+    """
     now, target = paths.now, paths.target
     busy = (paths.split() | paths.kept)[:, None]
     pending = paths.pending[:, None]
@@ -299,7 +301,7 @@ def _arrive(net: Network, paths: Paths, may_move_more: bool) -> Iterator[Paths]:
 
 
 def _transfer(net: Network, paths: Paths, later: Array) -> tuple[Paths, Array]:
-    """Adds a transfer to the target, still split at the end of its dims by the axes that are gathered ``later``.
+    """Adds a transfer to the target. Dims stay split at their end by the axes that are gathered ``later``.
 
     Returns the paths and whether each moves no more than must be moved.
     """

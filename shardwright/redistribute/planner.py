@@ -51,7 +51,7 @@ _CHEAPER = 1 - 1e-9
 
 @dataclass(frozen=True)
 class Options:
-    """The rules and prices of redistributions.
+    """Limits and prices for redistributions.
 
     Args:
         links: prices of messages.
@@ -111,7 +111,13 @@ class _Planner:
     def then(
         self, path: Path, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum"
     ) -> Path:
-        """Returns the path with one more step."""
+        """Returns the path with one more step.
+
+        Args:
+            path: the path so far.
+            kind, axes, dims, op: see :class:`~shardwright.ir.step.Step`.
+            after: layout after the step.
+        """
         step = Step(kind, tuple(axes), path.now, after, dims, op)
         if step not in self.prices:
             self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
@@ -157,7 +163,7 @@ class _Planner:
             yield from self._moved_then_reduced(sliced)
 
     def split(self, path: Path, slices_only: bool = False) -> Path:
-        """Slices dims by replicated axes and reduce-scatters them by partial ones, as far as the target does.
+        """Slices dims by replicated axes and reduce-scatters them by partial ones. It goes as far as the target does.
 
         Slices first: they cost nothing and make what follows smaller. A rank keeps all it has of its target piece.
         """
@@ -236,7 +242,7 @@ class _Planner:
                 yield from self.moved(self.split(reduced))
 
     def _finer(self, now: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
-        """Splits a dim of ``now`` by these axes too, into the target's explicit sizes only if each lies within a piece."""
+        """Splits a dim of ``now`` by these axes too. It uses the target's explicit sizes only if each lies within a piece."""
         after = _with_dim(now, self.target, dim, now.bound[dim] + axes, reduced)
         return after if _refines(after, now, dim, self.shape) else _with_dim(now, now, dim, now.bound[dim] + axes, reduced)
 
@@ -288,7 +294,7 @@ class _Planner:
             yield _with_dim(layout, layout, dim, (*layout.bound[dim], *spare))
 
     def transfer(self, path: Path, after: Layout) -> Path:
-        """Returns the path with one step in which every rank gets what it lacks, of the most specific kind."""
+        """Returns the path with one step in which every rank gets what it lacks. Its kind is the most specific one."""
         now = path.now
         if now.mesh == after.mesh:
             dims = _one_to_one(now, after, self.shape)
@@ -306,7 +312,9 @@ class _Planner:
         return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
-        """Yields paths with the remaining gathers, joined in one, dim by dim or one axis at a time, the slowest links first."""
+        """Yields paths with the remaining gathers, the slowest links first. They are joined in one, dim by dim, or one axis at
+        a time.
+        """
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
         if self.is_hopeless(path, messages=1 if left else 0):
             return

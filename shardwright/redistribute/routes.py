@@ -41,7 +41,7 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 
 @lru_cache(maxsize=4096)
 def exchange_routes(source: Layout, target: Layout, shape: tuple[int, ...]) -> tuple[Route, ...]:
-    """Lists the routes of an exchange, ``(from rank, to rank, region of the global tensor)``, in a fixed order.
+    """Lists the routes of an exchange in a fixed order. Each is ``(from rank, to rank, region of the global tensor)``.
 
     A rank keeps what it has (a route to itself). What it lacks comes from one of the ranks that hold it: of the nearest
     (those that share the most leading coordinates of the mesh), the one that sends least so far. Regions of a target

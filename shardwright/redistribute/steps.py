@@ -52,7 +52,7 @@ def redistribution(
 
 @lru_cache(maxsize=65536)
 def steps_between(source: Layout, target: Layout, shape: tuple[int, ...], options: Options = DEFAULT) -> tuple[Step, ...]:
-    """Finds the cheapest steps that turn values laid out as ``source`` into ``target``, over the same ranks or others.
+    """Finds the cheapest steps from ``source`` to ``target``, over the same ranks or others.
 
     Partial axes of ``target`` must be partial in ``source``: a pending reduction is done or kept, never invented.
 

@@ -63,7 +63,7 @@ def largest(layout: Layout, shape: Shape) -> int:
 
 
 def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:
-    """Counts the elements of each target piece that its rank does not hold in the source, by target position."""
+    """Counts the elements of each target piece that its rank lacks. They are in the order of target positions."""
     if source.mesh.ranks == target.mesh.ranks:
         wanted = common = _ONE
         for have, want in zip(boxes(source, shape), boxes(target, shape), strict=True):
@@ -89,7 +89,7 @@ def _lacked_elsewhere(source: Layout, target: Layout, shape: Shape) -> Ints:
 
 
 def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
-    """Tells whether every rank of the target can cut its piece out of what it holds."""
+    """Tells whether every rank of the target already holds its piece."""
     if set(source.mesh.ranks) != set(target.mesh.ranks):
         return False
     position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
@@ -124,7 +124,7 @@ def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:
 
 
 def received_elements(step: Step, shape: Shape) -> int:
-    """Counts the elements all ranks together receive in one step, by the bandwidth-optimal algorithm of its collective."""
+    """Counts the elements that all ranks together receive in one step, by its collective's bandwidth-optimal algorithm."""
     if not step.communicates:
         return 0
     if step.kind in TRANSFERS or step.kind == "all_gather":
@@ -143,7 +143,7 @@ def groups_that_communicate(step: Step, shape: Shape) -> list[list[int]]:
 
 
 def sent_elements(step: Step, shape: Shape) -> int:
-    """Counts the elements the busiest rank sends in one step, by the bandwidth-optimal algorithm of its collective.
+    """Counts the elements that the busiest rank sends in one step. Its collective's algorithm is the bandwidth-optimal one.
 
     All-reduce ``2 (n-1)/n`` of the local tensor, all-gather and all-to-all and reduce-scatter ``(n-1)/n`` of the
     larger end, an exchange what its busiest rank must receive or send. Source: Thakur, Rabenseifner and Gropp,

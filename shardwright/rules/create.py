@@ -59,7 +59,7 @@ def _scalar_rule(op: Operator) -> Signature | None:
 
 
 def _created(op: Operator, lowering: Any) -> Signature | None:
-    """Builds a rule with free dims in the output, and inner ones in inputs whose values are not read."""
+    """Builds a rule with free output dims. Inputs whose values are not read have inner dims."""
     if len(op.outputs) != 1 or len(op.inputs) > 1:
         return None
     inputs = ", ".join(" ".join(f"i{n}_{d}~" for d in range(len(m.shape))) for n, m in enumerate(op.inputs))
@@ -109,11 +109,11 @@ def _eye(local: Local) -> tuple[Ref, ...]:
 
 
 def eye_block(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: Any = None) -> Tensor:
-    """Computes a block of an identity matrix, with its ones on this diagonal of the block.
+    """Computes a block of an identity matrix, with its ones on this diagonal.
 
     Args:
         rows, columns: size of the block.
-        diagonal: number of the diagonal with the ones, 0 for the main one.
+        diagonal: number of the block's diagonal with the ones, 0 for the main one.
         dtype, device: of the result.
 
     >>> eye_block(2, 3, 1, torch.int64)

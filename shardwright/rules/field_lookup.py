@@ -55,7 +55,7 @@ def _lookup(local: Local) -> tuple[Ref, ...]:
 
 
 def rows_of_piece(table: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
-    """Looks up rows in a piece of a table that starts at row ``first``, by indices into the whole table.
+    """Looks up rows in a piece of a table, by indices into the whole table.
 
     Args:
         table: local rows ``first, first + 1, ...``.

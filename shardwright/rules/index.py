@@ -125,7 +125,7 @@ def _index_select_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.scatter", "aten.scatter_reduce")
 def _scatter_rule(op: Operator) -> Signature | None:
-    """Keeps the dim that is written along whole everywhere, and dims in which the sizes differ."""
+    """Keeps the dim that is written along whole, and dims in which the sizes differ."""
     return _scattered(op, "!")
 
 
@@ -230,7 +230,7 @@ def _index_put_rule(op: Operator) -> Signature | None:
 
 
 class _IndexPlan:
-    """The factors of ``x[indices]``.
+    """Factors of ``x[indices]``.
 
     Args:
         source: factors of ``x``: the indexed dims whole.
@@ -260,7 +260,7 @@ class _IndexPlan:
         return _IndexPlan(with_dims(dims, {d: f"x{d}!" for d in indexed}), indices, looked_up, result)
 
     def sizes(self, op: Operator) -> dict[str, int]:
-        """Returns the sizes of the factors of the result, for operators that do not return it."""
+        """Returns the sizes of the result's factors, for operators that do not return it."""
         sizes = dict(zip(self.source, op.inputs[0].shape))
         for names_, meta in zip(self.indices, op.inputs[1:]):
             for name, size in zip(names_, meta.shape):

@@ -1,4 +1,4 @@
-"""Rules of operators that join, cut, pad or partly write tensors, or move elements within them.
+"""Rules of operators that join, cut, pad or partly write tensors, or move elements.
 
 A dim that is cut, joined, shifted or padded is whole; every other dim is free. All are linear, so they run on pending sums;
 only padding with a value other than zero is not.
@@ -64,7 +64,7 @@ def _joined_dim(op: Operator) -> int:
 
 
 def _aligned(op: Operator, dims: list[str], ndim: int, index: int) -> list[str]:
-    """Aligns the dims of an input that has fewer dims than the output with the output's."""
+    """Aligns the dims of an input that has fewer than the output."""
     if op.name in ("aten.vstack", "aten.row_stack"):
         return dims[1:] if ndim else []
     if op.name == "aten.dstack":
@@ -141,7 +141,7 @@ def _slice_rule(op: Operator) -> Signature | None:
 
 
 def _keep_all(local: Local) -> Ref:
-    """Replaces bounds that keep the whole dim, since they would cut, or miss, a local piece of it."""
+    """Replaces bounds that keep the whole dim. They would cut, or miss, a local piece of it."""
     return local.call(torch.ops.aten.alias.default, local.inputs[0])
 
 

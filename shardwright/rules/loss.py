@@ -66,7 +66,7 @@ def _summable(local: Local, dtype: torch.dtype) -> Ref:
 
 @dataclass(frozen=True)
 class Terms:
-    """The parts of a classification loss.
+    """Parts of a classification loss.
 
     Args:
         kind: ``logits`` (cross-entropy), ``probabilities`` (cross-entropy with targets of all classes) or
@@ -249,7 +249,9 @@ def _sums_of_probabilities(scores: Tensor, peak: Tensor, target: Tensor, weight:
 
 
 class Exponentials(torch.autograd.Function):
-    """Computes the sum of ``exp(score - peak)`` over local classes, and ``score - peak`` at the target. It saves one tensor."""
+    """Computes the sum of ``exp(score - peak)`` over local classes. It also returns ``score - peak`` at the target, and saves
+    one tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, peak: Tensor, index: Tensor, dim: int) -> tuple[Tensor, Tensor]:

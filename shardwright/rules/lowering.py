@@ -40,7 +40,7 @@ class Local(Protocol):
         ...
 
     def same_call(self, **changes: Any) -> tuple[Ref, ...]:
-        """Emits the operator's own call on the local inputs, with some arguments replaced by schema name."""
+        """Emits the operator's own call on the local inputs. ``changes`` replaces arguments by schema name."""
         ...
 
     def move(
@@ -108,6 +108,6 @@ def overload_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def overload_for_part(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the overload that does the same for any strides, since a part may have others."""
+    """Returns the overload that does the same for any strides. A part may have others."""
     found: Callable[..., Any] = _OF_ANY_STRIDES.get(target, target)
     return found

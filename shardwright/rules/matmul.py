@@ -62,7 +62,7 @@ def _linear_with_bias(local: Local) -> Any:
 
 @rule_for("aten.addmm", "aten.addmv", "aten.addbmm", "aten.baddbmm")
 def _add_product(op: Operator) -> Signature:
-    """Builds the rule of ``beta · input + alpha · product``, with the input broadcast to the product."""
+    """Builds the rule of ``beta · input + alpha · product``. The input is broadcast to the product."""
     product, result = {
         "aten.addmm": ("m k+, k+ n", "m n"),
         "aten.addmv": ("m k+, k+", "m"),
@@ -138,7 +138,7 @@ def _extra(term: str, shape: tuple[int, ...]) -> int:
 
 
 def _spell(term: str, extra: int) -> list[str]:
-    """Returns the factors of a term, its ellipsis as ``extra`` factors that line up from the right."""
+    """Returns the factors of a term. Its ellipsis becomes ``extra`` factors that line up from the right."""
     before, found, after = term.partition("...")
     middle = [f"_{i}" for i in reversed(range(extra))] if found else []
     return [*before, *middle, *after]

@@ -111,13 +111,13 @@ def _optional(local: Local, name: str) -> Ref | None:
 
 
 def _counts(local: Local) -> list[int]:
-    """Counts the elements per channel of each piece of the batch, in the order of pieces."""
+    """Counts the elements per channel of each piece of the batch, in order."""
     shape = local.op.inputs[0].shape
     return [piece * math.prod(shape[2:]) for piece in local.input_layouts[0].pieces(0, shape[0])]
 
 
 def _pieces_layout(local: Local) -> Layout:
-    """Returns the layout of the statistics of every piece of the batch, of global shape ``(pieces, 2, C)``."""
+    """Returns the layout of the statistics of all pieces, of global shape ``(pieces, 2, C)``."""
     layout = local.input_layouts[0]
     return Layout.of(local.mesh, (local.axes_of("n"), (), layout.bound[1]), (), (None, None, layout.sizes[1]))
 
@@ -133,7 +133,8 @@ def piece_statistics(x: Tensor) -> Tensor:
 
 
 def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Merges ``(pieces, 2, C)`` statistics of ``counts`` elements each into the mean and variance of all.
+    """Merges statistics of several pieces into mean and variance. They have shape ``(pieces, 2, C)``, of ``counts`` elements
+    each.
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
@@ -145,7 +146,7 @@ def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor
 
 
 def normalised(x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Computes ``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from the statistics of all pieces.
+    """Computes ``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from all pieces' statistics.
 
     Args:
         x: the local input.

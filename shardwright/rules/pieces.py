@@ -55,7 +55,14 @@ def of_sizes(function: Callable[..., Any], *sizes: PerRank | int) -> PerRank | i
 
 
 def start(local: Local, tensor_is_output: bool, index: int, dim: int) -> PerRank | int:
-    """Returns where the local piece of a dim starts; 0 if the dim is whole."""
+    """Returns where the local piece of a dim starts; 0 if the dim is whole.
+
+    Args:
+        local: the call.
+        tensor_is_output: whether the tensor is an output.
+        index: its position among outputs or inputs.
+        dim: the dim.
+    """
     layout = (local.output_layouts if tensor_is_output else local.input_layouts)[index]
     return local.offset(tensor_is_output, index, dim) if layout.bound[dim] else 0
 
@@ -129,7 +136,7 @@ def unless_result_is_empty(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Like :func:`unless_empty`, but returns zeros only if the results are empty."""
+    """Calls :func:`unless_empty` if some result is empty, else the function."""
     if all(0 not in shape for shape in shapes):
         return function(*args, **kwargs)
     return unless_empty(function, shapes, dtypes, *args, **kwargs)

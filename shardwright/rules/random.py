@@ -69,7 +69,7 @@ def _dropout(local: Local) -> Ref:
 
 
 def _piece_of_features(local: Local, noise: Ref) -> Ref:
-    """Returns the local piece of noise that has size 1 in all but the first two dims."""
+    """Returns the local piece of noise with size 1 after the first two dims."""
     axes, ndim = local.output_layouts[0].bound, len(local.op.outputs[0].shape)
     if not any(axes[:2]):
         return noise

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def filled(method: str, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, *args: Any) -> Tensor:
-    """Fills a new tensor of this shape and memory order by a random in-place method such as ``normal_``.
+    """Fills a new tensor by a random in-place method such as ``normal_``. It has this shape and memory order.
 
     Args:
         method: its name; positional arguments follow after ``device``.
@@ -55,7 +55,7 @@ def dropout_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtyp
 
 
 def apply_dropout(x: Tensor, noise: Tensor, p: float) -> Tensor:
-    """Sets what the noise drops in ``x`` to zero and scales the rest, rounded as eager dropout rounds."""
+    """Sets dropped elements of ``x`` to zero and scales the rest, rounding as eager dropout."""
     if noise.dtype == torch.bool:
         return apply_native(x, noise, p)
     return x * (noise / (1 - p))
@@ -144,7 +144,7 @@ class _NativeDropout(torch.autograd.Function):
 
 
 def in_order(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """Copies a tensor to this memory order, which is the order in which random operators draw."""
+    """Copies a tensor to this memory order, in which random operators draw."""
     if x.stride() == tuple(stride):
         return x
     return torch.empty_strided(x.shape, tuple(stride), dtype=x.dtype, device=x.device).copy_(x)

@@ -193,7 +193,7 @@ def exponentials_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) 
 
 
 def logits_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Computes ``x - peak`` and the sum of its exponentials over the local piece of ``dim``.
+    """Computes ``x - peak``, and the sum of its exponentials over the local piece.
 
     Args:
         x: the local tensor.

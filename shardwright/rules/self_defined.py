@@ -23,7 +23,7 @@ from shardwright.rules.registry import rule_for
 
 @dataclass(frozen=True)
 class SelfDefined:
-    """The operator itself, under a name that has no other rule."""
+    """An operator under a name that has no other rule."""
 
     function: Callable[..., Any]
 

@@ -57,7 +57,7 @@ def _reshape(local: Local) -> Ref:
 def shared_factors(
     source: Sequence[int], target: Sequence[int]
 ) -> tuple[TensorFactors, TensorFactors, dict[str, int], set[str]]:
-    """Finds the factors that two shapes of the same number of elements share, in row-major order.
+    """Finds the factors that two shapes of one number of elements share, in row-major order.
 
     Walks both shapes from the left and takes the greatest common divisor of what is left of the two current dims as a
     shared factor. Where they have none, what is left of the group of dims with equal products is whole.
@@ -149,7 +149,7 @@ class _Walk:
         return self.shapes[side][self.at[side]]
 
     def _tangle(self, left: list[int]) -> None:
-        """Makes the rest of a group whose dims have no common factor whole on both sides."""
+        """Keeps a group's rest whole on both sides. Its dims have no common factor."""
         left = list(left)
         for side in (0, 1):
             self.new(left[side], side, whole=True)
@@ -256,7 +256,7 @@ def _repeat_rule(op: Operator) -> Signature | None:
 
 
 def _repeats(op: Operator) -> tuple[list[int], list[int]]:
-    """Returns the input's shape and the repeats, both with a leading 1 for every dim that only the other has."""
+    """Returns the input's shape and the repeats. Both get a leading 1 for every dim that only the other has."""
     shape = list(op.inputs[0].shape)
     counts = list(op.argument("repeats" if op.name == "aten.repeat" else "dims"))
     ndim = max(len(shape), len(counts))

@@ -49,7 +49,7 @@ def _rows(rows: int | list[int]) -> list[int]:
 
 
 def _with_copies(repeat: Repeat, choices: Choices, chosen: Sequence[int], ends: int) -> Choices:
-    """Replaces the choices of all copies, except so many at each end, by those of one of them."""
+    """Replaces the choices of all copies, except some at each end, by one of them."""
     changed = list(choices)
     for node, row in zip(repeat.nodes, chosen):
         rows = _rows(choices[node])

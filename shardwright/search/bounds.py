@@ -27,7 +27,7 @@ class Link:
 
 
 class Relaxation:
-    """The lent prices of a problem, and the bound they prove.
+    """Prices lent in a problem, and the bound they prove.
 
     >>> from shardwright.search.problem import Edge, Node, Problem
     >>> a, b = Node("a", np.array([0.0, 1.0])), Node("b", np.array([1.0, 0.0]))
@@ -70,7 +70,7 @@ class Relaxation:
                 self._update(node, forward)
 
     def _update(self, node: int, forward: bool) -> None:
-        """Collects what the edges of a node can lend it, and distributes it to the edges not visited yet."""
+        """Collects what a node's edges can lend it. It is then distributed to the edges not visited yet."""
         if any(link.edge.a == link.edge.b for link, _ in self.at[node]):
             # A node with edges to its own copies: the even copies are independent of each other, and so are the odd ones.
             for parity in (0, 1):
@@ -103,7 +103,7 @@ class Relaxation:
                 np.subtract.at(price, own, part)
 
     def _gain(self, link: Link, as_a: bool, rows: np.ndarray) -> np.ndarray:
-        """Computes, for each row and choice of the node, the least that is left of the edge's price."""
+        """Computes the least that is left of the edge's price, per row and choice."""
         table, lent, mine = (link.table, link.to_b, link.to_a) if as_a else (link.table.T, link.to_a, link.to_b)
         lent, result = lent[rows], np.empty((len(rows), len(table)))
         step = max(1, (1 << 16) // table.size)
@@ -112,7 +112,7 @@ class Relaxation:
         return result - mine[rows]
 
     def worthwhile(self, cost: float) -> list[np.ndarray]:
-        """Returns, for each node, the choices that some assignment not above `cost` may have, in any copy."""
+        """Returns each node's choices that some assignment not above `cost` may have, in any copy."""
         bound = self.bound()
         found = []
         for node, price in enumerate(self.prices):

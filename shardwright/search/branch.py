@@ -1,4 +1,4 @@
-"""Branch and bound over the choices of plain nodes, which raises the bound where a relaxation leaves a gap.
+"""Branch and bound over the choices of plain nodes. It raises the bound where a relaxation leaves a gap.
 
 A part of the problem is a set of choices for each node. Its bound comes from a relaxation that starts with the prices of
 the part it was split from; choices too dear to matter are dropped, and what is small enough is solved by elimination.
@@ -31,7 +31,7 @@ class _Part:
 
 
 class Branching:
-    """The parts that may still hold something cheaper than `cost`. `offer` takes each assignment that is found."""
+    """Open parts that may still hold something cheaper than `cost`. `offer` takes each assignment that is found."""
 
     def __init__(self, relaxation: Relaxation, cost: float, offer: Callable[[Picked], float], until: float):
         self.cost, self.offer, self.until = cost, offer, until
@@ -44,7 +44,7 @@ class Branching:
         self._add(relaxation, everything, relaxation.bound())
 
     def run(self, gap: float) -> float:
-        """Splits the part with the least bound until the gap is reached or the time is up. Returns the bound."""
+        """Splits the part with the least bound until the gap or the time is reached. Returns the bound."""
         while self.open and self.cost - self.bound() > gap * abs(self.cost) and time.monotonic() < self.until:
             part = heapq.heappop(self.open)
             sizes = [len(kept) for kept in part.kept]

@@ -20,7 +20,7 @@ _CHUNK = 1 << 16
 
 @dataclass
 class Reduced:
-    """A smaller problem of the same least cost, and the choices of the original that each node kept.
+    """A smaller problem of the same least cost. `original` maps its choices to those of the original.
 
     >>> from shardwright.search.problem import Node, Problem
     >>> smaller = without_dead_ends(Problem((Node("a", np.array([3.0, 1.0, 2.0])),), ()))
@@ -75,7 +75,7 @@ class _Pruner:
         return not keep.all()
 
     def _least_difference(self, side: _Side, alive: np.ndarray) -> np.ndarray:
-        """Computes, for each pair of choices i, j, the least that i costs more than j on this edge."""
+        """Computes the least that choice i costs more than j on this edge."""
         others = self.alive[side.other]
         key = id(side.edge.cost), side.table is side.edge.cost, alive.tobytes(), others.tobytes()
         if key not in self.known:

@@ -20,7 +20,7 @@ Sizes = Mapping[int, int]
 
 @dataclass(frozen=True)
 class Order:
-    """One order of elimination, with the entries of its largest table and of all tables, and the additions it takes."""
+    """An order of elimination. It has the entries of its largest table and of all tables, and its additions."""
 
     variables: list[int]
     largest: float
@@ -30,7 +30,7 @@ class Order:
 
 @dataclass
 class Memo:
-    """A cache of results, by the identity of the arrays they come from, so that equal layers are computed once.
+    """A cache of results by the identity of their arrays. So equal layers are computed once.
 
     The arrays are kept alongside: an array that is gone could give its identity to another.
     """
@@ -115,7 +115,7 @@ def _greedy_order(sizes: Sizes, scopes: list[tuple[int, ...]], keep: frozenset[i
 
 @dataclass
 class Elimination:
-    """The buckets of a finished elimination, and the factors that are left over the kept variables.
+    """A finished elimination: its buckets, and the factors left over the kept variables.
 
     >>> pair = np.array([[0.0, 5.0], [5.0, 0.0]])
     >>> done = Elimination.of([((0,), np.array([3.0, 4.0])), ((0, 1), pair)], [0, 1])
@@ -156,7 +156,7 @@ class Elimination:
         return Elimination(buckets, left, value)
 
     def assign(self, known: Mapping[int, int]) -> dict[int, int]:
-        """Returns a best choice of every eliminated variable, and the given choices of the kept ones."""
+        """Returns a best choice of every eliminated variable, together with the given ones."""
         chosen = dict(known)
         for v, bucket in reversed(self.buckets):
             total: np.ndarray | float = 0.0

@@ -24,7 +24,7 @@ Key = tuple[int, int]  # a node and its copy; 0 for a plain node
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on the size of a table, of all tables, and on the additions of a solution (about 5e8 per second)."""
+    """Limits on the size of a table and of all tables, and on additions. A second is about 5e8 additions."""
 
     largest: float = 3e7
     entries: float = 1e8  # all are kept until the choices are read back: 800 MB
@@ -63,7 +63,7 @@ def solve_exactly(problem: Problem, budget: Budget | None = None) -> Choices | N
 
 @dataclass
 class Segment:
-    """The copies of a repeat between its first and its last, as one factor over the boundaries and the globals."""
+    """All copies of a repeat between its first and last, as one factor. Its variables are the boundaries and the globals."""
 
     problem: Problem
     repeat: Repeat
@@ -216,7 +216,7 @@ def smallest_cover(repeat: Repeat, sizes: list[int]) -> tuple[list[int], list[in
 
 @dataclass
 class Graph:
-    """The factors of a whole problem. A segment stands for many copies."""
+    """All factors of a problem. A segment stands for many copies."""
 
     problem: Problem
     variables: dict[Key, int]

@@ -51,7 +51,7 @@ def _infeasible(problem: Problem, seconds: float) -> Infeasible:
 
 
 class _Program:
-    """The sparse matrices of a flat problem."""
+    """Sparse matrices of a flat problem."""
 
     def __init__(self, flat: Problem):
         self.flat = flat

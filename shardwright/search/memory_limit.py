@@ -21,7 +21,7 @@ from shardwright.search.unlimited import minimise
 
 @dataclass
 class LimitedSearch:
-    """The best assignment within the limit so far, the bound, and every assignment met on the way."""
+    """A search under a limit: its best assignment, its bound, and every assignment met."""
 
     problem: Problem
     gap: float
@@ -170,7 +170,7 @@ def _spend(search: LimitedSearch) -> None:
 
 
 def _combine(search: LimitedSearch) -> None:
-    """Finds the best combination, node by node and copy by copy, of the assignments met near the limit."""
+    """Finds the best combination of the assignments met near the limit. It is made node by node and copy by copy."""
     near = [*_nearest(search, 2), *([search.best] if search.best else [])]
     kept = [np.unique(np.concatenate([picked[node] for picked in near])) for node in range(len(search.problem.nodes))]
     budget = time.monotonic() + max(0.0, min(search.until - time.monotonic(), 5.0)) / 2

@@ -17,7 +17,7 @@ _CHUNK = 1 << 15  # numbers per working table: 256 KiB, so that two of them stay
 
 
 def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
-    """Returns the factor's table with one axis per variable of `variables`, of length 1 if the factor lacks it."""
+    """Returns the factor's table with one axis per variable of `variables`. Axes that the factor lacks have length 1."""
     own, table = factor
     order = sorted(range(len(own)), key=lambda axis: variables.index(own[axis]))
     table = table.transpose(order)
@@ -37,7 +37,7 @@ def slim(variables: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def slimmed(factor: Factor) -> Factor:
-    """Drops the axes of length 1 of a factor, except one if it has no others."""
+    """Drops the axes of length 1 of a factor. One stays if it has no others."""
     variables, table = factor
     kept = slim(variables, table.shape)
     if len(kept) == len(variables):
@@ -103,7 +103,7 @@ def _minimum_of_sums(parts: list[np.ndarray], out: np.ndarray) -> None:
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Computes the min-plus product of two stacks of matrices, (g, a, k) with (g, k, b).
+    """Computes the min-plus product of two stacks of matrices. Their shapes are (g, a, k) and (g, k, b).
 
     >>> product(np.array([[[0.0, 3.0]]]), np.array([[[5.0], [1.0]]]))
     array([[[4.]]])
@@ -126,7 +126,7 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Power:
-    """One power of a stack of transfer matrices, with the two powers that it is the product of.
+    """A power of a stack of transfer matrices, with its two factors.
 
     >>> step = Power.of(np.array([[[0.0, 1.0], [1.0, 5.0]]]), 3)
     >>> float(step.table[0, 1, 1]), step.path(0, 1, 1)

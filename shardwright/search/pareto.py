@@ -21,7 +21,7 @@ _MOST_SUMS = 4_000_000  # entries of the sum of two fronts that fit in memory
 
 @dataclass(frozen=True)
 class Front:
-    """Pairs of cost and memory, by rising memory, each with its choice and the entries it is the sum of."""
+    """Pairs of cost and memory, by rising memory. Each has its choice and the entries it is the sum of."""
 
     cost: np.ndarray
     memory: np.ndarray
@@ -30,7 +30,7 @@ class Front:
 
 @dataclass
 class Frontier:
-    """The fronts that an elimination left at each variable.
+    """Fronts that an elimination left at each variable.
 
     >>> cost, memory = np.array([0.0, 1.0, 5.0]), np.array([4.0, 2.0, 3.0])
     >>> Frontier.of([((0,), cost, memory)], {0: 3}, 9.0).best(3.0)

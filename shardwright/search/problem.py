@@ -40,7 +40,7 @@ class Infeasible(ShardwrightError):
 
 @dataclass(frozen=True)
 class Solution:
-    """One assignment, its cost and memory, and a `bound` that no assignment within the limit can be cheaper than.
+    """An assignment, its cost and memory, and its `bound`. No assignment within the limit can be cheaper than the bound.
 
     >>> Solution(choices=[0], cost=4.0, bound=3.0, memory=0.0, method="dual").gap
     0.25
@@ -75,7 +75,7 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """The price of each pair of choices: `cost[i, j]` when node `a` takes i and node `b` takes j.
+    """A price for each pair of choices. `cost[i, j]` is that of node `a` taking i and node `b` taking j.
 
     `scope` says to which copies an edge into a repeat belongs: every copy, the first, or the last. Between two
     different repeats it leads from the last copy of `a` to the copies of `b` that `scope` names.
@@ -114,7 +114,7 @@ class Repeat:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Choose one choice per node so that the costs of nodes and edges add up to as little as possible.
+    """A task: choose one choice per node so that the costs are least. They are the sum over nodes and edges.
 
     `limit` bounds the sum of the memory of nodes and edges. Arrays may be shared: work on an array is done once.
 
@@ -162,7 +162,7 @@ class Problem:
 
     @cached_property
     def placed_edges(self) -> list[tuple[Edge, np.ndarray, np.ndarray]]:
-        """Every edge, carried ones too, with the copies of `a` and of `b` that it joins, pair by pair."""
+        """Every edge, carried ones too, with the copies of `a` and `b` that it joins."""
         placed = [(edge, *self._copies_joined(edge)) for edge in self.edges]
         for repeat in self.repeats:
             steps = np.arange(repeat.count - 1)
@@ -196,7 +196,7 @@ class Problem:
         return cost, memory
 
     def fits(self, memory: float) -> bool:
-        """Tells whether an amount of memory is within the limit, up to the rounding of a long sum."""
+        """Tells whether an amount of memory is within the limit. Rounding of a long sum is allowed."""
         return self.limit is None or memory <= self.limit + 1e-12 * abs(self.limit)
 
     def weighted(self, price: float) -> Problem:
@@ -228,7 +228,7 @@ class Problem:
         return Problem(nodes, edges(self.edges), repeats)
 
     def unfolded(self) -> tuple[Problem, list[list[int]]]:
-        """Returns the same problem without repeats, and for each node here the places of its copies there.
+        """Returns the same problem without repeats. For each node here it adds the places of its copies there.
 
         >>> layer = Node("layer", np.array([1.0, 2.0]))
         >>> flat, places = Problem((layer,), (), (Repeat(0, 1, 3, (Edge(0, 0, np.eye(2)),)),)).unfolded()

@@ -43,7 +43,7 @@ def decode(relaxation: Relaxation, backward: bool = False) -> Picked:
 
 
 class Moves:
-    """The cost, and memory, of changing one node in one copy while all else stays.
+    """Costs, and memory, of changing one node in one copy while all else stays.
 
     >>> from shardwright.search.problem import Edge, Node, Problem
     >>> a, b = Node("a", np.array([0.0, 2.0])), Node("b", np.array([1.0, 0.0]))

@@ -88,7 +88,7 @@ class _Search:
             self._offer(picked)
 
     def _finish(self) -> None:
-        """Improves the assignment by solving parts again, then runs branch and bound for what can still be cheaper."""
+        """Improves the assignment by solving parts again. Branch and bound then looks for what can still be cheaper."""
         self._solve_around_shared()
         flat, places = self.problem.unfolded() if sum(self.problem.copies) <= _FLAT else (None, [])
         if flat is not None and not self._done():
@@ -115,7 +115,7 @@ class _Search:
         self.bound = max(self.bound, Branching(relaxation, self.cost, offer, self.until).run(self.gap))
 
     def _solve_restricted(self, kept: list[np.ndarray]) -> bool:
-        """Offers the best assignment with these choices only, if that takes no more than half the time left."""
+        """Offers the best assignment with these choices only. It takes no more than half the time left."""
         found = solve_exactly(restricted(self.problem, kept), Budget(operations=self._left() / 2 * _PER_SECOND))
         if found is not None:
             self._offer([k[picked] for k, picked in zip(kept, as_arrays(found))])

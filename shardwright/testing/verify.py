@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of :func:`verify`.
+    """A result of :func:`verify`.
 
     Args:
         outputs, gradients: name -> its difference beyond the tolerance, or ``None``.
@@ -56,7 +56,7 @@ class Verification:
 
 
 def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: Any) -> Verification:
-    """Runs a callable in parallel and on a single device, on the same inputs and random state, and compares.
+    """Runs a callable in parallel and on a single device, and compares. Inputs and random state are the same.
 
     Args:
         target: a module, a forward function or an :class:`AutoParallel` of one. Its parameters are not changed and
@@ -117,7 +117,7 @@ def _restore(root: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 def _run(call: Callable[[], Any], parameters: list[Tensor], state: Tensor) -> tuple[list[Tensor], list[Any]]:
-    """Runs a call, and returns its tensor outputs and the gradients of a fixed weighting of them.
+    """Runs a call. Returns its tensor outputs and the gradients of a fixed weighting of them.
 
     A single output that is a scalar, such as a loss, is weighted by 1.
     """
@@ -182,7 +182,7 @@ def _first_difference(
 
 
 def _observe(program: Any, inputs: list[Tensor], names: list[str], state: Tensor) -> dict[str, list[Tensor]]:
-    """Runs the program once on simulated ranks, and returns every named local value, one tensor per rank group."""
+    """Runs the program once on simulated ranks. Returns every named local value, one tensor per rank group."""
     probed = replace(program, outputs=(), updates=())
     run = SimulatedWorld(program.world_size).bind(probed, keep=tuple(dict.fromkeys(names)))
     torch.set_rng_state(state)
