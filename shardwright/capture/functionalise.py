@@ -1,7 +1,7 @@
 """Functionalise: finds functional forms of in-place operators and of writes through views.
 
-Export keeps in-place operators and views as the user wrote them. Here a write to a value makes a new value; a write
-through a view is scattered back into the value it views; and a view that is read after such a write is made again.
+Export keeps in-place operators and views as the user wrote them. In a graph no value changes, so a write makes a new value.
+A write through a view is scattered back into the viewed value, and a view that is read after such a write is computed again.
 """
 
 from __future__ import annotations

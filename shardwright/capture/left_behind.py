@@ -2,8 +2,8 @@
 
 Invariants:
 
-- After a capture everything that the callable reaches is as it was, containers the same objects.
-- What the callable gave another value is an :class:`Assignment` of the graph: each call of the program carries it out, with
+- After a capture everything that the callable reaches is as before, and containers are the same objects.
+- Everything that the callable assigned is an :class:`Assignment` of the graph: each call of the program carries it out, with
   the tensors of that call.
 """
 

@@ -1,14 +1,13 @@
 """Python state: everything besides its arguments that a captured callable reads.
 
 A capture takes Python values for constants: attributes of modules, which submodules and hooks there are, globals and what
-functions close over. :class:`PythonState` tells at every call whether they are as they were, in a few comparisons that
-run in C.
+functions close over. :class:`PythonState` checks at every call whether they have changed, by a few comparisons that run in C.
 
 Invariants:
 
-- Equal versions mean equal values: what was captured under a version holds whenever the state has it again.
-- Tensors that are attributes of modules count by shape, dtype and device only: one that is a constant of a graph is read
-  anew at every call (:func:`shardwright.capture.closure.attribute_of`).
+- Equal versions mean equal values: a capture under a version is valid whenever the state returns to that version.
+- Tensors that are attributes of modules are compared by shape, dtype and device only, because a tensor that is a constant of
+  a graph is read at every call (:func:`shardwright.capture.closure.attribute_of`).
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ class PythonState:
         self._known: set[int] = set()
         self._functions: set[Any] = set()
         self.caches: list[Any] = []  # functions with an lru_cache
-        self.classes: list[tuple[type, dict[str, Any]]] = []  # of the user's, and their attributes
+        self.classes: list[tuple[type, dict[str, Any]]] = []  # the user's classes and their attributes
         self.scopes: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for path, module in list(self.root.named_modules()):
             self._module(path, module)

@@ -110,7 +110,7 @@ def _where(rerun: Callable[[], Any], generators: Sequence[_Generator]) -> str:
         rerun()
     except Found:
         return f", at {last[0]}"
-    except Exception:  # the place is all that is asked
+    except Exception:  # only the line is needed
         return ""
     finally:
         sys.settrace(outer)

@@ -1,10 +1,10 @@
 """Capture of models with many equal layers: captures a few, and makes the graph of all from these.
 
-A *run* is a row of equal modules in a list. Its graph has one *segment* a copy: from the copy's first operator to the
-next copy's first one, so that what the caller does between two calls belongs to the earlier. Three copies are captured;
-the middle segment is repeated between the first and the last. That this is right is tried, not assumed: made from three
-copies, the graph of four has to equal the capture of four, in every shape, connection and name. Whatever does not fit
-is captured in full: layers that use their number, values of one layer that are read far from it, other settings.
+A *run* is a row of equal modules in a list. Its graph has one *segment* per copy: from the copy's first operator to the
+next copy's first one, so operators of the caller between two calls belong to the earlier one. Three copies are captured;
+the middle segment is repeated between the first and the last. This is tested, not assumed: the graph of four copies made
+from three has to equal the capture of four, in every shape, connection and name. Models that fail the test are captured in
+full, for example if layers use their number, if values of one layer are read far from it, or if settings differ.
 
 See :mod:`shardwright.capture.runs` for what makes modules a run.
 """

@@ -72,7 +72,7 @@ def _entries_without_tensors(calls: list[int], now: Session) -> list[str]:
         what = ".".join(filter(None, (mark.module_path, mark.name))) + (f" at {mark.source}" if mark.source else "")
         sides = (("in_strategy", mark.in_strategy, now.counts[call], "input"),
                  ("out_strategy", mark.out_strategy, now.results[call], "output"))  # fmt: skip
-        reads_more = mark.attributes.keys() - {"recompute"}  # some attributes have entries of their own, and check them
+        reads_more = mark.attributes.keys() - {"recompute"}  # these attributes check their own entries
         for name, strategy, count, side in () if mark.is_pin or reads_more else sides:
             if isinstance(strategy, tuple) and len(strategy) > count:
                 hint = "" if mark.module_path is None or side == "output" else (

@@ -1,7 +1,7 @@
 """Runs: rows of equal modules in the lists of a model, and the model with fewer of each.
 
-Equal are modules of one class, with the same settings, the same shapes of parameters and buffers, the same marks and
-equal children, whose parameters are their own or common to all of the row.
+Modules are equal if they have the same class, settings, shapes of parameters and buffers, marks, and equal children. Each of
+their parameters belongs to one of them only, or to all modules of the row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Watch: watches a callable while it is captured, and refuses what a graph cannot keep, with the user's line.
 
-``torch.export`` records operators. What changes gradients or values beside operators (a backward of one's own, a hook, a
-write to ``.data``, a random number of Python's) leaves no trace in what it records, so it is watched for here. What can be
-had exactly is put right instead of refused: ``tensor.data`` is read as ``tensor.detach()``, a checkpointed function is called.
+``torch.export`` records operators. It does not record other ways to change gradients or values: a custom backward, a hook, a
+write to ``.data``, a random number from Python. These are detected here. Where an exact replacement exists it is used instead
+of an error: ``tensor.data`` is read as ``tensor.detach()``, and a checkpointed function is called.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def kernels_of(flops: Sequence[float], traffic: Sequence[float], seconds: Sequen
     found = []
     for block in BLOCKS:
         padded = work * [float(padding(channels, block)[0]) for channels in read]
-        # starting from the highest rate among them: without its launch none is slower
+        # the grid starts at the highest rates seen, launches included; the real rates are no lower
         centre, width = np.array([taken.min() / 2, (padded / taken).max(), (moved / taken).max()]), 16.0
         for _ in range(_ROUNDS):
             grid = centre[:, None] * np.geomspace(1 / width, width, _POINTS)

@@ -1,7 +1,7 @@
 """Graph: an operator-level program on global tensors, captured from a callable.
 
-Invariants: every value is made once and never changed (in-place operators have been rewritten); nodes stand in the
-order they run; the outputs and the buffer updates are values of the graph.
+Invariants: no value changes after it is made (in-place operators have been rewritten); nodes are in the order they run; the
+outputs and the buffer updates are values of the graph.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class GraphInput:
 class Node:
     """One operator call. ``inputs`` and ``outputs`` name values; see :class:`Operator` for the arguments.
 
-    ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
-    ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
-    of the operator's ``i``-th input. ``recompute`` is whether the user wants its result computed again in the backward pass;
-    ``None``: not said. ``calls`` gives, of the modules it stands in that are called more than once, path and number of the
-    call; first calls are left out.
+    ``mark`` is the user's request for this operator, ``region`` the marked function or module that contains it.
+    ``mark_positions[i]`` is the position of the operator's ``i``-th input among the ``mark_count`` tensors that the user passed
+    to the marked function. ``recompute`` is whether the user wants its result computed again in the backward pass; ``None`` if
+    the user did not say. ``calls`` has path and call number of each module around it that is called more than once; first
+    calls are left out.
 
-    ``copy`` is the group of copies and the number within it, of an operator that is run for one of several copies of a
-    batch. ``carries_batch``: dim 0 of its outputs is the batch, or a copy's part of it, by the user's word.
+    ``copy`` is the group of copies and the number within it, if the operator runs for one of several copies of a batch.
+    ``carries_batch``: the user says that dim 0 of its outputs is the batch, or a copy's part of it.
     """
 
     name: str

@@ -20,10 +20,10 @@ from shardwright.ir.rank_groups import RankGroups
 class LocalProgram:
     """A program that one rank runs.
 
-    ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
-    each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
-    are kept nevertheless: those of a whole that is computed again. ``copies`` gives the copy that the calls of a node belong
-    to, where operators run in copies.
+    ``outputs`` are names of values that every rank holds whole, or constants. ``places`` names the local value that holds
+    each value of the graph, as its operator returns it. ``kept`` names results of instructions with ``recompute`` that are
+    kept nevertheless: the results of a whole group that is recomputed. ``copies`` gives the copy that the calls of a node
+    belong to, if operators run in copies.
     """
 
     world_size: int

@@ -1,7 +1,7 @@
 """Redistribution: the steps that turn one layout of a tensor into another, forward and backward.
 
 The backward of a redistribution is the redistribution of the gradient. The gradient of a value has the value's pieces;
-where the value was partial its gradient is replicated; and it is partial over the axes along which the ranks that read
+where the value was partial, its gradient is replicated; and it is partial over the axes along which the ranks that read
 the value then do different work. So one planner of values plans both directions, and both are minimal.
 
 Plans are remembered: by the layouts themselves, and beneath that by the layouts with their axes renamed, so that plans

@@ -1,9 +1,9 @@
 """In range: raises the single device's error for indices out of range, where ranks look up in pieces.
 
 A rank that holds a piece of a dim takes indices outside of it for another rank's, so the check needs the size of the whole dim.
-Ranks that share a dim hold the same indices and all raise; of ranks that hold other indices those raise that find one, and
-the job comes down with them. On a CPU the check is one pass over the indices, before anything is sent; on other devices it is
-the device's own assertion, which does not wait.
+Ranks that share a dim hold the same indices, so all of them raise. Among ranks with different indices only those that find a
+wrong one raise, and the job ends with them. On a CPU the check is one pass over the indices, before anything is sent; on other
+devices it is the device's own assertion, which does not wait.
 """
 
 from __future__ import annotations

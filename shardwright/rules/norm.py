@@ -1,7 +1,7 @@
 """Rules of normalisations: the dims whose statistics are taken stay whole, all others are free.
 
-Batch norm in training takes its statistics over the batch, which may be split all the same: each rank's mean and
-squared deviation are gathered and merged, so that they are those of the whole batch.
+Batch norm in training takes its statistics over the batch, which may still be split: each rank's mean and squared deviation
+are gathered and merged into those of the whole batch.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def update_running(running_mean: Tensor, running_var: Tensor, pieces: Tensor, co
         running_mean, running_var: one number per channel.
         pieces: statistics of shape ``(pieces, 2, C)``.
         counts: elements per channel in each piece.
-        momentum: weight of the new statistics; None for the average of all so far.
+        momentum: weight of the new statistics.
     """
     mean, variance = merged_statistics(pieces, counts)
     unbiased = variance * (sum(counts) / max(sum(counts) - 1, 1))

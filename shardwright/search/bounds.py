@@ -93,7 +93,7 @@ class Relaxation:
             ahead = other == node or (other > node if forward else other < node)
             np.add.at(later if ahead else incoming, own[rows], 1.0)
             used.append((link, as_a, rows, own[rows], ahead))
-        # SRMP's weights: each edge ahead gets an equal share, where edges behind count too if there are more of them.
+        # SRMP's weights: the share of each edge ahead is 1 / max(number of edges ahead, number of edges behind).
         share = 1.0 / np.maximum(np.maximum(later, incoming), 1.0)
         handed = price.copy()
         for link, as_a, rows, own, ahead in used:

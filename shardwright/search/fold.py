@@ -68,7 +68,7 @@ class Segment:
     problem: Problem
     repeat: Repeat
     by_source: list[int]  # nodes whose choice in the copy before is part of a boundary
-    by_target: list[int]  # nodes whose choice in the copy after is
+    by_target: list[int]  # nodes whose choice in the copy after is part of a boundary
     globals: list[Key]  # nodes that every copy reads
     sizes: dict[int, int] = field(default_factory=dict)  # sizes of the variables of one copy
     left: list[int] = field(default_factory=list)

@@ -1,9 +1,9 @@
 """Memory limit: finds the least cost under a limit on memory.
 
 With a price on memory the limit goes away, and the least cost less price times limit is a lower bound. The best price
-is found where the lines of two known assignments cross (Kelley). What meets the limit at that price is then improved:
-copies take different choices of the assignments met, and what memory is left is spent on single nodes. Small problems
-are solved exactly by fronts of cost and memory.
+is found where the lines of two known assignments cross (Kelley). Assignments that keep the limit at that price are then
+improved: copies take choices from different assignments, and the memory that is left is spent on single nodes. Small
+problems are solved exactly by fronts of cost and memory.
 """
 
 from __future__ import annotations
