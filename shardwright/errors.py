@@ -67,7 +67,11 @@ class Problems:
             self.lines.append(line)
 
     def raise_if_any(self, what: str) -> None:
-        """Raises one :class:`StrategyError` that lists every problem, or does nothing."""
+        """Raises one error that lists every problem, or does nothing.
+
+        Raises:
+            StrategyError: there is a problem.
+        """
         if not self.lines:
             return
         count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"

@@ -25,7 +25,12 @@ from shardwright.ir.marks import Mark
 
 
 def check_strategies(in_strategy: Any, out_strategy: Any) -> None:
-    """Refuses values that cannot be strategies. Counts and layouts are checked against the operator when planning."""
+    """Refuses values that cannot be strategies. Counts and layouts are checked against the operator when planning.
+
+    Raises:
+        ArgumentTypeError: a strategy of the wrong type.
+        ShardwrightError: an output strategy without an input strategy.
+    """
     for name, strategy in (("in_strategy", in_strategy), ("out_strategy", out_strategy)):
         if strategy is not None and not isinstance(strategy, tuple):
             raise ArgumentTypeError(
@@ -104,6 +109,9 @@ class Primitive:
 
         Returns:
             The operator itself.
+
+        Raises:
+            ArgumentTypeError: ``mode`` is no bool.
         """
         if not isinstance(mode, bool):
             raise ArgumentTypeError(f"{self.name}.recompute({mode!r}): give True or False")

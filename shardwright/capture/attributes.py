@@ -80,7 +80,12 @@ def check_attribute(what: str, name: Any, value: Any) -> None:
 
 
 def check_attributes(what: str, attributes: Any) -> dict[str, Any]:
-    """Checks the attributes that are given together, and returns them as a dict. ``None`` means none."""
+    """Checks the attributes that are given together, and returns them as a dict. ``None`` means none.
+
+    Raises:
+        ArgumentTypeError: they are no dict, or a name or a value has the wrong type.
+        ShardwrightError: an unknown or unsupported attribute.
+    """
     if attributes is None:
         return {}
     if not isinstance(attributes, dict):

@@ -173,6 +173,9 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -
 
     Returns:
         A function of ``(emit, value of the parent, new value of the view)``.
+
+    Raises:
+        CaptureError: there is no such function for this kind of view.
     """
     kind = operators.kind_of_view(node.target)
     args: list[Any] = [*node.args[1:]]

@@ -68,6 +68,9 @@ class Watch(TorchFunctionMode):
     def check_called(self, module: nn.Module, args: Any) -> None:
         """Refuses calls of modules that are not submodules of the captured one. Nobody would train them or update their
         buffers.
+
+        Raises:
+            CaptureError: the module is not a submodule.
         """
         if not self.is_in_callable:
             return
@@ -102,7 +105,11 @@ class Watch(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
     def check_real(self, leaves: list[Any]) -> None:
-        """Refuses a tensor with a gradient that is not the captured module's. A graph would take it for a constant."""
+        """Refuses a tensor with a gradient that is not the captured module's. A graph would take it for a constant.
+
+        Raises:
+            CaptureError: there is one among the leaves.
+        """
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad and not isinstance(leaf, FakeTensor):
                 if id(leaf) not in self.known and attribute_of(self.module, leaf) is None:

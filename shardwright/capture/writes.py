@@ -64,7 +64,11 @@ class Writes:
             destination = tracked.parent
 
     def mutate(self, node: fx.Node) -> None:
-        """Emits a write: computes the new values, then passes each to everything that shares the memory."""
+        """Emits a write: computes the new values, then passes each to everything that shares the memory.
+
+        Raises:
+            CaptureError: the write has no functional form, or writes to something that is not a tensor of the graph.
+        """
         target: Any = node.target
         packet, where = target.overloadpacket, self._where(node)
         if operators.views_in_place(target):

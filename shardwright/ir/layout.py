@@ -186,7 +186,11 @@ class Layout:
         return not self.partial and not any(self.bound)
 
     def pieces(self, dim: int, size: int) -> tuple[int, ...]:
-        """Computes the sizes of the pieces of ``dim``, the most significant first. ``size`` is its global size."""
+        """Computes the sizes of the pieces of ``dim``, the most significant first. ``size`` is its global size.
+
+        Raises:
+            LayoutError: explicit piece sizes that do not fit.
+        """
         axes = self.bound[dim]
         explicit = self.sizes[dim]
         if explicit is not None:
@@ -208,7 +212,11 @@ class Layout:
         return _bounds(self, tuple(shape))
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """Returns the shape of the piece that ``rank`` holds of a tensor of global ``shape``."""
+        """Returns the shape of the piece that ``rank`` holds of a tensor of global ``shape``.
+
+        Raises:
+            LayoutError: the rank is not one of the layout, or the shape does not fit it.
+        """
         bounds = _bounds(self, tuple(shape))
         if rank not in bounds:
             raise LayoutError(f"rank {rank} is not in this layout's ranks {sorted(bounds)}")

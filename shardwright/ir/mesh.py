@@ -27,7 +27,12 @@ _MOST = 1 << 24  # most ranks of a mesh, because lists of all ranks are made
 
 
 def check_axes(sizes: object, names: object, words: AxisWords) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Checks sizes and names of axes, and returns them."""
+    """Checks sizes and names of axes, and returns them.
+
+    Raises:
+        ArgumentTypeError: sizes or names of the wrong type.
+        LayoutError: lengths that differ, sizes below 1, names that repeat or are no words, or too many ranks.
+    """
     if not isinstance(sizes, tuple):
         raise ArgumentTypeError(f"{words.sizes} must be a tuple of ints, got {sizes!r}: write (2, 4)")
     if not isinstance(names, tuple):
@@ -58,7 +63,12 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 def check_ranks(ranks: object, count: int, words: AxisWords) -> None:
-    """Checks that there are as many different ranks as the axes have places."""
+    """Checks that there are as many different ranks as the axes have places.
+
+    Raises:
+        ArgumentTypeError: ranks of the wrong type.
+        LayoutError: ranks that repeat, are negative, or are too many or too few.
+    """
     if not isinstance(ranks, (list, tuple)):
         raise ArgumentTypeError(f"{words.ranks} must be a list of ints, got {ranks!r}")
     if any(not isinstance(r, int) or isinstance(r, bool) for r in ranks):
@@ -148,6 +158,9 @@ class Mesh:
     @staticmethod
     def parse(text: str) -> Mesh:
         """Parses the text form of a mesh; the inverse of ``str(mesh)``.
+
+        Raises:
+            LayoutError: the text cannot be read.
 
         >>> Mesh.parse("dp=2,mp=4").sizes
         (2, 4)

@@ -67,6 +67,9 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
     Returns:
         A :class:`Verification`: true where everything agrees, printable, and naming the first operator that differs.
 
+    Raises:
+        ShardwrightError: the target is a train step, which changes its parameters.
+
     >>> layer = torch.nn.Linear(4, 2)
     >>> print(verify(layer, torch.ones(8, 4)))
     matches single device: 1 outputs, 2 gradients
