@@ -30,11 +30,11 @@ class CaptureError(ShardwrightError):
 
 
 class WorldError(ShardwrightError):
-    """The set of ranks does not fit what it is asked to do."""
+    """A set of ranks that cannot do what is asked."""
 
 
 class MemoryLimitError(ShardwrightError):
-    """No plan fits into a rank's memory. ``least``: bytes that the smallest plan found needs."""
+    """No plan fits into a rank's memory. ``least`` is the bytes that the smallest plan found needs."""
 
     def __init__(self, message: str, least: float):
         super().__init__(message)
@@ -67,7 +67,11 @@ class Problems:
             self.lines.append(line)
 
     def raise_if_any(self, what: str) -> None:
-        """Raises one :class:`StrategyError` that lists every problem, or does nothing."""
+        """Raises one error that lists every problem, or does nothing.
+
+        Raises:
+            StrategyError: there is a problem.
+        """
         if not self.lines:
             return
         count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"

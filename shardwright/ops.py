@@ -25,7 +25,12 @@ from shardwright.ir.marks import Mark
 
 
 def check_strategies(in_strategy: Any, out_strategy: Any) -> None:
-    """Refuses what is no strategy at all; counts and layouts are checked against the operator at compile time."""
+    """Refuses values that cannot be strategies. Counts and layouts are checked against the operator when planning.
+
+    Raises:
+        ArgumentTypeError: a strategy of the wrong type.
+        ShardwrightError: an output strategy without an input strategy.
+    """
     for name, strategy in (("in_strategy", in_strategy), ("out_strategy", out_strategy)):
         if strategy is not None and not isinstance(strategy, tuple):
             raise ArgumentTypeError(
@@ -57,8 +62,8 @@ class Primitive:
         """Gives the operator a strategy.
 
         Args:
-            in_strategy: one entry a tensor input: a tuple of slice counts, one a dim, or a Layout.
-            out_strategy: one entry an output, in the same form; for operators that sum, scattering the sum over a dim
+            in_strategy: one entry per tensor input: a tuple of slice counts, one per dim, or a Layout.
+            out_strategy: one entry per output, in the same form; for operators that sum, scattering the sum over a dim
                 turns the all-reduce into a reduce-scatter.
 
         Returns:
@@ -97,13 +102,16 @@ class Primitive:
         return self
 
     def recompute(self, mode: bool = True) -> Primitive:
-        """Has the operator's output, and what it keeps within, computed again in the backward pass instead of kept.
+        """Recomputes the operator's output, and what it saves, in the backward pass.
 
         Args:
             mode: ``False`` keeps them, also where the operator's module is computed again.
 
         Returns:
             The operator itself.
+
+        Raises:
+            ArgumentTypeError: ``mode`` is no bool.
         """
         if not isinstance(mode, bool):
             raise ArgumentTypeError(f"{self.name}.recompute({mode!r}): give True or False")
@@ -124,7 +132,7 @@ class Primitive:
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> torch.Tensor:
-    """Returns one operator in every form, so that a strategy means its operands as they are given."""
+    """Computes a product by one operator, whatever is transposed. So a strategy applies to the operands as passed."""
     if not transpose_a and not transpose_b:
         return torch.matmul(x, w)
     if not transpose_a and w.ndim == 2:

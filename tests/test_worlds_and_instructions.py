@@ -181,7 +181,7 @@ def test_every_instruction_answers_the_same_questions(instructions):
     assert (one.communicates, one.communicates_backward, keep.cut.communicates) == (True, True, False)
     program = LocalProgram(2, (), tuple(instructions), (), (), {}, {})
     assert (program.calls, program.moves, program.kept_slices) == ([call], [one, *fused.moves], [keep])
-    assert program.together == [start.moves, fused.moves]
+    assert program.shared_moves == [start.moves, fused.moves]
 
 
 def test_a_visitor_has_a_method_for_every_instruction(instructions):

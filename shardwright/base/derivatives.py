@@ -1,4 +1,4 @@
-"""Derivatives: what a backward pass of this package can be asked for."""
+"""Derivatives: refuses second derivatives of backward passes that have none."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from shardwright.errors import ShardwrightError
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the backward of an ``autograd.Function`` refuse to be differentiated itself, at once and not when it is used.
+    """Makes the backward of an ``autograd.Function`` refuse ``create_graph=True`` at once.
 
     torch's ``once_differentiable`` fails only if the second backward pass comes by. Where nothing else joins the gradient to
     the parameters, it does not, and ``torch.autograd.grad(..., allow_unused=True)`` would return ``None`` for a derivative.
 
     Raises:
         ShardwrightError: on a backward pass with ``create_graph=True``.
+
+    Not only when the second derivative is used.
     """
 
     @functools.wraps(backward)

@@ -1,6 +1,6 @@
-"""Dump: the text of graph, plan and program after each pass, for whoever wants to see what became of a model.
+"""Dump: writes the text of graph, plan and program after each pass.
 
-``SHARDWRIGHT_DUMP=folder`` writes them: a folder per call that is planned, a file per pass, numbered in their order.
+``SHARDWRIGHT_DUMP=folder`` turns it on: a folder per call that is planned, a file per pass, numbered in their order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Dump:
         Args:
             kind: ``graph``, ``plan`` or ``program``.
             name: of the pass.
-            text: makes the text, where one is written.
+            text: makes the text; called only if one is written.
         """
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,11 @@ NO_DUMP = Dump()
 
 
 def dump_of(name: str, rank: int | None) -> Dump:
-    """Returns the dump of one call of a target, in a new folder of the one that the environment names.
+    """Makes the dump of one call of a target, in a new folder.
 
     Args:
         name: of the target.
-        rank: of this process in a job; ``None`` where one process simulates all.
+        rank: of this process in a job; ``None`` if one process simulates all.
     """
     root = os.environ.get(VARIABLE)
     if not root:

@@ -1,7 +1,7 @@
-"""Operators by name, for the floors below the rules and for whatever writes operators into graphs.
+"""Facts about operators by name. They are for floors below the rules, and for code that writes graphs.
 
-What an operator is stands in ``shardwright/rules``, a row of traits beside its rule. Graphs, captures and parameters lie below
-that and may not import it, so what they need stands here, once, where torch cannot be asked:
+Most facts are in ``shardwright/rules``, a row of traits beside each rule. Graphs, captures and parameters lie below
+that and may not import it, so what they need and torch does not tell is here:
 
 - the overloads that shardwright itself writes into graphs;
 - which results have no gradient;
@@ -21,7 +21,7 @@ _aten = torch.ops.aten
 
 
 def operator_of(overload: Any) -> str:
-    """Returns the name of the operator that an overload is of, without its library.
+    """Returns the name of an overload's operator, without its library.
 
     >>> operator_of(torch.ops.aten.add.Tensor)
     'add'
@@ -30,7 +30,7 @@ def operator_of(overload: Any) -> str:
 
 
 def may_draw(function: Any) -> bool:
-    """Says whether an operator may take numbers from a generator, which torch tags it with.
+    """Tells whether an operator may take numbers from a generator, according to torch's tag.
 
     >>> may_draw(torch.ops.aten.dropout.default), may_draw(torch.relu)
     (True, False)
@@ -39,7 +39,7 @@ def may_draw(function: Any) -> bool:
 
 
 def without_library(name: str) -> str:
-    """Returns an operator's full name as users know it: torch's own without their library.
+    """Returns an operator's full name as users know it. Torch's own have no library in it.
 
     >>> without_library("aten.linear"), without_library("mine.linear")
     ('linear', 'mine.linear')
@@ -77,7 +77,7 @@ SELECT = _aten.select.int
 SELECT_SCATTER = _aten.select_scatter.default
 SLICE = _aten.slice.Tensor
 SLICE_SCATTER = _aten.slice_scatter.default
-TO_COPY = _aten._to_copy.default  # what casts become beneath autocast
+TO_COPY = _aten._to_copy.default  # operators that casts become under autocast
 TO_DTYPE = _aten.to.dtype
 TRANSPOSE = _aten.transpose.int
 VIEW = _aten.view.default
@@ -85,17 +85,17 @@ WHERE = _aten.where.self
 
 # -- gradients ---------------------------------------------------------------------------------------------------------------
 
-# Operators whose result has no gradient though its dtype could have one: what reads the shape of a tensor alone.
+# Operators whose result has no gradient though its dtype could have one: they only read the shape of a tensor.
 _WITHOUT_GRADIENT = _names("""
     detach zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty
     new_empty_strided uniform normal_functional log_normal cauchy exponential geometric random
 """)
-# Those of which it depends on the call, and the argument that decides: a number is one for all elements, and no tensor is read.
+# Operators for which it depends on an argument: if that is a number, not a tensor, the result has no gradient.
 _WITHOUT_GRADIENT_GIVEN = {"bernoulli": "p"}
 
 
 def has_gradient(name: str) -> bool:
-    """Says whether a gradient may flow through an operator of torch to the tensors that it reads.
+    """Tells whether a gradient may flow through an operator of torch to its tensors.
 
     >>> has_gradient("relu"), has_gradient("zeros_like")
     (True, False)
@@ -104,26 +104,26 @@ def has_gradient(name: str) -> bool:
 
 
 def number_without_gradient(name: str) -> str | None:
-    """Returns the argument that, given as a number, makes an operator's result have no gradient."""
+    """Returns the argument that, passed as a number, makes an operator's result have no gradient."""
     return _WITHOUT_GRADIENT_GIVEN.get(name)
 
 
 # -- writes in place ---------------------------------------------------------------------------------------------------------
 
-# Operators that change how a tensor is seen, and not what it holds.
+# Operators that change a tensor's shape or strides, and not its values.
 _VIEWS_IN_PLACE = _packets("squeeze_ unsqueeze_ t_ transpose_ swapaxes_ swapdims_")
 # Writes that have no functional form of their own, or need none.
 COPIES, FILLS_DIAGONAL, DETACHES = (_packets(name) for name in ("copy_", "fill_diagonal_", "detach_"))
-# Writes of a truth: what they leave has no gradient, whatever was there. Those without an underscore write to ``out``.
+# Writes of booleans: their result has no gradient, whatever was there. Those without an underscore write to ``out``.
 WRITES_TRUTH = _packets("""
     logical_and_ logical_not_ logical_or_ logical_xor_ logical_and logical_not logical_or logical_xor
 """)
-# Those that give a tensor other memory, which no graph shows.
+# Operators that give a tensor other memory, which no graph shows.
 CHANGES_MEMORY = _packets("set_ resize_ resize_as_ sparse_resize_")
-# Those that compute nothing: they check what the trace assumed.
+# Operators that compute nothing: they check what the trace assumed.
 CHECKS = _packets("_assert_tensor_metadata _assert_scalar sym_constrain_range _assert_async")
 RENORMALISES_TABLE = _packets("embedding_renorm embedding_renorm_")
-LIFTS_COPY = _aten.lift_fresh_copy.default  # no view of its input, whatever memory export gives the two
+LIFTS_COPY = _aten.lift_fresh_copy.default  # not a view of its input, though they share memory in an exported program
 
 # Overloads whose functional form has another default or other types.
 OTHER_FORMS: dict[Any, Any] = {_aten.bernoulli_.float: _aten.bernoulli.p}
@@ -148,30 +148,30 @@ _KIND_OF_VIEW = {
 
 
 def kind_of_view(overload: Any) -> str:
-    """Returns how an operator shows its input's memory; empty where no write goes back."""
+    """Returns the kind of view that an operator makes of its input. Empty if no write goes back."""
     return _KIND_OF_VIEW.get(operator_of(overload), "")
 
 
 def views_in_place(overload: Any) -> bool:
-    """Says whether an in-place operator changes how a tensor is seen, and not what it holds."""
+    """Tells whether an in-place operator changes a tensor's shape or strides, and not its values."""
     return overload.overloadpacket in _VIEWS_IN_PLACE
 
 
 def functional_packets(overload: Any) -> list[Any]:
-    """Returns the operators that may compute what a writing one writes, the likeliest first."""
+    """Lists the operators that may compute what a writing one writes, the likeliest first."""
     name = operator_of(overload)
     plain = f"__{name[3:]}" if name.startswith("__i") and name.endswith("__") else name.rstrip("_")
     found = (getattr(_aten, each, None) for each in dict.fromkeys((plain, f"{plain}_functional", f"_{plain}_functional")))
     return [packet for packet in found if packet is not None]
 
 
-# Operators that move running statistics though their schema does not say so, and the argument that has them do it.
+# Operators that move running statistics though their schema does not say so, and the argument that turns it on.
 _MOVES_STATISTICS = {"batch_norm": "training", "native_batch_norm": "training", "instance_norm": "use_input_stats"}
 STATISTICS = ("running_mean", "running_var")  # the arguments that they write to
 
 
 def statistics_flag(function: Any) -> str | None:
-    """Returns the argument that has an operator write to running statistics, unknown to its schema.
+    """Returns the argument that makes an operator write to running statistics. Its schema does not show it.
 
     >>> statistics_flag(torch.ops.aten.instance_norm.default), statistics_flag(torch.ops.aten.layer_norm.default)
     ('use_input_stats', None)
@@ -182,7 +182,7 @@ def statistics_flag(function: Any) -> str | None:
 
 
 def has_statistics_of_samples(overload: Any) -> bool:
-    """Says whether each sample has statistics of its own, whose mean is what moves the running ones."""
+    """Tells whether each sample has its own statistics, whose mean moves the running ones."""
     return statistics_flag(overload) == "use_input_stats"
 
 
@@ -191,10 +191,10 @@ def has_statistics_of_samples(overload: Any) -> bool:
 _MEMORY_ORDER = {
     name: order
     for order, names in {
-        # new memory on a CPU in the format that the input suggests: channels last, or else contiguous
+        # new memory in the format that a CPU input suggests: channels last, or else contiguous
         "suggested": """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
             _batch_norm_with_update channel_shuffle max_pool1d max_unpool2d""",
-        # kernels of two tensors that order dims as those of a sum do
+        # kernels of two tensors that order dims as a sum does
         "as a sum": """copysign floor_divide heaviside logaddexp logaddexp2 logical_and logical_or logical_xor
             special_xlog1py special_xlogy xlogy div divide""",
         "contiguous": "log_sigmoid",
@@ -205,27 +205,27 @@ _MEMORY_ORDER = {
 
 @cache
 def memory_order(overload: Any) -> str:
-    """Returns how a kernel orders its result's memory where torch's shape function is wrong."""
+    """Returns the order of a kernel's result in memory where torch's shape function is wrong."""
     return _MEMORY_ORDER.get(operator_of(overload), "")
 
 
 # -- delayed initialisation and DTensors -------------------------------------------------------------------------------------
 
-# Those that write every element of their first argument without reading it.
+# Operators that write every element of their first argument without reading it.
 FILLS = _packets("uniform_ normal_ random_ exponential_ geometric_ cauchy_ log_normal_ bernoulli_ zero_ fill_ copy_")
-# Those that read the shape of their first argument, not its values.
+# Operators that read the shape of their first argument, not its values.
 READS_SHAPE = _packets("""
     empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_empty_strided new_zeros new_ones
     new_full
 """)
-# Those that have no values: zeros in the replay, so that all ranks agree on them.
+# Operators whose results have no defined values: zeros in the replay, so that all ranks agree on them.
 EMPTY = _packets("empty empty_strided empty_permuted empty_like new_empty new_empty_strided")
 LIFTS = _packets("lift lift_fresh lift_fresh_copy")  # torch.tensor(...) ends in one
 READS_NUMBER = _aten._local_scalar_dense.default  # .item(), and the conversions to a number
 IS_NONZERO = _aten.is_nonzero.default
 CHECKS_AND_UNSCALES = _aten._amp_foreach_non_finite_check_and_unscale_.default
 
-# Those that reach DTensor as they are; others are taken apart before.
+# Operators that reach DTensor as they are; others are decomposed before.
 _DRAWS_ON_DTENSORS = """
     normal_ uniform_ bernoulli bernoulli_ rand_like randn_like randint_like native_dropout random_ exponential_ log_normal_
     geometric_ cauchy_ multinomial normal poisson binomial rrelu_with_noise rrelu_with_noise_ _standard_gamma _sample_dirichlet
@@ -233,7 +233,7 @@ _DRAWS_ON_DTENSORS = """
 
 
 def draws_on_dtensors() -> list[Any]:
-    """Returns the overloads by which random numbers are drawn for a DTensor."""
+    """Lists the overloads that draw random numbers for a DTensor."""
     packets = (getattr(_aten, name) for name in _DRAWS_ON_DTENSORS.split())
     overloads = (getattr(packet, name) for packet in packets for name in packet.overloads())
     return [overload for overload in overloads if may_draw(overload)]

@@ -8,6 +8,6 @@ import torch.distributed as dist
 
 
 def backend_of(group: Any, device_type: str) -> str:
-    """Returns name of the backend that serves tensors of ``device_type`` in a process group."""
+    """Returns the name of the backend that serves tensors of ``device_type`` in a process group."""
     served = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
     return served.get(device_type) or str(dist.get_backend(group))

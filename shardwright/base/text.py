@@ -1,4 +1,4 @@
-"""Text: numbers, bytes, seconds and lists as people read them."""
+"""Text: numbers, bytes, seconds and lists as readable text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def pattern(name: str) -> str:
-    """Returns a qualified name with its numbers left open.
+    """Replaces the numbers in a qualified name by ``*``.
 
     >>> pattern("blocks.12.attention.query")
     'blocks.*.attention.query'
@@ -17,7 +17,7 @@ def pattern(name: str) -> str:
 
 
 def alike_name(names: Sequence[str]) -> str:
-    """What names of alike things have in common: numbers that differ are left open, those that do not stay.
+    """Returns what names of similar things have in common: numbers that differ become ``*``, others stay.
 
     >>> alike_name(["blocks.0.up.0", "blocks.1.up.0"]), alike_name(["blocks.7.norm"])
     ('blocks.*.up.0', 'blocks.7.norm')
@@ -29,7 +29,7 @@ def alike_name(names: Sequence[str]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Returns a time for people.
+    """Formats a time with its unit.
 
     >>> seconds_text(0.00312), seconds_text(2.5)
     ('3.12 ms', '2.50 s')
@@ -41,7 +41,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """Returns a number of bytes for people: ``1.5 MB``."""
+    """Formats a number of bytes with its unit: ``1.5 MB``."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -51,7 +51,7 @@ def bytes_text(count: int) -> str:
 
 
 def enough(count: float) -> str:
-    """Returns the next round number of bytes above one, as an option takes it.
+    """Rounds a number of bytes up to a short text, as an option takes it.
 
     >>> enough(55_650), enough(108.21e9)
     ('55.7kB', '108.3GB')

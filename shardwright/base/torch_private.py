@@ -35,14 +35,14 @@ def cpp_compiler() -> str:
 
 
 def untraceable() -> tuple[type[Exception], ...]:
-    """What ``torch.compile`` raises where it cannot trace or compile a function."""
+    """Returns the errors that ``torch.compile`` raises when it cannot trace or compile a function."""
     from torch._dynamo import exc
 
     return (exc.TorchDynamoException,)
 
 
 def failed_toolchain(error: BaseException) -> bool:
-    """Tells whether such an error comes from a compiler outside of PyTorch that is missing or fails."""
+    """Tells whether such an error comes from a compiler outside of PyTorch. It may be missing or fail."""
     from torch._inductor import exc
 
     kinds = (exc.InvalidCxxCompiler, exc.CppCompileError, exc.TritonMissing, exc.GPUTooOldForTriton)
@@ -50,7 +50,7 @@ def failed_toolchain(error: BaseException) -> bool:
 
 
 def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Puts what ``make`` returns in the place of the function by which DTensor runs an operator that it does not dispatch."""
+    """Replaces the function by which DTensor runs an operator that it does not dispatch."""
     handlers = DTensor._op_dispatcher._custom_op_handlers
     handlers[operator] = make(handlers[operator])
 
@@ -61,7 +61,12 @@ def global_forward_hooks() -> dict[str, dict[int, Any]]:
 
 
 def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Has DTensor run an operator by what ``make`` returns; that is given a function which runs it as before."""
+    """Makes DTensor run an operator by the function that ``make`` returns.
+
+    Args:
+        operator: the overload.
+        make: is called with a function that runs the operator as before.
+    """
     handlers = DTensor._op_dispatcher._custom_op_handlers
     before = handlers.get(operator)
 
@@ -78,14 +83,12 @@ def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callabl
 
 
 def cloned_store() -> torch.distributed.Store:
-    """Returns the store by which the ranks of the job found each other, as a client of its own: one that waits blocks no
-    other.
-    """
+    """Returns a new client of the store by which ranks find each other. A client that waits blocks no other."""
     return torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined,no-any-return]
 
 
 def job_timeout(device_type: str = "cpu") -> timedelta | None:
-    """Returns how long a collective of the whole job may wait; ``None`` where its backend does not say."""
+    """Returns how long a collective of the whole job may wait. ``None`` if its backend does not say."""
     group: Any = torch.distributed.group.WORLD
     try:
         found: timedelta = group._get_backend(torch.device(device_type)).options._timeout
@@ -95,19 +98,19 @@ def job_timeout(device_type: str = "cpu") -> timedelta | None:
 
 
 def set_group_timeout(timeout: timedelta, group: Any = None) -> None:
-    """Says how long a collective of a group that this rank is in, by default of the whole job, may wait."""
+    """Sets how long a collective of a group of this rank may wait. Default is the group of the whole job."""
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-# Whether the running backward pass will execute a node; torch's own register_multi_grad_hook asks the same.
+# Tells whether the running backward pass will execute a node, as torch's register_multi_grad_hook does.
 will_execute_node = torch._C._will_engine_execute_node
 
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
-# Which kernel attention of these tensors would run as.
+# Tells which kernel attention on these tensors would run.
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
-# The norms of many tensors in few kernels, as torch.nn.utils.get_total_norm takes them.
+# Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""User code: the line of the user's program that stands behind an operator or a call."""
+"""User code: the line of the user's program that caused an operator or a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import fx
 
 
 def _source(node: fx.Node) -> str:
-    """``file:line: code`` of the user's line that called the operator."""
+    """Returns ``file:line: code`` of the user's line that called the operator."""
     place = (node.meta.get("custom") or {}).get(SOURCE)
     if place is not None:
         return source_text(*place)
@@ -35,16 +35,16 @@ def _source(node: fx.Node) -> str:
     return f"{os.path.basename(path)}:{number}: {code}"
 
 
-SOURCE = "shardwright_source"  # of a node's custom meta: file and line of the user's that called the operator
+SOURCE = "shardwright_source"  # key in a node's custom meta: file and line of the user's call
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_BORDER = os.path.join(_HERE, "capture", "left_behind.py")  # of the function in which the callable is called
+_BORDER = os.path.join(_HERE, "capture", "left_behind.py")  # name of the function in which the callable is called
 _NOBODYS = (_TORCH, _HERE, os.path.dirname(os.__file__) + os.sep, "<frozen", "<string", "<eval_with_key")
 _SITE = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 
 
 def user_frame() -> FrameType | None:
-    """Returns the nearest frame of the captured callable that is neither torch's nor this package's; none outside of it."""
+    """Returns the nearest frame of the captured callable that is neither torch's nor this package's; else none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_users(frame.f_code.co_filename):
         if frame.f_code.co_name == "forward" and frame.f_code.co_filename == _BORDER:
@@ -62,13 +62,13 @@ def is_users(path: str) -> bool:
 
 
 def user_source() -> str:
-    """``file:line: code`` of the user's line that runs now."""
+    """Returns ``file:line: code`` of the user's line that runs now."""
     frame = user_frame()
     return "" if frame is None else source_text(frame.f_code.co_filename, frame.f_lineno)
 
 
 def source_text(path: str, line: int) -> str:
-    """``file:line: code``, as messages give it."""
+    """Returns ``file:line: code``, as messages give it."""
     code = linecache.getline(path, line).strip()
     return f"{os.path.basename(path)}:{line}" + (f": {code}" if code else "")
 
@@ -91,7 +91,7 @@ _OF_GLOBALS = ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "STO
 
 
 def user_line() -> str:
-    """``file:line`` of the nearest caller outside this package."""
+    """Returns ``file:line`` of the nearest caller outside this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "shardwright":
         frame = frame.f_back
@@ -99,7 +99,7 @@ def user_line() -> str:
 
 
 def _user_line() -> str:
-    """``file:line`` of the nearest caller outside this package."""
+    """Returns ``file:line`` of the nearest caller outside this package."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "shardwright":
         frame = frame.f_back

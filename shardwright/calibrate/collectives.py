@@ -1,9 +1,9 @@
-"""Measures this machine in real gloo processes: every algorithm of every collective, and what operators take.
+"""Collectives: measures every algorithm of every collective, and then operators, in real gloo processes.
 
-:func:`measure` starts this module once a rank. All algorithms of a case (an operation, a number of ranks, a size) take
-turns, so that what else the machine does meets all alike, and medians count. The ranks share every time that was taken,
-the slowest rank's, so that all go on to the same thing and end at the same time without being told. At last all time
-operators at once, by :mod:`shardwright.calibrate.operators`.
+:func:`measure` starts this module once per rank. All algorithms of a case (an operation, a number of ranks, a size) take
+turns, so that other load on the machine disturbs all alike, and medians count. The ranks share every measured time,
+the slowest rank's, so that all continue with the same case and end at the same time without a message. At last all time
+operators simultaneously, by :mod:`shardwright.calibrate.operators`.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from shardwright.world.distributed.links import Link
 from shardwright.world.distributed.operations import Operation
 
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # bytes
-_TURN = 2e-3  # seconds that a turn of an algorithm takes at least, where _MOST_CALLS calls take as long
+_TURN = 2e-3  # least seconds per turn of an algorithm, unless it reaches _MOST_CALLS calls
 _MOST_CALLS = 16
 _LEAST_ROUNDS = 3
-_HOPELESS = 3.0  # algorithms whose best is so many times slower than the fastest one's get no further turn
-_DO_NOT_SCALE = ("hub", "copies")  # once hopeless, at all larger sizes too
-_OPERATORS = 0.5  # time that operators get, for each second that collectives get
+_HOPELESS = 3.0  # algorithms whose best time is so many times that of the fastest get no further turn
+_DO_NOT_SCALE = ("hub", "copies")  # an algorithm that is hopeless once is so at all larger sizes
+_OPERATORS = 0.5  # seconds for operators per second for collectives
 SECONDS = "SHARDWRIGHT_CALIBRATE_SECONDS"
 
 
 class Measured(NamedTuple):
-    """The medians of one case.
+    """Medians of one case.
 
     Args:
         operation: its name.
-        ranks: how many took part.
-        nbytes: as :class:`~shardwright.cost.algorithms.Calibration` counts them.
-        seconds: of a call, for each algorithm.
+        ranks: number of ranks.
+        nbytes: bytes as :class:`~shardwright.cost.algorithms.Calibration` counts them.
+        seconds: seconds per call, by algorithm.
     """
 
     operation: str
@@ -57,14 +57,14 @@ class Measured(NamedTuple):
 
 
 class Measurements(NamedTuple):
-    """What was found out about a machine: its collectives, and how long operators took."""
+    """Measured times of a machine's collectives and operators."""
 
     collectives: Calibration
     operators: list[Sample]
 
 
 def group_sizes(ranks: int) -> list[int]:
-    """Returns the numbers of ranks that are measured in a job of ``ranks``.
+    """Lists the numbers of ranks that are measured in a job of ``ranks``.
 
     >>> group_sizes(12)
     [2, 3, 4, 8, 12]
@@ -74,16 +74,16 @@ def group_sizes(ranks: int) -> list[int]:
 
 
 def measure(ranks: int = 4, seconds: float = 20.0, progress: Callable[[float], None] | None = None) -> Measurements:
-    """Measures this machine with processes of its own.
+    """Measures this machine with new processes.
 
     Args:
-        ranks: how many to start; two at least.
-        seconds: how long to measure collectives; operators get half as long besides, and processes take a few seconds to
-            start.
-        progress: is told the fraction that is done, now and then.
+        ranks: number of processes, at least two.
+        seconds: seconds to measure collectives; operators get half as long in addition, and starting processes takes a few
+            seconds.
+        progress: is called with the fraction that is done, now and then.
 
     Raises:
-        WorldError: fewer than two ranks, or a process failed; with what it said.
+        WorldError: fewer than two ranks, or a process failed; with its output.
     """
     if ranks < 2:
         raise WorldError(f"ranks={ranks}: a rank alone has nobody to communicate with; calibrate with 2 or more")
@@ -97,10 +97,10 @@ def measure(ranks: int = 4, seconds: float = 20.0, progress: Callable[[float], N
 
 
 def tables_of(found: list[Measured]) -> dict[str, dict[int, Table]]:
-    """For every operation and number of ranks, algorithms by size, each ranking valid to halfway to the next size.
+    """Ranks the algorithms by size, for every operation and number of ranks. A ranking holds to halfway to the next size.
 
-    How many times an algorithm is slower than the fastest changes slowly with the size, and times are noisy: the sizes next
-    to one have a say, each half of its own.
+    The slowdown relative to the fastest algorithm changes slowly with the size, and times are noisy: the sizes next
+    to one count too, each with half the weight.
 
     >>> times = [Measured("exchange", 2, 1024, {"direct": 1.0, "backend": 2.0})]
     >>> times += [Measured("exchange", 2, 4096, {"direct": 3.0, "backend": 1.0})]
@@ -129,13 +129,13 @@ def tables_of(found: list[Measured]) -> dict[str, dict[int, Table]]:
 
 
 def _slower(case: Measured) -> dict[str, float]:
-    """Returns how many times slower than the fastest each algorithm is; logarithms."""
+    """Returns the logarithm of how many times slower than the fastest each algorithm is."""
     best = min(case.seconds.values())
     return {name: math.log(seconds / best) for name, seconds in case.seconds.items()}
 
 
 def links_of(found: list[Measured]) -> Links:
-    """What an operation, a message and a byte cost.
+    """Fits the cost of an operation, of a message and of a byte.
 
     The smallest all-reduces, through a hub that has 2(n-1) messages among n ranks, tell the operation from its messages
     (a straight line, where more than two ranks were measured); the largest exchange among all tells the bytes.
@@ -146,7 +146,7 @@ def links_of(found: list[Measured]) -> Links:
             least[case.ranks] = min(least.get(case.ranks, math.inf), *case.seconds.values())
     messages, times = [2.0 * (n - 1) for n in least], list(least.values())
     slope, start = statistics.linear_regression(messages, times) if len(least) > 1 else (times[0] / messages[0], 0.0)
-    latency = max(slope, times[0] / messages[0] / 10)  # where noise makes more ranks look cheaper
+    latency = max(slope, times[0] / messages[0] / 10)  # noise may make more ranks look cheaper
     largest = max((case for case in found if case.operation == "exchange"), key=lambda case: (case.ranks, case.nbytes))
     taken = min(largest.seconds.values())
     spent = (largest.ranks - 1) * latency
@@ -157,9 +157,9 @@ def links_of(found: list[Measured]) -> Links:
 
 
 def _work() -> None:
-    """What each process does; the first one says what comes of it, a line of JSON at a time."""
+    """Runs in each process. The first rank prints the results, as lines of JSON."""
     seconds = float(os.environ[SECONDS])
-    share = 1 / (1 + _OPERATORS)  # of the whole time
+    share = 1 / (1 + _OPERATORS)  # share of the whole time
     dist.init_process_group("gloo", timeout=timedelta(seconds=_PATIENCE + 2 * seconds))
     rank, ranks = dist.get_rank(), dist.get_world_size()
     groups = {n: dist.group.WORLD if n == ranks else dist.new_group(range(n)) for n in group_sizes(ranks)}
@@ -178,13 +178,13 @@ def _work() -> None:
 
 
 def say(what: Any) -> None:
-    """The first rank's words to the process that started the ranks."""
+    """Prints a result of the first rank for the process that started the ranks."""
     if dist.get_rank() == 0:
         print(json.dumps(what), flush=True)
 
 
 def largest(own: float) -> float:
-    """Returns the largest of the numbers that the ranks have."""
+    """Returns the largest of the ranks' numbers."""
     numbers = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return float(numbers)
@@ -206,12 +206,12 @@ def _measure_group(link: Link, seconds: float) -> Iterator[tuple[Measured, float
 
 
 def _weight(nbytes: int) -> float:
-    """Returns how much of the time a case gets: a large one takes longer, but is less noisy."""
+    """Returns the weight of a case in the time: a large one takes longer, but is less noisy."""
     return 1 + 2 * math.sqrt(nbytes / (1 << 20))
 
 
 def _turns(link: Link, operation: str, nbytes: int, without: set[str]) -> dict[str, Callable[[], Tensor]]:
-    """Returns every algorithm of an operation, as a call without arguments; on whole numbers, for which any will do."""
+    """Returns every algorithm of an operation as a call without arguments, on any integers."""
     turns: dict[str, Callable[[], Tensor]] = {}
     for name in ALGORITHMS[operation]:
         run, count = _prepare(link, operation, nbytes // 4, name)
@@ -221,7 +221,7 @@ def _turns(link: Link, operation: str, nbytes: int, without: set[str]) -> dict[s
 
 
 def _prepare(link: Link, operation: str, count: int, algorithm: str) -> tuple[Operation, int]:
-    """Returns the operation over ``count`` elements, and how many a rank hands it."""
+    """Returns the operation over ``count`` elements. Also returns the number of elements that a rank passes to it."""
     n = link.size
     piece = max(1, count // n)
     if operation == "all_reduce":
@@ -236,17 +236,17 @@ def _prepare(link: Link, operation: str, count: int, algorithm: str) -> tuple[Op
 
 
 def _take_turns(link: Link, turns: dict[str, Callable[[], Tensor]], seconds: float) -> tuple[dict[str, float], float]:
-    """Median seconds of a call, for each, and the seconds that all took; the same on every rank."""
+    """Measures the median seconds per call of each, and the seconds that all took; the same on every rank."""
     meet = partial(link.prepare_all_reduce(1, algorithm="hub"), torch.zeros(1))
     share = link.prepare_all_reduce(len(turns) + 1, "max", algorithm="hub")
     names = list(turns)
     calls = dict.fromkeys(names, 1)
     times: dict[str, list[float]] = {name: [] for name in names}
     live, rounds = names, 0
-    meet()  # some members may have waited long for the others
+    meet()  # some ranks may have waited long for the others
     begin = time.perf_counter()
     for turn in turns.values():
-        turn()  # the first call makes buffers, and connections
+        turn()  # the first call allocates buffers, and connects
     while True:
         taken = dict.fromkeys(names, 0.0)
         start = rounds % len(live)

@@ -1,9 +1,9 @@
-"""Fit: what a machine's numbers must be for prices to be the times that were measured.
+"""Fit: fits a machine's numbers so that prices match measured times.
 
-A price is a sum of terms, each as long as one of the machine's numbers says: so many operations at a rate, so many launches.
+A price is a sum of terms, each proportional to one of the machine's numbers: so many operations at a rate, so many launches.
 So it is linear in how many times slower each of the numbers is (:data:`TERMS`), up to where a cheaper algorithm or the other
 side of a roofline takes over, and a least-squares fit of relative errors finds those factors. Numbers that the measurements
-say nothing about stay where they are.
+say nothing about stay as they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from shardwright.ir.machine import Machine
 Array = np.ndarray[Any, Any]
 Price = Callable[[Machine], float]
 
-# Families that operations bound; the memory bounds the others.
+# Families that are bound by operations; the others are bound by memory.
 _WORKING = ("matmul", "attention", "conv")
-# How many times slower or faster a fit may make each number. Operators and links can be timed alone, and mostly are; what a
-# collective takes where ranks wait for each other, and what a step takes besides its operators, only whole steps tell.
+# Largest factor by which a fit may change each number. Operators and links can be timed separately, and mostly are; only whole
+# steps show the time of collectives where ranks wait for each other, and of a step besides its operators.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys((*_WORKING, "traffic", "optimizer"), (0.5, 2.0)),
     "operator_launch": (0.2, 5.0),
@@ -33,10 +33,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "latency": (0.5, 20.0),
     "bandwidth": (0.5, 4.0),
 }
-# How much a factor is held at what it was: as much as so many measurements that say it is right.
+# Weight of a factor's start value, as a number of measurements that confirm it.
 _HELD = 0.02
 _SWEEPS, _REWEIGHTINGS, _ROUNDS = 200, 5, 3
-_STEP = 0.05  # by how much a number is changed to see what depends on it
+_STEP = 0.05  # relative change of a number to see what depends on it
 
 
 def _scaled(key: str) -> Callable[[Machine, float], Machine]:
@@ -53,7 +53,7 @@ def _efficiency(kind: str) -> Callable[[Machine, float], Machine]:
 
 
 def _exposed(machine: Machine, factor: float) -> Machine:
-    """More or less of the gradient reductions' time does not hide."""
+    """Hides more or less of the gradient reductions' time."""
     return replace(machine, overlap=min(1.0, max(0.0, 1 - (1 - machine.overlap) * factor)))
 
 
@@ -75,7 +75,7 @@ def _links(key: str, power: float) -> Callable[[Machine, float], Machine]:
     return change
 
 
-# What makes a step slower, by name: a machine on which it takes so many times as long.
+# By name of a term: makes the machine on which it takes so many times as long.
 TERMS: dict[str, Callable[[Machine, float], Machine]] = {
     **{kind: _efficiency(kind) for kind in _WORKING},
     "traffic": _traffic,
@@ -103,7 +103,7 @@ def scaled(machine: Machine, factors: dict[str, float]) -> Machine:
 
 
 def terms_of(price: Price, machine: Machine) -> dict[str, float]:
-    """Returns how much of a price each term is: what it grows by where the term grows.
+    """Computes each term's share of a price: what the price grows by when the term grows.
 
     >>> from shardwright.cost.machine_files import load_machine
     >>> terms = terms_of(lambda m: 3 * m.operator_launch + 1e9 / m.levels[0].bandwidth, load_machine("h100"))
@@ -115,15 +115,15 @@ def terms_of(price: Price, machine: Machine) -> dict[str, float]:
 
 
 def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float]) -> Machine:
-    """Returns the machine whose prices come nearest to times that were measured.
+    """Fits a machine so that its prices come nearest to measured times.
 
-    Rates of operators may become twice as high or low at most: they can be timed alone. What a collective takes in a step,
-    where ranks wait for each other, may be far from what it takes alone.
+    Rates of operators change by a factor of at most two: they can be timed separately. The time of a collective in a step,
+    where ranks wait for each other, may be far from its separate time.
 
     Args:
-        machine: where to start: what the measurements do not tell is as here. A launch that is 0 stays 0.
-        prices: what each measured step costs on a machine.
-        seconds: what it took.
+        machine: where to start. Numbers that the measurements do not determine stay. A launch that is 0 stays 0.
+        prices: for each measured step, a function that prices it on a machine.
+        seconds: measured seconds of each.
 
     >>> from shardwright.cost.machine_files import load_machine
     >>> h100 = load_machine("h100")
@@ -147,7 +147,7 @@ def fit_steps(machine: Machine, prices: Sequence[Price], seconds: Sequence[float
 
 
 class Fit(NamedTuple):
-    """A machine fitted to measured times, and how far prices were off before and after: the median, as a share."""
+    """A machine fitted to measured times. Has the median relative error of prices before and after."""
 
     machine: Machine
     before: float
@@ -155,9 +155,15 @@ class Fit(NamedTuple):
 
 
 def fit_terms(machine: Machine, prices: Sequence[float], terms: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> Fit:
-    """As :func:`fit_steps`, from what steps cost on ``machine`` alone: their prices, and what :func:`terms_of` says of them.
+    """Fits a machine like :func:`fit_steps`, only from prices on ``machine`` and their :func:`terms_of`.
 
-    Where no machine's prices are nearer, the machine is as it was.
+    If no machine's prices are nearer, the machine stays as it was.
+
+    Args:
+        machine: where to start.
+        prices: price of each measured step on ``machine``.
+        terms: the terms of each price.
+        seconds: measured seconds of each.
 
     >>> from shardwright.cost.machine_files import load_machine
     >>> h100 = load_machine("h100")
@@ -172,7 +178,7 @@ def fit_terms(machine: Machine, prices: Sequence[float], terms: Sequence[Mapping
     rest = before - table.sum(axis=1)
     least, most = (np.array([_RANGES[name][end] for name in TERMS]) for end in (0, 1))
     factors = np.ones(len(TERMS))
-    for _ in range(_ROUNDS):  # each holds what the one before found
+    for _ in range(_ROUNDS):  # each starts from the result of the one before
         scaled_table = table * factors / measured[:, None]
         factors = factors * solve_factors(scaled_table, 1 - rest / measured, least / factors, most / factors)
     off = [float(np.median(np.abs(found / measured - 1))) for found in (before, rest + table @ factors)]
@@ -182,12 +188,14 @@ def fit_terms(machine: Machine, prices: Sequence[float], terms: Sequence[Mapping
 
 
 def solve_factors(table: Array, wanted: Array, least: Array | float = 0.1, most: Array | float = 10.0) -> Array:
-    """Factors for which ``table @ factors`` is nearest ``wanted``, by absolute rather than squared errors.
+    """Finds factors for which ``table @ factors`` is nearest ``wanted``. Errors count absolute, not squared.
 
-    Least squares by coordinate descent, the weights of what is far off lowered from time to time; so a step that something
-    else disturbed has little say.
+    It is least squares by coordinate descent, with weights that are lowered for what is far off, so a step that something
+    else disturbed has little weight.
 
     Args:
+        table: one row per measurement, one column per factor.
+        wanted: one number per measurement.
         least, most: bounds of each factor.
     """
     count = table.shape[1]

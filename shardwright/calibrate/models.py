@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Mixer(nn.Module):
-    """Layer norms, gelu, products over positions and over channels."""
+    """A model of layer norms, gelu, and products over positions and over channels."""
 
     def __init__(self, d: int = 160, length: int = 64, layers: int = 2, classes: int = 64):
         super().__init__()
@@ -30,7 +30,7 @@ class Mixer(nn.Module):
 
 
 class Pictures(nn.Module):
-    """Convolutions, a pool, attention over what is left of the picture."""
+    """A model of convolutions, a pool, and attention over the rest of the picture."""
 
     def __init__(self, width: int = 24, heads: int = 2, classes: int = 32):
         super().__init__()
@@ -50,7 +50,7 @@ class Pictures(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A table of embeddings, a gated network for each token, a large head."""
+    """A model with an embedding table, a gated network per token, and a large head."""
 
     def __init__(self, vocab: int = 3000, d: int = 96, tags: int = 400):
         super().__init__()

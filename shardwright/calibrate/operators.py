@@ -1,8 +1,8 @@
-"""Calibration: the machine that one runs on, from how long operators take here.
+"""Operators: times operators, and fits the machine's numbers to the times.
 
-:func:`time_operators` runs in every rank's process at once, so that ranks that share cores and memory are measured as they
+:func:`time_operators` runs in all processes simultaneously, so that ranks that share cores and memory are measured as they
 will compute: the processes meet before each case and agree on its time. :func:`fit_machine` turns the times into the numbers
-that :mod:`shardwright.cost.compute` prices with; nothing here knows how processes find each other.
+that :mod:`shardwright.cost.compute` prices with. Nothing here depends on how processes find each other.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ aten = torch.ops.aten
 
 # Bytes of the tensors that memory-bound operators are timed on: within a core's cache, within all of it, beyond it.
 SIZES = (1 << 19, 1 << 21, 1 << 23)
-_LAUNCHES = "launch"  # the family of the samples that tell what a call takes
+_LAUNCHES = "launch"  # the family of the samples that show the time per call
 _STATES = 2.0  # Adam's
 _LEAST_CALLS = 3
-_LEAST_CONVOLUTIONS = 4  # that tell the four numbers of convolutions
+_LEAST_CONVOLUTIONS = 4  # samples that determine the four numbers of convolutions
 
 
 class Sample(NamedTuple):
-    """How long one operator took.
+    """A measured time of one operator.
 
     Args:
-        family: as :func:`~shardwright.rules.traits.family` has it; also ``optimizer``, and ``launch`` for tiny tensors.
+        family: see :func:`~shardwright.rules.traits.family`; also ``optimizer``, and ``launch`` for tiny tensors.
         dtype: the name of its dtype.
-        flops: operations. ``traffic``: bytes as the cost model counts them, all passes.
-        seconds: of one call.
-        channels: of a convolution, as :class:`~shardwright.cost.convolution.Channels` has them.
+        flops: operations. ``traffic``: bytes as the cost model counts them, in all passes.
+        seconds: seconds per call.
+        channels: the :class:`~shardwright.cost.convolution.Channels` of a convolution.
     """
 
     family: str
@@ -61,7 +61,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time: a :class:`Sample` without its time, and a function that makes the call."""
+    """One operator to time: a :class:`Sample` without its time, and a function that makes the call."""
 
     family: str
     dtype: str
@@ -71,12 +71,12 @@ class Case:
     channels: Sequence[Any] = ()
 
 
-# A machine on which traffic costs a second a byte.
+# A machine on which traffic costs one second per byte.
 _UNIT = Machine("unit", "", {"float32": 1.0}, {}, 0.0, 1.0, 0.0, 0.0, (Level("all", 0, 0.0, 1.0),))
 
 
 def operator_case(target: Any, arguments: Sequence[Any], **keywords: Any) -> Case:
-    """Returns the case of one operator on tensors like these, which may be on the meta device.
+    """Builds the case of one operator on such tensors. They may be on the meta device.
 
     >>> case = operator_case(aten.mm.default, [torch.empty(64, 32, device="meta"), torch.empty(32, 16, device="meta")])
     >>> case.family, case.flops
@@ -111,7 +111,7 @@ def _filled(like: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """What is timed: the operators that most of a training step is made of, in sizes that a rank may have."""
+    """Lists what is timed: the operators that most of a training step consists of, in sizes that a rank may have."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -140,7 +140,7 @@ def cases() -> Iterator[Case]:
 
 
 def convolution_cases() -> Iterator[Case]:
-    """Large ones, tiny ones, of pictures, of a few channels, depthwise."""
+    """Lists convolutions to time: large ones, tiny ones, on pictures, with few channels, depthwise."""
 
     def case(n: int, read: int, made: int, side: int, groups: int = 1, dtype: torch.dtype = torch.float32) -> Case:
         x = torch.empty(n, read, side, side, dtype=dtype, device="meta")
@@ -159,7 +159,7 @@ def convolution_cases() -> Iterator[Case]:
 
 
 def optimizer_case(nbytes: int) -> Case:
-    """Returns a step of AdamW over parameters of so many bytes in eight tensors."""
+    """Builds a step of AdamW over parameters of so many bytes in eight tensors."""
 
     def prepare() -> Callable[[], Any]:
         tensors = [torch.nn.Parameter(torch.ones(max(1, nbytes // 32))) for _ in range(8)]
@@ -172,7 +172,7 @@ def optimizer_case(nbytes: int) -> Case:
 
 
 def _launch_case() -> Case:
-    """Returns one call among many small ones that autograd records, half of it forward and half backward."""
+    """Builds one call among many small ones that autograd records. Half of it is forward and half backward."""
     count = 16
 
     def prepare() -> Callable[[], Any]:
@@ -201,17 +201,17 @@ def time_operators(
     """Times every case in this process.
 
     Args:
-        seconds: how long to take; a case takes three calls at least.
-        meet: waits until all ranks have come here; so all time the same case at once.
-        agree: the number that counts among those that the ranks have, the largest say. Called once a case on every rank.
-        progress: is told the fraction that is done.
+        seconds: seconds in all; each case takes at least three calls.
+        meet: waits until all ranks are here, so that all time the same case at the same time.
+        agree: returns the common number of all ranks' numbers, such as the largest. Called once per case on every rank.
+        progress: is called with the fraction that is done.
     """
     todo = list(cases())
     samples = []
     for at, case in enumerate(todo):
         call = case.prepare()
         with torch.enable_grad() if case.family == _LAUNCHES else torch.no_grad():
-            call()  # the first makes buffers
+            call()  # the first call allocates buffers
             meet()
             taken = agree(_seconds_a_call(call, seconds / len(todo)))
         samples.append(Sample(case.family, case.dtype, case.flops, case.traffic, taken, case.channels))
@@ -220,9 +220,9 @@ def time_operators(
 
 
 def _seconds_a_call(call: Callable[[], Any], seconds: float) -> float:
-    """Returns the mean of calls for so long.
+    """Measures the mean seconds per call, over so many seconds.
 
-    Not the median: where ranks share cores, most calls run undisturbed, and what counts is how many get done.
+    It is not the median: if ranks share cores, most calls run undisturbed, but the number of calls done is what counts.
     """
     start = time.perf_counter()
     call()
@@ -241,14 +241,17 @@ def _seconds_a_call(call: Callable[[], Any], seconds: float) -> float:
 
 
 def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = None, description: str = "") -> Machine:
-    """Returns the machine that the samples were timed on; what they do not tell is as in ``base``.
+    """Fits the machine that the samples were timed on. Numbers that they do not determine are those of ``base``.
 
     Peaks are the fastest products of a dtype; a family that is faster than products has an efficiency above 1. Efficiencies and
-    bytes a second of a family are means of logarithms: a price is as often and as many times too high as too low.
+    bytes per second of a family are means of logarithms: prices are too high as often, and by as much, as too low.
 
     Args:
-        links: as measured among the same ranks; taken for the innermost level, and all levels where there is one only. A
-            launch of 0, which two ranks alone cannot tell from messages, stays as in ``base``.
+        base: where to start.
+        samples: the timed operators.
+        links: links measured among the same ranks, for the innermost level, and for all levels if there is only one. A
+            launch of 0, which two ranks cannot tell from messages, stays as in ``base``.
+        description: of the machine.
 
     >>> from shardwright.cost.machine_files import load_machine
     >>> samples = [Sample("launch", "float32", 2, 0, 1e-5), Sample("matmul", "float32", 1e9, 1e6, 0.1)]
@@ -260,7 +263,7 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
     launch = statistics.median(launches) if launches else base.operator_launch
     worked, moved = defaultdict(list), defaultdict(list)
     for sample in samples:
-        net = max(sample.seconds - launch, sample.seconds / 2)  # a call that autograd does not record takes less
+        net = max(sample.seconds - launch, sample.seconds / 2)  # calls that autograd does not record take less time
         if sample.channels:
             continue
         if sample.flops and sample.family != _LAUNCHES:
@@ -291,7 +294,7 @@ def fit_machine(base: Machine, samples: Sequence[Sample], links: Links | None = 
 
 
 def _fit_convolutions(machine: Machine, samples: Sequence[Sample]) -> Machine:
-    """Returns the machine with what convolutions tell; of dtypes other than float32 only their efficiency."""
+    """Fits the numbers of convolutions. For dtypes other than float32 only their efficiency is fitted."""
     by_dtype = defaultdict(list)
     for sample in samples:
         by_dtype[sample.dtype].append(sample)
@@ -315,7 +318,7 @@ def _fit_convolutions(machine: Machine, samples: Sequence[Sample]) -> Machine:
 
 
 def price_of(machine: Machine, sample: Sample) -> float:
-    """Returns the seconds that a machine says an operator takes that was timed."""
+    """Prices a timed operator on a machine, in seconds."""
     work, launch = sample.flops / machine.rate(sample.family, sample.dtype), machine.operator_launch
     if sample.channels:
         work *= float(padding(Channels(*sample.channels), machine.channel_block)[0])
@@ -324,7 +327,7 @@ def price_of(machine: Machine, sample: Sample) -> float:
 
 
 def errors_of(machine: Machine, samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns how many times a price is off, by family: the geometric mean of the larger over the smaller of price and time.
+    """Computes by what factor prices are off, by family: the geometric mean of the larger over the smaller of price and time.
 
     >>> from shardwright.cost.machine_files import load_machine
     >>> h100 = load_machine("h100")
@@ -339,7 +342,7 @@ def errors_of(machine: Machine, samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def save_machine(machine: Machine, path: Path | None = None) -> Path:
-    """Writes a machine to a file, whole or not at all; default where ``load_machine("cpu-gloo")`` looks first."""
+    """Writes a machine to a file, completely or not at all. Default is where ``load_machine("cpu-gloo")`` looks first."""
     path = path or calibrated()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Plans to measure: many different ones of the same model."""
+"""Plans to measure: many different plans of the same model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shardwright.plan.modes.table import plan_graph
 from shardwright.plan.request import PlanRequest
 from shardwright.search.problem import Edge, Problem, Solution
 
-# How much the prices that a random plan is searched by are blurred: the deviation of their logarithms.
+# Standard deviation of the noise on the logarithms of prices by which a random plan is searched.
 BLURS = (0.5, 1.5, 3.0, 10.0)
-_RANDOM = 8  # random plans a model
+_RANDOM = 8  # random plans per model
 
 
 def split_storage(graph: Graph, request: PlanRequest) -> Plan:
-    """Data parallel, every parameter stored split over all ranks along dim 0 where that is even."""
+    """Plans data parallelism with parameters stored split over all ranks. They are split along dim 0 if that is even."""
     plan = plan_graph(graph, replace(request, mode="data_parallel", honour_marks=False))
     layouts = dict(plan.input_layouts)
     for i in graph.inputs:
@@ -37,7 +37,7 @@ def split_storage(graph: Graph, request: PlanRequest) -> Plan:
 
 
 def blurred(seed: int, blur: float, mesh: tuple[int, ...]) -> Callable[[Graph, PlanRequest], Plan]:
-    """Returns a planner: what a search finds when its prices are multiplied by random numbers."""
+    """Builds a planner that searches with prices multiplied by random numbers."""
 
     class Blurred(SearchPlanner):
         def find(self, problem: Problem, gap: float) -> Solution:
@@ -66,7 +66,7 @@ def planned_by(model: nn.Module, planner: Callable[[Graph, PlanRequest], Plan]) 
 
 
 def meshes_of(ranks: int) -> list[tuple[int, ...]]:
-    """Returns the ranks in one axis, and in two where their number has factors.
+    """Lists meshes of the ranks: one axis, and two if their number has factors.
 
     >>> meshes_of(4), meshes_of(3)
     ([(4,), (2, 2)], [(3,)])
@@ -75,7 +75,7 @@ def meshes_of(ranks: int) -> list[tuple[int, ...]]:
 
 
 def makers(ranks: int, count: int = _RANDOM) -> dict[str, Callable[[nn.Module], AutoParallel]]:
-    """Plans by name: data parallel, parameters stored split, the best on each mesh, and so many random ones."""
+    """Builds plans by name: data parallel, parameters stored split, the best on each mesh, and so many random ones."""
     found: dict[str, Callable[[nn.Module], AutoParallel]] = {
         "data": lambda model: AutoParallel(model, "data_parallel"),
         "zero": lambda model: planned_by(model, split_storage),

@@ -1,9 +1,9 @@
-"""Whole training steps, measured on real ranks: what a machine's numbers are fitted to.
+"""Steps: measures whole training steps on real ranks, and fits the machine's numbers to them.
 
-Operators and collectives take longer within a step than by themselves: ranks wait for each other, share cores and evict
+Operators and collectives take longer within a step than separately: ranks wait for each other, share cores and evict
 each other's data. So three small models train for a moment under plans of all kinds, good ones and random ones, and the
-machine's numbers are moved until the prices of those plans are the times that they took (:mod:`shardwright.calibrate.fit`).
-:func:`measure_steps` starts this module once a rank.
+machine's numbers are changed until the prices of those plans match their measured times (:mod:`shardwright.calibrate.fit`).
+:func:`measure_steps` starts this module once per rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PATIENCE = 600.0
 
 @dataclass
 class Case:
-    """A model under a plan, ready to step; ``times`` are those of this rank."""
+    """A model under a plan, ready to step; ``times`` are those on this rank."""
 
     model: str
     plan: str
@@ -57,16 +57,16 @@ class Case:
     inputs: Inputs
     optimizer: torch.optim.Optimizer | None = None
     times: list[float] = field(default_factory=list)
-    foreign: list[float] = field(default_factory=list)  # share of the cores that others had in the same turns
+    foreign: list[float] = field(default_factory=list)  # share of the cores that other processes had in the same turns
 
     def prepare(self) -> None:
-        """Compiles, and makes an optimizer."""
+        """Plans the model, and makes an optimizer."""
         self.net.compile(*self.inputs)
-        # per parameter, as one would without knowing of this library; "foreach" is what CUDA does by default
+        # per parameter, as without this library; "foreach" is the default on CUDA
         self.optimizer = torch.optim.AdamW(self.net.parameters(), 1e-4)
 
     def step(self) -> None:
-        """Forward, backward and AdamW."""
+        """Runs forward, backward and AdamW."""
         assert self.optimizer is not None
         self.optimizer.zero_grad()
         self.net(*self.inputs).backward()
@@ -74,7 +74,7 @@ class Case:
 
 
 def calibration_cases(ranks: int) -> list[Case]:
-    """Returns the three models under plans of all kinds."""
+    """Builds the three models under plans of all kinds."""
     cases = []
     for name, (make, inputs) in MODELS.items():
         torch.manual_seed(0)
@@ -84,7 +84,7 @@ def calibration_cases(ranks: int) -> list[Case]:
 
 
 def measured(cases: Sequence[Case], machine: Machine) -> list[MeasuredStep]:
-    """What was measured of cases, priced on a machine; by the first rank, the others get none."""
+    """Collects the measured steps, priced on a machine, on the first rank. The others return none."""
     times = [seconds_of(case) for case in cases]
     if dist.get_rank():
         return []
@@ -102,7 +102,7 @@ def _price(plan: Plan, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step that was measured: what its price is on the machine it was priced on, of which so much is each term's."""
+    """One measured step: seconds measured, seconds predicted, and the prediction's terms."""
 
     model: str
     plan: str
@@ -112,20 +112,23 @@ class MeasuredStep:
 
 
 def fit(machine: Machine, steps: Sequence[MeasuredStep]) -> Machine:
-    """Returns the machine on which the prices of the steps are nearest their times; what they do not tell is as it was."""
+    """Fits the machine so that the prices of the steps are nearest their times. Numbers that they do not determine stay."""
     return fit_terms(machine, [s.price for s in steps], [s.terms for s in steps], [s.seconds for s in steps]).machine
 
 
 def measure_steps(
     ranks: int, seconds: float, machine: Machine, progress: Callable[[float], None] = lambda done: None
 ) -> list[MeasuredStep]:
-    """Measures steps of the three models in processes of their own, and prices them on a machine.
+    """Measures steps of the three models in new processes, and prices them on a machine.
 
     Args:
-        seconds: of measuring, beside about a second a plan to prepare.
+        ranks: number of processes.
+        seconds: seconds of measuring, besides about one second per plan to prepare.
+        machine: the machine for the prices.
+        progress: is called with the fraction that is done.
 
     Raises:
-        WorldError: a process failed; with what it said.
+        WorldError: a process failed; with its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         toml, out = Path(folder) / "machine.toml", Path(folder) / "steps.json"
@@ -154,7 +157,7 @@ def measure_steps(
 
 
 def _work(out: str, seconds: str) -> None:
-    """What each process does; the first one says how far it is, and writes what comes of it."""
+    """Runs in each process. The first rank prints its progress, and writes the result."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = init()
 

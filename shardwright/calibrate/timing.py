@@ -1,4 +1,4 @@
-"""Timing: seconds of steps that take turns, on a machine that others use too."""
+"""Timing: times steps that take turns, on a machine that others use too."""
 
 from __future__ import annotations
 
@@ -14,23 +14,30 @@ import torch
 import torch.distributed as dist
 
 _LEAST_ROUNDS = 4
-_FOREIGN = 0.1  # share of the cores from which others disturb; a clock that ticks a hundred times a second tells no less
+_FOREIGN = 0.1  # share of the cores above which others disturb; a clock of a hundred ticks per second resolves no less
 
 
 class Timed(Protocol):
-    """What takes turns: a step, the times of it on this rank, and the shares of the cores that others had."""
+    """One step that takes turns with others: its times on this rank, and the shares of the cores that others had."""
 
     times: list[float]
     foreign: list[float]
 
     def step(self) -> None:
-        """One step, the same on every rank."""
+        """Runs one step, the same on every rank."""
 
 
 def take_turns(
     cases: Sequence[Timed], seconds: float, progress: Callable[[float], None] = lambda done: None, least: int = _LEAST_ROUNDS
 ) -> int:
-    """Rounds of all cases, each in an order of its own, until the time is over; returns how many."""
+    """Runs rounds of all cases, each in a different order, until the time is over. Returns their number.
+
+    Args:
+        cases: the steps.
+        seconds: seconds in all.
+        progress: is called with the fraction that is done.
+        least: least number of rounds.
+    """
     draw, start, rounds = random.Random(0), time.perf_counter(), 0
     order = list(cases)
     while True:
@@ -38,7 +45,7 @@ def take_turns(
         for case in order:
             dist.barrier()
             busy, spent = _busy_seconds(), time.process_time()
-            case.step()  # what was evicted comes back
+            case.step()  # an extra step brings evicted data back
             for _ in range(2):
                 dist.barrier()
                 begin = time.perf_counter()
@@ -59,7 +66,7 @@ def take_turns(
 
 
 def _busy_seconds() -> float:
-    """Returns the seconds that the cores of this machine have worked, for whomever; 0 where nobody says."""
+    """Returns the seconds that the cores of this machine have worked for all processes; 0 if unknown."""
     try:
         line = Path("/proc/stat").read_text("ascii").split("\n", 1)[0]
     except OSError:
@@ -69,21 +76,21 @@ def _busy_seconds() -> float:
 
 
 def seconds_of(case: Timed) -> float:
-    """Returns the seconds of a step, of the slowest rank, as :func:`undisturbed` has it."""
+    """Returns the seconds per step, of the slowest rank, as :func:`undisturbed` computes them."""
     times = torch.tensor(case.times, dtype=torch.float64)
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return undisturbed(times.tolist(), case.foreign)
 
 
 def undisturbed(times: Sequence[float], foreign: Sequence[float]) -> float:
-    """What steps take where nothing disturbs them, from the times of all: the mean of the faster half.
+    """Estimates the seconds per step without disturbance, from all times: the mean of the faster half.
 
     A disturbance makes a step slower and never faster. Turns in which others used the machine do not count, as long as half
     of the turns are left.
 
     Args:
-        times: of every step, two a turn.
-        foreign: share of the cores that others had, of every turn.
+        times: seconds of every step, two per turn.
+        foreign: share of the cores that others had, for every turn.
 
     >>> undisturbed([1.0, 1.2, 1.1, 3.0, 0.1, 0.1], [0.0, 0.02, 0.4])
     1.05

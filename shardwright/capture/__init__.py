@@ -6,24 +6,24 @@
 ``caches``           the key-value caches of Hugging Face models as containers of tensors, so that models can return them
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
-``converter``        an exported program as a graph of ours
-``emitter``          appends operators to the graph that is being made, and keeps the value that each tensor has now
+``converter``        converts an exported program to a ``Graph``
+``emitter``          appends operators to the graph that is being made, and keeps the current value of each tensor
 ``fakes``            shapes of a module's state and inputs, without their values, for the capture
-``functionalise``    rewrites in-place operators so that every value is made once and never changed
+``functionalise``    finds functional forms of in-place operators and of writes through views
 ``fx_nodes``         parts of fx nodes: their arguments, the tensors they make, the modules around them
-``left_behind``      Python values that the captured callable changed, undone, to be carried out in every call
+``left_behind``      undoes what the captured callable assigned in Python; every call of the program then assigns it
 ``names``            readable, unique names for the values and nodes of a graph
 ``python_state``     everything besides its arguments that a captured callable reads
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
 ``refusals``         errors for what a captured callable does and a graph cannot hold, at the user's line
-``repeated``         a few copies are captured, the graph of all is made from these
-``resolve_marks``    found out once the graph stands
+``repeated``         captures a few of many equal layers, and makes the graph of all from these
+``resolve_marks``    puts marks onto the operators of the captured graph
 ``runs``             rows of equal modules in the lists of a model, and the model with fewer of each
 ``session``          puts marks onto the operators that run while a callable is captured
-``stand_ins``        stand in for parts of torch that are no torch functions
-``strides``          the memory order of what an operator makes, where the shape functions of torch say another
+``stand_ins``        replacements for parts of torch that are not torch functions
+``strides``          the strides of operators' outputs where torch's shape functions are wrong about them
 ``torch_functions``  sees every torch function that is called, and refuses what a graph cannot keep
-``watch``            finds, while a callable is captured, what it does that a graph cannot keep
+``watch``            watches a callable while it is captured, and refuses what a graph cannot keep
 ``writes``           makes the in-place operators of an exported program functional
 ===================  ==================================================================================================
 """

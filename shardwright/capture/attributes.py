@@ -53,7 +53,7 @@ REFUSED: dict[str, str] = {
 
 
 def check_attribute(what: str, name: Any, value: Any) -> None:
-    """Refuses an attribute that does not exist, one that is not supported, or a value that it cannot have.
+    """Checks one operator attribute. It has to exist, be supported, and have a value that it can have.
 
     Args:
         what: how to name the place in a message: ``"MatMul.add_prim_attr('enable_nd_tp', 1) at model.py:12"``.
@@ -80,7 +80,12 @@ def check_attribute(what: str, name: Any, value: Any) -> None:
 
 
 def check_attributes(what: str, attributes: Any) -> dict[str, Any]:
-    """Returns the attributes given together as a dict, each checked; ``None`` is none of them."""
+    """Checks the attributes that are given together, and returns them as a dict. ``None`` means none.
+
+    Raises:
+        ArgumentTypeError: they are no dict, or a name or a value has the wrong type.
+        ShardwrightError: an unknown or unsupported attribute.
+    """
     if attributes is None:
         return {}
     if not isinstance(attributes, dict):

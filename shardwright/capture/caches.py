@@ -1,4 +1,4 @@
-"""Caches: the key-value caches of Hugging Face models as containers of tensors, so that models can return them."""
+"""Key-value caches of Hugging Face models as containers of tensors. So models can return them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _known: set[type] = set()
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Stands for a tensor in a skeleton: the number of the leaf."""
+    """A place holder for a tensor in a skeleton: the number of the leaf."""
 
     leaf: int
 
@@ -30,7 +30,7 @@ class _Object:
 
 
 def register_caches() -> None:
-    """Registers the classes of caches that transformers has defined so far, if it is imported; costs nothing otherwise."""
+    """Registers the cache classes that transformers has defined so far, if it is imported. Costs nothing otherwise."""
     module = sys.modules.get("transformers.cache_utils")
     base = getattr(module, "Cache", None)
     if base is None:

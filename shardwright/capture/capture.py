@@ -1,4 +1,4 @@
-"""Capture: a callable to a Graph, by ``torch.export`` without decomposition.
+"""Capture: converts a callable to a Graph, by ``torch.export`` without decomposition.
 
 Parameters and buffers are replaced by fake tensors of their global shape while the callable is traced, so that nothing
 is computed, models on the meta device and models whose parameters are already distributed capture alike.
@@ -12,7 +12,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from shardwright.capture.backward_hooks import check_backward_hooks
 from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.converter import Converter
-from shardwright.capture.fakes import _fake, _fake_state, autocast_around
-from shardwright.capture.left_behind import Assignment, Kept, check_values, ended_by, state_kept
-from shardwright.capture.random_states import random_states_kept
+from shardwright.capture.fakes import autocast_around, fake_of, fake_state
+from shardwright.capture.left_behind import Assignment, SavedState, check_values, ended_by, state_restored
+from shardwright.capture.random_states import randomness_refused
 from shardwright.capture.session import marked_modules, session
 from shardwright.capture.watch import watched
 from shardwright.errors import CaptureError, ShardwrightError
@@ -44,9 +44,10 @@ def capture(
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
 ) -> Graph:
-    """Returns the graph of ``module(*args, **kwargs)``; nothing is computed and the module is left as it was.
+    """Captures ``module(*args, **kwargs)`` as a graph. Nothing is computed, and the module is left as it was.
 
     Args:
+        module: what is captured; it may be on the meta device.
         args, kwargs: tensors of global shape; only their shape, dtype and ``requires_grad`` are read.
         device: device the program will run on.
         marks: modules whose calls carry a strategy.
@@ -62,16 +63,21 @@ def capture(
         )
     check_values({**dict(module.named_parameters()), **dict(module.named_buffers())})
     flat, spec = pytree.tree_flatten((args, kwargs))
-    notes: list[str] = []
 
     def export() -> tuple[Any, list[Assignment], dict[Any, int]]:
-        fakes = [_fake(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        fakes = [fake_of(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-        with _fake_state(module, mode, device), state_kept(module), marked_modules(module, marks or {}):
-            return _exported(module, fake_args, fake_kwargs, notes.append)
+        with fake_state(module, mode, device), state_restored(module), marked_modules(module, marks or {}):
+            return _exported(module, fake_args, fake_kwargs)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with session() as now, warnings.catch_warnings(), preserve_node_meta(), _quiet_logs(), random_states_kept(module, export):
+    with (
+        session() as now,
+        warnings.catch_warnings(),
+        preserve_node_meta(),
+        _quiet_logs(),
+        randomness_refused(module, export),
+    ):
         warnings.simplefilter("ignore")
         converter: Converter | None = None
         try:
@@ -83,29 +89,24 @@ def capture(
                 raise
             raise CaptureError(_capture_message(module, error, converter)) from error
     check_values(graph.constants)
-    for note in notes:
-        logger.warning("%s", note)
     return replace(graph, assignments=tuple(assigned))
 
 
-def _exported(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[[str], None]
-) -> tuple[Any, list[Assignment], dict[Any, int]]:
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Assignment], dict[Any, int]]:
     """Exports a module on fake tensors, watched for what a graph cannot keep.
 
     Args:
         args, kwargs: fake tensors, with the module's state faked in the same mode.
-        note: is called with each message for the user.
 
     Returns:
         The exported program, the attributes that the callable assigned, and the storages that autograd saved, with the time.
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
-    before: Kept | None = None
+    before: SavedState | None = None
 
     def begin(args: Any, kwargs: Any) -> None:
         nonlocal before
-        before = Kept(module)  # now, for torch too has changed what modules hold
+        before = SavedState(module)  # now, for torch too has changed what modules hold
         watch.begin(args, kwargs)
 
     def end(result: Any) -> Any:
@@ -117,13 +118,13 @@ def _exported(
         check_backward_hooks(module)
         return (result, tuple(found[1])) if found[1] else result
 
-    with watched(module, note) as watch, ended_by(module, begin, end):
+    with watched(module) as watch, ended_by(module, begin, end):
         exported = torch.export.export(module, tuple(args), kwargs, strict=False)
     return exported, found[0], watch.saved
 
 
 class StepFound(BaseException):
-    """Raised within a capture by something only a train step does: a backward pass or an optimizer step."""
+    """Signals, within a capture, something only a train step does: a backward pass or an optimizer step."""
 
 
 _PASS_THROUGH = (ShardwrightError, StepFound)
@@ -131,7 +132,7 @@ _PASS_THROUGH = (ShardwrightError, StepFound)
 
 @contextlib.contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """A failed export logs its whole inner state; what the user needs is in the error."""
+    """Silences logs and stderr. A failed export logs its whole inner state; what the user needs is in the error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -158,5 +159,5 @@ def _capture_message(module: nn.Module, error: Exception, converter: Converter |
     return text
 
 
-# What torch and this package say of shapes, branches and numbers that depend on values.
+# Words in errors of torch and of this package about shapes, branches and numbers that depend on values.
 _OF_VALUES = ("data-dependent", "DataDependent", ".item()", "Unbacked", "SymInt", "SymFloat", "SymBool")

@@ -18,7 +18,7 @@ _CONTAINERS = (list, tuple, set)
 
 
 class FunctionModule(nn.Module):
-    """A function as a module that owns what the function closes over.
+    """A function as a module, which owns what the function closes over.
 
     Modules keep the name the function uses for them; so ``net.fc1.weight`` is the name of a parameter of ``net``.
     """
@@ -26,7 +26,7 @@ class FunctionModule(nn.Module):
     def __init__(self, function: Callable[..., Any]):
         super().__init__()
         self.__dict__["function"] = function
-        self.__dict__["direct"] = []  # (name, tensor) of what the function reads itself, not through a module
+        self.__dict__["direct"] = []  # (name, tensor) that the function reads directly, not through a module
         reached = closed_over(function)
         self.__dict__["reached"] = [value for _, value in reached]
         for name, value in reached:
@@ -41,7 +41,7 @@ class FunctionModule(nn.Module):
                 self.register_buffer(name, value, persistent=False)
 
     def is_up_to_date(self) -> bool:
-        """Tells whether the function still reaches the modules and tensors that it did when this was made."""
+        """Tells whether the function still reaches the same modules and tensors as at the beginning."""
         now, before = [value for _, value in closed_over(self.__dict__["function"])], self.__dict__["reached"]
         return len(now) == len(before) and all(map(operator.is_, now, before))
 
@@ -58,7 +58,7 @@ class FunctionModule(nn.Module):
 
 
 class _Substitute(TorchFunctionMode):
-    """Within the block, every torch function reads the stand-in of a tensor in its place."""
+    """Replaces, within the block, each given tensor by its stand-in in every torch function."""
 
     def __init__(self, stand_ins: dict[int, Tensor]):
         super().__init__()
@@ -73,7 +73,7 @@ class _Substitute(TorchFunctionMode):
 
 
 def closed_over(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """Returns the modules, parameters and tensors a function can reach through its closure, globals, defaults and self."""
+    """Lists the modules, parameters and tensors that a function can reach. It looks at closure, globals, defaults and self."""
     found: list[tuple[str, Any]] = []
     seen: set[int] = set()
     for name, value in _reachable(function, seen):
@@ -158,7 +158,7 @@ def _free_name(module: nn.Module, name: str) -> str:
 
 
 def attribute_of(root: nn.Module, value: Tensor) -> tuple[dict[str, Any], str] | None:
-    """Where the modules of a root have a tensor as an attribute: the attributes of the module, and the name."""
+    """Finds where a root's modules have a tensor as an attribute: returns the attributes of that module, and the name."""
     for module in root.modules():
         for name, held in vars(module).items():
             if held is value:

@@ -1,4 +1,4 @@
-"""Converter: an exported program as a graph of ours."""
+"""Converter: converts an exported program to a ``Graph``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardwright.capture.functionalise import Tracked, is_mutation, named_argume
 from shardwright.capture.fx_nodes import attribute_at, input_name, meta_of, module_path
 from shardwright.capture.names import Names, numbered
 from shardwright.capture.own_backward import with_hooks
-from shardwright.capture.resolve_marks import _at, _resolve_marks
+from shardwright.capture.resolve_marks import at_line, resolve_marks
 from shardwright.capture.session import Session
 from shardwright.capture.writes import Writes
 from shardwright.errors import CaptureError
@@ -24,7 +24,15 @@ from shardwright.ir.operator import OpOverload
 
 
 class Converter:
-    """Turns an exported program into a Graph: lifts inputs, inlines regions, makes in-place operators functional."""
+    """Turns an exported program into a ``Graph``. It lifts inputs, inlines regions and makes in-place operators functional.
+
+    Args:
+        module: what was captured.
+        exported: the ``ExportedProgram``.
+        now: the capture session, which knows the marked calls.
+        flat_inputs: the leaves of the callable's arguments, as ``torch.utils._pytree`` flattens them.
+        autocast: see :class:`~shardwright.capture.emitter.Emitter`.
+    """
 
     def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, saved: Any):
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
@@ -36,6 +44,7 @@ class Converter:
         self.hooks: dict[str, list[OpaqueFunction]] = {}  # value -> hooks on its gradient, in order
 
     def graph(self) -> Graph:
+        """Converts the exported program and returns the graph."""
         graph_module = self.exported.graph_module
         self._placeholders(graph_module.graph)
         placeholders = dict(self.emitter.env)
@@ -46,7 +55,7 @@ class Converter:
             for node, tracked in ((n, t) for n, t in placeholders.items() if isinstance(t, Placeholder))
             if tracked.writes and self.emitter.read(node) != tracked.first
         )
-        nodes, renamed = _resolve_marks(self.emitter.nodes, self.emitter.calls, self.session)
+        nodes, renamed = resolve_marks(self.emitter.nodes, self.emitter.calls, self.session)
         hooks = {renamed.get(value, value): found for value, found in self.hooks.items()}
         nodes, behind = with_hooks(nodes, hooks, self.emitter.names)
         renamed = {**behind, **{value: behind.get(new, new) for value, new in renamed.items()}}
@@ -133,7 +142,7 @@ class Converter:
         return Tracked(value_name, value)
 
     def _value(self, argument: Any) -> Any:
-        """Returns a graph output: a value name, or a constant."""
+        """Returns the graph output for an argument: a value name, or a :class:`Constant`."""
         if isinstance(argument, fx.Node):
             entry = self.emitter.env[argument]
             return self.emitter.read(argument) if isinstance(entry, (Tracked, WrittenTensor)) else Constant(entry)
@@ -165,7 +174,7 @@ class Converter:
             )
         elif target.overloadpacket in operators.CHANGES_MEMORY:
             raise CaptureError(
-                f"{target}{_at(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor"
+                f"{target}{at_line(node)} changes a tensor's memory past the graph, which cannot be captured; make a new tensor"
             )
         elif target.overloadpacket in operators.CHECKS:
             self.emitter.env[node] = None
@@ -178,14 +187,14 @@ class Converter:
             self.emitter.track_operator(node)
 
     def _fold(self, node: fx.Node) -> Any:
-        """Returns a Python function of plain values, such as arithmetic on sizes."""
+        """Computes a Python function of plain values, such as arithmetic on sizes."""
         args, kwargs = pytree.tree_map(lambda a: self.emitter.env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
         is_plain = getattr(node.target, "__module__", None) in ("_operator", "operator", "math", "builtins", "torch")
         if not is_plain or any(isinstance(leaf, Tracked) for leaf in pytree.tree_leaves((args, kwargs))):
             name = getattr(node.target, "__name__", str(node.target))
             raise CaptureError(
-                f"{name}{_at(node)} cannot be sharded: only tensor operators can, not transformations as those of torch.func; "
-                "take it out of the callable"
+                f"{name}{at_line(node)} cannot be sharded: only tensor operators can, not transformations as those of "
+                "torch.func; take it out of the callable"
             )
         return node.target(*args, **kwargs)  # type: ignore[operator,misc]
 
@@ -217,8 +226,9 @@ class Converter:
 
 
 def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[list[Node], list[Any]]:
-    """Removes operators whose results nothing reads. Random ones stay: they advance the generator; and collectives that a user
-    calls: other ranks wait for them."""
+    """Removes operators whose results nothing reads. Random ones stay, because they advance the generator; so do the user's
+    collectives, because other ranks wait for them.
+    """
     needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
     kept = []
     for node in reversed(nodes):

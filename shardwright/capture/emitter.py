@@ -1,4 +1,4 @@
-"""Emitter: appends operators to the graph that is being made, and keeps which value each tensor has now."""
+"""Emitter: appends operators to the graph that is being made, and keeps the current value of each tensor."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from shardwright.ir.operator import Operator, OpOverload, Slot, TensorMeta
 
 
 class Emitter:
-    """The inputs and nodes of a graph so far, and the value that every tensor of the exported program has at this point.
+    """Inputs and nodes of a graph so far, and the current value of every tensor.
 
     Args:
-        autocast: what :func:`~shardwright.capture.fakes.autocast_around` found around the callable.
+        autocast: the autocast around the callable, as :func:`~shardwright.capture.fakes.autocast_around` returns it.
     """
 
     def __init__(self, autocast: Any):
@@ -39,7 +39,7 @@ class Emitter:
         self.described: dict[str, TensorMeta] = {}  # value -> what rules see of it
         self.operators: dict[Any, Operator] = {}
         self.needing = NeedsGradient()
-        self.restrided: set[str] = set()  # values whose strides are not those that export gives them
+        self.restrided: set[str] = set()  # values whose strides differ from those in the exported program
         self.calls: dict[str, Any] = {}  # node name -> custom meta
         self.context: tuple[Any, bool] = (autocast, torch.is_grad_enabled())
 
@@ -57,6 +57,7 @@ class Emitter:
             self.context = outside
 
     def track_operator(self, node: fx.Node) -> None:
+        """Emits an exported operator as it is, and tracks its outputs. They may be views of its inputs."""
         metas = node.meta["val"]
         sequence = isinstance(metas, (tuple, list))
         args, kwargs = with_dense_gradient(node)
@@ -81,7 +82,7 @@ class Emitter:
         self.env[node] = [Tracked(value, meta) for value, meta in zip(outputs, metas, strict=True)]
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
-        """Returns the input that an operator's output shares its memory with."""
+        """Finds the input that an operator's output shares its memory with."""
         if not isinstance(meta, Tensor) or node.target == operators.LIFTS_COPY:
             return None
         for argument in pytree.tree_leaves((node.args, node.kwargs)):
@@ -92,7 +93,7 @@ class Emitter:
         return None
 
     def read(self, node: fx.Node) -> str:
-        """Returns the current value of a tensor; a view of something written since is made again."""
+        """Returns the current value of a tensor. A view of something written to since is computed again."""
         tracked = self.tracked(node)
         if tracked.parent is not None:
             current = self.read(tracked.parent)
@@ -111,6 +112,7 @@ class Emitter:
         return tracked.value
 
     def tracked(self, node: fx.Node) -> Tracked:
+        """Returns the entry of a tensor; after a write, that of the tensor written to."""
         entry = self.env[node]
         while isinstance(entry, WrittenTensor):
             entry = self.env[entry.node]
@@ -118,11 +120,11 @@ class Emitter:
         return entry
 
     def emit(self, at: fx.Node, overload: Any, *args: Any, **kwargs: Any) -> str:
-        """Emits an operator of one result on values given by name."""
+        """Emits an operator with one result, on values given by name."""
         return self.emit_many(at, overload, *args, **kwargs)[0]
 
     def emit_many(self, at: fx.Node, overload: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Emits an operator on values given by name; what it makes is computed on the fly."""
+        """Emits an operator on values given by name. The shapes of its results are found with fake tensors."""
         made = self.faked(overload, [self.metas[a] if isinstance(a, str) else a for a in args], kwargs)
         inputs = [a for a in args if isinstance(a, str)]
         slots = iter(range(len(inputs)))
@@ -131,6 +133,14 @@ class Emitter:
         return self._append(at, overload, arguments, kwargs, inputs, list(made) if sequence else [made], sequence)
 
     def emit_node(self, at: fx.Node, overload: Any, args: Any, kwargs: Any, metas: list[Any]) -> list[str]:
+        """Emits an operator on an fx node's arguments. Returns the names of its outputs.
+
+        Args:
+            at: the fx node that the new node takes its module, source line and marks from.
+            overload: the operator.
+            args, kwargs: its arguments, in which fx nodes stand for tensors.
+            metas: fake tensors of global shape, one per output.
+        """
         inputs: list[str] = []
 
         def slot(argument: Any) -> Any:
@@ -147,7 +157,7 @@ class Emitter:
         return self._append(at, overload, arguments, keywords, inputs, metas, sequence)
 
     def faked(self, overload: Any, args: Any, kwargs: Any) -> Any:
-        """Returns an operator on fake tensors."""
+        """Runs an operator on fake tensors and returns its fake results."""
         known = [*pytree.tree_leaves((args, kwargs)), *self.metas.values()]
         mode = next((leaf.fake_mode for leaf in known if hasattr(leaf, "fake_mode")), None)
         with warnings.catch_warnings(), mode or FakeTensorMode(allow_non_fake_inputs=True):
@@ -186,7 +196,7 @@ class Emitter:
             def fake(leaf: Any) -> Any:
                 return self.metas[inputs[leaf.index]] if isinstance(leaf, Slot) else leaf
 
-            with contextlib.suppress(Exception):  # under autocast, for one; the order is then as export has it
+            with contextlib.suppress(Exception):  # for example under autocast; the strides then stay as export has them
                 keywords = {k: map_arguments(fake, v) for k, v in kwargs.items()}
                 made = self.faked(overload, map_arguments(fake, args), keywords)
                 orders = [m.stride() for m in (made if isinstance(made, (tuple, list)) else [made])]
@@ -210,12 +220,13 @@ class Emitter:
     def _operator_call(
         self, overload: Any, args: Any, kwargs: Any, inputs: list[str], outputs: list[str], sequence: bool
     ) -> Operator:
-        """Returns one object for all equal calls, such as those of repeated layers, so that others can keep what they find out.
+        """Returns one ``Operator`` object for all equal calls, such as those of repeated layers.
 
-        The text of the arguments tells 1 from 1.0 and from True, which are equal.
+        So what others compute per object is computed once for all of them. The text of the arguments tells 1 from 1.0 and from
+        True, which are equal.
         """
         taken, made = tuple(map(self._describe, inputs)), tuple(map(self._describe, outputs))
-        devices = tuple([meta.device for meta in (*taken, *made)])  # equality of metas leaves these out
+        devices = tuple([meta.device for meta in (*taken, *made)])  # two metas are equal whatever their devices
         key = (overload, repr(args), repr(kwargs), taken, made, devices, sequence)
         found = self.operators.get(key)
         if found is None:
@@ -224,7 +235,7 @@ class Emitter:
 
 
 class Placeholder(Tracked):
-    """A placeholder, which remembers the value it came in with."""
+    """A placeholder of the exported program, which remembers the value it came in with."""
 
     def __init__(self, value: str, meta: Tensor, first: str):
         super().__init__(value, meta)
@@ -232,7 +243,7 @@ class Placeholder(Tracked):
 
 
 class WrittenTensor:
-    """The result of a write: the written tensor itself."""
+    """A written tensor, as the result of the write."""
 
     def __init__(self, emitter: Emitter, node: fx.Node):
         entry = emitter.env[node]

@@ -1,4 +1,4 @@
-"""Fakes: shapes of a module's state and inputs, without their values, for the capture."""
+"""Fake tensors for a module's state and inputs during capture: shapes without values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
-    """Returns the autocast that is on for a kind of device, as nodes carry it: operators keep it wherever they are run."""
+    """Returns the autocast that is on for a kind of device, as nodes carry it."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled()
 
 
-def _fake(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
+def fake_of(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
     with mode:
         made = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad) if made.is_floating_point() or made.is_complex() else made
@@ -28,8 +28,8 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
-    """Replaces every parameter and buffer by a fake one of its global shape, tied ones by the same."""
+def fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[None]:
+    """Replaces every parameter and buffer by a fake one of its global shape. Tied ones stay tied."""
     known: dict[int, Tensor] = {}
     changed: list[tuple[dict[str, Any], str, Any]] = []
     try:
@@ -40,7 +40,7 @@ def _fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[
                     if value is None:
                         continue
                     if id(value) not in known:
-                        made = _fake(mode, value.detach(), device)
+                        made = fake_of(mode, value.detach(), device)
                         if isinstance(value, nn.Parameter):
                             made = nn.Parameter(made, requires_grad=value.requires_grad)
                         known[id(value)] = made

@@ -1,7 +1,7 @@
-"""Functionalise: rewrites in-place operators so that every value is made once and never changed.
+"""Functionalise: finds functional forms of in-place operators and of writes through views.
 
-Export keeps in-place operators and views as the user wrote them. Here a write to a value makes a new value; a write
-through a view is scattered back into the value it views; and a view that is read after such a write is made again.
+Export keeps in-place operators and views as the user wrote them. In a graph no value changes, so a write makes a new value.
+A write through a view is scattered back into the viewed value, and a view that is read after such a write is computed again.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def is_mutation(target: Any) -> bool:
 
 
 def functional_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Form:
-    """Returns the call that computes what a writing call writes, and leaves its arguments alone.
+    """Finds the call that computes what a writing call writes, and leaves its arguments unchanged.
 
     Args:
+        target: the overload that writes.
+        args, kwargs: its arguments, which may be fx nodes.
         where: the user's line, for errors.
 
     Raises:
@@ -73,8 +75,9 @@ def functional_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @dataclass(frozen=True)
 class Form:
-    """A call that leaves its arguments alone. Of its results the first ``beside`` are those of the writing call, the others
-    what that writes to ``written``."""
+    """A call that leaves its arguments unchanged. Its first ``beside`` results are those that the writing call returns; the
+    others are the new values of ``written``.
+    """
 
     target: Any
     args: tuple[Any, ...]
@@ -93,7 +96,7 @@ def _in_place(written: list[Any], schema: Any) -> bool:
 
 
 def _candidates(target: Any) -> Iterator[Any]:
-    """Overloads that write to nothing and may compute the same, the likeliest first."""
+    """Yields overloads that write to nothing and may compute the same, the likeliest first."""
     if target in operators.OTHER_FORMS:
         yield operators.OTHER_FORMS[target]
         return
@@ -105,7 +108,7 @@ def _candidates(target: Any) -> Iterator[Any]:
 
 
 def _takes(found: Any, given: list[Any], candidate: Any) -> bool:
-    """Tells whether an overload takes arguments of these names and types, in any order; a script's own overloads do not
+    """Tells whether an overload takes arguments of these names and types, in any order. Overloads that a script defines do not
     count.
     """
     if candidate in operators.OTHER_FORMS.values():
@@ -113,7 +116,7 @@ def _takes(found: Any, given: list[Any], candidate: Any) -> bool:
     return {_name(a): _type(a) for a in found.arguments} == {_name(a): _type(a) for a in given}
 
 
-_SELF = {"input": "self"}  # a few operators call their first argument so in one form only
+_SELF = {"input": "self"}  # a few overloads name their first argument "input", others "self"
 
 
 def _name(argument: Any) -> str:
@@ -125,7 +128,7 @@ def _type(argument: Any) -> str:
 
 
 def _is_default(schema: Any, name: str, value: Any) -> bool:
-    """Tells whether a value is what the overload takes if it is not told."""
+    """Tells whether a value is the default of an overload's argument."""
     argument = next(a for a in schema.arguments if a.name == name)
     if not argument.has_default_value() or isinstance(value, (fx.Node, Tensor)):
         return False
@@ -133,7 +136,7 @@ def _is_default(schema: Any, name: str, value: Any) -> bool:
 
 
 def view_of(target: Any) -> Any:
-    """Returns the overload that makes the view which an in-place operator turns its tensor into."""
+    """Returns the overload that makes the same view as an in-place view operator."""
     types = {a.name: _type(a) for a in target._schema.arguments}
     packet = operators.functional_packets(target)[0]
     overloads = (getattr(packet, o) for o in packet.overloads())
@@ -141,7 +144,7 @@ def view_of(target: Any) -> Any:
 
 
 def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
-    """Emits what ``fill_diagonal_`` writes to, as booleans that broadcast against a tensor like this."""
+    """Emits the mask of what ``fill_diagonal_`` writes to: booleans that broadcast against a tensor like this."""
     shape, device = tuple(like.shape), like.device
 
     def eye(rows: int, columns: int) -> str:
@@ -151,7 +154,7 @@ def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
         rows, columns = shape
         if not wrap or rows <= columns + 1 or not columns:
             return eye(rows, columns)
-        times = -(-rows // (columns + 1))  # the diagonal begins anew after a row that has none
+        times = -(-rows // (columns + 1))  # the diagonal starts over after one row without an element
         return emit(operators.SLICE, emit(operators.REPEAT, eye(columns + 1, columns), [times, 1]), 0, 0, rows)
     mask = ""
     for dim in range(1, len(shape)):
@@ -161,13 +164,19 @@ def diagonal_mask(emit: Callable[..., str], like: Tensor, wrap: bool) -> str:
 
 
 def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -> Callable[[Callable[..., Any], Any, Any], Any]:
-    """How a new value of a view becomes a new value of the tensor it views.
+    """Builds the function that writes a view's new value into the viewed tensor.
 
     Args:
+        node: the fx node that made the view.
+        which: the number of the view among the outputs of ``node``; ``None`` if it has one output.
+        parent: the fake tensor that is viewed.
         where: the user's line that writes.
 
     Returns:
         A function of ``(emit, value of the parent, new value of the view)``.
+
+    Raises:
+        CaptureError: there is no such function for this kind of view.
     """
     kind = operators.kind_of_view(node.target)
     args: list[Any] = [*node.args[1:]]
@@ -210,11 +219,11 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -
     raise CaptureError(f"a write through {node.target} at {where} cannot be captured; write to a tensor that is no such view")
 
 
-# -- running statistics, which operators write to though their schema does not say so ----------------------------------
+# -- running statistics: operators write to them although their schema does not say so -------------------------------
 
 
 def updates_statistics(node: fx.Node) -> bool:
-    """Tells whether an operator moves the running statistics that it is given."""
+    """Tells whether an operator moves the running statistics passed to it."""
     flag = operators.statistics_flag(node.target)
     if flag is None:
         return False
@@ -230,14 +239,18 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def moved_statistics(emit: Callable[..., Any], node: fx.Node, x: str, shape: tuple[int, ...], mean: str, var: str) -> list[str]:
-    """Emits running statistics as the operator moves them: mean and variance.
+    """Emits the running mean and variance as a norm in training moves them.
 
     Args:
-        emit: returns the names of a call's outputs.
-        x: what is normalised, of this shape.
+        emit: emits a call and returns the names of its outputs.
+        node: the norm.
+        x: the name of the value that is normalised.
+        shape: its global shape.
+        mean, var: names of the running statistics before.
     """
     given = named_arguments(node)
-    of_samples = operators.has_statistics_of_samples(node.target)  # each sample has statistics of its own; their mean is taken
+    # Each sample may have its own statistics; the mean over samples then moves the running ones.
+    of_samples = operators.has_statistics_of_samples(node.target)
     if of_samples:
         samples, channels = shape[:2]
         (x,) = emit(operators.RESHAPE, x, [1, samples * channels, *shape[2:]])

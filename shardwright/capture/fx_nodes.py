@@ -1,4 +1,4 @@
-"""Parts of fx nodes: their arguments, the tensors they make, and the modules around them."""
+"""Helpers on fx nodes: map their arguments, describe their tensors, and find their modules."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shardwright.ir.operator import TensorMeta
 
 
 def map_arguments(function: Callable[[Any], Any], value: Any) -> Any:
+    """Applies a function to every leaf of nested arguments. The nesting stays."""
     if isinstance(value, (list, tuple)):
         mapped = [map_arguments(function, v) for v in value]
         return tuple(mapped) if isinstance(value, tuple) else mapped
@@ -22,11 +23,13 @@ def map_arguments(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def meta_of(value: Any) -> TensorMeta:
+    """Returns the shape, dtype, strides and device of a tensor."""
     shape, stride = tuple(int(s) for s in value.shape), tuple(int(s) for s in value.stride())
     return TensorMeta(shape, value.dtype, stride, value.device)
 
 
 def storage_of(value: Any) -> Any:
+    """Returns an identifier of the memory of a tensor; views of one tensor have the same."""
     try:
         return value.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -34,15 +37,14 @@ def storage_of(value: Any) -> Any:
 
 
 def attribute_at(owner: Any, path: str) -> Any:
+    """Returns the attribute at a dotted path."""
     for part in path.split("."):
         owner = getattr(owner, part)
     return owner
 
 
 def with_dense_gradient(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of an operator, whose gradient is to be dense: ranks cannot add sparse ones; the values are the
-    same.
-    """
+    """Returns an operator's arguments with ``sparse=False``. Ranks cannot add sparse gradients, and the values are the same."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     if "sparse" not in names:
         return node.args, node.kwargs
@@ -52,19 +54,21 @@ def with_dense_gradient(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def input_name(kind: str, target: Any, fallback: str) -> str:
+    """Returns a readable name for a graph input."""
     if kind == "USER_INPUT":
         return fallback
     return str(target).replace(".", "_")
 
 
 def module_path(node: fx.Node) -> str:
+    """Returns the path of the innermost module around a node."""
     stack = node.meta.get("nn_module_stack") or {}
     last: Any = list(stack.values())[-1] if stack else ("", "")
     return str(last[0])
 
 
 def module_calls(node: fx.Node) -> tuple[tuple[str, int], ...]:
-    """Path and number of the call of every module around a node, first calls left out."""
+    """Returns path and call number of every module around a node, first calls left out."""
     stack = node.meta.get("nn_module_stack") or {}
     found = [(str(entry[0]), key.rpartition("@")[2]) for key, entry in stack.items() if "@" in key]
     return tuple((path, int(number)) for path, number in found if number.isdigit())

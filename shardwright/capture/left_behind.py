@@ -1,9 +1,9 @@
-"""What a capture leaves behind: Python values that the captured callable changed, undone, to be carried out in every call.
+"""Python values that the captured callable assigned. They are undone, and every call of the program assigns them again.
 
 Invariants:
 
-- After a capture everything that the callable reaches is as it was, containers the same objects.
-- What the callable gave another value is an :class:`Assignment` of the graph: each call of the program carries it out, with
+- After a capture everything that the callable reaches is as before, and containers are the same objects.
+- Everything that the callable assigned is an :class:`Assignment` of the graph: each call of the program carries it out, with
   the tensors of that call.
 """
 
@@ -34,13 +34,13 @@ _missing = object()
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Something that the captured callable gives another value: an attribute, a global, a container, a name of a closure.
+    """One Python value that the captured callable assigned: an attribute, a global, a container, or a closure variable.
 
     Args:
         where: its name as the user would write it.
-        put: gives it a value.
-        leaves: of the value, as ``torch.utils._pytree`` flattens it; ``None`` in the place of tensors.
-        spec: how it is put together again.
+        put: function that assigns a value.
+        leaves: the value's leaves, as ``torch.utils._pytree`` flattens it; ``None`` in the place of tensors.
+        spec: the value's structure.
         tensors: positions of the tensors among the leaves, which are results of the graph.
     """
 
@@ -51,7 +51,7 @@ class Assignment:
     tensors: tuple[int, ...] = ()
 
     def carry_out(self, tensors: Iterator[Any]) -> None:
-        """Does what the callable did when it was captured, with the tensors of a call."""
+        """Assigns what the callable assigned when it was captured, with the tensors of a call."""
         leaves = list(self.leaves)
         for position in self.tensors:
             leaves[position] = next(tensors)
@@ -59,8 +59,8 @@ class Assignment:
 
 
 @dataclass
-class Kept:
-    """Python values as they were before a capture."""
+class SavedState:
+    """Python values that a module reaches, as they were before a capture."""
 
     root: nn.Module
     of_caches: bool = False  # whether the caches of functions are looked at, too
@@ -91,7 +91,7 @@ class Kept:
         self.caches = [(function, function.cache_info().misses) for function in (*_lru_caches(), *state.caches)]
 
     def assignments(self) -> tuple[list[Assignment], list[Tensor]]:
-        """What the callable gave another value, and the tensors among the values; called when it has just ended.
+        """Lists what the callable assigned, and the tensors among the values. To be called when it has just ended.
 
         Raises:
             CaptureError: it keeps a tensor where the program could not put it, or makes parameters, buffers or modules.
@@ -148,9 +148,10 @@ class Kept:
         return found, tensors
 
     def buffers_written(self, result: Any, sources: Mapping[tuple[int, str], str]) -> Any:
-        """Writes what was assigned to buffers into them, where torch sees it in the root module only.
+        """Copies what was assigned to buffers into them. Torch sees such assignments in the root module only.
 
         Args:
+            result: what the callable returned.
             sources: the user's line that assigned, by id of the module and name.
 
         Returns:
@@ -188,8 +189,8 @@ class Kept:
                 return name
         return "something that it reaches"
 
-    def put_back(self) -> None:
-        """Makes everything as it was. Caches of functions that may hold tensors of the capture are emptied."""
+    def restore(self) -> None:
+        """Restores everything as it was before. Caches of functions that may hold tensors of the capture are emptied."""
         for _, module, before in self.modules:
             own = vars(module)
             if own.keys() != before.keys() or any(own[name] is not value for name, value in before.items()):
@@ -208,7 +209,7 @@ class Kept:
             if cell.cell_contents is not held:
                 cell.cell_contents = held
         for function, misses in self.caches:
-            if function.cache_info().misses != misses and not _is_torchs(function):
+            if function.cache_info().misses != misses and not _is_of_torch(function):
                 function.cache_clear()
 
 
@@ -227,7 +228,7 @@ def _set(owner: Any, name: str, value: Any) -> None:
 
 
 def _fill(container: Any, held: Any) -> None:
-    """Makes a container hold what another one holds."""
+    """Replaces the contents of a container with those of another one."""
     container.clear()
     container.extend(held) if isinstance(container, (list, deque)) else container.update(held)
 
@@ -247,12 +248,12 @@ def _all_lru_caches(modules: int) -> tuple[weakref.ref[Any], ...]:
     return tuple([weakref.ref(o) for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper])
 
 
-def _is_torchs(function: Any) -> bool:
+def _is_of_torch(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "").partition(".")[0] in ("torch", "sympy", "shardwright")
 
 
 def _lru_caches() -> Iterator[Any]:
-    """Yields the functions with an ``lru_cache`` in all that is imported; looked for again when more has been imported."""
+    """Yields the functions with an ``lru_cache`` in all imported modules. Looks again when more modules have been imported."""
     for reference in _all_lru_caches(len(sys.modules)):
         function = reference()
         if function is not None:
@@ -260,7 +261,7 @@ def _lru_caches() -> Iterator[Any]:
 
 
 def check_values(tensors: Mapping[str, Any]) -> None:
-    """Refuses tensors that have no values: an earlier capture, or somebody else's, left them behind.
+    """Refuses tensors without values, which an earlier capture left behind.
 
     Raises:
         CaptureError: there are some.
@@ -274,18 +275,24 @@ def check_values(tensors: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def state_kept(root: nn.Module) -> Iterator[Kept]:
-    """Leaves what a root reaches as it was, whatever the block does to it."""
-    kept = Kept(root, of_caches=True)
+def state_restored(root: nn.Module) -> Iterator[SavedState]:
+    """Restores, after the block, what a root reaches."""
+    kept = SavedState(root, of_caches=True)
     try:
         yield kept
     finally:
-        kept.put_back()
+        kept.restore()
 
 
 @contextmanager
 def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block, calls of ``root.forward`` begin with one function and end with another, which gives the result."""
+    """Makes ``root.forward``, within the block, call ``begin`` before and return ``end(result)`` after.
+
+    Args:
+        root: the module.
+        begin: is called with the arguments.
+        end: is called with the result, and returns the one to use.
+    """
     had, plain = vars(root).get("forward", _missing), root.forward
 
     @functools.wraps(plain)  # inputs are named as its parameters are

@@ -11,12 +11,13 @@ from shardwright.ir.operator import Operator
 
 
 class Names:
-    """The names of a graph's values: no name is given twice."""
+    """Names of a graph's values. No name is given twice."""
 
     def __init__(self) -> None:
         self.taken: dict[str, int] = {}  # name -> how often it has been asked for
 
     def new(self, hint: str) -> str:
+        """Returns a new name that resembles ``hint``."""
         hint = "".join(c if c.isalnum() or c == "_" else "_" for c in hint) or "v"
         if keyword.iskeyword(hint) or hint in ("torch", "many", "each") or not hint[0].isalpha():
             hint = f"v_{hint}"
@@ -30,7 +31,7 @@ class Names:
 
 
 def numbered(nodes: list[Node], names: Names) -> tuple[list[Node], dict[str, str]]:
-    """Returns the nodes with values named in the order they are made, as if operators that were dropped had never been.
+    """Renames values in the order in which they are made, without gaps for dropped operators.
 
     Returns:
         The nodes, and old name -> new name of every value they make.
@@ -48,6 +49,6 @@ def numbered(nodes: list[Node], names: Names) -> tuple[list[Node], dict[str, str
 
 
 def hint_of(op: Operator) -> str:
-    """What the values of an operator are called."""
+    """Returns the name that an operator's values are derived from."""
     target: Any = op.target
     return str(target.overloadpacket.__name__).strip("_")

@@ -1,14 +1,13 @@
 """Python state: everything besides its arguments that a captured callable reads.
 
 A capture takes Python values for constants: attributes of modules, which submodules and hooks there are, globals and what
-functions close over. :class:`PythonState` tells at every call whether they are as they were, in a few comparisons that
-run in C.
+functions close over. :class:`PythonState` checks at every call whether they have changed, by a few comparisons that run in C.
 
 Invariants:
 
-- Equal versions mean equal values: what was captured under a version holds whenever the state has it again.
-- Tensors that are attributes of modules count by shape, dtype and device only: one that is a constant of a graph is read
-  anew at every call (:func:`shardwright.capture.closure.attribute_of`).
+- Equal versions mean equal values: a capture under a version is valid whenever the state returns to that version.
+- Tensors that are attributes of modules are compared by shape, dtype and device only, because a tensor that is a constant of
+  a graph is read at every call (:func:`shardwright.capture.closure.attribute_of`).
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ _MOST_VERSIONS = 64  # that are known again
 _missing = object()
 
 
-class _Same:
-    """Stands for an object that counts by identity, and keeps it alive, so that no other can have its id."""
+class _ByIdentity:
+    """A key for an object compared by identity. It keeps the object alive, so that no other can get its id."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ByIdentity) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
 
 
 class PythonState:
-    """What a root module, or the function that it holds, reads from Python.
+    """Python values that a root module, or the function that it holds, reads.
 
     Args:
         root: the module that is captured.
@@ -65,13 +64,11 @@ class PythonState:
         self.root = root
         self.versions: dict[Any, int] = {}  # the latest last; they keep alive what counts by identity
         self._made = 0
-        self.outdated = False  # whether a function reaches other modules or tensors than those that the root was made with
+        self.outdated = False  # whether a function reaches modules or tensors that were not there when the root was made
         self._look()
 
     def version(self) -> int:
-        """Returns the number of the state that holds now. The usual call, of a state that has not changed, takes
-        microseconds.
-        """
+        """Returns the number of the current state. An unchanged state, the usual case, takes microseconds."""
         try:
             same = (
                 self._next_hook == RemovableHandle.next_id
@@ -79,22 +76,22 @@ class PythonState:
                 and list(map(_requires_grad, self._parameters)) == self._trained
                 and all(map(operator.is_, [cell.cell_contents for cell in self.cells], self.held))
             )
-        except (RuntimeError, ValueError, TypeError):  # tensors and arrays that were replaced do not compare
+        except (RuntimeError, ValueError, TypeError):  # comparing replaced tensors and arrays raises
             same = False
         if not same:
             self._look()
         return self._version
 
     def objects(self) -> list[Any]:
-        """Returns the objects that count by identity, of names and attributes that are read."""
-        return [value.value for value in self.described.values() if isinstance(value, _Same)]
+        """Returns the objects compared by identity, among the names and attributes that are read."""
+        return [value.value for value in self.described.values() if isinstance(value, _ByIdentity)]
 
     def refresh(self) -> None:
-        """Reads everything anew, after parameters have been replaced."""
+        """Reads everything again, after parameters have been replaced."""
         self._look()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
-        """What is another than in an earlier :attr:`described`: name, value then and value now."""
+        """Lists what differs from an earlier :attr:`described`: name, value then and value now."""
         now = self.described
         names = [name for name in (*before, *(n for n in now if n not in before)) if before.get(name) != now.get(name)]
         modes = [name for name in names if name.rpartition(".")[2] == "training" and name in now and name in before]
@@ -103,7 +100,7 @@ class PythonState:
         return found + [f"{name}: {_short(before.get(name, _missing))} -> {_short(now.get(name, _missing))}" for name in rest]
 
     def _look(self) -> None:
-        """Reads everything anew."""
+        """Reads everything again."""
         self.live: list[Any] = []  # containers as they are, and copies of what they held
         self.seen: list[Any] = []
         self._parameters: list[Tensor] = []
@@ -115,13 +112,13 @@ class PythonState:
         self._known: set[int] = set()
         self._functions: set[Any] = set()
         self.caches: list[Any] = []  # functions with an lru_cache
-        self.classes: list[tuple[type, dict[str, Any]]] = []  # of the user's, and their attributes
+        self.classes: list[tuple[type, dict[str, Any]]] = []  # the user's classes and their attributes
         self.scopes: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for path, module in list(self.root.named_modules()):
             self._module(path, module)
         for kind, hooks in global_forward_hooks().items():
             self._watch(hooks)
-            self.described[f"hooks of all modules, {kind}"] = tuple(map(_Same, hooks.values()))
+            self.described[f"hooks of all modules, {kind}"] = tuple(map(_ByIdentity, hooks.values()))
         if isinstance(self.root, FunctionModule):
             self._callable(self.root.__dict__["function"])
             self.outdated = not self.root.is_up_to_date()
@@ -147,12 +144,12 @@ class PythonState:
         prefix = f"{path}." if path else ""
         self._watch(own)
         self._watch(module._modules)
-        self.described[f"{prefix}submodules"] = tuple((n, _Same(m)) for n, m in module._modules.items())
+        self.described[f"{prefix}submodules"] = tuple((n, _ByIdentity(m)) for n, m in module._modules.items())
         for kind in _HOOKS:
             hooks = own.get(kind)
             if hooks:
                 self._watch(hooks)
-                self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(_Same, hooks.values()))
+                self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(_ByIdentity, hooks.values()))
                 for hook in hooks.values():
                     self._function(hook)
         for table in (module._parameters, module._buffers):
@@ -170,8 +167,8 @@ class PythonState:
             self._function(own["forward"])
 
     def _class(self, cls: type) -> None:
-        """The plain attributes of a class that the user wrote, and what its functions read."""
-        if id(cls) in self._known or _is_librarys(cls.__module__):
+        """Reads the plain attributes of a user's class, and what its functions read."""
+        if id(cls) in self._known or _is_of_library(cls.__module__):
             return
         self._known.add(id(cls))
         for name, value in list(vars(cls).items()):
@@ -182,7 +179,7 @@ class PythonState:
                 self.caches.append(value)
                 value = value.__wrapped__
             if isinstance(value, types.FunctionType):
-                self.described[f"{cls.__qualname__}.{name}"] = _Same(value)
+                self.described[f"{cls.__qualname__}.{name}"] = _ByIdentity(value)
                 self._function(value)
             elif not name.startswith("__") and not isinstance(value, (property, types.BuiltinFunctionType)):
                 self.described[f"{cls.__qualname__}.{name}"] = self._read(value, f"{cls.__qualname__}.{name}", 0)
@@ -191,7 +188,7 @@ class PythonState:
         self.seen.append(dict(vars(cls)))
 
     def _callable(self, value: Any) -> None:
-        """What a target reads that is no module: a function, a bound or a partial one, an object with ``__call__``."""
+        """Reads what a callable that is no module reads: a function, a bound or partial one, or an object with ``__call__``."""
         if isinstance(value, functools.partial):
             self._named("argument", value.args)
             self._named("argument", value.keywords)
@@ -209,16 +206,16 @@ class PythonState:
                 self._named(f"{type(value).__name__}.{name}", held)
 
     def _function(self, function: Any) -> None:
-        """The globals and cells that a function of the user's reads, and those of the functions it calls."""
+        """Reads the globals and cells of a user's function and of the functions it calls."""
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or function in self._functions:
             return
         self._functions.add(function)
         self._function(getattr(function, "__wrapped__", None))
-        if not _is_librarys(function.__module__ or ""):
+        if not _is_of_library(function.__module__ or ""):
             for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
                 self._named(f"{function.__qualname__}: a default", default)
-        if _is_librarys(function.__module__ or ""):
+        if _is_of_library(function.__module__ or ""):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
             try:
@@ -253,35 +250,35 @@ class PythonState:
             self.seen.append(dict(container) if isinstance(container, dict) else type(container)(container))
 
     def _read(self, value: Any, name: str, depth: int) -> Any:
-        """What a value counts as; containers that can change are watched from now on."""
+        """Returns the key that a value is compared by. Containers that can change are watched from now on."""
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, Tensor):
             if depth:
-                return _Same(value)
+                return _ByIdentity(value)
             return ("tensor", tuple(value.shape), value.dtype, value.device, value.requires_grad)
         if isinstance(value, types.FunctionType):
             self._function(value)
-            return _Same(value)
+            return _ByIdentity(value)
         if isinstance(value, types.MethodType):
             self._function(value)
-            return (_Same(value.__func__), self._read(value.__self__, name, depth))
+            return (_ByIdentity(value.__func__), self._read(value.__self__, name, depth))
         if isinstance(value, type):
             self._class(value)
-            return _Same(value)
+            return _ByIdentity(value)
         if isinstance(value, _numpy_array()):
             if value.size > _LONGEST:
-                return _Same(value)
+                return _ByIdentity(value)
             if id(value) not in self._known:
                 self._known.add(id(value))
                 self.live.append(_Array(value))
                 self.seen.append(value.tobytes())
             return (value.shape, str(value.dtype), value.tobytes())
         if isinstance(value, tuple):
-            return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else _Same(value)
+            return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else _ByIdentity(value)
         if isinstance(value, CONTAINERS):
             if depth >= _DEEPEST or len(value) > _LONGEST:
-                return (_Same(value), len(value))
+                return (_ByIdentity(value), len(value))
             self._watch(value)
             items: Any = value.items() if isinstance(value, dict) else enumerate(value)
             if isinstance(value, set):
@@ -290,11 +287,11 @@ class PythonState:
         if depth < 2 and _has_readable_attributes(value):
             own = vars(value)
             if id(own) in self._known:
-                return _Same(value)
+                return _ByIdentity(value)
             self._watch(own)
             for key, v in list(own.items()):
                 self.described[f"{name}.{key}"] = self._read(v, f"{name}.{key}", depth + 1)
-        return _Same(value)
+        return _ByIdentity(value)
 
 
 def _numpy_array() -> Any:
@@ -303,7 +300,7 @@ def _numpy_array() -> Any:
 
 
 class _Array:
-    """The values of a NumPy array, which compare with bytes as they were."""
+    """A copy of a NumPy array's bytes, to compare its values with later."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -315,7 +312,7 @@ class _Array:
 
 
 class _Globals:
-    """The values of some names of a module, which compare with a tuple of values as they were."""
+    """Values of some names of a module, which compare with a tuple of earlier values."""
 
     def __init__(self, scope: dict[str, Any], read: Callable[[Any], tuple[Any, ...]]):
         self.scope, self.read = scope, read
@@ -335,8 +332,8 @@ _INSTALLED = tuple(sorted({sysconfig.get_paths()[name] for name in ("stdlib", "p
 
 
 @functools.cache
-def _is_librarys(module: str) -> bool:
-    """Tells whether a module is installed: its globals and classes are taken to stay as they are."""
+def _is_of_library(module: str) -> bool:
+    """Tells whether a module belongs to an installed library. Its globals and classes are taken as constant."""
     home = module.partition(".")[0]
     if home in ("torch", "builtins", "shardwright") or home in sys.stdlib_module_names:
         return True
@@ -345,7 +342,7 @@ def _is_librarys(module: str) -> bool:
 
 
 def _has_readable_attributes(value: Any) -> bool:
-    """Tells whether an object is a bag of values that code may read: a configuration, not a machine of a library."""
+    """Tells whether an object is a plain bag of values, such as a configuration."""
     if isinstance(value, (nn.Module, type, types.ModuleType, enum.Enum, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)):
@@ -355,7 +352,7 @@ def _has_readable_attributes(value: Any) -> bool:
 
 
 def _hashable(value: Any) -> Any:
-    """Returns the value, or what stands for it in a key; the type tells 1 from 1.0 and from True."""
+    """Returns the value, or its replacement in a key. The type tells 1 from 1.0 and from True."""
     if isinstance(value, tuple) and type(value) is tuple:
         return tuple([_hashable(v) for v in value])
     if isinstance(value, slice):
@@ -363,14 +360,14 @@ def _hashable(value: Any) -> Any:
     try:
         hash(value)
     except TypeError:
-        return _Same(value)
+        return _ByIdentity(value)
     return (type(value), value)
 
 
 def _short(value: Any) -> str:
     if value is _missing:
         return "nothing"
-    if isinstance(value, _Same):
+    if isinstance(value, _ByIdentity):
         value = value.value
     text = value.__name__ if isinstance(value, (types.FunctionType, type)) else repr(value)
     return text if len(text) <= 40 and "\n" not in text else f"another {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Random states: numbers that a captured callable draws beside torch's operators, found and refused."""
+"""Random numbers that a captured callable draws without torch's operators: found and refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardwright.errors import CaptureError
 
 @dataclass(frozen=True)
 class _Generator:
-    """Something random that a callable may draw from beside torch's operators."""
+    """A random generator, besides torch's, that a callable may draw from."""
 
     name: str
     state: Callable[[], Any]
@@ -51,11 +51,11 @@ def _generators(module: nn.Module) -> Iterator[_Generator]:
 
 
 @contextmanager
-def random_states_kept(module: nn.Module, again: Callable[[], Any]) -> Iterator[None]:
-    """Refuses, after the block, a random number that Python or NumPy drew in it, or a seed that was set.
+def randomness_refused(module: nn.Module, rerun: Callable[[], Any]) -> Iterator[None]:
+    """Refuses, after the block, random numbers that Python or NumPy drew in it. Seeds that were set are refused too.
 
     Args:
-        again: repeats the block, so that the line that drew can be found.
+        rerun: repeats the block, so that the line that drew can be found.
 
     Raises:
         CaptureError: a state is another than before; all are put back as they were.
@@ -67,7 +67,7 @@ def random_states_kept(module: nn.Module, again: Callable[[], Any]) -> Iterator[
         return
     for generator, was in before:
         generator.put_back(was)
-    where = _where(again, [generator for generator, _ in before])
+    where = _where(rerun, [generator for generator, _ in before])
     for generator, was in before:
         generator.put_back(was)
     raise CaptureError(
@@ -87,10 +87,8 @@ def _plainly_equal(one: Any, other: Any) -> bool:
     return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
-def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
-    """Returns the line that draws, found by running the block once more with a look at the states at each of the user's
-    lines.
-    """
+def _where(rerun: Callable[[], Any], generators: Sequence[_Generator]) -> str:
+    """Finds the line that draws. It runs the block again and compares the states at each of the user's lines."""
     known = [generator.state() for generator in generators]
     last: list[str] = []
 
@@ -109,10 +107,10 @@ def _where(again: Callable[[], Any], generators: Sequence[_Generator]) -> str:
     outer = sys.gettrace()
     sys.settrace(trace)
     try:
-        again()
+        rerun()
     except Found:
         return f", at {last[0]}"
-    except Exception:  # the place is all that is asked
+    except Exception:  # only the line is needed
         return ""
     finally:
         sys.settrace(outer)

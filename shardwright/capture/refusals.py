@@ -1,16 +1,15 @@
-"""Refusals: errors for what a captured callable does and a graph cannot hold, at the user's line."""
+"""Errors for what a graph cannot hold, with the user's line."""
 
 from __future__ import annotations
 
 from shardwright.base.user_code import user_source
 from shardwright.errors import CaptureError
 
-refused: list[CaptureError] = []  # within the capture that runs: the user's code may swallow an error
+refused: list[CaptureError] = []  # errors of the current capture, because the user's code may swallow them
 
 
 def refuse(what: str, instead: str) -> CaptureError:
-    """Returns the error for a construct at the user's line that runs now; it is raised again at the end if the user's code
-    catches it.
+    """Builds the error for a construct at the user's current line. It is raised again at the end if the user's code catches it.
 
     Args:
         what: the construct and what would be lost, a sentence without its end.

@@ -1,10 +1,10 @@
-"""Capture of models with many equal layers: a few copies are captured, the graph of all is made from these.
+"""Capture of models with many equal layers: captures a few, and makes the graph of all from these.
 
-A *run* is a row of equal modules in a list. Its graph has one *segment* a copy: from the copy's first operator to the
-next copy's first one, so that what the caller does between two calls belongs to the earlier. Three copies are captured;
-the middle segment is repeated between the first and the last. That this is right is tried, not assumed: made from three
-copies, the graph of four has to equal the capture of four, in every shape, connection and name. Whatever does not fit
-is captured in full: layers that use their number, values of one layer that are read far from it, other settings.
+A *run* is a row of equal modules in a list. Its graph has one *segment* per copy: from the copy's first operator to the
+next copy's first one, so operators of the caller between two calls belong to the earlier one. Three copies are captured;
+the middle segment is repeated between the first and the last. This is tested, not assumed: the graph of four copies made
+from three has to equal the capture of four, in every shape, connection and name. Models that fail the test are captured in
+full, for example if layers use their number, if values of one layer are read far from it, or if settings differ.
 
 See :mod:`shardwright.capture.runs` for what makes modules a run.
 """
@@ -35,11 +35,14 @@ def capture_repeated(
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
 ) -> Graph:
-    """What :func:`capture` returns, in a time that hardly depends on how many equal layers there are.
+    """Captures like :func:`capture`, in a time that hardly depends on the number of equal layers.
 
     Corresponding nodes of equal layers share one :class:`Operator` object. Arguments and errors are those of
     :func:`capture`. The model is left as it was. Not seen is a layer that is treated otherwise because of its number by
     code that none of the modules around it holds.
+
+    Args:
+        root, args, kwargs, device, marks: see :func:`capture`.
 
     >>> net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
     >>> len(capture_repeated(net, (torch.ones(2, 4),), {}, torch.device("cpu")).nodes)
@@ -52,14 +55,14 @@ def capture_repeated(
 
 
 def _from_few(root: nn.Module, args: Any, kwargs: Any, device: Any, marks: Any, runs: Sequence[Run]) -> Graph | None:
-    """Returns the graph made from a few copies, ``None`` where that cannot be proved right."""
+    """Builds the graph from a capture of a few copies. Returns ``None`` where that cannot be proved right."""
     by_path = {mark.module_path: mark for mark in marks.values()}
     captured = []
     for count in (COPIES, COPIES + 1):
         try:
             with shortened(runs, count) as asked:
                 captured.append(capture(root, args, kwargs, device, marks))
-        except Exception:  # the short model may fail where the whole one does not
+        except Exception:  # the shortened model may fail where the full one does not
             return None
         if asked:
             return None
@@ -70,20 +73,20 @@ def _from_few(root: nn.Module, args: Any, kwargs: Any, device: Any, marks: Any, 
     return _expanded(few, runs, [len(run.copies) for run in runs], by_path)
 
 
-class _Unfit(Exception):
-    """The graph is not that of a row of copies."""
+class _NotRepeated(Exception):
+    """Signals that a graph is not that of a row of copies."""
 
 
 def _expanded(few: Graph, runs: Sequence[Run], counts: Sequence[int], by_path: dict[str | None, Mark]) -> Graph | None:
     try:
         return _Expansion(few, runs, counts, by_path).graph()
-    except _Unfit:
+    except _NotRepeated:
         return None
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a value of a run stands: in which copy, and at which position of that copy's values."""
+    """A place of a value of a run: its copy, and its position among that copy's values."""
 
     run: int
     copy: int
@@ -106,6 +109,7 @@ class _Expansion:
         self._place_values()
 
     def graph(self) -> Graph:
+        """Returns the graph of all copies."""
         inputs = self._inputs()
         names = Names()
         known = {i.value: names.new(i.value if i.kind == "input" else _plain(i)) for i in inputs}
@@ -138,10 +142,10 @@ class _Expansion:
             if copy == len(starts):
                 starts.append(i)
             elif copy != len(starts) - 1:
-                raise _Unfit  # a copy that is called again, or out of turn
+                raise _NotRepeated  # a copy that is called again, or out of turn
         if len(starts) < COPIES:
-            raise _Unfit
-        # What follows the last call is part of its segment as far as it is what follows the others.
+            raise _NotRepeated
+        # What follows the last call belongs to its segment as far as the same follows the other calls.
         end, middle = starts[2], self.few.nodes[starts[1] : starts[2]]
         for node, same in zip(self.few.nodes[starts[2] :], middle):
             if node.op is not same.op:
@@ -153,7 +157,7 @@ class _Expansion:
         ends = 0
         for run in sorted(range(len(self.runs)), key=lambda r: self.bounds[r][0]):
             if self.bounds[run][0] < ends:
-                raise _Unfit  # runs whose calls alternate
+                raise _NotRepeated  # runs whose calls alternate
             ends = self.bounds[run][-1]
             for copy in range(COPIES):
                 first, stop = self.bounds[run][copy : copy + 2]
@@ -168,26 +172,26 @@ class _Expansion:
     # -- connections ------------------------------------------------------------------------------------------------
 
     def _outside(self, value: str, allowed: int = -1) -> str:
-        """Returns a value read from outside its run (or from the run ``allowed``): only what the last copy leaves."""
+        """Checks a value read from outside its run, or from the run ``allowed``: it must come from the last copy."""
         place = self.places.get(value)
         if place and place.run != allowed and (place.copy != COPIES - 1 or place.position < 0):
-            raise _Unfit
+            raise _NotRepeated
         return value
 
     def _inside(self, value: str, run: int, copy: int, k: int) -> str:
-        """What copy ``k`` reads, where the copy that it is made from, ``copy``, reads ``value``."""
+        """Returns what copy ``k`` reads where ``copy``, the one it is made from, reads ``value``."""
         place = self.places.get(value)
         if place is None or place.run != run:
             return self._outside(value)
         if place.copy == copy:
             return f"{k}:{value}" if copy == 1 and k > 1 else value
         if place.copy != copy - 1 or place.position < 0:
-            raise _Unfit
+            raise _NotRepeated
         if copy == 0 or k == 1:
             return value
         before = self.values[run, 1]
         if place.position >= len(before):
-            raise _Unfit
+            raise _NotRepeated
         value = before[place.position]
         return f"{k - 1}:{value}" if k - 1 > 1 else value
 
@@ -195,7 +199,7 @@ class _Expansion:
 
     def _inputs(self) -> list[GraphInput]:
         result: list[GraphInput] = []
-        pending: list[GraphInput] = []  # those of the middle copy: the others follow when they are all there
+        pending: list[GraphInput] = []  # those of the middle copy; the other copies' follow once these are complete
         for graph_input in self.few.inputs:
             place = self.places.get(graph_input.value)
             if pending and place != self.places[pending[0].value]:
@@ -238,7 +242,7 @@ class _Expansion:
         return result
 
     def _segment(self, run: int, copy: int, k: int) -> Iterator[Node]:
-        """Copy ``k``, made from ``copy``."""
+        """Makes the segment of copy ``k`` from that of ``copy``."""
         first, stop = self.bounds[run][copy : copy + 2]
         for node in self.few.nodes[first:stop]:
             inputs = tuple([self._inside(v, run, copy, k) for v in node.inputs])
@@ -253,25 +257,25 @@ class _Expansion:
             yield _changed(node, changes)
 
     def _updates(self, inputs: Sequence[GraphInput]) -> tuple[tuple[str, str], ...]:
-        """In the order of the inputs, as a capture has them."""
+        """Lists the updates in the order of the inputs, as a capture does."""
         made = dict(self.few.updates)
         for name, value in self.few.updates:
             place, of_value = self.places.get(name), self.places.get(value)
             if place is None:
                 continue
             if of_value is None or (of_value.run, of_value.copy) != (place.run, place.copy):
-                raise _Unfit
+                raise _NotRepeated
             if place.copy == 1:
                 made.update((f"{k}:{name}", f"{k}:{value}") for k in range(2, self.counts[place.run] - 1))
         return tuple((i.value, made[i.value]) for i in inputs if i.value in made)
 
     def _with_inputs(self, node: Node, known: dict[str, str]) -> Node:
-        """Graph inputs have their names already; nodes get theirs when they are numbered."""
+        """Renames a node's inputs that are graph inputs. Those of other nodes are renamed when these are numbered."""
         inputs = tuple([known.get(value, value) for value in node.inputs])
         return node if inputs == node.inputs else _changed(node, {"inputs": inputs})
 
     def _moved(self, path: str, run: int, copy: int, k: int) -> str:
-        """Returns the path of what stands in copy ``k`` where ``path`` stands in ``copy``; outside them the path itself."""
+        """Translates the path of something in ``copy`` to its path in copy ``k``. Other paths stay."""
         before = self.runs[run].copies[copy]
         return self.runs[run].copies[k] + path[len(before) :] if is_within(path, before) else path
 
@@ -285,7 +289,7 @@ class _Expansion:
 
 
 def _changed(node: Node, changes: dict[str, Any]) -> Node:
-    """``replace(node, **changes)``, ten times as fast: a large model has tens of thousands of nodes."""
+    """Computes ``replace(node, **changes)`` ten times as fast. A large model has tens of thousands of nodes."""
     made = object.__new__(Node)
     made.__dict__.update(node.__dict__)
     made.__dict__.update(changes)
@@ -293,7 +297,7 @@ def _changed(node: Node, changes: dict[str, Any]) -> Node:
 
 
 def _plain(graph_input: GraphInput) -> str:
-    """What a capture calls an input that is not the user's."""
+    """Returns the name that a capture gives an input that is not the user's."""
     if graph_input.kind == "constant" and graph_input.value.startswith("c_"):
         return graph_input.value
     return str(graph_input.target).replace(".", "_")
@@ -303,7 +307,7 @@ def _plain(graph_input: GraphInput) -> str:
 
 
 def same_graphs(a: Graph, b: Graph) -> bool:
-    """Tells whether two captures are the same in everything: names, shapes, connections, sources and marks."""
+    """Tells whether two captures are equal in everything: names, shapes, connections, sources and marks."""
     if a.inputs != b.inputs or a.updates != b.updates or a.out_spec != b.out_spec or len(a.nodes) != len(b.nodes):
         return False
     if a.outputs != b.outputs:

@@ -1,4 +1,4 @@
-"""Marks that wait for their operator: found out once the graph stands."""
+"""Marks of calls, put onto operators once the graph is complete."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shardwright.ir.graph import Node
 from shardwright.ir.marks import Mark
 
 
-def _at(node: fx.Node) -> str:
+def at_line(node: fx.Node) -> str:
     source = _source(node)
     return f" at {source}" if source else ""
 
 
-def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tuple[list[Node], dict[str, str]]:
-    """Puts each marked call's mark on its one operator, or pins its inputs and outputs where it has several.
+def resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tuple[list[Node], dict[str, str]]:
+    """Puts each marked call's mark on its one operator. Where it has several, pins its inputs and outputs.
 
     Returns:
         The nodes, and for every pin that was dropped the value it stood for.
@@ -48,7 +48,7 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> t
         if pin is not None:
             call, side, position = pin
             if call in single:
-                renamed[node.outputs[0]] = node.inputs[0]  # itself renamed already
+                renamed[node.outputs[0]] = node.inputs[0]  # it may have been renamed before
                 pinned[node.outputs[0]] = position
                 continue
             pin_mark = _pin_mark(now.calls[call], side, position)
@@ -65,14 +65,14 @@ def _resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> t
 
 
 def _entries_without_tensors(calls: list[int], now: Session) -> list[str]:
-    """Says which strategies have more entries than their call has tensors; the planner says it of single operators."""
+    """Reports strategies with more entries than their call has tensors. The planner reports those of single operators."""
     found: dict[str, None] = {}  # a module that is called twice is one problem
     for call in calls:
         mark = now.calls[call]
         what = ".".join(filter(None, (mark.module_path, mark.name))) + (f" at {mark.source}" if mark.source else "")
         sides = (("in_strategy", mark.in_strategy, now.counts[call], "input"),
                  ("out_strategy", mark.out_strategy, now.results[call], "output"))  # fmt: skip
-        reads_more = mark.attributes.keys() - {"recompute"}  # some attributes have entries of their own, and check them
+        reads_more = mark.attributes.keys() - {"recompute"}  # these attributes check their own entries
         for name, strategy, count, side in () if mark.is_pin or reads_more else sides:
             if isinstance(strategy, tuple) and len(strategy) > count:
                 hint = "" if mark.module_path is None or side == "output" else (

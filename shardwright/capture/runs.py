@@ -1,7 +1,7 @@
 """Runs: rows of equal modules in the lists of a model, and the model with fewer of each.
 
-Equal are modules of one class, with the same settings, the same shapes of parameters and buffers, the same marks and
-equal children, whose parameters are their own or common to all of the row.
+Modules are equal if they have the same class, settings, shapes of parameters and buffers, marks, and equal children. Each of
+their parameters belongs to one of them only, or to all modules of the row.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.ir.marks import Mark
 
 _TABLES = ("_modules", "_parameters", "_buffers")
-_MARK = "_shardwright_mark"  # compared by what it asks for, like the marks given by name
+_MARK = "_shardwright_mark"  # compared by its value, like marks given by name
 _PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A row of equal children of one container.
+    """A row of equal children in one container.
 
     Args:
         container: the ``nn.ModuleList`` or ``nn.Sequential``.
@@ -54,7 +54,7 @@ def is_within(path: str, module: str) -> bool:
 
 
 def find_runs(root: nn.Module, marks: Mapping[nn.Module, Mark], least: int) -> list[Run]:
-    """Returns the runs of at least ``least`` modules, outermost only, in lists whose callers do not count."""
+    """Finds the outermost runs of at least ``least`` modules. Their lists' callers must not count."""
     return _Finder(root, marks, least).runs
 
 
@@ -79,7 +79,7 @@ class _Finder:
                 self._visit(child, _join(path, name), [*around, child])
 
     def _without_runs(self, container: nn.Module, path: str, children: Any) -> list[Any]:
-        """Notes the runs among the children; returns the other children."""
+        """Records the runs among the children, and returns the other children."""
         rest, row = [], [children[0]]
         for item in [*children[1:], None]:
             if item is not None and self._alike(row[0], item, path):
@@ -122,14 +122,14 @@ class _Finder:
         return all(x is y if x is None or y is None else self._same(x, y) for x, y in pairs)
 
     def _ties(self, path: str, module: nn.Module) -> list[Any]:
-        """For each tensor of a module: the first place in it where it stands, or itself if it stands elsewhere too."""
+        """Maps each tensor of a module to its first place in it. A tensor that is used elsewhere too maps to itself."""
         first: dict[int, int] = {}
         result: list[Any] = []
         for i, (_, tensor) in enumerate(_tensors(module)):
             outside = any(not is_within(n, path) for n in self.owners[id(tensor)])
             result.append(("elsewhere", id(tensor)) if outside else first.setdefault(id(tensor), i))
             if outside and not isinstance(tensor, nn.Parameter):
-                result.append(path)  # of buffers a capture makes one input a name: no two copies are alike
+                result.append(path)  # a capture makes one input per name of a tied buffer, so that no two copies are alike
         return result
 
     def _shared(self, path: str, module: nn.Module) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _same_marks(a: Mark | None, b: Mark | None) -> bool:
 
 
 def _same_value(a: Any, b: Any) -> bool:
-    """Tells whether two settings are the same: plain values that are equal, or the very same object."""
+    """Tells whether two settings are equal plain values, or the very same object."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -207,7 +207,7 @@ def _functions(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _counts_in_loops(function: Callable[..., Any], name: str) -> bool:
-    """Tells whether a function that may call the modules of list ``name`` may tell one from another by its number.
+    """Tells whether a function may treat the modules of list ``name`` differently by their number.
 
     It may if it numbers or pairs what it loops over, or decides something within a loop.
     """
@@ -233,7 +233,7 @@ _NUMBERING = ("enumerate", "range", "zip", "islice", "count", "next")
 
 
 def _adds_a_number(node: ast.AST) -> bool:
-    """``i += 1``"""
+    """Tells whether a statement is like ``i += 1``."""
     return isinstance(node, ast.AugAssign) and isinstance(node.value, ast.Constant)
 
 
@@ -242,10 +242,12 @@ def _adds_a_number(node: ast.AST) -> bool:
 
 @contextmanager
 def shortened(runs: Sequence[Run], count: int) -> Iterator[set[str]]:
-    """Within the block, each run has its first ``count`` modules only. The model is left as it was.
+    """Leaves, within the block, only the first ``count`` modules of each run.
 
     Returns:
         A set to which the user's code, by asking a list for its length or for some of its modules, adds what it asked.
+
+    The model is restored afterwards.
     """
     asked: set[str] = set()
     before = []
@@ -267,7 +269,7 @@ _TORCH = os.path.dirname(torch.__file__)
 
 
 def _watched(kind: type, asked: set[str]) -> type:
-    """Returns the class of a list that notes what it is asked. Export, which looks at all children, does not count."""
+    """Builds the class of a list that records what it is asked. Export, which looks at all children, does not count."""
 
     def noting(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any) -> Any:

@@ -23,7 +23,7 @@ COPY, BATCH = "shardwright_copy", "shardwright_batch"
 
 @dataclass
 class Session:
-    """The marked calls met during one capture; ``calls[i]`` is the mark of call ``i``.
+    """Marked calls met during one capture; ``calls[i]`` is the mark of call ``i``.
 
     ``counts[i]`` and ``results[i]`` are the numbers of tensors that the call takes and returns.
     """
@@ -32,7 +32,7 @@ class Session:
     counts: list[int] = field(default_factory=list)
     results: list[int] = field(default_factory=list)
     groups: int = 0  # of copies
-    impossible: list[str] = field(default_factory=list)  # what is wrong with marks, whatever devices they are for
+    impossible: list[str] = field(default_factory=list)  # errors in marks that do not depend on the devices
 
     def new_group(self) -> int:
         """Returns a number for the copies of one call of a network."""
@@ -40,15 +40,21 @@ class Session:
         return self.groups
 
     def copy(self, group: int, index: int) -> AbstractContextManager[None]:
-        """Within the block, operators belong to one of the copies of a group."""
+        """Puts operators, within the block, into one of the copies of a group."""
         return annotate({COPY: (group, index)})
 
     def of_batch(self) -> AbstractContextManager[None]:
-        """Within the block, dim 0 of what operators make is the batch, although their rules cannot know it."""
+        """Marks, within the block, dim 0 of operators' results as the batch. Their rules cannot know it."""
         return annotate({BATCH: True})
 
     def run(self, mark: Mark, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Runs ``function`` with every tensor input and output pinned and every operator tagged."""
+        """Runs ``function`` with every tensor input and output pinned and every operator tagged.
+
+        Args:
+            mark: the strategy of the call.
+            function: what is called.
+            args, kwargs: its arguments.
+        """
         again = mark.attributes.get("recompute")
         if again is None:
             return self._run(mark, function, args, kwargs)
@@ -109,7 +115,7 @@ def session() -> Iterator[Session]:
 
 @contextmanager
 def marked_modules(root: nn.Module, marks: dict[nn.Module, Mark]) -> Iterator[None]:
-    """Within the block, calls of the marked modules run under their marks. The modules are left as they were."""
+    """Makes calls of the marked modules, within the block, run under their marks. The modules are restored afterwards."""
     changed: list[tuple[nn.Module, bool, Any]] = []
     try:
         for module, mark in marks.items():

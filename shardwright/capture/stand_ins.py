@@ -1,4 +1,4 @@
-"""Stand-ins for parts of torch that are no torch functions, while a callable is captured."""
+"""Replacements, while a callable is captured, for parts of torch that are not torch functions."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ _plain_enter = torch.autograd.graph.saved_tensors_hooks.__enter__
 
 
 def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
-    """Owner, name and stand-in of what is no torch function, and watched by standing in its place."""
+    """Lists owner, name and replacement of each replaced part of torch."""
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         plain = super(SingleLevelFunction, cls).apply  # type: ignore[misc]
-        if watch.here and cls is CheckpointFunction:
+        if watch.is_in_callable and cls is CheckpointFunction:
             with annotate({RECOMPUTE: True}):
                 return _call_reentrant(*args)
-        if watch.here and _has_own_backward(cls, args):
+        if watch.is_in_callable and _has_own_backward(cls, args):
             with watch.paused():
                 return watch.own_backwards.call(cls, plain, args)
         return plain(*args, **kwargs)
 
     def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
         """Stands for what a checkpoint does before and after the call of its function, whose operators are recomputed."""
-        if not watch.here:
+        if not watch.is_in_callable:
             yield from _plain_checkpoint(*args, **kwargs)
             return
         with annotate({RECOMPUTE: True}):
             yield
 
     def new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if watch.here:
+        if watch.is_in_callable:
             _check_parameter(sys._getframe(1).f_code.co_filename)
         return _plain_new_parameter(cls, *args, **kwargs)
 
     def enter(hooks: Any) -> Any:
-        if watch.here:
+        if watch.is_in_callable:
             _check_saved_tensors_hooks(hooks)
         return _plain_enter(hooks)
 
     def unseeded(name: str, plain: Any) -> Any:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if watch.here:
+            if watch.is_in_callable:
                 raise refuse(
                     f"torch.{name} cannot be captured: the state of the generator is no part of the program",
                     "Call it outside, before the step",
@@ -72,7 +72,7 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
 
     def module_hooks(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
         """Stands for what a call of a module with backward hooks makes."""
-        return (watch.own_backwards.module_hooks() if watch.here else BackwardHook)(module, hooks, pre_hooks)
+        return (watch.own_backwards.module_hooks() if watch.is_in_callable else BackwardHook)(module, hooks, pre_hooks)
 
     seeds = ("manual_seed", "seed", "set_rng_state", "get_rng_state", "initial_seed")
     return [
@@ -95,14 +95,14 @@ def _has_own_backward(cls: Any, args: Any) -> bool:
 
 
 def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, *args: Any) -> Any:
-    """Stands for a reentrant checkpoint: the call itself, without gradients where it would give none."""
+    """Replaces a reentrant checkpoint: calls the function, without gradients if none of its arguments needs any."""
     wants = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     with torch.set_grad_enabled(wants):
         return function(*args)
 
 
 def _check_parameter(maker: str) -> None:
-    """Refuses ``nn.Parameter(...)`` but where torch makes one for itself: it would be another in every call.
+    """Refuses ``nn.Parameter(...)`` except where torch makes one for itself. It would be a new one in every call.
 
     Args:
         maker: the file that calls.

@@ -1,4 +1,4 @@
-"""Strides: the memory order of what an operator makes, where the shape functions of torch say another.
+"""Strides of operators' outputs where torch's shape functions are wrong about them.
 
 Random numbers are drawn in memory order, so a mask depends on the strides of what it is drawn for. For most operators the
 shape function knows them; :mod:`shardwright.base.operators` has those whose kernels decide otherwise.
@@ -16,7 +16,7 @@ from shardwright.base.operators import memory_order
 
 
 def strides_made(overload: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[int, ...] | None:
-    """Returns the strides of an operator's first output; ``None`` where the shape function is right.
+    """Computes the strides of an operator's first output. Returns ``None`` where the shape function is right.
 
     >>> x = torch.empty(4, 6, 5, device="meta").transpose(1, 2)
     >>> strides_made(torch.ops.aten.batch_norm.default, [x], torch.empty_like(x))
@@ -34,7 +34,7 @@ def strides_made(overload: Any, inputs: Sequence[Tensor], output: Tensor) -> tup
 
 
 def _suggested(x: Tensor) -> torch.memory_format:
-    """Returns the memory format that torch's kernels read off a tensor's strides."""
+    """Returns the memory format that torch's kernels derive from a tensor's strides."""
     for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         like = torch.empty_strided(x.shape, x.stride(), device="meta")
         if x.ndim == ndim and like.is_contiguous(memory_format=memory_format) and not like.is_contiguous():

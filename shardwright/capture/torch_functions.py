@@ -1,4 +1,4 @@
-"""Torch functions that a captured callable calls: what a graph cannot keep is refused, every call is noted with its line."""
+"""Torch functions that a captured callable calls: refused where a graph cannot keep them, else annotated with their line."""
 
 from __future__ import annotations
 
@@ -28,34 +28,33 @@ class Watch(TorchFunctionMode):
 
     Args:
         module: what is captured.
-        note: is told what is computed as written and has no other effect.
     """
 
-    def __init__(self, module: nn.Module, note: Callable[[str], None]):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self.note, self.thread = module, note, threading.get_ident()
+        self.module, self.thread = module, threading.get_ident()
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
-        self.known: set[int] = set()  # ids of tensors with values that may be read
+        self.known: set[int] = set()  # ids of tensors with gradients that belong to the module
         self.running = False  # whether the callable runs, and not what torch does before and after
         self.own_backwards = OwnBackwards(refuse)
         self.clock = 0  # counts the torch functions that the callable calls
         self.saved: dict[Any, int] = {}  # storage that autograd saved for the backward pass -> when on the clock
 
     def begin(self, args: Any, kwargs: Any) -> None:
-        """Takes notice of the tensors that the callable is about to work on."""
+        """Records the tensors that the callable is about to work on."""
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves((args, kwargs))]
         self.given = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
         self.arguments = (args, kwargs)
         self.flat = pytree.tree_flatten(self.arguments)
         self.running = True
 
-    def buffer(self, module: nn.Module, name: str, value: Any) -> None:
+    def note_buffer(self, module: nn.Module, name: str, value: Any) -> None:
         """Remembers the line that assigns a buffer."""
         self.assigned[id(module), name] = user_source()
 
     def end(self) -> None:
-        """Takes notice that the callable has ended: what torch does afterwards is its own business.
+        """Records that the callable has ended. What torch does afterwards is not watched.
 
         Raises:
             CaptureError: it swallowed a refusal, or changed its arguments.
@@ -71,9 +70,14 @@ class Watch(TorchFunctionMode):
                 "another one in a capture, so the caller's would stay as it is\n  Return what is new, or change a copy"
             )
 
-    def called(self, module: nn.Module, args: Any) -> None:
-        """Refuses the call of a module that the captured one does not have: nobody would train it or update its buffers."""
-        if not self.here:
+    def check_called(self, module: nn.Module, args: Any) -> None:
+        """Refuses calls of modules that are not submodules of the captured one. Nobody would train them or update their
+        buffers.
+
+        Raises:
+            CaptureError: the module is not a submodule.
+        """
+        if not self.is_in_callable:
             return
         held = itertools.chain(*(t.values() for m in module.modules() for t in (m._parameters, m._buffers)))
         if any(tensor is not None and not isinstance(tensor, FakeTensor) for tensor in held):
@@ -85,11 +89,11 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(_key(function))
-        if handler is not None and self.here:
+        if handler is not None and self.is_in_callable:
             found = handler(self, function, args, kwargs or {})
             if found is not None:
                 return found
-        if not self.here:
+        if not self.is_in_callable:
             return function(*args, **(kwargs or {}))
         if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
             raise refuse(
@@ -107,7 +111,11 @@ class Watch(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
     def check_real(self, leaves: list[Any]) -> None:
-        """Refuses a tensor with a gradient that the captured module does not have: a graph would take it for a constant."""
+        """Refuses a tensor with a gradient that is not the captured module's. A graph would take it for a constant.
+
+        Raises:
+            CaptureError: there is one among the leaves.
+        """
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad and not isinstance(leaf, FakeTensor):
                 if id(leaf) not in self.known and attribute_of(self.module, leaf) is None:
@@ -118,9 +126,10 @@ class Watch(TorchFunctionMode):
                     )
                 self.known.add(id(leaf))
 
-    def number(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Returns a number read off a tensor: refused where it depends on values, also if the user's code catches what
-        torch raises.
+    def read_number(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Reads a number off a tensor, which is refused if it depends on values.
+
+        It is refused even if the user's code catches what torch raises.
         """
         try:
             found = function(*args, **kwargs)
@@ -154,7 +163,8 @@ class Watch(TorchFunctionMode):
         finally:
             self.running = running
 
-    def hook(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def record_hook(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records a hook on the gradient of an activation, and returns its handle."""
         tensor, hook = args[0], args[1] if len(args) > 1 else kwargs.get("hook")
         if not tensor.requires_grad or not torch.is_grad_enabled():
             return None  # torch says what is wrong
@@ -166,44 +176,51 @@ class Watch(TorchFunctionMode):
         with self.paused():
             return self.own_backwards.hook(tensor, hook)
 
-    def retained(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_retain_grad(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses ``retain_grad``."""
         raise refuse(
             "Tensor.retain_grad cannot be captured: the gradient of a value within a captured callable is kept nowhere",
             "Remove it; gradients of inputs and parameters are there, torch.autograd.grad gives those of inputs",
         )
 
-    def node(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_grad_fn(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to read ``grad_fn``."""
         if getattr(args[0], "requires_grad", False):
             raise refuse(
                 "Tensor.grad_fn cannot be read in a captured callable: other nodes run later than the one seen here",
                 "Remove it; for a hook on gradients, register it on a parameter",
             )
 
-    def gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_reading_grad(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to read ``grad`` of inputs, parameters and buffers."""
         if id(args[0]) in self.given:
             raise refuse(
                 "Tensor.grad cannot be read in a captured callable: the gradient of an earlier step is no part of its inputs",
                 "Read it outside, and hand in what is needed of it as an argument",
             )
 
-    def new_gradient(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_setting_grad(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to set ``grad`` of inputs, parameters and buffers."""
         if id(args[0]) in self.given:
             raise refuse(
                 "Tensor.grad cannot be set in a captured callable: the gradients of the steps are no part of the program",
                 "Set it outside, before or after the call",
             )
 
-    def data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+    def read_data(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+        """Reads ``tensor.data`` as ``tensor.detach()``."""
         return args[0].detach()
 
-    def new_data(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_setting_data(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to set ``tensor.data``."""
         raise refuse(
             "tensor.data = ... cannot be captured: it gives a tensor other memory, past autograd and the graph",
             "For a buffer or a frozen parameter write: with torch.no_grad(): tensor.copy_(value). For an activation give the "
             "new value a name: h = h + (value - h).detach()",
         )
 
-    def leaf(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_requires_grad(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to change ``requires_grad`` of inputs, parameters and buffers."""
         wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         if id(args[0]) in self.given and bool(wanted) != args[0].requires_grad:
             raise refuse(
@@ -212,20 +229,22 @@ class Watch(TorchFunctionMode):
                 "Set it outside, before the call",
             )
 
-    def derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses derivatives that the callable itself takes."""
         with suppress(Exception):
-            function(*args, **kwargs)  # somebody further out may take it for a sign, as of a train step
+            function(*args, **kwargs)  # a caller may react to it, for example because it signals a train step
         raise refuse(
             f"{function.__name__} in a captured callable cannot be captured: derivatives are taken of the whole program",
             "Take the derivative outside: return the value, then call torch.autograd.grad or backward on it",
         )
 
     @property
-    def here(self) -> bool:
-        """Whether the captured callable is what calls: not torch around it, and not another thread."""
+    def is_in_callable(self) -> bool:
+        """True while the captured callable itself calls, not torch around it or another thread."""
         return self.running and threading.get_ident() == self.thread
 
-    def memory(self, function: Any, args: Any, kwargs: Any) -> None:
+    def refuse_new_memory(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuses what changes a tensor's memory."""
         raise refuse(
             f"Tensor.{function.__name__} cannot be captured: it changes a tensor's memory past the graph",
             "Make a new tensor instead: x = x.new_empty(shape), or x.reshape(shape)",
@@ -233,38 +252,38 @@ class Watch(TorchFunctionMode):
 
 
 def _key(function: Any) -> Any:
-    """What tells a torch function apart: the getter or setter of a property is a new object every time."""
+    """Returns a key of a torch function. The getter or setter of a property is a new object every time."""
     owner: Any = getattr(function, "__self__", None)
     return (owner.__name__, function.__name__) if isinstance(owner, GetSetDescriptorType) else function
 
 
 _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
-    Tensor.register_hook: Watch.hook,
-    Tensor.register_post_accumulate_grad_hook: Watch.hook,
-    Tensor.retain_grad: Watch.retained,
-    ("grad_fn", "__get__"): Watch.node,
-    ("grad", "__get__"): Watch.gradient,
-    ("grad", "__set__"): Watch.new_gradient,
-    ("data", "__get__"): Watch.data,
-    ("data", "__set__"): Watch.new_data,
-    ("requires_grad", "__set__"): Watch.leaf,
-    Tensor.requires_grad_: Watch.leaf,
-    Tensor.backward: Watch.derivative,
-    torch.autograd.backward: Watch.derivative,
-    torch.autograd.grad: Watch.derivative,
-    Tensor.item: Watch.number,
-    Tensor.tolist: Watch.number,
-    Tensor.numpy: Watch.number,
-    Tensor.__array__: Watch.number,
-    Tensor.__bool__: Watch.number,
-    Tensor.__float__: Watch.number,
-    Tensor.__int__: Watch.number,
-    Tensor.__index__: Watch.number,
-    Tensor.__complex__: Watch.number,
-    Tensor.__format__: Watch.number,
-    Tensor.set_: Watch.memory,
-    Tensor.resize_: Watch.memory,
-    Tensor.resize_as_: Watch.memory,
-    Tensor.untyped_storage: Watch.memory,
-    Tensor.storage: Watch.memory,
+    Tensor.register_hook: Watch.record_hook,
+    Tensor.register_post_accumulate_grad_hook: Watch.record_hook,
+    Tensor.retain_grad: Watch.refuse_retain_grad,
+    ("grad_fn", "__get__"): Watch.refuse_grad_fn,
+    ("grad", "__get__"): Watch.refuse_reading_grad,
+    ("grad", "__set__"): Watch.refuse_setting_grad,
+    ("data", "__get__"): Watch.read_data,
+    ("data", "__set__"): Watch.refuse_setting_data,
+    ("requires_grad", "__set__"): Watch.refuse_requires_grad,
+    Tensor.requires_grad_: Watch.refuse_requires_grad,
+    Tensor.backward: Watch.refuse_derivative,
+    torch.autograd.backward: Watch.refuse_derivative,
+    torch.autograd.grad: Watch.refuse_derivative,
+    Tensor.item: Watch.read_number,
+    Tensor.tolist: Watch.read_number,
+    Tensor.numpy: Watch.read_number,
+    Tensor.__array__: Watch.read_number,
+    Tensor.__bool__: Watch.read_number,
+    Tensor.__float__: Watch.read_number,
+    Tensor.__int__: Watch.read_number,
+    Tensor.__index__: Watch.read_number,
+    Tensor.__complex__: Watch.read_number,
+    Tensor.__format__: Watch.read_number,
+    Tensor.set_: Watch.refuse_new_memory,
+    Tensor.resize_: Watch.refuse_new_memory,
+    Tensor.resize_as_: Watch.refuse_new_memory,
+    Tensor.untyped_storage: Watch.refuse_new_memory,
+    Tensor.storage: Watch.refuse_new_memory,
 }

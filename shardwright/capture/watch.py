@@ -1,13 +1,13 @@
-"""Watch: finds, while a callable is captured, what it does that a graph cannot keep, and refuses it with the user's line.
+"""Watch: watches a callable while it is captured, and refuses what a graph cannot keep, with the user's line.
 
-``torch.export`` records operators. What changes gradients or values beside operators (a backward of one's own, a hook, a
-write to ``.data``, a random number of Python's) leaves no trace in what it records, so it is watched for here. What can be
-had exactly is put right instead of refused: ``tensor.data`` is read as ``tensor.detach()``, a checkpointed function is called.
+``torch.export`` records operators. It does not record other ways to change gradients or values: a custom backward, a hook, a
+write to ``.data``, a random number from Python. These are detected here. Where an exact replacement exists it is used instead
+of an error: ``tensor.data`` is read as ``tensor.detach()``, and a checkpointed function is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,35 +22,34 @@ from shardwright.capture.torch_functions import Watch
 
 
 @contextmanager
-def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
-    """Within the block, what a graph cannot keep raises a :class:`CaptureError`.
+def watched(module: nn.Module) -> Iterator[Watch]:
+    """Raises, within the block, a :class:`CaptureError` for what a graph cannot keep.
 
     Args:
         module: what is captured.
-        note: is told, once a source line, what is computed as written and has no other effect.
     """
     check_backward_hooks(module)
-    watch = Watch(module, note)
+    watch = Watch(module)
     with ExitStack() as stack:
         stack.enter_context(watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor))
         for owner, name, value in replacements(watch):
             stack.enter_context(_replaced(owner, name, value))
-        stack.callback(register_module_buffer_registration_hook(watch.buffer).remove)
-        stack.callback(register_module_forward_pre_hook(watch.called).remove)
+        stack.callback(register_module_buffer_registration_hook(watch.note_buffer).remove)
+        stack.callback(register_module_forward_pre_hook(watch.check_called).remove)
         stack.callback(refused.clear)
         yield watch
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = name in vars(owner)
+    is_owners = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own:
+        if is_owners:
             setattr(owner, name, before)
         else:
             delattr(owner, name)

@@ -25,16 +25,16 @@ from shardwright.capture.functionalise import (
     view_of,
 )
 from shardwright.capture.fx_nodes import map_arguments, module_path, storage_of
-from shardwright.capture.resolve_marks import _at
+from shardwright.capture.resolve_marks import at_line
 from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
 
 
 class Writes:
-    """Emits what operators that write to a tensor compute, and gives the new value to all that shares its memory.
+    """Emits what writing operators compute. All views of the written memory get the new value.
 
     Args:
-        emitter: of the graph that is being made.
+        emitter: appends to the graph that is being made.
         module: what is captured, for errors.
         saved: storages that autograd had saved for the backward pass, with the time on the capture's clock.
     """
@@ -62,7 +62,7 @@ class Writes:
                 written_at = (node.meta.get("custom") or {}).get(CLOCK, math.inf)
                 if gradient and storage in self.saved and self.saved[storage] <= written_at:
                     raise CaptureError(
-                        f"{node.target}{_at(node)} writes past autograd, under no_grad or through detach() or .data, to a "
+                        f"{node.target}{at_line(node)} writes past autograd, under no_grad or through detach() or .data, to a "
                         "value that the backward pass reads again: its gradients would be those of another function\n"
                         "  Write to a clone, or give the new value a name, with the gradient of the old: "
                         "h = h + (new - h).detach()"
@@ -73,7 +73,11 @@ class Writes:
             destination = tracked.parent
 
     def mutate(self, node: fx.Node) -> None:
-        """A write: computes the new values, then hands each to everything that shares the memory."""
+        """Emits a write: computes the new values, then passes each to everything that shares the memory.
+
+        Raises:
+            CaptureError: the write has no functional form, or writes to something that is not a tensor of the graph.
+        """
         target: Any = node.target
         packet, where = target.overloadpacket, self._where(node)
         if operators.views_in_place(target):
@@ -96,7 +100,7 @@ class Writes:
         metas = self._metas_of(form, where)
         known = metas
         if form.beside == 0 and len(written) == 1 and metas[0].dtype == self.emitter.tracked(written[0]).meta.dtype:
-            known = [self.emitter.tracked(written[0]).meta]  # random numbers are drawn in its memory order
+            known = [self.emitter.tracked(written[0]).meta]  # random numbers are drawn in the destination's memory order
         outputs = self.emitter.emit_node(node, form.target, form.args, form.kwargs, known)
         made = zip(written, outputs[form.beside :], metas[form.beside :], strict=True)
         pairs = [(to, lambda meta, new=new, made=made: self._as_written(node, new, made, meta)) for to, new, made in made]
@@ -104,8 +108,14 @@ class Writes:
         self._write_all(node, pairs, where, beside)
 
     def _write_all(self, node: fx.Node, pairs: Any, where: str, beside: Any = ()) -> None:
-        """Writes to every destination what its function of the destination's meta emits; the results are what was written to,
-        or ``beside``, what the operator returns beside that."""
+        """Writes a new value to every destination.
+
+        Args:
+            node: the operator that writes.
+            pairs: each destination, and the function of its fake tensor that emits the new value.
+            where: the user's line.
+            beside: what the operator returns beside the tensors it writes to, if it does.
+        """
         for destination, new_value in pairs:
             self._check_destination(node, destination, where)
             old = self.emitter.read(destination)
@@ -120,9 +130,9 @@ class Writes:
         return _source(node) or module_path(node) or str(getattr(self.module, "name", type(self.module).__name__))
 
     def _with_gradient(self, node: fx.Node, destination: fx.Node, old: str, new: str) -> str:
-        """Returns a written value that has no gradient, though autograd sees one through the value before: one of zeros."""
+        """Returns a written value. It gets a gradient of zeros if only the old value has one."""
         if not self.emitter.context[1] or self.emitter.tracked(destination).parent is not None:
-            return new  # of a view, the rest of what is viewed keeps its gradient
+            return new  # for a view, the rest of the viewed tensor keeps its gradient
         needing = self.emitter.needs_gradient()
         if old not in needing or new in needing:
             return new
@@ -142,7 +152,7 @@ class Writes:
             raise CaptureError(f"{node.target} at {where} writes to something that is not a tensor of the graph")
 
     def _metas_of(self, form: Form, where: str) -> list[Tensor]:
-        """What the functional form of a writing operator makes, without computing it."""
+        """Computes the fake results of the functional form of a writing operator."""
 
         def fake(argument: Any) -> Any:
             if not isinstance(argument, fx.Node):
@@ -161,7 +171,7 @@ class Writes:
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
     def _as_written(self, node: fx.Node, new: str, made: Tensor, meta: Tensor) -> str:
-        """Returns a write keeps the shape and dtype of what it writes to, where the functional operator would promote it."""
+        """Casts a new value to the dtype of what it is written to. Checks that the shape is the same."""
         if tuple(made.shape) != tuple(meta.shape):
             raise CaptureError(
                 f"{node.target} at {self._where(node)} writes a tensor of shape {list(made.shape)} to one of "
@@ -172,7 +182,7 @@ class Writes:
         return self.emitter.emit(node, operators.TO_DTYPE, new, meta.dtype)
 
     def _keep_for_backward(self, node: fx.Node, destination: fx.Node) -> None:
-        """Has a write to an input computed from a copy, if autograd may save that: the input itself is changed at the end."""
+        """Makes a write to an input work on a copy if autograd may save it. The input itself is changed at the end."""
         root = self.emitter.tracked(destination)
         while root.parent is not None:
             root = self.emitter.tracked(root.parent)
@@ -186,7 +196,7 @@ class Writes:
             tracked.value = self.emitter.emit(node, operators.CLONE, self.emitter.read(destination))
 
     def _view_in_place(self, node: fx.Node, where: str) -> None:
-        """An operator that changes how a tensor is seen: from here on its node is a view of what it was before."""
+        """Makes the node of an in-place view operator a view of what it was before."""
         destination: Any = node.args[0]
         self._check_destination(node, destination, where)
         while isinstance(self.emitter.env[destination], WrittenTensor):
@@ -217,12 +227,12 @@ class Writes:
         return self.emitter.emit(node, operators.MASKED_FILL, self.emitter.read(destination), mask, value)  # type: ignore[arg-type]
 
     def is_buffer(self, node: fx.Node) -> bool:
-        """Tells whether a tensor is a buffer as it came in, which every rank holds whole."""
+        """Tells whether a tensor is an unchanged buffer, which every rank holds whole."""
         value = self.emitter.read(node)
         return any(i.value == value and i.kind == "buffer" for i in self.emitter.inputs)
 
     def normalise(self, node: fx.Node) -> None:
-        """A norm that moves running statistics which are no buffers: they are computed apart, and written."""
+        """Emits a norm that moves running statistics which are no buffers. They are computed separately, and written."""
         given, where = named_arguments(node), self._where(node)
         mean, var = given["running_mean"], given["running_var"]
         x = self.emitter.read(given["input"])

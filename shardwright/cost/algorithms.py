@@ -1,6 +1,6 @@
-"""What is fastest on a machine: for every collective, the best algorithm by size and by number of ranks; as data.
+"""Algorithms: a table of the fastest algorithm of every collective on a machine, by size and by number of ranks.
 
-``shardwright calibrate`` measures it and keeps it in a file of the user's; without one :data:`DEFAULT` holds. Results do
+``shardwright calibrate`` measures it and keeps it in a file of the user; without one :data:`DEFAULT` holds. Results do
 not depend on it, only speed does.
 """
 
@@ -21,7 +21,7 @@ from shardwright.redistribute.links import Links
 VERSION = 1
 VARIABLE = "SHARDWRIGHT_CALIBRATION"
 
-# Every algorithm of every operation on gloo. Where the calibration names none that can be used, the first that can.
+# Every algorithm of every operation on gloo. If the calibration names none that can be used, the first that can is used.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "all_reduce": ("pieces", "chain", "hub", "copies", "backend"),
     "reduce_scatter": ("direct", "hub", "backend"),
@@ -29,23 +29,23 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "exchange": ("direct", "backend"),
 }
 
-# Rows of a table: up to how many bytes, and the algorithms then, the fastest first. The last row has no end.
+# Rows of a table: largest number of bytes, and the algorithms up to there, the fastest first. The last row has no end.
 Row = tuple[float, tuple[str, ...]]
 Table = tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fastest algorithms of a machine.
+    """Fastest algorithms of a machine.
 
-    Bytes are those of the tensor of an all-reduce, of the whole of a reduce-scatter or all-gather, and what a member sends
-    in an exchange.
+    Bytes are those of the tensor of an all-reduce, of the whole tensor of a reduce-scatter or all-gather, and those that a
+    member sends in an exchange.
 
     Args:
         tables: for each operation and number of ranks, the algorithms by bytes.
         links: what the planner of redistributions needs: ``Options(links)``.
         cpus: cores of the machine it was measured on.
-        origin: where it comes from, for messages.
+        origin: its source, for messages.
     """
 
     tables: Mapping[str, Mapping[int, Table]]
@@ -54,7 +54,13 @@ class Calibration:
     origin: str = "measured"
 
     def choose(self, operation: str, ranks: int, nbytes: int, allowed: Collection[str]) -> str:
-        """Returns the fastest of the algorithms that are allowed; measurements of the nearest number of ranks count.
+        """Returns the fastest of the allowed algorithms. Measurements of the nearest number of ranks decide.
+
+        Args:
+            operation: the collective, such as ``all_reduce``.
+            ranks: number of ranks in the group.
+            nbytes: bytes as the class counts them.
+            allowed: the algorithms that can be used.
 
         >>> DEFAULT.choose("all_reduce", 4, 1024, ["pieces", "hub"])
         'hub'
@@ -74,7 +80,7 @@ class Calibration:
         return next((names for limit, names in measured[nearest] if nbytes <= limit), ())
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values: for a file, or to be sent to other ranks."""
+        """Converts it to plain values, for a file or for other ranks."""
         tables = {
             operation: {
                 str(ranks): [[None if limit == math.inf else limit, list(names)] for limit, names in table]
@@ -87,10 +93,10 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:
-        """Returns the inverse of :meth:`to_dict`.
+        """Converts the values of :meth:`to_dict` back.
 
         Raises:
-            WorldError: the values are none that it made.
+            WorldError: values that :meth:`to_dict` does not return.
         """
         if not isinstance(values, Mapping) or values.get("version") != VERSION:
             version = values.get("version") if isinstance(values, Mapping) else None
@@ -107,7 +113,7 @@ class Calibration:
             raise WorldError(f"it is not a calibration: {type(error).__name__}: {error}") from None
 
     def save(self, path: Path) -> None:
-        """Writes it to a file, whole or not at all; makes the folder."""
+        """Writes it to a file, completely or not at all. Makes the folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
@@ -133,7 +139,7 @@ def _positive(value: Any) -> float:
 
 
 def location() -> Path:
-    """Where this user's calibration is kept: what ``SHARDWRIGHT_CALIBRATION`` says, else a file in the user's cache."""
+    """Returns the path of this user's calibration: ``SHARDWRIGHT_CALIBRATION``, else a file in the user's cache."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen)
@@ -142,9 +148,11 @@ def location() -> Path:
 
 
 def load(path: Path | None = None) -> Calibration:
-    """Returns the calibration in a file, default the user's; :data:`DEFAULT` where there is none.
+    """Reads the calibration in a file, default the user's. Returns :data:`DEFAULT` if there is none.
 
     A file that cannot be used, or that was measured on a machine with another number of cores, is warned of and left.
+
+    A file that cannot be used, or that was measured on a machine with another number of cores, is ignored with a warning.
     """
     asked = path is not None or bool(os.environ.get(VARIABLE))
     path = path or location()
@@ -174,7 +182,7 @@ def load(path: Path | None = None) -> Calibration:
 
 
 def _default(text: str) -> Mapping[str, Mapping[int, Table]]:
-    """Tables out of lines ``operation ranks: names <= bytes, names <= bytes, names``."""
+    """Parses tables from lines ``operation ranks: names <= bytes, names <= bytes, names``."""
     tables: dict[str, dict[int, Table]] = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         head, _, rest = line.partition(": ")

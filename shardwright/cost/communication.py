@@ -1,11 +1,11 @@
-"""Communication: what redistributions cost, in closed form, for whole tables of layouts at once.
+"""Communication: prices redistributions, in closed form, for whole tables of layouts.
 
-A redistribution is priced as the steps that the planner of :mod:`shardwright.redistribute` would take (``paths.py``). What
-they cost is a few straight lines over the bytes of the tensor, of which the lowest counts: the lines follow from which axes
+A redistribution is priced as the steps that the planner of :mod:`shardwright.redistribute` would take (``paths.py``). Their
+price is the lowest of a few straight lines over the bytes of the tensor: the lines follow from which axes
 split what before and after, not from the tensor's shape. They are found once for every pair of layouts that differs in more
 than the names of dims; after that a table of prices is looked up. Nothing here grows with the number of ranks.
 
-Layouts are codes, one int an axis: -2 a sum is pending, -1 replicated, ``d >= 0`` the axis splits dim ``d``; axes that split
+Layouts are codes, one int per axis: -2 a sum is pending, -1 replicated, ``d >= 0`` the axis splits dim ``d``; axes that split
 one dim do so in the mesh's order.
 """
 
@@ -24,12 +24,12 @@ from shardwright.ir.mesh import Mesh
 from shardwright.redistribute.paths import KINDS, Network, Paths, paths_between
 
 Array = np.ndarray[Any, Any]
-# What tables of pairs have in common: rows of lines, which of these each pair has, and which pairs cannot be.
+# Result for tables of pairs: rows of lines, the row of each pair, and which pairs are impossible.
 Classes = tuple[Array, Array, "Array | None"]
 
-# Sizes, in bytes, at which the lowest line is looked for; a line that is lowest only between two of them is hardly lower.
+# Sizes, in bytes, at which the lowest line is searched; a line that is lowest only between two of them is hardly lower.
 _GRID = 2.0 ** np.arange(4, 46, 3)
-# Pairs of tables whose classes are remembered, and single pairs whose steps are.
+# Sizes of caches: pairs of tables with known classes, and single pairs with known steps.
 _MOST_TABLES = 512
 
 
@@ -56,10 +56,10 @@ class CollectivePrice:
 
 @dataclass
 class _Lines:
-    """For each class of redistributions its cheapest lines, ``(N, K)``.
+    """Cheapest lines of each class of redistributions, ``(N, K)``.
 
     Seconds are ``fixed + bytes * (source * unevenness of the source + target * that of the target)``, where ``bytes`` are those
-    of the whole tensor, and what the busiest rank sends is ``bytes`` times ``sent``.
+    of the whole tensor, and the busiest rank sends ``bytes`` times ``sent``.
     """
 
     fixed: Array
@@ -68,7 +68,7 @@ class _Lines:
     sent: Array
 
     def lowest(self, rows: Array, nbytes: float) -> tuple[Array, Array, Array, Array]:
-        """Returns the line that counts for a tensor of so many bytes, of some classes."""
+        """Returns the numbers of the lowest lines for a tensor of so many bytes."""
         fixed, source, target = self.fixed[rows], self.source[rows], self.target[rows]
         best = np.argmin(fixed + nbytes * (source + target), axis=1)
         at = np.arange(len(rows)), best
@@ -76,7 +76,7 @@ class _Lines:
 
 
 class _Step(NamedTuple):
-    """One step for a tensor of any size; numbers as :class:`~shardwright.redistribute.paths.PathStep` has them."""
+    """One step for a tensor of any size. Numbers are as in :class:`~shardwright.redistribute.paths.PathStep`."""
 
     kind: str
     axes: tuple[str, ...]
@@ -109,10 +109,14 @@ class Communication:
     # -- redistributions --------------------------------------------------------------------------------------------
 
     def moves(self, shape: Sequence[int], itemsize: int, source: Array, target: Array) -> Moves:
-        """Returns every redistribution from a source code ``(S, A)`` to a target code ``(T, A)`` of a tensor of global
-        ``shape``.
+        """Prices every redistribution from a source code ``(S, A)`` to a target code ``(T, A)``.
 
         A pair that would make a sum pending that is not costs infinitely much.
+
+        Args:
+            shape: global shape.
+            itemsize: bytes per element.
+            source, target: codes of layouts.
         """
         source, target = np.asarray(source, dtype=np.int8), np.asarray(target, dtype=np.int8)
         rows, where, invented = self._classes(len(shape), source, target)
@@ -135,8 +139,12 @@ class Communication:
     def describe(
         self, shape: Sequence[int], itemsize: int, source: Sequence[int], target: Sequence[int]
     ) -> tuple[CollectivePrice, ...]:
-        """Returns the collectives of one redistribution, in order; local slices are left out. Prices add up to those of
-        `moves`.
+        """Lists the collectives of one redistribution, in order, without local slices. Prices add up to those of `moves`.
+
+        Args:
+            shape: global shape.
+            itemsize: bytes per element.
+            source, target: code of one layout each.
         """
         here, there = (np.asarray(codes, dtype=np.int8).reshape(1, -1) for codes in (source, target))
         nbytes = float(math.prod(shape) * itemsize)
@@ -153,7 +161,7 @@ class Communication:
         return tuple(found)
 
     def _sequences(self, ndim: int, source: Array, target: Array) -> tuple[tuple[_Step, ...], ...]:
-        """Returns the sequences of steps of one pair that are the cheapest for some size; none for what costs nothing."""
+        """Returns the sequences of steps of one pair that are the cheapest for some size; none if it costs nothing."""
         key = source.tobytes(), target.tobytes(), ndim
         if key not in self._described:
             if len(self._described) >= _MOST_TABLES:
@@ -179,21 +187,19 @@ class Communication:
     # -- single collectives -----------------------------------------------------------------------------------------
 
     def all_reduce(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Returns the seconds to sum tensors of ``nbytes``, a number or an array, that every rank holds, over axes given by
-        position.
-        """
+        """Prices the sum of tensors of ``nbytes``, over axes given by position, in seconds."""
         return self._collective(nbytes, axes, -2, -1)
 
     def all_gather(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Returns the seconds to gather tensors that are ``nbytes`` once gathered."""
+        """Prices the gather of tensors that are ``nbytes`` after it, in seconds."""
         return self._collective(nbytes, axes, 0, -1)
 
     def reduce_scatter(self, nbytes: Any, axes: Sequence[int]) -> Any:
-        """Returns the seconds to sum tensors of ``nbytes``, of which every rank then keeps its piece."""
+        """Prices the sum of tensors of ``nbytes``, in seconds. Every rank keeps its piece of it."""
         return self._collective(nbytes, axes, -2, 0)
 
     def _collective(self, nbytes: Any, axes: Sequence[int], before: int, after: int) -> Any:
-        # the other axes are as good as split: what they could help with is not theirs to help with
+        # the other axes count as split, so that they do not share the work
         source, target = (np.ones((1, len(self.mesh.sizes)), dtype=np.int8) for _ in range(2))
         source[0, list(axes)], target[0, list(axes)] = before, after
         rows, _, _ = self._classes(2, source, target)
@@ -201,7 +207,7 @@ class Communication:
         rest = math.prod(size for a, size in enumerate(self.mesh.sizes) if a not in axes)
         given = np.asarray(nbytes, dtype=float)
         lines, row = self._lines, rows[0]
-        # every rank holds such a tensor: all that ranks hold is `rest` times as much
+        # every rank holds such a tensor, so all ranks together hold `rest` times as much
         rate = (lines.source[row] + lines.target[row]) * rest
         seconds = np.min(lines.fixed[row] + given[..., None] * rate, axis=-1)
         return float(seconds) if seconds.ndim == 0 else seconds
@@ -209,9 +215,7 @@ class Communication:
     # -- classes of pairs -------------------------------------------------------------------------------------------
 
     def _classes(self, ndim: int, source: Array, target: Array) -> Classes:
-        """Returns the classes of all pairs: their rows among the lines, which of these each pair has, and which pairs
-        cannot be.
-        """
+        """Finds the classes of all pairs: their rows among the lines, the row of each pair, and which are impossible."""
         key = source.tobytes(), target.tobytes(), ndim
         found = self._tables.get(key)
         if found is None:
@@ -224,7 +228,7 @@ class Communication:
         before, after, pending, kept = self._masks(ndim, source, target)
         numbers = _random_numbers(len(self.mesh.sizes))
         ways = 1 << len(self.mesh.sizes)
-        # dims in any order give one sum; the pending sums stand apart, by numbers of their own
+        # dims in any order give the same hash; the pending sums have separate numbers
         pairs = pending[:, None] * ways + (kept[None, :] & pending[:, None]) + ways * ways
         hashed = numbers[pairs]
         for dim in range(ndim):
@@ -236,7 +240,7 @@ class Communication:
         return rows, where.reshape(len(source), len(target)), invented if invented.any() else None
 
     def _price(self, classes: Array, of_source: Array, of_target: Array, masks: tuple[Array, ...]) -> None:
-        """Finds the lines of the classes that are new."""
+        """Computes the lines of the classes that are new."""
         fresh = np.array([each not in self._row_of for each in classes.tolist()], dtype=bool)
         if not fresh.any():
             return
@@ -266,8 +270,8 @@ class Communication:
         return _Lines(*lines)
 
     def _masks(self, ndim: int, source: Array, target: Array) -> tuple[Array, Array, Array, Array]:
-        """Returns the axes as bits, the outermost the lowest: those that split each dim before and after, that are pending,
-        and stay so.
+        """Returns axes as bits, the outermost the lowest: those that split each dim before and after, that are pending, and
+        stay so.
         """
         bits = np.array([1 << a if size > 1 else 0 for a, size in enumerate(self.mesh.sizes)], dtype=np.int64)
         dims = np.arange(ndim)[None, :, None]
@@ -276,7 +280,7 @@ class Communication:
         return before, after, pending, kept
 
     def _unevenness(self, shape: Sequence[int], codes: Array) -> Array | None:
-        """Returns how many times larger the largest piece is than an even one; None where all are even."""
+        """Computes how many times larger the largest piece is than an even one. None if all are even."""
         sizes = np.asarray(self.mesh.sizes, dtype=float)
         result = None
         for dim, size in enumerate(shape):
@@ -290,7 +294,7 @@ class Communication:
 
 @lru_cache(maxsize=16)
 def _random_numbers(axes: int) -> Array:
-    """Returns a number for each mask before and after, 0 for none, and after these as many for the pending sums."""
+    """Returns a random number per mask before and after, 0 for none. As many for the pending sums follow."""
     numbers = np.random.default_rng(axes).integers(1, 1 << 63, size=2 << (2 * axes), dtype=np.uint64)
     numbers[0] = 0
     return numbers

@@ -1,4 +1,4 @@
-"""Compute: what operators cost a rank, by the roofline of their family.
+"""Compute: prices operators on one rank, by the roofline of their family.
 
 An operator takes the longer of its operations at the rate its family reaches and its bytes at the memory's bandwidth
 (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009), and a launch. Its backward
@@ -22,9 +22,9 @@ from shardwright.rules.traits import family, traits_of
 
 Array = np.ndarray[Any, Any]
 
-# Passes over their tensors that families make, against one read and one write.
+# Passes of families over their tensors, relative to one read and one write.
 _PASSES = {"norm": 2.0, "softmax": 2.0, "random": 2.0, "sort": 8.0}
-# A backward of attention for one forward; of the others it follows from operands and bytes.
+# Cost of attention's backward, relative to its forward; other backwards follow from operands and bytes.
 _ATTENTION_BACKWARD = 2.5
 
 
@@ -40,13 +40,15 @@ def local_seconds(
     needs_grad: Sequence[bool],
     channels: Channels | None = None,
 ) -> tuple[Array, Array]:
-    """Returns the seconds of the forward and of the backward, for each of ``C`` choices.
+    """Prices the forward and the backward, in seconds, for each of ``C`` choices.
 
     Args:
+        op: the operator on global tensors.
+        machine: the machine.
         fraction: ``(C,)``, share of the operator's work that a rank does.
-        input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, what a rank holds of each tensor.
-        needs_grad: for each input, whether its gradient is wanted.
-        channels: of a convolution, those that a rank has, ``(C,)``; default: all of them.
+        input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, bytes that a rank holds of each tensor.
+        needs_grad: for each input, whether its gradient is needed.
+        channels: channels of a convolution on a rank, ``(C,)``; default: all of them.
     """
     kind = family(op)
     if kind == "view":
@@ -70,7 +72,7 @@ def local_seconds(
 def _convolution_seconds(
     machine: Machine, work: Array, traffic: Array, needs_grad: Sequence[bool], channels: Channels
 ) -> tuple[Array, Array]:
-    """Returns the forward, and a product for each gradient: all take their own padding. A bias' gradient comes with its
+    """Prices the forward, and one product per gradient, each with its own padding. The gradient of a bias comes with the
     weight's.
     """
     launch = machine.operator_launch + machine.convolution_launch
@@ -83,19 +85,19 @@ def _convolution_seconds(
 def _memory_bound_backward(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, needs_grad: Sequence[bool]
 ) -> Array:
-    """Reads the output's gradient and what was kept, writes a gradient for each input that needs one."""
+    """Prices a backward by memory. It reads the output's gradient and saved tensors, and writes the inputs' gradients."""
     if traits_of(op).backward == "handed on":
         summed = [meta.numel < op.outputs[0].numel and wanted for meta, wanted in zip(op.inputs, needs_grad)]
         is_broadcast = family(op) != "reduce"
         return output_bytes.sum(axis=0) * (sum(summed) * is_broadcast) / machine.bandwidth_of("reduce")
     written = input_bytes[np.asarray(needs_grad, dtype=bool)].sum(axis=0)
-    if family(op) == "random":  # the random numbers are there already
+    if family(op) == "random":  # the random numbers exist already
         return (output_bytes.sum(axis=0) + 2 * written) / machine.bandwidth_of("pointwise")
     return traffic_seconds(op, machine, input_bytes, output_bytes, written)
 
 
 def work_seconds(op: Operator, machine: Machine) -> float:
-    """Returns the seconds that the forward's operations take on the whole tensors, were memory no limit."""
+    """Prices the forward's operations on the whole tensors, without a limit by memory, in seconds."""
     meta = op.inputs[0] if op.inputs else op.outputs[0]
     work, kind = flops(op), family(op)
     if kind == "conv" and is_product(op):
@@ -106,7 +108,14 @@ def work_seconds(op: Operator, machine: Machine) -> float:
 def traffic_seconds(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, more: Array | float = 0.0
 ) -> Array:
-    """Returns the seconds that reading the inputs, writing the outputs and ``more`` bytes take, ``(C,)``."""
+    """Prices reading the inputs and writing the outputs and ``more`` bytes, in seconds, ``(C,)``.
+
+    Args:
+        op: the operator on global tensors.
+        machine: the machine.
+        input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, bytes that a rank holds of each tensor.
+        more: further bytes, ``(C,)``.
+    """
     kind = family(op)
     written = output_bytes.sum(axis=0)
     if kind == "index" and len(op.inputs) > 1 and op.outputs and op.inputs[0].numel > op.outputs[0].numel:
@@ -119,7 +128,7 @@ def traffic_seconds(
 def _view_seconds(
     op: Operator, machine: Machine, input_bytes: Array, output_bytes: Array, count: int, grad: bool
 ) -> tuple[Array, Array]:
-    """Returns a view is free but for the call, which devices other than the CPU do not wait for; some gradients are copied."""
+    """Prices a view, which is free except for the call on a CPU. Some gradients are copied."""
     forward = np.full(count, machine.operator_launch / 2 if machine.device == "cpu" else 0.0)
     if not grad:
         return forward, np.zeros(count)
@@ -136,19 +145,19 @@ def _view_seconds(
 
 
 def _operands_with_gradient(op: Operator, needs_grad: Sequence[bool]) -> int:
-    """Returns how many of a product's two operands need a gradient; biases and the like are no operands."""
+    """Counts the operands of a product, out of two, that need a gradient. Biases are no operands."""
     first = traits_of(op).operands
     return sum(map(bool, list(needs_grad)[first : first + 2]))
 
 
-def optimizer_seconds(parameter_bytes: Array, states: float, machine: Machine) -> Array:
-    """Returns the seconds of an optimizer's step over what a rank stores: reads and writes parameters and states, reads
-    gradients.
+def optimizer_seconds(parameter_bytes: Array, optimizer_bytes_per_byte: float, machine: Machine) -> Array:
+    """Prices an optimizer's step over what a rank stores: it reads and writes parameters and states, and reads gradients.
 
     Args:
         parameter_bytes: bytes of parameters, any shape.
-        states: bytes of optimizer state a byte of parameter: 2 for Adam, 1 for momentum, 0 for plain descent.
+        optimizer_bytes_per_byte: bytes of optimizer state per byte of parameter: 2 for Adam, 1 for momentum, 0 for SGD.
+        machine: the machine.
 
-    ``machine.optimizer_launch`` is what a parameter takes besides; 0 where optimizers update all tensors together.
+    ``machine.optimizer_launch`` seconds per parameter come on top; 0 if optimizers update all tensors together.
     """
-    return machine.optimizer_launch + parameter_bytes * (3 + 2 * states) / machine.bandwidth_of("optimizer")
+    return machine.optimizer_launch + parameter_bytes * (3 + 2 * optimizer_bytes_per_byte) / machine.bandwidth_of("optimizer")

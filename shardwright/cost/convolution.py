@@ -1,12 +1,12 @@
-"""Convolutions: how their kernels come to do more than the operations that a convolution has.
+"""Convolutions: counts the operations that kernels spend on padded channels.
 
 A kernel holds a block of channels in a vector and computes them together, so that a few channels take as long as a block of
 them: oneDNN's on CPUs have 16 (Georganas et al., "Anatomy of high-performance deep learning convolutions on SIMD
 architectures", 2018). Both the channels that are read and those that are made come in blocks, but for:
 
-- a tensor that has fewer channels than a block is read as it is, so that only what is made of it is padded;
-- the weight of what reads a picture, which has three colours at most, gets its gradient in the same way;
-- depthwise, a block is of as many groups.
+- a tensor with fewer channels than a block is read as it is, so that only the output is padded;
+- the weight of a convolution on a picture, which has at most three colours, gets its gradient in the same way;
+- a depthwise convolution has blocks of as many groups.
 
 A convolution whose filters are one point, in one group, is a matrix product and is computed as one.
 """
@@ -28,12 +28,12 @@ _COLOURS = 3
 
 
 class Channels(NamedTuple):
-    """The channels of a convolution, as numbers or as arrays over choices.
+    """Channels of a convolution, as numbers or as arrays over choices.
 
     Args:
         made, read: channels of a group, of the output and of the input.
-        groups: how many groups there are, 1 or more; which of them a rank has does not matter.
-        transposed: whether it is a transposed convolution, which reads as another one's gradient does.
+        groups: number of groups, 1 or more; which of them a rank has does not matter.
+        transposed: whether it is a transposed convolution, which reads like the gradient of another one.
     """
 
     made: Any
@@ -48,7 +48,7 @@ def is_transposed(op: Operator) -> bool:
 
 
 def is_product(op: Operator) -> bool:
-    """Tells whether a convolution's filters are one point, in one group."""
+    """Tells whether a convolution is a matrix product: filters of one point, in one group."""
     return op.argument("groups", 1) == 1 and math.prod(op.inputs[1].shape[2:]) == 1
 
 
@@ -68,9 +68,10 @@ def channels_of(op: Operator) -> Channels:
 
 
 def padding(channels: Channels, block: float) -> tuple[Array, Array, Array]:
-    """Returns how many times as many operations kernels do: for the output, the input's gradient and the weight's gradient.
+    """Returns how many times more operations kernels do: for the output, and the gradients of input and weight.
 
     Args:
+        channels: the channels of the convolution.
         block: channels that are computed together.
 
     >>> [float(times) for times in padding(Channels(20, 3), 16)]
@@ -93,11 +94,11 @@ _ROUNDS, _POINTS = 4, 21
 
 
 class Kernels(NamedTuple):
-    """What times of convolutions tell.
+    """Numbers of convolution kernels, fitted to measured times.
 
     Args:
-        block: channels that are computed together. ``launch``: seconds a call.
-        rate: operations a second, those on padding counted. ``bandwidth``: bytes a second of what memory bounds.
+        block: channels that are computed together. ``launch``: seconds per call.
+        rate: operations per second, with those on padding. ``bandwidth``: bytes per second where memory is the bound.
     """
 
     block: float
@@ -107,12 +108,15 @@ class Kernels(NamedTuple):
 
 
 def kernels_of(flops: Sequence[float], traffic: Sequence[float], seconds: Sequence[float], read: Sequence[Channels]) -> Kernels:
-    """Returns the kernels whose times are nearest to forward passes that were measured, by the mean error of logarithms.
-
-    Found on a grid that is refined around the best; of blocks that fit as well the smallest.
+    """Fits kernels to measured forward passes, by the mean error of logarithms.
 
     Args:
+        flops: operations of each forward pass.
+        traffic: bytes that each reads and writes.
+        seconds: measured time of each.
         read: the channels of each.
+
+    The fit uses a grid that is refined around the best. Among blocks that fit equally well it takes the smallest.
 
     >>> shapes = [Channels(made, 32) for made in (4, 20, 32, 64, 128)] + [Channels(64, 64, 64)]
     >>> work = [1e6 * made for made, *_ in shapes[:-1]] + [1e5]
@@ -125,7 +129,7 @@ def kernels_of(flops: Sequence[float], traffic: Sequence[float], seconds: Sequen
     found = []
     for block in BLOCKS:
         padded = work * [float(padding(channels, block)[0]) for channels in read]
-        # from the fastest that any of them shows: none is faster without its launch
+        # the grid starts at the highest rates seen, launches included; the real rates are no lower
         centre, width = np.array([taken.min() / 2, (padded / taken).max(), (moved / taken).max()]), 16.0
         for _ in range(_ROUNDS):
             grid = centre[:, None] * np.geomspace(1 / width, width, _POINTS)

@@ -1,4 +1,4 @@
-"""Machine files: machines as TOML, the presets, and what was calibrated here."""
+"""Machine files: machines as TOML files, the presets, and the one calibrated here."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ VARIABLE = "SHARDWRIGHT_MACHINE"
 
 
 def machines() -> tuple[str, ...]:
-    """Returns the names of the machines that come with the package."""
+    """Lists the names of the machines that come with the package."""
     return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
 
 
 def calibrated() -> Path:
-    """Where this user's measured ``cpu-gloo`` is kept."""
+    """Returns the path of this user's measured ``cpu-gloo``."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "shardwright" / "cpu-gloo.toml"
 
 
 def load_machine(machine: Machine | str | Path) -> Machine:
-    """Returns a machine by the name of a preset, or from a TOML file.
+    """Reads a machine by the name of a preset, or from a TOML file.
 
-    ``cpu-gloo`` is what ``shardwright calibrate`` measured here, where it did. ``SHARDWRIGHT_MACHINE`` names a file that
-    takes its place.
+    ``cpu-gloo`` is the machine that ``shardwright calibrate`` measured here, if it did. ``SHARDWRIGHT_MACHINE`` names a file
+    that takes its place.
 
     Raises:
-        ShardwrightError: no such machine, or a file that describes none.
+        ShardwrightError: there is no such machine, or the file does not describe one.
 
     >>> load_machine("h100").levels[0].size
     8

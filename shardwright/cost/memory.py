@@ -1,4 +1,4 @@
-"""Memory: bytes that a rank holds of tensors, that operators keep, and that redistributions need, in closed form."""
+"""Memory: bytes that a rank holds of tensors, that autograd saves, and that redistributions need, in closed form."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from shardwright.ir.step import TRANSFERS, Step
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
 
-# The algorithm of a collective: of its kind, the number of ranks, the bytes, and what is possible.
+# Returns a collective's algorithm, from its kind, the number of ranks, the bytes, and the possible algorithms.
 Choose = Callable[[str, int, int, Collection[str]], str]
 
 
 def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: Array) -> Array:
-    """Returns the bytes that an operator keeps for its backward, for each of ``C`` choices.
+    """Computes the bytes that an operator saves for its backward, for each of ``C`` choices.
 
     Args:
-        input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, what a rank holds of each tensor.
-        fraction: ``(C,)``, share of the operator's work that a rank does; what is neither input nor output scales with it.
+        saved: what autograd saves on the global shapes.
+        input_bytes, output_bytes: ``(I, C)`` and ``(O, C)``, bytes that a rank holds of each tensor.
+        fraction: ``(C,)``, share of the operator's work that a rank does; tensors that are neither input nor output scale with
+            it.
 
     >>> saved = Saved(frozenset({0}), frozenset(), (((8, 4), 4),), {})
     >>> kept_bytes(saved, np.array([[64.0, 32.0]]), np.zeros((0, 2)), np.array([1.0, 0.5]))
@@ -44,13 +46,13 @@ def kept_bytes(saved: Saved, input_bytes: Array, output_bytes: Array, fraction: 
 
 
 def local_numel(layout: Layout, shape: Shape) -> int:
-    """Elements of the largest piece of a tensor of global ``shape``."""
+    """Counts the elements of the largest piece of a tensor of global ``shape``."""
     return math.prod(local_shape(layout, shape))
 
 
 @lru_cache(maxsize=65536)
 def local_bytes(layout: Layout, shape: Shape, itemsize: int) -> float:
-    """Returns the bytes of the largest piece of a tensor of global ``shape``.
+    """Computes the bytes of the largest piece of a tensor of global ``shape``.
 
     >>> local_bytes(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8), 4)
     24.0
@@ -68,10 +70,10 @@ class StepMemory:
     Args:
         result: new memory of the result; 0 where it is the argument or a view of it.
         workspace: needed while it runs.
-        scratch: needed while it runs, from a buffer that is kept for the next time.
-        holds: whether a step that was started needs argument, workspace and scratch until somebody waits for it; other
-            steps are done with them soon after.
-        frees: whether it is done with its argument as soon as it has started.
+        scratch: needed while it runs, in a buffer that is kept for the next time.
+        holds: whether a started step needs argument, workspace and scratch until it is waited for; other
+            steps release them soon after.
+        frees: whether it releases its argument as soon as it has started.
     """
 
     result: float = 0.0
@@ -85,13 +87,16 @@ def step_memory(
     step: Step, shape: Shape, itemsize: int, choose: Choose | None, contiguous: bool = True, inplace: bool = False,
     hub: bool = True,
 ) -> StepMemory:  # fmt: skip
-    """What a step needs on a rank with the largest pieces.
+    """Computes the bytes that a step needs on a rank with the largest pieces.
 
     Args:
-        choose: which of gloo's algorithms does it; ``None``: the backend's own collectives, as under NCCL.
-        contiguous: whether the argument lies in memory in the order of its dims; else it is copied first.
+        step: the step.
+        shape: global shape.
+        itemsize: bytes per element.
+        choose: chooses one of gloo's algorithms; ``None``: the backend's own collectives, as with NCCL.
+        contiguous: whether the argument is contiguous in the order of its dims; else it is copied first.
         inplace: whether a reduction may overwrite the argument.
-        hub: whether the rank is the one that others send to, where one is.
+        hub: whether the rank is the one that others send to, if the algorithm has one.
     """
     have, want = local_shape(step.source, shape), local_shape(step.target, shape)
     given, made = float(itemsize * math.prod(have)), float(itemsize * math.prod(want))
@@ -112,12 +117,12 @@ def step_memory(
 
 @dataclass(frozen=True)
 class RedistributionMemory:
-    """Bytes that the steps of a redistribution, one after the other, need besides their argument.
+    """Bytes that the steps of a redistribution, in sequence, need besides their argument.
 
     Args:
-        result: new memory of the result; 0 where it is the argument or a view of it.
-        peak: new memory in use at most meanwhile, the result included.
-        steps: what each step needs.
+        result: new memory of the result; 0 if it is the argument or a view of it.
+        peak: largest new memory in use meanwhile, with the result.
+        steps: the needs of each step.
     """
 
     result: float
@@ -129,12 +134,15 @@ def redistribution_memory(
     steps: Sequence[Step], shape: Shape, itemsize: int, choose: Choose | None, contiguous: bool = True,
     inplace: bool = False, hub: bool = True, compact: bool = False, kept_scratch: float = 0.0,
 ) -> RedistributionMemory:  # fmt: skip
-    """What a redistribution of a tensor of global ``shape`` needs on a rank with the largest pieces.
+    """Computes the bytes that a redistribution needs on a rank with the largest pieces.
 
     Args:
-        choose, contiguous, inplace, hub: as in :func:`step_memory`, of the first step.
-        compact: whether a result that is only a part of the argument gets memory of its own, so that the argument can go.
-        kept_scratch: bytes of the scratch buffer that is there already.
+        steps: its steps.
+        shape: global shape.
+        itemsize: bytes per element.
+        choose, contiguous, inplace, hub: see :func:`step_memory`, for the first step.
+        compact: whether a result that is only a part of the argument gets its own memory, so that the argument can be freed.
+        kept_scratch: bytes of the scratch buffer that exists already.
     """
     found: list[StepMemory] = []
     result = peak = 0.0
@@ -146,7 +154,7 @@ def redistribution_memory(
         result = need.result or result
         is_view = step.kind == "slice"
         contiguous = not is_view or (contiguous and not any(step.dims))
-        inplace = inplace or not is_view  # what a step made is nobody else's
+        inplace = inplace or not is_view  # nothing else uses the result of a step
     if is_view and (compact or inplace):
         piece = local_bytes(steps[-1].target, shape, itemsize)
         result, peak = piece, max(peak, result + piece)
@@ -154,31 +162,31 @@ def redistribution_memory(
 
 
 def shared_collective_memory(moves: Sequence[tuple[Step, Shape, int]]) -> tuple[list[float], float]:
-    """What redistributions of one step each need that share a collective.
+    """Computes the bytes that redistributions of one step each need if they share a collective.
 
     Args:
-        moves: of each redistribution its step, the global shape and the bytes an element; at least one.
+        moves: for each redistribution its step, the global shape and the bytes per element; at least one.
 
     Returns:
-        Bytes of new memory of each result, and of new memory at most meanwhile.
+        Bytes of new memory of each result, and the largest new memory in use meanwhile.
     """
     given = sum(local_bytes(step.source, shape, itemsize) for step, shape, itemsize in moves)
     results = [local_bytes(step.target, shape, itemsize) for step, shape, itemsize in moves]
     made = sum(results)
-    gathers = moves[0][0].kind == "all_gather"  # what arrives is ordered by rank first, by tensor after
+    gathers = moves[0][0].kind == "all_gather"  # received data are ordered by rank first, then by tensor
     return results, max(given + made, (3 if gathers else 2) * made)
 
 
 @dataclass(frozen=True)
 class BucketMemory:
-    """Bytes that collectives need which many tensors share and which were started early.
+    """Bytes that collectives need which many tensors share and which are started early.
 
     Args:
-        results: of each tensor.
-        flight: in use from the start until somebody waits for it; the last collective's result may be part of it.
-        peak: new memory at most when they are started, the flight included.
-        landing: new memory at most when they have arrived and results are made of it, the results included.
-        scratch: needed meanwhile, from a buffer that is kept for the next time.
+        results: bytes of each tensor's result.
+        flight: in use from the start until the wait; the last collective's result may be part of it.
+        peak: largest new memory when they are started, the flight included.
+        landing: largest new memory when they have arrived and are copied into results, these included.
+        scratch: needed meanwhile, in a buffer that is kept for the next time.
     """
 
     results: tuple[float, ...]
@@ -191,11 +199,11 @@ class BucketMemory:
 def bucket_memory(
     tensors: Sequence[tuple[Sequence[Step], Shape, int]], choose: Choose | None, hub: bool = True
 ) -> BucketMemory:
-    """What redistributions of like steps need that share their collectives.
+    """Computes the bytes that redistributions of equal steps need if they share their collectives.
 
     Args:
-        tensors: of each its steps, the global shape and the bytes an element; at least one.
-        choose, hub: as in :func:`step_memory`.
+        tensors: for each its steps, the global shape and the bytes per element; at least one.
+        choose, hub: see :func:`step_memory`.
     """
     first = [(steps[0], shape, itemsize) for steps, shape, itemsize in tensors]
     step, _, itemsize = first[0]
@@ -234,7 +242,7 @@ def _all_reduce(
         return StepMemory(made, copy, frees=not inplace)
     if name == "copies":
         return StepMemory(size, copy, (members - 1) * size, True)
-    if name == "hub":  # receives from all; what the others send stays until they ask for the result
+    if name == "hub":  # it receives from all; the data that others send stay until they ask for the result
         return StepMemory(made, copy, (members - 1) * size) if hub else StepMemory(made, copy, 0.0, True)
     if name == "chain":
         return StepMemory(made, copy, WINDOW * size / chunks_of_chain(size))
@@ -242,8 +250,7 @@ def _all_reduce(
 
 
 def arriving_bytes(piece: float, members: int) -> float:
-    """Returns the bytes that a member holds of what gloo's other members send it of its piece: of a large one, two parts at
-    a time.
+    """Computes the bytes in flight to a member for its piece. From each other member they are at most two parts.
 
     >>> arriving_bytes(3 << 20, 4) / 2**20, arriving_bytes(100 << 20, 4) / 2**20
     (9.0, 12.0)
@@ -259,9 +266,9 @@ def _all_gather(
     if choose is not None and math.prod(want) >= MANY and not outermost:
         arriving = 0.0 if _is_first(want, step.dims) else made * (members - 1) / members
         return StepMemory(made, copy + arriving, 0.0, True)
-    flat = 0.0 if outermost else made  # pieces one after the other first, then put in place
+    flat = 0.0 if outermost else made  # pieces arrive in sequence, and are then copied to their places
     if choose is not None and choose("all_gather", members, int(made), ["backend", "direct", "hub"]) == "backend":
-        flat += made  # gloo's own gather goes through a copy
+        flat += made  # gloo's gather makes a copy
     return StepMemory(made, copy + flat, 0.0, True)
 
 
@@ -280,7 +287,7 @@ def _reduce_scatter(given: float, made: float, packed: float, members: int, choo
 def _transfer(
     step: Step, have: Shape, want: Shape, given: float, made: float, members: int, choose: Choose | None
 ) -> StepMemory:
-    """Regions that are contiguous on both sides travel without copies."""
+    """Computes the bytes of a transfer. Regions that are contiguous on both sides travel without copies."""
     moved = (members - 1) / members
     if choose is None:
         return StepMemory(made, given + made)

@@ -1,4 +1,4 @@
-"""Operations: how many an operator does."""
+"""Operations: counts the operations of an operator."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shardwright.rules.traits import family, traits_of
 
 
 def flops(op: Operator) -> float:
-    """Operations of the forward on the whole tensors; a multiplication and an addition are two.
+    """Counts the operations of the forward on the whole tensors. A multiplication and an addition are two.
 
-    Causal attention counts half of the pairs of positions. Families that memory bounds count none.
+    Causal attention counts half of the pairs of positions. Families that are bound by memory count none.
 
     >>> import torch
     >>> from shardwright.ir.operator import Slot, TensorMeta

@@ -1,4 +1,4 @@
-"""Saved: what autograd keeps of an operator for its backward, found by running the operator on shapes alone."""
+"""Saved: finds what autograd saves for an operator's backward, by running the operator on shapes only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shardwright.rules.traits import traits_of
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward of one operator call needs.
+    """Tensors that the backward of one operator call needs.
 
     Args:
-        inputs, outputs: positions of the tensors that are kept.
-        extra: shape and bytes an element of other tensors that are kept, on the global shapes.
+        inputs, outputs: positions of the tensors that are saved.
+        extra: shape and bytes per element of other tensors that are saved, on the global shapes.
         aliases: output -> the input whose memory it shares.
-        guessed: whether the operator could not be run on shapes, and keeps all it might.
+        guessed: whether the operator could not be run on shapes, and counts all it might save.
     """
 
     inputs: frozenset[int]
@@ -34,7 +34,7 @@ class Saved:
 
     @property
     def extra_bytes(self) -> float:
-        """Bytes of what is kept besides inputs and outputs."""
+        """Bytes of saved tensors besides inputs and outputs."""
         return float(sum(math.prod(shape) * size for shape, size in self.extra))
 
 
@@ -46,13 +46,15 @@ _MOST = 20_000
 
 
 def saved_by(op: Operator, needs_grad: tuple[bool, ...], device: str = "cpu", autocast: tuple[Any, ...] | None = None) -> Saved:
-    """What autograd keeps of ``op``, given which inputs need gradients.
-
-    Calls that are alike are looked at once.
+    """Finds what autograd saves for ``op``, given which inputs need gradients.
 
     Args:
-        device: kind of device; others than ``"cpu"`` have kernels that keep less of some operators.
+        op: the operator on global tensors.
+        needs_grad: for each input, whether it needs a gradient.
+        device: kind of device; others than ``"cpu"`` have kernels that save less for some operators.
         autocast: device, dtype and whether it is on, as a node of a graph carries it.
+
+    Calls that are equal are run only once.
 
     >>> from shardwright.ir.operator import Slot, TensorMeta
     >>> x, w, y = (TensorMeta(shape, torch.float32) for shape in ((8, 16), (4, 16), (8, 4)))
@@ -80,7 +82,7 @@ def _of_structure(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool, auto
 
 
 def frozen(value: Any) -> Hashable:
-    """Arguments as a key: equal only where type and value are; 1, 1.0 and True differ.
+    """Converts arguments to a key. Keys are equal only if type and value are; 1, 1.0 and True differ.
 
     >>> frozen([1, slice(0, 2)]) == frozen((1, slice(0, 2))), frozen(1) == frozen(True)
     (False, False)
@@ -96,11 +98,11 @@ def frozen(value: Any) -> Hashable:
     return value  # type: ignore[no-any-return]
 
 
-# -- kernels that are not there on the meta device -----------------------------------------------------------------------
+# -- kernels that the meta device does not have --------------------------------------------------------------------------
 
 
 def _known(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> Saved | None:
-    """What real devices' own kernels keep where the meta device has none and takes the operator apart."""
+    """Returns what real devices' kernels save where the meta device decomposes the operator."""
     if not any(needs_grad):
         return None
     rows = op.inputs[0].shape[:-1] if op.inputs else ()
@@ -116,7 +118,7 @@ def _known(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> Saved | 
 
 
 def _is_flash(op: Operator, needs_grad: tuple[bool, ...], on_cpu: bool) -> bool:
-    """Tells whether attention runs as one kernel. Of a CPU, torch is asked about tensors of these shapes without memory."""
+    """Tells whether attention runs as one kernel. For a CPU, torch is asked about tensors of these shapes without memory."""
     if not on_cpu:
         return True
     if op.argument("dropout_p", 0.0) > 0.0:
@@ -162,14 +164,14 @@ def _run(op: Operator, needs_grad: tuple[bool, ...], autocast: tuple[Any, ...] |
 
 
 def _cast(tensor: Tensor, op: Operator, autocast: tuple[Any, ...] | None) -> Tensor:
-    """What autocast hands the operator: meta tensors are of no device whose autocast would do it."""
+    """Casts as autocast would, since autocast of a device does not cast meta tensors."""
     if autocast is None or not autocast[2] or tensor.dtype != torch.float32:
         return tensor
     return tensor.to(autocast[1]) if traits_of(op).half else tensor
 
 
 def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) -> Saved:
-    """Tells apart what is kept by the memory it lies in; a view of an input counts as that input."""
+    """Identifies saved tensors by their memory; a view of an input counts as that input."""
     of_input = {storage_key(t): i for i, t in reversed(list(enumerate(tensors)))}
     of_output = {storage_key(t): i for i, t in reversed(list(enumerate(outputs))) if storage_key(t) not in of_input}
     inputs, mine, extra = set(), set(), {}
@@ -188,7 +190,7 @@ def _sorted(tensors: list[Tensor], outputs: list[Tensor], kept: list[Tensor]) ->
 
 
 def storage_key(tensor: Tensor) -> int:
-    """What tells the memory of tensors apart, views having that of their base, as long as both are alive."""
+    """Returns a key of a tensor's memory, equal for its views. It is valid while both are alive."""
     return tensor.untyped_storage()._cdata
 
 
@@ -201,7 +203,7 @@ def _tensor(meta: TensorMeta, needs: bool) -> Tensor:
 
 
 def filled(value: Any, tensors: Sequence[Tensor], device: str) -> Any:
-    """Arguments with tensors in the places of their :class:`~shardwright.ir.operator.Slot`, devices being ``device``.
+    """Replaces each :class:`~shardwright.ir.operator.Slot` in arguments by its tensor, and devices by ``device``.
 
     >>> filled(([Slot(0), 2], {"device": torch.device("cpu")}), [torch.ones(1)], "meta")
     ([tensor([1.]), 2], {'device': device(type='meta')})

@@ -1,4 +1,4 @@
-"""Buckets: which moves of a program share collectives."""
+"""Buckets: moves of a program that share collectives."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Buckets:
-    """How moves of parameters of one kind are put into buckets.
+    """Rules for grouping moves of one kind into buckets that share a collective.
 
     Args:
-        bytes: of whole gradients (or gathered parameters) from which a bucket is full; 0: every move is alone.
-        starts: where buckets begin, counted in moves of the kind in the order in which they are read; in place of bytes.
+        bytes: bytes of global gradients (or gathered parameters) from which a bucket is full; 0: no moves share.
+        starts: positions at which buckets begin, counted in moves of the kind in the order in which they are read; used
+            instead of ``bytes``.
     """
 
     bytes: int = 0
@@ -21,14 +22,15 @@ class Buckets:
 
 @dataclass(frozen=True)
 class MoveBuckets:
-    """Says which moves of a program share collectives, and which are worth starting early.
+    """Settings for which moves of a program share collectives, and which are worth starting early.
 
     Args:
         small: bytes of a local tensor up to which moves share collectives.
-        bucket: bytes that share one collective at most.
+        bucket: most bytes that share one collective.
         large: bytes of a local tensor from which a move is worth starting early.
-        sums: buckets of moves that only sum gradients; ``gathers`` of those that gather parameters.
-        ids: buckets by name of the program's input: those with the same number share, 0 is alone.
+        sums: buckets of moves that only sum gradients.
+        gathers: buckets of moves that gather parameters.
+        ids: bucket number by name of the program's input: those with the same number share; 0 shares with none.
     """
 
     small: int = 1 << 16

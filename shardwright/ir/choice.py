@@ -13,14 +13,14 @@ from shardwright.ir.signature import Signature, Split
 
 @dataclass(frozen=True)
 class Choice:
-    """How one operator runs.
+    """One way to run an operator.
 
     Args:
         split: factor -> (axes, explicit piece sizes or None); split factors only.
         inputs: layout each input is needed in.
         partial_gradient: for each input, the axes over which its gradient is partial at this operator.
         computed: layout of each output as computed, pending sums included.
-        outputs: layout of each output as handed on, after the operator's own reductions.
+        outputs: layout of each output as it leaves the operator, after the operator's own reductions.
     """
 
     mesh: Mesh
@@ -45,12 +45,15 @@ def make_choice(
     pending: Mapping[int, Layout] | None = None,
     outputs: Sequence[Layout] | None = None,
 ) -> Choice:
-    """Returns the choice that splits factors as ``split`` says.
+    """Builds the choice that splits factors as ``split`` says.
 
     Args:
+        op, signature: the operator and its rule.
+        mesh: the mesh that the axes belong to.
+        split: factor -> (axes, explicit piece sizes or None).
         needs_grad: for each input, whether a gradient flows back through it.
         pending: inputs that are read with pending sums; the outputs then have these sums pending too.
-        outputs: layouts the outputs are handed on in, where they are not those computed.
+        outputs: layouts in which the outputs leave the operator, where they differ from the computed ones.
     """
     inputs, computed = signature.layouts(mesh, split)
     active = {a for axes, _ in split.values() for a in axes}
@@ -77,7 +80,14 @@ def make_choice(
 
 
 def late_layout(signature: Signature, index: int, output: Layout, op: Operator) -> Layout:
-    """Returns the layout of an input that is combined with the reduced output: each of its dims as the output has it."""
+    """Returns the layout of an input that is combined with the reduced output. Its dims are split as the output's.
+
+    Args:
+        signature: the operator's rule.
+        index: position of the input.
+        output: layout of the reduced output.
+        op: the operator.
+    """
     where = {factors: dim for dim, factors in enumerate(signature.outputs[0]) if factors}
     dims, sizes = [], []
     for factors in signature.inputs[index]:

@@ -1,7 +1,7 @@
-"""Graph: what capture makes of a callable, an operator-level program on global tensors.
+"""Graph: an operator-level program on global tensors, captured from a callable.
 
-Invariants: every value is made once and never changed (in-place operators have been rewritten); nodes stand in the
-order they run; the outputs and the buffer updates are values of the graph.
+Invariants: no value changes after it is made (in-place operators have been rewritten); nodes are in the order they run; the
+outputs and the buffer updates are values of the graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shardwright.ir.operator import Operator, TensorMeta
 
 @dataclass(frozen=True)
 class GraphInput:
-    """A tensor that comes from outside: ``kind`` is ``parameter``, ``buffer``, ``constant`` or ``input``.
+    """One tensor that enters a graph: ``kind`` is ``parameter``, ``buffer``, ``constant`` or ``input``.
 
     ``target`` is the qualified name of a parameter, buffer or constant, or the position among the flat user inputs.
     """
@@ -32,14 +32,14 @@ class GraphInput:
 class Node:
     """One operator call. ``inputs`` and ``outputs`` name values; see :class:`Operator` for the arguments.
 
-    ``mark`` is what the user asked of this operator, ``region`` the marked function or module that it stands in.
-    ``mark_positions[i]`` is the position, among the ``mark_count`` tensors that the user handed to the marked function,
-    of the operator's ``i``-th input. ``recompute`` is whether the user wants its result computed again in the backward pass;
-    ``None``: not said. ``calls`` gives, of the modules it stands in that are called more than once, path and number of the
-    call; first calls are left out.
+    ``mark`` is the user's request for this operator, ``region`` the marked function or module that contains it.
+    ``mark_positions[i]`` is the position of the operator's ``i``-th input among the ``mark_count`` tensors that the user passed
+    to the marked function. ``recompute`` is whether the user wants its result computed again in the backward pass; ``None`` if
+    the user did not say. ``calls`` has path and call number of each module around it that is called more than once; first
+    calls are left out.
 
-    ``copy`` is the group of copies and the number within it, of an operator that is run for one of several copies of a
-    batch. ``carries_batch``: dim 0 of its outputs is the batch, or a copy's part of it, by the user's word.
+    ``copy`` is the group of copies and the number within it, if the operator runs for one of several copies of a batch.
+    ``carries_batch``: the user says that dim 0 of its outputs is the batch, or a copy's part of it.
     """
 
     name: str
@@ -69,14 +69,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """An operator-level program on global tensors.
+    """One operator-level program on global tensors.
 
     Args:
+        inputs: the tensors that enter.
+        nodes: the operator calls, in the order they run.
         outputs: the flat outputs: value names, or constants wrapped in :class:`Constant`.
         updates: ``(buffer name, value)`` pairs: buffers that the program leaves changed.
         assignments: attributes of modules that the callable assigns in every call. Where tensors are among them, the result
             of the graph is a pair: what the callable returns, and those tensors in their order.
-        impossible_marks: what is wrong with strategies of modules and functions, whatever devices they are for.
+        impossible_marks: errors in strategies of modules and functions that do not depend on the devices.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -120,14 +122,14 @@ class Constant:
 
 
 class NeedsGradient:
-    """The values that a gradient flows back through, of inputs and nodes that may become more."""
+    """Finds the values that a gradient flows back through. Inputs and nodes may be added between calls."""
 
     def __init__(self) -> None:
         self.values: set[str] = set()
-        self.inputs = self.nodes = 0  # how many have been looked at
+        self.inputs = self.nodes = 0  # numbers of those seen so far
 
     def of(self, inputs: Sequence[GraphInput], nodes: Sequence[Node]) -> set[str]:
-        """Returns the values, given all inputs and nodes so far."""
+        """Returns the values that need a gradient, given all inputs and nodes so far."""
         self.values.update(i.value for i in inputs[self.inputs :] if i.requires_grad)
         for node in nodes[self.nodes :]:
             if not node.grad or not node.op.has_gradient:
@@ -144,7 +146,7 @@ def is_configured(node: Node) -> bool:
 
 
 def where_of(node: Node) -> str:
-    """Returns an operator by what the user called it, with the line where it runs, or else the line of its strategy."""
+    """Names an operator for the user, with the line where it runs. Without one, its strategy's line is used."""
     mark = node.mark or node.region
     if mark is None:
         return node.where

@@ -1,12 +1,12 @@
-"""Instructions: what a local program is made of, calls on local tensors and moves of values between layouts.
+"""Instructions of a local program: calls on local tensors, and moves of values between layouts.
 
-All of them answer the same questions, so that who reads a program seldom has to ask which instruction it is:
+All of them have the same attributes, so that readers of a program seldom ask for the type of an instruction:
 
-- ``reads`` and ``outputs``, local values by name; ``cause``, the graph node that it comes from;
-- ``starts``, the moves that it begins, and ``ends``, the moves whose results are there after it;
-- ``recompute``, whether its results are not kept for the backward pass but made again there.
+- ``reads`` and ``outputs``, names of local values; ``cause``, the graph node that the instruction comes from;
+- ``starts``, the moves that it starts, and ``ends``, the moves whose results exist after it;
+- ``recompute``, whether its results are computed again in the backward pass instead of kept for it.
 
-Where each needs an answer of its own there is :class:`~shardwright.ir.visitor.InstructionVisitor`.
+Code that differs per type uses :class:`~shardwright.ir.visitor.InstructionVisitor`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Autocast = tuple[Any, ...] | None
 
 @dataclass(frozen=True)
 class ProgramInput:
-    """A tensor handed to the program, already laid out as ``layout``."""
+    """One tensor that the program receives, already laid out as ``layout``."""
 
     name: str
     kind: str
@@ -42,8 +42,9 @@ class ProgramInput:
 
 @dataclass(frozen=True)
 class Call:
-    """A local call. ``cause`` is the name of the graph node it comes from; with ``recompute`` its results, and what it saves
-    within, are not kept for the backward pass but computed again there."""
+    """One local call. ``cause`` is the name of the graph node it comes from. With ``recompute`` its results, and what it saves
+    for the backward pass, are computed again there instead of kept.
+    """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -71,14 +72,14 @@ class Call:
 
     @property
     def written(self) -> list[str]:
-        """Names of the tensors that it changes."""
+        """Names of the tensors that it changes in place."""
         if not isinstance(self.function, OpOverload):
             positions = getattr(self.function, "writes", ())
             return [self.args[position].name for position in positions]
         found = []
         for position, argument in enumerate(self.function._schema.arguments):
             value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
-            # their schema does not say that norms write to running statistics
+            # the schema of norms does not show that they write to running statistics
             is_written = argument.name in STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write)
             if is_written and isinstance(value, Ref):
                 found.append(value.name)
@@ -87,11 +88,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Wire:
-    """The dtypes in which a move travels, where they are not the value's own.
+    """Dtypes in which a move travels, where they differ from the value's dtype.
 
     Args:
-        forward: what the value is cast to before it moves; ``result``: after it.
-        backward: what the gradient is cast to before it moves back. The source gets it in its own dtype.
+        forward: dtype that the value is cast to before it moves; ``result``: dtype after it.
+        backward: dtype that the gradient is cast to before it moves back. The source gets it in its own dtype.
     """
 
     forward: torch.dtype
@@ -99,13 +100,15 @@ class Wire:
     backward: torch.dtype
 
     def of(self, phase: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """What a value of ``dtype``, or its gradient, is cast to before it moves, and what after, in a phase of a step."""
+        """Returns the dtype in which a value of ``dtype`` travels, and its dtype after. In the backward phase the value is a
+        gradient.
+        """
         return (self.backward, dtype) if phase == "backward" else (self.forward, self.result)
 
 
 @dataclass(frozen=True)
 class Move:
-    """A redistribution of one value; the source layout's pending sums and the gradient's are reduced on the way."""
+    """One redistribution of one value. It reduces the source layout's pending sums, and on the way back the gradient's."""
 
     source: str
     output: str
@@ -117,8 +120,8 @@ class Move:
     needs_grad: bool
     grad: bool = True
     autocast: Autocast = None
-    started: bool = False  # a StartMoves before it begins it
-    recompute: bool = False  # its result is not kept for the backward pass but moved again there
+    started: bool = False  # a StartMoves before it starts it
+    recompute: bool = False  # its result is moved again in the backward pass instead of kept for it
     copy: int | None = None  # the copy whose tensor it moves, where operators run in copies
     wire: Wire | None = None
 
@@ -135,7 +138,7 @@ class Move:
         return self.redistribution.backward if phase == "backward" else self.redistribution.forward
 
     def dtypes(self, phase: str) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-        """Returns the dtypes of what is handed in, as it travels, and of what is handed on, ``forward`` or ``backward``."""
+        """Returns the dtypes before and after the move, in the phase ``forward`` or ``backward``."""
         result = self.dtype if self.wire is None else self.wire.result
         travels = self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]
         return (result, travels, self.dtype) if phase == "backward" else (self.dtype, travels, result)
@@ -150,22 +153,22 @@ class Move:
 
     @property
     def communicates(self) -> bool:
-        """Whether ranks send each other anything when the move goes forward."""
+        """True if ranks send each other anything when the move goes forward."""
         return any_communicates(self.redistribution.forward)
 
     @property
     def communicates_backward(self) -> bool:
-        """Whether ranks send each other anything of its gradient."""
+        """True if ranks send each other anything of its gradient."""
         return self.needs_grad and any_communicates(self.redistribution.backward)
 
     def itemsize(self, phase: str) -> int:
-        """Returns the bytes an element as it travels, ``forward`` or ``backward``."""
+        """Returns the bytes per element as it travels, ``forward`` or ``backward``."""
         return (self.dtype if self.wire is None else self.wire.of(phase, self.dtype)[0]).itemsize
 
 
 @dataclass(frozen=True)
 class StartMoves:
-    """Begins moves, whose own instructions end them: they travel meanwhile. In the backward pass it is the other way round.
+    """Starts moves that their own instructions end. They travel meanwhile; in the backward pass the roles swap.
 
     Several moves share their collectives: in the backward pass these begin when the last of the gradients is there.
     """
@@ -190,7 +193,7 @@ class StartMoves:
 
     @property
     def recompute(self) -> bool:
-        return False  # it has no results: those of its moves are there when they end
+        return False  # it has no results; its moves have theirs when they end
 
     @property
     def cause(self) -> str:
@@ -199,7 +202,7 @@ class StartMoves:
 
 @dataclass(frozen=True)
 class FusedMoves:
-    """Moves of one kind over the same axes that share their collectives, forward and backward, and again."""
+    """Moves of one kind over the same axes that share their collectives. They do so in the backward pass too."""
 
     moves: tuple[Move, ...]
 
@@ -230,7 +233,7 @@ class FusedMoves:
 
 @dataclass(frozen=True)
 class KeepSliceForBackward:
-    """From here on a value is kept for the backward pass as the piece that ``cut`` makes; ``gather`` makes it whole again."""
+    """Keeps, for the backward pass, only the piece of a value that ``cut`` makes. There, ``gather`` makes it whole again."""
 
     cut: Move
     gather: Move
@@ -279,7 +282,7 @@ class Ref:
 
 
 def writes(*positions: int) -> Callable[[F], F]:
-    """Says of a local function which of its positional arguments it changes in place.
+    """Marks a local function with the positions of the arguments that it changes in place.
 
     >>> @writes(0)
     ... def clear(value):
@@ -296,7 +299,7 @@ def writes(*positions: int) -> Callable[[F], F]:
 
 
 class PerRank:
-    """An argument that each rank computes for itself, such as a local size or an offset.
+    """An argument that each rank computes for itself, such as a local size or offset.
 
     Args:
         of: the value on a given rank.
@@ -307,15 +310,15 @@ class PerRank:
 
 
 def is_call(instruction: Instruction) -> bool:
-    """Returns whether an instruction computes something, rather than move it."""
+    """Tells whether an instruction computes something instead of moving it."""
     return isinstance(instruction, Call)
 
 
 def calls_of(instructions: Iterable[Instruction]) -> list[Call]:
-    """Returns the local calls, in order."""
+    """Lists the local calls, in order."""
     return [i for i in instructions if isinstance(i, Call)]
 
 
 def moves_alone(instructions: Iterable[Instruction]) -> list[Move]:
-    """Returns the moves that are instructions of their own, in order: not those that share their collectives."""
+    """Lists the moves that do not share their collectives, in order."""
     return [i for i in instructions if isinstance(i, Move)]

@@ -1,4 +1,4 @@
-"""The largest piece of a tensor: the first rank's, found without looking at the others."""
+"""The shape of the largest piece of a tensor, which is the first rank's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ Shape = tuple[int, ...]
 
 @lru_cache(maxsize=65536)
 def local_shape(layout: Layout, shape: Shape) -> Shape:
-    """Returns shape of the largest piece of a tensor of global ``shape``, without looking at every rank: the first rank's.
+    """Computes the shape of the largest piece of a tensor of global ``shape``. It is the first rank's, so other ranks need no
+    look.
 
     >>> local_shape(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8))
     (3, 2)

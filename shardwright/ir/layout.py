@@ -1,6 +1,6 @@
-"""Layout: where every piece of a tensor is.
+"""Layout: the placement of a tensor, that is, which rank holds which piece.
 
-For each dim of the tensor, the ordered axes that split it; the axes on which ranks hold partial values; every other
+It has, for each dim of the tensor, the ordered axes that split it, and the axes on which ranks hold partial values. Every other
 axis of the mesh replicates.
 
 Invariants:
@@ -8,7 +8,7 @@ Invariants:
 - The axes of a dim are an ordered list, the first the most significant. A dim is split by its first axis as
   ``torch.chunk`` would, each piece by the next axis, and so on: so that gathering the last axis of a dim always gives
   the layout without it, and so that the pieces are those of ``torch.distributed.tensor``.
-- A dim may carry explicit piece sizes instead (zero allowed), one a piece, in that order.
+- A dim may carry explicit piece sizes instead (zero allowed), one per piece, in that order.
 - An axis appears at most once in a layout.
 - The virtual axis moves nothing: it is no axis of the mesh, and every device holds all copies. ``interleaved`` says how many
   there are and which dim they cut.
@@ -38,16 +38,16 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 class Layout:
-    """Where every piece of a tensor is, over a device matrix with named axes.
+    """Placement of a tensor over a device matrix with named axes.
 
-    Made in two steps, as a device matrix and then one entry a dim:
+    It is made in two steps, first from a device matrix, then from one entry per dim:
 
     Args:
         device_matrix: ranks along each axis, e.g. ``(2, 2, 2)``; the last axis varies fastest.
-        alias_name: one name an axis, e.g. ``("dp", "sp", "mp")``.
+        alias_name: one name per axis, e.g. ``("dp", "sp", "mp")``.
         rank_list: the rank at each position of the device matrix, row-major; default ``0..n-1``.
 
-    Calling it with one entry a dim gives the layout of a tensor. An entry is an alias, ``"None"``, a tuple of aliases
+    Calling it with one entry per dim gives the layout of a tensor. An entry is an alias, ``"None"``, a tuple of aliases
     that split the dim jointly (the leftmost axis of the device matrix is the most significant, in whatever order the
     tuple lists them), or an explicit order such as ``"sp>dp"``.
 
@@ -100,7 +100,14 @@ class Layout:
         partial: Sequence[tuple[str, str]] = (),
         sizes: Sequence[tuple[int, ...] | None] | None = None,
     ) -> Layout:
-        """Returns the layout with these ordered axes a dim; ``partial`` lists ``(axis, "sum" | "max" | "min")``."""
+        """Builds the layout with these ordered axes per dim.
+
+        Args:
+            mesh: the mesh that the axes belong to.
+            dims: for every dim, the axes that split it, the most significant first.
+            partial: ``(axis, "sum" | "max" | "min")`` for every axis with a pending reduction.
+            sizes: for every dim, explicit piece sizes or None.
+        """
         layout = object.__new__(Layout)
         if len(partial) > 1:
             partial = sorted(partial, key=lambda p: mesh.axes.index(p[0]))
@@ -114,11 +121,11 @@ class Layout:
 
     @staticmethod
     def replicated(mesh: Mesh, ndim: int) -> Layout:
-        """Returns every rank holds the whole tensor."""
+        """Returns the layout in which every rank holds the whole tensor."""
         return Layout.of(mesh, ((),) * ndim)
 
     def __call__(self, *entries: DimSpec) -> Layout:
-        """Returns the layout of a tensor with one entry a dim; see the class."""
+        """Returns the layout of a tensor with one entry per dim; see the class."""
         dims = [axes_of_entry(entry, position, self.aliases) for position, entry in enumerate(entries)]
         seen: dict[str, int] = {}
         for position, axes in enumerate(dims):
@@ -137,11 +144,11 @@ class Layout:
         layout._set(self.mesh, real, (), layout.sizes, (self.interleaved[0], seen[INTERLEAVED]))
         return layout
 
-    # -- where things are ---------------------------------------------------------------------------------------
+    # -- placement ----------------------------------------------------------------------------------------------
 
     @property
     def bound(self) -> tuple[tuple[str, ...], ...]:
-        """The axes of every dim; raises for a layout that has no dims yet."""
+        """The axes of every dim. Raises for a layout that has no dims yet."""
         if self.dims is None:
             raise LayoutError(f"this Layout ({self.mesh}) has no dims yet: call it with one entry a dim, layout('dp', 'None')")
         return self.dims
@@ -157,7 +164,7 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """How many copies each device cuts its piece into; 1 where it does not.
+        """The number of copies each device cuts its piece into; 1 without a virtual axis.
 
         >>> layout = Layout((2, 4, 2), ("dp", "mp", "interleaved_parallel"))
         >>> layout(("dp", "interleaved_parallel"), "mp").copies, layout("dp", "mp").copies, layout.mesh.size
@@ -179,7 +186,11 @@ class Layout:
         return not self.partial and not any(self.bound)
 
     def pieces(self, dim: int, size: int) -> tuple[int, ...]:
-        """Sizes of the pieces of ``dim`` of a tensor whose global size there is ``size``, most significant first."""
+        """Computes the sizes of the pieces of ``dim``, the most significant first. ``size`` is its global size.
+
+        Raises:
+            LayoutError: explicit piece sizes that do not fit.
+        """
         axes = self.bound[dim]
         explicit = self.sizes[dim]
         if explicit is not None:
@@ -193,22 +204,26 @@ class Layout:
         return chunk_pieces(size, tuple(self.mesh.axis_size(a) for a in axes))
 
     def slices(self, shape: Sequence[int]) -> dict[int, tuple[slice, ...]]:
-        """For every rank, the slice of each dim that it holds of a tensor of global ``shape``."""
+        """Returns the slice of each dim of a tensor of global ``shape``, for every rank."""
         return {rank: tuple(slice(a, b) for a, b in bounds) for rank, bounds in _bounds(self, tuple(shape)).items()}
 
     def bounds(self, shape: Sequence[int]) -> dict[int, tuple[tuple[int, int], ...]]:
-        """For every rank, ``(start, stop)`` of each dim; the cached form of :meth:`slices`. Not to be changed."""
+        """Returns ``(start, stop)`` of each dim for every rank: the cached form of :meth:`slices`. Not to be changed."""
         return _bounds(self, tuple(shape))
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """Returns shape of the piece that ``rank`` holds of a tensor of global ``shape``."""
+        """Returns the shape of the piece that ``rank`` holds of a tensor of global ``shape``.
+
+        Raises:
+            LayoutError: the rank is not one of the layout, or the shape does not fit it.
+        """
         bounds = _bounds(self, tuple(shape))
         if rank not in bounds:
             raise LayoutError(f"rank {rank} is not in this layout's ranks {sorted(bounds)}")
         return tuple(b - a for a, b in bounds[rank])
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the layout as plain data; ``tensor_map`` counts the axes that split each dim from the right, -1 for none.
+        """Returns the layout as plain data. ``tensor_map`` counts the axes that split each dim from the right, -1 for none.
 
         ``interleaved_parallel`` says whether the last axis is the virtual one.
 
@@ -228,11 +243,11 @@ class Layout:
     # -- variations ---------------------------------------------------------------------------------------------
 
     def without_partial(self) -> Layout:
-        """Returns the same pieces with every pending reduction done."""
+        """Returns the same pieces with no reduction pending."""
         return self if not self.partial else Layout.of(self.mesh, self.bound, (), self.sizes)
 
     def with_partial(self, axes: Sequence[str], op: str = "sum") -> Layout:
-        """Returns the same pieces, partial over ``axes`` as well."""
+        """Returns the same pieces, partial over ``axes`` too."""
         have = dict(self.partial)
         have.update({a: op for a in axes})
         return Layout.of(self.mesh, self.bound, tuple(have.items()), self.sizes)
@@ -262,7 +277,7 @@ class Layout:
         return f"Layout({str(self)!r})"
 
     def __str__(self) -> str:
-        """``mp,(dp,sp) @ dp=2,sp=2,mp=2``: entries a dim, pending reductions, then the mesh. Parses back."""
+        """Returns ``mp,(dp,sp) @ dp=2,sp=2,mp=2``: entries per dim, pending reductions, then the mesh. Parses back."""
         axes, found, ranks = str(self.mesh).partition(" ranks=")
         if self.interleaved is not None:
             axes = f"{axes}{',' if axes else ''}{INTERLEAVED}={self.interleaved[0]}"
@@ -296,10 +311,14 @@ class Layout:
 
     @staticmethod
     def parse(text: str, mesh: Mesh | None = None) -> Layout:
-        """Returns the layout that a text form describes; the inverse of ``str(layout)``.
+        """Parses the text form of a layout; the inverse of ``str(layout)``.
 
         Args:
-            mesh: that of a text which names none, such as ``layout.short()``.
+            text: ``mp,(dp,sp) @ dp=2,sp=2,mp=2``.
+            mesh: the mesh of a text that names none, such as ``layout.short()``.
+
+        Raises:
+            LayoutError: the text cannot be read, or has no mesh.
         """
         dims_text, found, mesh_text = text.partition("@")
         virtual = re.search(rf",?\s*{INTERLEAVED}=(\d+)", mesh_text)

@@ -73,7 +73,7 @@ def axes_of_entry(entry: DimSpec, position: int, aliases: Sequence[str]) -> tupl
 
 
 def parse_entries(text: str) -> tuple[list[DimSpec], list[tuple[int, ...] | None]]:
-    """Parses ``mp,(dp,sp)[3 7]``: the entry of each dim, and its explicit piece sizes or None.
+    """Parses entries such as ``mp,(dp,sp)[3 7]``: the entry of each dim, and its explicit piece sizes or None.
 
     Raises:
         LayoutError: piece sizes that are no whole numbers.

@@ -10,12 +10,12 @@ from shardwright.ir.layout import Layout
 
 
 def texts(layouts: Iterable[Layout]) -> str:
-    """Returns the layouts in short, side by side."""
+    """Returns the short texts of layouts, side by side."""
     return " | ".join(map(brief, layouts))
 
 
 def brief(layout: Layout) -> str:
-    """Returns a layout in short, with a few of its piece sizes if they are many.
+    """Returns the short text of a layout. Long lists of piece sizes are abbreviated.
 
     >>> brief(Layout.parse("dp[9 1 1 1 1 1 1 1] @ dp=8"))
     'dp[9 1 1 ... 1]'
@@ -27,7 +27,7 @@ Counts = tuple[int, ...]
 
 
 def counts_of(layout: Layout) -> Counts:
-    """Into how many slices a layout cuts each dim.
+    """Counts the slices into which a layout cuts each dim.
 
     >>> counts_of(Layout((2, 4), ("dp", "tp"))(("dp", "tp"), "None"))
     (8, 1)

@@ -1,4 +1,4 @@
-"""Machine: what devices compute, how fast they talk and how much they hold; read from TOML files."""
+"""Machine: speed of devices and links, and memory of devices; read from TOML files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from shardwright.ir.mesh import Mesh
 
-# Where a dtype has no rate of its own, that of the first of these that has; then float32's.
+# A dtype without a rate takes that of the first of these that has one, else float32's.
 _FALLBACK = {"bfloat16": ("float16",), "float16": ("bfloat16",), "float8": ("float8", "bfloat16", "float16")}
 
 
@@ -20,8 +20,9 @@ class Level:
     """Links among up to ``size`` ranks; 0: any number.
 
     Args:
-        latency: seconds a message.
-        bandwidth: bytes a second that a rank sends, and as many that it receives, when all do.
+        name: what it is called, such as ``node``.
+        latency: seconds per message.
+        bandwidth: bytes per second that a rank sends, and as many that it receives, when all ranks do.
     """
 
     name: str
@@ -32,22 +33,22 @@ class Level:
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices of a cluster, all alike.
+    """A cluster's devices, all alike, and their links.
 
     Args:
-        flops: peak operations a second, by dtype name.
-        efficiency: share of the peak that is reached, by operator family; ``default`` for the others. A family's in one dtype
-            may stand apart, ``conv_bfloat16``.
-        memory: bytes a device holds; 0: not limited.
-        memory_bandwidth: bytes a second that a device reads and writes in its memory.
+        flops: peak operations per second, by dtype name.
+        efficiency: share of the peak that is reached, by operator family; ``default`` for the others. One dtype of a family
+            may have its own entry, such as ``conv_bfloat16``.
+        memory: bytes per device; 0: not limited.
+        memory_bandwidth: bytes per second that a device reads and writes in its memory.
         operator_launch, collective_launch: seconds it takes to start one.
         levels: links, the innermost first; ranks that are neighbours are on the innermost.
         overlap: share of gradient reductions that hides behind computing; ``gather_overlap``: of parameter gathers.
-        rates: bytes a second of operator families that memory bandwidth alone does not explain.
+        rates: bytes per second of operator families that memory bandwidth alone does not explain.
         device: the kind of device as PyTorch names it, ``cpu``, ``cuda`` or ``npu``.
-        optimizer_launch: seconds that updating a parameter takes besides its bytes; ``step_launch``: that a step takes.
+        optimizer_launch: seconds per updated parameter besides its bytes; ``step_launch``: seconds per step.
             The presets of accelerators have none: their optimizers update all parameters together.
-        convolution_launch: seconds that a convolution takes besides, where its filters are more than a point.
+        convolution_launch: extra seconds per convolution whose filters are larger than 1.
         channel_block: channels that convolutions compute together (:mod:`shardwright.cost.convolution`); 1: each by itself.
     """
 
@@ -70,11 +71,11 @@ class Machine:
     channel_block: float = 1.0
 
     def exposed(self, gather: Any, reduction: Any) -> Any:
-        """Returns the seconds of a parameter's gather and of its gradient's reduction, numbers or arrays, that do not hide."""
+        """Returns the seconds of parameter gathers and gradient reductions that computing does not hide."""
         return gather * (1 - self.gather_overlap) + reduction * (1 - self.overlap)
 
     def peak(self, dtype: str) -> float:
-        """Operations a second of a dtype, by its name; one that is not listed counts as its nearest."""
+        """Returns the operations per second of a dtype, by its name. One that is not listed counts as its nearest."""
         kind = dtype.partition("_")[0]  # float8_e4m3fn
         for name in (dtype, *_FALLBACK.get(kind, ()), "float32"):
             if name in self.flops:
@@ -82,17 +83,17 @@ class Machine:
         return max(self.flops.values())
 
     def rate(self, family: str, dtype: str) -> float:
-        """Operations a second that an operator family reaches."""
+        """Returns the operations per second that an operator family reaches."""
         share = self.efficiency.get(f"{family}_{dtype}", self.efficiency.get(family, self.efficiency.get("default", 1.0)))
         return self.peak(dtype) * share
 
     def bandwidth_of(self, family: str) -> float:
-        """Returns the bytes a second that an operator family reads and writes."""
+        """Returns the bytes per second that an operator family reads and writes."""
         return self.rates.get(family, self.memory_bandwidth)
 
     def level(self, ranks: int, total: int = 0) -> Level:
-        """Returns the links among groups of ``ranks`` neighbours, of ``total`` ranks; a group may not cross a border
-        between nodes.
+        """Returns the links among groups of ``ranks`` neighbours, of ``total`` ranks. No group may cross a border between
+        nodes.
 
         >>> from shardwright.cost.machine_files import load_machine
         >>> load_machine("h100").level(6, 24).name, load_machine("h100").level(6, 6).name
@@ -105,7 +106,7 @@ class Machine:
         return next(filter(holds, self.levels), self.levels[-1])
 
     def axis_speeds(self, mesh: Mesh) -> list[tuple[float, float]]:
-        """Returns the latency and bandwidth along every axis: of the outermost links that its groups reach across.
+        """Returns latency and bandwidth along every axis: those of the outermost links that its groups reach across.
 
         >>> from shardwright.cost.machine_files import load_machine
         >>> load_machine("h100").axis_speeds(Mesh(("dp", "tp"), (4, 8)))[1][1] > 1e11

@@ -1,4 +1,4 @@
-"""Marks: what a user asked of an operator, a function or a module, carried through capture onto graph nodes."""
+"""Marks: requests for an operator, a function or a module, carried through capture onto graph nodes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A user's request, made where an operator, function or module is defined.
+    """One request of the user, made where an operator, function or module is defined.
 
     Args:
-        name: how to name it to the user: ``MatMul``, ``matmul``, a module's class.
-        in_strategy, out_strategy: tuples of slice counts or Layouts, one a tensor input or output; ``None``: not given.
+        name: name for messages: ``MatMul``, ``matmul``, a module's class.
+        in_strategy, out_strategy: tuples of slice counts or Layouts, one per tensor input or output; ``None``: not given.
         parameter_plan: parameter name (relative to the module) -> slice counts or a Layout.
         attributes: operator attributes (``add_prim_attr``).
         source: ``file:line`` where the request was made.
-        exact: whether the layouts are all of a choice, inputs and outputs alike, and not to be completed.
+        exact: whether the layouts are complete, inputs and outputs alike, so that nothing may be added.
         is_pin: a layout pinned onto a value in the middle of a model (``reshard``).
     """
 
@@ -32,5 +32,5 @@ class Mark:
 
     @property
     def asks_for_layouts(self) -> bool:
-        """Whether it says anything about layouts."""
+        """True if it says anything about layouts."""
         return any(asked is not None for asked in (self.in_strategy, self.out_strategy, self.parameter_plan))

@@ -13,7 +13,7 @@ from shardwright.errors import ArgumentTypeError, LayoutError
 
 
 class AxisWords(NamedTuple):
-    """What the checks call what they were given: sizes, names, one name, ranks, and the whole."""
+    """Words for the checks' errors: what the caller calls sizes, names, one name, ranks, and the whole."""
 
     sizes: str
     names: str
@@ -23,11 +23,16 @@ class AxisWords(NamedTuple):
 
 
 _WORDS = AxisWords("Mesh sizes", "Mesh axes", "axis name", "Mesh ranks", "the mesh")
-_MOST = 1 << 24  # ranks; lists of them are made
+_MOST = 1 << 24  # most ranks of a mesh, because lists of all ranks are made
 
 
 def check_axes(sizes: object, names: object, words: AxisWords) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Refuses sizes and names of axes that cannot be; returns them."""
+    """Checks sizes and names of axes, and returns them.
+
+    Raises:
+        ArgumentTypeError: sizes or names of the wrong type.
+        LayoutError: lengths that differ, sizes below 1, names that repeat or are no words, or too many ranks.
+    """
     if not isinstance(sizes, tuple):
         raise ArgumentTypeError(f"{words.sizes} must be a tuple of ints, got {sizes!r}: write (2, 4)")
     if not isinstance(names, tuple):
@@ -58,7 +63,12 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 def check_ranks(ranks: object, count: int, words: AxisWords) -> None:
-    """Refuses ranks that are not as many different ones as the axes have places."""
+    """Checks that there are as many different ranks as the axes have places.
+
+    Raises:
+        ArgumentTypeError: ranks of the wrong type.
+        LayoutError: ranks that repeat, are negative, or are too many or too few.
+    """
     if not isinstance(ranks, (list, tuple)):
         raise ArgumentTypeError(f"{words.ranks} must be a list of ints, got {ranks!r}")
     if any(not isinstance(r, int) or isinstance(r, bool) for r in ranks):
@@ -114,6 +124,7 @@ class Mesh:
         return len(self.ranks)
 
     def axis_size(self, axis: str) -> int:
+        """Returns the number of ranks along an axis."""
         return self._size_of[axis]  # type: ignore[attr-defined,no-any-return]
 
     def count(self, axes: Iterable[str]) -> int:
@@ -129,8 +140,8 @@ class Mesh:
         return dict(zip(self.axes, _coordinate_table(self)[_positions(self)[rank]], strict=True))
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
-        """Returns the groups of ranks that differ only along ``axes``, each in the order of ``axes`` (first most
-        significant).
+        """Returns the groups of ranks that differ only along ``axes``. Each is in the order of ``axes``, the first most
+        significant.
         """
         return [list(g) for g in _groups(self, tuple(axes))]
 
@@ -146,7 +157,10 @@ class Mesh:
 
     @staticmethod
     def parse(text: str) -> Mesh:
-        """Returns the mesh that a text form describes; the inverse of ``str(mesh)``.
+        """Parses the text form of a mesh; the inverse of ``str(mesh)``.
+
+        Raises:
+            LayoutError: the text cannot be read.
 
         >>> Mesh.parse("dp=2,mp=4").sizes
         (2, 4)

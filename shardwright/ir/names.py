@@ -8,7 +8,7 @@ from shardwright.ir.operator import TensorMeta
 
 
 def operator_keys(graph: Graph) -> dict[str, str]:
-    """For every node, by name, how files call its operator: ``layers.0.query/aten.linear``, the second one there with ``#2``.
+    """Maps every node to how files call its operator: ``layers.0.query/aten.linear``, the second one there with ``#2``.
 
     >>> import torch
     >>> from shardwright.ir.operator import Operator
@@ -27,7 +27,7 @@ def operator_keys(graph: Graph) -> dict[str, str]:
 
 
 def key_pattern(key: str) -> str:
-    """Returns an operator's key with the numbers of layers left open.
+    """Replaces the numbers of layers in an operator's key by ``*``.
 
     >>> key_pattern("layers.0.query/aten.linear#2")
     'layers.*.query/aten.linear#2'
@@ -46,5 +46,5 @@ def _shape_text(meta: TensorMeta) -> str:
     return "x".join(map(str, meta.shape)) or "()"
 
 
-# What a plan that comes from a file notes; the path follows.
+# The note of a plan that comes from a file; the path follows.
 LOADED = "as saved in "

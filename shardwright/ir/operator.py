@@ -41,7 +41,7 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands, within an operator's arguments, for its ``index``-th tensor input."""
+    """A placeholder, within an operator's arguments, for its ``index``-th tensor input."""
 
     index: int
 
@@ -56,7 +56,7 @@ class Operator:
     Args:
         target: the ATen overload (or the Python function) that is called.
         args, kwargs: its arguments, tensors replaced by :class:`Slot`.
-        inputs: the tensor inputs, in the order they stand in args and kwargs. The same tensor given twice is two inputs.
+        inputs: the tensor inputs, in the order they stand in args and kwargs. A tensor passed twice is two inputs.
         outputs: the tensor outputs.
         returns_sequence: whether the outputs come as a tuple or list, even if there is one.
     """
@@ -76,20 +76,20 @@ class Operator:
 
     @property
     def draws(self) -> bool:
-        """Whether the call takes numbers from the generator."""
+        """True if the call takes numbers from the generator."""
         if not may_draw(self.target):
             return False
         return bool(self.argument("train", True)) and bool(self.argument("dropout_p", 1.0) > 0.0)
 
     @property
     def moves_statistics(self) -> bool:
-        """Says whether the call changes running statistics in place, which its schema does not say."""
+        """True if the call changes running statistics in place, which its schema does not say."""
         flag = statistics_flag(self.target)
         return flag is not None and bool(self.argument(flag))
 
     @property
     def has_gradient(self) -> bool:
-        """Says whether a gradient flows back through the call, its result's dtype permitting."""
+        """True if a gradient flows back through the call. Its result's dtype must permit one too."""
         library, _, name = self.name.partition(".")
         if library != "aten":
             return True
@@ -97,7 +97,7 @@ class Operator:
         return has_gradient(name) and (number is None or not isinstance(self.argument(number), float))
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """Returns an argument by its schema name, whether given by position or keyword; the schema's default if not given."""
+        """Returns an argument by its schema name, whether passed by position or keyword; else the schema's default."""
         if not self._named:
             self._named.update(_bind(self))
         return self._named.get(name, default)
@@ -105,6 +105,7 @@ class Operator:
 
 @cache
 def operator_name(target: Callable[..., Any]) -> str:
+    """Returns the short name of an overload or function, such as ``aten.linear``."""
     if isinstance(target, OpOverload):
         return str(target).rsplit(".", 1)[0]
     return getattr(target, "__name__", str(target))

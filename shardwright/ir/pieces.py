@@ -1,4 +1,4 @@
-"""Pieces: how a dim is cut into pieces, and where each begins and ends."""
+"""Pieces: the sizes into which a dim is cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 @lru_cache(maxsize=65536)
 def chunk_pieces(size: int, counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Piece sizes of a dim split by each count in turn, as ``torch.chunk`` splits (missing pieces are empty).
+    """Computes piece sizes of a dim split by each count in turn, as ``torch.chunk`` splits. Missing pieces are empty.
 
     >>> chunk_pieces(5, (2, 2))
     (2, 1, 1, 1)

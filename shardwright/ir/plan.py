@@ -18,12 +18,12 @@ from shardwright.ir.signature import Signature
 
 @dataclass(frozen=True)
 class ProgramPass:
-    """Changes a local program without changing what it computes.
+    """One change of a local program that leaves what it computes.
 
     Args:
         name: as in the table ``train/passes.py``.
         change: given the program and its plan, returns the changed program.
-        after_overlap: whether it runs after moves were put together and started early, or before that.
+        after_overlap: whether it runs after moves are fused and started early, instead of before.
     """
 
     name: str
@@ -33,15 +33,16 @@ class ProgramPass:
 
 @dataclass(frozen=True)
 class Search:
-    """How a search found a plan.
+    """A search that found a plan.
 
     Args:
-        seconds: modelled time of a step.
-        bound: no plan on this mesh, under this memory limit, takes less, by the same model; 0 where nothing is certified.
-        method: what solved it.
-        tried: mesh and seconds of the best plan on each mesh that was looked at.
-        planning: seconds that planning took in all; ``building`` of them to write the problem of the mesh that won, and
-            ``solving`` to solve it.
+        seconds: modelled time per step.
+        bound: lower bound of the modelled time of any plan on this mesh under this memory limit; 0 without a proof.
+        method: name of the solver.
+        tried: mesh and seconds of the best plan on each mesh that was tried.
+        planning: seconds that all of planning took.
+        building: seconds of them to write the problem of the mesh that won.
+        solving: seconds of them to solve it.
     """
 
     seconds: float
@@ -54,16 +55,16 @@ class Search:
 
     @property
     def gap(self) -> float:
-        """The share of the plan's time by which the optimum might be better; 0 where the plan is optimal."""
+        """The share of the plan's time by which the optimum might be better; 0 if the plan is optimal."""
         return 0.0 if self.seconds <= 0 else max(0.0, (self.seconds - self.bound) / self.seconds)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every operator, a layout for every edge.
+    """A choice for every operator, and a layout for every value that passes between operators.
 
     Args:
-        mesh: the main mesh; strategies that cannot be named on it bring their own.
+        mesh: the main mesh; strategies that need other axes bring their own.
         choices, signatures: by node name.
         input_layouts: layout of every graph input as the program receives it (parameters: as stored).
         notes: what a user should know: operators that run replicated and why.
@@ -73,9 +74,9 @@ class Plan:
         full_batch: whether every rank is handed the whole batch.
         memory_limit: bytes a rank may use, where that was asked for.
         enable_alltoall: whether moves may be all-to-alls.
-        passes: what the local program goes through before it runs, in order, such as what is computed again in the backward.
+        passes: passes over the local program before it runs, in order, such as recomputation in the backward pass.
         schedule: which of its moves share collectives, and which start early.
-        memo: what others work out about it, so that they do so once.
+        memo: cached results of computations on it.
     """
 
     graph: Graph

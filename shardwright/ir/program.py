@@ -1,8 +1,8 @@
-"""The local program: what one rank runs.
+"""The local program that one rank runs.
 
 A list of calls on local tensors and of moves (redistributions). It names collectives by axes, never by process groups,
 so the same program runs in every world. ``lanes`` says, for every value, which ranks hold the same tensor: two ranks
-in one lane compute the same thing. A distributed rank ignores it, the simulated world computes each lane once.
+in one lane compute the same thing. A distributed rank ignores it; the simulated world computes each lane only once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from shardwright.ir.rank_groups import RankGroups
 
 @dataclass(frozen=True)
 class LocalProgram:
-    """What one rank runs.
+    """A program that one rank runs.
 
-    ``outputs`` are names of values held whole by every rank, or constants; ``places`` names the local value that holds
-    each value of the graph, as it comes out of its operator. ``kept`` names results of instructions with ``recompute`` that
-    are kept nevertheless: those of a whole that is computed again. ``copies`` gives the copy that the calls of a node belong
-    to, where operators run in copies.
+    ``outputs`` are names of values that every rank holds whole, or constants. ``places`` names the local value that holds
+    each value of the graph, as its operator returns it. ``kept`` names results of instructions with ``recompute`` that are
+    kept nevertheless: the results of a whole group that is recomputed. ``copies`` gives the copy that the calls of a node
+    belong to, if operators run in copies.
     """
 
     world_size: int
@@ -71,20 +71,20 @@ class LocalProgram:
 
     @property
     def kept_slices(self) -> list[KeepSliceForBackward]:
-        """Every instruction by which a value is kept as a slice, in order."""
+        """Every instruction that keeps only a slice for the backward pass, in order."""
         return [i for i in self.instructions if isinstance(i, KeepSliceForBackward)]
 
     @property
-    def together(self) -> list[tuple[Move, ...]]:
+    def shared_moves(self) -> list[tuple[Move, ...]]:
         """The moves that share their collectives."""
         return [moves for i in self.instructions for moves in (i.starts, i.ends) if len(moves) > 1]
 
     def refs_of(self, instruction: Instruction) -> tuple[str, ...]:
-        """Returns the local values that an instruction reads."""
+        """Lists the local values that an instruction reads."""
         return instruction.reads
 
     def last_uses(self) -> list[tuple[str, ...]]:
-        """For every instruction, the values that nothing reads after it."""
+        """Lists, for every instruction, the values that nothing reads after it."""
         kept = {o for o in self.outputs if isinstance(o, str)} | {v for _, v in self.updates}
         seen: set[str] = set(kept)
         result: list[tuple[str, ...]] = []

@@ -1,4 +1,4 @@
-"""Program text: a local program as a person reads it."""
+"""A local program as readable text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _edges(moves: Sequence[Move]) -> str:
 
 
 def _what(move: Move) -> str:
-    """Returns the steps of a move, and the dtypes in which it travels where they are not its own."""
+    """Returns the steps of a move. It adds the dtypes in which it travels if they differ from its own."""
     return f"{str(move.redistribution)!r}{_wire_text(move)}"
 
 

@@ -1,6 +1,6 @@
-"""Rank groups: which ranks hold the same tensor.
+"""Rank groups: ranks that hold the same tensor.
 
-A partition of the ranks, written as one number a rank, by first appearance; a group of ranks is called a lane for short.
+A partition of the ranks, written as one number per rank, by first appearance; a group of ranks is called a lane for short.
 It is the type of a local value: what varies along an axis is in different lanes there. The partitioner checks it (a value
 may not vary where its layout says that ranks replicate), which is the proof that no reduction was forgotten.
 """
@@ -29,7 +29,7 @@ def number(keys: Sequence[Any]) -> RankGroups:
 
 @lru_cache(maxsize=4096)
 def of_axes(mesh: Mesh, axes: frozenset[str]) -> RankGroups:
-    """Returns the ranks that agree on ``axes`` share a lane; indexed by rank."""
+    """Returns the rank groups, indexed by rank, that share a place on ``axes``."""
     keys: list[Any] = [None] * mesh.size
     for rank in mesh.ranks:
         coords = mesh.coordinates(rank)
@@ -38,13 +38,13 @@ def of_axes(mesh: Mesh, axes: frozenset[str]) -> RankGroups:
 
 
 def of_layout(layout: Layout, also: Sequence[str] = ()) -> RankGroups:
-    """Returns the lanes of a tensor in a layout, distinct along the axes in ``also`` too."""
+    """Returns the rank groups of a tensor in a layout. Along the axes in ``also`` ranks are in different groups too."""
     return of_axes(layout.mesh, frozenset((*layout.split_axes, *layout.partial_axes, *also)))
 
 
 @lru_cache(maxsize=65536)
 def join(*lanes: RankGroups) -> RankGroups:
-    """Returns the ranks share a lane where they share it in every argument."""
+    """Returns the rank groups of ranks that share a group in every argument."""
     return lanes[0] if len(set(lanes)) == 1 else number(list(zip(*lanes, strict=True)))
 
 

@@ -10,7 +10,7 @@ from shardwright.ir.step import Step
 
 @dataclass(frozen=True)
 class Redistribution:
-    """The steps from ``source`` to ``target``, and those that bring the gradient back.
+    """All steps from ``source`` to ``target``, and those that bring the gradient back.
 
     Args:
         shape: global shape.

@@ -1,6 +1,6 @@
-"""Signature: how one operator call's dims map to factors, and what splitting each factor means.
+"""Signature: the factors that one operator call's dims map to, and what splitting each factor means.
 
-A factor is an index letter of an operator's rule. Written form, one group of factors a tensor:
+A factor is an index letter of an operator's rule. Written form, one group of factors per tensor:
 
     "... m k+, ... k+ n -> ... m n"
 
@@ -31,7 +31,7 @@ Split = tuple[tuple[str, ...], "tuple[int, ...] | None"]
 
 @dataclass(frozen=True)
 class Signature:
-    """The rule of one operator call.
+    """A rule for one operator call.
 
     Args:
         inputs, outputs: for every tensor, for every dim, its factors, most significant first; ``()`` for a dim that
@@ -41,11 +41,11 @@ class Signature:
         whole: factors that are never split.
         linear: sets of inputs in which the operator is jointly linear and cheap (views, sums, sum of two): if exactly
             one such set is partial on the same axes, the operator may run on the partial values.
-        lowering: how the operator runs locally, where it is not the same call on local tensors.
-        late: inputs that are used after the output's pending sums are reduced (a bias). Such a call reduces its output
+        lowering: makes the local call, if it is not the same call on local tensors.
+        late: inputs that are used only after the output's pending sums are reduced (a bias). Such a call reduces its output
             itself, and these inputs are laid out to fit the reduced output.
         tied: factors that the same axes may split, all of them at once.
-        pairs: inner factors over which the lowering reduces two numbers alone, a sum and a count, in one collective.
+        pairs: inner factors over which the lowering reduces only two numbers, a sum and a count, in one collective.
     """
 
     inputs: tuple[TensorFactors, ...]
@@ -77,15 +77,16 @@ class Signature:
         object.__setattr__(self, "whole", self.whole | minor)
 
     def splittable(self, factor: str) -> bool:
+        """Tells whether a factor may be split."""
         return factor not in self.whole
 
-    def taken(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
-        """Returns a factor that some of these axes split already and that stands against splitting ``factor`` by them."""
+    def conflicting_factor(self, factor: str, axes: Sequence[str], split: Mapping[str, Split]) -> str | None:
+        """Finds a factor that forbids splitting ``factor`` by these axes. Some of them split it already."""
         others = (f for f, (a, _) in split.items() if f != factor and set(a) & set(axes))
         return next((f for f in others if not {f, factor} <= self.tied), None)
 
     def layouts(self, mesh: Mesh, split: Mapping[str, Split]) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
-        """Returns the layouts of inputs and outputs when each factor in ``split`` is split by its axes and piece sizes."""
+        """Computes the layouts of inputs and outputs. Each factor in ``split`` is split by its axes and piece sizes."""
         inputs = tuple(self._layout(tensor, mesh, split, ()) for tensor in self.inputs)
         summed = [(a, "sum") for f, (axes, _) in split.items() if f in self.summed for a in axes]
         return inputs, tuple(self._layout(tensor, mesh, split, summed) for tensor in self.outputs)

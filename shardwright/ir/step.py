@@ -1,6 +1,6 @@
 """One step of a redistribution: a collective over some axes of a mesh, or a local slice.
 
-A step carries the layout before and after it, which says all an executor needs: every rank's bounds.
+A step carries the layouts before and after it, from which an executor computes every rank's bounds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shardwright.ir.layout import Layout
 
-# What moves pieces between ranks without combining them, each rank receiving what it lacks and nothing else.
+# Kinds that move pieces between ranks without combining them. Each rank receives what it lacks and nothing else.
 TRANSFERS = frozenset({"all_to_all", "permute", "exchange"})
 
 
@@ -25,7 +25,7 @@ class Step:
         source: layout before the step.
         target: layout after it; over other ranks than ``source`` only for ``slice``, ``exchange`` and ``permute``.
         dims: the dims it changes: one or more for gather, slice and reduce-scatter, ``(from, to)`` for all-to-all.
-        op: ``sum``, ``max`` or ``min``, of the two that reduce.
+        op: ``sum``, ``max`` or ``min``, for the two kinds that reduce.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Step:
 
     @property
     def communicates(self) -> bool:
-        """Whether ranks send each other anything."""
+        """True if ranks send each other anything."""
         return self.kind != "slice"
 
     @property
@@ -57,5 +57,5 @@ class Step:
 
 
 def any_communicates(steps: Iterable[Step]) -> bool:
-    """Returns whether ranks send each other anything in some of these steps."""
+    """Tells whether ranks send each other anything in some of these steps."""
     return any(step.communicates for step in steps)

@@ -1,6 +1,6 @@
-"""Visitor: does something else for every type of instruction, without a ladder of tests.
+"""Visitor: calls a method per type of instruction.
 
-Only here is it asked of which type an instruction is. Visitors run when programs are written, changed or bound, never when
+Only here are types of instructions tested. Visitors run when programs are written, changed or bound, never when
 they run.
 """
 
@@ -15,33 +15,33 @@ T = TypeVar("T")
 
 
 class InstructionVisitor(ABC, Generic[T]):
-    """One method for every type of instruction."""
+    """A class with one method per type of instruction."""
 
     def visit(self, instruction: Instruction) -> T:
-        """Calls the method that the type of an instruction has, and returns what it returns."""
+        """Calls the method for the type of an instruction, and returns what it returns."""
         method: Any = getattr(self, _METHODS[type(instruction)])
         result: T = method(instruction)
         return result
 
     @abstractmethod
     def call(self, call: Call) -> T:
-        """Returns a local call."""
+        """Handles a local call."""
 
     @abstractmethod
     def move(self, move: Move) -> T:
-        """Returns a move by itself: all of it, or its end where it is ``started``."""
+        """Handles a move that shares no collectives: all of it, or its end if it is ``started``."""
 
     @abstractmethod
     def start_moves(self, start: StartMoves) -> T:
-        """Returns the beginning of moves that end later."""
+        """Handles the start of moves that end later."""
 
     @abstractmethod
     def fused_moves(self, fused: FusedMoves) -> T:
-        """Moves that share their collectives, at once."""
+        """Handles moves that share their collectives, at once."""
 
     @abstractmethod
     def keep_slice(self, keep: KeepSliceForBackward) -> T:
-        """Returns a value that is kept for the backward pass as a slice."""
+        """Handles a value that is kept for the backward pass as a slice."""
 
 
 _METHODS: dict[type, str] = {

@@ -1,4 +1,4 @@
-"""Layout algebra: small questions about layouts and steps that the planner asks."""
+"""Layout algebra: small functions on layouts and steps for the planner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shardwright.ir.layout import Layout
 
 
 def _refines(fine: Layout, coarse: Layout, dim: int, shape: tuple[int, ...]) -> bool:
-    """Tells whether the pieces of ``fine`` along ``dim`` group into those of ``coarse`` (explicit sizes may not)."""
+    """Tells whether pieces of ``fine`` along ``dim`` group into those of ``coarse``. Explicit sizes may not."""
     if fine.bound[dim][: len(coarse.bound[dim])] != coarse.bound[dim]:
         return False
     if fine.sizes[dim] is None and coarse.sizes[dim] is None:
@@ -19,7 +19,7 @@ def _refines(fine: Layout, coarse: Layout, dim: int, shape: tuple[int, ...]) -> 
 
 
 def _one_to_one(now: Layout, after: Layout, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Returns the dims between which one run of axes moves from end to end, where nothing else changes."""
+    """Returns the dims between which one run of axes moves from end to end. Nothing else may change."""
     changed = [d for d in range(now.ndim) if now.bound[d] != after.bound[d] or now.sizes[d] != after.sizes[d]]
     if len(changed) != 2:
         return None
@@ -32,7 +32,7 @@ def _one_to_one(now: Layout, after: Layout, shape: tuple[int, ...]) -> tuple[int
 
 
 def _with_dim(now: Layout, target: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
-    """``now`` with other axes for one dim, with the target's explicit sizes where it has them for these axes."""
+    """Returns ``now`` with other axes for one dim. It takes the target's explicit sizes if they are for these axes."""
     dims, sizes = list(now.bound), list(now.sizes)
     dims[dim] = axes
     sizes[dim] = target.sizes[dim] if now.mesh == target.mesh and axes == target.bound[dim] else None
@@ -46,7 +46,7 @@ def _replicating(layout: Layout) -> tuple[str, ...]:
 
 
 def _with_suffixes(now: Layout, target: Layout, later: Sequence[str]) -> Layout | None:
-    """Returns the target with some of the axes that leave still at the end of their dims; None where it cannot be written."""
+    """Returns the target with some leaving axes still at the end of their dims. None if that has no notation."""
     dims, sizes = list(target.bound), list(target.sizes)
     for dim, axes in enumerate(now.bound):
         suffix = tuple(a for a in axes if a in later)

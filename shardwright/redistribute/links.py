@@ -1,7 +1,7 @@
-"""Links: what a step costs in seconds, by the axes it runs over.
+"""Links: prices a step in seconds, by the axes it runs over.
 
-The model is Hockney's, with the launch apart: ``launch + messages * latency + bytes / bandwidth``, of the busiest rank.
-Gathers and reductions take ``log2 n`` messages (recursive doubling and halving), an exchange one for every other rank.
+The model is Hockney's plus a launch: ``launch + messages * latency + bytes / bandwidth``, for the busiest rank.
+Gathers and reductions take ``log2 n`` messages (recursive doubling and halving), an exchange takes one per other rank.
 Sources: Hockney, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", 1994; Thakur, Rabenseifner and
 Gropp, "Optimization of Collective Communication Operations in MPICH", 2005.
 """
@@ -23,16 +23,15 @@ Speed = tuple[float, float]
 
 @dataclass(frozen=True)
 class Links:
-    """What ranks are connected by.
+    """Speeds of the links between ranks.
 
     Args:
         launch: seconds to start any collective.
-        latency: seconds a message, where ``axes`` says nothing else.
-        bandwidth: bytes a second that a rank sends and receives, where ``axes`` says nothing else.
-        axes: ``(axis, latency, bandwidth)`` for each axis whose links are others; a step over several axes has the
-            worst of each.
+        latency: seconds per message, for axes that ``axes`` does not list.
+        bandwidth: bytes per second that a rank sends and receives, for axes that ``axes`` does not list.
+        axes: ``(axis, latency, bandwidth)`` for each axis with other links; a step over several axes has the worst of each.
 
-    The defaults are those of ranks of one host that talk through its memory.
+    The defaults are those of ranks on one host that exchange data through its memory.
 
     >>> links = Links(axes=(("node", 10e-6, 25e9), ("gpu", 2e-6, 300e9)))
     >>> links.speed(("node", "gpu"))
@@ -54,7 +53,7 @@ class Links:
         return max(latency for latency, _ in speeds), min(bandwidth for _, bandwidth in speeds)
 
     def seconds(self, step: Step, shape: tuple[int, ...], itemsize: int = 4) -> float:
-        """What one step takes, by the fastest algorithm of its collective."""
+        """Prices one step, by the fastest algorithm of its collective."""
         if not step.communicates:
             return 0.0
         if step.kind in TRANSFERS:

@@ -1,8 +1,8 @@
-"""Paths: the sequences of collectives that a redistribution may be, for many redistributions side by side.
+"""Paths: lists the sequences of collectives for many redistributions at the same time.
 
 These are the sequences of :mod:`shardwright.redistribute.planner`, in closed form for even pieces: what shrinks the tensor
-first (slices, reduce-scatters), sums that are left reduced together, the fast links first, or shared by ranks that would all
-do the same; then at most one transfer, with or without the gathers in it; then the gathers that remain, together, a dim or
+first (slices, reduce-scatters). Sums that are left are reduced together, fast links first, or shared by ranks that would all
+do the same. Then at most one transfer, with or without the gathers in it, then the gathers that remain: together, a dim or
 an axis at a time. Steps cost what :mod:`shardwright.redistribute.links` says; that module names the sources.
 
 Axes are bits of a mask, the outermost axis, which has the slowest links, the lowest bit. Bytes are shares of the whole
@@ -22,12 +22,12 @@ Array = np.ndarray[Any, Any]
 KINDS = ("slice", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute", "exchange")
 _GATHER, _SCATTER, _REDUCE, _ALL_TO_ALL, _PERMUTE, _EXCHANGE = range(1, 7)
 
-# How much larger than the larger end anything in between may be; as the planner has it.
+# Largest size in between, relative to the larger end, as in the planner.
 _SLACK = 1.05
 
 
 class Network:
-    """For each set of axes: the number of ranks, the rounds to reach them all, and the worst latency and bandwidth."""
+    """Costs of each set of axes: ranks, rounds to reach them all, and the worst latency and bandwidth."""
 
     def __init__(self, launch: float, sizes: Sequence[int], speeds: Sequence[tuple[float, float]]):
         masks = range(1 << len(sizes))
@@ -36,7 +36,7 @@ class Network:
         self.count = np.array([np.prod([float(sizes[a]) for a in axes]) for axes in of])
         self.rounds = np.array([float((int(n) - 1).bit_length()) for n in self.count])
         self.latency = np.array([max([speeds[a][0] for a in axes], default=0.0) for axes in of])
-        self.second = np.array([1 / min([speeds[a][1] for a in axes], default=np.inf) for axes in of])  # seconds a byte
+        self.second = np.array([1 / min([speeds[a][1] for a in axes], default=np.inf) for axes in of])  # seconds per byte
         self.span = np.array([(1 << mask.bit_length()) - 1 for mask in masks])  # all axes up to the last of the set
         self.last = np.array([(self.span[mask] + 1) >> 1 for mask in masks])
         self.members = np.array([len(axes) for axes in of])
@@ -45,11 +45,14 @@ class Network:
 
 @dataclass
 class PathStep:
-    """One step of each path; of paths that lack it all is 0.
+    """One step per path. All is 0 for paths without that step.
 
     Args:
-        kind: index into ``KINDS``. ``mask``: the axes it runs over.
-        fixed: seconds whatever the bytes. ``rate``: seconds a byte of the whole tensor. ``sent``: share of it that is sent.
+        kind: index into ``KINDS``.
+        mask: the axes it runs over.
+        fixed: seconds, whatever the bytes.
+        rate: seconds per byte of the whole tensor.
+        sent: share of the whole tensor that is sent.
     """
 
     kind: Array
@@ -60,7 +63,7 @@ class PathStep:
 
     @property
     def of_source(self) -> Array:
-        """Whether its bytes are those of the source's pieces, rather than of the target's."""
+        """True where its bytes are those of the source's pieces instead of the target's."""
         return (self.kind == _SCATTER) | (self.kind == _REDUCE)
 
     def take(self, rows: Array) -> PathStep:
@@ -69,7 +72,7 @@ class PathStep:
 
 @dataclass
 class Paths:
-    """Paths side by side: for each, of which pair it is, what splits each dim now and in the end, and its steps.
+    """Many paths: for each, its pair, the axes that split each dim now and in the end, and its steps.
 
     The last dim is no real one: spare axes that share work split it. ``now`` and ``target`` are ``(R, D)`` masks.
     """
@@ -92,7 +95,12 @@ class Paths:
         )  # fmt: skip
 
     def then(self, kind: Array | int, mask: Array, fixed: Array, rate: Array, sent: Array) -> Paths:
-        """With one more step, of the paths where the mask is not empty."""
+        """Appends a step to the paths where the mask is not empty.
+
+        Args:
+            kind: index into ``KINDS``.
+            mask, fixed, rate, sent: see :class:`PathStep`; one entry per path.
+        """
         used = mask != 0
         step = PathStep(np.broadcast_to(kind, mask.shape), mask, fixed * used, rate * used, sent * used)
         return replace(self, steps=(*self.steps, step))
@@ -105,7 +113,7 @@ class Paths:
         return np.bitwise_or.reduce(self.now, axis=1)
 
     def totals(self) -> tuple[Array, Array, Array, Array]:
-        """Of all steps: fixed seconds, seconds a byte by the source's and by the target's pieces, and the share sent."""
+        """Sums over all steps: fixed seconds, seconds per byte of the source's and the target's pieces, and the share sent."""
         none = np.zeros(len(self))
         fixed = sum((s.fixed for s in self.steps), none)
         source = sum((s.rate * s.of_source for s in self.steps), none)
@@ -114,7 +122,7 @@ class Paths:
 
 
 def together(groups: Sequence[Paths]) -> Paths:
-    """Returns all paths of some groups; those with fewer steps get empty ones."""
+    """Joins the paths of some groups. Those with fewer steps get empty ones."""
     groups = [group for group in groups if len(group)] or list(groups[:1])
     if len(groups) == 1:
         return groups[0]
@@ -137,7 +145,10 @@ def paths_between(net: Network, before: Array, after: Array, pending: Array, kep
     """Yields all paths that may be the cheapest, in some groups.
 
     Args:
-        before, after: ``(P, D)``, axes that split each dim. pending, kept: ``(P,)``, axes with sums before, and after too.
+        net: the costs of sets of axes.
+        before, after: ``(P, D)``, axes that split each dim.
+        pending: ``(P,)``, axes with pending sums before.
+        kept: ``(P,)``, axes with pending sums after too.
     """
     spare = np.zeros((len(pending), 1), dtype=before.dtype)
     now, target = np.concatenate([before, spare], axis=1), np.concatenate([after, spare], axis=1)
@@ -166,12 +177,14 @@ def _with_sums(net: Network, start: Paths) -> Iterator[Paths]:
 
 
 def _low(mask: Array) -> Array:
-    """Returns all bits below the lowest; all bits for an empty mask."""
+    """Returns all bits below the lowest one; all bits for an empty mask."""
     return (mask & -mask) - 1  # type: ignore[no-any-return]
 
 
 def _shrink(net: Network, paths: Paths, slices_only: bool = False) -> Paths:
-    """Slices dims by replicated axes and reduce-scatters them by pending ones, as far as the target goes on from here."""
+    """Slices dims by replicated axes and reduce-scatters them by pending ones. It goes as far as the target's axes continue
+    these.
+    """
     now, target = paths.now, paths.target
     busy = (paths.split() | paths.kept)[:, None]
     pending = paths.pending[:, None]
@@ -200,7 +213,7 @@ def _scatter(net: Network, paths: Paths, mask: Array, held: Array) -> tuple[Path
 
 
 def _shared(net: Network, paths: Paths) -> Paths:
-    """Returns the ranks that hold the same sums each slice a part of their own first."""
+    """Slices first, so that ranks that hold the same sums reduce different parts."""
     spare = net.everything & ~(paths.split() | paths.pending | paths.kept)
     now = paths.now.copy()
     now[:, -1] |= spare
@@ -211,7 +224,7 @@ def _shared(net: Network, paths: Paths) -> Paths:
 
 
 def _reduce(net: Network, paths: Paths) -> Iterator[Paths]:
-    """Does the sums that are left."""
+    """Reduces the sums that are left."""
     finished = paths.take(np.flatnonzero(paths.pending == 0))
     if len(finished):
         yield finished
@@ -229,7 +242,7 @@ def _reduce(net: Network, paths: Paths) -> Iterator[Paths]:
 
 
 def _all_reduce(net: Network, paths: Paths) -> Iterator[Paths]:
-    """Doubling: whole tensors in few rounds; or a reduce-scatter and a gather."""
+    """Reduces whole tensors by doubling, in few rounds; or by a reduce-scatter and a gather."""
     mask, held = paths.pending, 1 / net.count[paths.split()]
     n, rounds, latency, second = net.count[mask], net.rounds[mask], net.latency[mask], net.second[mask]
     sent = held * 2 * (n - 1) / n
@@ -239,7 +252,7 @@ def _all_reduce(net: Network, paths: Paths) -> Iterator[Paths]:
 
 
 def _to_spare(net: Network, paths: Paths, mask: Array) -> Paths:
-    """Reduce-scatters over a dim that the target does not split so."""
+    """Reduce-scatters over a dim that the target does not split by these axes."""
     paths, _ = _scatter(net, paths, mask, 1 / net.count[paths.split()])
     now = paths.now.copy()
     now[:, -1] |= mask
@@ -266,7 +279,7 @@ def _moved_first(net: Network, paths: Paths) -> Iterator[Paths]:
 
 
 def _arrive(net: Network, paths: Paths, may_move_more: bool) -> Iterator[Paths]:
-    """At most one transfer, then gathers: which of the gathers the transfer does too is what varies."""
+    """Adds at most one transfer, then gathers. Paths differ in which of the gathers the transfer does too."""
     paths = paths.without(1 / net.count[paths.split()] > _SLACK * paths.largest)
     if not len(paths):
         return
@@ -284,20 +297,20 @@ def _arrive(net: Network, paths: Paths, may_move_more: bool) -> Iterator[Paths]:
             yield from _gather(net, moved.take(rows), later[rows])
         again = np.flatnonzero(left)
         paths, left = paths.take(again), left[again]
-        left = left & (left - 1)  # the slowest links are the first that the transfer serves too
+        left = left & (left - 1)  # the transfer takes over the gathers with the slowest links first
 
 
 def _transfer(net: Network, paths: Paths, later: Array) -> tuple[Paths, Array]:
-    """To the target, still split at the end of its dims by the axes that are gathered ``later``.
+    """Adds a transfer to the target. Dims stay split at their end by the axes that are gathered ``later``.
 
     Returns the paths and whether each moves no more than must be moved.
     """
     now, target = paths.now, paths.target
     after = target | later
-    goes_on = ((now & net.span[after]) == after) & ((later & net.span[target]) == 0)  # its pieces are made of those now
+    goes_on = ((now & net.span[after]) == after) & ((later & net.span[target]) == 0)  # its pieces consist of the pieces now
     aligned = goes_on | ((later == 0) & ((target & net.span[now]) == now))
     arriving = np.bitwise_or.reduce(after, axis=1)
-    # where pieces do not nest, some rank has nothing of what it shall have
+    # where pieces do not nest, some rank has nothing of its target piece
     kept = np.where(aligned.all(axis=1), 1 / np.multiply.reduce(net.count[now & ~after], axis=1), 0.0)
     lacked = (1 - kept) / net.count[arriving]
     moving = _moving(net, now, target, later)
@@ -307,21 +320,21 @@ def _transfer(net: Network, paths: Paths, later: Array) -> tuple[Paths, Array]:
     mask = np.asarray(np.where(moving, moving, arriving))
     fixed = net.launch + messages * net.latency[moving]
     result = replace(paths, now=after).then(kind, mask, fixed, lacked * net.second[moving], lacked)
-    # what a rank has of what it shall have is kept where the pieces to be gathered stay in the same places, too
+    # a rank keeps its part of the target piece where the pieces to be gathered stay in the same places, too
     staying = now & ~later
     swapped = ((later & net.span[staying]) == 0) & (net.count[staying] == net.count[target])
     return result, (goes_on | swapped | (later == 0)).all(axis=1)
 
 
 def _moving(net: Network, now: Array, target: Array, later: Array) -> Array:
-    """Returns the axes along which pieces move: those that do not come at the same place among the axes of the same dim."""
+    """Returns the axes along which pieces move: those that change their place among the axes of their dim."""
     rest = now & ~target
     common = np.where((now & net.span[target]) == target, target | (rest & _low(rest ^ later)), now & _low(now ^ target))
     return np.asarray(np.bitwise_or.reduce(now & ~common, axis=1))
 
 
 def _gather(net: Network, paths: Paths, later: Array) -> Iterator[Paths]:
-    """Yields the gathers that remain, the slowest first: all together, dim by dim, or axis by axis from the end of a dim."""
+    """Yields the remaining gathers, the slowest first: all together, dim by dim, or axis by axis from the end of a dim."""
     mask = np.bitwise_or.reduce(later, axis=1)
     arrived = replace(paths, now=paths.target)
     held = 1 / net.count[paths.split()]

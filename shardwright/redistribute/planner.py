@@ -1,13 +1,13 @@
-"""The planner: the cheapest steps from one layout to another.
+"""Planner: finds the cheapest steps from one layout to another.
 
 It lists the few sequences that can be cheapest and takes the cheapest by :class:`Links` among those that
 
 - move no more than the lower bound: without pending reductions, every rank receives exactly the elements that it lacks;
 - hold nothing larger than the larger end (and 5 %) in between.
 
-What can be cheapest has one shape. What shrinks the tensor comes first: slices, then reduce-scatters. Then at most one
-transfer, in which every axis that changes its place does so at once (two transfers one after the other move more than
-one does). Then gathers, the slow links first, while the tensor is small. What may differ is which gathers the transfer
+All sequences that can be cheapest have one form. Steps that shrink the tensor come first: slices, reduce-scatters. Then at
+most one transfer, in which every axis that changes its place does so at once (two transfers one after the other move more than
+one does). Then gathers, the slow links first, while the tensor is small. Sequences differ in which gathers the transfer
 does too, how gathers are joined, and how pending sums that the target does not split are reduced: by an all-reduce, or
 by a reduce-scatter over a spare dim that the gathers undo. A single exchange is always among them and meets both bounds.
 """
@@ -45,17 +45,17 @@ from shardwright.redistribute.volume import (
 
 MEMORY_SLACK = 1.05
 
-# What is cheaper by rounding errors only is not: the first found stays, which has the fewer steps.
+# A price that is lower only by rounding errors does not count: the first path found, with fewer steps, stays.
 _CHEAPER = 1 - 1e-9
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a redistribution may use and what it costs.
+    """Limits and prices for redistributions.
 
     Args:
         links: prices of messages.
-        itemsize: bytes an element.
+        itemsize: bytes per element.
         enable_alltoall: where false, pieces move by all-gather and slice only (and, between different sets of ranks,
             by one exchange): more bytes and larger intermediates, for backends whose all-to-all is slow or missing.
     """
@@ -67,7 +67,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Path:
-    """A layout, the steps that lead to it and what they cost in seconds."""
+    """A layout, the steps that lead to it, and their price in seconds."""
 
     now: Layout
     steps: tuple[Step, ...] = ()
@@ -75,7 +75,15 @@ class Path:
 
 
 def cheapest(source: Layout, target: Layout, shape: tuple[int, ...], options: Options) -> tuple[Step, ...]:
-    """Returns the cheapest steps between two layouts in normal form; both over one mesh, or ``target`` without partial axes."""
+    """Finds the cheapest steps between two layouts in normal form.
+
+    Both are over one mesh, or ``target`` has no partial axes.
+
+    Args:
+        source, target: layouts before and after.
+        shape: global shape.
+        options: rules and prices.
+    """
     planner = _Planner(source, target, shape, options)
     fallback: Path | None = None
     best: Path | None = None
@@ -89,7 +97,7 @@ def cheapest(source: Layout, target: Layout, shape: tuple[int, ...], options: Op
 
 
 class _Planner:
-    """One search. ``limit`` is the price of the best found so far: what costs as much already is not followed."""
+    """One search for the cheapest path. ``limit`` is the best price so far; paths that reach it are dropped."""
 
     def __init__(self, source: Layout, target: Layout, shape: tuple[int, ...], options: Options):
         self.source, self.target, self.shape, self.options = source, target, shape, options
@@ -103,18 +111,24 @@ class _Planner:
     def then(
         self, path: Path, kind: str, axes: Sequence[str], after: Layout, dims: tuple[int, ...] = (), op: str = "sum"
     ) -> Path:
-        """Returns the path with one more step."""
+        """Returns the path with one more step.
+
+        Args:
+            path: the path so far.
+            kind, axes, dims, op: see :class:`~shardwright.ir.step.Step`.
+            after: layout after the step.
+        """
         step = Step(kind, tuple(axes), path.now, after, dims, op)
         if step not in self.prices:
             self.prices[step] = self.options.links.seconds(step, self.shape, self.options.itemsize)
         return Path(after, (*path.steps, step), path.price + self.prices[step])
 
     def is_hopeless(self, path: Path, messages: int) -> bool:
-        """Tells whether a path that takes at least so many more messages cannot become the cheapest."""
+        """Tells whether a path with at least so many more messages cannot become the cheapest."""
         return path.price + messages * self.message >= self.limit
 
     def _needs_too_long(self, path: Path, target: Layout) -> bool:
-        """Returns the same by the bytes that must still arrive."""
+        """Tells whether the bytes that must still arrive make a path too expensive."""
         if self.limit == math.inf or path.now == target:
             return False
         missing = int(lacked(path.now, target, self.shape).max(initial=0)) * self.options.itemsize
@@ -125,7 +139,7 @@ class _Planner:
         if peak_elements(steps, self.shape) > MEMORY_SLACK * ends:
             return False
         if self.source.partial != self.target.partial:
-            return True  # sums done on the way: whoever combines an element need not be who wants it
+            return True  # sums are done on the way, and the rank that combines an element may not be the one that needs it
         return sum(received_elements(step, self.shape) for step in steps) <= lower_bound(self.source, self.target, self.shape)
 
     # -- the sequences --------------------------------------------------------------------------------------------
@@ -149,7 +163,7 @@ class _Planner:
             yield from self._moved_then_reduced(sliced)
 
     def split(self, path: Path, slices_only: bool = False) -> Path:
-        """Slices dims by replicated axes and reduce-scatters them by partial ones, as far as the target does.
+        """Slices dims by replicated axes and reduce-scatters them by partial ones. It goes as far as the target does.
 
         Slices first: they cost nothing and make what follows smaller. A rank keeps all it has of its target piece.
         """
@@ -177,7 +191,7 @@ class _Planner:
         return path
 
     def reduced(self, path: Path) -> Iterator[Path]:
-        """Does what is left of the pending reductions; sums before maxima before minima."""
+        """Reduces what is left of the pending reductions; sums before maxima before minima."""
         pending = _pending(path.now, self.target)
         if self.is_hopeless(path, messages=1 if pending else 0):
             return
@@ -208,10 +222,10 @@ class _Planner:
             yield self.then(path, "reduce_scatter", axes, self._finer(path.now, dim, axes, axes), (dim,), op)
 
     def _shared(self, path: Path) -> Iterator[Path]:
-        """Replicas share the reduction: each slices a part of its own first, whatever the target does with it."""
+        """Shares the reduction among replicas: each first slices its own part, whatever the target does with it."""
         spare = _replicating(path.now)
         roomy = self._roomy(path.now, spare) if spare else []
-        # where the sums are not to be scattered to: those go straight to their places then
+        # not where the target wants the sums scattered, since those go there directly
         for dim in sorted(roomy, key=lambda d: len({*path.now.partial_axes} & {*self.target.bound[d]}))[:1]:
             yield self.then(path, "slice", spare, self._finer(path.now, dim, spare), (dim,))
 
@@ -228,14 +242,12 @@ class _Planner:
                 yield from self.moved(self.split(reduced))
 
     def _finer(self, now: Layout, dim: int, axes: tuple[str, ...], reduced: Sequence[str] = ()) -> Layout:
-        """``now`` with a dim split by these axes too: into the target's explicit sizes only if each lies within a piece."""
+        """Splits a dim of ``now`` by these axes too. It uses the target's explicit sizes only if each lies within a piece."""
         after = _with_dim(now, self.target, dim, now.bound[dim] + axes, reduced)
         return after if _refines(after, now, dim, self.shape) else _with_dim(now, now, dim, now.bound[dim] + axes, reduced)
 
     def _roomy(self, layout: Layout, axes: Sequence[str]) -> list[int]:
-        """Returns two dims at most that can be split by ``axes`` too, evenly if one can; first those where the target has
-        them.
-        """
+        """Returns at most two dims that `axes` can split too, evenly if possible; first those where the target has them."""
         count = layout.mesh.count(axes)
         free = [d for d in range(layout.ndim) if layout.sizes[d] is None]
         now = {d: layout.mesh.count(layout.bound[d]) for d in free}
@@ -244,12 +256,12 @@ class _Planner:
         return sorted(roomy, key=lambda d: not set(axes) & set(self.target.bound[d]))[:2]
 
     def moved(self, path: Path, target: Layout | None = None) -> Iterator[Path]:
-        """From a layout without pending reductions, but those the target keeps, to the target, on one mesh."""
+        """Yields the paths to the target on one mesh. Only reductions that the target keeps may be pending."""
         target = target or self.target
         if self.is_hopeless(path, messages=0 if path.now == target else 1) or self._needs_too_long(path, target):
             return
         if self.source.partial != self.target.partial and path.price >= self.reached.get((path.now, target), math.inf):
-            return  # been here for less
+            return  # a cheaper path has been here
         self.reached[path.now, target] = path.price
         if path.now == target:
             yield path
@@ -268,7 +280,7 @@ class _Planner:
         """Yields the layouts from which only gathers are left."""
         speed = self.options.links.speed
         leaving = sorted((a for a in now.split_axes if a not in target.split_axes), key=lambda a: speed((a,))[1])
-        for count in range(len(leaving)):  # what the transfer gathers too has the slowest links
+        for count in range(len(leaving)):  # the transfer takes over the gathers with the slowest links
             between = _with_suffixes(now, target, leaving[count:])
             if between is not None:
                 yield between
@@ -282,7 +294,7 @@ class _Planner:
             yield _with_dim(layout, layout, dim, (*layout.bound[dim], *spare))
 
     def transfer(self, path: Path, after: Layout) -> Path:
-        """Returns one step in which every rank gets what it lacks, under the most telling name."""
+        """Returns the path with one step in which every rank gets what it lacks. Its kind is the most specific one."""
         now = path.now
         if now.mesh == after.mesh:
             dims = _one_to_one(now, after, self.shape)
@@ -300,7 +312,9 @@ class _Planner:
         return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
-        """Yields the gathers that remain, joined in one, dim by dim or one axis at a time, the slowest links first."""
+        """Yields paths with the remaining gathers, the slowest links first. They are joined in one, dim by dim, or one axis at
+        a time.
+        """
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
         if self.is_hopeless(path, messages=1 if left else 0):
             return
@@ -332,7 +346,7 @@ class _Planner:
         return path
 
     def _gathered_and_sliced(self, path: Path) -> Iterator[Path]:
-        """Without all-to-all: gathers every dim back to where both layouts agree, then slices."""
+        """Gathers every dim back to where both layouts agree, then slices. For use without all-to-all."""
         dims, sizes = list(path.now.bound), list(path.now.sizes)
         arriving = {a for d, axes in enumerate(self.target.bound) for a in axes if a not in path.now.bound[d]}
         for dim, axes in enumerate(path.now.bound):
@@ -351,7 +365,9 @@ class _Planner:
     # -- between meshes -------------------------------------------------------------------------------------------
 
     def across(self, path: Path) -> Iterator[Path]:
-        """To another mesh, over the same ranks or others; where few ranks would send much, the readers share the work."""
+        """Yields paths to another mesh, over the same ranks or others. If few ranks would send much, the receivers share the
+        work.
+        """
         now, target = path.now, self.target
         if now.bounds(self.shape) == target.bounds(self.shape):
             yield Path(target, path.steps, path.price)

@@ -1,4 +1,4 @@
-"""Routes: which rank sends which region to which, when every rank gets exactly what it lacks."""
+"""Routes: pairs of ranks and the regions they send, when every rank gets exactly what it lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Part = tuple[int, ...]
 
 
 def extent(region: Region) -> tuple[int, ...]:
-    """Returns shape of a region.
+    """Returns the shape of a region.
 
     >>> extent(((2, 5), (0, 4)))
     (3, 4)
@@ -31,7 +31,7 @@ def elements(region: Region) -> int:
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """Returns how many leading entries two sequences share.
+    """Counts the leading entries that two sequences share.
 
     >>> common_prefix(("dp", "sp", "tp"), ("dp", "tp"))
     1
@@ -41,14 +41,14 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 
 @lru_cache(maxsize=4096)
 def exchange_routes(source: Layout, target: Layout, shape: tuple[int, ...]) -> tuple[Route, ...]:
-    """What an exchange moves: ``(from rank, to rank, region of the global tensor)``, in a fixed order.
+    """Lists the routes of an exchange in a fixed order. Each is ``(from rank, to rank, region of the global tensor)``.
 
     A rank keeps what it has (a route to itself). What it lacks comes from one of the ranks that hold it: of the nearest
     (those that share the most leading coordinates of the mesh), the one that sends least so far. Regions of a target
     rank do not overlap and cover its piece. The two layouts may be over different ranks.
     """
     have, want = source.bounds(shape), target.bounds(shape)
-    part = _parts(source)  # ranks with other parts of a pending sum hold other values
+    part = _parts(source)  # ranks with different parts of a pending sum hold different values
     holders: dict[tuple[Part, Region], list[int]] = {}
     for rank, bounds in have.items():
         holders.setdefault((part[rank], bounds), []).append(rank)
@@ -78,7 +78,7 @@ def exchange_routes(source: Layout, target: Layout, shape: tuple[int, ...]) -> t
 
 
 def route_groups(routes: tuple[Route, ...]) -> tuple[tuple[int, ...], ...]:
-    """Returns the sets of ranks that routes connect, each ascending; ranks that neither send nor receive are in none.
+    """Returns the sets of ranks that routes connect, each ascending. Ranks that neither send nor receive are in none.
 
     >>> route_groups(((0, 1, ()), (1, 2, ()), (3, 3, ()), (5, 4, ())))
     ((0, 1, 2), (4, 5))
@@ -101,14 +101,14 @@ def route_groups(routes: tuple[Route, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 def _parts(layout: Layout) -> dict[int, Part]:
-    """Which part of the pending reductions each rank holds; the same everywhere where nothing is pending."""
+    """Returns the part of the pending reductions that each rank holds; the same for all if none is pending."""
     if not layout.partial:
         return dict.fromkeys(layout.mesh.ranks, ())
     return {r: tuple(layout.mesh.coordinates(r)[a] for a in layout.partial_axes) for r in layout.mesh.ranks}
 
 
 class _Grid:
-    """The intervals that pieces have along one dim, for finding those that overlap a given one."""
+    """Finds the pieces along one dim that overlap a given interval."""
 
     def __init__(self, intervals: list[Interval]):
         self.intervals = [i for i in intervals if i[0] < i[1]]
@@ -120,7 +120,7 @@ class _Grid:
 
 
 class _Distance:
-    """How far apart two ranks of one mesh are: the number of its axes after and with the first in which they differ.
+    """Measures how far apart two ranks of one mesh are: the number of axes from the first in which they differ.
 
     The outer axes of a device matrix span the slower links.
     """

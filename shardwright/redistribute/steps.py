@@ -1,8 +1,8 @@
 """Redistribution: the steps that turn one layout of a tensor into another, forward and backward.
 
 The backward of a redistribution is the redistribution of the gradient. The gradient of a value has the value's pieces;
-where the value was partial its gradient is replicated; and it is partial over the axes along which the ranks that read
-the value went on to do different things. So both directions come from one planner of values, and both are minimal.
+where the value was partial, its gradient is replicated; and it is partial over the axes along which the ranks that read
+the value then do different work. So one planner of values plans both directions, and both are minimal.
 
 Plans are remembered: by the layouts themselves, and beneath that by the layouts with their axes renamed, so that plans
 for ``dp`` and ``tp`` of one size are made once.
@@ -30,7 +30,13 @@ def redistribution(
     partial_gradient: tuple[str, ...] = (),
     options: Options = DEFAULT,
 ) -> Redistribution:
-    """Plans a redistribution of a tensor of global ``shape``.
+    """Plans a redistribution of a tensor of global ``shape``, forward and backward.
+
+    Args:
+        source, target: layouts before and after.
+        shape: global shape.
+        partial_gradient: axes over which the gradient at the target is partial.
+        options: rules and prices.
 
     >>> base = Layout((2, 2), ("dp", "mp"))
     >>> str(redistribution(base("dp", "None"), base("None", "None"), (4, 4), ("dp",)))
@@ -46,9 +52,14 @@ def redistribution(
 
 @lru_cache(maxsize=65536)
 def steps_between(source: Layout, target: Layout, shape: tuple[int, ...], options: Options = DEFAULT) -> tuple[Step, ...]:
-    """Returns the cheapest steps that turn values laid out as ``source`` into ``target``, over the same ranks or others.
+    """Finds the cheapest steps from ``source`` to ``target``, over the same ranks or others.
 
     Partial axes of ``target`` must be partial in ``source``: a pending reduction is done or kept, never invented.
+
+    Args:
+        source, target: layouts before and after.
+        shape: global shape.
+        options: rules and prices.
     """
     source, target = source.normal(shape), target.normal(shape)
     if source == target:

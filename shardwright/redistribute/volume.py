@@ -1,6 +1,6 @@
-"""How much each rank holds, and how much it lacks: the lower bound of what a redistribution must move.
+"""Volume: elements that each rank holds and lacks, and the lower bound of what a redistribution must move.
 
-Boxes are arrays over all ranks at once, so that a mesh of thousands of ranks costs microseconds.
+Boxes are arrays over all ranks, so that a mesh of thousands of ranks costs microseconds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _ONE = np.ones(1, np.int64)
 
 @lru_cache(maxsize=1024)
 def _coordinates(mesh: Mesh) -> Ints:
-    """Index along every axis, ``[axis, position]``."""
+    """Returns the index along every axis, ``[axis, position]``."""
     grid = np.indices(mesh.sizes or (1,), dtype=np.int64)
     return grid.reshape(len(mesh.sizes), -1) if mesh.sizes else np.zeros((0, 1), np.int64)
 
 
 @lru_cache(maxsize=16384)
 def _intervals(mesh: Mesh, axes: tuple[str, ...], pieces: tuple[int, ...]) -> tuple[Ints, Ints]:
-    """Start and stop along one dim at every position of the mesh."""
+    """Returns start and stop along one dim at every position of the mesh."""
     index = np.zeros(mesh.size, np.int64)
     for axis in axes:
         index = index * mesh.axis_size(axis) + _coordinates(mesh)[mesh.axes.index(axis)]
@@ -40,12 +40,12 @@ def _intervals(mesh: Mesh, axes: tuple[str, ...], pieces: tuple[int, ...]) -> tu
 
 
 def boxes(layout: Layout, shape: Shape) -> list[tuple[Ints, Ints]]:
-    """For every dim, start and stop at every position of the mesh. Not to be changed."""
+    """Returns, for every dim, start and stop at every position of the mesh. Not to be changed."""
     return [_intervals(layout.mesh, axes, layout.pieces(dim, shape[dim])) for dim, axes in enumerate(layout.bound)]
 
 
 def held(layout: Layout, shape: Shape) -> Ints:
-    """Elements at every position of the mesh."""
+    """Counts the elements at every position of the mesh."""
     result = np.ones(layout.mesh.size, np.int64)
     for starts, stops in boxes(layout, shape):
         result *= stops - starts
@@ -54,7 +54,7 @@ def held(layout: Layout, shape: Shape) -> Ints:
 
 @lru_cache(maxsize=65536)
 def largest(layout: Layout, shape: Shape) -> int:
-    """Elements of the largest piece."""
+    """Counts the elements of the largest piece."""
     sizes = layout.sizes
     return math.prod(
         -(-size // layout.mesh.count(axes)) if sizes[dim] is None and len(axes) < 2 else max(layout.pieces(dim, size))
@@ -63,7 +63,7 @@ def largest(layout: Layout, shape: Shape) -> int:
 
 
 def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:
-    """Elements of its target piece that each rank of the target does not hold in the source, by target position."""
+    """Counts the elements of each target piece that its rank lacks. They are in the order of target positions."""
     if source.mesh.ranks == target.mesh.ranks:
         wanted = common = _ONE
         for have, want in zip(boxes(source, shape), boxes(target, shape), strict=True):
@@ -77,7 +77,7 @@ def lacked(source: Layout, target: Layout, shape: Shape) -> Ints:
 
 
 def _lacked_elsewhere(source: Layout, target: Layout, shape: Shape) -> Ints:
-    """:func:`lacked` where the two are over different ranks, or the same in another order."""
+    """Computes :func:`lacked` where the two are over different ranks, or the same in another order."""
     wanted, overlap = held(target, shape), np.ones(target.mesh.size, np.int64)
     position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
     both = [(i, position[rank]) for i, rank in enumerate(target.mesh.ranks) if rank in position]
@@ -89,7 +89,7 @@ def _lacked_elsewhere(source: Layout, target: Layout, shape: Shape) -> Ints:
 
 
 def is_local(source: Layout, target: Layout, shape: Shape) -> bool:
-    """Tells whether every rank of the target can cut its piece out of what it holds."""
+    """Tells whether every rank of the target already holds its piece."""
     if set(source.mesh.ranks) != set(target.mesh.ranks):
         return False
     position = {rank: i for i, rank in enumerate(source.mesh.ranks)}
@@ -104,7 +104,7 @@ def is_even(layout: Layout, shape: Shape) -> bool:
 
 
 def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:
-    """Elements that all ranks together must receive, whatever the steps.
+    """Counts the elements that all ranks together must receive, whatever the steps.
 
     Without pending reductions: what each rank lacks. With ``k`` parts to combine, an element costs ``k - 1`` receipts to
     combine and one for every rank that wants it but the one that combined it.
@@ -124,7 +124,7 @@ def lower_bound(source: Layout, target: Layout, shape: Shape) -> int:
 
 
 def received_elements(step: Step, shape: Shape) -> int:
-    """Elements that all ranks together receive in one step, by the bandwidth-optimal algorithm of its collective."""
+    """Counts the elements that all ranks together receive in one step, by its collective's bandwidth-optimal algorithm."""
     if not step.communicates:
         return 0
     if step.kind in TRANSFERS or step.kind == "all_gather":
@@ -136,14 +136,14 @@ def received_elements(step: Step, shape: Shape) -> int:
 
 
 def groups_that_communicate(step: Step, shape: Shape) -> list[list[int]]:
-    """Returns the groups of ranks that send to each other in one step; of an exchange, those that its routes connect."""
+    """Returns the groups of ranks that send to each other in one step; for an exchange, those its routes connect."""
     if step.kind in ("exchange", "permute"):
         return [list(group) for group in route_groups(exchange_routes(step.source, step.target, shape))]
     return step.groups
 
 
 def sent_elements(step: Step, shape: Shape) -> int:
-    """Elements the busiest rank sends in one step, by the bandwidth-optimal algorithm of its collective.
+    """Counts the elements that the busiest rank sends in one step. Its collective's algorithm is the bandwidth-optimal one.
 
     All-reduce ``2 (n-1)/n`` of the local tensor, all-gather and all-to-all and reduce-scatter ``(n-1)/n`` of the
     larger end, an exchange what its busiest rank must receive or send. Source: Thakur, Rabenseifner and Gropp,
@@ -166,5 +166,5 @@ def sent_elements(step: Step, shape: Shape) -> int:
 
 
 def peak_elements(steps: tuple[Step, ...], shape: Shape) -> int:
-    """Elements of the largest local tensor between two steps, over all ranks; 0 where there are no steps."""
+    """Counts the elements of the largest local tensor between two steps, over all ranks; 0 without steps."""
     return max((largest(layout, shape) for step in steps for layout in (step.source, step.target)), default=0)

@@ -119,7 +119,7 @@ def _totals(plan: Plan, program: LocalProgram | None) -> list[str]:
     if program is None:
         return []
     totals = {"forward": [0, 0], "backward": [0, 0]}
-    shared = {move.output: at for at, members in enumerate(program.together) for move in members}
+    shared = {move.output: at for at, members in enumerate(program.shared_moves) for move in members}
     seen: set[object] = set()
     for move in program.moves:
         redistribution = move.redistribution

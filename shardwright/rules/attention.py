@@ -11,10 +11,10 @@ from shardwright.rules.traits import Traits, register_traits
 
 @rule_for("aten.scaled_dot_product_attention")
 def _attention(op: Operator) -> Signature | None:
-    """Queries ``... h l e``, keys ``... h s e``, values ``... h s v`` and a mask that broadcasts to ``... h l s``.
+    """Splits queries ``... h l e``, keys ``... h s e``, values ``... h s v`` and a mask that broadcasts to ``... h l s``.
 
-    With grouped queries (``enable_gqa``) a key's head serves ``r`` heads of queries. Dropout would have to draw for
-    each piece what the whole draws there: it has no rule.
+    With grouped queries (``enable_gqa``) a key's head serves ``r`` heads of queries. Dropout has no rule: it would need, for
+    each piece, the random numbers that the whole tensor gets there.
     """
     if op.argument("dropout_p"):
         return None

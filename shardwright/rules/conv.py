@@ -3,7 +3,7 @@
 Input channels of a convolution are summed, so splitting them leaves a partial sum, to which the bias is added after its
 reduction. With groups, the groups are what is split: ``(g c)`` in, ``(g o)`` out.
 
-Not here, so that they run whole: unpooling, fractional pooling and ``affine_grid_generator``.
+Unpooling, fractional pooling and ``affine_grid_generator`` have no rule, so they run whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shardwright.rules.traits import Traits, register_traits
 @rule_for("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution")
 @rule_for("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
 def _convolution_rule(op: Operator) -> Signature | None:
-    """``n c+ spatial, o c+ kernel, o -> n o spatial``; a transposed one has its weight as ``c o kernel``."""
+    """Builds ``n c+ spatial, o c+ kernel, o -> n o spatial``. A transposed convolution has its weight as ``c o kernel``."""
     if any(meta.numel == 0 for meta in (*op.inputs, *op.outputs)):
         return None
     spatial = len(op.inputs[1].shape) - 2
@@ -77,7 +77,7 @@ def _convolution(local: Local) -> tuple[Ref, ...]:
 
 
 def _local_groups(local: Local) -> Any:
-    """Returns how many groups the rank has; 1 where it has none, and nothing to convolve."""
+    """Counts the groups that the rank has; 1 if it has none, and nothing to convolve."""
     dim = len(local.op.outputs[0].shape) - len(local.op.inputs[1].shape) + 1
     each = local.signature.sizes["o"]
     return of_sizes(lambda size: max(1, size // each), local.local_size(True, 0, dim))
@@ -96,7 +96,7 @@ def _replaced(op: Operator, args: Sequence[Any], kwargs: dict[str, Any], **chang
 
 
 def add_channel_bias(x: Tensor, bias: Tensor, spatial: int) -> Tensor:
-    """``x`` plus one number for each channel, in the dtype of ``x``; channels stand before ``spatial`` dims."""
+    """Adds one number per channel to ``x``, in the dtype of ``x``. Channels stand before ``spatial`` dims."""
     return x + bias.to(x.dtype).reshape(-1, *([1] * spatial))
 
 
@@ -126,7 +126,7 @@ def _planes_3d(op: Operator) -> Signature | None:
 
 
 def _planes(op: Operator, spatial: int) -> Signature | None:
-    """Returns an operator on each plane (line, volume) by itself: batch and channels are free."""
+    """Builds the rule of an operator that treats each plane (line, volume) separately: batch and channels are free."""
     if len(op.inputs) != 1 or op.inputs[0].numel == 0:
         return None
     outside = names(len(op.inputs[0].shape) - spatial)
@@ -139,7 +139,7 @@ def _planes(op: Operator, spatial: int) -> Signature | None:
 
 @rule_for("aten.pixel_shuffle", "aten.pixel_unshuffle")
 def _pixel_shuffle_rule(op: Operator) -> Signature | None:
-    """``(c p q) h w -> c (h p) (w q)`` and back: channels and both sides of the picture are free."""
+    """Builds ``(c p q) h w -> c (h p) (w q)`` and its inverse. Channels and both sides of the picture are free."""
     packed, wide = (op.inputs[0], op.outputs[0]) if op.name == "aten.pixel_shuffle" else (op.outputs[0], op.inputs[0])
     if packed.numel == 0:
         return None
@@ -153,7 +153,7 @@ def _pixel_shuffle_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.channel_shuffle")
 def _channel_shuffle_rule(op: Operator) -> Signature | None:
-    """Channels are whole, everything else is free."""
+    """Keeps channels whole; everything else is free."""
     if op.inputs[0].numel == 0:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -163,7 +163,7 @@ def _channel_shuffle_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.im2col", "aten.col2im")
 def _columns_rule(op: Operator) -> Signature | None:
-    """``n c h w -> n (c k) l`` and back: batch and channels are free."""
+    """Builds ``n c h w -> n (c k) l`` and its inverse. Batch and channels are free."""
     picture, columns = (op.inputs[0], op.outputs[0]) if op.name == "aten.im2col" else (op.outputs[0], op.inputs[0])
     if picture.numel == 0 or columns.numel == 0:
         return None
@@ -176,7 +176,7 @@ def _columns_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.grid_sampler")
 def _grid_sampler_rule(op: Operator) -> Signature | None:
-    """Returns each rank samples its own points from whole pictures."""
+    """Splits the points, which each rank samples from whole pictures."""
     spatial = len(op.inputs[0].shape) - 2
     read, points = [f"x{i}!" for i in range(spatial)], names(spatial, "p")
     inputs = [["n", "c", *read], ["n", *points, "coordinates!"]]

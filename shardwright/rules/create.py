@@ -1,7 +1,7 @@
 """Rules of operators that create tensors: every dim of the output is free, each rank makes its own piece.
 
 Sequences of floats are made whole and cut, because their values depend on how many are made at a time. ``new_zeros``
-and its like read no values of their input, so that input may be split as it pleases. Not here, so that they run whole:
+and similar ones read no values of their input, so that input may be split in any way. Without a rule, so that they run whole:
 windows, index lists (``tril_indices``), ``logspace`` and ``vander``.
 """
 
@@ -34,7 +34,7 @@ _VALUES: dict[str, Callable[..., Any]] = {
 @rule_for("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
 @rule_for("aten.empty_strided", "aten.empty_permuted", "aten.new_empty_strided")
 def _constant_rule(op: Operator) -> Signature | None:
-    """Returns a tensor of one value, or of none; the strides of what has no values are each piece's own affair."""
+    """Builds the rule of a tensor with one value, or with none. Each piece of the latter has its own strides."""
     return _created(op, _constant)
 
 
@@ -59,7 +59,7 @@ def _scalar_rule(op: Operator) -> Signature | None:
 
 
 def _created(op: Operator, lowering: Any) -> Signature | None:
-    """Free dims in the output, inner ones in inputs whose values are not read."""
+    """Builds a rule with free output dims. Inputs whose values are not read have inner dims."""
     if len(op.outputs) != 1 or len(op.inputs) > 1:
         return None
     inputs = ", ".join(" ".join(f"i{n}_{d}~" for d in range(len(m.shape))) for n, m in enumerate(op.inputs))
@@ -68,7 +68,7 @@ def _created(op: Operator, lowering: Any) -> Signature | None:
 
 
 def _constant(local: Local) -> tuple[Ref, ...]:
-    """Made from a shape alone: the result must not depend on a tensor of which it reads only the dtype and device."""
+    """Emits a tensor made from a shape only. It must not depend on a tensor of which only dtype and device are read."""
     op, meta = local.op, local.op.outputs[0]
     if not local.split:
         return local.same_call()
@@ -90,7 +90,7 @@ def _is_whole_numbers(op: Operator) -> bool:
 
 
 def _arange(local: Local) -> Ref:
-    """Returns the numbers of the piece, by their own first and last."""
+    """Emits the numbers of the piece, from its own first to its own last."""
     first, step = local.op.argument("start", 0), local.op.argument("step", 1)
     at, size = start(local, True, 0, 0), local.local_size(True, 0, 0)
     begin = of_sizes(lambda a: first + step * a, at)
@@ -109,7 +109,12 @@ def _eye(local: Local) -> tuple[Ref, ...]:
 
 
 def eye_block(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: Any = None) -> Tensor:
-    """Returns a block of an identity matrix, whose ones stand on this diagonal of the block.
+    """Computes a block of an identity matrix, with its ones on this diagonal.
+
+    Args:
+        rows, columns: size of the block.
+        diagonal: number of the block's diagonal with the ones, 0 for the main one.
+        dtype, device: of the result.
 
     >>> eye_block(2, 3, 1, torch.int64)
     tensor([[0, 1, 0],

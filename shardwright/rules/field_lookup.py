@@ -1,7 +1,7 @@
-"""Lookup by field: an embedding whose columns of indices each read a range of rows of their own (``manual_split``).
+"""Lookup by field: an embedding in which each column of indices reads its own range of rows (``manual_split``).
 
 The table is cut by rows and the indices by their last dim, both by the same axes, so that a rank reads its own rows only:
-no rank needs another's, and nothing is summed. It is exact as long as the indices keep to the ranges; one that does not
+no rank needs another's, and nothing is summed. It is exact as long as the indices stay within the ranges; one that does not
 is an error, on the CPU with a message, elsewhere the device's own.
 """
 
@@ -17,7 +17,7 @@ from shardwright.ir.instructions import Ref
 from shardwright.ir.operator import Operator
 from shardwright.ir.signature import Signature
 from shardwright.rules.in_range import check_in_range
-from shardwright.rules.index import embedding_of_rows, own_row
+from shardwright.rules.index import embedding_of_rows, local_row
 from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.pieces import of_sizes, start
@@ -25,7 +25,7 @@ from shardwright.rules.registry import rule_for
 
 
 def lookup_by_field(table: Tensor, indices: Tensor, padding: int = -1) -> Tensor:
-    """Rows of a table; the same as ``torch.embedding``.
+    """Looks up rows of a table, as ``torch.embedding`` does.
 
     >>> lookup_by_field(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0])).flatten()
     tensor([2., 1.])
@@ -35,7 +35,7 @@ def lookup_by_field(table: Tensor, indices: Tensor, padding: int = -1) -> Tensor
 
 @rule_for("lookup_by_field")
 def _rule(op: Operator) -> Signature:
-    """Rows and fields are split together; rows alone by lookups that are zero elsewhere and then summed."""
+    """Splits rows and fields together. Otherwise a split of rows gives zeros for rows of other ranks, which are then summed."""
     return replace(parse("rows~ e, ... f -> ... f e", op, None, (), _lookup), tied=frozenset({"rows", "f"}))
 
 
@@ -45,26 +45,30 @@ def _lookup(local: Local) -> tuple[Ref, ...]:
         return local.same_call()
     table, indices = local.inputs
     first, count = start(local, False, 0, 0), local.local_size(False, 0, 0)
-    padding = of_sizes(own_row, local.op.args[2] if len(local.op.args) > 2 else -1, first, count)
+    padding = of_sizes(local_row, local.op.args[2] if len(local.op.args) > 2 else -1, first, count)
     if rows == fields:
-        return (local.call(own_rows, table, indices, first, padding, local.op.inputs[0].shape[0]),)
+        return (local.call(rows_of_piece, table, indices, first, padding, local.op.inputs[0].shape[0]),)
     assert not set(rows) & set(fields), "rows and fields share axes but are not split alike"
     meta, whole = local.op.outputs[0], local.output_layouts[0]
     found = local.call(embedding_of_rows, table, indices, first, padding, local.op.inputs[0].shape[0])
     return (local.move(found, meta.shape, whole.with_partial(rows), whole, (), meta.dtype),)
 
 
-def own_rows(table: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
-    """Rows of a piece of a table that starts at row ``first``, for indices into the whole table.
+def rows_of_piece(table: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
+    """Looks up rows in a piece of a table, by indices into the whole table.
 
     Args:
-        size: how many rows the whole table has.
+        table: local rows ``first, first + 1, ...``.
+        indices: row numbers of the whole table.
+        first: number of the piece's first row.
+        padding: the local row that gets no gradient, or -1.
+        size: number of rows of the whole table.
 
     Raises:
         IndexRangeError: an index of no row.
         ShardwrightError: an index into another piece.
 
-    >>> own_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([8, 7]), 7).flatten()
+    >>> rows_of_piece(torch.tensor([[1.0], [2.0]]), torch.tensor([8, 7]), 7).flatten()
     tensor([2., 1.])
     """
     rows, own = table.shape[0], indices - first if first else indices

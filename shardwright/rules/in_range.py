@@ -1,9 +1,9 @@
-"""In range: the error of the single device for an index that no row or class has, where ranks look up in pieces.
+"""In range: raises the single device's error for indices out of range, where ranks look up in pieces.
 
-A rank that holds a piece of a dim takes what is outside of it for another rank's, so it has to be told how long the dim is.
-Ranks that share a dim hold the same indices and all raise; of ranks that hold other indices those raise that find one, and
-the job comes down with them. On a CPU the check is one pass over the indices, before anything is sent; on other devices it is
-the device's own assertion, which does not wait.
+A rank that holds a piece of a dim takes indices outside of it for another rank's, so the check needs the size of the whole dim.
+Ranks that share a dim hold the same indices, so all of them raise. Among ranks with different indices only those that find a
+wrong one raise, and the job ends with them. On a CPU the check is one pass over the indices, before anything is sent; on other
+devices it is the device's own assertion, which does not wait.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ aten = torch.ops.aten
 
 
 def check_in_range(indices: Tensor, size: int, what: str, ignored: int | None = None) -> None:
-    """Refuses indices below 0 or not below ``size``.
+    """Raises an error for indices below 0 or not below ``size``.
 
     Args:
-        what: what an index names, for the error.
+        indices: the local indices.
+        size: global size of the dim.
+        what: name of what is indexed, for the error.
         ignored: an index that means none.
 
     Raises:
@@ -34,7 +36,7 @@ def check_in_range(indices: Tensor, size: int, what: str, ignored: int | None = 
         aten._assert_async.msg(is_right.all(), f"index out of range: a {what} is not one of {size}")
         return
     if indices.device.type == "meta" or type(indices) is not Tensor or not indices.numel():
-        return  # nothing is known of values
+        return  # fake or meta tensors have no values
     low, high = map(int, indices.aminmax())
     if low >= 0 and high < size:
         return

@@ -3,8 +3,8 @@
 A dim that is indexed is whole in the tensor that is read, and free in the indices: each rank looks its own indices up
 in the whole dim. An embedding's table may be split along its rows too: each rank answers for the rows it holds.
 
-Not here, so that they run whole: embeddings whose gradient is sparse or scaled by frequency, and ``put``. What has an output
-of a size that depends on values (``nonzero``, boolean masks as indices) is refused when it is captured.
+Embeddings whose gradient is sparse or scaled by frequency, and ``put``, have no rule, so they run whole. Operators whose output
+size depends on values (``nonzero``, boolean masks as indices) are refused when they are captured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shardwright.rules.traits import Traits, register_traits
 
 @rule_for("aten.embedding")
 def _embedding_rule(op: Operator) -> Signature | None:
-    """Rows split: the output is a partial sum, to which each rank adds the rows it holds."""
+    """Splits rows: the output is then a partial sum, to which each rank adds the rows it holds."""
     if op.argument("scale_grad_by_freq") or op.argument("sparse") or op.inputs[0].numel == 0:
         return None
     return parse("rows+ e, ... -> ... e", op, None, (), _embedding)
@@ -40,23 +40,24 @@ def _embedding(local: Local) -> tuple[Ref, ...]:
         return local.same_call()
     weight, indices = local.inputs
     first, rows = start(local, False, 0, 0), local.local_size(False, 0, 0)
-    padding = of_sizes(own_row, local.op.argument("padding_idx", -1), first, rows)
+    padding = of_sizes(local_row, local.op.argument("padding_idx", -1), first, rows)
     return (local.call(embedding_of_rows, weight, indices, first, padding, local.op.inputs[0].shape[0]),)
 
 
-def own_row(row: int, first: int, rows: int) -> int:
+def local_row(row: int, first: int, rows: int) -> int:
     """Returns the local number of a global row, -1 for a row of another rank."""
     return row - first if first <= row < first + rows else -1
 
 
 def embedding_of_rows(weight: Tensor, indices: Tensor, first: int, padding: int = -1, size: int | None = None) -> Tensor:
-    """Returns the rows that ``weight`` holds of a table, zeros for indices of other rows.
+    """Looks up rows in a piece of a table. Indices of other rows give zeros.
 
     Args:
         weight: rows ``first, first + 1, ...`` of the table; possibly none.
-        indices: rows of the whole table.
+        indices: row numbers of the whole table.
+        first: number of the piece's first row.
         padding: the local row that gets no gradient, or -1.
-        size: how many rows the whole table has; an index of no row is an error then.
+        size: number of rows of the whole table, for the check of the indices.
 
     Raises:
         IndexRangeError: an index of no row.
@@ -80,7 +81,7 @@ def embedding_of_rows(weight: Tensor, indices: Tensor, first: int, padding: int 
 
 @rule_for("aten.gather", "aten.take_along_dim")
 def _gather_rule(op: Operator) -> Signature | None:
-    """``out[i][j] = x[i][index[i][j]]``: the dim is whole in ``x`` and free in ``index``."""
+    """Builds the rule of ``out[i][j] = x[i][index[i][j]]``: the dim is whole in ``x`` and free in ``index``."""
     source, index = op.inputs[0].shape, op.inputs[1].shape
     if op.argument("dim") is None:
         return _take_rule(op)
@@ -95,17 +96,17 @@ def _gather_rule(op: Operator) -> Signature | None:
 
 
 def _line(name: str, source: int, index: int, operator: str) -> tuple[str, str, str]:
-    """Returns the factors of a dim that is not gathered along, in the source, the indices and the output."""
+    """Returns the factors of a dim that is not gathered along: in the source, the indices and the output."""
     if source == index:
         return name, name, name
-    if operator == "aten.gather":  # reads the first of the source's positions
+    if operator == "aten.gather":  # reads only the first positions of the source
         return f"{name}x!", f"{name}!", f"{name}!"
     return ("1" if source == 1 else name), ("1" if index == 1 else name), name
 
 
 @rule_for("aten.take")
 def _take_rule(op: Operator) -> Signature | None:
-    """Reads of the flattened tensor."""
+    """Keeps the tensor whole, since the indices count in the flattened tensor."""
     whole = [f"x{i}!" for i in range(len(op.inputs[0].shape))]
     index, out = op.inputs[1].shape, op.outputs[0].shape
     if index == out:
@@ -124,19 +125,19 @@ def _index_select_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.scatter", "aten.scatter_reduce")
 def _scatter_rule(op: Operator) -> Signature | None:
-    """Returns the dim that is written along is whole everywhere, and so are dims in which the sizes differ."""
+    """Keeps the dim that is written along whole, and dims in which the sizes differ."""
     return _scattered(op, "!")
 
 
 @rule_for("aten.scatter_add")
 def _scatter_add_rule(op: Operator) -> Signature | None:
-    """What is added may be split: each rank adds what it has, which leaves a partial sum."""
+    """Splits what is added: each rank adds its part, which leaves a partial sum."""
     same = op.inputs[1].shape == op.inputs[2].shape
     return _scattered(op, "+" if same else "!", ((0, 2),), _added)
 
 
 def _scattered(op: Operator, mark: str, linear: Any = (), lowering: Any = None) -> Signature | None:
-    """``mark`` is that of what is written along the dim; the tensor that is written to is whole along it."""
+    """Builds the rule of a scatter. ``mark`` is the mark of the dim along which is written, in index and source."""
     shapes = [meta.shape for meta in op.inputs]
     ndim = len(shapes[0])
     if not ndim or any(len(shape) != ndim for shape in shapes):
@@ -150,7 +151,7 @@ def _scattered(op: Operator, mark: str, linear: Any = (), lowering: Any = None) 
 
 
 def _added(local: Local) -> tuple[Ref, ...]:
-    """Of the ranks that add different things, the first adds to the tensor itself and the others to zeros."""
+    """Emits the sum. Of the ranks that add different parts, the first adds to the tensor itself, the others to zeros."""
     axes = local.axes_of("written")
     if not axes:
         return local.same_call()
@@ -162,7 +163,7 @@ def _added(local: Local) -> tuple[Ref, ...]:
 
 
 def zeros_if(x: Tensor, condition: bool) -> Tensor:
-    """``x``, or zeros through which it gets a gradient of zeros.
+    """Returns ``x``, or zeros through which it gets a gradient of zeros.
 
     >>> zeros_if(torch.ones(2), True)
     tensor([0., 0.])
@@ -172,19 +173,19 @@ def zeros_if(x: Tensor, condition: bool) -> Tensor:
 
 @rule_for("aten.index_add")
 def _index_add_rule(op: Operator) -> Signature | None:
-    """What is added may be split: each rank adds what it has, which leaves a partial sum."""
+    """Splits what is added: each rank adds its part, which leaves a partial sum."""
     one = not op.inputs[1].shape or len(op.inputs[2].shape) != len(op.inputs[0].shape)
     return _written_at(op, "!") if one else _written_at(op, "+", ((0, 2),), _added)
 
 
 @rule_for("aten.index_copy", "aten.index_reduce", "aten.index_fill")
 def _index_write_rule(op: Operator) -> Signature | None:
-    """Returns the dim that is written along is whole everywhere."""
+    """Keeps the dim that is written along whole everywhere."""
     return _written_at(op, "!")
 
 
 def _written_at(op: Operator, mark: str, linear: Any = (), lowering: Any = None) -> Signature | None:
-    """``mark`` is that of what is written along the dim; the tensor that is written to is whole along it."""
+    """Builds the rule of a write at indices of one dim. ``mark`` is the mark of that dim in index and source."""
     dims = names(len(op.inputs[0].shape))
     if not dims:
         return None
@@ -204,7 +205,7 @@ def _written_at(op: Operator, mark: str, linear: Any = (), lowering: Any = None)
 
 @rule_for("aten.index", "aten._unsafe_index")
 def _index_rule(op: Operator) -> Signature | None:
-    """``x[:, i, j]``: the indexed dims are whole, the dims of the indices and all others are free."""
+    """Builds the rule of ``x[:, i, j]``: indexed dims are whole; those of the indices, and all others, are free."""
     plan = _IndexPlan.of(op)
     if plan is None:
         return None
@@ -213,7 +214,7 @@ def _index_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.index_put", "aten._unsafe_index_put")
 def _index_put_rule(op: Operator) -> Signature | None:
-    """``x[:, i, j] = v``: what is written along is whole, the dims that are not indexed are free."""
+    """Builds the rule of ``x[:, i, j] = v``: indexed dims are whole, all others are free."""
     plan = _IndexPlan.of(op)
     if plan is None:
         return None
@@ -229,13 +230,13 @@ def _index_put_rule(op: Operator) -> Signature | None:
 
 
 class _IndexPlan:
-    """The factors of ``x[indices]``.
+    """Factors of ``x[indices]``.
 
     Args:
-        source: of ``x``: the indexed dims whole.
-        indices: of each index tensor; they broadcast against each other.
-        looked_up: of all index tensors together.
-        result: of ``x[indices]``. The looked-up dims stand where the indexed ones stood, or first if those are apart.
+        source: factors of ``x``: the indexed dims whole.
+        indices: factors of each index tensor; they broadcast against each other.
+        looked_up: factors of all index tensors together.
+        result: factors of ``x[indices]``. The looked-up dims stand where the indexed ones stood, or first if those are apart.
     """
 
     def __init__(self, source: list[str], indices: list[list[str]], looked_up: list[str], result: list[str]):
@@ -243,7 +244,7 @@ class _IndexPlan:
 
     @staticmethod
     def of(op: Operator) -> _IndexPlan | None:
-        """``None`` for masks."""
+        """Returns the factors of a call; ``None`` for masks."""
         given = list(op.argument("indices"))
         slots = [item.index for item in given if isinstance(item, Slot)]
         if not slots or any(op.inputs[i].dtype in (torch.bool, torch.uint8) for i in slots):
@@ -259,7 +260,7 @@ class _IndexPlan:
         return _IndexPlan(with_dims(dims, {d: f"x{d}!" for d in indexed}), indices, looked_up, result)
 
     def sizes(self, op: Operator) -> dict[str, int]:
-        """Sizes of the factors of the result, for operators that do not return it."""
+        """Returns the sizes of the result's factors, for operators that do not return it."""
         sizes = dict(zip(self.source, op.inputs[0].shape))
         for names_, meta in zip(self.indices, op.inputs[1:]):
             for name, size in zip(names_, meta.shape):
@@ -272,14 +273,14 @@ class _IndexPlan:
 
 @rule_for("aten.one_hot")
 def _one_hot_rule(op: Operator) -> Signature | None:
-    if op.argument("num_classes", -1) < 1:  # found from the values
+    if op.argument("num_classes", -1) < 1:  # its size is found from the values
         return None
     return parse("... -> ... classes!", op)
 
 
 @rule_for("aten.bucketize", "aten.searchsorted")
 def _search_rule(op: Operator) -> Signature | None:
-    """Returns the values are free, what they are looked up in is whole along the search."""
+    """Splits the values; what they are looked up in is whole along the search."""
     if isinstance(op.argument("self"), Slot):
         at = op.argument("self").index
         values = names(len(op.inputs[at].shape))
@@ -297,7 +298,7 @@ def _search_rule(op: Operator) -> Signature | None:
 
 
 def _search(local: Local) -> tuple[Ref, ...]:
-    """Returns a piece cut out of a tensor is made contiguous, as the operator warns of what is not."""
+    """Emits the search on contiguous pieces, since the operator warns about others."""
     if not local.split or not isinstance(local.op.argument("self"), Slot):
         return local.same_call()
     at, inputs = local.op.argument("self").index, list(local.inputs)
@@ -308,7 +309,7 @@ def _search(local: Local) -> tuple[Ref, ...]:
 
 @rule_for("aten.isin")
 def _isin_rule(op: Operator) -> Signature | None:
-    """Returns each element is looked up in all the test elements."""
+    """Splits the elements; each is looked up in all the test elements."""
     if not isinstance(op.args[0], Slot):
         return None
     inputs = [["..."], *([f"t{d}!" for d in range(len(meta.shape))] for meta in op.inputs[1:])]

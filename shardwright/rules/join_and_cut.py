@@ -1,4 +1,4 @@
-"""Rules of operators that join tensors, cut them, write parts of them or move elements within: concatenations, slices, padding.
+"""Rules of operators that join, cut, pad or partly write tensors, or move elements.
 
 A dim that is cut, joined, shifted or padded is whole; every other dim is free. All are linear, so they run on pending sums;
 only padding with a value other than zero is not.
@@ -32,7 +32,7 @@ from shardwright.rules.view import ONE
 
 @rule_for("aten.cat", "aten.concat", "aten.concatenate", "aten.hstack", "aten.vstack", "aten.row_stack", "aten.dstack")
 def _cat_rule(op: Operator) -> Signature | None:
-    """Returns the joined dim is whole in every input and in the output."""
+    """Keeps the joined dim whole in every input and in the output."""
     ndim = len(op.outputs[0].shape)
     dim = _joined_dim(op)
     out = names(ndim)
@@ -48,7 +48,7 @@ def _cat_rule(op: Operator) -> Signature | None:
 
 
 def _all_inputs(op: Operator) -> list[range]:
-    """Linear in all inputs together, unless some are cast."""
+    """Returns all inputs as jointly linear, unless some are cast."""
     return [range(len(op.inputs))] if len({meta.dtype for meta in op.inputs}) == 1 else []
 
 
@@ -64,7 +64,7 @@ def _joined_dim(op: Operator) -> int:
 
 
 def _aligned(op: Operator, dims: list[str], ndim: int, index: int) -> list[str]:
-    """Returns the dims of an input with fewer dims than the output."""
+    """Aligns the dims of an input that has fewer than the output."""
     if op.name in ("aten.vstack", "aten.row_stack"):
         return dims[1:] if ndim else []
     if op.name == "aten.dstack":
@@ -82,7 +82,7 @@ def _stack_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.meshgrid")
 def _meshgrid_rule(op: Operator) -> Signature | None:
-    """Returns every input is one dim of every output."""
+    """Makes every input one dim of every output."""
     dims = names(len(op.inputs))
     out = [dims[1], dims[0], *dims[2:]] if op.argument("indexing") == "xy" and len(dims) > 1 else dims
     inputs = [[name] if meta.shape else [] for name, meta in zip(dims, op.inputs)]
@@ -95,7 +95,7 @@ def _meshgrid_rule(op: Operator) -> Signature | None:
 @rule_for("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.hsplit", "aten.vsplit")
 @rule_for("aten.dsplit", "aten.unsafe_split", "aten.unsafe_split_with_sizes", "aten.unsafe_chunk")
 def _split_rule(op: Operator) -> Signature | None:
-    """Returns the dim that is cut is whole in the input and in every part."""
+    """Keeps the dim that is cut whole in the input and in every part."""
     if len(op.inputs) != 1:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -129,7 +129,7 @@ def _select_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.slice", "aten.narrow")
 def _slice_rule(op: Operator) -> Signature | None:
-    """Returns a dim that is kept whole is free, one that is cut is whole."""
+    """Keeps dims that are cut whole; dims that are taken whole are free."""
     if len(op.inputs) != 1:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -141,7 +141,7 @@ def _slice_rule(op: Operator) -> Signature | None:
 
 
 def _keep_all(local: Local) -> Ref:
-    """Bounds that keep the whole dim would cut, or miss, a local piece of it."""
+    """Replaces bounds that keep the whole dim. They would cut, or miss, a local piece of it."""
     return local.call(torch.ops.aten.alias.default, local.inputs[0])
 
 
@@ -180,7 +180,7 @@ def _diag_embed_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter")
 def _scatter_rule(op: Operator) -> Signature | None:
-    """Returns the dims that are written to are whole, in both tensors."""
+    """Keeps the dims that are written to whole, in both tensors."""
     if len(op.inputs) != 2:
         return None
     dims = names(len(op.inputs[0].shape))
@@ -200,7 +200,7 @@ def _scatter_rule(op: Operator) -> Signature | None:
 
 @rule_for("aten.flip", "aten.fliplr", "aten.flipud", "aten.roll", "aten.rot90")
 def _moved_rule(op: Operator) -> Signature | None:
-    """Returns the dims along which elements move are whole."""
+    """Keeps the dims along which elements move whole."""
     ndim = len(op.inputs[0].shape)
     moved = _moved_dims(op, ndim)
     inputs = with_dims(names(ndim), {d: f"in{d}!" for d in moved})
@@ -220,7 +220,7 @@ def _moved_dims(op: Operator, ndim: int) -> set[int]:
 
 @rule_for("aten.tril", "aten.triu")
 def _triangle_rule(op: Operator) -> Signature | None:
-    """Returns every dim is free: a local block has its own diagonal."""
+    """Splits every dim: a local block has its own diagonal."""
     return parse("... -> ...", op, None, ONE, _triangle)
 
 
@@ -235,7 +235,7 @@ def _triangle(local: Local) -> tuple[Ref, ...]:
 
 @rule_for("aten.pad", "aten.constant_pad_nd")
 def _pad_rule(op: Operator) -> Signature | None:
-    """Padded dims are whole."""
+    """Keeps padded dims whole."""
     ndim, pad = len(op.inputs[0].shape), op.argument("pad")
     mode = op.argument("mode", "constant") if op.name == "aten.pad" else "constant"
     padded = {ndim - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}
@@ -259,6 +259,6 @@ TRAITS = {
         diagonal_copy diagonal_scatter
     """,
     Traits("copy", linear=True, entry_differs=True): "flip roll select_scatter slice_scatter",
-    Traits("copy", entry_differs=True): "pad",  # by reflection it is no sum of its input alone
+    Traits("copy", entry_differs=True): "pad",  # padding by reflection reads its input more than once
 }
 register_traits(TRAITS)

@@ -2,7 +2,7 @@
 
 A mean is a local sum over the global count. Where the count depends on the data (ignored targets, class weights), sum
 and count are reduced together, in one all-reduce, and the loss comes out whole. Logits split by class meet in two
-all-reduces of one number a sample: the largest logit, then the sum of exponentials with the target's logit.
+all-reduces of one number per sample: the largest logit, then the sum of exponentials with the target's logit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ELEMENTWISE = aten_names("""
 
 @rule_for(*ELEMENTWISE)
 def _elementwise(op: Operator) -> Signature:
-    """Inputs broadcast; a reduced loss sums over every dim."""
+    """Broadcasts the inputs; a reduced loss sums over every dim."""
     shape = torch.broadcast_shapes(*(meta.shape for meta in op.inputs))
     mark = "" if op.argument("reduction") == NONE else "+"
     dims = [f"d{i}{mark}" for i in range(len(shape))]
@@ -57,7 +57,7 @@ def _elementwise_mean(local: Local) -> Any:
 
 
 def _summable(local: Local, dtype: torch.dtype) -> Ref:
-    """Returns the local losses, or their sum where that is safe in their own dtype."""
+    """Emits the local losses, or their sum if that is safe in their own dtype."""
     return local.same_call(reduction=SUM if wide(dtype) == dtype else NONE)[0]
 
 
@@ -66,13 +66,13 @@ def _summable(local: Local, dtype: torch.dtype) -> Ref:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a classification loss is made of.
+    """Parts of a classification loss.
 
     Args:
         kind: ``logits`` (cross-entropy), ``probabilities`` (cross-entropy with targets of all classes) or
             ``log_probabilities`` (negative log-likelihood).
         dim: the dim of classes.
-        classes, samples: how many there are, over all ranks.
+        classes, samples: their numbers, over all ranks.
         dtype: of the result.
     """
 
@@ -88,7 +88,7 @@ class Terms:
 
     @property
     def sums(self) -> int:
-        """How many sums over classes make the loss; see :func:`loss_of_sums`."""
+        """The number of sums over classes that make the loss; see :func:`loss_of_sums`."""
         if self.kind == "probabilities":
             return 3
         return 1 + self.weighted + 2 * bool(self.smoothing) + (self.kind == "logits")
@@ -115,7 +115,7 @@ def _terms(op: Operator) -> Terms:
 
 @rule_for("aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss2d", "aten.nll_loss_nd")
 def _classification(op: Operator) -> Signature:
-    """Samples and positions are a batch; its mean is taken here, unless the count is known, then it is summed."""
+    """Splits samples and positions, which are a batch. A mean is taken by the lowering unless its count is known."""
     terms, shape = _terms(op), op.inputs[0].shape
     mark = "" if terms.reduction == NONE else "+" if _count_is_known(terms) else "~"
     batch = [f"b{i}{mark}" for i in range(len(shape) - 1)]
@@ -144,7 +144,14 @@ def _classify(local: Local) -> Any:
 
 
 def sum_and_count(losses: Tensor, target: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
-    """``[sum of losses, what their mean divides by]`` of the local samples."""
+    """Computes ``[sum of losses, divisor of their mean]`` of the local samples.
+
+    Args:
+        losses: the loss per local sample.
+        target: the target per local sample.
+        weight: one weight per class, or None.
+        terms: the loss.
+    """
     total = losses.sum(dtype=wide(losses.dtype))
     counted = target != terms.ignore_index
     if weight is None:
@@ -154,7 +161,7 @@ def sum_and_count(losses: Tensor, target: Tensor, weight: Tensor | None, terms: 
 
 
 def _mean_over_batch(local: Local, terms: Terms, pair: Ref) -> Ref:
-    """Reduces ``[sum, count]`` over the axes that split the batch, in one all-reduce, and divides."""
+    """Emits the mean: reduces ``[sum, count]`` over the axes that split the batch, in one all-reduce, and divides."""
     axes = tuple(a for factor, (own, _) in local.split.items() if factor != "c" for a in own)
     whole = Layout.replicated(local.mesh, 1)
     pair = local.move(pair, (2,), whole.with_partial(axes), whole, (), wide(terms.dtype))
@@ -162,7 +169,7 @@ def _mean_over_batch(local: Local, terms: Terms, pair: Ref) -> Ref:
 
 
 def ratio(pair: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the first of two numbers over the second."""
+    """Divides the first of two numbers by the second."""
     return (pair[0] / pair[1]).to(dtype)
 
 
@@ -188,18 +195,22 @@ def _loss_of_split_classes(local: Local, terms: Terms) -> Ref:
 
 
 def _sample_layout(local: Local, terms: Terms) -> Layout:
-    """Returns the layout of one number a sample: that of the scores without the dim of classes."""
+    """Returns the layout of one number per sample: that of the scores without the dim of classes."""
     layout = local.input_layouts[0]
     kept = [dim for dim in range(layout.ndim) if dim != terms.dim]
     return Layout.of(local.mesh, [layout.bound[d] for d in kept], (), [layout.sizes[d] for d in kept])
 
 
 def class_sums(scores: Tensor, peak: Tensor | None, target: Tensor, weight: Tensor | None, first: int, terms: Terms) -> Tensor:
-    """For each sample the sums over local classes that its loss is made of, stacked; see :func:`loss_of_sums`.
+    """Computes, per sample, the sums over local classes that its loss is made of, stacked; see :func:`loss_of_sums`.
 
     Args:
-        peak: the largest score over all classes, which keeps the exponentials in range.
+        scores: local logits or log-probabilities.
+        peak: the largest score over all classes, per sample, which keeps the exponentials in range.
+        target: the target per local sample, as a class of all.
+        weight: one weight per local class, or None.
         first: the first local class.
+        terms: the loss.
 
     Raises:
         IndexRangeError: a target that is no class.
@@ -238,7 +249,9 @@ def _sums_of_probabilities(scores: Tensor, peak: Tensor, target: Tensor, weight:
 
 
 class Exponentials(torch.autograd.Function):
-    """The sum of ``exp(score - peak)`` over local classes, and ``score - peak`` at the target, keeping one tensor."""
+    """Computes the sum of ``exp(score - peak)`` over local classes. It also returns ``score - peak`` at the target, and saves
+    one tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, peak: Tensor, index: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -262,12 +275,12 @@ class Exponentials(torch.autograd.Function):
 
 
 def _along(weight: Tensor, scores: Tensor, dim: int) -> Tensor:
-    """Returns one weight a class, shaped to broadcast against the scores."""
+    """Shapes one weight per class to broadcast against the scores."""
     return weight.view([-1 if d == dim else 1 for d in range(scores.ndim)])
 
 
 def _at(values: Tensor, index: Tensor, dim: int) -> Tensor:
-    """``values`` at each sample's index where that is a local class, else zero."""
+    """Returns ``values`` at each sample's index if that is a local class, else zero."""
     if not values.shape[dim]:
         return values.sum(dim)
     inside = _inside(index, values, dim)
@@ -279,7 +292,7 @@ def _inside(index: Tensor, values: Tensor, dim: int) -> Tensor:
 
 
 def loss_of_sums(sums: Tensor, target: Tensor | None, terms: Terms) -> Tensor:
-    """Returns the reduced loss of the local samples from sums over all classes; for a mean, ``[sum of losses, count]``."""
+    """Computes the reduced loss of the local samples from sums over all classes; for a mean, ``[sum of losses, count]``."""
     if target is None:
         exponentials, share, scored = sums.unbind(0)
         return _summed(share * exponentials.log() - scored, terms)

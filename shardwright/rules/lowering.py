@@ -1,4 +1,4 @@
-"""Lowering: how an operator's call becomes local calls where the local computation differs from the global one.
+"""Lowering: writes an operator's local calls where they differ from the global call.
 
 A lowering is a function of one argument, the :class:`Local` it writes to. It returns the local outputs, in order, with
 the layouts that the signature promised (pending sums included). Where there is no lowering, the same call runs on the
@@ -20,7 +20,7 @@ from shardwright.ir.signature import Signature, Split
 
 
 class Local(Protocol):
-    """What a lowering reads and writes."""
+    """Builds the local calls of one operator; a lowering reads its inputs and emits into it."""
 
     op: Operator
     signature: Signature
@@ -32,7 +32,7 @@ class Local(Protocol):
     settled_layouts: tuple[Layout, ...]  # after the operator's own reductions, for signatures with late inputs
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Ref:
-        """Emits a local call with one tensor output; arguments may hold Ref and PerRank at any depth."""
+        """Emits a local call with one tensor output. Arguments may hold Ref and PerRank at any depth."""
         ...
 
     def call_many(self, count: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Ref, ...]:
@@ -40,7 +40,7 @@ class Local(Protocol):
         ...
 
     def same_call(self, **changes: Any) -> tuple[Ref, ...]:
-        """Emits the operator's own call on the local inputs, with arguments replaced by schema name."""
+        """Emits the operator's own call on the local inputs. ``changes`` replaces arguments by schema name."""
         ...
 
     def move(
@@ -52,37 +52,45 @@ class Local(Protocol):
         partial_gradient: tuple[str, ...] = (),
         dtype: Any = None,
     ) -> Ref:
-        """Emits a redistribution of ``value``, a tensor of global ``shape`` (dtype for the record; default float32)."""
+        """Emits a redistribution of a value.
+
+        Args:
+            value: the local value.
+            shape: its global shape.
+            source, target: layouts before and after.
+            partial_gradient: axes over which the gradient at the target is partial.
+            dtype: dtype for prices and records; default float32.
+        """
         ...
 
     def settle(self, value: Ref, index: int = 0) -> Ref:
-        """Emits the reduction of output ``index`` from its computed layout to its settled one."""
+        """Emits the reduction of output ``index`` from its computed layout to its final one."""
         ...
 
     def axes_of(self, factor: str) -> tuple[str, ...]:
-        """Returns the axes that split ``factor``; empty where it is whole."""
+        """Returns the axes that split ``factor``; none if it is whole."""
         ...
 
     def local_size(self, tensor_is_output: bool, index: int, dim: int) -> PerRank | int:
-        """Returns local size of a dim of an input or output: an int where all ranks agree."""
+        """Returns the local size of a dim of an input or output: an int where all ranks agree."""
         ...
 
     def local_shape(self, tensor_is_output: bool, index: int) -> list[PerRank | int]:
-        """Returns local shape of an input or output, an int where all ranks agree."""
+        """Returns the local shape of an input or output: ints where all ranks agree."""
         ...
 
     def offset(self, tensor_is_output: bool, index: int, dim: int) -> PerRank:
-        """Returns global index at which the local piece of a dim starts."""
+        """Returns the global index at which the local piece of a dim starts."""
         ...
 
 
-# What lowerings call that is no overload, and the overload that does the same.
+# Functions that lowerings call, and the overload that does the same.
 _OVERLOADS: dict[Any, Any] = {
     torch.reshape: torch.ops.aten.reshape.default,
     torch.broadcast_to: torch.ops.aten.expand.default,
     torch.squeeze: torch.ops.aten.squeeze.dims,
 }
-# Overloads that want certain strides, and the one that does the same with any.
+# Overloads that need certain strides, and the one that does the same with any.
 _OF_ANY_STRIDES: dict[Any, Any] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
@@ -90,7 +98,7 @@ _OF_ANY_STRIDES: dict[Any, Any] = {
 
 
 def overload_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the overload that does what a function does; most functions stay as they are.
+    """Returns the overload that does the same as a function. Most functions stay as they are.
 
     >>> overload_of(torch.reshape)
     <OpOverload(op='aten.reshape', overload='default')>
@@ -100,6 +108,6 @@ def overload_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def overload_for_part(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the overload that does the same whatever the strides, which a part's may be."""
+    """Returns the overload that does the same for any strides. A part may have others."""
     found: Callable[..., Any] = _OF_ANY_STRIDES.get(target, target)
     return found

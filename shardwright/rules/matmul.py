@@ -46,7 +46,7 @@ def _matmul(op: Operator) -> Signature:
 
 @rule_for("aten.linear")
 def _linear(op: Operator) -> Signature:
-    """``y = x Wᵀ + b``; a weight of one dim has one output feature and no dim for it."""
+    """Builds the rule of ``y = x Wᵀ + b``. A weight of one dim has one output feature and no dim for it."""
     n = "n" if len(op.inputs[1].shape) == 2 else ""
     if len(op.inputs) == 2:
         return parse(f"... k+, {n} k+ -> ... {n}", op)
@@ -62,7 +62,7 @@ def _linear_with_bias(local: Local) -> Any:
 
 @rule_for("aten.addmm", "aten.addmv", "aten.addbmm", "aten.baddbmm")
 def _add_product(op: Operator) -> Signature:
-    """``beta · input + alpha · product``, the input broadcast to the product."""
+    """Builds the rule of ``beta · input + alpha · product``. The input is broadcast to the product."""
     product, result = {
         "aten.addmm": ("m k+, k+ n", "m n"),
         "aten.addmv": ("m k+, k+", "m"),
@@ -84,12 +84,17 @@ def _product_then_add(local: Local) -> Any:
 
 
 def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """Returns the sum over the batch of matrix products, as ``addbmm`` adds it."""
+    """Computes the sum over the batch of matrix products, as ``addbmm`` adds it."""
     return left.transpose(0, 1).flatten(1) @ right.flatten(0, 1)
 
 
 def add_scaled(product: Tensor, added: Tensor, alpha: float = 1, beta: float = 1) -> Tensor:
-    """``alpha · product + beta · added`` in the product's dtype; with ``beta`` 0, ``added`` is not looked at."""
+    """Computes ``alpha · product + beta · added`` in the product's dtype. With ``beta`` 0, ``added`` is not read.
+
+    Args:
+        product, added: local tensors of the same shape, or one that broadcasts.
+        alpha, beta: their factors.
+    """
     if alpha != 1:
         product = product * alpha
     return product if beta == 0 else product.add(added.to(product.dtype), alpha=beta)
@@ -97,7 +102,7 @@ def add_scaled(product: Tensor, added: Tensor, alpha: float = 1, beta: float = 1
 
 @rule_for("aten.einsum")
 def _einsum(op: Operator) -> Signature | None:
-    """Returns the equation itself, its letters as factors: those that reach no output are summed."""
+    """Builds the rule from the equation, with its letters as factors. Those that reach no output are summed."""
     equation = op.argument("equation").replace(" ", "")
     operands = op.argument("tensors")
     if not all(isinstance(operand, Slot) for operand in operands):
@@ -119,26 +124,28 @@ def _einsum(op: Operator) -> Signature | None:
 
 
 def _implicit_output(terms: list[str]) -> str:
-    """Without an arrow the result has the letters that appear once, in order, capitals first, after the ellipsis."""
+    """Returns the result's letters if the equation has no arrow: those that appear once, in order, capitals first, after the
+    ellipsis.
+    """
     letters = "".join(terms)
     ellipsis = "..." if "..." in letters else ""
     return ellipsis + "".join(x for x in string.ascii_uppercase + string.ascii_lowercase if letters.count(x) == 1)
 
 
 def _extra(term: str, shape: tuple[int, ...]) -> int:
-    """Returns how many dims the ellipsis of a term stands for."""
+    """Counts the dims that the ellipsis of a term stands for."""
     return len(shape) - len(term.replace("...", ""))
 
 
 def _spell(term: str, extra: int) -> list[str]:
-    """Returns the factors of a term, its ellipsis as ``extra`` factors that line up from the right."""
+    """Returns the factors of a term. Its ellipsis becomes ``extra`` factors that line up from the right."""
     before, found, after = term.partition("...")
     middle = [f"_{i}" for i in reversed(range(extra))] if found else []
     return [*before, *middle, *after]
 
 
 def _mark(letter: str, terms: list[list[str]], result: list[str]) -> str:
-    """Returns a diagonal stays whole; a letter that the result lacks is summed."""
+    """Returns the mark of a letter: one of a diagonal stays whole, one that the result lacks is summed."""
     if any(term.count(letter) > 1 for term in terms):
         return "!"
     return "" if letter in result else "+"
@@ -157,7 +164,7 @@ def _batch_and_inner(op: Operator) -> float:
 
 
 def _letters_not_kept(op: Operator) -> float:
-    """Returns the product of the sizes of an equation's letters that its output lacks."""
+    """Computes the product of the sizes of an equation's letters that its output lacks."""
     inputs, arrow, output = str(op.argument("equation", "")).replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for term, meta in zip(inputs.split(","), op.inputs):
@@ -165,7 +172,7 @@ def _letters_not_kept(op: Operator) -> float:
         found = [*zip(leading, meta.shape), *zip(reversed(trailing), reversed(meta.shape))]
         for letter, size in found:
             sizes[letter] = max(size, sizes.get(letter, 1))
-    if not arrow:  # then the letters that stand there once are the output's
+    if not arrow:  # without an arrow, letters that stand there once are the output's
         output = "".join(letter for letter in sizes if inputs.count(letter) == 1)
     return float(math.prod(size for letter, size in sizes.items() if letter not in output))
 
@@ -178,6 +185,6 @@ TRAITS = {
     Traits("matmul", summed=_letters_not_kept, half=True): "einsum",
     Traits("matmul", summed=_nothing): "outer ger",
     Traits("matmul"): "mv dot vdot",
-    Traits(linear=True): "add_scaled",  # of the lowering above; its product is made apart
+    Traits(linear=True): "add_scaled",  # called by the lowering above; its product is a separate call
 }
 register_traits(TRAITS)

@@ -1,4 +1,4 @@
-"""Traits of operators that have no rule yet, or never need one: they run whole on every rank, or within others alone."""
+"""Traits of operators that have no rule yet, or need none. They run whole on every rank, or only inside others."""
 
 from __future__ import annotations
 

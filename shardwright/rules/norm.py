@@ -1,7 +1,7 @@
 """Rules of normalisations: the dims whose statistics are taken stay whole, all others are free.
 
-Batch norm in training takes its statistics over the batch, which may be split all the same: each rank's mean and
-squared deviation are gathered and merged, so that they are those of the whole batch.
+Batch norm in training takes its statistics over the batch, which may still be split: each rank's mean and squared deviation
+are gathered and merged into those of the whole batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardwright.rules.traits import Traits, register_traits
 
 @rule_for("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm")
 def _last_dims(op: Operator) -> Signature:
-    """Over the last dims, which weight and bias have too; mean and deviation, where returned, have size 1 there."""
+    """Keeps the last dims whole, which weight and bias have too. Mean and deviation, where returned, have size 1 there."""
     count = len(op.argument("normalized_shape"))
     dims = " ".join(f"n{i}!" for i in range(count))
     scales = f", {dims}" * (len(op.inputs) - 1)
@@ -41,7 +41,7 @@ def _last_dims(op: Operator) -> Signature:
 
 @rule_for("aten.group_norm")
 def _group_norm(op: Operator) -> Signature:
-    """Channels are ``(g c)``: whole groups may be apart."""
+    """Makes channels ``(g c)``: whole groups may be on different ranks."""
     groups, shape = op.argument("num_groups"), op.inputs[0].shape
     dims = f"n (g c!) {_spatial(shape, '!')}"
     sizes = {"g": groups, "c": shape[1] // groups}
@@ -54,7 +54,7 @@ def _spatial(shape: tuple[int, ...], mark: str) -> str:
 
 
 def _local_groups(local: Local) -> Any:
-    """As many groups as the local channels make; torch refuses none."""
+    """Emits the call with the groups of the local channels; at least one, since torch refuses none."""
     args, kwargs = local_arguments(local)
     args[1] = of_sizes(lambda channels: channels // local.signature.sizes["c"], local.local_size(False, 0, 1))
     return call_unless_empty(local, args, kwargs)
@@ -65,7 +65,7 @@ def _local_groups(local: Local) -> Any:
 
 @rule_for("aten.instance_norm")
 def _instance_norm(op: Operator) -> Signature | None:
-    """Returns each channel of each sample by itself, unless running statistics are to be updated."""
+    """Frees samples and channels, unless running statistics are to be updated."""
     fixed = not op.argument("use_input_stats")
     if isinstance(op.argument("running_mean"), Slot) and not fixed:
         return None
@@ -78,7 +78,7 @@ def _instance_norm(op: Operator) -> Signature | None:
 
 @rule_for("aten.batch_norm")
 def _batch_norm(op: Operator) -> Signature:
-    """With given statistics everything is free. In training the batch may be split, by a lowering of its own.
+    """Frees everything if statistics are given. In training a lowering lets the batch be split.
 
     Running statistics are updated in place: each rank then holds them whole, so channels stay whole.
     """
@@ -111,19 +111,19 @@ def _optional(local: Local, name: str) -> Ref | None:
 
 
 def _counts(local: Local) -> list[int]:
-    """Returns how many elements of a channel each piece of the batch has, in the order of pieces."""
+    """Counts the elements per channel of each piece of the batch, in order."""
     shape = local.op.inputs[0].shape
     return [piece * math.prod(shape[2:]) for piece in local.input_layouts[0].pieces(0, shape[0])]
 
 
 def _pieces_layout(local: Local) -> Layout:
-    """Returns the layout of the statistics of every piece of the batch, of global shape ``(pieces, 2, C)``."""
+    """Returns the layout of the statistics of all pieces, of global shape ``(pieces, 2, C)``."""
     layout = local.input_layouts[0]
     return Layout.of(local.mesh, (local.axes_of("n"), (), layout.bound[1]), (), (None, None, layout.sizes[1]))
 
 
 def piece_statistics(x: Tensor) -> Tensor:
-    """``(1, 2, C)``: mean and squared deviation of each channel; zeros for a piece of no elements."""
+    """Computes mean and squared deviation per channel, as ``(1, 2, C)``. A piece without elements gives zeros."""
     dims = [d for d in range(x.ndim) if d != 1]
     x = x.to(wide(x.dtype))
     if not x.numel():
@@ -133,7 +133,8 @@ def piece_statistics(x: Tensor) -> Tensor:
 
 
 def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all pieces, from ``(pieces, 2, C)`` statistics of ``counts`` elements each.
+    """Merges statistics of several pieces into mean and variance. They have shape ``(pieces, 2, C)``, of ``counts`` elements
+    each.
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
@@ -145,7 +146,15 @@ def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor
 
 
 def normalised(x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from the statistics of all pieces."""
+    """Computes ``(x - mean) / sqrt(variance + eps)``, scaled and shifted, from all pieces' statistics.
+
+    Args:
+        x: the local input.
+        pieces: statistics of shape ``(pieces, 2, C)``.
+        counts: elements per channel in each piece.
+        weight, bias: one number per channel, or None.
+        eps: is added to the variance.
+    """
     mean, variance = merged_statistics(pieces, counts)
     result = (x.to(mean.dtype) - channels_of(mean, x)) * channels_of((variance + eps).rsqrt(), x)
     if weight is not None:
@@ -154,14 +163,21 @@ def normalised(x: Tensor, pieces: Tensor, counts: list[int], weight: Tensor | No
 
 
 def channels_of(value: Tensor, x: Tensor) -> Tensor:
-    """Returns a tensor of one element a channel, shaped to broadcast against ``x``."""
+    """Shapes a tensor of one element per channel to broadcast against ``x``."""
     return value.view([1, x.shape[1]] + [1] * (x.ndim - 2))
 
 
 @torch.no_grad()
 @writes(0, 1)
 def update_running(running_mean: Tensor, running_var: Tensor, pieces: Tensor, counts: list[int], momentum: float) -> Tensor:
-    """Moves the running statistics in place, the variance unbiased, as ``batch_norm`` does; returns the mean."""
+    """Moves the running statistics in place, with the unbiased variance, as ``batch_norm`` does. Returns the mean.
+
+    Args:
+        running_mean, running_var: one number per channel.
+        pieces: statistics of shape ``(pieces, 2, C)``.
+        counts: elements per channel in each piece.
+        momentum: weight of the new statistics.
+    """
     mean, variance = merged_statistics(pieces, counts)
     unbiased = variance * (sum(counts) / max(sum(counts) - 1, 1))
     running_var.lerp_(unbiased.to(running_var.dtype), momentum)
@@ -175,6 +191,6 @@ TRAITS = {
     Traits("norm", fused=True, kernel="norm"): "rms_norm",
     Traits("norm", fused=True, user_order=(0, 3, 4, 1, 2)): "batch_norm",
     Traits("norm"): "native_layer_norm instance_norm",
-    Traits(has_gradient=False): "update_running",  # the function above
+    Traits(has_gradient=False): "update_running",  # called by the lowering above
 }
 register_traits(TRAITS)

@@ -21,10 +21,13 @@ def parse(
     lowering: Callable[[Any], Any] | None = None,
     late: Sequence[int] = (),
 ) -> Signature:
-    """Returns the signature that ``notation`` gives an operator call; sizes follow from its shapes.
+    """Builds the signature that ``notation`` gives an operator call. Sizes follow from its shapes.
 
     Args:
+        notation: the rule.
+        op: the call.
         sizes: sizes of the factors of compound dims.
+        linear, lowering, late: see :class:`~shardwright.ir.signature.Signature`.
 
     Raises:
         ValueError: the notation does not fit the shapes.
@@ -32,7 +35,7 @@ def parse(
     left, _, right = notation.partition("->")
     marks: dict[str, str] = {}
     found: dict[str, int] = dict(sizes or {})
-    texts = left.split(",") if op.inputs or left.strip() else []  # one input of 0 dims is written as nothing
+    texts = left.split(",") if op.inputs or left.strip() else []  # a single input of 0 dims is written as an empty text
     out_texts = right.split(",") if op.outputs or right.strip() else []
     if len(texts) != len(op.inputs) or len(out_texts) != len(op.outputs):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Pieces: what several families of rules share: notation from lists of factors, local pieces, empty pieces."""
+"""Shared by families of rules: notation from lists of factors, local pieces, empty pieces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardwright.rules.lowering import Local
 
 
 def names(count: int, prefix: str = "d") -> list[str]:
-    """Returns one factor a dim.
+    """Returns one factor per dim.
 
     >>> names(3)
     ['d0', 'd1', 'd2']
@@ -23,7 +23,7 @@ def names(count: int, prefix: str = "d") -> list[str]:
 
 
 def notation(inputs: Iterable[Sequence[str]], outputs: Iterable[Sequence[str]]) -> str:
-    """Returns the written form of a rule, from one list of dims a tensor.
+    """Returns the written form of a rule, from one list of dims per tensor.
 
     >>> notation([["m", "k+"], ["k+", "n"]], [["m", "n"]])
     'm k+, k+ n -> m n'
@@ -32,7 +32,7 @@ def notation(inputs: Iterable[Sequence[str]], outputs: Iterable[Sequence[str]]) 
 
 
 def with_dims(dims: Sequence[str], changes: Mapping[int, str]) -> list[str]:
-    """Returns the same dims with some replaced.
+    """Replaces some dims of a list.
 
     >>> with_dims(["d0", "d1"], {1: "in!"})
     ['d0', 'in!']
@@ -44,7 +44,7 @@ def with_dims(dims: Sequence[str], changes: Mapping[int, str]) -> list[str]:
 
 
 def of_sizes(function: Callable[..., Any], *sizes: PerRank | int) -> PerRank | int:
-    """Returns a function of sizes that may differ from rank to rank.
+    """Applies a function to sizes that may differ between ranks.
 
     >>> of_sizes(lambda a, b: a + b, 1, 2)
     3
@@ -55,7 +55,14 @@ def of_sizes(function: Callable[..., Any], *sizes: PerRank | int) -> PerRank | i
 
 
 def start(local: Local, tensor_is_output: bool, index: int, dim: int) -> PerRank | int:
-    """Where the local piece of a dim starts; 0 where the dim is whole."""
+    """Returns where the local piece of a dim starts; 0 if the dim is whole.
+
+    Args:
+        local: the call.
+        tensor_is_output: whether the tensor is an output.
+        index: its position among outputs or inputs.
+        dim: the dim.
+    """
     layout = (local.output_layouts if tensor_is_output else local.input_layouts)[index]
     return local.offset(tensor_is_output, index, dim) if layout.bound[dim] else 0
 
@@ -64,7 +71,7 @@ def start(local: Local, tensor_is_output: bool, index: int, dim: int) -> PerRank
 
 
 def piece(whole: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Returns the region of ``whole`` that starts at ``starts``, as a tensor that does not keep ``whole`` alive.
+    """Copies the region of ``whole`` that starts at ``starts``, so that ``whole`` can be freed.
 
     >>> piece(torch.arange(6).view(2, 3), (0, 1), (2, 2))
     tensor([[1, 2],
@@ -78,7 +85,7 @@ def piece(whole: Tensor, starts: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def piece_of_output(local: Local, whole: Ref, index: int = 0) -> Ref:
-    """Emits the local piece of output ``index``, given whole; the value itself where the output is not split."""
+    """Emits the local piece of output ``index``, given whole; the value itself if the output is not split."""
     ndim = len(local.op.outputs[index].shape)
     if not local.output_layouts[index].split_axes:
         return whole
@@ -90,7 +97,7 @@ def piece_of_output(local: Local, whole: Ref, index: int = 0) -> Ref:
 
 
 def some_piece_is_empty(local: Local, of_inputs: bool = True) -> bool:
-    """Tells whether some rank holds nothing of an output, or of an input."""
+    """Tells whether some rank has no elements of an output, or of an input."""
     tensors = [*zip(local.op.outputs, local.output_layouts)]
     tensors += zip(local.op.inputs, local.input_layouts) if of_inputs else ()
     return any(
@@ -107,7 +114,7 @@ def unless_empty(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``function(*args)``, or zeros of these shapes where a tensor is empty and the function would refuse it.
+    """Calls ``function(*args)``; returns zeros of these shapes if a tensor is empty and the function would refuse it.
 
     The zeros depend on the same inputs, so that every rank runs the same backward, with zero gradients here.
     """
@@ -122,31 +129,31 @@ def unless_empty(
     )
 
 
-def unless_nothing(
+def unless_result_is_empty(
     function: Callable[..., Any],
     shapes: Sequence[Sequence[int]],
     dtypes: Sequence[torch.dtype],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """:func:`unless_empty`, but where nothing is made only: of no elements a function may well make some."""
+    """Calls :func:`unless_empty` if some result is empty, else the function."""
     if all(0 not in shape for shape in shapes):
         return function(*args, **kwargs)
     return unless_empty(function, shapes, dtypes, *args, **kwargs)
 
 
-def unless_nothing_one(
+def unless_result_is_empty_one(
     function: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """:func:`unless_nothing` for a function of one output."""
-    result = unless_nothing(function, [shape], [dtype], *args, **kwargs)
+    """Calls :func:`unless_result_is_empty` for a function of one output."""
+    result = unless_result_is_empty(function, [shape], [dtype], *args, **kwargs)
     return result if isinstance(result, Tensor) else result[0]
 
 
 def unless_empty_one(
     function: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """:func:`unless_empty` for a function of one output."""
+    """Calls :func:`unless_empty` for a function of one output."""
     result = unless_empty(function, [shape], [dtype], *args, **kwargs)
     return result if isinstance(result, Tensor) else result[0]
 
@@ -154,9 +161,11 @@ def unless_empty_one(
 def call_unless_empty(
     local: Local, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, of_inputs: bool = True
 ) -> tuple[Ref, ...]:
-    """Emits the operator on these arguments, guarded where some rank holds nothing.
+    """Emits the operator on these arguments, guarded if some rank has no elements.
 
     Args:
+        local: emits the call.
+        args, kwargs: local arguments.
         of_inputs: whether an empty input counts too, though the output is not empty: where a summed dim is cut.
     """
     op, target = local.op, local.op.target
@@ -166,16 +175,16 @@ def call_unless_empty(
         if not some_piece_is_empty(local, of_inputs):
             return local.call_many(len(dtypes), target, *args, **keywords)
         shapes = [local.local_shape(True, i) for i in range(len(dtypes))]
-        guard = unless_empty if of_inputs else unless_nothing
+        guard = unless_empty if of_inputs else unless_result_is_empty
         return local.call_many(len(dtypes), guard, target, shapes, dtypes, *args, **keywords)
     if not some_piece_is_empty(local, of_inputs):
         return (local.call(target, *args, **keywords),)
-    guard_one = unless_empty_one if of_inputs else unless_nothing_one
+    guard_one = unless_empty_one if of_inputs else unless_result_is_empty_one
     return (local.call(guard_one, target, local.local_shape(True, 0), dtypes[0], *args, **keywords),)
 
 
 def local_arguments(local: Local, tensors: Sequence[Ref] | None = None) -> tuple[list[Any], dict[str, Any]]:
-    """Returns the operator's own arguments with the local tensors (or these) in the place of its inputs."""
+    """Returns the operator's own arguments with local tensors in the place of its inputs."""
     refs = local.inputs if tensors is None else tensors
 
     def read(value: Any) -> Any:
@@ -189,7 +198,7 @@ def local_arguments(local: Local, tensors: Sequence[Ref] | None = None) -> tuple
 
 
 def guarded_same_call(local: Local) -> tuple[Ref, ...]:
-    """Returns the lowering of an operator that runs as it is, but refuses empty tensors."""
+    """Lowers an operator that runs as it is, but refuses empty tensors."""
     if not some_piece_is_empty(local, of_inputs=False):
         return local.same_call()
     return call_unless_empty(local, *local_arguments(local), of_inputs=False)

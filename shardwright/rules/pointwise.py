@@ -71,7 +71,7 @@ def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
 
 @rule_for("aten.to", "aten.type_as")
 def _cast(op: Operator) -> Signature | None:
-    """Of a second input only the dtype matters: it comes along where it has the first one's dims, else whole."""
+    """Splits the first input. The second, of which only the dtype matters, follows if it has the same dims, else is whole."""
     if len(op.inputs) == 1 or op.inputs[1].shape == op.inputs[0].shape:
         return pointwise(op)
     other = " ".join(f"w{i}!" for i in range(len(op.inputs[1].shape)))
@@ -80,7 +80,7 @@ def _cast(op: Operator) -> Signature | None:
 
 @rule_for("aten.prelu")
 def _prelu(op: Operator) -> Signature:
-    """Returns one slope for all, or one for each of the channels, which are dim 1."""
+    """Splits a slope per channel, which are dim 1, with the channels; one slope for all is whole."""
     ndim, slope = len(op.inputs[0].shape), op.inputs[1]
     dims = [f"d{i}" for i in range(ndim)]
     shared = slope.numel == 1
@@ -90,7 +90,7 @@ def _prelu(op: Operator) -> Signature:
 
 @rule_for("aten.glu")
 def _glu(op: Operator) -> Signature:
-    """Returns the halves of a dim meet elementwise, so that dim stays whole."""
+    """Keeps the dim whole whose halves meet elementwise."""
     ndim = len(op.inputs[0].shape)
     dim = op.argument("dim", -1) % ndim
     before = " ".join("both!" if i == dim else f"d{i}" for i in range(ndim))
@@ -105,7 +105,7 @@ def _keeps_dtype(op: Operator) -> bool:
     return bool(op.inputs and op.outputs) and op.inputs[0].dtype == op.outputs[0].dtype
 
 
-# All others are pointwise, and nothing else is known of them.
+# All others are pointwise, and nothing else is known about them.
 TRAITS = {
     Traits(backward="handed on", linear=True): "add subtract",
     Traits(backward="handed on", linear=True, entry_differs=True): "sub rsub",

@@ -1,11 +1,11 @@
 """Rules of random operators: in every layout the numbers are those of the single device.
 
-Each call is two local calls: one that draws for the whole tensor and depends on no rank, and one that takes the piece
+Each call becomes two local calls: one that draws for the whole tensor and depends on no rank, and one that takes the piece
 (see :mod:`shardwright.rules.random_draw`). The first costs a transient tensor of global shape on every rank; in return
 a model trains the same on any number of devices, and generators never drift apart.
 
-What is drawn according to the values of a tensor (``bernoulli`` of probabilities, ``multinomial``, ``poisson``, ...)
-runs whole on every rank, in the memory order of the single device.
+Draws that depend on the values of a tensor (``bernoulli`` of probabilities, ``multinomial``, ``poisson``, ...)
+run whole on every rank, in the memory order of the single device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardwright.rules.traits import Traits, register_traits
 
 
 def _stride(meta: TensorMeta) -> tuple[int, ...]:
-    """Returns the strides of the global tensor; contiguous where they are not known."""
+    """Returns the strides of the global tensor; contiguous ones if they are not known."""
     if len(meta.stride) == len(meta.shape):
         return meta.stride
     return tuple(math.prod(meta.shape[d + 1 :]) for d in range(len(meta.shape)))
@@ -48,7 +48,7 @@ def _dropout_rule(op: Operator) -> Signature | None:
 
 
 def _draws(op: Operator) -> bool:
-    """Tells whether the call draws at all; eager does not for what it keeps or drops as a whole."""
+    """Tells whether the call draws at all. Eager mode does not if it keeps or drops everything."""
     return bool(op.argument("train")) and 0 < op.argument("p") < 1 and op.inputs[0].numel > 0
 
 
@@ -69,7 +69,7 @@ def _dropout(local: Local) -> Ref:
 
 
 def _piece_of_features(local: Local, noise: Ref) -> Ref:
-    """Returns the local piece of noise that has size 1 in all but the first two dims."""
+    """Returns the local piece of noise with size 1 after the first two dims."""
     axes, ndim = local.output_layouts[0].bound, len(local.op.outputs[0].shape)
     if not any(axes[:2]):
         return noise
@@ -79,7 +79,7 @@ def _piece_of_features(local: Local, noise: Ref) -> Ref:
 
 @rule_for("aten.native_dropout")
 def _native_dropout_rule(op: Operator) -> Signature | None:
-    """Returns two outputs: the tensor and its mask."""
+    """Splits the two outputs alike: the tensor and its mask."""
     return parse("... -> ..., ...", op, None, (), _native_dropout) if op.inputs[0].numel else None
 
 
@@ -106,12 +106,12 @@ def _normal_rule(op: Operator) -> Signature | None:
 
 
 def _random_rule(op: Operator) -> Signature:
-    """Returns the operator itself draws the whole tensor."""
+    """Lets the operator itself draw the whole tensor."""
     dims = " ".join(f"d{d}" for d in range(len(op.outputs[0].shape)))
     return parse(f" -> {dims}", op, None, (), lambda local: piece_of_output(local, local.same_call()[0]))
 
 
-# For operators on a tensor of which they read the shape alone: the in-place method that fills one like it, and the
+# For operators that only read the shape of a tensor: the in-place method that fills one like it, and the
 # names of its arguments.
 _FILLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "aten.rand_like": ("uniform_", ()),
@@ -149,7 +149,7 @@ def _fill(local: Local) -> Ref:
 
 @rule_for("aten.multinomial", "aten.poisson", "aten.binomial", "aten.rrelu")
 def _by_value_rule(op: Operator) -> Signature | None:
-    """Returns every dim whole; the single device's memory order decides the order of the draws."""
+    """Keeps every dim whole. The single device's memory order decides the order of the draws."""
     if len(op.outputs) != 1:
         return None
     if op.name == "aten.rrelu" and not op.argument("training"):

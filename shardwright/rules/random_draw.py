@@ -1,4 +1,4 @@
-"""Draws: the random numbers that the single device would draw for the whole tensor.
+"""Random draws: the random numbers that the single device would draw for the whole tensor.
 
 Each function here draws exactly what the eager operator draws from the default generator of the device, for the whole
 tensor of the given shape, strides, dtype and device: the order of draws follows the memory order, and their number the
@@ -19,7 +19,12 @@ from torch import Tensor
 
 
 def filled(method: str, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, *args: Any) -> Tensor:
-    """Returns a tensor of this shape and memory order, filled by a random in-place method such as ``normal_``.
+    """Fills a new tensor by a random in-place method such as ``normal_``. It has this shape and memory order.
+
+    Args:
+        method: its name; positional arguments follow after ``device``.
+        shape, stride: global shape and strides.
+        dtype, device: of the tensor.
 
     >>> filled("random_", (2,), (1,), torch.int64, None, 5, 6)
     tensor([5, 5])
@@ -33,10 +38,15 @@ def filled(method: str, shape: Sequence[int], stride: Sequence[int], dtype: torc
 
 
 def dropout_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
-    """What eager dropout keeps of a tensor like this: ones and zeros in its dtype, or booleans from a fused kernel.
+    """Draws what eager dropout keeps of a tensor like this: ones and zeros in its dtype, or booleans from a fused kernel.
 
     On a CPU eager dropout is ``empty_like(x).bernoulli_(1 - p)``, on CUDA it is ``native_dropout``, whose draws are its
     own (ATen, ``Dropout.cpp``).
+
+    Args:
+        shape, stride: global shape and strides.
+        dtype, device: of the tensor.
+        p: the probability to drop an element.
     """
     like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
     if like.device.type in ("cpu", "mps"):
@@ -45,33 +55,45 @@ def dropout_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtyp
 
 
 def apply_dropout(x: Tensor, noise: Tensor, p: float) -> Tensor:
-    """``x`` with what the noise drops set to zero and the rest scaled, rounded as eager dropout rounds."""
+    """Sets dropped elements of ``x`` to zero and scales the rest, rounding as eager dropout."""
     if noise.dtype == torch.bool:
         return apply_native(x, noise, p)
     return x * (noise / (1 - p))
 
 
 def whole_dropout(x: Tensor, stride: Sequence[int], p: float) -> Tensor:
-    """Dropout of a whole tensor that the single device has with these strides."""
+    """Computes dropout of a whole tensor that the single device has with these strides."""
     if x.stride() == tuple(stride):
         return torch.dropout(x, p, True)
     return apply_dropout(x, dropout_noise(x.shape, stride, x.dtype, x.device, p), p)
 
 
 def feature_noise(shape: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
-    """What eager feature dropout keeps: one number for each of the first two dims, size 1 in the others."""
+    """Draws what eager feature dropout keeps: one number for each of the first two dims, size 1 in the others.
+
+    Args:
+        shape: global shape.
+        dtype, device: of the tensor.
+        p: the probability to drop a feature.
+    """
     size = [*shape[:2], *([1] * (len(shape) - 2))]
     return torch.empty(size, dtype=dtype, device=device).bernoulli_(1 - p)
 
 
 def alpha_noise(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
-    """What eager alpha dropout keeps: ones and zeros."""
+    """Draws what eager alpha dropout keeps: ones and zeros.
+
+    Args:
+        shape, stride: global shape and strides.
+        dtype, device: of the tensor.
+        p: the probability to drop an element.
+    """
     like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
     return torch.empty_like(like).bernoulli_(1 - p)
 
 
 def apply_alpha(x: Tensor, noise: Tensor, p: float) -> Tensor:
-    """Alpha dropout of ``x``, in the order in which eager computes it.
+    """Computes alpha dropout of ``x``, in the order in which eager mode computes it.
 
     Source: Klambauer et al., "Self-Normalizing Neural Networks", 2017; ATen, ``Dropout.cpp``.
     """
@@ -82,7 +104,13 @@ def apply_alpha(x: Tensor, noise: Tensor, p: float) -> Tensor:
 
 
 def native_mask(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: Any, p: float) -> Tensor:
-    """Returns the boolean mask that ``native_dropout`` draws for a tensor like this."""
+    """Draws the boolean mask of ``native_dropout`` for a tensor like this.
+
+    Args:
+        shape, stride: global shape and strides.
+        dtype, device: of the tensor.
+        p: the probability to drop an element.
+    """
     like = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
     if like.device.type == "cpu":
         return torch.empty_like(like, dtype=torch.bool).bernoulli_(1 - p)
@@ -90,13 +118,13 @@ def native_mask(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype,
 
 
 def apply_native(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """What ``native_dropout`` makes of ``x`` with this mask, and of its gradient."""
+    """Computes ``native_dropout`` of ``x`` with this mask; its gradient too."""
     result: Tensor = _NativeDropout.apply(x, mask, 0.0 if p == 1 else 1 / (1 - p))
     return result
 
 
 class _NativeDropout(torch.autograd.Function):
-    """Rounds as ATen's ``native_dropout`` and its backward do; forward, a CPU rounds the scale to the dtype first."""
+    """Rounds as ATen's ``native_dropout`` and its backward do. In the forward, a CPU first rounds the scale to the dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -116,7 +144,7 @@ class _NativeDropout(torch.autograd.Function):
 
 
 def in_order(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """Returns the same values in this memory order, which is the order in which random operators draw."""
+    """Copies a tensor to this memory order, in which random operators draw."""
     if x.stride() == tuple(stride):
         return x
     return torch.empty_strided(x.shape, tuple(stride), dtype=x.dtype, device=x.device).copy_(x)

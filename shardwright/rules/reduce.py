@@ -1,4 +1,4 @@
-"""Rules of reductions, scans and sorts over dims: sums may be split, what is not linear keeps its dims whole.
+"""Rules of reductions, scans and sorts: sums may be split, other reductions keep their dims whole.
 
 The dims that are not reduced are always free.
 """
@@ -24,7 +24,7 @@ from shardwright.rules.traits import Traits, register_traits
 
 
 def reduced_dims(op: Operator, empty_means_all: bool = True) -> frozenset[int]:
-    """Returns the dims a call reduces: all of them where it names none."""
+    """Returns the dims that a call reduces: all of them if it names none."""
     ndim = len(op.inputs[0].shape)
     given = op.argument("dim")
     if given is None or (given in ([], ()) and empty_means_all):
@@ -58,7 +58,7 @@ def _mean(op: Operator) -> Signature:
 
 
 def _mean_of_split(local: Local) -> Any:
-    """Returns a mean over split dims: the local sum over the global count, a partial sum."""
+    """Emits a mean over split dims as a partial sum: the local sum over the global count."""
     if not any(local.axes_of(factor) for factor in local.signature.summed):
         return local.same_call()
     op = local.op
@@ -69,7 +69,15 @@ def _mean_of_split(local: Local) -> Any:
 
 
 def sum_over_count(x: Tensor, dims: list[int], keepdim: bool, count: int, dtype: torch.dtype) -> Tensor:
-    """Returns the sum over ``dims`` (none: over all) divided by ``count``."""
+    """Computes the sum over ``dims`` (none: over all) divided by ``count``.
+
+    Args:
+        x: the local tensor.
+        dims: the dims to sum over.
+        keepdim: whether they stay, with size 1.
+        count: the global number of elements.
+        dtype: of the result.
+    """
     return (x.sum(dims, keepdim=keepdim, dtype=wide(dtype)) / count).to(dtype)
 
 
@@ -95,7 +103,7 @@ def _whole_dims(op: Operator) -> Signature:
 
 @rule_for("aten.max", "aten.min")
 def _extremum(op: Operator) -> Signature | None:
-    """Three operators in one name: over all dims, over one dim with its indices, or of two tensors."""
+    """Builds the rule of three operators in one name: over all dims, over one with its indices, or of two tensors."""
     if len(op.inputs) == 2:
         return pointwise(op)
     return parse(_reduction(op, "!", reduced_dims(op)), op)
@@ -103,13 +111,13 @@ def _extremum(op: Operator) -> Signature | None:
 
 @rule_for("aten.any", "aten.all")
 def _logical(op: Operator) -> Signature:
-    """Here an empty list of dims reduces none."""
+    """Builds the rule of a logical reduction. Here an empty list of dims reduces none."""
     return parse(_reduction(op, "!", reduced_dims(op, empty_means_all=False)), op)
 
 
 @rule_for("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
 def _spread(op: Operator) -> Signature:
-    """Of an empty piece torch would warn."""
+    """Keeps the dims of a variance whole, because torch would warn about an empty piece."""
     return parse(_reduction(op, "!", reduced_dims(op)), op, None, (), guarded_same_call)
 
 
@@ -118,7 +126,7 @@ def _spread(op: Operator) -> Signature:
 
 @rule_for(*ALONG)
 def _along(op: Operator) -> Signature:
-    """Returns each position depends on others along one dim: that dim stays whole."""
+    """Keeps the dim whole along which each position depends on others."""
     dims = _with_one_dim(op, "d!")
     return parse(f"{dims} -> {', '.join([dims] * len(op.outputs))}", op)
 
@@ -141,7 +149,7 @@ def _with_one_dim(op: Operator, factor: str) -> str:
 
 @rule_for("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
 def _softmax(op: Operator) -> Signature:
-    """Returns the dim itself may be split too: the largest value and the sum of exponentials are then reduced."""
+    """Splits the dim itself too: the largest value and the sum of exponentials are then reduced."""
     dims = _with_one_dim(op, "d")
     return parse(f"{dims} -> {dims}", op, None, (), _softmax_of_split_dim)
 
@@ -159,37 +167,51 @@ def _softmax_of_split_dim(local: Local) -> Any:
     peak = local.call(largest, local.inputs[0], dim, True)
     peak = local.move(peak, tuple(shape), one.with_partial(axes, "max"), one, (), op.inputs[0].dtype)
     logarithm = op.name in ("aten.log_softmax", "aten._log_softmax")
-    prepare, finish = (logits_and_sum, log_share) if logarithm else (exponentials_and_sum, share)
+    prepare, finish = (logits_and_sum, log_softmax_of_sum) if logarithm else (exponentials_and_sum, softmax_of_sum)
     values, total = local.call_many(2, prepare, local.inputs[0], peak, dim, dtype)
     total = local.move(total, tuple(shape), one.with_partial(axes), one, axes, dtype)
     return (local.call(finish, values, total, op.outputs[0].dtype),)
 
 
 def largest(x: Tensor, dim: int, keepdim: bool) -> Tensor:
-    """Returns the largest value along a dim, without gradient; ``-inf`` where the dim is empty."""
+    """Computes the largest value along a dim, without gradient; ``-inf`` if the dim is empty."""
     x = x.detach()
     return x.amax(dim, keepdim) if x.shape[dim] else x.sum(dim, keepdim).fill_(-math.inf)
 
 
 def exponentials_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``exp(x - peak)`` and its sum over the local piece of ``dim``."""
+    """Computes ``exp(x - peak)`` and its sum over the local piece of ``dim``.
+
+    Args:
+        x: the local tensor.
+        peak: the largest value along the whole dim.
+        dim: the softmax's dim.
+        dtype: to compute in.
+    """
     exponentials = (x.to(dtype) - peak).exp()
     return exponentials, exponentials.sum(dim, keepdim=True)
 
 
 def logits_and_sum(x: Tensor, peak: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x - peak`` and the sum of its exponentials over the local piece of ``dim``."""
+    """Computes ``x - peak``, and the sum of its exponentials over the local piece.
+
+    Args:
+        x: the local tensor.
+        peak: the largest value along the whole dim.
+        dim: the softmax's dim.
+        dtype: to compute in.
+    """
     shifted = x.to(dtype) - peak
     return shifted, shifted.exp().sum(dim, keepdim=True)
 
 
-def share(exponentials: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax, given the sum over the whole dim."""
+def softmax_of_sum(exponentials: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes softmax, given the sum over the whole dim."""
     return (exponentials / total).to(dtype)
 
 
-def log_share(shifted: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logarithm of softmax, given the sum over the whole dim."""
+def log_softmax_of_sum(shifted: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes the logarithm of softmax, given the sum over the whole dim."""
     return (shifted - total.log()).to(dtype)
 
 
@@ -211,7 +233,7 @@ TRAITS = {
     Traits("softmax"): "softmax _softmax log_softmax _log_softmax logcumsumexp",
     Traits("softmax", workspace=_logsumexp_workspace): "logsumexp",
     Traits("sort", has_gradient=False): "argsort",
-    Traits(has_gradient=False): "largest",  # the function above
+    Traits(has_gradient=False): "largest",  # called by the lowering above
     Traits("sort"): "sort msort topk kthvalue median nanmedian mode",
 }
 register_traits(TRAITS)

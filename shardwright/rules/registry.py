@@ -1,4 +1,4 @@
-"""The registry of rules: from an operator call to its signature."""
+"""Registry of rules: gives an operator call its signature."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def rule(
     late: Sequence[int] = (),
 ) -> None:
     """Registers the rule of an operator whose factors do not depend on its arguments.
+
+    Args:
+        name: the operator's name, such as ``aten.linear``.
+        notation: the rule, see :mod:`shardwright.ir.signature`.
+        linear, lowering, late: see :class:`~shardwright.ir.signature.Signature`.
 
     >>> rule("demo.outer", "m, n -> m n")
     >>> "demo.outer" in registered()
@@ -51,12 +56,12 @@ def rule_for(*names: str) -> Callable[[Builder], Builder]:
 
 
 def registered() -> tuple[str, ...]:
-    """Returns the names of all operators that have a rule."""
+    """Lists the names of all operators that have a rule."""
     return tuple(sorted(_RULES))
 
 
 def signature_of(op: Operator) -> Signature | None:
-    """Returns the signature of a call, or ``None`` where the operator has no rule."""
+    """Returns the signature of a call; ``None`` if the operator has no rule."""
     build = _RULES.get(op.name)
     if build is None and isinstance(op.target, OpaqueFunction):
         build = _RULES.get("opaque")
@@ -64,7 +69,7 @@ def signature_of(op: Operator) -> Signature | None:
 
 
 def replicated_signature(op: Operator) -> Signature:
-    """Returns the signature of a call that runs whole on every rank."""
+    """Builds the signature of a call that runs whole on every rank."""
     sizes: dict[str, int] = {}
 
     def whole(prefix: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:

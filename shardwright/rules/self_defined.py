@@ -1,6 +1,6 @@
-"""Self-defined: an operator that runs on its local pieces in layouts of the user's own (``self_define_shard``).
+"""Self-defined: an operator that runs on its local pieces in layouts that the user gives (``self_define_shard``).
 
-That the local results are the pieces of the global one is the user's word; that they have the right shapes is checked.
+The user promises that the local results are the pieces of the global one; only their shapes are checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shardwright.rules.registry import rule_for
 
 @dataclass(frozen=True)
 class SelfDefined:
-    """The operator itself, under a name that has no other rule."""
+    """An operator under a name that has no other rule."""
 
     function: Callable[..., Any]
 
@@ -37,7 +37,7 @@ class SelfDefined:
 
 @rule_for("self_defined")
 def _rule(op: Operator) -> Signature:
-    """Returns every dim is a factor of its own; which are split together is up to the layouts."""
+    """Makes every dim a factor of its own. The layouts say which are split together."""
     inputs = [[f"{name}~" for name in names(len(meta.shape), f"i{i}_")] for i, meta in enumerate(op.inputs)]
     outputs = [names(len(meta.shape), f"o{i}_") for i, meta in enumerate(op.outputs)]
     signature = parse(notation(inputs, outputs), op, None, (), _on_pieces)
@@ -51,7 +51,7 @@ def _on_pieces(local: Local) -> tuple[Ref, ...]:
 
 
 def of_shape(x: Tensor, shape: Sequence[int], name: str) -> Tensor:
-    """Returns the tensor itself, if it has this shape.
+    """Checks that a tensor has this shape, and returns it.
 
     Raises:
         ShardwrightError: it has another.

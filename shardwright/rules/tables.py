@@ -1,4 +1,4 @@
-"""Every family of rules, and the traits of their operators: importing this module registers them all."""
+"""Every family of rules, and the traits of their operators. Importing this module registers them all."""
 
 import shardwright.rules.attention
 import shardwright.rules.conv

@@ -1,8 +1,8 @@
-"""Traits: what is known about an operator apart from its rule, one row beside the rule.
+"""Traits: facts about operators besides their rules, one row beside each rule.
 
-Rows stand at the end of each family's file, those of operators without a rule in ``no_rule.py``. What torch itself knows of
-an overload, such as whether it draws, is asked of torch. An operator without a row is a pointwise one that nothing else is
-known of.
+Rows stand at the end of each family's file, those of operators without a rule in ``no_rule.py``. Facts that torch has about
+an overload, such as whether it draws, come from torch. An operator without a row is a pointwise one that nothing else is
+known about.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ Workspace = Callable[[Sequence[Any], Sequence[Tensor]], float]
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known about an operator.
+    """Facts about an operator.
 
-    Prices read, also of another library's operator that has the name of one of torch's:
+    Prices read these, also for another library's operator with the name of one of torch's:
 
     Args:
-        family: what its cost follows; see :func:`family`. ``free_when``: says which of its calls cost as a view does.
-        backward: where its backward is not the forward again: ``"in zeros"`` writes the gradient into zeros of the input's
-            shape, ``"summed"`` sums it to the input's shape, ``"handed on"`` hands it on as it is.
-        operands: of a product, the position of the first of its two operands.
-        summed: of a product, the size of the dims that it sums over; default: the last dim of its first operand.
-        transposed: of a convolution, whether it is a transposed one.
+        family: kind of its cost; see :func:`family`. ``free_when``: tells which of its calls cost as little as a view.
+        backward: set if its backward is not the forward again: ``"in zeros"`` writes the gradient into zeros of the input's
+            shape, ``"summed"`` sums it to the input's shape, ``"handed on"`` passes it on as it is.
+        operands: for a product, the position of the first of its two operands.
+        summed: for a product, the size of the dims that it sums over; default: the last dim of its first operand.
+        transposed: for a convolution, whether it is a transposed one.
 
-    The rest is known of torch's own operators, and of the functions that rules call:
+    The rest is set for torch's own operators, and for the functions that rules call:
 
     Args:
         draws: whether it may take numbers from a generator. ``mutates``: whether it writes to an argument. ``is_view``:
-            whether its result may share an input's memory. All three are torch's word.
+            whether its result may share an input's memory. All three come from torch.
         has_gradient: whether a gradient flows back through it; ``False``: it reads tensors without their gradients.
-        linear: whether its backward needs nothing of what it read.
+        linear: whether its backward needs none of its inputs.
         new_result: whether its result is new memory that autograd does not keep.
         new_gradients: whether its backward makes the gradients of its first two operands in new memory.
         computes: whether it does work on values that a compiler can merge with other work.
         reshapes: whether it gives the elements, in their order, another shape. ``reorders``: whether it reorders dims.
-        looks_up: whether it picks elements of a table, whose size is then no work. ``embeds``: whether it picks the rows of a
-            table by their numbers alone.
+        looks_up: whether it picks elements of a table, whose size then costs nothing. ``embeds``: whether it picks rows of a
+            table by their numbers only.
         fused: whether it is worth a strategy, since it is one kernel for much work. ``kernel``: which of the kernels that
             devices other than a CPU have, and that keep less: ``"attention"``, ``"norm"`` or ``"dropout"``.
-        half: whether autocast has it read its inputs in the lower precision.
+        half: whether autocast makes it read its inputs in the lower precision.
         entry_differs: whether torch's Python function of its name takes other arguments than the operator.
         user_order: where torch's Python function takes its tensors in another order: the input at each of its positions.
         workspace: bytes that the CPU's kernel needs while it runs, from arguments and results.
@@ -86,11 +86,11 @@ class Traits:
 
     @property
     def does_work(self) -> bool:
-        """Says whether it does more than make constants and look at memory in another way."""
+        """True if it does more than make constants and view memory in another way."""
         return self.computes and not self.reshapes and self.family not in ("view", "create")
 
     def of_prices(self) -> Traits:
-        """Returns the traits that prices read, the others as if nothing were known."""
+        """Returns the traits that prices read, with the others at their defaults."""
         return Traits(self.family, self.free_when, self.backward, self.operands, self.summed, self.transposed)
 
 
@@ -120,7 +120,7 @@ def rows() -> Mapping[str, Traits]:
 
 
 def traits_of(operator: Operator | Callable[..., Any]) -> Traits:
-    """Returns what is known about an operator.
+    """Returns the traits of an operator.
 
     Args:
         operator: a call of it, one of its overloads, or the function of its name that torch or a rule has.
@@ -148,7 +148,7 @@ def _of_overload(overload: Any) -> Traits:
 def _named(full_name: str) -> Traits:
     library, _, name = full_name.rpartition(".")
     found = _ROWS.get(name)
-    if found is None and "attention" in name:  # many kernels, of torch and of others, are called so
+    if found is None and "attention" in name:  # many kernels, of torch and of others, have such names
         found = Traits("attention")
     elif found is None and name.startswith(("conv", "_conv")):
         found = Traits("conv", transposed="transpose" in name)
@@ -159,7 +159,7 @@ def _named(full_name: str) -> Traits:
 
 
 def family(op: Operator) -> str:
-    """Returns the family that an operator's cost follows.
+    """Returns the family that decides the kind of an operator's cost.
 
     ``matmul``, ``attention``, ``conv``, ``norm``, ``softmax``, ``index``, ``sort``, ``random``, ``reduce``, ``copy``,
     ``create``, ``view`` (free) or ``pointwise``, which all others count as. A reshape of what lies in order is a view, and
@@ -170,7 +170,7 @@ def family(op: Operator) -> str:
 
 
 def lies_in_order(op: Operator) -> bool:
-    """Says whether the first input's elements lie in memory as its dims say."""
+    """Tells whether the first input is contiguous in the order of its dims."""
     if not op.inputs:
         return False
     expected = 1

@@ -30,7 +30,7 @@ from shardwright.rules.pieces import (
 from shardwright.rules.registry import rule_for
 from shardwright.rules.traits import Traits, lies_in_order, register_traits
 
-ONE = ((0,),)  # linear in the first input alone
+ONE = ((0,),)  # linear in the first input only
 
 
 # -- reshapes ---------------------------------------------------------------------------------------------------------
@@ -39,25 +39,25 @@ ONE = ((0,),)  # linear in the first input alone
 @rule_for("aten.view", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias", "aten.flatten", "aten.unflatten")
 @rule_for("aten.ravel", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d")
 def reshape_rule(op: Operator) -> Signature | None:
-    """Returns the rule of a reshape, whatever its arguments: the two shapes say it all."""
+    """Builds the rule of a reshape from the two shapes only, whatever its arguments."""
     if op.argument("dtype") is not None:
         return _view_as_dtype(op)
     if not op.inputs or len(op.outputs) != 1:
         return None
     source, target, sizes, whole = shared_factors(op.inputs[0].shape, op.outputs[0].shape)
-    like = [target] * (len(op.inputs) - 1)  # of view_as and reshape_as only the shape is used
+    like = [target] * (len(op.inputs) - 1)  # view_as and reshape_as only use the shape of their second input
     return Signature((source, *like), (target,), sizes, frozenset(), frozenset(whole), (frozenset({0}),), _reshape)
 
 
 def _reshape(local: Local) -> Ref:
-    """Returns a local piece may have other strides than the whole, so what was a view may have to copy."""
+    """Emits the local reshape. A local piece may have other strides than the whole, so a view may become a copy."""
     return local.call(torch.reshape, local.inputs[0], local.local_shape(True, 0))
 
 
 def shared_factors(
     source: Sequence[int], target: Sequence[int]
 ) -> tuple[TensorFactors, TensorFactors, dict[str, int], set[str]]:
-    """Returns the factors that two shapes of the same number of elements share, in row-major order.
+    """Finds the factors that two shapes of one number of elements share, in row-major order.
 
     Walks both shapes from the left and takes the greatest common divisor of what is left of the two current dims as a
     shared factor. Where they have none, what is left of the group of dims with equal products is whole.
@@ -92,7 +92,7 @@ class _Walk:
         self.at = [0, 0]
 
     def new(self, size: int, *sides: int, whole: bool = False) -> None:
-        """A new factor, the next of the current dim of each side."""
+        """Adds a factor, the next of the current dim of each side."""
         name = f"f{len(self.sizes)}"
         self.sizes[name] = size
         if whole:
@@ -101,7 +101,7 @@ class _Walk:
             self.factors[side][self.at[side]].append(name)
 
     def match_leading_dims(self) -> None:
-        """For empty tensors: equal leading dims are shared, the rest is whole."""
+        """Shares equal leading dims of empty tensors; the rest is whole."""
         source, target = self.shapes
         while min(len(source) - self.at[0], len(target) - self.at[1]) and source[self.at[0]] == target[self.at[1]]:
             self.new(source[self.at[0]], 0, 1)
@@ -112,7 +112,7 @@ class _Walk:
                 self.new(self.shapes[side][position], side, whole=True)
 
     def group(self) -> bool:
-        """Returns the next dims of equal product; whether there were any."""
+        """Collects the next dims of equal product. Returns whether there were any."""
         self._skip_ones()
         if all(self.at[side] == len(self.shapes[side]) for side in (0, 1)):
             return False
@@ -132,7 +132,7 @@ class _Walk:
                     left[side] = self._advance(side)
 
     def _skip_ones(self) -> None:
-        """Dims of size 1: those that face each other are one factor, the others carry none."""
+        """Skips dims of size 1. Those that face each other become one factor, the others carry none."""
         while True:
             ones = [self.at[s] < len(self.shapes[s]) and self.shapes[s][self.at[s]] == 1 for s in (0, 1)]
             if not any(ones):
@@ -142,14 +142,14 @@ class _Walk:
             self.at = [self.at[side] + ones[side] for side in (0, 1)]
 
     def _advance(self, side: int) -> int:
-        """Goes to the side's next dim above 1, within a group that is not complete; its size."""
+        """Advances to the side's next dim above 1, within a group that is not complete. Returns its size."""
         self.at[side] += 1
         while self.shapes[side][self.at[side]] == 1:
             self.at[side] += 1
         return self.shapes[side][self.at[side]]
 
     def _tangle(self, left: list[int]) -> None:
-        """The rest of a group whose dims have no common factor: whole on both sides."""
+        """Keeps a group's rest whole on both sides. Its dims have no common factor."""
         left = list(left)
         for side in (0, 1):
             self.new(left[side], side, whole=True)
@@ -162,7 +162,7 @@ class _Walk:
 
 
 def _view_as_dtype(op: Operator) -> Signature | None:
-    """``view(dtype)``: elements of the same size keep their dims, others change the last one."""
+    """Builds the rule of ``view(dtype)``. Elements of the same size keep their dims, others change the last one."""
     dims = names(len(op.inputs[0].shape))
     if op.inputs[0].dtype.itemsize == op.argument("dtype").itemsize:
         return parse(notation([dims], [dims]), op)
@@ -207,7 +207,7 @@ def _unsqueeze_rule(op: Operator) -> Signature | None:
 @rule_for("aten.transpose", "aten.t", "aten.permute", "aten.movedim", "aten.moveaxis", "aten.swapaxes", "aten.swapdims")
 @rule_for("aten.numpy_T", "aten.mT", "aten.matrix_H", "aten.mH", "aten.adjoint")
 def _permutation_rule(op: Operator) -> Signature | None:
-    """Returns the order is read off a tensor whose dims all have different sizes."""
+    """Derives the order from a tensor whose dims all have different sizes."""
     dims = names(len(op.inputs[0].shape))
     probe = torch.empty([i + 2 for i in range(len(dims))], device="meta")
     moved = op.target(probe, *op.args[1:], **op.kwargs)
@@ -234,7 +234,7 @@ def _expand(local: Local) -> list[Ref]:
 
 @rule_for("aten.repeat", "aten.tile")
 def _repeat_rule(op: Operator) -> Signature | None:
-    """Returns a repeated dim is ``(repeats dim)``; the repeats can be split, the dim itself cannot."""
+    """Builds the rule of a repeat: a repeated dim is ``(repeats dim)``. The repeats can be split, the dim itself cannot."""
     shape, counts = _repeats(op)
     inputs: list[str] = []
     outputs: list[str] = []
@@ -256,7 +256,7 @@ def _repeat_rule(op: Operator) -> Signature | None:
 
 
 def _repeats(op: Operator) -> tuple[list[int], list[int]]:
-    """Returns the input's shape and the repeats, both with a leading 1 for every dim that only the other has."""
+    """Returns the input's shape and the repeats. Both get a leading 1 for every dim that only the other has."""
     shape = list(op.inputs[0].shape)
     counts = list(op.argument("repeats" if op.name == "aten.repeat" else "dims"))
     ndim = max(len(shape), len(counts))
@@ -274,7 +274,7 @@ def _tile(local: Local) -> Ref:
 
 @rule_for("aten.repeat_interleave")
 def _repeat_interleave_rule(op: Operator) -> Signature | None:
-    """``s -> (s repeats)``, so the repeated dim may be split. Repeats given as a tensor have no rule."""
+    """Builds ``s -> (s repeats)``, so the repeated dim may be split. Repeats given as a tensor have no rule."""
     count = op.argument("repeats")
     if not isinstance(count, int) or len(op.inputs) != 1:
         return None
@@ -314,7 +314,7 @@ def _real_pairs(local: Local) -> tuple[Ref, ...]:
 
 
 def real_pairs(x: Tensor) -> Tensor:
-    """``view_as_real``, whose backward refuses some gradients of nothing."""
+    """Computes ``view_as_real``, whose backward refuses some gradients of empty tensors."""
     return torch.view_as_real(x) if x.numel() else torch.stack((x.real, x.imag), -1)
 
 

@@ -1,8 +1,8 @@
-"""Alike: copies of a repeat that may as well choose the same do, so that a person reads one layer instead of many.
+"""Alike: makes copies of a repeat choose the same where that costs nothing.
 
-Assignments of the same cost are many, and a search ends at any of them: one layer may redistribute before a view and the
-next behind it. Here the copies between the first and the last of a repeat, and then those two as well, take over what one
-of them chose, wherever that costs nothing.
+Then a person reads one layer instead of many. Many assignments have the same cost, and a search ends at any of them: one
+layer may redistribute before a view and the next behind it. Here the copies between the first and the last of a repeat, and
+then those two as well, take over what one of them chose, wherever that costs nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from shardwright.search.problem import Choices, Problem, Repeat, Solution
 
-_MOST = 4  # different copies of a repeat that are tried, those that are most frequent first
+_MOST = 4  # number of different copies of a repeat that are tried, the most frequent first
 _ROUNDING = 1e-12
 
 
 def alike(problem: Problem, solution: Solution) -> Solution:
-    """Returns the solution with the copies of each repeat alike where that costs nothing and fits.
+    """Makes the copies of each repeat alike where that costs nothing and fits.
 
     >>> from shardwright.search.problem import Node
     >>> layer = Node("layer", np.array([1.0, 1.0]))
@@ -39,7 +39,7 @@ def alike(problem: Problem, solution: Solution) -> Solution:
 
 
 def _copies(repeat: Repeat, choices: Choices) -> list[tuple[int, ...]]:
-    """What each copy of a repeat chose."""
+    """Returns the choices of each copy of a repeat."""
     return list(zip(*(_rows(choices[node]) for node in repeat.nodes), strict=True))
 
 
@@ -49,7 +49,7 @@ def _rows(rows: int | list[int]) -> list[int]:
 
 
 def _with_copies(repeat: Repeat, choices: Choices, chosen: Sequence[int], ends: int) -> Choices:
-    """Returns the choices with all copies but so many at each end as one of them."""
+    """Replaces the choices of all copies, except some at each end, by one of them."""
     changed = list(choices)
     for node, row in zip(repeat.nodes, chosen):
         rows = _rows(choices[node])
@@ -58,7 +58,7 @@ def _with_copies(repeat: Repeat, choices: Choices, chosen: Sequence[int], ends: 
 
 
 def _if_no_worse(problem: Problem, solution: Solution, choices: Choices) -> Solution:
-    """Returns the solution with other choices, where they cost and need no more."""
+    """Returns the solution with other choices if they cost and need no more."""
     if choices == solution.choices:
         return solution
     cost, memory = problem.price(choices)

@@ -1,6 +1,6 @@
-"""A lower bound for problems too wide for elimination, by moving prices along edges until nothing more is gained.
+"""Bounds: computes a lower bound for problems too wide for elimination, by moving prices along edges.
 
-Every edge may lend part of its price to the nodes at its ends: the sum of all stays the same for each assignment, and
+Every edge may lend part of its price to the nodes at its ends. The sum stays the same for each assignment, and
 the sum of the least price of each node and of each edge is a lower bound, whatever was lent. Sequential passes in the
 manner of TRW-S and SRMP (Kolmogorov 2006, 2015) raise it. All copies of a repeated node are worked on at once.
 """
@@ -16,18 +16,18 @@ from shardwright.search.problem import Edge, Node, Problem
 
 @dataclass
 class Link:
-    """An edge in all its places: row r joins copy `in_a[r]` of node a with copy `in_b[r]` of node b."""
+    """One edge in all its places: row r joins copy `in_a[r]` of node a with copy `in_b[r]` of node b."""
 
     edge: Edge
     in_a: np.ndarray
     in_b: np.ndarray
     table: np.ndarray
-    to_a: np.ndarray  # what is lent to a: (places, choices of a)
+    to_a: np.ndarray  # price lent to a: (places, choices of a)
     to_b: np.ndarray
 
 
 class Relaxation:
-    """The lent prices of a problem, and the bound they prove.
+    """Prices lent in a problem, and the bound they prove.
 
     >>> from shardwright.search.problem import Edge, Node, Problem
     >>> a, b = Node("a", np.array([0.0, 1.0])), Node("b", np.array([1.0, 0.0]))
@@ -40,7 +40,7 @@ class Relaxation:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        # Any price above that of every allowed assignment forbids; a huge one would cost digits.
+        # Any price above that of every allowed assignment forbids a choice; a huge one would lose digits.
         items: list[Node | Edge] = [*problem.nodes, *(edge for edge, _, _ in problem.placed_edges)]
         largest = max(float(np.abs(i.cost[np.isfinite(i.cost)]).max(initial=0.0)) for i in items)
         self.forbidden = 2 * largest * (sum(problem.copies) + sum(len(at) for _, at, _ in problem.placed_edges)) + 1e-300
@@ -63,16 +63,16 @@ class Relaxation:
             self.at[edge.b].append((link, False))
 
     def sweep(self) -> None:
-        """One pass through the nodes and one back."""
+        """Updates all nodes forward, then backward."""
         order = list(range(len(self.prices)))
         for forward in (True, False):
             for node in order if forward else reversed(order):
                 self._update(node, forward)
 
     def _update(self, node: int, forward: bool) -> None:
-        """Collects what the edges of a node can lend it, and hands it out to the edges that are yet to be visited."""
+        """Collects what a node's edges can lend it. It is then distributed to the edges not visited yet."""
         if any(link.edge.a == link.edge.b for link, _ in self.at[node]):
-            # A node next to its own copies: those in even places, then those in odd ones, are independent.
+            # A node with edges to its own copies: the even copies are independent of each other, and so are the odd ones.
             for parity in (0, 1):
                 self._update_copies(node, forward, np.arange(len(self.prices[node])) % 2 == parity)
         else:
@@ -93,7 +93,7 @@ class Relaxation:
             ahead = other == node or (other > node if forward else other < node)
             np.add.at(later if ahead else incoming, own[rows], 1.0)
             used.append((link, as_a, rows, own[rows], ahead))
-        # SRMP's weights: as much to each edge ahead as keeps the part of those behind, no less than theirs.
+        # SRMP's weights: the share of each edge ahead is 1 / max(number of edges ahead, number of edges behind).
         share = 1.0 / np.maximum(np.maximum(later, incoming), 1.0)
         handed = price.copy()
         for link, as_a, rows, own, ahead in used:
@@ -103,7 +103,7 @@ class Relaxation:
                 np.subtract.at(price, own, part)
 
     def _gain(self, link: Link, as_a: bool, rows: np.ndarray) -> np.ndarray:
-        """For each row and choice of the node, the least that is left of the edge's price."""
+        """Computes the least that is left of the edge's price, per row and choice."""
         table, lent, mine = (link.table, link.to_b, link.to_a) if as_a else (link.table.T, link.to_a, link.to_b)
         lent, result = lent[rows], np.empty((len(rows), len(table)))
         step = max(1, (1 << 16) // table.size)
@@ -112,7 +112,7 @@ class Relaxation:
         return result - mine[rows]
 
     def worthwhile(self, cost: float) -> list[np.ndarray]:
-        """For each node, the choices that some assignment no dearer than `cost` may have, in any copy."""
+        """Returns each node's choices that some assignment not above `cost` may have, in any copy."""
         bound = self.bound()
         found = []
         for node, price in enumerate(self.prices):
@@ -126,7 +126,7 @@ class Relaxation:
         return found
 
     def bound(self) -> float:
-        """What the prices lent so far prove."""
+        """Computes the bound that the prices lent so far prove."""
         total = sum(float(price.min(axis=1).sum()) for price in self.prices)
         for link in self.links:
             total += float(self._gain(link, True, np.arange(len(link.in_a))).min(axis=1).sum())

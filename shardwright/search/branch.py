@@ -1,4 +1,4 @@
-"""Branch and bound over the choices of plain nodes: what raises the bound where a relaxation alone leaves a gap.
+"""Branch and bound over the choices of plain nodes. It raises the bound where a relaxation leaves a gap.
 
 A part of the problem is a set of choices for each node. Its bound comes from a relaxation that starts with the prices of
 the part it was split from; choices too dear to matter are dropped, and what is small enough is solved by elimination.
@@ -31,20 +31,20 @@ class _Part:
 
 
 class Branching:
-    """The parts that may still hold something cheaper than `cost`; `offer` takes each assignment that is found."""
+    """Open parts that may still hold something cheaper than `cost`. `offer` takes each assignment that is found."""
 
     def __init__(self, relaxation: Relaxation, cost: float, offer: Callable[[Picked], float], until: float):
         self.cost, self.offer, self.until = cost, offer, until
         self.open: list[_Part] = []
         self.stuck = np.inf  # the least bound of a part that cannot be split
         self.numbers = count()
-        # What is read most is decided first: a value that every layer reads is what makes a graph wide.
+        # Values with the most readers are decided first: one that every layer reads makes a graph wide.
         self.degrees = [sum(len(link.in_a) for link, _ in at) for at in relaxation.at]
         everything = [np.arange(prices.shape[1]) for prices in relaxation.prices]
         self._add(relaxation, everything, relaxation.bound())
 
     def run(self, gap: float) -> float:
-        """Splits the part of least bound until the gap is reached or the time is up; the bound."""
+        """Splits the part with the least bound until the gap or the time is reached. Returns the bound."""
         while self.open and self.cost - self.bound() > gap * abs(self.cost) and time.monotonic() < self.until:
             part = heapq.heappop(self.open)
             sizes = [len(kept) for kept in part.kept]
@@ -59,11 +59,11 @@ class Branching:
         return self.bound()
 
     def bound(self) -> float:
-        """What is proved of everything."""
+        """Returns the bound proved for the whole problem."""
         return min(self.cost, self.stuck, self.open[0].bound if self.open else np.inf)
 
     def _add(self, relaxation: Relaxation, kept: list[np.ndarray], bound: float) -> None:
-        """Bounds a part, and keeps it open unless it is solved or too dear."""
+        """Bounds a part, and keeps it open unless it is solved or too expensive."""
         for _ in range(4):
             if time.monotonic() > self.until:
                 break
@@ -88,7 +88,7 @@ class Branching:
 
 
 def _narrowed(relaxation: Relaxation, kept: list[np.ndarray], chosen: list[np.ndarray]) -> tuple[Relaxation, list[np.ndarray]]:
-    """Returns a relaxation with some choices only, its prices as they are, and those choices by their first numbers."""
+    """Restricts a relaxation to some choices, with its prices as they are. Returns their original numbers too."""
     smaller = Relaxation(restricted(relaxation.problem, chosen))
     smaller.prices = [price[:, at] for price, at in zip(relaxation.prices, chosen)]
     for link, old in zip(smaller.links, relaxation.links):

@@ -2,7 +2,7 @@
 
 Choice i of a node is dropped if, for some j, cost_i - cost_j + the sum over neighbours of min_k (E[i, k] - E[j, k]) >= 0
 (Goldstein 1994). Of equal choices one stays. For a repeated node it must hold in the first copy, in those between and
-in the last, whose neighbours differ. The least cost stays what it was; memory is not looked at.
+in the last, whose neighbours differ. The least cost stays as it was; memory is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHUNK = 1 << 16
 
 @dataclass
 class Reduced:
-    """A smaller problem of the same least cost, and the choices of the original that each node kept.
+    """A smaller problem of the same least cost. `original` maps its choices to those of the original.
 
     >>> from shardwright.search.problem import Node, Problem
     >>> smaller = without_dead_ends(Problem((Node("a", np.array([3.0, 1.0, 2.0])),), ()))
@@ -38,12 +38,12 @@ class Reduced:
 
 @dataclass
 class _Side:
-    """An edge as seen from one of its ends: rows are that end's choices."""
+    """One edge as seen from one of its ends: rows are that end's choices."""
 
     table: np.ndarray
     other: int
     edge: Edge
-    times: dict[int, int]  # how often it meets each of the copies that stand for the rest
+    times: dict[int, int]  # number of edges to each of the copies that stand for the rest
 
 
 @dataclass
@@ -54,7 +54,7 @@ class _Pruner:
     known: dict[tuple, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def prune(self, node: int) -> bool:
-        """Drops what can be dropped from a node; whether anything was."""
+        """Drops dominated choices of a node. Returns whether there were any."""
         alive = self.alive[node]
         if len(alive) == 1:
             return False
@@ -75,7 +75,7 @@ class _Pruner:
         return not keep.all()
 
     def _least_difference(self, side: _Side, alive: np.ndarray) -> np.ndarray:
-        """For each pair of choices i, j the least that i costs more than j on this edge."""
+        """Computes the least that choice i costs more than j on this edge."""
         others = self.alive[side.other]
         key = id(side.edge.cost), side.table is side.edge.cost, alive.tobytes(), others.tobytes()
         if key not in self.known:
@@ -105,17 +105,17 @@ def without_dead_ends(problem: Problem) -> Reduced:
 
 
 def kinds_of_copies(count: int) -> list[int]:
-    """Returns a copy for each of: the first, those between, the last."""
+    """Returns one copy for each of: the first, those between, the last."""
     return sorted({0, min(1, count - 1), count - 1})
 
 
 def finite(table: np.ndarray) -> np.ndarray:
-    """Returns the table with a huge number for infinity."""
+    """Replaces infinity in a table by a huge number."""
     return np.where(np.isinf(table), _FORBIDDEN, table)
 
 
 def restricted(problem: Problem, kept: list[np.ndarray]) -> Problem:
-    """Returns the problem with some of the choices only; arrays that were shared stay so."""
+    """Restricts the problem to some of the choices. Shared arrays stay shared."""
     made: dict[tuple, np.ndarray | None] = {}
 
     def part(table: np.ndarray | None, *nodes: int) -> np.ndarray | None:

@@ -20,7 +20,7 @@ Sizes = Mapping[int, int]
 
 @dataclass(frozen=True)
 class Order:
-    """An order of elimination, the entries of its largest table and of all tables, and the additions that it takes."""
+    """An order of elimination. It has the entries of its largest table and of all tables, and its additions."""
 
     variables: list[int]
     largest: float
@@ -30,7 +30,7 @@ class Order:
 
 @dataclass
 class Memo:
-    """Results by the identity of the arrays they come from, so that equal layers are computed once.
+    """A cache of results by the identity of their arrays. So equal layers are computed once.
 
     The arrays are kept alongside: an array that is gone could give its identity to another.
     """
@@ -39,7 +39,7 @@ class Memo:
     slim: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def slimmed(self, factor: Factor) -> Factor:
-        """As :func:`minplus.slimmed`, remembered."""
+        """Calls :func:`minplus.slimmed`, with a cache."""
         own, table = factor
         if 1 not in table.shape or len(own) == 1:
             return factor
@@ -48,7 +48,7 @@ class Memo:
         return slim(own, table.shape), self.slim[id(table)][1]
 
     def minimum_over(self, variable: int, factors: list[Factor]) -> Factor:
-        """As :func:`minplus.minimum_over`, remembered."""
+        """Calls :func:`minplus.minimum_over`, with a cache."""
         scope = tuple(sorted({v for own, _ in factors for v in own if v != variable}))
         rank = {v: place for place, v in enumerate(scope)} | {variable: -1}
         key = tuple((id(table), *(rank[v] for v in own)) for own, table in factors)
@@ -65,7 +65,7 @@ def best_order(sizes: Sizes, scopes: Iterable[tuple[int, ...]], keep: frozenset[
     """
     scopes = [slim(own, [sizes[v] for v in own]) for own in scopes]
     by_size = _greedy_order(sizes, scopes, keep, by_fill=False)
-    # Cheaper to do than to improve; or a graph on which counting fill takes too long.
+    # The elimination is cheaper than a better order, or counting fill takes too long on this graph.
     if by_size.operations < 4e6 or len(sizes) > 400:
         return by_size
     by_fill = _greedy_order(sizes, scopes, keep, by_fill=True)
@@ -115,7 +115,7 @@ def _greedy_order(sizes: Sizes, scopes: list[tuple[int, ...]], keep: frozenset[i
 
 @dataclass
 class Elimination:
-    """The buckets of an elimination that was carried out, and the factors that are left over the kept variables.
+    """A finished elimination: its buckets, and the factors left over the kept variables.
 
     >>> pair = np.array([[0.0, 5.0], [5.0, 0.0]])
     >>> done = Elimination.of([((0,), np.array([3.0, 4.0])), ((0, 1), pair)], [0, 1])
@@ -156,7 +156,7 @@ class Elimination:
         return Elimination(buckets, left, value)
 
     def assign(self, known: Mapping[int, int]) -> dict[int, int]:
-        """Returns a best choice of every eliminated variable, given those of the kept ones; with the kept ones."""
+        """Returns a best choice of every eliminated variable, together with the given ones."""
         chosen = dict(known)
         for v, bucket in reversed(self.buckets):
             total: np.ndarray | float = 0.0

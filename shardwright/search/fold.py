@@ -1,8 +1,8 @@
-"""Exact solution of a problem with repeats, as long as the tables stay within a budget.
+"""Fold: solves a problem with repeats exactly, as long as the tables stay within a budget.
 
 The first and the last copy of a repeat stand in the graph as they are. The copies between them become one factor: the
 template is eliminated down to a transfer matrix from its left boundary to its right one, and the matrix is raised to
-the number of copies. A boundary between two copies is a cover of the carried edges: for each carried edge the choice of
+the number of copies. A boundary between two copies is a cover of the carried edges: for each carried edge, the choice of
 `a` in the copy before, or that of `b` in the copy after.
 """
 
@@ -24,7 +24,7 @@ Key = tuple[int, int]  # a node and its copy; 0 for a plain node
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a table and all tables may be, and how many additions a solution takes (a second is about 5e8)."""
+    """Limits on the size of a table and of all tables, and on additions. A second is about 5e8 additions."""
 
     largest: float = 3e7
     entries: float = 1e8  # all are kept until the choices are read back: 800 MB
@@ -37,7 +37,11 @@ class Budget:
 
 
 def solve_exactly(problem: Problem, budget: Budget | None = None) -> Choices | None:
-    """Returns the choices of least cost, whatever their memory; None where that would exceed the budget.
+    """Finds the choices of least cost, whatever their memory. Returns None if that would exceed the budget.
+
+    Args:
+        problem: the problem; its limit is ignored.
+        budget: limits on tables and additions.
 
     >>> from shardwright.search.problem import Edge, Node, Problem, Repeat
     >>> layer = Node("layer", np.array([1.0, 1.5]))
@@ -59,14 +63,14 @@ def solve_exactly(problem: Problem, budget: Budget | None = None) -> Choices | N
 
 @dataclass
 class Segment:
-    """The copies of a repeat between its first and its last, as one factor over the boundaries and the globals."""
+    """All copies of a repeat between its first and last, as one factor. Its variables are the boundaries and the globals."""
 
     problem: Problem
     repeat: Repeat
     by_source: list[int]  # nodes whose choice in the copy before is part of a boundary
-    by_target: list[int]  # nodes whose choice in the copy after is
-    globals: list[Key]  # what every copy reads
-    sizes: dict[int, int] = field(default_factory=dict)  # of the variables of one copy
+    by_target: list[int]  # nodes whose choice in the copy after is part of a boundary
+    globals: list[Key]  # nodes that every copy reads
+    sizes: dict[int, int] = field(default_factory=dict)  # sizes of the variables of one copy
     left: list[int] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
     factors: list[Factor] = field(default_factory=list)
@@ -78,7 +82,7 @@ class Segment:
             self.factors.append(((node,), nodes[node].cost))
         before = {node: self._fresh(node) for node in self.by_source}
         after = {node: self._fresh(node) for node in self.by_target}
-        # A node in both is in the left boundary by itself, and in the right one by a double that is equal to it.
+        # A node in both boundaries is itself in the left one, and has an equal double in the right one.
         double = {node: self._fresh(node) for node in self.by_source if node in self.by_target}
         for node, other in double.items():
             equal = np.full((self.sizes[node],) * 2, np.inf)
@@ -97,7 +101,7 @@ class Segment:
 
     @property
     def keys(self) -> list[Key]:
-        """What they stand for in the graph around."""
+        """The nodes of the graph around that the variables of the factor stand for."""
         last = self.repeat.count - 1
         left = [(node, 0) for node in self.by_source] + [(node, 1) for node in self.by_target]
         right = [(node, last - 1) for node in self.by_source] + [(node, last) for node in self.by_target]
@@ -126,12 +130,12 @@ class Segment:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """States of the globals, of the left and of the right boundary."""
+        """Numbers of states of the globals, of the left and of the right boundary."""
         stack, left, right = (prod(self.sizes[v] for v in part) for part in (self.global_variables, self.left, self.right))
         return stack, left, right
 
     def cost_order(self) -> Order:
-        """What building the factor takes."""
+        """Returns the cost of building the factor."""
         stack, left, right = self.shape
         table, products = float(stack * left * right), 2 * log2(self.repeat.count)
         return Order(
@@ -142,7 +146,7 @@ class Segment:
         )
 
     def build(self, memo: Memo) -> Factor:
-        """Returns the factor, its variables being places in `keys`."""
+        """Builds the factor. Its variables are places in `keys`."""
         self.template = Elimination.of(self.factors, self.order.variables, memo)
         kept = slim(tuple(self.kept), [self.sizes[v] for v in self.kept])
         table = np.full([self.sizes[v] for v in kept], self.template.value)
@@ -154,7 +158,7 @@ class Segment:
         return tuple(places), self.power.table.reshape(table.shape)
 
     def recover(self, chosen: dict[Key, int]) -> np.ndarray:
-        """Returns the choices (copy, node) of the copies between, given those that `keys` names."""
+        """Returns the choices (copy, node) of the copies between, given those of `keys`."""
         at = [chosen[key] for key in self.keys]
         cut, end = len(self.globals), len(self.globals) + len(self.left)
         parts = (self.global_variables, at[:cut]), (self.left, at[cut:end]), (self.right, at[end:])
@@ -181,7 +185,7 @@ class Segment:
 
 
 def edge_factor(edge: Edge, a: int, b: int) -> Factor:
-    """Returns the edge's table as a factor: its variables in rising order."""
+    """Returns the edge's table as a factor, its variables in rising order."""
     return ((a, b), edge.cost) if a < b else ((b, a), edge.cost.T)
 
 
@@ -198,7 +202,7 @@ def edge_keys(problem: Problem, repeat: Repeat, edge: Edge) -> tuple[Key | int, 
 
 
 def smallest_cover(repeat: Repeat, sizes: list[int]) -> tuple[list[int], list[int]]:
-    """Returns the nodes that make up a boundary, sources and targets of carried edges, with the fewest joint states."""
+    """Finds the boundary with the fewest joint states: sources and targets that cover all carried edges."""
     pairs = sorted({(edge.a, edge.b) for edge in repeat.carried})
     sides = combinations((True, False), repeat=len(pairs)) if len(pairs) <= 8 else [(True,) * len(pairs), (False,) * len(pairs)]
     covers = []
@@ -212,7 +216,7 @@ def smallest_cover(repeat: Repeat, sizes: list[int]) -> tuple[list[int], list[in
 
 @dataclass
 class Graph:
-    """The factors of a whole problem; what stands for many copies is a segment."""
+    """All factors of a problem. A segment stands for many copies."""
 
     problem: Problem
     variables: dict[Key, int]
@@ -228,7 +232,7 @@ class Graph:
         explicit: dict[Repeat | None, list[int]] = {None: [0]}
         for repeat in problem.repeats:
             explicit[repeat] = list(range(repeat.count))
-            # Up to three copies a segment saves nothing, and its boundaries would coincide.
+            # With up to three copies a segment saves nothing, and its boundaries would coincide.
             if repeat.count > 3 and not unfold:
                 explicit[repeat] = [0, repeat.count - 1]
                 ends = [edge_keys(problem, repeat, edge) for edge in problem.edges]

@@ -1,4 +1,4 @@
-"""The same problem as an integer program, for HiGHS: an independent referee.
+"""Integer program: the same problem for HiGHS, as an independent referee.
 
 A 0/1 variable stands for each choice of each node, a variable in [0, 1] for each pair of choices of an edge. A node
 takes one choice; the pairs of an edge add up to the choices at either end (the local polytope).
@@ -14,7 +14,10 @@ from shardwright.search.problem import Edge, Infeasible, Node, Problem, Solution
 
 
 def solve_integer_program(problem: Problem, seconds: float = 60.0, gap: float = 0.0) -> Solution:
-    """Solves a problem, limit and all, by scipy's HiGHS; raises TimeoutError where it finds nothing in time.
+    """Solves a problem, including its limit, by scipy's HiGHS.
+
+    Raises:
+        TimeoutError: it finds nothing in time.
 
     >>> from shardwright.search.problem import Edge, Node
     >>> a, b = Node("a", np.array([0.0, 2.0])), Node("b", np.array([1.0, 0.0]))
@@ -26,7 +29,7 @@ def solve_integer_program(problem: Problem, seconds: float = 60.0, gap: float = 
     slack = 1.0
     found: Any = program.run(seconds, gap, slack)
     bound = found.mip_dual_bound
-    for slack in (1 - 1e-7, 1 - 1e-6, 1 - 1e-5):  # HiGHS lets a row pass its limit by a little; we do not
+    for slack in (1 - 1e-7, 1 - 1e-6, 1 - 1e-5):  # HiGHS lets a row exceed its limit a little, which is not allowed here
         if found.x is None or problem.fits(flat.price(program.choices(found.x))[1]):
             break
         found = program.run(seconds, gap, slack)
@@ -48,7 +51,7 @@ def _infeasible(problem: Problem, seconds: float) -> Infeasible:
 
 
 class _Program:
-    """The sparse matrices of a flat problem."""
+    """Sparse matrices of a flat problem."""
 
     def __init__(self, flat: Problem):
         self.flat = flat
@@ -61,7 +64,7 @@ class _Program:
         )
         self.allowed = np.isfinite(cost)
         self.memory[~self.allowed] = 0.0
-        # HiGHS has absolute tolerances: bring the prices to where they do not matter.
+        # HiGHS has absolute tolerances: scale the prices so that these do not matter.
         self.scale = max(float(np.abs(cost[self.allowed]).max(initial=0.0)), 1e-300) / 1e4
         self.cost = np.where(self.allowed, cost, 0.0) / self.scale
         self._rows()
@@ -91,7 +94,7 @@ class _Program:
         self.right = (np.arange(count) < len(self.flat.nodes)).astype(float)
 
     def run(self, seconds: float, gap: float, slack: float) -> Any:
-        """What HiGHS says, under the limit times `slack`."""
+        """Returns HiGHS's result, under the limit times `slack`."""
         from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
         from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 

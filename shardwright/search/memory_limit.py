@@ -1,9 +1,9 @@
-"""The least cost under a limit on memory.
+"""Memory limit: finds the least cost under a limit on memory.
 
 With a price on memory the limit goes away, and the least cost less price times limit is a lower bound. The best price
-is found where the lines of two known assignments cross (Kelley). What meets the limit at that price is then improved:
-copies take different choices of the assignments met, and what memory is left is spent on single nodes. Small problems
-are solved exactly by fronts of cost and memory.
+is found where the lines of two known assignments cross (Kelley). Assignments that keep the limit at that price are then
+improved: copies take choices from different assignments, and the memory that is left is spent on single nodes. Small
+problems are solved exactly by fronts of cost and memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardwright.search.unlimited import minimise
 
 @dataclass
 class LimitedSearch:
-    """The best assignment within the limit so far, the bound, and every assignment that was met on the way."""
+    """A search under a limit: its best assignment, its bound, and every assignment met."""
 
     problem: Problem
     gap: float
@@ -37,14 +37,14 @@ class LimitedSearch:
         return self.exact or self.cost - self.bound <= self.gap * abs(self.cost) or time.monotonic() > self.until
 
     def offer(self, picked: Picked) -> tuple[float, float]:
-        """Keeps an assignment if it is the best within the limit; its cost and memory."""
+        """Records an assignment, which may be the best within the limit. Returns its cost and memory."""
         cost, memory = self.problem.price(picked)
         if self.problem.fits(memory) and cost < self.cost:
             self.best, self.cost = [p.copy() for p in picked], cost
         return cost, memory
 
     def solution(self, method: str) -> Solution:
-        """What was found."""
+        """Returns the best assignment within the limit."""
         assert self.best is not None
         cost, memory = self.problem.price(self.best)
         bound = cost if self.exact else min(self.bound, cost)
@@ -52,7 +52,17 @@ class LimitedSearch:
 
 
 def solve_with_limit(problem: Problem, free: Solution, gap: float, until: float) -> Solution:
-    """Solves under the limit, given the solution `free` without it, which exceeds it; raises Infeasible."""
+    """Solves under the limit, given the solution `free` without it, which exceeds it.
+
+    Args:
+        problem: the problem, with a limit.
+        free: the solution without the limit.
+        gap: relative gap at which to stop.
+        until: time of ``time.monotonic`` at which to stop.
+
+    Raises:
+        Infeasible: nothing is within the limit.
+    """
     assert problem.limit is not None
     search = LimitedSearch(problem, gap, until, bound=free.bound)
     now = time.monotonic()
@@ -69,7 +79,7 @@ def solve_with_limit(problem: Problem, free: Solution, gap: float, until: float)
 
 
 def _find_price(search: LimitedSearch, free: Solution, least: Solution) -> int:
-    """Raises the bound as far as a price on memory can; how many prices were tried."""
+    """Raises the bound as far as a price on memory can. Returns the number of prices tried."""
     limit = search.problem.limit
     assert limit is not None
     over = (free.cost, free.memory)
@@ -97,7 +107,7 @@ def _find_price(search: LimitedSearch, free: Solution, least: Solution) -> int:
 
 
 def _nearest(search: LimitedSearch, count: int) -> list[Picked]:
-    """Returns the assignments met that are cheapest at the last price, on both sides of the limit."""
+    """Returns the cheapest assignments met at the last price, on both sides of the limit."""
     within = [m for m in search.met if search.problem.fits(m[1])]
     over = [m for m in search.met if not search.problem.fits(m[1])]
     chosen = sorted(within, key=lambda m: -m[1])[:count] + sorted(over, key=lambda m: m[1])[:count]
@@ -105,7 +115,7 @@ def _nearest(search: LimitedSearch, count: int) -> list[Picked]:
 
 
 def _mix_copies(search: LimitedSearch) -> None:
-    """The first so many copies as in one assignment, the others as in another."""
+    """Combines two assignments: the first copies as in one, the others as in the other."""
     if not search.problem.repeats:
         return
     near = _nearest(search, 1)
@@ -120,7 +130,7 @@ def _mix_copies(search: LimitedSearch) -> None:
                     for p, q, o, own in zip(first, second, outside, search.problem.repeat_of)
                 ]
 
-            # Memory grows with the part of the rich one: the largest part that fits, by bisection.
+            # Memory grows with the number of copies from the larger assignment: bisection finds the largest number that fits.
             low, high = 0, most
             while low < high:
                 middle = (low + high + (first is rich)) // 2
@@ -133,7 +143,7 @@ def _mix_copies(search: LimitedSearch) -> None:
 
 
 def _spend(search: LimitedSearch) -> None:
-    """Changes single nodes of single copies for the better as long as the memory suffices."""
+    """Changes single nodes of single copies to cheaper choices as long as the memory suffices."""
     assert search.best is not None
     assert search.problem.limit is not None
     moves = Moves(search.problem)
@@ -160,7 +170,7 @@ def _spend(search: LimitedSearch) -> None:
 
 
 def _combine(search: LimitedSearch) -> None:
-    """The best combination, node by node and copy by copy, of the assignments met near the limit."""
+    """Finds the best combination of the assignments met near the limit. It is made node by node and copy by copy."""
     near = [*_nearest(search, 2), *([search.best] if search.best else [])]
     kept = [np.unique(np.concatenate([picked[node] for picked in near])) for node in range(len(search.problem.nodes))]
     budget = time.monotonic() + max(0.0, min(search.until - time.monotonic(), 5.0)) / 2
@@ -168,7 +178,7 @@ def _combine(search: LimitedSearch) -> None:
 
 
 def _solve_by_fronts(search: LimitedSearch) -> bool:
-    """Returns all choices, whole fronts: exact if it ends in time."""
+    """Solves with all choices and whole fronts, which is exact if it ends in time."""
     sizes = [len(node.cost) for node in search.problem.nodes]
     if sum(search.problem.copies) > 400:
         return False
@@ -179,7 +189,7 @@ def _solve_by_fronts(search: LimitedSearch) -> bool:
 
 
 def _fronts(search: LimitedSearch, kept: list[np.ndarray], cap: int | None, until: float) -> bool:
-    """Offers the best assignment with these choices only; whether it is proved to be the best of them."""
+    """Offers the best assignment with these choices only. Returns whether it is proved to be the best of them."""
     problem = search.problem
     assert problem.limit is not None
     assert search.best is not None
@@ -211,7 +221,7 @@ def _fronts(search: LimitedSearch, kept: list[np.ndarray], cap: int | None, unti
 
 
 def _table(ends: tuple[int, ...], cost: np.ndarray, memory: np.ndarray | None, kept: dict[int, np.ndarray]) -> Table:
-    """Returns a table over the choices kept, without the ends that have one choice only."""
+    """Builds a table over the choices kept, without the ends that have one choice only."""
     at = np.ix_(*(kept[end] for end in ends))
     free = tuple(end for end in ends if len(kept[end]) > 1)
     shape = [len(kept[end]) for end in free]

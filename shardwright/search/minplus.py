@@ -1,4 +1,4 @@
-"""Minima over sums of tables: the one numeric kernel of the search, and powers of a matrix in its algebra.
+"""Min-plus kernel: minima over sums of tables, and powers of matrices in this algebra.
 
 A factor is a table with one axis per variable, its variables in rising order. All work is chunked to fit a cache.
 """
@@ -13,11 +13,11 @@ import numpy as np
 
 Factor = tuple[tuple[int, ...], np.ndarray]
 
-_CHUNK = 1 << 15  # numbers in a working table: 256 KiB, so that two of them stay in a level-2 cache
+_CHUNK = 1 << 15  # numbers per working table: 256 KiB, so that two of them stay in a level-2 cache
 
 
 def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
-    """Returns the factor's table with one axis per variable of `variables`, of length 1 where the factor lacks it."""
+    """Returns the factor's table with one axis per variable of `variables`. Axes that the factor lacks have length 1."""
     own, table = factor
     order = sorted(range(len(own)), key=lambda axis: variables.index(own[axis]))
     table = table.transpose(order)
@@ -25,28 +25,28 @@ def spread(factor: Factor, variables: tuple[int, ...]) -> np.ndarray:
     return table.reshape([next(sizes) if v in own else 1 for v in variables])
 
 
-def slim(own: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Returns the variables that there is a choice of, or one of them: an array has no more than 64 axes.
+def slim(variables: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the variables with more than one choice, or one of the others. An array has no more than 64 axes.
 
     >>> slim((4, 7, 9), (1, 3, 1)), slim((4, 7), (1, 1))
     ((7,), (4,))
     """
-    if 1 not in sizes or len(own) == 1:
-        return own
-    return tuple([v for v, size in zip(own, sizes) if size > 1]) or own[:1]
+    if 1 not in sizes or len(variables) == 1:
+        return variables
+    return tuple([v for v, size in zip(variables, sizes) if size > 1]) or variables[:1]
 
 
 def slimmed(factor: Factor) -> Factor:
-    """Returns the factor without axes of length 1, but for one where it has no others."""
-    own, table = factor
-    kept = slim(own, table.shape)
-    if len(kept) == len(own):
+    """Drops the axes of length 1 of a factor. One stays if it has no others."""
+    variables, table = factor
+    kept = slim(variables, table.shape)
+    if len(kept) == len(variables):
         return factor
     return kept, table.reshape([n for n in table.shape if n > 1] or [1])
 
 
 def absorb(factors: list[Factor]) -> list[Factor]:
-    """Adds every factor whose variables another one has to that one."""
+    """Adds every factor to another one that has all its variables."""
     kept: list[Factor] = []
     for own, table in sorted(factors, key=lambda f: -len(f[0])):
         for place, (others, sum_) in enumerate(kept):
@@ -59,7 +59,7 @@ def absorb(factors: list[Factor]) -> list[Factor]:
 
 
 def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -> np.ndarray:
-    """Returns the sum of the factors, minimised over one variable: a table over `scope`.
+    """Minimises the sum of the factors over one variable. Returns a table over `scope`.
 
     >>> pair = np.array([[0.0, 5.0], [5.0, 0.0]])
     >>> minimum_over(1, [((0, 1), pair), ((1,), np.array([7.0, 1.0])), ((1, 2), pair)], (0, 2))
@@ -76,7 +76,7 @@ def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -
     looped = 0  # leading axes that are walked one by one
     while looped < len(shape) - 1 and prod(shape[looped + 1 :]) > _CHUNK:
         looped += 1
-    height = max(1, _CHUNK // prod(shape[looped + 1 :])) if shape else 1  # and how much of the next one at a time
+    height = max(1, _CHUNK // prod(shape[looped + 1 :])) if shape else 1  # and the chunk of the next one
     for index in np.ndindex(shape[:looped]):
         for top in range(0, shape[looped] if shape else 1, height):
             block = (*index, slice(top, top + height)) if shape else ()
@@ -85,7 +85,7 @@ def minimum_over(variable: int, factors: list[Factor], scope: tuple[int, ...]) -
 
 
 def _within(block: tuple[int | slice, ...], shape: tuple[int, ...]) -> tuple[int | slice, ...]:
-    """Returns the block of a table that is spread along its axes of length 1."""
+    """Returns the block of a table that is broadcast along its axes of length 1."""
     return (slice(None), *(at if n > 1 else (0 if isinstance(at, int) else slice(None)) for at, n in zip(block, shape)))
 
 
@@ -103,7 +103,7 @@ def _minimum_of_sums(parts: list[np.ndarray], out: np.ndarray) -> None:
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Returns the min-plus product of two stacks of matrices, (g, a, k) with (g, k, b).
+    """Computes the min-plus product of two stacks of matrices. Their shapes are (g, a, k) and (g, k, b).
 
     >>> product(np.array([[[0.0, 3.0]]]), np.array([[[5.0], [1.0]]]))
     array([[[4.]]])
@@ -126,7 +126,7 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Power:
-    """A power of a stack of transfer matrices, with the two powers that it is the product of.
+    """A power of a stack of transfer matrices, with its two factors.
 
     >>> step = Power.of(np.array([[[0.0, 1.0], [1.0, 5.0]]]), 3)
     >>> float(step.table[0, 1, 1]), step.path(0, 1, 1)
@@ -141,7 +141,7 @@ class Power:
 
     @staticmethod
     def of(matrix: np.ndarray, exponent: int) -> Power:
-        """Returns the power by repeated squaring."""
+        """Computes the power by repeated squaring."""
         square, result = Power(1, matrix), None
         while True:
             if exponent & 1:
@@ -153,7 +153,7 @@ class Power:
             square = square.times(square)
 
     def times(self, other: Power) -> Power:
-        """This power followed by another."""
+        """Computes the product of this power and another."""
         return Power(self.exponent + other.exponent, product(self.table, other.table), self, other)
 
     def path(self, stack: int, first: int, last: int) -> list[int]:
@@ -161,7 +161,7 @@ class Power:
         if self.left is None or self.right is None:
             return [first, last]
         walk = self.paths.get((stack, first, last))
-        if walk is None:  # most walks soon repeat themselves, so that few are worked out
+        if walk is None:  # most walks soon repeat, so that few are computed
             middle = int(np.argmin(self.left.table[stack, first] + self.right.table[stack, :, last]))
             walk = self.left.path(stack, first, middle)[:-1] + self.right.path(stack, middle, last)
             self.paths[stack, first, last] = walk

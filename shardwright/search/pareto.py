@@ -1,6 +1,6 @@
-"""Elimination that keeps, instead of the least cost, every pair of cost and memory that no other pair beats.
+"""Pareto elimination: keeps every pair of cost and memory that no other pair beats, instead of the least cost.
 
-Exact while the fronts are kept whole; with `cap` they are thinned, and what comes out is an assignment without proof.
+It is exact while the fronts are kept whole. With `cap` they are thinned, and the result is an assignment without proof.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from shardwright.search.minplus import slimmed, spread
 Table = tuple[tuple[int, ...], np.ndarray, np.ndarray]  # variables, cost, memory
 
 _MOST_OPERATIONS = 3e6  # fronts to add up, each of which takes tens of microseconds
-_MOST_SUMS = 4_000_000  # of two fronts: what fits in memory
+_MOST_SUMS = 4_000_000  # entries of the sum of two fronts that fit in memory
 
 
 @dataclass(frozen=True)
 class Front:
-    """Pairs of cost and memory, by rising memory, and for each the choice and the entries it was added up from."""
+    """Pairs of cost and memory, by rising memory. Each has its choice and the entries it is the sum of."""
 
     cost: np.ndarray
     memory: np.ndarray
@@ -30,7 +30,7 @@ class Front:
 
 @dataclass
 class Frontier:
-    """The fronts that an elimination left at each variable.
+    """Fronts that an elimination left at each variable.
 
     >>> cost, memory = np.array([0.0, 1.0, 5.0]), np.array([4.0, 2.0, 3.0])
     >>> Frontier.of([((0,), cost, memory)], {0: 3}, 9.0).best(3.0)
@@ -43,11 +43,22 @@ class Frontier:
 
     @staticmethod
     def of(tables: list[Table], sizes: dict[int, int], limit: float, cap: int | None = None, until: float = np.inf) -> Frontier:
-        """Eliminates all variables; raises TimeoutError when the clock passes `until`, or surely would."""
+        """Eliminates all variables.
+
+        Args:
+            tables: (variables, cost, memory) of each factor.
+            sizes: number of choices of each variable.
+            limit: most memory.
+            cap: most entries of a front; None: any number.
+            until: time of ``time.monotonic`` at which to stop.
+
+        Raises:
+            TimeoutError: the clock passes `until`, or surely would.
+        """
         order = best_order(sizes, [own for own, _, _ in tables])
         if order.operations > _MOST_OPERATIONS:
             raise TimeoutError
-        # Pruning by the limit takes it that what is still to be added is not negative.
+        # Pruning by the limit assumes that what is still to be added is not negative.
         limit = limit if all((memory >= 0).all() for _, _, memory in tables) else np.inf
         frontier, waiting = Frontier([], [], True), [_slimmed(table) for table in tables]
         for step, v in enumerate(order.variables):
@@ -115,7 +126,7 @@ def _slimmed(table: Table) -> Table:
 
 
 def _sum(cost: float, memory: float, choice: int, fronts: list[Front], limit: float) -> Front:
-    """Returns all sums of one entry of each front."""
+    """Computes all sums of one entry of each front."""
     total = Front(np.array([cost]), np.array([memory]), np.array([[choice]]))
     for front in fronts:
         n, m = len(total.cost), len(front.cost)
@@ -139,7 +150,7 @@ def _undominated(front: Front, limit: float) -> Front:
 
 
 def _union(options: list[Front], width: int, limit: float, cap: int | None) -> tuple[Front, bool]:
-    """Returns the best of all options, and whether none was thinned out."""
+    """Merges the fronts of all options. Returns whether none was thinned."""
     if not options:
         return Front(np.empty(0), np.empty(0), np.empty((0, width), int)), True
     parts = (np.concatenate([getattr(front, name) for front in options]) for name in ("cost", "memory", "parts"))

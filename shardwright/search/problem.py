@@ -1,4 +1,4 @@
-"""The problem that search solves: one choice per node, prices on nodes and edges, perhaps a limit on memory.
+"""Problem: one choice per node, prices on nodes and edges, perhaps a limit on memory.
 
 Nodes that repeat (the layers of a transformer) are written down once, as the template of a :class:`Repeat`.
 """
@@ -21,7 +21,7 @@ SCOPES = ("every", "first", "last")
 
 
 class Infeasible(ShardwrightError):
-    """No assignment is allowed: `least_memory` is more than the limit, or infinite where every assignment is forbidden.
+    """No assignment is allowed: `least_memory` is more than the limit, or infinite if every assignment is forbidden.
 
     `choices` is the assignment that needs the least memory; empty where there is none at all.
     """
@@ -34,13 +34,13 @@ class Infeasible(ShardwrightError):
         super().__init__(text)
         self.least_memory, self.choices, self.limit = least_memory, choices, limit
 
-    def __reduce__(self) -> Any:  # so that it reaches other processes whole
+    def __reduce__(self) -> Any:  # so that its fields survive pickling
         return type(self), (self.least_memory, self.choices, self.limit)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An assignment, its cost and memory, and a `bound` that no assignment within the limit can be cheaper than.
+    """An assignment, its cost and memory, and its `bound`. No assignment within the limit can be cheaper than the bound.
 
     >>> Solution(choices=[0], cost=4.0, bound=3.0, memory=0.0, method="dual").gap
     0.25
@@ -54,7 +54,7 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """By which part of its cost the assignment may be above the optimum."""
+        """The share of its cost by which the assignment may be above the optimum."""
         if self.cost <= self.bound:
             return 0.0
         return (self.cost - self.bound) / abs(self.cost) if self.cost else float("inf")
@@ -75,7 +75,7 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """What a pair of choices costs: `cost[i, j]` when node `a` takes i and node `b` takes j.
+    """A price for each pair of choices. `cost[i, j]` is that of node `a` taking i and node `b` taking j.
 
     `scope` says to which copies an edge into a repeat belongs: every copy, the first, or the last. Between two
     different repeats it leads from the last copy of `a` to the copies of `b` that `scope` names.
@@ -114,7 +114,7 @@ class Repeat:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Choose one choice per node so that the costs of nodes and edges add up to as little as possible.
+    """A task: choose one choice per node so that the costs are least. They are the sum over nodes and edges.
 
     `limit` bounds the sum of the memory of nodes and edges. Arrays may be shared: work on an array is done once.
 
@@ -149,7 +149,7 @@ class Problem:
 
     @cached_property
     def repeat_of(self) -> list[Repeat | None]:
-        """For each node, the repeat whose template it belongs to."""
+        """The repeat, for each node, whose template it belongs to."""
         found: list[Repeat | None] = [None] * len(self.nodes)
         for repeat in self.repeats:
             found[repeat.start : repeat.start + repeat.length] = [repeat] * repeat.length
@@ -157,12 +157,12 @@ class Problem:
 
     @cached_property
     def copies(self) -> list[int]:
-        """For each node, how often it stands in the whole."""
+        """Number of copies of each node."""
         return [repeat.count if repeat else 1 for repeat in self.repeat_of]
 
     @cached_property
     def placed_edges(self) -> list[tuple[Edge, np.ndarray, np.ndarray]]:
-        """Every edge, carried ones too, with the copies of `a` and of `b` that it joins, pair by pair."""
+        """Every edge, carried ones too, with the copies of `a` and `b` that it joins."""
         placed = [(edge, *self._copies_joined(edge)) for edge in self.edges]
         for repeat in self.repeats:
             steps = np.arange(repeat.count - 1)
@@ -182,7 +182,7 @@ class Problem:
         return (outside, inside) if of_b else (inside, outside)
 
     def price(self, choices: Sequence[int | list[int] | np.ndarray]) -> tuple[float, float]:
-        """Returns the cost and the memory of an assignment."""
+        """Computes the cost and the memory of an assignment."""
         picked = [np.atleast_1d(np.asarray(choice)) for choice in choices]
         assert [len(p) for p in picked] == self.copies, "one choice per node and copy"
         cost = memory = 0.0
@@ -196,7 +196,7 @@ class Problem:
         return cost, memory
 
     def fits(self, memory: float) -> bool:
-        """Tells whether an amount of memory is within the limit, but for the rounding of a long sum."""
+        """Tells whether an amount of memory is within the limit. Rounding of a long sum is allowed."""
         return self.limit is None or memory <= self.limit + 1e-12 * abs(self.limit)
 
     def weighted(self, price: float) -> Problem:
@@ -204,7 +204,7 @@ class Problem:
         return self._changed(lambda cost, memory: cost if memory is None or not price else cost + price * memory)
 
     def memory_alone(self) -> Problem:
-        """Returns the problem without a limit whose cost is the memory; what is forbidden stays so."""
+        """Returns the problem without a limit whose cost is the memory. Forbidden choices stay forbidden."""
 
         def change(cost: np.ndarray, memory: np.ndarray | None) -> np.ndarray:
             return np.where(np.isinf(cost), np.inf, 0.0 if memory is None else memory)
@@ -228,7 +228,7 @@ class Problem:
         return Problem(nodes, edges(self.edges), repeats)
 
     def unfolded(self) -> tuple[Problem, list[list[int]]]:
-        """Returns the same problem without repeats, and for each node here the places of its copies there.
+        """Returns the same problem without repeats. For each node here it adds the places of its copies there.
 
         >>> layer = Node("layer", np.array([1.0, 2.0]))
         >>> flat, places = Problem((layer,), (), (Repeat(0, 1, 3, (Edge(0, 0, np.eye(2)),)),)).unfolded()
@@ -257,7 +257,7 @@ class Problem:
         return self.nodes[node].cost, self.nodes[node].memory
 
     def folded(self, flat: Sequence[int], places: list[list[int]]) -> Choices:
-        """Returns the choices of the unfolded problem, written as choices of this one."""
+        """Converts the choices of the unfolded problem to choices of this one."""
         return [
             [int(flat[place]) for place in at] if self.repeat_of[node] else int(flat[at[0]]) for node, at in enumerate(places)
         ]

@@ -1,4 +1,4 @@
-"""Assignments of low cost, without proof: read off a relaxation, then improved move by move."""
+"""Rounding: assignments of low cost, without proof, read off a relaxation, then improved move by move."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Picked = list[np.ndarray]  # for each node the choices of its copies
 
 
 def as_arrays(choices: Sequence[int | list[int]]) -> Picked:
-    """Returns the choices with one array per node."""
+    """Converts choices to one array per node."""
     return [np.atleast_1d(np.array(choice)) for choice in choices]
 
 
 def as_choices(problem: Problem, picked: Picked) -> Choices:
-    """Returns the choices as a problem states them."""
+    """Converts arrays to choices as a problem states them."""
     return [p.tolist() if own else int(p[0]) for p, own in zip(picked, problem.repeat_of)]
 
 
 def decode(relaxation: Relaxation, backward: bool = False) -> Picked:
-    """Chooses node by node, by the prices of the relaxation, given what was chosen before."""
+    """Chooses node by node, by the prices of the relaxation, given the choices before."""
     picked: list[np.ndarray | None] = [None] * len(relaxation.prices)
     for node in reversed(range(len(picked))) if backward else range(len(picked)):
         score = relaxation.prices[node].copy()
@@ -43,7 +43,7 @@ def decode(relaxation: Relaxation, backward: bool = False) -> Picked:
 
 
 class Moves:
-    """What it costs, and takes of memory, to change one node in one copy, all else as it is.
+    """Costs, and memory, of changing one node in one copy while all else stays.
 
     >>> from shardwright.search.problem import Edge, Node, Problem
     >>> a, b = Node("a", np.array([0.0, 2.0])), Node("b", np.array([1.0, 0.0]))
@@ -62,7 +62,7 @@ class Moves:
             self.touches_itself[edge.a] |= edge.a == edge.b
 
     def local(self, node: int, picked: Picked) -> tuple[np.ndarray, np.ndarray]:
-        """Cost and memory, (copies, choices), of the node with its edges."""
+        """Computes cost and memory, (copies, choices), of the node with its edges."""
         item, count = self.problem.nodes[node], self.problem.copies[node]
         cost = np.tile(item.cost, (count, 1))
         memory = np.tile(np.zeros_like(item.cost) if item.memory is None else item.memory, (count, 1))
@@ -74,7 +74,7 @@ class Moves:
         return cost, memory
 
     def descend(self, picked: Picked) -> None:
-        """Changes single nodes for the better until none can be (iterated conditional modes)."""
+        """Changes single nodes to cheaper choices until none is left (iterated conditional modes)."""
         improved = True
         while improved:
             improved = False
@@ -83,7 +83,7 @@ class Moves:
                     cost, _ = self.local(node, picked)
                     rows = np.arange(len(cost))
                     best = cost.argmin(axis=1)
-                    # By more than rounding, or two equal choices could take turns for ever.
+                    # The gain must exceed rounding, or two equal choices could alternate for ever.
                     least = cost[rows, best]
                     better = least + 1e-12 * np.abs(least) < cost[rows, picked[node]]
                     if parity is not None:
@@ -94,7 +94,7 @@ class Moves:
 
 
 class Neighbourhoods:
-    """Solves random connected parts of a flat problem exactly, all else fixed."""
+    """Solves random connected parts of a flat problem exactly, with all else fixed."""
 
     def __init__(self, flat: Problem, seed: int = 0):
         self.flat, self.moves, self.rng = flat, Moves(flat), np.random.default_rng(seed)
@@ -104,7 +104,7 @@ class Neighbourhoods:
             self.near[edge.b].add(edge.a)
 
     def improve(self, chosen: list[int], until: float, patience: int = 60) -> list[int]:
-        """Goes on until the clock passes `until`, or nothing was gained `patience` times in a row."""
+        """Repeats until the clock passes `until`, or nothing was gained `patience` times in a row."""
         picked = as_arrays(chosen)
         cost = self.flat.price(chosen)[0]
         size, idle = 8, 0

@@ -1,4 +1,4 @@
-"""The door to the search: one call that picks the method."""
+"""Solve: solves a problem by the method that fits it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardwright.search.memory_limit import solve_with_limit
 from shardwright.search.problem import Infeasible, Problem, Solution
 from shardwright.search.unlimited import minimise
 
-_REFEREE_PAIRS = 100_000  # pairs of choices up to which HiGHS is of use
+_REFEREE_PAIRS = 100_000  # number of pairs of choices up to which HiGHS is useful
 
 
 def solve(problem: Problem, gap: float = 0.0, seconds: float = 30.0) -> Solution:
@@ -42,7 +42,7 @@ def _solve(problem: Problem, gap: float, seconds: float) -> Solution:
     # Under a limit the solution without it is only the first of many steps.
     free = minimise(problem, gap, until if problem.limit is None else now + seconds / 4)
     if not np.isfinite(free.cost):
-        if free.method == "bounds" and _pairs(problem) <= _REFEREE_PAIRS:  # rounding found nothing, which proves nothing
+        if free.method == "bounds" and _pairs(problem) <= _REFEREE_PAIRS:  # rounding found nothing, but that proves nothing
             return solve_integer_program(problem, max(1.0, until - time.monotonic()), gap)
         raise Infeasible(np.inf, [])
     if problem.fits(free.memory):
@@ -59,7 +59,7 @@ def _pairs(problem: Problem) -> int:
 
 
 def _second_opinion(problem: Problem, found: Solution, gap: float, seconds: float) -> Solution:
-    """Returns the better of both assignments under the better of both bounds."""
+    """Combines a second solution, of HiGHS, with the first: the better assignment and the better bound."""
     try:
         other = solve_integer_program(problem, seconds, gap)
     except (TimeoutError, Infeasible):

@@ -1,4 +1,4 @@
-"""The least cost without a limit on memory: exact where the width allows, bounds and rounding elsewhere."""
+"""Unlimited: finds the least cost without a limit on memory, exactly if the width allows, else by bounds and rounding."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from shardwright.search.fold import Budget, solve_exactly
 from shardwright.search.problem import Choices, Problem, Solution
 from shardwright.search.rounding import Moves, Neighbourhoods, Picked, as_arrays, as_choices, decode
 
-_PER_SECOND = 2.5e8  # additions, where tables are out of cache
+_PER_SECOND = 2.5e8  # additions, for tables that do not fit in a cache
 _FLAT = 4_000  # nodes up to which parts of the unfolded problem are solved again
 
 
 def minimise(problem: Problem, gap: float, until: float) -> Solution:
-    """Returns a solution whatever its memory; its cost is infinite only where every assignment that was met is forbidden.
+    """Finds a solution whatever its memory. Its cost is infinite only if every assignment met is forbidden.
 
     >>> from shardwright.search.problem import Node, Problem
     >>> minimise(Problem((Node("a", np.array([2.0, 1.0])),), ()), 0.0, time.monotonic() + 1).method
@@ -88,7 +88,7 @@ class _Search:
             self._offer(picked)
 
     def _finish(self) -> None:
-        """Better assignments from parts solved again; then branch and bound for what can still be cheaper."""
+        """Improves the assignment by solving parts again. Branch and bound then looks for what can still be cheaper."""
         self._solve_around_shared()
         flat, places = self.problem.unfolded() if sum(self.problem.copies) <= _FLAT else (None, [])
         if flat is not None and not self._done():
@@ -115,14 +115,14 @@ class _Search:
         self.bound = max(self.bound, Branching(relaxation, self.cost, offer, self.until).run(self.gap))
 
     def _solve_restricted(self, kept: list[np.ndarray]) -> bool:
-        """Offers the best assignment with these choices only, where that takes no more than half the time left."""
+        """Offers the best assignment with these choices only. It takes no more than half the time left."""
         found = solve_exactly(restricted(self.problem, kept), Budget(operations=self._left() / 2 * _PER_SECOND))
         if found is not None:
             self._offer([k[picked] for k, picked in zip(kept, as_arrays(found))])
         return found is not None
 
     def _solve_around_shared(self) -> None:
-        """Solves for one value that all copies read, and everything that is not shared, exactly; then for the next."""
+        """Solves exactly for one value that all copies read and everything that is not shared; then for the next."""
         shared = sorted({end for link in self.relaxation.links if len(link.in_a) > 1 for end in (link.edge.a, link.edge.b)})
         shared = [node for node in shared if self.problem.repeat_of[node] is None]
         improved = True

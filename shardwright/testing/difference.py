@@ -1,4 +1,4 @@
-"""Difference: how far two values are apart, in units of their rounding."""
+"""Difference of two values, in units of their rounding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import torch
 
 
 def difference(expected: Any, got: Any, tolerance: float, floor: float = 1e-30) -> str | None:
-    """What is different between two tensors beyond ``tolerance``, or ``None``.
+    """Describes the difference of two tensors beyond ``tolerance``; ``None`` if there is none.
 
     Differences are relative to the largest magnitude, or to ``floor`` where that is larger: a gradient that is zero by
     cancellation is nothing but rounding.
+
+    Args:
+        expected, got: the tensors, or other values, to compare.
+        tolerance: largest difference allowed, relative to the largest magnitude.
+        floor: smallest magnitude that differences are relative to.
     """
     if expected is None or got is None:
         nonzero = [t for t in (expected, got) if t is not None and bool((t != 0).any())]

@@ -49,15 +49,15 @@ def check_rule(
         args, kwargs: its arguments; floating tensors should be float64, and have their gradients checked.
         operator: name of the operator of interest, e.g. ``"aten.linear"``; default: every operator of the function.
         meshes: mesh sizes to split over.
-        limit: most choices tried on each mesh (spread evenly over all there are).
+        limit: most choices tried on each mesh, spread evenly over all that exist.
         tolerance: largest relative difference allowed.
         needs_rule: whether the operator must have a rule that allows some split.
 
     Returns:
-        How many choices were tried.
+        The number of choices tried.
 
     Raises:
-        AssertionError: a choice computes something else than the whole; the message names it.
+        AssertionError: a choice computes something else than the single device; the message names it.
 
     >>> check_rule(torch.relu, torch.randn(4, 6, dtype=torch.float64)) > 4
     True
@@ -98,7 +98,7 @@ def _spread(items: list[Any], limit: int) -> list[Any]:
 
 
 def _choices(graph: Graph, node: Node, signature: Signature, mesh: Mesh) -> Iterator[Choice]:
-    """Yields every assignment of the mesh's axes to the operator's factors, both orders where two axes share a factor."""
+    """Yields every assignment of the mesh's axes to factors. If two axes share a factor, both orders are tried."""
     factors = [f for f in signature.order if signature.splittable(f)]
     seen = set()
     for assignment in itertools.product([None, *factors], repeat=len(mesh.axes)):
@@ -116,7 +116,7 @@ def _choices(graph: Graph, node: Node, signature: Signature, mesh: Mesh) -> Iter
 
 
 def _allowed(signature: Signature, mesh: Mesh, split: dict[str, Any]) -> bool:
-    """Tells whether every split factor is the one of its compound dims that may be split."""
+    """Tells whether every split factor may be split in its compound dims."""
     for tensor in (*signature.inputs, *signature.outputs):
         for dim in tensor:
             if any(f in split for f in dim if f != signature.major(dim)):

@@ -1,4 +1,4 @@
-"""Verify: the parallel program against the single device, down to the first operator that differs."""
+"""Verify: compares the parallel program with the single device, down to the first operator that differs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found.
+    """A result of :func:`verify`.
 
     Args:
-        outputs, gradients: name -> what is different beyond the tolerance, or ``None``.
+        outputs, gradients: name -> its difference beyond the tolerance, or ``None``.
         first_operator: the first operator, in the order of the program, whose output differs.
     """
 
@@ -56,7 +56,7 @@ class Verification:
 
 
 def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: Any) -> Verification:
-    """Runs a callable in parallel and on a single device, on the same inputs and random state, and compares.
+    """Runs a callable in parallel and on a single device, and compares. Inputs and random state are the same.
 
     Args:
         target: a module, a forward function or an :class:`AutoParallel` of one. Its parameters are not changed and
@@ -66,6 +66,9 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
 
     Returns:
         A :class:`Verification`: true where everything agrees, printable, and naming the first operator that differs.
+
+    Raises:
+        ShardwrightError: the target is a train step, which changes its parameters.
 
     >>> layer = torch.nn.Linear(4, 2)
     >>> print(verify(layer, torch.ones(8, 4)))
@@ -117,8 +120,9 @@ def _restore(root: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 def _run(call: Callable[[], Any], parameters: list[Tensor], state: Tensor) -> tuple[list[Tensor], list[Any]]:
-    """Returns the tensor outputs and the gradients of a fixed weighting of them (of the loss itself, if that is all there
-    is).
+    """Runs a call. Returns its tensor outputs and the gradients of a fixed weighting of them.
+
+    A single output that is a scalar, such as a loss, is weighted by 1.
     """
     torch.set_rng_state(state)
     with torch.enable_grad():
@@ -141,7 +145,7 @@ def _tolerance(graph: Graph) -> float:
 
 
 def _rounding(gradients: list[Any]) -> float:
-    """What rounding alone can leave in a gradient whose terms cancel: a few ulps of the largest gradient."""
+    """Estimates the rounding left in a gradient whose terms cancel: a few ulps of the largest gradient."""
     found = [g for g in gradients if g is not None and g.numel()]
     return max((16 * torch.finfo(g.dtype).eps * float(g.abs().max()) for g in found), default=0.0) or 1e-30
 
@@ -181,7 +185,7 @@ def _first_difference(
 
 
 def _observe(program: Any, inputs: list[Tensor], names: list[str], state: Tensor) -> dict[str, list[Tensor]]:
-    """Returns the lanes of every named local value, from one simulated run."""
+    """Runs the program once on simulated ranks. Returns every named local value, one tensor per rank group."""
     probed = replace(program, outputs=(), updates=())
     run = SimulatedWorld(program.world_size).bind(probed, keep=tuple(dict.fromkeys(names)))
     torch.set_rng_state(state)

@@ -113,7 +113,7 @@ class _Splits:
             return self.refuse(f"{here} {why}")
         if self.split.get(factor, own) != own or (factor in self.seen and factor not in self.split):
             return self.refuse(f"{self.seen[factor]} and {here} are the same dim but are split differently; write both alike")
-        taken = self.signature.taken(factor, axes, self.split)
+        taken = self.signature.conflicting_factor(factor, axes, self.split)
         if taken is not None:
             return self.refuse(f"{self.seen[taken]} and {here} use one axis for different dims; an axis can split one of them")
         self.split[factor] = own
@@ -254,7 +254,7 @@ def _split_of_layouts(
                 )
                 fine = False
                 continue
-            taken = signature.taken(factor, axes, split)
+            taken = signature.conflicting_factor(factor, axes, split)
             if taken is not None:
                 problems.add(
                     f"{what}: {source[taken]} and {here} use the same axis for different dims of the operator; an axis "
