@@ -1,4 +1,4 @@
-"""The stages from a callable to its graph, and from the graph to its plan.
+"""Stages from a callable to its graph, and from the graph to its plan.
 
 An ``AutoParallel`` runs them when it meets new inputs; ``plan_for`` and the command line run them without devices. The
 functions are the same; only the device, the machine and the callback that reports progress differ. From the plan to the
