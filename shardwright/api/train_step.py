@@ -131,7 +131,7 @@ def _detached(value: Any) -> Any:
 
 
 def looks_like_step(function: Callable[..., Any]) -> bool | None:
-    """``True`` where a function can reach an optimizer or a gradient function; ``None`` where only running it tells."""
+    """Tells whether a function can reach an optimizer or gradient function; ``None`` if only running it tells."""
     return True if reaches(function, (torch.optim.Optimizer, GradFunction)) else None
 
 
