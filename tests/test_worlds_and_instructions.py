@@ -143,7 +143,7 @@ def test_simulated_ranks_agree_without_asking():
     world.agree_on_random_state()
     assert (world.processes, world.on_first_rank(lambda: 3), world.gather_numbers((1, 2))) == (1, 3, [[1, 2]])
     with pytest.raises(KeyError, match="all of them"):
-        world.own_rank(lambda: KeyError("this process is all of them"))
+        world.rank_or_raise(lambda: KeyError("this process is all of them"))
 
 
 def test_simulated_ranks_gather_a_view():

@@ -1,4 +1,4 @@
-"""The public API: an ``AutoParallel`` and what a user says to it.
+"""Public API: an ``AutoParallel`` and what a user says to it.
 
 ====================  ===========================================================================================
 ``auto_parallel``     captures, plans, partitions and runs a callable

@@ -1,4 +1,4 @@
-"""The public API: ``AutoParallel``, which captures, plans, partitions and runs a callable.
+"""Public API: ``AutoParallel``, which captures, plans, partitions and runs a callable.
 
 Read top to bottom: :class:`AutoParallel` looks up (or makes) a :class:`~shardwright.api.bound.BoundCall`, whose constructor
 does the four steps, and calls it.

@@ -110,7 +110,7 @@ class BoundCall:
         """Binds the program to the world, compiled with ``torch.compile`` if that is asked for."""
         self.runs = program
         if self.compiler is not None:
-            self.runs = self.compiler.compiled(program, self.graph, self.world.runs_lanes)
+            self.runs = self.compiler.compiled(program, self.graph, self.world.runs_rank_groups)
         return self.world.bind(self.runs)
 
     def _finished(self, program: LocalProgram) -> LocalProgram:

@@ -1,4 +1,4 @@
-"""The settings of an ``AutoParallel``, apart from marks on operators."""
+"""Settings of an ``AutoParallel``, apart from marks on operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "hybri
 
 @dataclass
 class Settings:
-    """The settings of an ``AutoParallel``, apart from marks on operators."""
+    """Settings of an ``AutoParallel``, apart from marks on operators."""
 
     mode: str = "semi_auto"
     dataset_strategy: Any = "full_batch"

@@ -1,4 +1,4 @@
-"""The methods of an ``AutoParallel`` that change its settings; each drops the plans made before."""
+"""Methods of an ``AutoParallel`` that change its settings; each drops the plans made before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages from a callable to its graph, and from the graph to its plan.
+"""Stages from a callable to its graph, and from the graph to its plan.
 
 An ``AutoParallel`` runs them when it meets new inputs; ``plan_for`` and the command line run them without devices. The
 functions are the same; only the device, the machine and the callback that reports progress differ. From the plan to the
@@ -164,11 +164,11 @@ def plan_target(target: Target, graph: Graph) -> Plan:
     def make(request: PlanRequest) -> Plan:
         return change_plan(_plan_of_operators(graph, request, settings), asked, target.dump)
 
-    def again(plan: Plan, requests: Mapping[str, RecomputeRequest]) -> Plan:
+    def with_requests(plan: Plan, requests: Mapping[str, RecomputeRequest]) -> Plan:
         return with_program_passes(plan, replace(asked, recompute=requests))
 
     automatic = next((r for r in settings.recompute if r.is_automatic), None)
-    return plan_with_recompute(make, again, request, asked.recompute, automatic)
+    return plan_with_recompute(make, with_requests, request, asked.recompute, automatic)
 
 
 def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:

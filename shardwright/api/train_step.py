@@ -22,7 +22,7 @@ from shardwright.parameters.handles import current
 
 
 class StepContext:
-    """The parallel form of everything that one train step calls; ``make`` makes that of one callable."""
+    """Parallel forms of everything that one train step calls; ``make`` makes that of one callable."""
 
     def __init__(self, make: Callable[[Callable[..., Any]], Any]):
         self.make = make
@@ -40,7 +40,7 @@ class StepContext:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block, module calls and :class:`GradFunction` calls of this thread run parallel."""
+        """Makes module calls and :class:`GradFunction` calls of this thread, within the block, run parallel."""
         plain = nn.Module.__call__
         depth = threading.local()
         contexts = _contexts()
@@ -131,13 +131,13 @@ def _detached(value: Any) -> Any:
 
 
 def looks_like_step(function: Callable[..., Any]) -> bool | None:
-    """``True`` where a function can reach an optimizer or a gradient function; ``None`` where only running it tells."""
+    """Tells whether a function can reach an optimizer or gradient function; ``None`` if only running it tells."""
     return True if reaches(function, (torch.optim.Optimizer, GradFunction)) else None
 
 
 @contextmanager
 def backward_is_a_step(watch: bool) -> Iterator[None]:
-    """Within the block, a backward pass raises :class:`StepFound`: the callable is a train step, not a forward."""
+    """Makes a backward pass within the block raise :class:`StepFound`: the callable is a train step."""
     if not watch:
         yield
         return

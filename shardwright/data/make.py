@@ -43,7 +43,7 @@ def loader(
         batch_size: samples in a global batch.
         net: an ``AutoParallel``, whose ``dataset_strategy`` is followed.
         strategy: a dataset strategy to follow instead, one entry per tensor of a batch. Default: ``"full_batch"``.
-        shuffle: whether each epoch has another order, which depends on ``seed``.
+        shuffle, seed: whether each epoch has another order, which depends on the seed.
         drop_last: whether a shorter last batch is left out. If not, it is cut as by ``torch.chunk``, and some ranks may get
             no samples.
         num_workers: processes that read ahead; one at most for a stream.

@@ -94,7 +94,7 @@ def call(collective: Collective, x: Tensor) -> Tensor:
             "use AutoParallel(model, 'hybrid_parallel'), or leave it out",
         )
     world = current_world()
-    world.own_rank(
+    world.rank_or_raise(
         lambda: failed(
             collective.kind,
             f"this process simulates all {world.size} ranks, and plain code runs once for all of them",

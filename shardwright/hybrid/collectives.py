@@ -60,7 +60,7 @@ def rank(axis: str = "dp") -> int:
     if tracing is not None:
         tracing.asked.add(axis)
         return now.position(axis, tracing.rank)
-    here = current_world().own_rank(
+    here = current_world().rank_or_raise(
         lambda: failed("rank", f"this process simulates all {size(axis)} ranks of {axis!r}", "call it in the model")
     )
     return now.position(axis, here)

@@ -102,7 +102,7 @@ def _checked_slice(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bo
     dim, shape, count = dim % value.ndim, list(value.shape), mesh.count(names)
     if is_slice and mesh.size > 1:
         shared = "own(is_slice=True): simulated ranks share one process: give the whole, all slices joined"
-        current_world().own_rank(lambda: LayoutError(shared))
+        current_world().rank_or_raise(lambda: LayoutError(shared))
     if is_slice:
         shape[dim] *= count
     if shape[dim] < count:

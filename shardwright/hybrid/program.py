@@ -92,7 +92,7 @@ class _Program(Writer):
             self._collective(at, node)
             return
         if node.op.moves_statistics:
-            self._own_statistics(node)
+            self._copy_statistics(node)
         each = zip(*(graph.nodes[at].inputs for graph in self.ranks.graphs), strict=True)
         refs = [Ref(self.operand(values, node.name, node)[0]) for values in each]
 
@@ -114,7 +114,7 @@ class _Program(Writer):
         stream = rank_groups.join((0,) * self.mesh.size, *(self.same[ref.name] for ref in refs))
         return Ref(seed), PerRank(lambda rank: stream[rank])
 
-    def _own_statistics(self, node: Node) -> None:
+    def _copy_statistics(self, node: Node) -> None:
         """Copies, for every rank, the running statistics that an operator changes in place."""
         for argument in STATISTICS:
             slot = node.op.argument(argument)

@@ -131,7 +131,7 @@ class Writer:
             sequence: whether it returns several results.
         """
         leaves = pytree.tree_leaves((args, kwargs))
-        lanes, same = self.builder.lanes_of(leaves), self.builder.lanes_of(leaves, self.same)
+        lanes, same = self.builder.rank_groups_of(leaves), self.builder.rank_groups_of(leaves, self.same)
         self.same.update(dict.fromkeys(names, same))
         self.builder.call(function, args, kwargs, names, lanes, sequence, node=node)
 

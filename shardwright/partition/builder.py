@@ -52,7 +52,9 @@ class ProgramBuilder:
             if name not in self.lanes and name not in self.taken:
                 return name
 
-    def lanes_of(self, leaves: list[Any], lanes: dict[str, rank_groups.RankGroups] | None = None) -> rank_groups.RankGroups:
+    def rank_groups_of(
+        self, leaves: list[Any], lanes: dict[str, rank_groups.RankGroups] | None = None
+    ) -> rank_groups.RankGroups:
         """Returns the rank groups of a call with these arguments: ranks with the same arguments compute the same.
 
         Args:
@@ -70,7 +72,7 @@ class ProgramBuilder:
         ]
         return rank_groups.join(*known) if known else (0,) * self.size
 
-    def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> rank_groups.RankGroups:
+    def rank_groups_of_layout(self, layout: Layout, partial: tuple[str, ...] = ()) -> rank_groups.RankGroups:
         """Returns the rank groups of a value in a layout. Partial gradients along ``partial`` are kept apart."""
         return () if self.first_rank_only else rank_groups.of_layout(layout, partial)
 
@@ -129,7 +131,7 @@ class ProgramBuilder:
         """
         name = name or self.new_name(source.rstrip("0123456789").rstrip("_") or source)
         if lanes is None:
-            lanes = self.layout_lanes(steps.target, steps.partial_gradient)
+            lanes = self.rank_groups_of_layout(steps.target, steps.partial_gradient)
         self.instructions.append(Move(source, name, steps, dtype, cause or edge, edge, lanes, needs_grad, grad, autocast))
         self.lanes[name], self.layouts[name] = lanes, steps.target
         return name
@@ -244,7 +246,7 @@ class NodeBuilder:
 
     def _emit(self, function: Callable[..., Any], args: Any, kwargs: Any, count: int, sequence: bool) -> tuple[Ref, ...]:
         leaves = pytree.tree_leaves((args, kwargs))
-        lanes = self.builder.lanes_of(leaves)
+        lanes = self.builder.rank_groups_of(leaves)
         flows = self._check_gradients(function, leaves, lanes)
         hint = self.node.outputs[0] if self.node.outputs else self.node.name
         names = []

@@ -27,6 +27,7 @@ def program_before_overlap(
     """Partitions a plan and runs the passes that come before moves are fused.
 
     Args:
+        plan: the plan.
         options: what redistributions may use; default: :func:`options_of` the plan.
         first_rank_only: whether to make the program of the first rank, without looking at the others.
         dump: writes the program's text after each pass.

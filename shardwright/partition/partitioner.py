@@ -106,7 +106,7 @@ class _Partitioner:
         name = graph_input.value
         self.place[name] = name
         self.layouts[name] = layout
-        self.lanes[name] = self.builder.layout_lanes(layout)
+        self.lanes[name] = self.builder.rank_groups_of_layout(layout)
         return ProgramInput(name, graph_input.kind, graph_input.target, graph_input.meta, layout)
 
     def _whole(self, value: str, reader: str) -> str:
@@ -128,7 +128,7 @@ class _Partitioner:
             node.outputs, results, choice.computed, choice.outputs, node.op.outputs, strict=True
         ):
             now = settled if settles_itself else computed
-            self._check_lanes(node, ref.name, now)
+            self._check_rank_groups(node, ref.name, now)
             self.layouts[ref.name] = now.normal(meta.shape)
             self.place[value] = ref.name
             if not settles_itself and computed != settled:
@@ -136,7 +136,7 @@ class _Partitioner:
                 name = self.moves.emit(ref.name, meta.shape, computed, settled, (), meta.dtype, edge, node)
                 self.place[value] = name
 
-    def _check_lanes(self, node: Node, name: str, layout: Layout) -> None:
+    def _check_rank_groups(self, node: Node, name: str, layout: Layout) -> None:
         """Proves that ranks compute the same wherever the layout says that they replicate."""
         if not self.builder.first_rank_only:
             assert rank_groups.varies_only_with(self.lanes[name], rank_groups.of_layout(layout)), (

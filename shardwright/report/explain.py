@@ -128,7 +128,7 @@ def explain(plan: Plan, name: str) -> Explanation:
                 choice.inputs,
                 choice.outputs,
                 price_of(plan).operators.get(node.name),
-                _own(choice, price_of(plan).operators.get(node.name)),
+                _own_collectives(choice, price_of(plan).operators.get(node.name)),
                 fact.moves,
                 fact.parameters,
                 tuple(repricer.alternatives(node)),
@@ -232,7 +232,7 @@ class _PlanFacts:
         return _BY_MODE.get(plan.mode, f"planned in mode {plan.mode}")
 
 
-def _own(choice: Choice, price: OperatorPrice | None) -> str:
+def _own_collectives(choice: Choice, price: OperatorPrice | None) -> str:
     """Describes the collectives that an operator runs on its sums before its outputs are read."""
     if price is None:
         return ""

@@ -29,13 +29,13 @@ class World(ABC):
         is_simulated: whether this process is all ranks. For users; the library uses the properties that follow from it.
         keeps_pieces: whether a process keeps its rank's pieces of parameters, rather than whole ones for all ranks.
         inputs_are_whole: whether callers give whole tensors, whatever the dataset strategy says.
-        runs_lanes: whether a bound program runs the calls of all ranks, once per rank group.
+        runs_rank_groups: whether a bound program runs the calls of all ranks, once per rank group.
     """
 
     is_simulated: ClassVar[bool]
     keeps_pieces: ClassVar[bool]
     inputs_are_whole: ClassVar[bool]
-    runs_lanes: ClassVar[bool]
+    runs_rank_groups: ClassVar[bool]
     size: int
     rank: int
 
@@ -45,7 +45,7 @@ class World(ABC):
         """Number of processes that have to do the same."""
 
     @abstractmethod
-    def own_rank(self, otherwise: Callable[[], Exception]) -> int:
+    def rank_or_raise(self, otherwise: Callable[[], Exception]) -> int:
         """Returns the rank of this process, or raises ``otherwise()`` where it is all of them."""
 
     @abstractmethod

@@ -258,7 +258,7 @@ class _Whole:
         if self.request.dataset_strategy == "full_batch":
             told: Iterable[Layout] = [Layout.replicated(self.file.mesh, len(i.meta.shape)) for i in inputs]
         else:
-            told = self._handed_in(planner)
+            told = self._given_inputs(planner)
         for i, layout in zip(inputs, told):
             saved = self.layout_of(i)
             if saved.slices(i.meta.shape) != layout.slices(i.meta.shape):
@@ -268,7 +268,7 @@ class _Whole:
                     "call dataset_strategy as when the plan was saved"
                 )
 
-    def _handed_in(self, planner: Planner) -> list[Layout]:
+    def _given_inputs(self, planner: Planner) -> list[Layout]:
         mesh = self.file.mesh
         planner.refinement.add(mesh.sizes, mesh.axes, mesh.ranks)
         planner.check_dataset()

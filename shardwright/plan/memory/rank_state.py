@@ -119,7 +119,7 @@ class RankState:
         self.add_gradient(move.source, storage, shape, stride or contiguous_strides(shape), move.cause)
         self.usage.drop(storage)
 
-    def hand_over_gradients(self) -> None:
+    def finish_gradients(self) -> None:
         """Makes gradients the parameters' own at the end of the backward: contiguous, and nobody else's."""
         usage = self.usage
         for name, size in self.parameters.items():

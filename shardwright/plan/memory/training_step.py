@@ -107,7 +107,7 @@ class TrainingStep:
         for play in reversed(self.state.tape):
             play()
         self.state.tape.clear()
-        self.state.hand_over_gradients()
+        self.state.finish_gradients()
 
     def _losses(self) -> list[str]:
         """Returns the values that the backward starts from: scalars that are returned, or all that is."""

@@ -96,7 +96,7 @@ class PropagationPlanner(Planner):
         self.problems.raise_if_any("the strategies cannot be followed")
         self.spread()
         self.choose_unreached()
-        self.hand_on_sums()
+        self.keep_sums_pending()
 
     # -- what is given ------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class PropagationPlanner(Planner):
         names = ", ".join(n.where for n in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         self.notes.append(f"no configured operator is connected to {names}: data parallel")
 
-    def hand_on_sums(self) -> None:
+    def keep_sums_pending(self) -> None:
         """Keeps sums pending whose only reader is linear in them, so that one reduction does."""
         kept = {v for v in self.graph.outputs if isinstance(v, str)} | {v for _, v in self.graph.updates}
         for node in self.graph.nodes:

@@ -7,7 +7,7 @@ from shardwright.ir.machine import Machine
 from shardwright.ir.plan import Plan
 from shardwright.plan.price.in_wires import in_wires
 from shardwright.plan.price.plan_price import price_plan
-from shardwright.plan.price.recomputed import with_again
+from shardwright.plan.price.recomputed import with_recomputed
 from shardwright.plan.price.values import PlanPrice
 
 
@@ -23,7 +23,7 @@ def priced_on(plan: Plan, machine: Machine | str) -> PlanPrice:
     """
     chosen = load_machine(machine)
     price = in_wires(plan, price_plan(plan, chosen, plan.full_batch, plan.optimizer_bytes_per_byte), chosen)
-    return with_again(plan, price, chosen)
+    return with_recomputed(plan, price, chosen)
 
 
 def price_of(plan: Plan) -> PlanPrice:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PART = "recompute"
 
 
-def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
+def with_recomputed(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
     """Adds to a price, as a part of its own, all that the backward repeats.
 
     Args:
@@ -39,7 +39,7 @@ def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
     if not plan.passes:
         return price
     links = machine_links(machine, plan.mesh)
-    again = _Again(plan, first_rank_program(plan), machine.device)
+    again = _Recomputed(plan, first_rank_program(plan), machine.device)
     again.find()
     seconds = sum(price.operators[cause].forward for cause in again.nodes if cause in price.operators)
     sent: list[CollectivePrice] = []
@@ -57,10 +57,10 @@ def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
         if name == "optimizer":  # which comes after
             parts[PART] = seconds
         parts[name] = of_part
-    return replace(price, seconds=sum(parts.values()), parts=parts, again=tuple(sent))
+    return replace(price, seconds=sum(parts.values()), parts=parts, recomputed=tuple(sent))
 
 
-class _Again(InstructionVisitor[None]):
+class _Recomputed(InstructionVisitor[None]):
     """Finds the operators and redistributions of a program that are repeated: those that the backward needs.
 
     The last operators before a kept value may be marked, and yet save nothing for the backward, as a sum of two tensors does;

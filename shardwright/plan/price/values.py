@@ -95,7 +95,7 @@ class PlanPrice:
         operators, moves, parameters: by node, in order, and by parameter name.
         unshared: seconds, within ``parameters``, of parameters' collectives that find fewer others to share a launch with
             than there are parameters. A search, which prices one parameter at a time, assumes that all share.
-        again: collectives that ``recompute`` repeats.
+        recomputed: collectives that ``recompute`` repeats.
     """
 
     machine: Machine
@@ -105,14 +105,14 @@ class PlanPrice:
     moves: tuple[MovePrice, ...]
     parameters: dict[str, ParameterPrice]
     unshared: float = 0.0
-    again: tuple[CollectivePrice, ...] = ()
+    recomputed: tuple[CollectivePrice, ...] = ()
     _by_reader: dict[str, list[MovePrice]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def bytes(self) -> float:
         """Bytes that the busiest rank sends in a step."""
         once = sum(move.bytes for move in self.moves) + sum(price.bytes for price in self.operators.values())
-        return once + sum(step.bytes for step in self.again)
+        return once + sum(step.bytes for step in self.recomputed)
 
     def moves_to(self, node: str) -> Sequence[MovePrice]:
         """Returns the redistributions that a node pays for."""

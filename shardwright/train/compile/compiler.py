@@ -75,19 +75,19 @@ class SegmentCompiler:
                 "environment variable CXX; compile='aot_eager' needs none, but fuses nothing"
             ) from error
 
-    def compiled(self, program: LocalProgram, graph: Graph, runs_lanes: bool) -> LocalProgram:
+    def compiled(self, program: LocalProgram, graph: Graph, runs_rank_groups: bool) -> LocalProgram:
         """Replaces the segments of a program by calls of functions compiled when first called.
 
         Args:
             program: the program.
             graph: the graph that it was made from.
-            runs_lanes: whether the world runs a call once per rank group.
+            runs_rank_groups: whether the world runs a call once per rank group.
 
         Returns:
             A program of the same inputs, moves, outputs and updates. Values within a segment have no names any more.
         """
         program = drawn_apart(program, graph)
-        items = segments_of(program, graph, by_lanes=runs_lanes)
+        items = segments_of(program, graph, by_lanes=runs_rank_groups)
         readers = Counter(name for name in program.outputs if isinstance(name, str))
         readers.update(name for _, name in program.updates)
         for item in items:
@@ -97,10 +97,10 @@ class SegmentCompiler:
             if not isinstance(item, Segment):
                 instructions.append(item)
             elif outputs := tuple(name for call in item.calls for name in call.outputs if readers[name]):
-                instructions.append(self._call(program, item, outputs, runs_lanes))
+                instructions.append(self._call(program, item, outputs, runs_rank_groups))
         return replace(program, instructions=tuple(instructions))
 
-    def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], runs_lanes: bool) -> Call:
+    def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], runs_rank_groups: bool) -> Call:
         """Builds a segment's one call. Where it depends on the rank, it is compiled for each rank's values."""
         calls, inputs = segment.calls, _inputs(program, segment)
         inside = {name for call in calls for name in call.reads}
@@ -109,7 +109,7 @@ class SegmentCompiler:
         lanes = rank_groups.join(*(call.lanes for call in calls))
         whole = replace(calls[0], kwargs={}, outputs=outputs, sequence=True, cause=calls[-1].cause, lanes=lanes)
         leaves = pytree.tree_leaves([(call.args, call.kwargs) for call in calls])
-        if not runs_lanes and not any(isinstance(leaf, PerRank) for leaf in leaves):
+        if not runs_rank_groups and not any(isinstance(leaf, PerRank) for leaf in leaves):
             return replace(whole, function=CompiledSegment(self.functions, written, 0), args=refs)
         of_rank: dict[int, CompiledSegment] = {}
 

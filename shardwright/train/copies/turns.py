@@ -230,10 +230,10 @@ def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) ->
     """Removes the early starts of copies' own tensors, which are decided anew."""
     made = {name for i in instructions for name in i.outputs}
     firsts = [i.starts[0] for i in instructions if i.starts and i.cause in copies]
-    return _whole_again(instructions, {move.output for move in firsts if move.source in made})
+    return _without_starts(instructions, {move.output for move in firsts if move.source in made})
 
 
-def _whole_again(instructions: Sequence[Instruction], outputs: Collection[str]) -> list[Instruction]:
+def _without_starts(instructions: Sequence[Instruction], outputs: Collection[str]) -> list[Instruction]:
     """Replaces the starts and ends of the moves that make these values by whole moves."""
     kept: list[Instruction] = []
     for instruction in instructions:
@@ -272,4 +272,4 @@ def _without_idle_starts(
         begun.update((move.output, calls) for move in instruction.starts)
         ended = [move.output for move in instruction.ends if move.output in ours]
         idle.update(output for output in ended if begun[output] == calls)
-    return _whole_again(instructions, idle)
+    return _without_starts(instructions, idle)

@@ -27,18 +27,18 @@ _PLANNED_FOR = (None, 2.0, 1.4, 1.0)
 
 
 # Gives a plan the passes that compute these modules again.
-Again = Callable[[Plan, Mapping[str, RecomputeRequest]], Plan]
+WithRequests = Callable[[Plan, Mapping[str, RecomputeRequest]], Plan]
 
 
 def plan_with_recompute(
-    make: Callable[[PlanRequest], Plan], again: Again, request: PlanRequest, marked: Mapping[str, RecomputeRequest],
-    automatic: RecomputeRequest | None,
+    make: Callable[[PlanRequest], Plan], with_requests: WithRequests, request: PlanRequest,
+    marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest | None,
 ) -> Plan:  # fmt: skip
     """Makes the plan that is asked for, with values computed again.
 
     Args:
         make: plans, with the marked values computed again.
-        again: adds the recompute passes to a plan.
+        with_requests: adds the recompute passes to a plan.
         request: what is asked of the plan.
         marked: by module path, what is computed again whatever the memory.
         automatic: asks for more recompute where the plan does not fit.
@@ -61,7 +61,7 @@ def plan_with_recompute(
             continue  # only where neither the fastest plan nor the smallest fits
         try:
             plan = make(replace(request, memory_limit=None if allowed is None else allowed * limit))
-            found.append(_fitting(replace(plan, memory_limit=limit), again, limit, marked, automatic, request))
+            found.append(_fitting(replace(plan, memory_limit=limit), with_requests, limit, marked, automatic, request))
         except MemoryLimitError as error:
             problem = error if problem is None or error.least < problem.least else problem
             continue
@@ -74,15 +74,15 @@ def plan_with_recompute(
 
 
 def _fitting(
-    plan: Plan, again: Again, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest,
+    plan: Plan, with_requests: WithRequests, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest,
     request: PlanRequest,
 ) -> tuple[Plan, float]:  # fmt: skip
     """Adds recomputed modules to the plan until it fits; returns the plan and the seconds that they take."""
-    found = request.on_first_rank(lambda: Chooser(plan, again, marked, automatic).choose(limit))
+    found = request.on_first_rank(lambda: Chooser(plan, with_requests, marked, automatic).choose(limit))
     if isinstance(found[0], str):
         raise MemoryLimitError(found[0], found[1])
     paths, seconds = found
-    return again(plan, {**dict.fromkeys(paths, automatic), **marked}), seconds
+    return with_requests(plan, {**dict.fromkeys(paths, automatic), **marked}), seconds
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,15 @@ class Chooser:
     """Chooses modules of a plan.
 
     Args:
-        again: adds the recompute passes to a plan.
+        with_requests: adds the recompute passes to a plan.
         marked: what is computed again in any case.
         automatic: how modules are computed again.
     """
 
-    def __init__(self, plan: Plan, again: Again, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest):
-        self.plan, self.again, self.marked, self.automatic = plan, again, marked, automatic
+    def __init__(
+        self, plan: Plan, with_requests: WithRequests, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest
+    ):
+        self.plan, self.with_requests, self.marked, self.automatic = plan, with_requests, marked, automatic
         self.peaks: dict[tuple[str, ...], MemoryTimeline] = {}
 
     def choose(self, limit: float) -> tuple[list[str] | str, float]:
@@ -148,7 +150,9 @@ class Chooser:
         """Simulates a rank's memory with these modules computed again."""
         key = tuple(sorted(paths))
         if key not in self.peaks:
-            self.peaks[key] = step_memory(self.again(self.plan, {**dict.fromkeys(paths, self.automatic), **self.marked}))
+            self.peaks[key] = step_memory(
+                self.with_requests(self.plan, {**dict.fromkeys(paths, self.automatic), **self.marked})
+            )
         return self.peaks[key]
 
     # -- candidates ---------------------------------------------------------------------------------------------------

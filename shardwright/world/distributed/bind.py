@@ -103,7 +103,7 @@ class _Binder(InstructionVisitor[None]):
         name = self.writer.constant("move", runner if move.needs_grad else runner.without_gradient)
         self.writer.line(f"{move.output} = {name}({move.source})")
         if self.records and move.recompute:
-            again = self.writer.constant("again", Computation(runner.again, overwrites=runner.inplace))
+            again = self.writer.constant("again", Computation(runner.recompute, overwrites=runner.inplace))
             self.writer.line(f"_run.moved({again}, ({move.source},), ({move.output},))")
         elif self.records and runner.inplace:  # it may have written over memory that the recording knows
             self.writer.line(f"_run.kept({move.output})")
@@ -134,15 +134,15 @@ class _Binder(InstructionVisitor[None]):
         under_way, sources = f"_{first.output}_started", ", ".join(start.reads)
         self.writer.line(f"{under_way} = {name}({sources})")
         if self.records and first.recompute:
-            self.writer.line(f"{under_way}_again = _run.begin({self._started_again(start, runner)}, ({sources},))")
+            self.writer.line(f"{under_way}_again = _run.begin({self._started_computation(start, runner)}, ({sources},))")
         self.started |= {move.output: (under_way, index) for index, move in enumerate(start.moves)}
         self.left[under_way] = len(start.moves)
 
-    def _started_again(self, start: StartMoves, runner: StartedMoves) -> str:
+    def _started_computation(self, start: StartMoves, runner: StartedMoves) -> str:
         """Writes how started moves are repeated: those of parameters may be on their way before anybody waits."""
         parameters = {i.name for i in self.program.inputs if i.kind in ("parameter", "local")}
-        ahead = runner.start_again if parameters.issuperset(start.reads) else None
-        return self.writer.constant("again", Computation(runner.again, start=ahead))
+        ahead = runner.start_recompute if parameters.issuperset(start.reads) else None
+        return self.writer.constant("again", Computation(runner.recompute, start=ahead))
 
     def fused_moves(self, fused: FusedMoves) -> None:
         self.writer.context(fused.moves[0].autocast, fused.moves[0].grad)
@@ -151,14 +151,14 @@ class _Binder(InstructionVisitor[None]):
         sources, outputs = ", ".join(fused.reads), ", ".join(fused.outputs)
         self.writer.line(f"{outputs}, = {name}({sources})")
         if self.records and fused.recompute:
-            again = self.writer.constant("again", Computation(runner.again))
+            again = self.writer.constant("again", Computation(runner.recompute))
             self.writer.line(f"_run.moved({again}, ({sources},), ({outputs},))")
 
     def keep_slice(self, keep: KeepSliceForBackward) -> None:
         if not self.records:
             return
         cut, gather = (DistributedMove(m, self.rank, self.groups, False, compact=True) for m in (keep.cut, keep.gather))
-        again = self.writer.constant("again", Computation(gather.again))
+        again = self.writer.constant("again", Computation(gather.recompute))
         piece = self.writer.constant("cut", lambda values: [cut.run_forward(values[0])])
         self.writer.line(f"_run.keep_pieces({again}, {piece}, ({keep.cut.source},))")
 

@@ -49,18 +49,12 @@ _SUM_OF_TWO = frozenset({torch.float32, torch.float64, torch.complex64, torch.co
 
 _FIRST_TAG, _LAST_TAG = 1 << 24, (1 << 25) - 2  # of direct messages; away from those that a user's own sends may have
 
-# -- handles -----------------------------------------------------------------------------------------------------------
-
-
-# -- operations --------------------------------------------------------------------------------------------------------
-
 
 class Link:
     """One process group of two ranks or more, as one of them uses it.
 
     Args:
         ranks: its ranks in torch's order, ascending.
-        rank: this rank.
         group: the process group.
         is_gloo: whether gloo serves it.
         calibration: the fastest algorithms; the same on every rank. Default: as measured on a machine of two cores.

@@ -51,7 +51,7 @@ class DistributedMove:
             record.emit(self.record, gradient.dtype, "backward")
         return self.run_backward(gradient)
 
-    def again(self, value: Tensor) -> tuple[Tensor]:
+    def recompute(self, value: Tensor) -> tuple[Tensor]:
         """Runs the forward a second time, for the backward pass."""
         if record._active:
             record.emit(self.record, value.dtype, "recompute")
@@ -127,7 +127,7 @@ class DistributedFusedMoves:
             return _TogetherFunction.apply(self, *values)  # type: ignore[no-any-return]
         return self.run("forward", list(range(len(values))), [v.detach() for v in values])
 
-    def again(self, *values: Tensor) -> list[Tensor]:
+    def recompute(self, *values: Tensor) -> list[Tensor]:
         """Runs the forward a second time, for the backward pass."""
         return self.run("recompute", list(range(len(values))), list(values))
 

@@ -67,13 +67,13 @@ class StartedMoves:
         found = self.start(phase, tuple(members), values).wait()
         return list(found) if isinstance(found, (list, tuple)) else [found]
 
-    def again(self, *values: Tensor) -> list[Tensor]:
+    def recompute(self, *values: Tensor) -> list[Tensor]:
         """Runs the forward a second time, for the backward pass."""
-        found = self.start_again(list(values)).wait()
+        found = self.start_recompute(list(values)).wait()
         return found if isinstance(found, list) else [found]
 
-    def start_again(self, values: list[Tensor]) -> UnderWay | SharedUnderWay:
-        """Starts the forward a second time; see :meth:`again`."""
+    def start_recompute(self, values: list[Tensor]) -> UnderWay | SharedUnderWay:
+        """Starts the forward a second time; see :meth:`recompute`."""
         if record._active:
             record.emit(self.record, values[0].dtype, "recompute")
         return self.start("recompute", self.everyone, values)

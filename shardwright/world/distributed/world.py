@@ -58,7 +58,7 @@ class DistributedWorld(World):
     is_simulated = False
     keeps_pieces = True
     inputs_are_whole = False
-    runs_lanes = False
+    runs_rank_groups = False
 
     def __init__(self, device: torch.device | str | None = None):
         if not (dist.is_available() and dist.is_initialized()):
@@ -121,7 +121,7 @@ class DistributedWorld(World):
     def processes(self) -> int:
         return self.size
 
-    def own_rank(self, otherwise: Callable[[], Exception]) -> int:
+    def rank_or_raise(self, otherwise: Callable[[], Exception]) -> int:
         return self.rank
 
     def device_of(self, root: nn.Module) -> torch.device:

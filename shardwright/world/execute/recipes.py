@@ -44,7 +44,6 @@ class Computation:
         autocast, grad: the settings that the instruction runs under.
         kept: for each result, whether it is kept after all, so that only what is saved within is computed again.
         draws: whether it draws random numbers; ``None``: not known yet.
-        again: runs it for the backward pass, where that differs.
         start: begins it, where it may run ahead of its readers.
         overwrites: whether it may write its result into its tensor.
         writes: positions of tensors that it changes besides, such as running statistics; only the first time.

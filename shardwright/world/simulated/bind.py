@@ -137,7 +137,7 @@ class _Binder(InstructionVisitor[None]):
         runner = self.noted.get(move.output) or SimulatedMove(move, self.lanes[move.source])
         self.writer.line(f"{move.output} = {self.writer.constant('move', runner)}({move.source})")
         if self.records and move.recompute:
-            again = self.writer.constant("again", Computation(runner.again))
+            again = self.writer.constant("again", Computation(runner.recompute))
             self.writer.line(f"_run.moved({again}, {move.source}, {move.output})")
 
     def start_moves(self, start: StartMoves) -> None:
@@ -159,7 +159,7 @@ class _Binder(InstructionVisitor[None]):
         sources, outputs = [move.source for move in moves], [move.output for move in moves]
         self.writer.line(f"{', '.join(outputs)} = {self.writer.constant('together', runner)}({', '.join(sources)})")
         if self.records and moves[0].recompute:
-            again = self.writer.constant("again", Computation(runner.again))
+            again = self.writer.constant("again", Computation(runner.recompute))
             self.writer.line(f"_run.moved({again}, {' + '.join(sources)}, {' + '.join(outputs)})")
 
     def keep_slice(self, keep: KeepSliceForBackward) -> None:
@@ -167,7 +167,7 @@ class _Binder(InstructionVisitor[None]):
             return
         lanes = self.lanes[keep.cut.source]
         cut, gather = SimulatedMove(keep.cut, lanes), SimulatedMove(replace(keep.gather, lanes=lanes), keep.cut.lanes)
-        again = self.writer.constant("again", Computation(gather.again))
+        again = self.writer.constant("again", Computation(gather.recompute))
         pieces = self.writer.constant("cut", lambda values: [piece.clone() for piece in cut.move_forward(values)])
         self.writer.line(f"_run.keep_pieces({again}, {pieces}, {keep.cut.source})")
 
@@ -230,7 +230,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
         _write_many(writer, call)
 
 
-def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
+def gather_rank_groups(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
     """Joins the tensors of rank groups to the global tensor, and does pending sums.
 
     Args:

@@ -54,7 +54,7 @@ class SimulatedMove:
                 record.emit(self.record, lanes[0].dtype, "forward")
         return self.move_forward(lanes)
 
-    def again(self, *lanes: Tensor) -> list[Tensor]:
+    def recompute(self, *lanes: Tensor) -> list[Tensor]:
         """Runs the forward a second time, for the backward pass."""
         if record._active:
             record.emit(self.record, lanes[0].dtype, "recompute")
@@ -102,7 +102,7 @@ class SimulatedFusedMoves:
         given = _split(flat, self.counts[0])
         return [v for part, lanes in zip(self.parts, given, strict=True) for v in part.move_forward(lanes)]
 
-    def again(self, *flat: Tensor) -> list[Tensor]:
+    def recompute(self, *flat: Tensor) -> list[Tensor]:
         """Runs the forward a second time, for the backward pass."""
         return self.forward(flat, "recompute")
 

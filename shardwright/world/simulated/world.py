@@ -37,7 +37,7 @@ class SimulatedWorld(World):
     is_simulated = True
     keeps_pieces = False
     inputs_are_whole = True
-    runs_lanes = True
+    runs_rank_groups = True
     rank = 0
 
     def __init__(self, size: int):
@@ -52,7 +52,7 @@ class SimulatedWorld(World):
     def processes(self) -> int:
         return 1
 
-    def own_rank(self, otherwise: Callable[[], Exception]) -> int:
+    def rank_or_raise(self, otherwise: Callable[[], Exception]) -> int:
         raise otherwise()
 
     def device_of(self, root: nn.Module) -> torch.device:
