@@ -10,6 +10,7 @@ import pytest
 
 import shardwright
 from shardwright.rules.registry import _RULES
+from shardwright.rules.traits import _ROWS
 
 MODULES = sorted(
     module.name
@@ -23,6 +24,7 @@ def _state_of_its_own(monkeypatch):
     """Examples set up worlds and register rules."""
     monkeypatch.setattr("shardwright.world.current._current", [])
     monkeypatch.setattr("shardwright.rules.registry._RULES", dict(_RULES))
+    monkeypatch.setattr("shardwright.rules.traits._ROWS", dict(_ROWS))
     shardwright.init(devices=8)
 
 

@@ -1,4 +1,4 @@
-"""The local program that one rank runs.
+"""Local program: what one rank runs.
 
 A list of calls on local tensors and of moves (redistributions). It names collectives by axes, never by process groups,
 so the same program runs in every world. ``lanes`` says, for every value, which ranks hold the same tensor: two ranks
