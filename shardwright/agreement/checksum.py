@@ -1,4 +1,4 @@
-"""Checksums: a number, or a few, that tell whether ranks hold the same tensor."""
+"""Checksums that tell whether ranks hold the same tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _COLUMNS = 4093  # a prime, so that rows of any usual width do not fall on the s
 
 
 def checksum(value: torch.Tensor) -> int:
-    """Returns a number that differs, in all likelihood, where the bits differ: one pass over the value."""
+    """Computes a number that differs, in all likelihood, where the bits differ; one pass over the value."""
     whole = value.detach().reshape(-1)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     bits = whole.view(kinds.get(whole.element_size(), torch.int64))
@@ -25,10 +25,9 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 
 def sketch(value: torch.Tensor) -> list[float]:
-    """Returns a few numbers of a floating tensor that are near where the values are near: its norm and four projections.
+    """Computes a few numbers that are near where the values of floating tensors are near: the norm and four projections.
 
-    Projections of other values differ by about the norm of the difference, those of values that rounding sets apart by as
-    little as rounding does.
+    Projections of other values differ by about the norm of the difference; where only rounding differs, they differ as little.
     """
     whole = value.detach().reshape(-1)
     if whole.is_complex():
@@ -43,7 +42,7 @@ def sketch(value: torch.Tensor) -> list[float]:
 
 
 def _columns(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the sums of a flat tensor laid out in rows of many columns."""
+    """Sums a flat tensor, laid out in rows of many columns, over its rows."""
     tail = len(values) % _COLUMNS
     sums = values[: len(values) - tail].view(-1, _COLUMNS).sum(0, dtype=dtype)
     sums[:tail] += values[len(values) - tail :].to(dtype)

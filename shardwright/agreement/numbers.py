@@ -1,4 +1,4 @@
-"""Agreement: what every rank says in a few numbers, told to all of them."""
+"""Gathers a few numbers of every rank on all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROOM = 127  # numbers that one message holds
 class Agreement:
     """Gathers numbers of every rank. All ranks of the job make it and call it in the same order.
 
-    One small all-gather on the CPU, so that no rank waits for its device.
+    It is one small all-gather on the CPU, so that no rank waits for its device.
     """
 
     def __init__(self, size: int):
@@ -27,7 +27,7 @@ class Agreement:
         self.size = size
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Returns every rank's numbers, by rank; ranks may have different many."""
+        """Returns every rank's numbers, by rank; their count may differ between ranks."""
         message = [len(numbers), *numbers] if len(numbers) <= _ROOM else [-1]
         mine = torch.zeros(_ROOM + 1, dtype=torch.int64)
         mine[: len(message)] = torch.tensor(message, dtype=torch.int64)
@@ -42,10 +42,12 @@ class Agreement:
 
 
 def check_same_shapes(tensors: Sequence[torch.Tensor], size: int) -> None:
-    """Refuses slices of the batch that have other shapes or dtypes on other ranks, on all ranks. All of them make this call.
+    """Refuses, on all ranks, slices of the batch whose shapes or dtypes differ between ranks.
+
+    All ranks make this call.
 
     Args:
-        tensors: those that this rank was handed.
+        tensors: the inputs of this rank.
         size: number of ranks.
     """
     found: list[Any] = [None] * size

@@ -1,4 +1,4 @@
-"""One random state on all ranks: what makes masks drawn on every rank the same."""
+"""Gives all ranks one random state, so that they draw the same masks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.distributed as dist
 def agree_on_random_state(device: torch.device) -> None:
     """Gives every rank the state of rank 0's default generator, that of ``device`` included.
 
-    Random operators draw the single device's numbers on every rank, so all ranks must stand at the same place. One
-    broadcast of about 5 KB a call, of programs that draw only.
+    Random operators draw the single device's numbers on every rank, so all generators must be in the same state. It takes one
+    broadcast of about 5 KB per call, of programs that draw only.
     """
     on_gpu = device.type == "cuda"
     state = torch.get_rng_state()

@@ -1,6 +1,6 @@
-"""Signatures: what a call of a net is, in words that the ranks of a job compare.
+"""Describes a call of a net in words that the ranks of a job compare.
 
-What is compared must be told in the same words on every rank: no ids, no addresses, no index of a device.
+The words must be the same on every rank: no ids, no addresses, no index of a device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype)
 
 @dataclass(frozen=True)
 class Signature:
-    """What a call is: ``facts`` by what they are about, in words, and a number that differs where they do."""
+    """Description of a call: ``facts`` by their subject, and a number that differs where they do."""
 
     facts: Mapping[str, str]
     number: int = field(init=False)
@@ -32,7 +32,7 @@ class Signature:
         object.__setattr__(self, "number", number_of([json.dumps(self.facts)]))
 
     def with_gradients(self, enabled: bool) -> Signature:
-        """Returns the same call with gradients on or off."""
+        """Returns the signature of the same call with gradients on or off."""
         return Signature({**self.facts, GRADIENTS: _gradients(enabled)})
 
 
@@ -42,20 +42,21 @@ _UNSAID = {"module": "as the whole model", "parameter": "trained", "input": "not
 
 
 def number_of(lines: Iterable[str]) -> int:
-    """Returns a number of 56 bits that differs, in all likelihood, where the lines do."""
+    """Computes a number of 56 bits that differs, in all likelihood, where the lines do."""
     return int.from_bytes(hashlib.blake2b("\n".join(lines).encode("utf-8", "replace"), digest_size=7).digest(), "little")
 
 
 def signature_of(
     root: nn.Module, leaves: Sequence[Any], spec: Any, name: str, shapes: Sequence[Sequence[int]] | None = None
 ) -> Signature:
-    """What a call of a net is.
+    """Describes a call of a net.
 
     Args:
         root: the module that owns the parameters.
-        leaves: the flat inputs; ``spec`` is how they are arranged.
+        leaves: the flat inputs.
+        spec: how they are arranged.
         name: the net, by its number and kind.
-        shapes: of the tensors among the inputs, where those of this rank are slices, the global ones.
+        shapes: the global shapes of the tensors among the inputs, where this rank gives slices.
     """
     facts = {"net": name}
     if not isinstance(spec, int):
@@ -92,7 +93,12 @@ def _described(leaf: Any, shapes: Iterator[Sequence[int]]) -> str:
 
 
 def difference_of(here: Mapping[str, str], rank: int, there: Mapping[str, str], other: int) -> str:
-    """Returns the facts that differ between two ranks, in words; the first three. Empty where none does."""
+    """Describes in words the first three facts that differ between two ranks; empty where none does.
+
+    Args:
+        here, there: the facts of the two ranks.
+        rank, other: their numbers.
+    """
     found = []
     for what in dict.fromkeys((*there, *here)):
         mine, its = (facts.get(what) or _UNSAID.get(what.split()[0], "not there") for facts in (here, there))
@@ -103,7 +109,7 @@ def difference_of(here: Mapping[str, str], rank: int, there: Mapping[str, str], 
 
 
 def lines_of(text: str, root: nn.Module | None = None) -> list[str]:
-    """Returns a text's lines as every rank writes them, with the parameters of a module before them."""
+    """Returns a text's lines without what differs between ranks. The parameters of a module come first, one per line."""
     parameters = [] if root is None else root.named_parameters()
     first = [f"parameter {n} {list(p.shape)} {p.dtype}{'' if p.requires_grad else ', frozen'}" for n, p in parameters]
     return [*first, *_OWN.sub("", text).splitlines()]
@@ -115,12 +121,12 @@ _OWN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # addresses, and the number
 # -- the values of inputs ---------------------------------------------------------------------------------------------
 
 
-def looked_at(tensors: Iterable[Any], sketched: bool = False) -> list[Any]:
-    """What to compare of the values of tensors: of each its checksum; ``sketched``, for :func:`differing_value`, more."""
-    return [_looked_at(tensor, sketched) for tensor in tensors]
+def value_summaries(tensors: Iterable[Any], sketched: bool = False) -> list[Any]:
+    """Summarizes the values of tensors by checksums; ``sketched`` adds what :func:`differing_value` needs."""
+    return [_value_summary(tensor, sketched) for tensor in tensors]
 
 
-def _looked_at(tensor: Any, sketched: bool) -> Any:
+def _value_summary(tensor: Any, sketched: bool) -> Any:
     is_plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
     if not is_plain or tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.is_quantized:
         return None
@@ -132,15 +138,18 @@ def _looked_at(tensor: Any, sketched: bool) -> Any:
 
 
 def _roundoff(dtype: torch.dtype) -> float:
-    """Returns how far apart, relative to the whole, tensors may be that ranks computed alike in another order of additions."""
+    """Returns the relative distance of tensors that were computed alike, but added in another order."""
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     return max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
 def differing_value(here: Sequence[Any], there: Sequence[Any], allowed: float = 0.0) -> int | None:
-    """Returns the position of the first tensor whose values differ by more than rounding, or than what is allowed of their
-    norm.
+    """Returns the position of the first tensor whose values differ by more than rounding.
+
+    Args:
+        here, there: the sketched summaries of two ranks.
+        allowed: a larger difference that is allowed, as a share of the tensor's norm.
     """
     for at, (mine, its) in enumerate(zip(here, there, strict=False)):
         if mine is None or its is None or mine[0] == its[0]:

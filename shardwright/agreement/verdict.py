@@ -1,4 +1,4 @@
-"""Verdict: what the events of several ranks differ in, in words."""
+"""Describes in words how the events of several ranks differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STAGES = ("/graph", "/program")
 
 
 def judge(messages: Sequence[dict[str, Any]]) -> str:
-    """What all ranks are told of their messages: ``"="`` where they agree, ``"=1"`` where rank 1 shows another text.
+    """Judges the messages of all ranks: ``"="`` where they agree, ``"=1"`` where rank 1 shows another text, else words.
 
     >>> messages = [{"event": "call 1", "facts": {"input 0": f"float32 [{n}]"}, "new": True, "chain": 0} for n in (8, 6)]
     >>> judge(messages)[:58]
@@ -39,7 +39,7 @@ def judge(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def _judge_made(messages: Sequence[dict[str, Any]]) -> str:
-    """Returns the verdict on what ranks made of a call: its graph, its program."""
+    """Judges what ranks have made of a call: its graph or its program."""
     here = messages[0]
     for rank, there in enumerate(messages):
         if there["number"] != here["number"]:
@@ -84,7 +84,7 @@ def _other_weights(here: dict[str, Any], there: dict[str, Any], rank: int) -> st
     )
 
 
-_DRIFT = 1e-3  # relative to a weight's norm; what rounding may do to copies in many steps is less
+_DRIFT = 1e-3  # relative to a weight's norm; rounding moves copies apart by less, even in many steps
 
 
 def _first_difference(stage: str, here: Sequence[str], there: Sequence[str], other: int) -> str:

@@ -1,14 +1,13 @@
-"""The public API: capture, plan, partition, run.
+"""The public API: ``AutoParallel``, which captures, plans, partitions and runs a callable.
 
-Read top to bottom: :class:`AutoParallel` looks up (or makes) a :class:`~shardwright.api.bound.Compiled`, whose constructor
-is the four steps, and calls it.
+Read top to bottom: :class:`AutoParallel` looks up (or makes) a :class:`~shardwright.api.bound.BoundCall`, whose constructor
+does the four steps, and calls it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.agreement.signature import Signature, looked_at, signature_of
-from shardwright.agreement.watch import Look, watch_of
+from shardwright.agreement.job_watch import watch_of
+from shardwright.agreement.signature import Signature, signature_of, value_summaries
+from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
-from shardwright.api.bound import Compiled
+from shardwright.api.bound import BoundCall
 from shardwright.api.call_key import _leaf_key, _out_of_inference
 from shardwright.api.held import watch_holders
-from shardwright.api.hybrid import HybridCompiled
+from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
-from shardwright.api.settings import MODES, SearchSettings, Settings
+from shardwright.api.settings import MODES, Settings
+from shardwright.api.settings_methods import SettingsMethods
 from shardwright.base.torch_private import FakeTensor, pytree
 from shardwright.base.user_code import user_line
 from shardwright.capture.caches import register_caches
@@ -33,20 +34,13 @@ from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.python_state import PythonState
 from shardwright.capture.session import current_session
-from shardwright.cost.machine_files import load_machine
-from shardwright.data.handed import Handed, handed_in, step_inputs, whole_samples
-from shardwright.data.strategy import check_dataset_strategy
+from shardwright.data.rank_inputs import GlobalInputs, global_inputs, step_inputs, whole_samples
 from shardwright.errors import ArgumentTypeError, CaptureError, ShardwrightError
-from shardwright.hybrid.mesh import chosen_over
+from shardwright.hybrid.mesh import chosen_mesh
 from shardwright.ir.program import LocalProgram
-from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
-from shardwright.plan.file.read import load_plan_file
 from shardwright.report.plan_view import PlanView
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.compile.compiler import segment_compiler
-from shardwright.train.fusion.settings import read_fusion
-from shardwright.train.optimizer_parallel.stored import read_hsdp
-from shardwright.train.recompute.request import request_for
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
@@ -54,22 +48,23 @@ logger = logging.getLogger("shardwright")
 MOST_PLANS = 64  # that an AutoParallel keeps; the oldest goes first
 
 
-class AutoParallel:
+class AutoParallel(SettingsMethods):
     """A single-device callable that runs on all ranks of the world.
+
+    The first call for each signature of inputs captures, plans and binds a program; later calls run it. The result is the
+    global value on every rank.
 
     Args:
         target: an ``nn.Module``; a forward function, which may close over modules and parameters; or a train step,
-            which runs as it is while every module it calls and every :func:`value_and_grad` function in it is parallel.
-        parallel_mode: what becomes of operators that are not configured; configured ones are as told. ``"semi_auto"``: data
-            parallel. ``"sharding_propagation"``: the least redistribution from configured ones on. ``"auto"``: the best
-            known, over several device matrices, with a certified gap. ``"dynamic_programming"``: the best under the cost
-            model on a device matrix. ``"recursive_programming"``: found in the least time. ``"data_parallel"``: all of them,
-            strategies are ignored. ``"hybrid_parallel"``: the target is the program of one rank, with
+            which runs as it is, while every module it calls and every :func:`value_and_grad` function in it is parallel.
+        parallel_mode: how operators without a strategy of the user are split; those with one follow it.
+            ``"semi_auto"``: data parallel. ``"sharding_propagation"``: with the least redistribution, starting from the
+            configured operators. ``"auto"``: by a search over several device matrices, with a certified gap to the best
+            plan. ``"dynamic_programming"``: the best plan under the cost model on one device matrix.
+            ``"recursive_programming"``: the fastest search. ``"data_parallel"``: data parallel, strategies ignored.
+            ``"hybrid_parallel"``: the target is the program of one rank, with
             :mod:`collectives <shardwright.hybrid.collectives>` of its own. ``"stand_alone"``: the target as it is.
         compile: ``True`` compiles what runs between collectives with ``torch.compile``; a string names its backend.
-
-    The first call for each signature of inputs captures, plans and compiles; later ones run. The result is the global
-    value on every rank.
 
     Raises:
         ShardwrightError: an unknown mode or backend, or a target that is not callable.
@@ -90,11 +85,11 @@ class AutoParallel:
         register_caches()
         self.target = target
         compiler = segment_compiler(compile, parallel_mode)
-        self.settings = Settings(mode=parallel_mode, over=chosen_over(), compiler=compiler)
+        self.settings = Settings(mode=parallel_mode, collective_mesh=chosen_mesh(), compiler=compiler)
         self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
         self._is_step: bool | None = False if isinstance(target, nn.Module) else None
-        self._compiled: dict[Any, Compiled] = {}
-        self._latest: Compiled | None = None
+        self._bound_calls: dict[Any, BoundCall] = {}
+        self._latest: BoundCall | None = None
         self._step: train_step.StepContext | None = None
         self._state: PythonState | None = None
         self._described: tuple[Any, dict[str, Any]] = (None, {})  # key and Python values of the latest planning
@@ -102,219 +97,8 @@ class AutoParallel:
             functools.update_wrapper(self, target, updated=())
         self.__wrapped_function__ = target
 
-    # -- settings -------------------------------------------------------------------------------------------------
-
-    def dataset_strategy(self, config: Any) -> AutoParallel:
-        """Says how the tensors that a rank hands in are slices of the global ones.
-
-        Args:
-            config: ``"full_batch"`` (the default: every rank hands in the whole batch), ``"data_parallel"`` (its slice
-                of dim 0 of every input that has the batch there), or a tuple with slice counts or a Layout an input.
-                In the simulated world the caller hands in the whole batch in every case. :func:`shardwright.data.loader`
-                makes batches that fit.
-
-        Raises:
-            ShardwrightError: no such strategy; an :class:`ArgumentTypeError` where a type is wrong. What does not fit the
-                inputs is refused at the first call.
-        """
-        check_dataset_strategy(config)
-        self.settings.dataset_strategy = config
-        self._forget()
-        return self
-
-    def enable_alltoall(self, enable: bool = True) -> AutoParallel:
-        """Says whether pieces may move straight from one layout to another; they may by default.
-
-        Args:
-            enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More
-                bytes move and tensors are larger in between; for backends whose all-to-all is slow or missing.
-        """
-        if not isinstance(enable, bool):
-            raise ArgumentTypeError(f"enable_alltoall({enable!r}): give True or False")
-        self.settings.enable_alltoall = enable
-        self._forget()
-        return self
-
-    def shard(self, strategies: dict[str, Any]) -> AutoParallel:
-        """Gives modules and parameters strategies by name, leaving the model as it is.
-
-        Args:
-            strategies: pattern (as in ``fnmatch``) -> for modules, an ``in_strategy`` tuple, or a dict with
-                ``in_strategy``, ``out_strategy``, ``parameter_plan`` and ``attributes``; for parameters, slice counts or
-                a Layout.
-                A pattern that matches nothing is an error at the first call.
-        """
-        if not isinstance(strategies, dict):
-            raise ArgumentTypeError(f"shard({strategies!r}): give a dict from name patterns to strategies")
-        self.settings.strategies = {**(self.settings.strategies or {}), **strategies}
-        self.settings.source = user_line()
-        self._forget()
-        return self
-
-    def load_strategies(self, path: str | os.PathLike[str]) -> AutoParallel:
-        """Follows a plan file: one of the whole plan as it is, one of parts as strategies for the mode to keep.
-
-        Args:
-            path: what :meth:`Plan.save` wrote, or a file written by hand; see the page on plan files.
-
-        Raises:
-            ShardwrightError: no such file, or not a plan file. What does not fit the model is refused at the first call.
-        """
-        self.settings.file = load_plan_file(path)
-        self._forget()
-        return self
-
-    def search(
-        self,
-        machine: Any = None,
-        memory: float | str | None = None,
-        mesh: tuple[int, ...] | None = None,
-        axes: tuple[str, ...] = (),
-        optimizer: str | float = "adamw",
-        seconds: float = 30.0,
-    ) -> AutoParallel:
-        """Says what plans are priced on and must fit into; the modes that search decide by it.
-
-        Args:
-            machine: a preset (``"h100"``, ...), a TOML file or a :class:`~shardwright.ir.machine.Machine`; default:
-                ``"cpu-gloo"``, and ``"h100"`` where the job runs on GPUs.
-            memory: bytes a rank may use over a step, ``"80GB"`` or a number; default: any.
-            mesh: the device matrix to search on; default: several are tried.
-            axes: its aliases.
-            optimizer: whose states count, by name, or bytes of state a byte of parameter.
-            seconds: how long a search may take.
-
-        Raises:
-            ShardwrightError: an unknown machine, optimizer or size; a mesh that is none.
-        """
-        if mesh is not None and not (isinstance(mesh, tuple) and mesh and all(type(n) is int and n > 0 for n in mesh)):
-            raise ArgumentTypeError(f"search(mesh={mesh!r}): give a tuple of sizes, (2, 4)")
-        if len(axes) not in (0, len(mesh or ())):
-            raise ShardwrightError(f"search(axes={axes!r}): give one alias for each of the {len(mesh or ())} axes of the mesh")
-        chosen = None if machine is None else load_machine(machine)
-        limit = None if memory is None else memory_bytes(memory)
-        self.settings.search = SearchSettings(chosen, limit, mesh, tuple(axes), optimizer_states(optimizer), seconds)
-        self._forget()
-        return self
-
-    def hsdp(self, shard_size: int = -1, threshold: int = 64, optimizer_level: str = "level1") -> AutoParallel:
-        """Stores parameters split over the ranks that would hold the same, with their gradients and optimizer states.
-
-        Args:
-            shard_size: how many ranks share a parameter, neighbours in the order of ranks; -1: all that would hold the
-                same. Ignored where it does not divide their number.
-            threshold: KB; a smaller parameter stays as it is.
-            optimizer_level: ``"level1"``: parameters are gathered once a step. ``"level2"``: with micro-batches, their
-                gradients are scattered each time, so that they add up in pieces. ``"level3"``: gathered parameters are
-                dropped after use and gathered again for the backward pass.
-
-        A parameter with ``parameter.parallel_optimizer = False`` stays as it is.
-
-        Raises:
-            ShardwrightError: a value that makes no sense.
-        """
-        self.settings.hsdp = read_hsdp(shard_size, threshold, optimizer_level)
-        self._forget()
-        return self
-
-    def comm_fusion(self, config: dict[str, Any]) -> AutoParallel:
-        """Says which parameters share the collectives that reduce their gradients or gather them.
-
-        Args:
-            config: ``{"openstate": True, "allreduce": {"mode": ..., "config": ...}, "allgather": ..., "reducescatter": ...}``.
-                Modes: ``"auto"``: buckets of 64 MB. ``"size"``: of ``config`` MB, a bucket being full when it holds that
-                much; 0: each parameter alone. ``"index"`` (of ``allreduce``): ``config`` lists where buckets begin,
-                ``[20, 35]``, counted in the order in which parameters are read. With ``openstate`` false each
-                parameter is alone. Kinds that are not named keep what holds without settings.
-
-        Parameters with the attribute ``comm_fusion`` (:func:`shardwright.set_comm_fusion`) share with those that have the
-        same number, whatever the sizes.
-
-        Raises:
-            ShardwrightError: a configuration that makes no sense.
-        """
-        self.settings.schedule = read_fusion(config)
-        self._forget()
-        return self
-
-    def recompute(self, targets: Any, *, memory: float | str | None = None, **switches: bool) -> AutoParallel:
-        """Has modules computed again in the backward pass, so that what is inside them need not be kept until then.
-
-        Args:
-            targets: a name pattern (as in ``fnmatch``), a module, or several of these; or ``"auto"``: as many modules as it
-                takes to stay under a memory limit, at the least cost.
-            memory: with ``"auto"``, bytes a rank may use over a step, ``"80GB"`` or a number; default: that of :meth:`search`.
-            switches: ``mp_comm_recompute``, ``parallel_optimizer_comm_recompute``, ``recompute_slice_activation``; see
-                :func:`recompute`.
-
-        Raises:
-            ShardwrightError: an unknown switch. A pattern that matches no module is refused at the first call.
-
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
-        >>> net = AutoParallel(model).recompute("0")
-        """
-        limit = None if memory is None else memory_bytes(memory)
-        request = request_for("recompute", targets, user_line(), switches, limit)
-        self.settings.recompute = (*self.settings.recompute, request)
-        self._forget()
-        return self
-
-    def enable_gradients_mean(self, enable: bool = True) -> AutoParallel:
-        """Says whether ``"hybrid_parallel"`` averages what the ranks compute over the data axes; it does by default.
-
-        Each rank's loss counts as its share of the batch, so that a mean over its part becomes the mean over the whole batch,
-        and gradients are those of one device. In the other modes losses are global and there is nothing to choose.
-
-        Args:
-            enable: where ``False``, losses and with them gradients are summed over the data axes: right where the loss is a
-                sum over the batch.
-
-        Raises:
-            ShardwrightError: ``False`` in another mode.
-        """
-        if not isinstance(enable, bool):
-            raise ArgumentTypeError(f"enable_gradients_mean({enable!r}): give True or False")
-        if not enable and self.settings.mode != "hybrid_parallel":
-            raise ShardwrightError(
-                f"enable_gradients_mean(False): in mode {self.settings.mode!r} gradients are those of the loss on the whole "
-                "batch; for their sum, sum the loss over the batch (reduction='sum')"
-            )
-        self.settings.gradients_mean = enable
-        self._forget()
-        return self
-
-    def mixed_precision(
-        self, dtype: torch.dtype | None = torch.bfloat16, reduce_dtype: torch.dtype | None = None
-    ) -> AutoParallel:
-        """Computes under autocast, with parameters, their gradients and the optimizer's states in their own dtype.
-
-        Args:
-            dtype: ``torch.bfloat16`` or ``torch.float16``; ``None``: no autocast but the one around the call.
-            reduce_dtype: dtype in which gradients of parameters are summed over ranks; default: their own, half precision
-                in float32.
-
-        Raises:
-            ShardwrightError: not such a dtype; a ``reduce_dtype`` beside :meth:`disable_gradient_fp32_sync`.
-        """
-        self.settings.precision = replace(self.settings.precision, dtype=dtype, reduce_dtype=reduce_dtype)
-        self._forget()
-        return self
-
-    def disable_gradient_fp32_sync(self) -> AutoParallel:
-        """Sums gradients of parameters over ranks in half precision where they are in half precision: half the bytes."""
-        self.settings.precision = replace(self.settings.precision, gradient_fp32_sync=False)
-        self._forget()
-        return self
-
-    def enable_fp32_communication(self) -> AutoParallel:
-        """Takes every sum over ranks of half-precision tensors in float32, forward and backward; twice the bytes."""
-        self.settings.precision = replace(self.settings.precision, fp32_communication=True)
-        self._forget()
-        return self
-
     def _forget(self) -> None:
-        self._compiled.clear()
+        self._bound_calls.clear()
         self._described = (None, {})
         self._step = None
 
@@ -332,16 +116,16 @@ class AutoParallel:
             self._is_step = train_step.looks_like_step(self.target)
         if not self._is_step:
             try:
-                leaves, compiled = self._find(args, kwargs)
+                leaves, bound = self._bound_call_for(args, kwargs)
             except StepFound:
                 self._is_step = True
             else:
-                return compiled(leaves)
+                return bound(leaves)
         return self._run_step(args, kwargs)
 
     def _check_nested(self) -> None:
-        """Refuses to be captured as a part of something that does not have its parameters: they would get no gradient."""
-        owns = isinstance(self.target, nn.Module)  # what a function reads itself is known by other names
+        """Raises an error within a capture that lacks this object's parameters: they would get no gradient."""
+        owns = isinstance(self.target, nn.Module)  # tensors that a function reads itself have other names here
         outside = [n for n, p in self.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
         if outside:
             raise CaptureError(
@@ -366,68 +150,72 @@ class AutoParallel:
         return child
 
     def compile(self, *args: Any, **kwargs: Any) -> AutoParallel:
-        """Captures, plans and compiles for inputs like these, without running; the first call does it otherwise."""
+        """Captures, plans and binds for inputs like these, without running. Otherwise the first call does it.
+
+        Raises:
+            ShardwrightError: the target is a train step; compile the modules that it calls.
+        """
         if self._is_step is None:
             self._is_step = train_step.looks_like_step(self.target)
         if self._is_step:
             raise ShardwrightError("a train step compiles what it calls at its first call; compile the module instead")
-        self._find(args, kwargs)
+        self._bound_call_for(args, kwargs)
         return self
 
-    def _find(self, args: Any, kwargs: Any) -> tuple[list[Any], Compiled]:
+    def _bound_call_for(self, args: Any, kwargs: Any) -> tuple[list[Any], BoundCall]:
         leaves: list[Any]
         spec: Any
         watch = watch_of(current_world())
         if watch is not None:
-            watch.begin(self)
+            watch.begin_call(self)
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        handed: Handed | None = None
+        given: GlobalInputs | None = None
         is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
         if self.settings.dataset_strategy != "full_batch" and not is_hybrid:
-            leaves, handed = handed_in(leaves, self.settings.dataset_strategy, current_world(), self.settings.of_step)
+            leaves, given = global_inputs(leaves, self.settings.dataset_strategy, current_world(), self.settings.of_step)
             if isinstance(self._root, GradAccumulation):
-                leaves, handed = whole_samples(leaves, handed, current_world())
-        key = (spec, tuple(map(_leaf_key, leaves)), handed, self._state_key())
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._say_why_again(key, leaves)
-            with self._told(leaves, spec, handed) as signs, _out_of_inference():
-                compiled = self._compile(args, kwargs, leaves, handed)
-            compiled.signs = signs
-            while len(self._compiled) >= MOST_PLANS:
-                del self._compiled[next(iter(self._compiled))]
+                leaves, given = whole_samples(leaves, given, current_world())
+        key = (spec, tuple(map(_leaf_key, leaves)), given, self._state_key())
+        bound = self._bound_calls.get(key)
+        if bound is None:
+            self._log_why_planned_again(key, leaves)
+            with self._compare_planning(leaves, spec, given) as signatures, _out_of_inference():
+                bound = self._compile(args, kwargs, leaves, given)
+            bound.signatures = signatures
+            while len(self._bound_calls) >= MOST_PLANS:
+                del self._bound_calls[next(iter(self._bound_calls))]
             assert self._state is not None
             self._state.refresh()  # parameters may have been replaced by distributed ones
             self._described = key, dict(self._state.described)
-            self._compiled[(spec, key[1], handed, self._state_key())] = compiled
+            self._bound_calls[(spec, key[1], given, self._state_key())] = bound
         elif watch is not None:
-            watch.again(compiled, self._look(leaves, handed))
-        self._latest = compiled
-        return leaves, compiled
+            watch.known_call(bound, self._input_summary(leaves, given))
+        self._latest = bound
+        return leaves, bound
 
     @contextmanager
-    def _told(self, leaves: list[Any], spec: Any, handed: Handed | None) -> Iterator[dict[bool, Signature]]:
-        """Around a compilation: the ranks of a job compare what they compile. Yields the signature, by gradient mode."""
+    def _compare_planning(self, leaves: list[Any], spec: Any, given: GlobalInputs | None) -> Iterator[dict[bool, Signature]]:
+        """Surrounds planning: the ranks of a job compare what they plan. Yields the signature, by gradient mode."""
         watch = watch_of(current_world())
         if watch is None:
             yield {}
             return
-        shapes = None if handed is None else handed.shapes
+        shapes = None if given is None else given.shapes
         sign = signature_of(self.module, leaves, spec, watch.name_of(self), shapes)
-        with watch.told(sign, self._look(leaves, handed)):
+        with watch.new_call(sign, self._input_summary(leaves, given)):
             yield {torch.is_grad_enabled(): sign}
 
-    def _look(self, leaves: list[Any], handed: Handed | None) -> Look | None:
-        """What the ranks of a job compare of the inputs' values, where all of them are to hand in the same."""
-        if handed is not None or self.settings.mode == "hybrid_parallel":
+    def _input_summary(self, leaves: list[Any], given: GlobalInputs | None) -> Summarize | None:
+        """Returns the function that summarizes the inputs' values for comparison; ``None`` where ranks may differ in them."""
+        if given is not None or self.settings.mode == "hybrid_parallel":
             return None
-        return lambda sketched: looked_at(leaves, sketched)
+        return lambda sketched: value_summaries(leaves, sketched)
 
-    def _say_why_again(self, key: Any, leaves: list[Any]) -> None:
-        """Says, from the second planning on, what is another than at the one before."""
+    def _log_why_planned_again(self, key: Any, leaves: list[Any]) -> None:
+        """Logs, from the second planning on, what has changed since the one before."""
         assert self._state is not None
         before, described = self._described
         self._described = key, dict(self._state.described)
@@ -445,17 +233,17 @@ class AutoParallel:
         why += [*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])]
         logger.warning("planning again: %s", "; ".join(why) or "a mode of the model that is gone")
 
-    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], handed: Handed | None) -> Compiled:
+    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], given: GlobalInputs | None) -> BoundCall:
         if self._root is None:
             self._root = FunctionModule(self.target)
         may_be_a_step = self._is_step is None or self._root is not self.target
         if self.settings.mode == "hybrid_parallel":
             with train_step.backward_is_a_step(may_be_a_step):
-                return HybridCompiled(self._root, args, kwargs, current_world(), self.settings)
-        return Compiled(self._root, args, kwargs, current_world(), self.settings, handed, may_be_a_step)
+                return HybridBoundCall(self._root, args, kwargs, current_world(), self.settings)
+        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step)
 
     def _state_key(self) -> Any:
-        """What else the graph depends on: Python values that it reads, grad mode, autocast, the world."""
+        """Builds the key of all other state that the graph depends on: Python values, grad mode, autocast, the world."""
         if self._state is None:
             if self._root is None:
                 self._root = FunctionModule(self.target)
@@ -465,7 +253,7 @@ class AutoParallel:
         version = self._state.version()
         if self._state.outdated:  # the function reaches other modules or tensors than those its root holds
             self._root = self._state = None
-            self._compiled.clear()
+            self._bound_calls.clear()
             return self._state_key()
         modes = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
         return version, torch.is_grad_enabled(), autocast, dtype, modes, current_world()
@@ -473,8 +261,8 @@ class AutoParallel:
     # -- looking ----------------------------------------------------------------------------------------------------
 
     @property
-    def latest(self) -> Compiled:
-        """What the latest call ran; of a train step, its largest part."""
+    def latest(self) -> BoundCall:
+        """The bound program that the latest call ran; of a train step, its largest part."""
         if self._latest is not None:
             return self._latest
         if self._step is not None:
@@ -492,14 +280,14 @@ class AutoParallel:
 
     @property
     def program(self) -> LocalProgram:
-        """The local program of the latest call; prints as the readable code of rank 0, ``text(rank)`` of another."""
+        """The local program of the latest call; prints as readable code of rank 0, and as another rank's by ``text(rank)``."""
         return self.latest.program
 
-    # -- what a module has ------------------------------------------------------------------------------------------
+    # -- interface of modules ---------------------------------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module:
-        """The module that owns the parameters: the target, or what the target function closes over."""
+        """The module that owns the parameters: the target, or the module around the target function."""
         if self._root is None:
             self._root = FunctionModule(self.target)
         return self._root
@@ -516,7 +304,7 @@ class AutoParallel:
         return f"AutoParallel({self.target!r}, parallel_mode={self.settings.mode!r})"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute of the target's where reading it would read that: ``net.dropout.p``, ``net.scale``."""
+        """Sets attributes of the target that are read through this object: ``net.dropout.p``, ``net.scale``."""
         target = self.__dict__.get("target")
         own = name in self.__dict__ or hasattr(type(self), name) or "__wrapped_function__" not in self.__dict__
         if not own and isinstance(target, nn.Module) and hasattr(target, name):

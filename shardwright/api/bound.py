@@ -1,4 +1,4 @@
-"""One callable, captured, planned, partitioned and bound for one signature of inputs."""
+"""A callable that is captured, planned, partitioned and bound for one signature of inputs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.signature import Signature, lines_of, looked_at
-from shardwright.agreement.watch import explain, note
+from shardwright.agreement.job_watch import explain, note
+from shardwright.agreement.signature import Signature, lines_of, value_summaries
 from shardwright.api.settings import Settings
 from shardwright.api.stages import (
     before_compiling,
@@ -26,7 +26,7 @@ from shardwright.base.torch_private import pytree
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import attribute_of
 from shardwright.cost.machine_files import load_machine
-from shardwright.data.handed import Handed
+from shardwright.data.rank_inputs import GlobalInputs
 from shardwright.errors import CaptureError, WorldError
 from shardwright.ir.graph import GraphInput
 from shardwright.ir.layout import Layout
@@ -48,19 +48,19 @@ from shardwright.train.compile.compiler import SegmentCompiler
 from shardwright.world.current import World
 
 
-class Compiled:
+class BoundCall:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
     compiler: SegmentCompiler | None = None
-    signs: dict[bool, Signature]  # what other ranks are told of it, by gradient mode
+    signatures: dict[bool, Signature]  # its descriptions for other ranks, by gradient mode
 
     def __init__(
-        self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, handed: Handed | None = None,
+        self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, given: GlobalInputs | None = None,
         may_be_a_step: bool = False,
     ):  # fmt: skip
-        if handed is not None:
-            args, kwargs = self._global_inputs(args, kwargs, handed.shapes)
-            settings = replace(settings, dataset_strategy=handed.strategy)
+        if given is not None:
+            args, kwargs = self._global_inputs(args, kwargs, given.shapes)
+            settings = replace(settings, dataset_strategy=given.strategy)
         for notice in before_compiling:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
@@ -79,7 +79,7 @@ class Compiled:
         )  # fmt: skip
         graph = capture_target(target, capture)
         constants = list(graph.constants.values())
-        world.compare("graph", lambda: (lines_of(str(graph), root), looked_at(constants, sketched=True)))
+        world.compare("graph", lambda: (lines_of(str(graph), root), value_summaries(constants, sketched=True)))
         plan = plan_target(target, graph)
         self.graph = plan.graph
         self.plan: Plan = replace(plan, input_layouts=self._stored(plan, device))
@@ -97,37 +97,37 @@ class Compiled:
         self._count_inputs()
 
     def _count_inputs(self) -> None:
-        """Notes which inputs of the graph are parameters, which are handed in, which are held, and what is written to."""
+        """Sorts the graph's inputs into parameters, arguments and others, and records which are written to."""
         kinds = [i.kind for i in self.graph.inputs]
         self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
-        self._handed = [n for n, kind in enumerate(kinds) if kind == "input"]
-        self._held = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
+        self._arguments = [n for n, kind in enumerate(kinds) if kind == "input"]
+        self._other_inputs = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
         self._written = {name for name, _ in self.graph.updates}
-        self._looked_at: list[Any] = []
+        self._checked: list[Any] = []
         self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
 
     def _bound(self, program: LocalProgram) -> Callable[..., Any]:
-        """Returns the program bound to the world, compiled if that is asked for."""
+        """Binds the program to the world, compiled with ``torch.compile`` if that is asked for."""
         self.runs = program
         if self.compiler is not None:
             self.runs = self.compiler.compiled(program, self.graph, self.world.runs_lanes)
         return self.world.bind(self.runs)
 
     def _finished(self, program: LocalProgram) -> LocalProgram:
-        """Puts moves together and early, and what comes after that."""
+        """Applies the last passes to a program: fuses moves and starts them early."""
         return finished(program, self.plan)
 
     def _accumulated(self, program: LocalProgram, settings: Settings) -> AccumulatedRun:
-        """Returns the program in two parts, and what runs them."""
+        """Cuts the program into one part per step and one per micro-batch, and binds both."""
         assert self.micro is not None
         gathers_once = settings.hsdp is None or not settings.hsdp.reduces_each_micro_batch
-        first, second, handed = cut_program(program, gathers_once)
-        once = self.world.bind(scheduled(first, self.schedule), keep=handed)
+        first, second, kept = cut_program(program, gathers_once)
+        once = self.world.bind(scheduled(first, self.schedule), keep=kept)
         each = self._bound(self._finished(second))
         return AccumulatedRun(self.micro, program.inputs, once, each, self._update)
 
     def _global_inputs(self, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        """Inputs of these shapes, one a tensor: where ranks hand in slices, those of the global tensors."""
+        """Replaces each tensor input by a meta tensor of the given global shape."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         known = iter(shapes)
 
@@ -140,7 +140,7 @@ class Compiled:
         return pytree.tree_unflatten([whole(leaf) for leaf in leaves], spec)
 
     def _stored(self, plan: Plan, device: torch.device) -> dict[str, Layout]:
-        """Places the parameters as the plan stores them; returns the layouts they really have."""
+        """Places the parameters as the plan stores them; returns the layouts that they really have."""
         layouts = dict(plan.input_layouts)
         named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
         actual = self.world.place_parameters(self.root, self._all(named, plan.mesh), device)
@@ -150,7 +150,7 @@ class Compiled:
         return layouts
 
     def _all(self, named: dict[str, Layout], mesh: Mesh) -> dict[str, Layout]:
-        """Returns the layouts for every parameter of the root: those that no operator reads are replicated."""
+        """Adds the parameters that no operator reads to the layouts, as replicated."""
         result = dict(named)
         for name, parameter in self.root.named_parameters():
             result.setdefault(name, Layout.replicated(mesh, parameter.ndim))
@@ -173,7 +173,7 @@ class Compiled:
         return lambda leaves: table[name]
 
     def __call__(self, leaves: list[Any]) -> Any:
-        """Runs the program on the flat inputs; returns what the callable returns, global."""
+        """Runs the program on the flat inputs; returns the callable's result, with global tensors."""
         values = [read(leaves) for read in self._read]
         if self.graph.updates:
             self._check_aliases(values)
@@ -195,19 +195,19 @@ class Compiled:
         return self._assigned(result) if self.graph.assignments else result
 
     def _check_aliases(self, values: list[Any]) -> None:
-        """Refuses a write to an input or buffer whose memory another one shares: a program has each by itself."""
-        held = [values[n] for n in self._held]
-        if not (len(held) == len(self._looked_at) and all(map(operator.is_, held, self._looked_at))):
-            self._looked_at, self._memory = held, {}
-            self._note_memory(self._held, values, self._memory)
+        """Refuses writes to an input or buffer that shares its memory. A program treats each as separate."""
+        held = [values[n] for n in self._other_inputs]
+        if not (len(held) == len(self._checked) and all(map(operator.is_, held, self._checked))):
+            self._checked, self._memory = held, {}
+            self._note_memory(self._other_inputs, values, self._memory)
         of_inputs = dict(self._memory)
-        self._note_memory(self._handed, values, of_inputs)
+        self._note_memory(self._arguments, values, of_inputs)
 
     def _note_memory(self, numbers: Sequence[int], values: list[Any], memory: dict[int, GraphInput]) -> None:
-        """Adds the memory of some inputs of the graph to what is known of others.
+        """Records the memory of some inputs of the graph in ``memory``.
 
         Raises:
-            CaptureError: it is that of another one, and one of the two is written to.
+            CaptureError: two inputs share their memory, and one of them is written to.
         """
         for n in numbers:
             own, value = self.graph.inputs[n], values[n]
@@ -221,7 +221,7 @@ class Compiled:
                 )
 
     def _assigned(self, result: Any) -> Any:
-        """What the callable returns, after the attributes that it assigns have been assigned."""
+        """Assigns the attributes that the callable assigns, and returns its result without their values."""
         made, tensors = self.graph.assignments, ()
         if any(assignment.tensors for assignment in made):
             result, tensors = result
@@ -231,13 +231,18 @@ class Compiled:
         return result
 
     def weights(self, parts: int, part: int) -> dict[str, Tensor]:
-        """Returns one part of the parameters that every rank of a job holds the whole of, as this rank has them."""
+        """Returns one part of the parameters that every rank holds whole.
+
+        Args:
+            parts: the number of parts that the parameters are divided into.
+            part: which of them, from 0.
+        """
         found = list(dict(self.root.named_parameters()).items())[part::parts]
         layouts = {name: layout_of(p) for name, p in found}
         return {name: p.to_local() for name, p in found if (at := layouts[name]) is not None and at.is_replicated}  # type: ignore[attr-defined]
 
     def _replaced(self, stored: list[Any]) -> list[Any]:
-        """Distributes parameters that the user put in the place of distributed ones; all ranks do."""
+        """Distributes parameters that the user put in the place of distributed ones, on all ranks."""
         by_name = {i.name: i for i in self.program.inputs}
         inputs = [by_name[self.graph.inputs[n].value] for n in self._parameters]
         found = [current(p) for p in stored]
@@ -268,11 +273,11 @@ class Compiled:
             raise WorldError(said) from error
 
     def single_device(self) -> AbstractContextManager[None]:
-        """Within the block, the target runs as on a single device."""
+        """Returns a context in which the target runs as on a single device."""
         return nullcontext()
 
     def _update(self, values: list[Any], updates: list[Tensor]) -> None:
-        """Writes back what the callable changed in place: buffers, or inputs."""
+        """Writes back the buffers and inputs that the callable changed in place."""
         by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
         with torch.no_grad():
             for (name, _), new in zip(self.graph.updates, updates, strict=True):
@@ -280,7 +285,7 @@ class Compiled:
 
 
 def device_of(root: nn.Module, world: World) -> torch.device:
-    """Where the program will run."""
+    """Returns the device on which the program will run."""
     return world.device_of(root)
 
 

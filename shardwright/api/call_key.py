@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def _out_of_inference() -> Iterator[None]:
-    """Within the block what is made are ordinary tensors, which training can use later, in the grad mode that holds."""
+    """Leaves inference mode within the block and keeps the grad mode. So new tensors can be trained."""
     if not torch.is_inference_mode_enabled():
         yield
         return

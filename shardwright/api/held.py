@@ -1,7 +1,7 @@
-"""Held: an ``AutoParallel`` as an attribute of a module, whose parameters that module may not have.
+"""Checks each ``AutoParallel`` that becomes an attribute of a module without its parameters.
 
-A module finds parameters in the modules that it holds, and an ``AutoParallel`` is none: an optimizer made from
-``module.parameters()`` would leave them untrained, a ``state_dict()`` would leave them out, without a word.
+A module finds parameters in the modules that it holds, and an ``AutoParallel`` is no module: an optimizer made from
+``module.parameters()`` would not train them, and a ``state_dict()`` would leave them out, silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _plain = nn.Module.__setattr__
 
 @functools.lru_cache(maxsize=1)
 def watch_holders(kind: type) -> None:
-    """Makes modules refuse an object of this type whose parameters they do not have, from now on."""
+    """Makes modules refuse, from now on, objects of this type whose parameters they lack."""
 
     @functools.wraps(_plain)
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:

@@ -48,14 +48,14 @@ def shard(
 ) -> Any:
     """Gives a function or a module a strategy.
 
-    A function that is one operator behaves as the primitive of :mod:`shardwright.ops` does. A module, or a function of
-    several operators, has its inputs laid out as told; what is inside follows from the inputs and ``parameter_plan``.
+    A function that is one operator behaves as the primitive of :mod:`shardwright.ops` does. A module, or a function of several
+    operators, gets its inputs in the given layouts; the layouts inside follow from the inputs and ``parameter_plan``.
 
     Args:
         fn_or_module: any torch function, any function of tensors, or an ``nn.Module`` (marked in place).
-        in_strategy: one entry a tensor input: slice counts, a Layout, or (for modules and functions of several
-            operators) ``None`` to leave it where it is.
-        out_strategy: one entry a tensor output.
+        in_strategy: one entry per tensor input: slice counts, a Layout, or (for modules and functions of several
+            operators) ``None`` to leave the input as it is.
+        out_strategy: one entry per tensor output.
         parameter_plan: parameter name -> slice counts or Layout; modules only.
         attributes: operator attributes by name, as ``add_prim_attr`` takes them.
 
@@ -85,17 +85,17 @@ def shard(
 
 
 def recompute(module: nn.Module, **switches: bool) -> nn.Module:
-    """Marks a module: in the backward pass it is computed again, so that only its inputs and outputs are kept until then.
+    """Marks a module to be computed again in the backward pass. Only its inputs and outputs are kept.
 
-    Values and gradients are the same to the bit, random masks included. Of modules within modules the outermost counts;
-    an operator with a setting of its own (:meth:`shardwright.ops.Primitive.recompute`) follows that.
+    Values and gradients are the same to the bit, random masks included. Of nested marked modules the outermost counts; an
+    operator with a setting of its own (:meth:`shardwright.ops.Primitive.recompute`) follows that.
 
     Args:
         module: marked in place.
-        switches: ``mp_comm_recompute=True``: collectives within are done again too; ``False`` keeps their results, for more
-            memory and less communication. ``parallel_optimizer_comm_recompute=False``: parameters that are stored in pieces
-            are gathered again too. ``recompute_slice_activation=False``: what is kept is kept in slices, one on each of the
-            ranks that hold the same, and gathered again.
+        switches: ``mp_comm_recompute=True``: collectives inside the module are repeated too; ``False`` keeps their results, for
+            more memory and less communication. ``parallel_optimizer_comm_recompute=False``: parameters that are stored in
+            pieces are gathered a second time too. ``recompute_slice_activation=False``: what is kept is cut into slices, one
+            on each of the ranks that hold the same, and gathered when it is needed.
 
     Returns:
         The module itself.
@@ -114,7 +114,7 @@ def recompute(module: nn.Module, **switches: bool) -> nn.Module:
 
 
 def reshard(tensor: Tensor, layout: Layout) -> Tensor:
-    """Pins a layout onto a tensor in the middle of a model; the value is unchanged. Does nothing elsewhere.
+    """Pins a layout onto a tensor in the middle of a model. The value is unchanged; does nothing elsewhere.
 
     >>> import torch
     >>> x = torch.ones(4, 4)

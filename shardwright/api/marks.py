@@ -1,4 +1,4 @@
-"""Marks: gathers the strategies given to modules and parameters, by name or on the modules themselves."""
+"""Gathers the strategies given to modules and parameters, by name or on the modules themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "_shardwright_mark"
 
 
 def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, Mark], dict[str, tuple[Any, str]]]:
-    """Returns the marks on the root's modules and the layouts given to parameters, by qualified name."""
+    """Gathers the marks on the root's modules, and parameters' layouts by qualified name."""
     problems = Problems()
     marks: dict[nn.Module, Mark] = {}
     plan: dict[str, tuple[Any, str]] = {}
@@ -45,13 +45,16 @@ def gather_marks(root: nn.Module, settings: Settings) -> tuple[dict[nn.Module, M
     return marks, plan
 
 
-def gather_again(root: nn.Module, settings: Settings) -> dict[str, RecomputeRequest]:
-    """By module path, what the settings and the modules' own marks say is computed again in the backward pass."""
+def gather_recompute(root: nn.Module, settings: Settings) -> dict[str, RecomputeRequest]:
+    """Gathers recompute requests by module path, from the settings and from modules' own marks."""
     return gather_requests(root, settings.recompute, _fits, settings.of_step)
 
 
 def check_patterns(step: nn.Module, settings: Settings) -> None:
-    """Refuses a pattern that matches nothing in any module a train step reaches; each is named from its own root too."""
+    """Refuses patterns that match nothing in any module that a train step reaches.
+
+    Names count from the step and from the root of each of its modules.
+    """
     names = [n for n, _ in step.named_modules() if n] + [n for n, _ in step.named_parameters(remove_duplicate=False)]
     if not names:
         return  # the step finds its modules only as it runs
@@ -63,7 +66,7 @@ def check_patterns(step: nn.Module, settings: Settings) -> None:
 
 
 def _fits(root: nn.Module, name: str, pattern: str) -> bool:
-    """Tells whether a pattern names a module or parameter; of a function, also from the root of the module it reads."""
+    """Tells whether a pattern names a module or parameter; of a function, also counted from a module that it reads."""
     if fnmatch.fnmatchcase(name, pattern):
         return True
     inner = name.partition(".")[2]

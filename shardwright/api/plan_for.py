@@ -1,4 +1,4 @@
-"""Planning for devices one does not have: shapes only, nothing is computed and no memory taken."""
+"""Plans for devices one does not have, on shapes only: nothing is computed and no memory taken."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shardwright.capture.repeated import capture_repeated
 from shardwright.cost.machine_files import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.ir.machine import Machine
-from shardwright.plan.asked.sizes import memory_bytes, optimizer_states
+from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
 from shardwright.plan.file.read import load_plan_file
 from shardwright.report.plan_view import PlanView
 from shardwright.world.current import init
 
-MACHINE = "h100"  # what is planned for where nobody names a machine
+MACHINE = "h100"  # the default machine
 
 
 def plan_for(
@@ -42,23 +42,24 @@ def plan_for(
     file: Any = None,
     tell: Callable[[str], None] | None = None,
 ) -> PlanView:
-    """Plans a module or forward function for a number of devices, without having them.
+    """Plans a module or forward function for a number of devices that need not exist.
 
     Args:
-        devices: how many.
+        devices: the number of devices.
+        target: the module or forward function.
         inputs: its inputs, of global shape; tensors on the meta device will do.
         machine: what the devices are: a preset's name, a TOML file or a :class:`~shardwright.ir.machine.Machine`.
         mode: any parallel mode that plans.
-        mesh, axes: the device matrix, and its aliases; default: the best of several.
-        memory: bytes a device may use, ``"80GB"`` or a number; default: what the machine's devices have.
-        optimizer: name of the optimizer whose states count, or bytes of state a byte of parameter.
+        mesh, axes: the device matrix, and the aliases of its axes; default: the best of several.
+        memory: bytes that a device may use, ``"80GB"`` or a number; default: what the machine's devices have.
+        optimizer: name of the optimizer whose states count, or bytes of state per byte of parameter.
         seconds: how long a search may take.
-        settings: what else an ``AutoParallel`` was told.
+        settings: further settings, as of an ``AutoParallel``.
         file: a plan file to start from.
-        tell: is told what is under way, now and then.
+        tell: called with a text that says what is being done, now and then.
 
     Raises:
-        ShardwrightError: axes without sizes, or not one for each.
+        ShardwrightError: axes without sizes, or not one alias per axis.
         StrategyError: strategies that cannot be followed.
         MemoryLimitError: no plan fits.
 
@@ -83,10 +84,10 @@ def _with_options(
     seconds: float | None = None,
     file: Any = None,
 ) -> Settings:
-    """Returns the settings with these options of :func:`plan_for`, as far as they are given, in the place of their own.
+    """Returns the settings, replaced by those options of :func:`plan_for` that are given.
 
     Raises:
-        ShardwrightError: axes without sizes, or not one for each.
+        ShardwrightError: axes without sizes, or not one alias per axis.
     """
     if axes and len(axes) != len(mesh or ()):
         sizes = "no mesh" if mesh is None else f"the mesh {','.join(map(str, mesh))}"
@@ -97,14 +98,14 @@ def _with_options(
     limit = own.memory if memory is None else memory_bytes(memory)
     if machine is None and own.machine is not None:
         machine = own.machine
-    elif memory is None:  # a machine that one does not have, and what its devices hold
+    elif memory is None:  # no such machine is at hand: its devices set the limit
         limit = own.memory or load_machine(machine or MACHINE).memory or None
     search = SearchSettings(
         load_machine(machine or MACHINE),
         limit,
         mesh or own.mesh,
         tuple(axes) if mesh else own.axes,
-        own.states if optimizer is None else optimizer_states(optimizer),
+        own.optimizer_bytes_per_byte if optimizer is None else optimizer_bytes_per_byte(optimizer),
         own.seconds if seconds is None else seconds,
     )
     return replace(settings, search=search, file=settings.file if file is None else load_plan_file(file))
@@ -134,23 +135,24 @@ def _planned(
 
 
 class _PlanMade(BaseException):
-    """Ends a script whose plan is made."""
+    """Raised to end a script once its plan is made."""
 
 
 @contextmanager
 def planning(
     devices: int, mode: str | None, meta: bool, options: dict[str, Any], tell: Callable[[str], None] | None = None
 ) -> Iterator[list[PlanView]]:
-    """Within the block, what an ``AutoParallel`` would compile is planned for ``devices`` instead, and the block ends there.
+    """Plans, within the block, what an ``AutoParallel`` would run; the first plan ends the block.
 
     Args:
-        mode: the mode to plan in; default: the one the ``AutoParallel`` was given.
+        devices: the number of devices to plan for.
+        mode: the mode to plan in; default: that of the ``AutoParallel``.
         meta: whether tensors are made on the meta device.
-        options: as for :func:`plan_for`; what is not given, or ``None``, is as the script asks.
-        tell: is told what is under way.
+        options: as for :func:`plan_for`; what is missing, or ``None``, is as in the script.
+        tell: called with a text that says what is being done.
 
     Yields:
-        A list that then holds the plan.
+        A list that holds the plan after the block.
     """
     plans: list[PlanView] = []
 

@@ -1,4 +1,4 @@
-"""Settings: what a user asks of an ``AutoParallel``, apart from marks on operators."""
+"""The settings of an ``AutoParallel``, apart from marks on operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES = ("semi_auto", "sharding_propagation", *SEARCHES, "data_parallel", "hybri
 
 @dataclass
 class Settings:
-    """What a user asked of an ``AutoParallel``, apart from marks on operators."""
+    """The settings of an ``AutoParallel``, apart from marks on operators."""
 
     mode: str = "semi_auto"
     dataset_strategy: Any = "full_batch"
@@ -35,7 +35,7 @@ class Settings:
     planner: Callable[[Graph, PlanRequest], Plan] | None = None  # makes the plan instead of the mode's
     hsdp: OptimizerParallel | None = None
     schedule: MoveBuckets = field(default_factory=MoveBuckets)
-    over: Any = None  # of hybrid_parallel: the mesh of the user's collectives
+    collective_mesh: Any = None  # of hybrid_parallel: the mesh of the user's collectives
     gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
     compiler: SegmentCompiler | None = None  # compiles what runs between moves
     precision: Precision = field(default_factory=Precision)
@@ -43,11 +43,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What plans are priced on and must fit; see :meth:`shardwright.api.auto_parallel.AutoParallel.search`."""
+    """Settings of a search: machine, limits and time; see :meth:`shardwright.AutoParallel.search`."""
 
     machine: Any = None
     memory: float | None = None
     mesh: tuple[int, ...] | None = None
     axes: tuple[str, ...] = ()
-    states: float = 2.0
+    optimizer_bytes_per_byte: float = 2.0
     seconds: float = 30.0

@@ -1,8 +1,8 @@
-"""Stages: from a callable to its graph, from the graph to its plan.
+"""The stages from a callable to its graph, and from the graph to its plan.
 
-What an ``AutoParallel`` does when it meets new inputs, and what ``plan_for`` and the command line do without devices: the
-same functions, with the same arguments but the device, the machine and who is told meanwhile. From the plan to the program
-it is :mod:`shardwright.partition.local_program`; the passes on the way are in :mod:`shardwright.train.passes`.
+An ``AutoParallel`` runs them when it meets new inputs; ``plan_for`` and the command line run them without devices. The
+functions are the same; only the device, the machine and the callback that reports progress differ. From the plan to the
+program it is :mod:`shardwright.partition.local_program`; the passes in between are in :mod:`shardwright.train.passes`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.api.marks import gather_again, gather_marks
+from shardwright.api.marks import gather_marks, gather_recompute
 from shardwright.api.settings import Settings
 from shardwright.api.train_step import backward_is_a_step
 from shardwright.base.dump import Dump
@@ -43,17 +43,17 @@ class Target:
     """A callable on its way to a program.
 
     Args:
-        root: holds what the callable reads.
+        root: holds the parameters and modules that the callable reads.
         args, kwargs: inputs, of global shape; of a ``GradAccumulation`` those of its first part.
-        settings: what the user asked.
+        settings: the user's settings.
         device: where the program runs.
-        asked: what the passes go by.
-        marks: of modules.
-        machine: what plans are priced on.
+        asked: the arguments of the passes.
+        marks: the marks of modules.
+        machine: the machine that plans are priced on.
         dump: writes the texts after each pass.
         may_be_a_step: whether the callable may turn out to be a train step.
-        on_first_rank: makes a value on one process of a job and hands it to all.
-        tell: is told what is under way.
+        on_first_rank: makes a value on one process of a job and returns it on all.
+        tell: called with a text that says what is being done.
     """
 
     root: nn.Module
@@ -74,10 +74,15 @@ def make_target(
     root: nn.Module, args: Any, kwargs: Any, settings: Settings, devices: int, device: torch.device, machine: Any,
     adds_wide: bool = True, **rest: Any,
 ) -> Target:  # fmt: skip
-    """Gathers what the stages go by: marks of modules, layouts of parameters, what is asked of training.
+    """Gathers the arguments of the stages: marks of modules, layouts of parameters, settings of training.
 
     Args:
+        root: holds the parameters and modules that the callable reads.
+        args, kwargs: inputs, of global shape.
+        settings: the user's settings.
         devices: number of ranks.
+        device: where the program runs.
+        machine: the machine that plans are priced on.
         adds_wide: whether the world adds half precision in float32.
         rest: as in :class:`Target`.
 
@@ -97,7 +102,7 @@ def make_target(
         settings.schedule,
         settings.hsdp,
         settings.precision,
-        gather_again(root, settings),
+        gather_recompute(root, settings),
         accumulates,
         adds_wide,
     )
@@ -111,13 +116,14 @@ def first_part(module: GradAccumulation, args: Any, kwargs: Any) -> Any:
 
 
 def capture_target(target: Target, capture: Capture) -> Graph:
-    """Captures the callable as a graph under its autocast.
+    """Captures the callable as a graph, under the autocast of its settings.
 
     Args:
-        capture: ``capture``, or ``capture_repeated``, which looks at repeated layers once.
+        target: the callable.
+        capture: ``capture``, or ``capture_repeated``, which captures repeated layers once.
 
     Raises:
-        CaptureError: what a graph cannot hold.
+        CaptureError: something that a graph cannot hold.
     """
     micro = target.root if isinstance(target.root, GradAccumulation) else None
     # only within the capture: planning differentiates on its own account
@@ -140,7 +146,7 @@ def check_assignments(graph: Graph, accumulates: bool) -> None:
 
 
 def plan_target(target: Target, graph: Graph) -> Plan:
-    """Plans a captured graph as the settings ask, with the passes that its program will go through.
+    """Plans a captured graph as the settings ask. The plan has the passes that its program will go through.
 
     Raises:
         StrategyError: strategies that cannot be followed.
@@ -151,7 +157,7 @@ def plan_target(target: Target, graph: Graph) -> Plan:
     target.tell(f"planning {len(graph.nodes):,} operators for {asked.devices:,} devices")
     request = PlanRequest(
         asked.devices, settings.dataset_strategy, dict(asked.parameter_plan), asked.follows_marks, settings.mode,
-        target.machine, search.memory, search.mesh, search.axes, search.states, search.seconds,
+        target.machine, search.memory, search.mesh, search.axes, search.optimizer_bytes_per_byte, search.seconds,
         on_first_rank=target.on_first_rank, schedule=asked.schedule, tell=target.tell,
     )  # fmt: skip
 
@@ -166,7 +172,7 @@ def plan_target(target: Target, graph: Graph) -> Plan:
 
 
 def _plan_of_operators(graph: Graph, request: PlanRequest, settings: Settings) -> Plan:
-    """Returns the plan of the mode, of the plan file that the settings name, or of the planner that stands in for both."""
+    """Plans by the mode, by the settings' plan file, or by the settings' own planner."""
     if settings.planner is not None:
         return settings.planner(graph, request)
     if settings.file is None:

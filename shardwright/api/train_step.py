@@ -22,7 +22,7 @@ from shardwright.parameters.handles import current
 
 
 class StepContext:
-    """The parallel form of everything one train step calls; ``make`` gives the parallel form of a callable."""
+    """The parallel form of everything that one train step calls; ``make`` makes that of one callable."""
 
     def __init__(self, make: Callable[[Callable[..., Any]], Any]):
         self.make = make
@@ -67,7 +67,7 @@ class StepContext:
 
 
 def _identity(target: Callable[..., Any]) -> Any:
-    """Returns the same for a function that is made anew in every step from the same code and the same closure."""
+    """Returns a key of a function that is equal for all functions of the same code and closure."""
     if not isinstance(target, types.FunctionType):
         return id(target)
     try:

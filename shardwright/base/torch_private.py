@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,12 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as _module
+from torch.nn.modules import module as module_calls
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import BackwardHook
 
 
 def cpp_compiler() -> str:
@@ -55,14 +55,9 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
-def global_backward_hooks() -> Iterator[Any]:
-    """Returns the hooks that every module runs in the backward pass."""
-    return itertools.chain(_module._global_backward_pre_hooks.values(), _module._global_backward_hooks.values())
-
-
 def global_forward_hooks() -> dict[str, dict[int, Any]]:
     """Returns the hooks that every module runs before and after its forward."""
-    return {"before": _module._global_forward_pre_hooks, "after": _module._global_forward_hooks}
+    return {"before": module_calls._global_forward_pre_hooks, "after": module_calls._global_forward_hooks}
 
 
 def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -119,6 +114,7 @@ fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.de
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
 __all__ = [
+    "BackwardHook",
     "CheckpointFunction",
     "FakeTensor",
     "FakeTensorMode",
@@ -137,7 +133,7 @@ __all__ = [
     "failed_toolchain",
     "foreach_norm",
     "fused_attention_choice",
-    "global_backward_hooks",
+    "module_calls",
     "global_forward_hooks",
     "job_timeout",
     "preserve_node_meta",

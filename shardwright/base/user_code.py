@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import linecache
 import os
 import sys
-from functools import cache
-from types import FrameType
+from functools import cache, lru_cache
+from types import CodeType, FrameType
 
 import torch
 from torch import fx
@@ -70,6 +71,23 @@ def source_text(path: str, line: int) -> str:
     """Returns ``file:line: code``, as messages give it."""
     code = linecache.getline(path, line).strip()
     return f"{os.path.basename(path)}:{line}" + (f": {code}" if code else "")
+
+
+@lru_cache(maxsize=1 << 14)
+def globals_read(code: CodeType) -> tuple[str, ...]:
+    """Returns the names of globals that a code object, and those within it, read or write; attributes are none.
+
+    >>> globals_read((lambda x: len(x.size)).__code__)
+    ('len',)
+    """
+    found = dict.fromkeys(step.argval for step in dis.get_instructions(code) if step.opname in _OF_GLOBALS)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= dict.fromkeys(globals_read(constant))
+    return tuple(found)
+
+
+_OF_GLOBALS = ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "STORE_NAME")
 
 
 def user_line() -> str:

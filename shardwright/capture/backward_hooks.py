@@ -1,16 +1,15 @@
-"""Backward hooks of modules. They are refused, because a captured program would never call them."""
+"""Backward hooks of the old kind, which are given what depends on a module's last operator: refused. Others are captured."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from shardwright.base.torch_private import global_backward_hooks
 from shardwright.errors import CaptureError
 
 
 def check_backward_hooks(module: nn.Module) -> None:
-    """Refuses hooks that modules, or all modules, run in the backward pass. Without gradients none of them runs.
+    """Refuses the hooks of ``register_backward_hook``. Without gradients none of them runs.
 
     Raises:
         CaptureError: there are some; all are named.
@@ -20,13 +19,14 @@ def check_backward_hooks(module: nn.Module) -> None:
     found = [
         f"{path or type(owner).__name__}: {getattr(hook, '__name__', type(hook).__name__)}"
         for path, owner in module.named_modules()
-        for hook in (*owner._backward_hooks.values(), *owner._backward_pre_hooks.values())
+        if owner._is_full_backward_hook is False
+        for hook in owner._backward_hooks.values()
     ]
-    found += [f"all modules: {getattr(hook, '__name__', type(hook).__name__)}" for hook in global_backward_hooks()]
     if found:
         listed = "; ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
         raise CaptureError(
-            f"modules with backward hooks cannot be captured: the backward pass of a captured module runs operators, not the "
-            f"module, so the hooks would never be called ({listed})\n"
-            "  Remove the hook; one on a parameter (parameter.register_hook) is called, and so are forward hooks"
+            "modules with hooks of register_backward_hook cannot be captured: what such a hook is given depends on the last "
+            f"operator of the module ({listed})\n"
+            "  Register them with register_full_backward_hook, whose hooks are given the gradients of the module's inputs and "
+            "results"
         )

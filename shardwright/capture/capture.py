@@ -12,7 +12,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -63,13 +63,12 @@ def capture(
         )
     check_values({**dict(module.named_parameters()), **dict(module.named_buffers())})
     flat, spec = pytree.tree_flatten((args, kwargs))
-    notes: list[str] = []
 
-    def export() -> tuple[Any, list[Assignment]]:
+    def export() -> tuple[Any, list[Assignment], dict[Any, int]]:
         fakes = [fake_of(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
         with fake_state(module, mode, device), state_restored(module), marked_modules(module, marks or {}):
-            return _exported(module, fake_args, fake_kwargs, notes.append)
+            return _exported(module, fake_args, fake_kwargs)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
@@ -82,30 +81,25 @@ def capture(
         warnings.simplefilter("ignore")
         converter: Converter | None = None
         try:
-            exported, assigned = export()
-            converter = Converter(module, exported, now, flat, autocast_around(device))
+            exported, assigned, saved = export()
+            converter = Converter(module, exported, now, flat, autocast_around(device), saved)
             graph = converter.graph()
         except Exception as error:
             if isinstance(error, _PASS_THROUGH):
                 raise
             raise CaptureError(_capture_message(module, error, converter)) from error
     check_values(graph.constants)
-    for note in notes:
-        logger.warning("%s", note)
     return replace(graph, assignments=tuple(assigned))
 
 
-def _exported(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[[str], None]
-) -> tuple[Any, list[Assignment]]:
-    """Exports a module on fake tensors, while watching for what a graph cannot keep.
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Assignment], dict[Any, int]]:
+    """Exports a module on fake tensors, watched for what a graph cannot keep.
 
     Args:
         args, kwargs: fake tensors, with the module's state faked in the same mode.
-        note: is called with each message for the user.
 
     Returns:
-        The exported program, and the attributes that the callable assigned.
+        The exported program, the attributes that the callable assigned, and the storages that autograd saved, with the time.
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
     before: SavedState | None = None
@@ -124,9 +118,9 @@ def _exported(
         check_backward_hooks(module)
         return (result, tuple(found[1])) if found[1] else result
 
-    with watched(module, note) as watch, ended_by(module, begin, end):
+    with watched(module) as watch, ended_by(module, begin, end):
         exported = torch.export.export(module, tuple(args), kwargs, strict=False)
-    return exported, found[0]
+    return exported, found[0], watch.saved
 
 
 class StepFound(BaseException):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwright.base.torch_private import pytree
+from shardwright.base.user_code import globals_read
 
 _CONTAINERS = (list, tuple, set)
 
@@ -113,19 +114,11 @@ def _walk_function(function: Any, seen: set[int], wanted: tuple[type, ...]) -> I
             yield from _walk_value(name, cell.cell_contents, seen, wanted)
         except ValueError:
             continue  # a cell that is not filled yet
-    for name in names_read(code):
+    for name in globals_read(code):
         if name in function.__globals__:
             yield from _walk_value(name, function.__globals__[name], seen, wanted)
     for value in function.__defaults__ or ():
         yield from _walk_value("default", value, seen, wanted)
-
-
-def names_read(code: types.CodeType) -> Iterator[str]:
-    """Yields the names of globals and attributes that a code object reads. Code objects within it count too."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from names_read(constant)
 
 
 def _walk_value(

@@ -7,12 +7,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from shardwright.base import operators
+from shardwright.base.opaque import FUNCTION, HOOK, OpaqueFunction, opaque_function
 from shardwright.base.torch_private import pytree
 from shardwright.base.user_code import _source
 from shardwright.capture.emitter import Emitter, Placeholder, WrittenTensor
 from shardwright.capture.functionalise import Tracked, is_mutation, named_arguments, updates_statistics
 from shardwright.capture.fx_nodes import attribute_at, input_name, meta_of, module_path
 from shardwright.capture.names import Names, numbered
+from shardwright.capture.own_backward import with_hooks
 from shardwright.capture.resolve_marks import at_line, resolve_marks
 from shardwright.capture.session import Session
 from shardwright.capture.writes import Writes
@@ -32,13 +34,14 @@ class Converter:
         autocast: see :class:`~shardwright.capture.emitter.Emitter`.
     """
 
-    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any):
+    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, saved: Any):
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
         self.module = module
         self.emitter = Emitter(autocast)
-        self.writes = Writes(self.emitter, module)
+        self.writes = Writes(self.emitter, module, saved)
         self.constants: dict[str, Any] = {}
         self.current: fx.Node | None = None  # what is being converted
+        self.hooks: dict[str, list[OpaqueFunction]] = {}  # value -> hooks on its gradient, in order
 
     def graph(self) -> Graph:
         """Converts the exported program and returns the graph."""
@@ -53,6 +56,9 @@ class Converter:
             if tracked.writes and self.emitter.read(node) != tracked.first
         )
         nodes, renamed = resolve_marks(self.emitter.nodes, self.emitter.calls, self.session)
+        hooks = {renamed.get(value, value): found for value, found in self.hooks.items()}
+        nodes, behind = with_hooks(nodes, hooks, self.emitter.names)
+        renamed = {**behind, **{value: behind.get(new, new) for value, new in renamed.items()}}
         outputs = [renamed.get(o, o) if isinstance(o, str) else o for o in outputs]
         updates = tuple((name, renamed.get(value, value)) for name, value in updates)
         emitted = len(self.emitter.nodes)
@@ -157,6 +163,8 @@ class Converter:
         elif "wrap_with_set_grad_enabled" in str(target) or name == "wrap_with_set_grad_enabled":
             enabled, body, *rest = node.args
             self._inline(node, body, rest, (self.emitter.context[0], bool(enabled)))
+        elif target in (FUNCTION, HOOK):
+            self._opaque(node)
         elif not isinstance(target, OpOverload):
             self.emitter.env[node] = self._fold(node)
         elif target.overloadpacket in operators.RENORMALISES_TABLE:
@@ -189,6 +197,15 @@ class Converter:
                 "torch.func; take it out of the callable"
             )
         return node.target(*args, **kwargs)  # type: ignore[operator,misc]
+
+    def _opaque(self, node: fx.Node) -> None:
+        """Emits an opaque function as one operator; a hook waits until the graph stands."""
+        tensors: Any = node.args[0]
+        function = opaque_function(node.args[1])  # type: ignore[arg-type]
+        if node.target == HOOK:
+            self.hooks.setdefault(self.emitter.read(tensors), []).append(function)
+        else:
+            self.emitter.track_opaque(node, function, tensors)
 
     def _inline(self, node: fx.Node, body: Any, args: Any, context: tuple[Any, bool]) -> None:
         submodule = self.emitter.env[body]

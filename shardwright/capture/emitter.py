@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from shardwright.base import operators
+from shardwright.base.opaque import OpaqueFunction
 from shardwright.base.torch_private import FakeTensorMode, pytree
 from shardwright.base.user_code import _source
 from shardwright.capture.functionalise import Tracked
@@ -18,7 +20,7 @@ from shardwright.capture.names import Names
 from shardwright.capture.session import BATCH, COPY, RECOMPUTE
 from shardwright.capture.strides import strides_made
 from shardwright.ir.graph import GraphInput, NeedsGradient, Node
-from shardwright.ir.operator import Operator, Slot, TensorMeta
+from shardwright.ir.operator import Operator, OpOverload, Slot, TensorMeta
 
 
 class Emitter:
@@ -45,6 +47,15 @@ class Emitter:
         """Returns the values so far that a gradient flows through."""
         return self.needing.of(self.inputs, self.nodes)
 
+    @contextlib.contextmanager
+    def in_context(self, context: tuple[Any, bool]) -> Iterator[None]:
+        """Within the block, operators run under these settings: autocast and grad mode."""
+        outside, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = outside
+
     def track_operator(self, node: fx.Node) -> None:
         """Emits an exported operator as it is, and tracks its outputs. They may be views of its inputs."""
         metas = node.meta["val"]
@@ -58,8 +69,17 @@ class Emitter:
             if parent is not None:
                 entry.parent, entry.version = parent, self.tracked(parent).writes
                 entry.remake = (node, node.args, node.kwargs, i if sequence else None)
+                entry.context = self.context
             tracked.append(entry)
         self.env[node] = tracked if sequence else tracked[0]
+
+    def track_opaque(self, node: fx.Node, function: OpaqueFunction, tensors: Sequence[fx.Node]) -> None:
+        """The call of an opaque function on tensors; it returns tensors of its own."""
+        inputs = [self.read(tensor) for tensor in tensors]
+        slots = tuple(Slot(i) for i in range(len(inputs)))
+        metas = list(node.meta["val"])
+        outputs = self._append(node, function, slots, {}, inputs, metas, sequence=True)
+        self.env[node] = [Tracked(value, meta) for value, meta in zip(outputs, metas, strict=True)]
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
         """Finds the input that an operator's output shares its memory with."""
@@ -81,9 +101,10 @@ class Emitter:
             if tracked.version != parent.writes:
                 source, args, kwargs, which = tracked.remake  # type: ignore[misc]
                 metas = source.meta["val"]
-                out = self.emit_node(
-                    source, source.target, args, kwargs, list(metas) if which is not None else [metas],
-                )  # fmt: skip
+                with self.in_context(tracked.context):
+                    out = self.emit_node(
+                        source, source.target, args, kwargs, list(metas) if which is not None else [metas],
+                    )  # fmt: skip
                 tracked.value = out[which or 0]
                 tracked.version = parent.writes
                 tracked.writes += 1
@@ -146,7 +167,7 @@ class Emitter:
     def _append(
         self, at: fx.Node, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any], sequence: bool
     ) -> list[str]:
-        name = self.names.new(overload.overloadpacket.__name__.strip("_"))
+        name = self.names.new(getattr(overload, "overloadpacket", overload).__name__.strip("_"))
         outputs = [name] if len(metas) == 1 else [self.names.new(f"{name}_o{i}") for i in range(len(metas))]
         for value, meta in zip(outputs, self._as_made(overload, args, kwargs, inputs, metas), strict=True):
             self.metas[value] = meta
@@ -166,7 +187,9 @@ class Emitter:
         return outputs
 
     def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
-        """Returns an operator's fake outputs with the strides that its kernel gives them."""
+        """What an operator makes, in the memory order that its kernel, and those before it, give it."""
+        if not isinstance(overload, OpOverload):
+            return metas
         orders: list[Any] = [None] * len(metas)
         if not self.restrided.isdisjoint(inputs):
 

@@ -27,6 +27,7 @@ class Tracked:
     remake: tuple[Any, tuple[Any, ...], dict[str, Any], int | None] | None = None
     version: int = 0  # version of the parent it was made from
     writes: int = 0
+    context: Any = None  # autocast and grad mode in which it was made, where it is a view
 
 
 def is_mutation(target: Any) -> bool:

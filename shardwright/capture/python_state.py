@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from shardwright.base.torch_private import global_forward_hooks
-from shardwright.capture.closure import FunctionModule, names_read
+from shardwright.base.user_code import globals_read
+from shardwright.capture.closure import FunctionModule
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice, range)
 CONTAINERS = (dict, list, set, deque)
@@ -226,7 +227,7 @@ class PythonState:
             self._named(f"{function.__qualname__}: {name}", value)
         scope = function.__globals__
         known = self.scopes.setdefault(id(scope), (scope, set()))[1]
-        names = {name for name in names_read(function.__code__) if name in scope} - known
+        names = {name for name in globals_read(function.__code__) if name in scope} - known
         known |= names
         for name in sorted(names):
             self._named(f"global {name}", scope[name])

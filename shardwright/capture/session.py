@@ -17,6 +17,7 @@ from shardwright.base.torch_private import annotate, pytree
 from shardwright.ir.marks import Mark
 
 CALL, PIN, RECOMPUTE = "shardwright_call", "shardwright_pin", "shardwright_recompute"
+CLOCK = "shardwright_clock"  # the number of the torch function of the user's that called an operator
 COPY, BATCH = "shardwright_copy", "shardwright_batch"
 
 

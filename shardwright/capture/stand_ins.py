@@ -10,35 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.torch_private import CheckpointFunction, SingleLevelFunction, checkpoint_module
-from shardwright.base.user_code import _TORCH, user_source
+from shardwright.base.torch_private import (
+    BackwardHook,
+    CheckpointFunction,
+    SingleLevelFunction,
+    annotate,
+    checkpoint_module,
+    module_calls,
+)
+from shardwright.base.user_code import _TORCH
 from shardwright.capture.refusals import refuse
+from shardwright.capture.session import RECOMPUTE
 from shardwright.capture.torch_functions import Watch
 
 _plain_checkpoint = checkpoint_module._checkpoint_without_reentrant_generator
 _plain_new_parameter = nn.Parameter.__new__
 _plain_enter = torch.autograd.graph.saved_tensors_hooks.__enter__
-_said: set[str] = set()  # source lines whose checkpoints have been noted
 
 
 def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
     """Lists owner, name and replacement of each replaced part of torch."""
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = super(SingleLevelFunction, cls).apply  # type: ignore[misc]
         if watch.is_in_callable and cls is CheckpointFunction:
-            _note_checkpoint(watch)
-            return _call_reentrant(*args)
-        if watch.is_in_callable:
-            _check_function(cls, args)
-        return super(SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
+            with annotate({RECOMPUTE: True}):
+                return _call_reentrant(*args)
+        if watch.is_in_callable and _has_own_backward(cls, args):
+            with watch.paused():
+                return watch.own_backwards.call(cls, plain, args)
+        return plain(*args, **kwargs)
 
     def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
-        """Replaces what a checkpoint does before and after the call of its function."""
+        """Stands for what a checkpoint does before and after the call of its function, whose operators are recomputed."""
         if not watch.is_in_callable:
             yield from _plain_checkpoint(*args, **kwargs)
             return
-        _note_checkpoint(watch)
-        yield
+        with annotate({RECOMPUTE: True}):
+            yield
 
     def new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if watch.is_in_callable:
@@ -61,6 +70,10 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
 
         return stand_in
 
+    def module_hooks(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
+        """Stands for what a call of a module with backward hooks makes."""
+        return (watch.own_backwards.module_hooks() if watch.is_in_callable else BackwardHook)(module, hooks, pre_hooks)
+
     seeds = ("manual_seed", "seed", "set_rng_state", "get_rng_state", "initial_seed")
     return [
         *((owner, name, unseeded(name, getattr(torch, name))) for owner in (torch, torch.random) for name in seeds),
@@ -68,33 +81,17 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         (checkpoint_module, "_checkpoint_without_reentrant_generator", checkpoint),
         (nn.Parameter, "__new__", staticmethod(new_parameter)),
         (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
+        (module_calls, "BackwardHook", module_hooks),
     ]
 
 
-def _note_checkpoint(watch: Watch) -> None:
-    """Notes once per source line that a checkpoint is computed as written."""
-    source = user_source()
-    if source not in _said:
-        _said.add(source)
-        watch.note(
-            f"torch.utils.checkpoint, at {source}, is computed as written and saves no memory in a parallel program yet; "
-            "for that say net.recompute('pattern of module names')"
-        )
-
-
-def _check_function(cls: Any, args: Any) -> None:
-    """Refuses an ``autograd.Function`` with a backward that the user wrote.
+def _has_own_backward(cls: Any, args: Any) -> bool:
+    """Tells whether a call of an ``autograd.Function`` has a backward of the user's own.
 
     Those of torch have the derivatives of their forward, or belong to an operator that is captured as a whole.
     """
     wants = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    if wants and not cls.__module__.startswith("torch."):
-        raise refuse(
-            f"the autograd.Function {cls.__name__} cannot be captured: only the operators of its forward would be, and its "
-            "backward would be theirs instead of its own",
-            "Call it outside of the parallel module, or write it with operators whose gradients add up to its backward: "
-            "straight through is x + (f(x) - x).detach(), a gradient times c is x * c + (x - x * c).detach()",
-        )
+    return wants and not cls.__module__.startswith("torch.")
 
 
 def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, *args: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import GetSetDescriptorType
 from typing import Any
 
@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 from shardwright.base.torch_private import FakeTensor, annotate, pytree
 from shardwright.base.user_code import SOURCE, user_frame, user_source
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.fx_nodes import storage_of
+from shardwright.capture.own_backward import OwnBackwards
 from shardwright.capture.refusals import refuse, refused
+from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
 
 
@@ -25,16 +28,18 @@ class Watch(TorchFunctionMode):
 
     Args:
         module: what is captured.
-        note: is called with a message about what is computed as written and has no other effect.
     """
 
-    def __init__(self, module: nn.Module, note: Callable[[str], None]):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self.note, self.thread = module, note, threading.get_ident()
+        self.module, self.thread = module, threading.get_ident()
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
         self.known: set[int] = set()  # ids of tensors with gradients that belong to the module
         self.running = False  # whether the callable runs, and not what torch does before and after
+        self.own_backwards = OwnBackwards(refuse)
+        self.clock = 0  # counts the torch functions that the callable calls
+        self.saved: dict[Any, int] = {}  # storage that autograd saved for the backward pass -> when on the clock
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """Records the tensors that the callable is about to work on."""
@@ -101,7 +106,8 @@ class Watch(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if torch.is_grad_enabled():
             self.check_real(pytree.tree_leaves((args, kwargs)))
-        with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno)}):
+        self.clock += 1
+        with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno), CLOCK: self.clock}):
             return function(*args, **(kwargs or {}))
 
     def check_real(self, leaves: list[Any]) -> None:
@@ -143,14 +149,32 @@ class Watch(TorchFunctionMode):
             "return the tensor and read it outside, or write it with torch.where",
         )
 
-    def refuse_hook(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Refuses hooks on gradients of activations."""
-        if not torch.is_grad_enabled() and not args[0].requires_grad:
-            return
-        raise refuse(
-            f"Tensor.{function.__name__} cannot be captured: a graph has no place for a hook, it would never be called",
-            "Remove it. To read or change a gradient, register the hook on a parameter, or on what the parallel module returns",
-        )
+    def save(self, tensor: Tensor) -> Tensor:
+        """Takes notice that autograd saves a tensor for the backward pass."""
+        self.saved.setdefault(storage_of(tensor), self.clock)
+        return tensor
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block, nothing is watched: what runs is recorded as one operator."""
+        running, self.running = self.running, False
+        try:
+            yield
+        finally:
+            self.running = running
+
+    def record_hook(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records a hook on the gradient of an activation, and returns its handle."""
+        tensor, hook = args[0], args[1] if len(args) > 1 else kwargs.get("hook")
+        if not tensor.requires_grad or not torch.is_grad_enabled():
+            return None  # torch says what is wrong
+        if id(tensor) in self.given or function is not Tensor.register_hook:
+            raise refuse(
+                f"Tensor.{function.__name__} of an input or parameter cannot be captured: each call would register one more",
+                "Register it outside, before the call",
+            )
+        with self.paused():
+            return self.own_backwards.hook(tensor, hook)
 
     def refuse_retain_grad(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses ``retain_grad``."""
@@ -234,8 +258,8 @@ def _key(function: Any) -> Any:
 
 
 _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
-    Tensor.register_hook: Watch.refuse_hook,
-    Tensor.register_post_accumulate_grad_hook: Watch.refuse_hook,
+    Tensor.register_hook: Watch.record_hook,
+    Tensor.register_post_accumulate_grad_hook: Watch.record_hook,
     Tensor.retain_grad: Watch.refuse_retain_grad,
     ("grad_fn", "__get__"): Watch.refuse_grad_fn,
     ("grad", "__get__"): Watch.refuse_reading_grad,

@@ -7,10 +7,11 @@ of an error: ``tensor.data`` is read as ``tensor.detach()``, and a checkpointed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
 
@@ -21,17 +22,17 @@ from shardwright.capture.torch_functions import Watch
 
 
 @contextmanager
-def watched(module: nn.Module, note: Callable[[str], None]) -> Iterator[Watch]:
+def watched(module: nn.Module) -> Iterator[Watch]:
     """Raises, within the block, a :class:`CaptureError` for what a graph cannot keep.
 
     Args:
         module: what is captured.
-        note: is called, once per source line, with a message about what is computed as written and has no other effect.
     """
     check_backward_hooks(module)
-    watch = Watch(module, note)
+    watch = Watch(module)
     with ExitStack() as stack:
         stack.enter_context(watch)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor))
         for owner, name, value in replacements(watch):
             stack.enter_context(_replaced(owner, name, value))
         stack.callback(register_module_buffer_registration_hook(watch.note_buffer).remove)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from shardwright.base import operators
+from shardwright.base.opaque import WRITTEN_PAST_AUTOGRAD
 from shardwright.base.torch_private import pytree
 from shardwright.base.user_code import _source
 from shardwright.capture.emitter import Emitter, Placeholder, WrittenTensor
@@ -21,8 +24,9 @@ from shardwright.capture.functionalise import (
     scatter_back,
     view_of,
 )
-from shardwright.capture.fx_nodes import map_arguments, module_path
+from shardwright.capture.fx_nodes import map_arguments, module_path, storage_of
 from shardwright.capture.resolve_marks import at_line
+from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
 
 
@@ -32,14 +36,15 @@ class Writes:
     Args:
         emitter: appends to the graph that is being made.
         module: what is captured, for errors.
+        saved: storages that autograd had saved for the backward pass, with the time on the capture's clock.
     """
 
-    def __init__(self, emitter: Emitter, module: nn.Module):
-        self.emitter, self.module = emitter, module
+    def __init__(self, emitter: Emitter, module: nn.Module, saved: Mapping[Any, int]):
+        self.emitter, self.module, self.saved = emitter, module, saved
         self.trains = emitter.context[1]  # whether there are gradients at all
 
     def check_write(self, node: fx.Node) -> None:
-        """Refuses a write that autograd does not see. The gradient of the old value would be lost with it."""
+        """Refuses a write that autograd does not see to a value that it has saved for the backward pass."""
         target: Any = node.target
         for argument, value in named_arguments(node).items():
             schema = next(a for a in target._schema.arguments if a.name == argument)
@@ -49,14 +54,18 @@ class Writes:
 
     def _check_written(self, node: fx.Node, destination: Any) -> None:
         past_autograd = not self.emitter.context[1]
+        storage = storage_of(destination.meta.get("val")) if isinstance(destination, fx.Node) else None
         while isinstance(destination, fx.Node) and isinstance(self.emitter.env.get(destination), (Tracked, WrittenTensor)):
             tracked = self.emitter.tracked(destination)
             if tracked.parent is None:
-                if self.trains and past_autograd and tracked.value in self.emitter.needs_gradient():
+                gradient = self.trains and past_autograd and tracked.value in self.emitter.needs_gradient()
+                written_at = (node.meta.get("custom") or {}).get(CLOCK, math.inf)
+                if gradient and storage in self.saved and self.saved[storage] <= written_at:
                     raise CaptureError(
-                        f"{node.target}{at_line(node)} writes past autograd, under no_grad or through detach() or .data, "
-                        "to a value that a gradient flows through\n  Give the new value a name, with the gradient of the old: "
-                        "h = h + (new - h).detach(). Frozen parameters and buffers can be written to"
+                        f"{node.target}{at_line(node)} writes past autograd, under no_grad or through detach() or .data, to a "
+                        "value that the backward pass reads again: its gradients would be those of another function\n"
+                        "  Write to a clone, or give the new value a name, with the gradient of the old: "
+                        "h = h + (new - h).detach()"
                     )
                 return
             source = tracked.remake[0] if tracked.remake else None
@@ -111,7 +120,7 @@ class Writes:
             self._check_destination(node, destination, where)
             old = self.emitter.read(destination)
             new = new_value(self.emitter.tracked(destination).meta)
-            self._write(node, destination, self._with_gradient(node, destination, old, new))
+            self._write(node, destination, self._with_gradient(node, destination, old, new), not self.emitter.context[1])
         results = list(beside) or [WrittenTensor(self.emitter, destination) for destination, _ in pairs]
         is_sequence = isinstance(node.meta.get("val"), (tuple, list))
         self.emitter.env[node] = results if is_sequence else results[0]
@@ -227,10 +236,9 @@ class Writes:
         given, where = named_arguments(node), self._where(node)
         mean, var = given["running_mean"], given["running_var"]
         x = self.emitter.read(given["input"])
-        outside, self.emitter.context = self.emitter.context, (self.emitter.context[0], False)
         shape, emit = tuple(self.emitter.metas[x].shape), lambda op, *args: self.emitter.emit_many(node, op, *args)
-        moved = moved_statistics(emit, node, x, shape, self.emitter.read(mean), self.emitter.read(var))
-        self.emitter.context = outside
+        with self.emitter.in_context((self.emitter.context[0], False)):
+            moved = moved_statistics(emit, node, x, shape, self.emitter.read(mean), self.emitter.read(var))
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
         args = tuple(None if name in operators.STATISTICS else a for name, a in zip(names, node.args))
         metas = node.meta["val"]
@@ -262,15 +270,27 @@ class Writes:
             )
         return self.emitter.emit(node, operators.EXPAND, value, list(meta.shape))
 
-    def _write(self, at: fx.Node, destination: fx.Node, new: str) -> None:
+    def _write(self, at: fx.Node, destination: fx.Node, new: str, past_autograd: bool) -> None:
+        """Hands a new value to a tensor, and to what it is a view of.
+
+        Args:
+            past_autograd: whether autograd does not see the write, so that the old value's gradient stays.
+        """
         tracked = self.emitter.tracked(destination)
-        if tracked.parent is not None:
+        if tracked.parent is None:
+            if past_autograd and self.trains and tracked.value in self.emitter.needs_gradient():
+                with self.emitter.in_context((self.emitter.context[0], True)):
+                    new = self.emitter.emit(at, WRITTEN_PAST_AUTOGRAD, tracked.value, new)
+        else:
             self.emitter.read(destination)
             source, _, _, which = tracked.remake  # type: ignore[misc]
             parent = self.emitter.tracked(tracked.parent)
             back = scatter_back(source, which, parent.meta, self._where(at))
             updated = back(lambda op, *a: self.emitter.emit(at, op, *a), self.emitter.read(tracked.parent), new)
-            self._write(at, tracked.parent, updated)
+            is_detached = source.target == operators.DETACH
+            self._write(at, tracked.parent, updated, past_autograd or is_detached)
+            if past_autograd and not is_detached:
+                return  # made again from what it is a view of, whose gradient it has
             tracked.version = self.emitter.tracked(tracked.parent).writes
         tracked.value = new
         tracked.writes += 1

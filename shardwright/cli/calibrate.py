@@ -8,9 +8,9 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shardwright.cli.options import _printed, _UsageError
+from shardwright.cli.options import _count, _printed, _seconds, _UsageError
 from shardwright.cost.algorithms import VARIABLE as CALIBRATION
 from shardwright.cost.algorithms import Calibration, location
 from shardwright.cost.machine_files import PRESETS, calibrated, load_machine
@@ -43,6 +43,30 @@ examples:
                                                        and SHARDWRIGHT_MACHINE=cluster.toml for prices)"""
 
 
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure this machine: its collectives, and what operators and steps take",
+        description=CALIBRATE_HELP,
+        epilog=CALIBRATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_calibrate, name="calibrate")
+    parser.add_argument("--ranks", type=_count, default=4, metavar="N", help="number of processes; default: 4")
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=20.0,
+        metavar="S",
+        help="of collectives; operators take half as much besides, steps as much at least; default: 20",
+    )
+    parser.add_argument("--no-steps", action="store_true", help="leave out the training steps")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="where to keep it, instead of where jobs look; the machine: FILE.toml"
+    )
+
+
 def _calibrate(arguments: argparse.Namespace) -> int:
     from rich.console import Console  # here: importing it draws from Python's random generator
     from rich.progress import Progress
@@ -61,7 +85,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             task = progress.add_task(f"measuring {ranks} ranks", total=1.0)
             found = measure(ranks, seconds, lambda done: progress.update(task, completed=done))
             found.collectives.save(path)
-            # from the preset: what an older calibration found is over
+            # from the preset: results of an older calibration do not count
             base, said = load_machine(PRESETS / "cpu-gloo.toml"), f"measured by shardwright calibrate with {ranks} ranks"
             machine = fit_machine(base, found.operators, found.collectives.links, said)
             texts = [_calibration_table(found.collectives), _machine_table(machine, found.operators)]
@@ -84,7 +108,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _fit_steps(
     arguments: argparse.Namespace, machine: Machine, calibration: Path, progress: Callable[[float], None]
 ) -> tuple[Machine, str]:
-    """Returns the machine on which the prices of whole steps are nearest the times they take, and what became of it."""
+    """Fits the machine to the times that whole steps take.
+
+    Returns:
+        The machine, and a text that says how far off prices were and are.
+    """
     from shardwright.calibrate.fit import fit_terms
     from shardwright.calibrate.steps import measure_steps
 
@@ -106,7 +134,7 @@ def _fit_steps(
 
 
 def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
-    """What operators reach, by family, and how many times off their prices are."""
+    """Builds a table of operators' rates by family, and how far off their prices are."""
     from rich.table import Table
 
     from shardwright.calibrate.operators import errors_of
@@ -127,7 +155,7 @@ def _machine_table(machine: Machine, samples: Sequence[Sample]) -> str:
 
 
 def _calibration_table(found: Calibration) -> str:
-    """What was chosen: the fastest algorithms, by the size up to which they are."""
+    """Builds a table of the fastest algorithms, each with the size up to which it is."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

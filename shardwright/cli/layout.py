@@ -1,18 +1,19 @@
-"""``shardwright layout``: what each rank holds of a tensor, for any layout."""
+"""``shardwright layout``: prints and draws the slice of a tensor that each rank holds, for any layout."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from shardwright.cli.options import _printed, _UsageError
+from shardwright.cli.options import _ints, _names, _printed, _UsageError
 from shardwright.errors import LayoutError, ShardwrightError
 from shardwright.ir.layout import Layout
 
 LAYOUT_HELP = """\
 Print which slice of a tensor every rank holds under a layout, and draw it.
 
-A layout has one entry a dim, separated by commas: the alias of an axis, None, several aliases in parentheses that
+A layout has one entry per dim, separated by commas: the alias of an axis, None, several aliases in parentheses that
 split the dim jointly (the leftmost axis of the device matrix is the most significant), or an order of your own such
 as sp>dp. Piece sizes may follow in brackets: "dp[20 12],None". Quote a layout, so that the shell leaves it alone."""
 LAYOUT_EXAMPLES = """\
@@ -20,6 +21,32 @@ examples:
   shardwright layout --devices 2,2,2 --axes dp,sp,mp --shape 32,784 "mp,(sp,dp)"
   shardwright layout --devices 2,2,2 --axes dp,sp,mp --shape 32,784 "mp,(sp,dp)" --shape 784,512 "(sp,dp),None"
   shardwright layout --devices 8 --axes tp --shape 512,512 "tp,None" --draw weight.png"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
+    parser = commands.add_parser(
+        "layout",
+        help="print and draw which slice of a tensor every rank holds",
+        description=LAYOUT_HELP,
+        epilog=LAYOUT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.mixed = True
+    parser.set_defaults(command=_layout, name="layout")
+    parser.add_argument("--devices", required=True, type=_ints, metavar="2,2,2", help="device matrix: ranks along each axis")
+    parser.add_argument("--axes", required=True, type=_names, metavar="dp,sp,mp", help="alias of each axis")
+    parser.add_argument("--ranks", type=_ints, metavar="0,2,1,...", help="rank at each position, row-major; default 0,1,...")
+    parser.add_argument(
+        "--shape",
+        required=True,
+        type=_ints,
+        action="append",
+        metavar="32,784",
+        help="global shape of the tensor; one for all layouts, or one for each in their order",
+    )
+    parser.add_argument("--draw", metavar="FILE", help="draw the tensor and the device grid to a .png or .svg file")
+    parser.add_argument("layouts", nargs="+", metavar="LAYOUT", help='one entry per dim: "mp,(sp,dp)"')
 
 
 def _layout(arguments: argparse.Namespace) -> int:
@@ -37,7 +64,7 @@ def _layout(arguments: argparse.Namespace) -> int:
 
 
 def _tensors(arguments: argparse.Namespace) -> list[tuple[Layout, tuple[int, ...]]]:
-    """Returns each layout with its shape, checked."""
+    """Reads the layouts with their shapes, and checks them."""
     texts, shapes = arguments.layouts, arguments.shape
     if len(shapes) not in (1, len(texts)):
         raise _UsageError(f"{len(texts)} layouts and {len(shapes)} shapes: give one --shape for all, or one a layout")

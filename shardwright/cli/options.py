@@ -1,4 +1,4 @@
-"""Options: what the commands share in reading their arguments and printing errors."""
+"""Reads arguments and prints errors, for all commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
     mixed = False
 
     def error(self, message: str) -> Any:
-        """Says what is wrong in a line, without all that the command takes."""
+        """Prints an error as one line, without the usage of the command, and exits."""
         self.exit(2, f"{self.prog}: error: {message}\n  {self.prog} --help says what it takes\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -59,7 +59,7 @@ def _seconds(text: str) -> float:
 
 
 def _printed(*tables: Any) -> str:
-    """Tables and texts as text, whatever the terminal."""
+    """Renders tables and texts as text, whatever the terminal."""
     from rich.console import Console  # here: importing it draws from Python's random generator
 
     console = Console(file=io.StringIO(), width=10_000, no_color=True, highlight=False, markup=False)

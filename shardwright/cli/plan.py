@@ -1,4 +1,4 @@
-"""The command ``shardwright plan``: a plan for devices one does not have, from a script, on shapes alone."""
+"""``shardwright plan``: plans a script's model for devices that need not exist, on shapes only."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.api.plan_for import plan_for, planning
+from shardwright.cli.options import _count, _ints, _names, _seconds
 from shardwright.cli.script import run_script
 from shardwright.errors import ShardwrightError
 from shardwright.report.plan_view import PlanView
@@ -38,14 +39,8 @@ examples:
   shardwright plan --machine list"""
 
 
-def add_parser(
-    commands: Any,
-    count: Callable[[str], int],
-    ints: Callable[[str], Any],
-    names: Callable[[str], Any],
-    seconds: Callable[[str], float],
-) -> None:
-    """Adds the command to the command line's commands; the functions read an option's text."""
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
     parser = commands.add_parser(
         "plan",
         help="plan a script's model for devices that need not exist",
@@ -57,16 +52,16 @@ def add_parser(
     parser.set_defaults(command=run, name="plan")
     parser.add_argument("script", nargs="?", metavar="script.py", help="the script with the model")
     parser.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of a training script, after --")
-    parser.add_argument("--devices", type=count, metavar="N", help="number of devices")
+    parser.add_argument("--devices", type=_count, metavar="N", help="number of devices")
     parser.add_argument(
         "--machine", metavar="M", help="a preset or a TOML file; --machine list lists them; default: the script's, else h100"
     )
     parser.add_argument("--mode", help="parallel mode; default: auto, or what the script's AutoParallel says")
-    parser.add_argument("--mesh", type=ints, metavar="32,8", help="device matrix; default: the best of several")
-    parser.add_argument("--axes", type=names, default=(), metavar="dp,tp", help="aliases of the device matrix's axes")
+    parser.add_argument("--mesh", type=_ints, metavar="32,8", help="device matrix; default: the best of several")
+    parser.add_argument("--axes", type=_names, default=(), metavar="dp,tp", help="aliases of the device matrix's axes")
     parser.add_argument("--memory", metavar="80GB", help="memory of a device; default: the machine's")
     parser.add_argument("--optimizer", metavar="NAME", help="whose states count; default: the script's, else adamw")
-    parser.add_argument("--seconds", type=seconds, metavar="S", help="how long to search; default: the script's, else 30")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="how long to search; default: the script's, else 30")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="argument of model() or inputs()")
     parser.add_argument("--meta", action="store_true", help="run a training script with tensors on the meta device")
     parser.add_argument("--load", type=Path, metavar="FILE", help="start from the layouts in a plan file")
@@ -77,7 +72,7 @@ def add_parser(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     from shardwright.cost.machine_files import machines
 
     if arguments.machine == "list":
@@ -94,7 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses what would be found wrong only after the plan is made."""
+    """Refuses arguments whose mistakes would show only after the plan is made.
+
+    Raises:
+        ShardwrightError: a missing argument or file, or a path that cannot be written.
+    """
     if arguments.script is None or arguments.devices is None:
         missing = "script" if arguments.script is None else "number of devices"
         raise ShardwrightError(f"the {missing} is missing: write shardwright plan {arguments.script or 'train.py'} --devices 8")
@@ -112,8 +111,8 @@ _SUFFIX = {"save": "json", "html": "html"}
 
 
 @contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """What is under way, shown on a terminal while it takes; nothing is left of it."""
+def showing_progress() -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal what is being done, and removes it afterwards."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -130,7 +129,7 @@ def make_plan(arguments: argparse.Namespace) -> PlanView:
         "machine": arguments.machine, "mesh": arguments.mesh, "axes": arguments.axes, "memory": arguments.memory,
         "optimizer": arguments.optimizer, "seconds": arguments.seconds, "file": arguments.load,
     }  # fmt: skip
-    with telling() as tell:
+    with showing_progress() as tell:
         # a script without `if __name__ == "__main__":` trains already when it is looked at
         with planning(arguments.devices, arguments.mode, arguments.meta, options, tell) as plans:
             found = run_script(script, "__shardwright_plan__", own)
@@ -168,7 +167,7 @@ def _without_settings(plan: PlanView, given: dict[str, Any], script: str) -> Pla
 def _of_functions(
     found: dict[str, Any], given: dict[str, Any], arguments: argparse.Namespace, options: dict[str, Any]
 ) -> PlanView:
-    """Returns the plan of what a script's model() and inputs() return."""
+    """Plans what a script's model() and inputs() return."""
     unused = [name for name in given if not any(_accepts(found[f], name) for f in ("model", "inputs"))]
     if unused:
         raise ShardwrightError(f"--set {unused[0]}: neither model() nor inputs() of {arguments.script} has that argument")

@@ -1,4 +1,4 @@
-"""``shardwright run``: a script on simulated ranks, or on processes of this machine."""
+"""``shardwright run``: runs a script on simulated ranks, or on processes of this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from shardwright.cli.options import _count, _UsageError
 from shardwright.world.current import init
@@ -26,6 +27,24 @@ examples:
   shardwright run --devices 8 examples/mnist_ops.py --epochs 2
   shardwright run --devices 4 --distributed examples/mnist_ops.py
   torchrun --nproc-per-node 8 examples/mnist_ops.py        (the same job as with --distributed, started by hand)"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command and its arguments to the command line's commands."""
+    parser = commands.add_parser(
+        "run",
+        help="run a script on simulated devices, or in several processes",
+        description=RUN_HELP,
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_run, name="run")
+    parser.add_argument(
+        "--devices", type=_count, metavar="N", help=f"number of devices; default: {DEVICES}, else {DEFAULT_DEVICES}"
+    )
+    parser.add_argument("--distributed", action="store_true", help="start N processes instead of simulating N ranks")
+    parser.add_argument("script", metavar="script.py", help="the script to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -70,7 +89,7 @@ def _run_simulated(devices: int, script: str, arguments: list[str]) -> None:
 
 def _run_distributed(devices: int, script: str, arguments: list[str]) -> int:
     """Starts the script in ``devices`` processes on this machine; returns the job's exit code."""
-    # the store listens on this machine only, and gloo too: nobody else is to join
+    # the store and gloo listen on this machine only, so that nobody else can join
     at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", f"shardwright-{os.getpid()}"]
     command = ["-m", "torch.distributed.run", *at, "--local-addr", "127.0.0.1", "--nproc-per-node", str(devices), script]
     command += arguments
@@ -90,7 +109,7 @@ _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
 
 
 def _become(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command in the place of this process, so that signals reach it; where that cannot be, hands them on."""
+    """Replaces this process by a command, so that signals reach it; where the system cannot, passes signals on."""
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

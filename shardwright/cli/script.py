@@ -1,4 +1,4 @@
-"""Scripts of users, run within a command: what goes wrong in one is said by its own line, not by a traceback of ours."""
+"""Runs scripts of users within a command. Their errors are reported by the script's own lines, not by our traceback."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ _OURS = str(Path(__file__).resolve().parents[1])
 
 
 def run_script(script: str, name: str, arguments: Sequence[str] = (), call: Callable[[], Any] | None = None) -> Any:
-    """What a script defines when run under a name, or what one of its functions returns.
+    """Runs a script under a name, or calls one of its functions.
 
     Args:
-        arguments: of the script, as it finds them in ``sys.argv``.
+        script: its path.
+        name: the value of its ``__name__``, or the function to call.
+        arguments: the arguments that it finds in ``sys.argv``.
         call: calls the function ``name`` of the script, instead of running all of it.
 
+    Returns:
+        The script's global names, or what the function returns.
+
     Raises:
-        ShardwrightError: the script raised something of its own, or ended; it says what and where.
+        ShardwrightError: the script raised an error of its own, or ended; the text says what and where.
     """
     before = sys.argv, sys.path[:]
     sys.argv = [script, *arguments]
@@ -50,7 +55,7 @@ def run_script(script: str, name: str, arguments: Sequence[str] = (), call: Call
 
 
 def _what_happened(script: str, error: Exception) -> str:
-    """Returns the error of a script, with the innermost line that its author wrote."""
+    """Describes the error of a script, with the innermost line that its author wrote."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
     mine = [f for f in frames if Path(f.filename).resolve() == Path(script).resolve()] or frames
     text = f"{type(error).__name__}: {error}".rstrip(": ")

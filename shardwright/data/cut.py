@@ -1,7 +1,7 @@
-"""Cut: which samples of a global batch a rank needs, and what of each collated tensor it hands in.
+"""Cuts batches: which samples of a global batch a rank reads, and which slices of collated tensors are its inputs.
 
-A batch is cut by the dataset strategy of the net. Slices of dim 0 are samples, so a rank reads those alone; slices of other
-dims are cut out of tensors that have been put together of whole samples.
+The dataset strategy of the net cuts a batch. Slices of dim 0 are samples, so a rank reads only those; slices of other dims
+are cut out of tensors that are collated from whole samples.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from shardwright.ir.pieces import chunk_pieces
 
 @dataclass(frozen=True)
 class Cut:
-    """One rank's part of every global batch; plain data, so that worker processes can have it.
+    """One rank's part of every global batch; plain data, so that it can be sent to worker processes.
 
     Args:
-        strategy: a checked dataset strategy; ``"full_batch"`` for a caller who hands in whole batches.
+        strategy: a checked dataset strategy; ``"full_batch"`` for a caller who gives whole batches.
         rank, size: of the world.
 
     >>> cut = Cut(((2, 1), (2,)), rank=1, size=2)
@@ -39,7 +39,7 @@ class Cut:
     size: int
 
     def rows(self, count: int) -> tuple[int, int]:
-        """Returns the first and the last sample, exclusive, of a batch of ``count`` that this rank has to read.
+        """Returns the range of samples that this rank reads of ``count``: first, and last exclusive.
 
         Raises:
             StrategyError: a Layout says how many samples each rank has, and they do not add up to ``count``.
@@ -68,7 +68,7 @@ class Cut:
             raise StrategyError(f"a batch of {count} samples: {error}; use drop_last=True") from error
 
     def __call__(self, batch: Any, rows: tuple[int, int], count: int) -> Any:
-        """What this rank hands in of a collated batch.
+        """Cuts this rank's inputs out of a collated batch.
 
         Args:
             batch: any nesting of tensors and other things, made of the samples ``rows`` (one sample where there are none).

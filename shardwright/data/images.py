@@ -1,4 +1,4 @@
-"""Cutting an image into a grid of patches."""
+"""Cuts an image into a grid of patches."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ MODES = ("pad", "drop")
 class SlicePatches:
     """Cuts images into ``num_height`` times ``num_width`` patches of one size, row by row.
 
-    A :class:`~shardwright.data.Loader` cuts images by itself; this is for data sets that hand out patches, where all
-    patches have to have one size, and for anything else that works on patches.
+    A :class:`~shardwright.data.Loader` cuts images by itself. This is for data sets that return patches, where all patches
+    must have one size, and for anything else that works on patches. Calling it with images ``(..., H, W)`` gives a tuple of
+    patches ``(..., H', W')``.
 
     Args:
         num_height, num_width: patches along each side.
         slice_mode: what happens where a side is no multiple of its number of patches: ``"pad"`` adds rows at the bottom
-            and columns at the right, ``"drop"`` leaves those over out.
-        fill_value: what is padded with, 0 to 255.
+            and columns at the right, ``"drop"`` leaves out those that are too many.
+        fill_value: the value to pad with, 0 to 255.
 
     Raises:
         ArgumentTypeError: an argument of the wrong type.
         ShardwrightError: a number below 1, an unknown mode, a fill value out of range; when called, an image with fewer
             dims than two, or one that ``"drop"`` leaves nothing of.
-
-    Calling it with images ``(..., H, W)`` gives a tuple of patches ``(..., H', W')``.
 
     >>> import torch
     >>> left, right = SlicePatches(num_width=2)(torch.arange(6.0).view(1, 2, 3))
@@ -60,7 +59,7 @@ class SlicePatches:
         return tuple(patch for row in rows for patch in row.tensor_split(self.num_width, dim=-1))
 
     def even(self, image: Tensor) -> Tensor:
-        """Returns the image padded or cropped, so that its patches have one size: what they are patches of."""
+        """Pads or crops the image, so that its patches have one size."""
         if not isinstance(image, Tensor):
             raise ArgumentTypeError(f"SlicePatches takes a tensor (..., H, W), not a {type(image).__name__}; convert it first")
         if image.ndim < 2:
@@ -78,8 +77,9 @@ class SlicePatches:
         return image[..., : kept[0], : kept[1]]
 
     def of_rank(self, image: Tensor, rank: int, size: int) -> Tensor:
-        """Returns the patch of one rank of ``size``, as slice counts say it: ranks left over, next to each other, have the
-        same.
+        """Returns the patch of one rank of ``size``, as slice counts assign them.
+
+        Ranks beyond the number of patches share them: neighbours have the same patch.
 
         >>> import torch
         >>> SlicePatches(num_width=2).of_rank(torch.arange(4.0).view(1, 4), rank=1, size=4)

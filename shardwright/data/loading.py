@@ -1,4 +1,4 @@
-"""Loader: batches for a parallel net, of which every rank reads its own part, in one order, resumable at any batch."""
+"""Loads batches for a parallel net: each rank reads its own part, in one order, resumable at any batch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from shardwright.world.current import World, current_world
 class Loader:
     """Batches of a data set, epoch by epoch; made by :func:`shardwright.data.loader`.
 
-    Each iteration is one epoch. One that was left early starts over; one that :meth:`load_state_dict` points into goes on.
-    At the start of each the ranks of a job compare what they are about to read, so all of them iterate.
+    Each iteration is one epoch. An epoch that was left early starts from its beginning, unless :meth:`load_state_dict` has
+    set a position in it. At the start of each epoch the ranks of a job compare what they are about to read, so all of them
+    iterate.
     """
 
     def __init__(
@@ -47,29 +48,29 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the present iteration, or of the next one after a complete one."""
+        """Number of the present epoch, or of the next one after a complete one."""
         return self._position.epoch
 
     @property
     def strategy(self) -> Any:
-        """The dataset strategy that batches are cut by."""
+        """Dataset strategy that batches are cut by."""
         if self._strategy is not None:
             return self._strategy
         return "full_batch" if self.net is None else self.net.settings.dataset_strategy
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next; without it, epochs follow each other. Keeps a loaded position of the same epoch."""
+        """Sets the next epoch. Without it epochs follow each other. Keeps a loaded position of the same epoch."""
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
             raise ArgumentTypeError(f"set_epoch({epoch!r}): give an int, 0 or more")
         if epoch != self._position.epoch:
             self._position, self._goes_on, self._latest = Position(epoch), False, None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands after the batches handed out so far; the same on every rank."""
+        """Returns the position after the batches yielded so far; the same on every rank."""
         return state_of(self._position, self.order)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Lets the next iteration go on where a state says, with any number of ranks and any batch size.
+        """Makes the next iteration continue from a saved state. The number of ranks and the batch size may be others.
 
         Raises:
             ShardwrightError: not a state of a loader, or of another data set or order.
@@ -77,10 +78,10 @@ class Loader:
         self._position, self._goes_on, self._latest = position_in(state, self.order), True, None
 
     def __len__(self) -> int:
-        """Returns global batches in a whole epoch.
+        """Counts the global batches of a whole epoch.
 
         Raises:
-            ArgumentTypeError: a stream, whose length nobody knows.
+            ArgumentTypeError: a stream, whose length is not known.
         """
         if self.order.length is None:
             raise ArgumentTypeError("a stream has no length")
@@ -151,7 +152,7 @@ class Loader:
         return DataLoader(reader, batch_size=None, collate_fn=_as_it_is, generator=generator, **self.options, **given)
 
     def _agree(self, world: World, start: Position, samples: Samples | None) -> None:
-        """Compares what ranks are about to read; all of them raise if they differ."""
+        """Compares what ranks are about to read; raises an error on all of them if they differ."""
         if world.processes == 1:
             return
         order = self.order
@@ -183,7 +184,7 @@ def _all_the_same(name: str, values: Sequence[int]) -> None:
 
 
 class _Latest:
-    """The requests of the present epoch, as a sampler: with persistent workers one ``DataLoader`` serves many epochs."""
+    """Requests of the present epoch, as a sampler: with persistent workers one ``DataLoader`` serves many epochs."""
 
     def __init__(self, requests: list[Iterator[Request]]):
         self.requests = requests
@@ -193,7 +194,7 @@ class _Latest:
 
 
 def _ending(batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """Yields the batches, then a count of 0, so that ranks can tell each other that they are done."""
+    """Yields the batches, then a count of 0 that tells other ranks of the end."""
     yield from batches
     yield 0, None
 

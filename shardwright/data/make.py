@@ -1,9 +1,9 @@
-"""Make: a loader from its arguments, checked before anything is read."""
+"""Makes a loader from its arguments, which are checked before anything is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
@@ -31,31 +31,31 @@ def loader(
     seed_samples: bool = True,
     **options: Any,
 ) -> Loader:
-    """Batches of a data set as this rank hands them to a net.
+    """Makes a loader of the batches that this rank gives to a net.
 
-    The order of samples depends on ``seed`` and the epoch alone, whatever the number of ranks. Each global batch is cut by
-    the dataset strategy: of slices of dim 0 a rank reads these samples and no others; slices of other dims are cut out of
-    whole samples. In the simulated world, and under ``"full_batch"``, the batches are whole.
+    The order of samples depends on ``seed`` and the epoch alone, whatever the number of ranks. The dataset strategy cuts each
+    global batch. Where it slices dim 0, a rank reads its own samples only; slices of other dims are cut out of whole samples.
+    In the simulated world, and under ``"full_batch"``, the batches are whole.
 
     Args:
         dataset: a data set with ``len`` and an index, an ``IterableDataset`` (all ranks see the same stream), or a
-            ``DataLoader`` whose arguments are taken over where none are given here.
+            ``DataLoader``, whose arguments hold where none are given here.
         batch_size: samples in a global batch.
         net: an ``AutoParallel``, whose ``dataset_strategy`` is followed.
-        strategy: one to follow instead; one entry for each tensor of a batch. Default: ``"full_batch"``.
-        shuffle: whether each epoch has an order of its own; ``seed`` says which.
-        drop_last: whether a last batch that is shorter is left out. If not, its pieces are those of ``torch.chunk``, and
-            some ranks may get none.
+        strategy: a dataset strategy to follow instead, one entry per tensor of a batch. Default: ``"full_batch"``.
+        shuffle: whether each epoch has another order, which depends on ``seed``.
+        drop_last: whether a shorter last batch is left out. If not, it is cut as by ``torch.chunk``, and some ranks may get
+            no samples.
         num_workers: processes that read ahead; one at most for a stream.
-        collate_fn: makes a batch of a list of samples, which it puts along dim 0. Default: torch's.
+        collate_fn: makes a batch from a list of samples, along dim 0. Default: torch's.
         transform: applied to each sample that the rank keeps.
-        order: a function of the epoch that returns the indices to read, the same on every rank, instead of ``shuffle``.
-        seed_samples: whether what data set and transform draw at random is decided by the seed, the epoch and the
-            sample, so that ranks with the same slice have the same.
-        options: what else ``DataLoader`` takes: ``pin_memory``, ``prefetch_factor``, ...
+        order: instead of ``shuffle``: a function from the epoch to the indices to read, the same on every rank.
+        seed_samples: whether random draws of data set and transform depend on seed, epoch and sample alone, so that ranks
+            with the same slice have the same.
+        options: further arguments of ``DataLoader``: ``pin_memory``, ``prefetch_factor``, ...
 
     Returns:
-        A :class:`Loader`: iterate over it once an epoch, on all ranks.
+        A :class:`Loader`: iterate over it once per epoch, on all ranks.
 
     Raises:
         ArgumentTypeError: an argument of the wrong type, or one that the loader decides itself.
@@ -70,21 +70,16 @@ def loader(
     """
     if isinstance(dataset, DataLoader):
         given = _arguments_of(dataset)
-        batch_size = given.pop("batch_size") if batch_size is None else batch_size
-        shuffle, drop_last = shuffle or given.pop("shuffle"), drop_last or given.pop("drop_last")
-        num_workers, collate_fn = num_workers or given.pop("num_workers"), collate_fn or given.pop("collate_fn")
-        given = {name: value for name, value in given.items() if name in _PASSED_ON}
-        dataset, options = dataset.dataset, {**given, **options}
+        batch_size = given["batch_size"] if batch_size is None else batch_size
+        shuffle, drop_last = shuffle or given["shuffle"], drop_last or given["drop_last"]
+        num_workers, collate_fn = num_workers or given["num_workers"], collate_fn or given["collate_fn"]
+        dataset, options = dataset.dataset, {**{name: given[name] for name in _PASSED_ON}, **options}
     _check(dataset, batch_size, shuffle, seed, num_workers, order, options)
-    if strategy is not None:
-        check_dataset_strategy(strategy)
-    elif net is not None and not hasattr(net, "dataset_strategy"):
-        raise ArgumentTypeError(f"loader(net={net!r}): give an AutoParallel, or a strategy=")
-    assert batch_size is not None
+    _check_strategy(strategy, net)
     length = None if isinstance(dataset, IterableDataset) else len(dataset)
-    where = Order(length, batch_size, bool(shuffle), seed, bool(drop_last), order)
-    how = {"num_workers": num_workers, **options}
-    return Loader(dataset, where, net, strategy, collate_fn or default_collate, transform, seed_samples, how)
+    where = Order(length, cast("int", batch_size), bool(shuffle), seed, bool(drop_last), order)
+    options = {"num_workers": num_workers, **options}
+    return Loader(dataset, where, net, strategy, collate_fn or default_collate, transform, seed_samples, options)
 
 
 _PASSED_ON = (
@@ -93,7 +88,7 @@ _PASSED_ON = (
 
 
 def _arguments_of(given: DataLoader[Any]) -> dict[str, Any]:
-    """What a ``DataLoader`` was made with; anything of the same attributes will do, such as torchdata's stateful one."""
+    """Reads the arguments of a ``DataLoader``. Anything with the same attributes will do, such as torchdata's."""
     shuffled = type(given.sampler) is RandomSampler and not given.sampler.replacement
     if given.batch_size is None or not (shuffled or type(given.sampler) is SequentialSampler or _is_stream(given.dataset)):
         raise ShardwrightError(
@@ -106,6 +101,13 @@ def _arguments_of(given: DataLoader[Any]) -> dict[str, Any]:
 
 def _is_stream(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset)
+
+
+def _check_strategy(strategy: Any, net: Any) -> None:
+    if strategy is not None:
+        check_dataset_strategy(strategy)
+    elif net is not None and not hasattr(net, "dataset_strategy"):
+        raise ArgumentTypeError(f"loader(net={net!r}): give an AutoParallel, or a strategy=")
 
 
 def _check(dataset: Any, batch_size: Any, shuffle: Any, seed: Any, workers: Any, order: Any, options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Order: which samples are in which global batch, and where in it a loader stands. The same on every rank."""
+"""Order of samples: which are in which global batch, and where a loader stands. The same on every rank."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ Samples = Sequence[int] | Tensor
 
 @dataclass
 class Order:
-    """The order of samples in every epoch, cut into global batches.
+    """Order of samples in every epoch, cut into global batches.
 
     Args:
         length: samples in the data set; ``None`` for a stream.
-        given: a function of the epoch that says the order instead of ``shuffle``.
+        batch_size: samples per global batch.
+        shuffle: whether each epoch has another order.
+        seed: determines the orders of epochs.
+        drop_last: whether a shorter last batch is left out.
+        given: a function of the epoch that returns the order, instead of ``shuffle``.
 
     >>> [indices for indices in Order(5, 2, False, 0, False).batches(epoch=0)]
     [[0, 1], [2, 3], [4]]
@@ -36,7 +40,7 @@ class Order:
     given: OrderFunction | None = None
 
     def samples(self, epoch: int) -> Samples:
-        """Returns the indices of an epoch's samples in the order in which they are read; a tensor where they are shuffled."""
+        """Returns the indices of an epoch's samples in the order of reading; a tensor where they are shuffled."""
         assert self.length is not None
         if self.given is not None:
             return list(self.given(epoch))
@@ -46,7 +50,7 @@ class Order:
         return torch.randperm(self.length, generator=generator)
 
     def batches(self, epoch: int, skipped: int = 0, samples: Samples | None = None) -> Iterator[list[int]]:
-        """Yields the indices of one global batch after another, from the sample at position ``skipped`` on."""
+        """Yields the indices of each global batch, from the sample at position ``skipped`` on."""
         samples = self.samples(epoch) if samples is None else samples
         for start in range(skipped, len(samples), self.batch_size):
             part = samples[start : start + self.batch_size]
@@ -55,20 +59,20 @@ class Order:
                 yield indices
 
     def count(self, samples: int) -> int:
-        """Returns how many batches so many samples make."""
+        """Counts the batches that so many samples make."""
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
 
 @dataclass
 class Position:
-    """Where a loader stands: an epoch, and how many of its samples have been handed out."""
+    """Position of a loader: an epoch, and how many of its samples have been yielded."""
 
     epoch: int = 0
     samples: int = 0
 
 
 def state_of(position: Position, order: Order) -> dict[str, Any]:
-    """Returns the state to save: the same on every rank, whatever their number."""
+    """Builds the state to save, which is the same on every rank, whatever their number."""
     return {
         "epoch": position.epoch,
         "samples": position.samples,
@@ -80,7 +84,7 @@ def state_of(position: Position, order: Order) -> dict[str, Any]:
 
 
 def position_in(state: Any, order: Order) -> Position:
-    """Returns the position that a saved state describes; takes its seed over.
+    """Reads the position from a saved state. Sets the order's seed to the saved one.
 
     Raises:
         ShardwrightError: no such state, or one of another data set or order.

@@ -1,4 +1,4 @@
-"""Readers: what turns requests for samples into what a rank hands in, in worker processes or in this one.
+"""Readers read, collate and cut the samples of a request, in worker processes or in this one.
 
 They hold plain data and know nothing of process groups. Random numbers that a data set draws come from the seed, the epoch
 and the sample, so that they are the same on every rank that reads the sample, in any process, resumed or not.
@@ -20,7 +20,7 @@ from shardwright.data.cut import Cut
 
 
 class Request(NamedTuple):
-    """Samples to read for one global batch of ``total``: positions ``rows`` of it, in the data set at ``indices``."""
+    """Samples to read for one global batch of ``total``: its positions ``rows``, at ``indices`` of the data set."""
 
     epoch: int
     indices: list[int]
@@ -67,9 +67,9 @@ class Reader(Dataset[Any]):
 
 
 class StreamReader(IterableDataset[Any]):
-    """Runs through a stream of samples from the first one; keeps, collates and cuts those of this rank.
+    """Reads a stream of samples from its first one; keeps, collates and cuts the samples of this rank.
 
-    Gives pairs: the number of samples in the global batch, and what the rank hands in of it.
+    Yields pairs: the number of samples in the global batch, and the rank's inputs.
     """
 
     def __init__(
@@ -131,14 +131,14 @@ class StreamReader(IterableDataset[Any]):
 
 
 def is_plain(dataset: Any) -> bool:
-    """Tells whether reading a data set draws no random numbers: tensors, or a subset of them."""
+    """Tells whether reading a data set draws no random numbers: it holds tensors, or is a subset of such a set."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return type(dataset) is TensorDataset
 
 
 def mixed(*numbers: int) -> int:
-    """Returns one number of 63 bits from several, so that neighbours have nothing in common (splitmix64).
+    """Mixes several numbers into one of 63 bits (splitmix64). Neighbours have nothing in common.
 
     >>> mixed(0, 1) != mixed(1, 0)
     True
@@ -153,7 +153,7 @@ def mixed(*numbers: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the generators that data sets draw from: of torch on the CPU, NumPy and Python."""
+    """Seeds the generators that data sets draw from: those of torch on the CPU, of NumPy and of Python."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
@@ -161,7 +161,7 @@ def seed_all(seed: int) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Within the block, generators may be seeded and drawn from; after it they are where they were."""
+    """Restores all generators after the block, which may seed them and draw from them."""
     before = _states()
     try:
         yield

@@ -1,7 +1,8 @@
-"""Dataset strategies: how the tensors that a rank hands in are slices of the global ones.
+"""Dataset strategies: how the input tensors of a rank are slices of the global ones.
 
-A strategy is ``"full_batch"``, ``"data_parallel"``, or one entry an input: slice counts or a Layout. Slice counts stand for
-a device matrix of the counts in order, with the ranks left over, which hand in the same, as the last axis.
+A strategy is ``"full_batch"``, ``"data_parallel"``, or one entry per input: slice counts or a Layout. Slice counts stand for
+a device matrix with the counts as its axes, in order. Ranks beyond their product form a last axis, along which inputs are
+the same.
 """
 
 from __future__ import annotations
@@ -69,14 +70,16 @@ def _check_entry(entry: Any, position: int) -> None:
 
 
 def layouts_of(strategy: Any, ndims: Sequence[int], carries: Sequence[bool], size: int) -> list[Layout]:
-    """Returns the layout that every tensor input has by a checked strategy.
+    """Returns the layouts that a checked strategy gives the tensor inputs.
 
     Args:
-        ndims: dims of each tensor input; carries: whether it has the batch as dim 0, for ``"data_parallel"``.
+        strategy: the dataset strategy.
+        ndims: the number of dims of each tensor input.
+        carries: whether each has the batch as dim 0, for ``"data_parallel"``.
         size: number of ranks.
 
     Raises:
-        StrategyError: another number of inputs or dims, or of ranks.
+        StrategyError: another number of inputs, dims or ranks.
 
     >>> layouts_of(((2, 1), (1,)), [2, 1], [True, True], 4)
     [Layout('dim0,None @ dim0=2,rest=2'), Layout('None @ rest=4')]

@@ -1,4 +1,4 @@
-"""How a collective that a user calls runs: at once on a real rank, or as an operator of the program that is captured."""
+"""Runs a user's collective on a real rank, or puts it into the captured program."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from shardwright.base.user_code import _user_line
 from shardwright.capture.session import current_session
 from shardwright.errors import ArgumentTypeError, ShardwrightError, WorldError
-from shardwright.hybrid.mesh import current_over, current_tracing
+from shardwright.hybrid.mesh import current_mesh, current_tracing
 from shardwright.hybrid.steps import Collective, kept, plan
 from shardwright.ir.mesh import Mesh
 from shardwright.world.current import current_world
 
-_LINE = 192  # bytes in which a rank says what it calls
+_LINE = 192  # bytes of the message that describes a call
 
 
 # -- checks --------------------------------------------------------------------------------------------------------------
 
 
 def failed(name: str, given: str, edit: str) -> ShardwrightError:
-    """Returns the error of a call that cannot be done, with the user's line."""
+    """Builds the error of a call that cannot be done, with the user's line."""
     return ShardwrightError(f"{name} at {_user_line()}: {given}; {edit}")
 
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
-    """Returns the number of ranks along the axis of a call, once its arguments are found to be a tensor and an axis."""
-    mesh = current_over().mesh
+    """Checks the tensor and axis of a call. Returns the number of ranks along the axis."""
+    mesh = current_mesh().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")
     if axis not in mesh.axes:
@@ -39,14 +39,29 @@ def participants(name: str, axis: Any, x: Any = None) -> int:
 
 
 def checked_dim(name: str, x: Tensor, what: str, dim: Any) -> int:
-    """Returns the dim, counted from the front."""
+    """Returns the dim, counted from the front.
+
+    Args:
+        name: the collective, for messages.
+        x: its tensor.
+        what: the argument, for messages.
+        dim: its value.
+    """
     if type(dim) is not int or not -x.ndim <= dim < x.ndim:
         raise failed(name, f"{what}={dim!r} of a tensor {list(x.shape)}", f"give one of its {x.ndim} dims")
     return dim % x.ndim
 
 
 def even(name: str, x: Tensor, dim: int, axis: str, count: int) -> None:
-    """Refuses a dim that does not divide into a piece for each rank."""
+    """Refuses a dim that does not divide into equal pieces, one per rank.
+
+    Args:
+        name: the collective, for messages.
+        x: its tensor.
+        dim: the dim.
+        axis: the mesh axis.
+        count: the number of ranks along it.
+    """
     if x.shape[dim] % count:
         short = -x.shape[dim] % count
         raise failed(
@@ -57,7 +72,7 @@ def even(name: str, x: Tensor, dim: int, axis: str, count: int) -> None:
 
 
 def refuse_gradient(name: str, x: Tensor, op: str) -> None:
-    """Refuses to differentiate a maximum or minimum: which rank a gradient belongs to is not known where values are equal."""
+    """Refuses to differentiate a maximum or minimum: where values are equal, their gradient belongs to no rank."""
     if op in ("max", "min") and x.requires_grad and torch.is_grad_enabled():
         raise failed(name, f"op={op!r} has no gradient, and the tensor needs one", "hand in x.detach()")
 
@@ -66,9 +81,9 @@ def refuse_gradient(name: str, x: Tensor, op: str) -> None:
 
 
 def call(collective: Collective, x: Tensor) -> Tensor:
-    """Runs a collective over an axis of two ranks or more; or puts it into the program that is captured."""
+    """Runs a collective over an axis of two ranks or more, or captures it."""
     if current_tracing() is not None:
-        mesh = current_over().mesh
+        mesh = current_mesh().mesh
         shape = collective.result_shape(tuple(x.shape), mesh.axis_size(collective.axis))
         result: Tensor = operator()(x, collective.kind, collective.axis, collective.op, list(collective.numbers), list(shape))
         return result
@@ -90,20 +105,20 @@ def call(collective: Collective, x: Tensor) -> Tensor:
 
 
 def _on_this_rank(collective: Collective, x: Tensor, world: Any) -> Tensor:
-    now, shape = current_over(), tuple(x.shape)
+    now, shape = current_mesh(), tuple(x.shape)
     now.check_world(world)
     mesh, position = now.mesh, now.position(collective.axis, world.rank)
     if now.check:
         _compare(collective, x, mesh, world)
     move = world.prepared((collective, mesh, shape), lambda: plan(collective, mesh, (shape,) * mesh.size), str(collective))
     if collective.kind == "broadcast":
-        x = x.narrow(0, 0, collective.handed_in(position, shape[0]))
+        x = x.narrow(0, 0, collective.sent_rows(position, shape[0]))
     result: Tensor = move(x, None, x.device)
     return kept(result, collective.receives(position)) if collective.kind == "permute" else result
 
 
 def _compare(collective: Collective, x: Tensor, mesh: Mesh, world: Any) -> None:
-    """Refuses calls that are not the same on all ranks of the axis, on all of them."""
+    """Refuses, on all ranks of the axis, calls that differ between them."""
     text = f"{collective.kind}({_words(collective)}) of {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
     line = torch.frombuffer(bytearray(text.encode()[:_LINE].ljust(_LINE)), dtype=torch.uint8).to(world.device)
     gather = Collective("all_gather", collective.axis, numbers=(0,))
@@ -130,7 +145,7 @@ def _words(collective: Collective) -> str:
 
 @cache
 def operator() -> Any:
-    """Returns the operator that stands for a collective in a captured graph; it has a shape, and no values."""
+    """Returns the operator that stands for a collective in a captured graph; it computes shapes only."""
     schema = "(Tensor x, str kind, str axis, str op, int[] numbers, int[] shape) -> Tensor"
     make = torch.library.custom_op("shardwright::collective", mutates_args=(), schema=schema)
     made = make(_stands_for_a_collective)

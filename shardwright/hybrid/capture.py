@@ -1,6 +1,7 @@
-"""The graphs of all ranks' programs: captured once for each kind of rank, and found to be one program.
+"""Captures the programs of all ranks, once per kind of rank, and compares them.
 
-Ranks are of one kind where they are given tensors of the same shapes and get the same answers to where they are.
+Ranks are of one kind where their tensors have the same shapes and their questions about their position the same answers.
+All ranks must run the same operators.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 from shardwright.base.torch_private import pytree
 from shardwright.capture.capture import capture
 from shardwright.errors import CaptureError, StrategyError
-from shardwright.hybrid.mesh import Over, tracing
-from shardwright.hybrid.own import own_of, slice_shape
+from shardwright.hybrid.mesh import CollectiveMesh, tracing
+from shardwright.hybrid.owned_slice import owned_slice_of, slice_shape
 from shardwright.ir.graph import Constant, Graph, Node
 from shardwright.ir.instructions import PerRank
 from shardwright.ir.layout import Layout
 
 
 @dataclass(frozen=True)
-class Handed:
-    """A tensor input: its global shape, the layout in which ranks hand it in and the one their programs read."""
+class PerRankInput:
+    """A tensor input: its global shape, the layout in which ranks give it, and the one that their programs read."""
 
     shape: tuple[int, ...]
     given: Layout
@@ -34,7 +35,7 @@ class Handed:
 
 @dataclass(frozen=True)
 class RankGraphs:
-    """The graphs of all ranks: ``graphs[kind[rank]]``. All have the same operators."""
+    """Graphs of all ranks: ``graphs[kind[rank]]``. All have the same operators."""
 
     graphs: tuple[Graph, ...]
     kind: tuple[int, ...]
@@ -47,12 +48,12 @@ class RankGraphs:
         return self.graphs[self.kind[rank]]
 
     def shapes(self, choose: Callable[[Graph], str]) -> tuple[tuple[int, ...], ...]:
-        """Returns the local shape of a value on every rank; ``choose`` names it in each graph."""
+        """Returns the local shape of a value on every rank; ``choose`` picks the value in each graph."""
         found = [graph.metas[choose(graph)].shape for graph in self.graphs]
         return tuple(found[kind] for kind in self.kind)
 
     def merged(self, choose: Callable[[Graph], Any]) -> Any:
-        """Returns a part of all graphs, such as the arguments of a call; what differs between ranks is a :class:`PerRank`."""
+        """Merges a part of all graphs, such as the arguments of a call; what differs becomes a :class:`PerRank`."""
         found = [pytree.tree_flatten(choose(graph)) for graph in self.graphs]
         leaves = [self._leaf(values) for values in zip(*(leaves for leaves, _ in found), strict=True)]
         return pytree.tree_unflatten(leaves, found[0][1])
@@ -64,32 +65,40 @@ class RankGraphs:
 
 
 def capture_ranks(
-    root: nn.Module, leaves: Sequence[Any], spec: Any, handed: Mapping[int, Handed], over: Over, device: torch.device
+    root: nn.Module,
+    leaves: Sequence[Any],
+    spec: Any,
+    inputs: Mapping[int, PerRankInput],
+    collective_mesh: CollectiveMesh,
+    device: torch.device,
 ) -> RankGraphs:
     """Captures the program of every rank.
 
     Args:
+        root: the module that owns the parameters.
         leaves, spec: the flat inputs and their tree.
-        handed: position among the leaves -> what is handed in, of every tensor.
+        inputs: position among the leaves -> the tensor input at it.
+        collective_mesh: the mesh of the user's collectives.
+        device: where the program runs.
 
     Raises:
         CaptureError: a program that a graph cannot hold, or ranks with programs of other operators.
     """
-    owned = {name: told for name, p in root.named_parameters() if (told := own_of(p))}
+    owned = {name: told for name, p in root.named_parameters() if (told := owned_slice_of(p))}
 
     def shapes_on(rank: int) -> Any:
-        inputs = tuple(h.used.local_shape(h.shape, rank) for h in handed.values())
-        return inputs, tuple(slice_shape(told, rank) for told in owned.values())
+        local_shapes = tuple(h.used.local_shape(h.shape, rank) for h in inputs.values())
+        return local_shapes, tuple(slice_shape(told, rank) for told in owned.values())
 
     asked: set[str] = set()
     while True:
         graphs: dict[Any, tuple[int, Graph]] = {}
         known, kind = frozenset(asked), []
-        for rank in range(over.mesh.size):
-            key = (shapes_on(rank), tuple(over.position(axis, rank) for axis in sorted(known)))
+        for rank in range(collective_mesh.mesh.size):
+            key = (shapes_on(rank), tuple(collective_mesh.position(axis, rank) for axis in sorted(known)))
             if key not in graphs:
-                with tracing(over, rank) as now, _slices(root, rank):
-                    args, kwargs = pytree.tree_unflatten(_local(leaves, handed, rank), spec)
+                with tracing(collective_mesh, rank) as now, _slices(root, rank):
+                    args, kwargs = pytree.tree_unflatten(_local(leaves, inputs, rank), spec)
                     graphs[key] = (len(graphs), capture(root, args, kwargs, device))
                 asked |= now.asked
             kind.append(graphs[key][0])
@@ -101,10 +110,10 @@ def capture_ranks(
     return found
 
 
-def _local(leaves: Sequence[Any], handed: Mapping[int, Handed], rank: int) -> list[Any]:
-    """Inputs as a rank's program gets them; tensors without values."""
+def _local(leaves: Sequence[Any], inputs: Mapping[int, PerRankInput], rank: int) -> list[Any]:
+    """Returns the inputs of one rank's program, as tensors without values."""
     result = list(leaves)
-    for position, item in handed.items():
+    for position, item in inputs.items():
         leaf: Tensor = leaves[position]
         shape = item.used.local_shape(item.shape, rank)
         result[position] = torch.empty(shape, dtype=leaf.dtype, device="meta").requires_grad_(leaf.requires_grad)
@@ -113,13 +122,13 @@ def _local(leaves: Sequence[Any], handed: Mapping[int, Handed], rank: int) -> li
 
 @contextmanager
 def _slices(root: nn.Module, rank: int) -> Iterator[None]:
-    """Within the block, owned parameters have the shape of a rank's slice, and no values."""
+    """Gives owned parameters, within the block, the shape of a rank's slice, without values."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, nn.Parameter] = {}
     try:
         for module in root.modules():
             for name, parameter in module._parameters.items():
-                told = own_of(parameter)
+                told = owned_slice_of(parameter)
                 if parameter is None or told is None:
                     continue
                 if id(parameter) not in made:
@@ -170,6 +179,6 @@ def _check_same_program(first: Graph, other: Graph, rank: int) -> None:
 
 
 def _outline(node: Node) -> Any:
-    """What must be the same on all ranks: everything but numbers, and which of the values at hand is read."""
+    """Returns what must be the same on all ranks: everything but numbers and the choice of which value is read."""
     spec = pytree.tree_structure((node.op.args, node.op.kwargs))
     return node.op.target, spec, len(node.inputs), node.outputs, node.autocast, node.grad

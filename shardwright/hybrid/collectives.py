@@ -1,4 +1,4 @@
-"""Collectives by the name of a mesh axis, for programs that say themselves what each rank does.
+"""Collectives by the name of a mesh axis, for per-rank programs.
 
 They work in any code that runs on the ranks of a real job, and in models of ``AutoParallel(model, "hybrid_parallel")`` in
 both worlds. Over an axis of one rank they are the identity. Gradients are those of the sum of what all ranks compute:
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from shardwright.errors import ArgumentTypeError
 from shardwright.hybrid.call import call, checked_dim, even, failed, participants, refuse_gradient
-from shardwright.hybrid.mesh import current_over, current_tracing
+from shardwright.hybrid.mesh import current_mesh, current_tracing
 from shardwright.hybrid.mesh import over as over
-from shardwright.hybrid.own import own as own
+from shardwright.hybrid.owned_slice import own as own
 from shardwright.hybrid.steps import Collective
 from shardwright.world.current import current_world
 
@@ -47,7 +47,7 @@ def size(axis: str = "dp") -> int:
 
 
 def rank(axis: str = "dp") -> int:
-    """This rank's index along an axis. A captured program is captured once for each answer it is given.
+    """Returns this rank's index along an axis. A program is captured once per answer.
 
     >>> from shardwright.ir.mesh import Mesh
     >>> with over(Mesh(("dp",), (1,))):
@@ -56,7 +56,7 @@ def rank(axis: str = "dp") -> int:
     """
     if participants("rank", axis) == 1:
         return 0
-    tracing, now = current_tracing(), current_over()
+    tracing, now = current_tracing(), current_mesh()
     if tracing is not None:
         tracing.asked.add(axis)
         return now.position(axis, tracing.rank)
@@ -67,11 +67,11 @@ def rank(axis: str = "dp") -> int:
 
 
 def all_reduce(x: Tensor, axis: str = "dp", op: str = "sum") -> Tensor:
-    """Returns the sum, mean, maximum or minimum of all ranks' tensors, on each; the gradient is the all-reduce of the
-    gradients.
+    """Reduces all ranks' tensors and returns the result on each; the gradient is all-reduced too.
 
     Args:
         x: of one shape on all ranks.
+        axis: the mesh axis.
         op: ``sum`` or ``mean``; ``max`` and ``min`` have no gradient, so ``x`` must not need one.
 
     >>> from shardwright.ir.mesh import Mesh
@@ -92,7 +92,7 @@ def all_reduce(x: Tensor, axis: str = "dp", op: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, axis: str = "dp", dim: int = 0) -> Tensor:
-    """Returns all ranks' tensors joined along a dim, on each; the gradient is the reduce-scatter of the gradients.
+    """Joins all ranks' tensors along a dim, on each rank; the gradient is reduce-scattered.
 
     Args:
         x: of one shape on all ranks.
@@ -108,10 +108,12 @@ def all_gather(x: Tensor, axis: str = "dp", dim: int = 0) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, axis: str = "dp", dim: int = 0, op: str = "sum") -> Tensor:
-    """This rank's piece, along a dim, of the sum of all ranks' tensors; the gradient is the all-gather of the gradients.
+    """Returns this rank's piece, along a dim, of the sum of all ranks' tensors; the gradient is all-gathered.
 
     Args:
         x: of one shape on all ranks, which divides along ``dim``.
+        axis: the mesh axis.
+        dim: the dim that is cut into pieces.
         op: as for :func:`all_reduce`.
 
     >>> from shardwright.ir.mesh import Mesh
@@ -134,10 +136,15 @@ def reduce_scatter(x: Tensor, axis: str = "dp", dim: int = 0, op: str = "sum") -
 
 
 def all_to_all(x: Tensor, axis: str = "dp", split_dim: int = 0, concat_dim: int = 0) -> Tensor:
-    """Sends each rank a piece along one dim and joins what comes along another; the gradient goes the same way back.
+    """Sends each rank a piece along one dim, and joins the received pieces along another.
+
+    The gradient goes the same way back.
 
     Args:
         x: of one shape on all ranks, which divides along ``split_dim``.
+        axis: the mesh axis.
+        split_dim: the dim that is cut.
+        concat_dim: the dim along which received pieces are joined.
 
     Returns:
         What the ranks sent to this one, joined along ``concat_dim`` in their order.
@@ -161,7 +168,7 @@ def all_to_all(x: Tensor, axis: str = "dp", split_dim: int = 0, concat_dim: int 
 
 
 def broadcast(x: Tensor, axis: str = "dp", source: int = 0) -> Tensor:
-    """Returns one rank's tensor, on all; the gradient is the sum of the gradients, on that rank, and zero on the others.
+    """Returns one rank's tensor, on all ranks. Its gradient is the sum of the gradients on that rank, zero on others.
 
     Args:
         x: of one shape on all ranks.
@@ -186,7 +193,8 @@ def permute(x: Tensor, axis: str = "dp", shift: int = 1, pairs: Iterable[tuple[i
 
     Args:
         x: of one shape on all ranks.
-        shift: how many ranks on along the axis, around its end: 1 sends to the next, -1 to the one before.
+        axis: the mesh axis.
+        shift: by how many ranks along the axis, around its end: 1 sends to the next, -1 to the one before.
         pairs: in place of ``shift``, pairs of indices along the axis, from and to. A rank that nobody sends to gets zeros.
 
     >>> from shardwright.ir.mesh import Mesh

@@ -1,7 +1,7 @@
-"""Local functions of programs that users write for one rank.
+"""Local functions of per-rank programs.
 
-A rank never leaves out the backward pass of something: others wait for what it sends there. So a value that a rank does not
-use gets a gradient of zeros, where autograd would give none.
+No rank may leave out a part of the backward pass: others wait for what it sends there. So a value that a rank does not use
+gets a gradient of zeros, where autograd would give none.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def copy_for(x: Tensor, rank: int) -> Tensor:
-    """Returns a copy that belongs to one rank."""
+    """Copies a tensor for one rank."""
     return x.clone()
 
 
 @torch.no_grad()
 def scaled_value(x: Tensor, scale: float) -> Tensor:
-    """Returns the product, without a gradient."""
+    """Multiplies a tensor by a number, without a gradient."""
     return x * scale
 
 
@@ -41,12 +41,12 @@ class _Chosen(torch.autograd.Function):
 
 
 def next_seed() -> Tensor:
-    """Returns a number drawn alike on all ranks."""
+    """Draws a number that is the same on all ranks."""
     return torch.randint(1 << 62, (), device="cpu")
 
 
 def drawn(function: Any, seed: Tensor, stream: int, *args: Any, **kwargs: Any) -> Any:
-    """What a function makes of numbers drawn from a seed and the number of a stream; the generators go on as before."""
+    """Calls a function whose random numbers come from a seed and a stream; the generators are left as they were."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(int(seed) + stream)
@@ -54,7 +54,7 @@ def drawn(function: Any, seed: Tensor, stream: int, *args: Any, **kwargs: Any) -
 
 
 def shared(x: Tensor, share: float) -> Tensor:
-    """Returns the tensor itself, whose gradient is handed to several ranks: each takes a share of it."""
+    """Returns the tensor itself, whose gradient is divided: several ranks each take a share of it."""
     result: Tensor = _Shared.apply(x, share)
     return result
 

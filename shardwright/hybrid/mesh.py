@@ -1,4 +1,4 @@
-"""The mesh that collectives in user code are over, and whose turn it is while a rank's program is captured."""
+"""Mesh of collectives in user code, and the rank whose program is being captured."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from shardwright.world.current import World, current_world
 
 
 @dataclass(frozen=True)
-class Over:
-    """A mesh of all ranks, the axes that share out the batch, and whether calls outside of models are compared."""
+class CollectiveMesh:
+    """Mesh of all ranks, the axes that divide the batch, and whether calls are compared."""
 
     mesh: Mesh
     data: tuple[str, ...]
     check: bool = True
 
     def check_world(self, world: World) -> None:
-        """Refuses a mesh that is neither over all ranks of the world nor over one rank."""
+        """Refuses a mesh that is not over all ranks, nor over one rank."""
         if self.mesh.size not in (1, world.size):
             raise WorldError(
                 f"the mesh {self.mesh} has {self.mesh.size} ranks, this world has {world.size}: make it of {world.size} ranks"
@@ -33,20 +33,20 @@ class Over:
 
 @dataclass
 class Tracing:
-    """A capture in progress: the program of one rank. ``asked`` are the axes on which it asked where it is."""
+    """A capture in progress of one rank's program. ``asked``: axes on which it asked for its position."""
 
-    over: Over
+    collective_mesh: CollectiveMesh
     rank: int
     asked: set[str] = field(default_factory=set)
 
 
-_over: list[Over] = []
+_chosen: list[CollectiveMesh] = []
 _tracing: list[Tracing] = []
 
 
 @contextmanager
 def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True) -> Iterator[Mesh]:
-    """Within the block, collectives and parameters that ranks own are over the axes of this mesh.
+    """Sets, within the block, the mesh of collectives and of parameters that ranks own.
 
     An :class:`~shardwright.AutoParallel` in mode ``"hybrid_parallel"`` keeps the mesh of the block it is made in. Outside of
     any block the mesh is one axis ``"dp"`` of all ranks.
@@ -54,13 +54,14 @@ def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True
     Args:
         mesh: of all ranks of the world, in ascending order. Over a mesh of one rank every collective is the identity, so
             that the program of a rank is that of the single device.
-        data: the axes over which ranks are given different parts of the batch; default: ``"dp"``, if there is one.
+        data: the axes over which ranks have different parts of the batch; default: ``"dp"``, if there is one.
         check: whether ranks of a real job compare every call outside of a captured model before it runs. It costs a small
-            message a call; without it, ranks that call different things wait for each other.
+            message per call; without it, ranks that call different things wait for each other.
 
     Raises:
-        ArgumentTypeError: not a mesh. LayoutError: an axis it does not have, ranks out of order. WorldError: other ranks
-            than the world's.
+        ArgumentTypeError: not a mesh.
+        LayoutError: an axis that the mesh does not have, or ranks out of order.
+        WorldError: other ranks than the world's.
 
     >>> with over(Mesh(("dp", "mp"), (4, 2))) as mesh:
     ...     print(mesh)
@@ -76,25 +77,25 @@ def over(mesh: Mesh, data: str | Sequence[str] | None = None, check: bool = True
         raise LayoutError(f"collectives.over: data names {unknown[0]!r}; the axes of the mesh are {', '.join(mesh.axes)}")
     if mesh.ranks != tuple(range(mesh.size)):
         raise LayoutError(f"collectives.over: the ranks of the mesh {mesh} are out of order: leave ranks out")
-    now = Over(mesh, mesh.ordered(axes), check)
+    now = CollectiveMesh(mesh, mesh.ordered(axes), check)
     now.check_world(current_world())
-    _over.append(now)
+    _chosen.append(now)
     try:
         yield mesh
     finally:
-        _over.remove(now)
+        _chosen.remove(now)
 
 
-def chosen_over() -> Over | None:
-    """What the innermost block says; ``None`` outside of all."""
-    return _over[-1] if _over else None
+def chosen_mesh() -> CollectiveMesh | None:
+    """Returns the mesh of the innermost block; ``None`` outside of all blocks."""
+    return _chosen[-1] if _chosen else None
 
 
-def current_over() -> Over:
-    """What holds here: a capture's, the innermost block's, or one axis ``"dp"`` of all ranks."""
+def current_mesh() -> CollectiveMesh:
+    """Returns the mesh in force: a capture's, the innermost block's, or one axis ``"dp"`` of all ranks."""
     if _tracing:
-        return _tracing[-1].over
-    return chosen_over() or Over(Mesh(("dp",), (current_world().size,)), ("dp",))
+        return _tracing[-1].collective_mesh
+    return chosen_mesh() or CollectiveMesh(Mesh(("dp",), (current_world().size,)), ("dp",))
 
 
 def current_tracing() -> Tracing | None:
@@ -103,9 +104,9 @@ def current_tracing() -> Tracing | None:
 
 
 @contextmanager
-def tracing(over: Over, rank: int) -> Iterator[Tracing]:
-    """Within the block, the program of ``rank`` is captured."""
-    now = Tracing(over, rank)
+def tracing(collective_mesh: CollectiveMesh, rank: int) -> Iterator[Tracing]:
+    """Marks the block as the capture of ``rank``'s program."""
+    now = Tracing(collective_mesh, rank)
     _tracing.append(now)
     try:
         yield now

@@ -1,9 +1,9 @@
-"""Hybrid: the program of one rank, written by the user with collectives in it, as a local program.
+"""Makes one local program of the user's per-rank programs with their collectives.
 
 What the user wrote stays: every operator is a local call, every collective a move. Added is what makes the ranks one model:
 
 - each rank's share of the inputs and of its parameters is cut out where the world holds the whole;
-- the gradient of a parameter is summed over all ranks that hold the same of it;
+- the gradient of a parameter is summed over all ranks that hold the same part of it;
 - a scalar result is the weighted sum of the ranks' scalars, ``loss = sum of weight(rank) * loss(rank)``. All gradients are
   those of that number, so that no gradient has to be scaled. By default the weights are the ranks' shares of the batch: the
   mean over the whole batch, if every rank's loss is the mean over its part;
@@ -11,7 +11,8 @@ What the user wrote stays: every operator is a local call, every collective a mo
 
 Invariants:
 
-- What needs a gradient has a lane of its own on every rank: a gradient is summed over ranks once, at the parameter.
+- On every rank, a value that needs a gradient has a rank group of its own: its gradient is summed over ranks once, at the
+  parameter.
 - ``same`` says, for every local value, which ranks provably hold the same; results may differ along data axes only.
 """
 
@@ -25,9 +26,9 @@ import torch
 from shardwright.base.operators import STATISTICS
 from shardwright.base.torch_private import pytree
 from shardwright.hybrid.call import collective_of, operator
-from shardwright.hybrid.capture import Handed, RankGraphs
+from shardwright.hybrid.capture import PerRankInput, RankGraphs
 from shardwright.hybrid.functions import copy_for, drawn, next_seed, scaled_value, shared
-from shardwright.hybrid.mesh import Over
+from shardwright.hybrid.mesh import CollectiveMesh
 from shardwright.hybrid.steps import Collective, kept, laid_out, plan, receivers
 from shardwright.hybrid.writer import Writer
 from shardwright.ir import rank_groups
@@ -41,28 +42,37 @@ from shardwright.redistribute.steps import redistribution
 
 
 def local_program(
-    ranks: RankGraphs, parameters: Mapping[str, tuple[tuple[int, ...], Layout, Layout]], handed: Mapping[int, Handed],
-    over: Over, mean: bool = True,
+    ranks: RankGraphs, parameters: Mapping[str, tuple[tuple[int, ...], Layout, Layout]], inputs: Mapping[int, PerRankInput],
+    collective_mesh: CollectiveMesh, mean: bool = True,
 ) -> LocalProgram:  # fmt: skip
-    """Returns the local program of a user's program of one rank; moves are not scheduled yet.
+    """Makes the local program of a per-rank user program; its moves are not scheduled yet.
 
     Args:
+        ranks: the captured graphs.
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
-        handed: position -> tensor input.
+        inputs: position -> tensor input.
+        collective_mesh: the mesh of the user's collectives.
         mean: whether a scalar is averaged over the data axes, or summed.
 
     Raises:
         StrategyError: a result that is not one value, a collective of tensors of several shapes, and the like.
     """
-    writer = _Program(ranks, parameters, handed, over, mean)
+    writer = _Program(ranks, parameters, inputs, collective_mesh, mean)
     program = writer.run()
     writer.problems.raise_if_any("the program of a rank cannot be run on all")
     return program
 
 
 class _Program(Writer):
-    def __init__(self, ranks: RankGraphs, parameters: Any, handed: Mapping[int, Handed], over: Over, mean: bool):
-        super().__init__(ranks, parameters, handed, over)
+    def __init__(
+        self,
+        ranks: RankGraphs,
+        parameters: Any,
+        inputs: Mapping[int, PerRankInput],
+        collective_mesh: CollectiveMesh,
+        mean: bool,
+    ):
+        super().__init__(ranks, parameters, inputs, collective_mesh)
         self.mean = mean
         self.statistics: dict[str, str] = {}  # buffer -> its copy on each rank, that an operator changes
 
@@ -99,13 +109,13 @@ class _Program(Writer):
         self.place.update({value: value for value in node.outputs})
 
     def _seed(self, node: Node, refs: list[Ref]) -> tuple[Ref, PerRank]:
-        """Where a rank's random numbers begin: ranks that hold the same draw the same, others draw others."""
+        """Returns the seed and stream of each rank: ranks that hold the same draw the same numbers, others do not."""
         seed = self.call_one(next_seed, hint="seed", node=node)
         stream = rank_groups.join((0,) * self.mesh.size, *(self.same[ref.name] for ref in refs))
         return Ref(seed), PerRank(lambda rank: stream[rank])
 
     def _own_statistics(self, node: Node) -> None:
-        """Gives every rank its own copy of the running statistics that an operator changes in place."""
+        """Copies, for every rank, the running statistics that an operator changes in place."""
         for argument in STATISTICS:
             slot = node.op.argument(argument)
             value = node.inputs[slot.index] if isinstance(slot, Slot) else None
@@ -133,7 +143,7 @@ class _Program(Writer):
             self.problems.add(f"{node.where}: {collective.op} has no gradient, and its input needs one; hand in x.detach()")
         position = self.positions(collective.axis)
         if collective.kind == "broadcast":
-            length = PerRank(lambda rank: collective.handed_in(position[rank], shapes[rank][0]))
+            length = PerRank(lambda rank: collective.sent_rows(position[rank], shapes[rank][0]))
             name = self.call_one(torch.narrow, Ref(name), 0, 0, length, hint=name, node=node)
         receives = [collective.receives(position[rank]) for rank in self.everyone]
         steps, dtype = plan(collective, self.mesh, shapes), self.graph.metas[result].dtype
@@ -146,12 +156,12 @@ class _Program(Writer):
         self.place[result] = target
 
     def _give_up(self, name: str, result: str) -> None:
-        """Goes on after a problem, to find the others."""
+        """Replaces a result after a problem, so that other problems can be found."""
         self.lanes[result], self.same[result] = self.lanes[name], self.same[name]
         self.place[result] = result
 
     def _after(self, collective: Collective, before: rank_groups.RankGroups) -> rank_groups.RankGroups:
-        """Which ranks hold the same after a collective."""
+        """Computes which ranks hold the same after a collective."""
         position = self.positions(collective.axis)
         keys: list[Any] = []
         for rank in self.everyone:
@@ -179,12 +189,12 @@ class _Program(Writer):
         varies = self.varies(name)
         if not meta.shape and (meta.differentiable or not varies):
             return self._scalar(name, meta.dtype, needs_grad) if needs_grad or varies else name
-        outside = [axis for axis in varies if axis not in self.over.data]
+        outside = [axis for axis in varies if axis not in self.collective_mesh.data]
         if outside or not meta.shape:
             self.problems.add(
                 f"{what}, {list(meta.shape)} {str(meta.dtype).removeprefix('torch.')}, may differ along {_named(varies)}: a "
                 "result is one value, joined along dim 0 over the data axes "
-                f"({', '.join(self.over.data) or 'none here'}); all_gather or all_reduce it in the program"
+                f"({', '.join(self.collective_mesh.data) or 'none here'}); all_gather or all_reduce it in the program"
             )
             return name
         shapes = tuple(self.ranks.of(rank).metas[values[self.ranks.kind[rank]]].shape for rank in self.everyone)
@@ -200,12 +210,12 @@ class _Program(Writer):
         return total
 
     def _weights(self) -> list[float]:
-        """What each rank's scalar counts."""
-        size, data = self.mesh.size, self.mesh.count(self.over.data)
+        """Computes the weight of each rank's scalar."""
+        size, data = self.mesh.size, self.mesh.count(self.collective_mesh.data)
         if not self.mean:
             return [data / size] * size
-        for item in self.handed.values():
-            if item.shape and set(item.used.bound[0]) == set(self.over.data) and data > 1:
+        for item in self.inputs.values():
+            if item.shape and set(item.used.bound[0]) == set(self.collective_mesh.data) and data > 1:
                 rows = [item.used.local_shape(item.shape, rank)[0] for rank in self.everyone]
                 return [n / sum(rows) for n in rows]
         return [1 / size] * size
@@ -229,7 +239,7 @@ class _Program(Writer):
     # -- buffers ----------------------------------------------------------------------------------------------------------
 
     def _updates(self) -> tuple[tuple[str, str], ...]:
-        """What the program leaves in buffers: the mean over the ranks where they differ, as running statistics do."""
+        """Builds the updates of buffers: the mean over the ranks where they differ, as running statistics do."""
         kinds = {i.value: i.kind for i in self.graph.inputs}
         found = []
         for name, value in [*self.graph.updates, *((b, b) for b in self.statistics)]:

@@ -1,7 +1,7 @@
-"""What a collective called by a user is, as a redistribution: its steps, and those of its gradient.
+"""Turns a user's collective into a redistribution: its steps, and those of its gradient.
 
-Ranks that call it may hold different tensors along the other axes of the mesh, of different sizes even: then the steps are
-those of a tensor that these axes split too. The planner is not asked, for it may use that ranks hold the same.
+Along the other axes of the mesh, ranks may call it with different tensors, even of different sizes: then the steps are those
+of a tensor that these axes split too. The planner is not used, as it relies on ranks that hold the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Collective:
     numbers: tuple[int, ...] = ()
 
     def result_shape(self, shape: Shape, count: int) -> Shape:
-        """Returns the shape of what a rank gets, of what it hands in and the number of ranks along the axis."""
+        """Returns the shape of a rank's result.
+
+        Args:
+            shape: that of its argument.
+            count: the number of ranks along the axis.
+        """
         result = list(shape)
         if self.kind == "all_gather":
             result[self.numbers[0]] *= count
@@ -54,8 +59,8 @@ class Collective:
             result[concat] *= count
         return tuple(result)
 
-    def handed_in(self, position: int, size: int) -> int:
-        """Returns how much of dim 0 the rank at a position of the axis hands in: of a broadcast all but the source nothing."""
+    def sent_rows(self, position: int, size: int) -> int:
+        """Counts the rows of dim 0 that the rank at a position sends; in a broadcast only the source sends any."""
         return size if self.kind != "broadcast" or position == self.numbers[0] else 0
 
     def receives(self, position: int) -> bool:
@@ -67,7 +72,10 @@ class Collective:
 
 
 def kept(x: Tensor, receives: bool) -> Tensor:
-    """What came in, or zeros where nothing did; the gradient travels back all the same, for others wait for it."""
+    """Returns the received tensor, or zeros where nothing was received.
+
+    The gradient travels back in either case, since other ranks wait for it.
+    """
     result: Tensor = _Kept.apply(x, receives)
     return result
 
@@ -85,7 +93,7 @@ class _Kept(torch.autograd.Function):
 
 @lru_cache(maxsize=4096)
 def plan(collective: Collective, mesh: Mesh, shapes: Shapes) -> Redistribution:
-    """Returns the steps of a collective and of its gradient, over an axis of two ranks or more.
+    """Builds the steps of a collective and its gradient, over two ranks or more.
 
     Args:
         shapes: of what each rank calls it with, ``shapes[rank]``, the same along the axis.
@@ -104,7 +112,7 @@ def plan(collective: Collective, mesh: Mesh, shapes: Shapes) -> Redistribution:
     before, after, dims = list(others), list(others), collective.numbers
     if collective.kind == "broadcast":
         at = [mesh.coordinates(rank)[axis] for rank in range(mesh.size)]
-        given = [(collective.handed_in(p, shape[0]), *shape[1:]) for p, shape in zip(at, shapes, strict=True)]
+        given = [(collective.sent_rows(p, shape[0]), *shape[1:]) for p, shape in zip(at, shapes, strict=True)]
         dims = (0,)
     if collective.kind in ("broadcast", "all_gather"):
         before[dims[0]] += (axis,)
@@ -142,7 +150,7 @@ def _with_steps(collective: Collective, source: Layout, target: Layout, shape: S
 
 
 def _permutation(collective: Collective, mesh: Mesh, shapes: Shapes, others: list[tuple[str, ...]]) -> Redistribution:
-    """Returns every rank's piece goes to one rank: the same tensor over the same mesh, whose ranks changed places."""
+    """Sends every rank's piece to one rank: the same tensor over the same mesh, with its ranks in other places."""
     taken = {axis for axes in others[1:] for axis in axes}
     dims = [tuple(axis for axis, size in zip(mesh.axes, mesh.sizes) if size > 1 and axis not in taken), *others[1:]]
     receiver = receivers(collective.numbers)
@@ -157,14 +165,14 @@ def _permutation(collective: Collective, mesh: Mesh, shapes: Shapes, others: lis
 
 
 def receivers(senders: Sequence[int]) -> list[int]:
-    """For each position the one that it sends to; those that send to nobody get those that nobody sends to."""
+    """Returns, for each position, the one it sends to; positions that send to nobody get those that nobody sends to."""
     receiver = {sender: position for position, sender in enumerate(senders) if sender >= 0}
     idle = iter([position for position, sender in enumerate(senders) if sender < 0])
     return [receiver[position] if position in receiver else next(idle) for position in range(len(senders))]
 
 
 def _varying(mesh: Mesh, shapes: Shapes, axis: str) -> list[tuple[str, ...]]:
-    """For each dim the axes, other than ``axis``, along which its local size differs."""
+    """Returns, for each dim, the axes other than ``axis`` along which its local size differs."""
     found: list[tuple[str, ...]] = []
     for dim in range(len(shapes[0])):
         sizes = {rank: shapes[rank][dim] for rank in mesh.ranks}
@@ -190,7 +198,7 @@ def _listed(shapes: Shapes) -> str:
 
 
 def laid_out(mesh: Mesh, dims: Sequence[tuple[str, ...]], shapes: Sequence[Shape]) -> tuple[Layout, Shape]:
-    """Returns the layout in which ranks hold pieces of these shapes, and the shape of the whole."""
+    """Returns the layout of ranks' pieces with these shapes, and the shape of the whole."""
     sizes: list[tuple[int, ...] | None] = []
     whole = []
     for dim, axes in enumerate(dims):

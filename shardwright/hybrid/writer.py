@@ -1,4 +1,4 @@
-"""Writer: builds the local program of a per-rank user program."""
+"""Builds the local program of a per-rank user program."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from shardwright.base.torch_private import pytree
 from shardwright.errors import Problems
-from shardwright.hybrid.capture import Handed, RankGraphs
+from shardwright.hybrid.capture import PerRankInput, RankGraphs
 from shardwright.hybrid.functions import chosen
-from shardwright.hybrid.mesh import Over
+from shardwright.hybrid.mesh import CollectiveMesh
 from shardwright.ir import rank_groups
 from shardwright.ir.graph import GraphInput, Node
 from shardwright.ir.instructions import PerRank, ProgramInput, Ref
@@ -24,15 +24,15 @@ from shardwright.redistribute.steps import redistribution
 
 
 class Writer:
-    """Builds a local program from what each kind of rank does: inputs, and instructions with the lanes of what they make.
+    """Builds a local program from the graphs of each kind of rank: inputs, and instructions with their rank groups.
 
     Args:
         parameters: name -> whole shape, the layout in which it is stored, and the one in which the program reads it.
     """
 
-    def __init__(self, ranks: RankGraphs, parameters: Any, handed: Mapping[int, Handed], over: Over):
-        self.ranks, self.graph, self.mesh, self.over = ranks, ranks.first, over.mesh, over
-        self.parameters, self.handed = parameters, handed
+    def __init__(self, ranks: RankGraphs, parameters: Any, inputs: Mapping[int, PerRankInput], collective_mesh: CollectiveMesh):
+        self.ranks, self.graph, self.mesh, self.collective_mesh = ranks, ranks.first, collective_mesh.mesh, collective_mesh
+        self.parameters, self.inputs = parameters, inputs
         self.problems = Problems()
         self.builder = ProgramBuilder(self.mesh.size, self.graph.metas)
         self.instructions, self.lanes = self.builder.instructions, self.builder.lanes
@@ -41,7 +41,7 @@ class Writer:
         self.place: dict[str, str] = {}  # graph value -> local value
         self.shapes: dict[str, tuple[int, ...]] = {}  # graph input -> whole shape
         self.waiting: dict[str, tuple[Layout, Layout]] = {}  # graph input not read yet -> as stored, as read
-        self.chosen: dict[Any, str] = {}  # what each kind of rank reads -> local value
+        self.chosen: dict[Any, str] = {}  # values that each kind of rank reads -> local value
         self.everyone = tuple(range(self.mesh.size))
         self.all_axes = tuple(a for a, size in zip(self.mesh.axes, self.mesh.sizes, strict=True) if size > 1)
 
@@ -53,7 +53,7 @@ class Writer:
         if graph_input.kind == "parameter":
             shape, stored, used = self.parameters[str(graph_input.target)]
         elif graph_input.kind == "input":
-            item = self.handed[int(graph_input.target)]
+            item = self.inputs[int(graph_input.target)]
             shape, stored, used = item.shape, item.given, item.used
         stored, used = stored.normal(shape), used.normal(shape)
         self.shapes[name], self.waiting[name], self.layouts[name] = shape, (stored, used), stored
@@ -62,9 +62,7 @@ class Writer:
         return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
 
     def read(self, value: str, reader: str) -> str:
-        """Returns the local value that holds a value of the graph; at the first use of an input, the move that brings it
-        there.
-        """
+        """Returns the local value that holds a value of the graph; the first use of an input writes its move."""
         if value not in self.place:
             stored, used = self.waiting.pop(value)
             needs_grad = value in self.graph.needs_grad
@@ -81,7 +79,7 @@ class Writer:
         return self.place[value]
 
     def operand(self, values: tuple[str, ...], reader: str, node: Node | None) -> tuple[str, bool]:
-        """Returns the local value that holds what each kind of rank reads, and whether it needs a gradient."""
+        """Returns the local value that each kind of rank reads, and whether it needs a gradient."""
         needs_grad = any(value in self.graph.needs_grad for value in values)
         if len(set(values)) == 1:
             return self.read(values[0], reader), needs_grad
@@ -105,11 +103,33 @@ class Writer:
         self, source: str, steps: Redistribution, dtype: torch.dtype, cause: str, edge: str, lanes: rank_groups.RankGroups,
         needs_grad: bool, node: Node | None = None, name: str | None = None,
     ) -> str:  # fmt: skip
+        """Writes a move and returns the name of its result.
+
+        Args:
+            source: the local value that moves.
+            steps: its redistribution.
+            dtype: of the value.
+            cause: the operator that it is counted to.
+            edge: the values between which it stands, for people.
+            lanes: the rank groups of the result.
+            needs_grad: whether the value needs a gradient.
+            node: the graph node that it stands for.
+            name: the name of the result; default: a new one.
+        """
         name = name or self.new_name(source)
         grad, autocast = (node.grad, node.autocast) if node else (True, None)
         return self.builder.move(source, steps, dtype, edge, needs_grad, cause, grad, autocast, name, lanes)
 
     def call(self, function: Any, args: Any, kwargs: Any, names: tuple[str, ...], node: Node | None, sequence: bool) -> None:
+        """Writes a local call.
+
+        Args:
+            function: the function to call.
+            args, kwargs: its arguments, with references to local values.
+            names: the names of its results.
+            node: the graph node that it stands for.
+            sequence: whether it returns several results.
+        """
         leaves = pytree.tree_leaves((args, kwargs))
         lanes, same = self.builder.lanes_of(leaves), self.builder.lanes_of(leaves, self.same)
         self.same.update(dict.fromkeys(names, same))
@@ -123,7 +143,7 @@ class Writer:
     # -- looking ----------------------------------------------------------------------------------------------------------
 
     def positions(self, axis: str) -> list[int]:
-        return [self.over.position(axis, rank) for rank in self.everyone]
+        return [self.collective_mesh.position(axis, rank) for rank in self.everyone]
 
     def varies(self, name: str) -> tuple[str, ...]:
         """Returns the axes along which ranks may hold different values."""

@@ -67,12 +67,12 @@ class Plan:
         mesh: the main mesh; strategies that need other axes bring their own.
         choices, signatures: by node name.
         input_layouts: layout of every graph input as the program receives it (parameters: as stored).
-        notes: messages for the user, such as which operators run replicated and why.
-        machine: the machine that it is priced on.
-        search: the search that found it, if one did.
-        states: bytes of optimizer state a byte of parameter.
-        full_batch: whether every rank receives the whole batch.
-        memory_limit: bytes that each rank may use, if that was asked for.
+        notes: what a user should know: operators that run replicated and why.
+        machine: what it is priced on.
+        search: how it was found, where a search found it.
+        optimizer_bytes_per_byte: bytes of optimizer state a byte of parameter.
+        full_batch: whether every rank is handed the whole batch.
+        memory_limit: bytes a rank may use, where that was asked for.
         enable_alltoall: whether moves may be all-to-alls.
         passes: passes over the local program before it runs, in order, such as recomputation in the backward pass.
         schedule: which of its moves share collectives, and which start early.
@@ -88,7 +88,7 @@ class Plan:
     mode: str = "semi_auto"
     machine: Machine | None = None
     search: Search | None = None
-    states: float = 2.0
+    optimizer_bytes_per_byte: float = 2.0
     full_batch: bool = True
     memory_limit: float | None = None
     enable_alltoall: bool = True

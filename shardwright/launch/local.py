@@ -18,14 +18,17 @@ _PATIENCE = 60.0  # seconds in which ranks have to start, and to answer
 
 
 def run_ranks(ranks: int, module: str, variables: Mapping[str, str], progress: Callable[[float], None]) -> dict[str, Any]:
-    """Runs a module in a process a rank, listens to the first, and returns what it found out.
+    """Runs a module in one process per rank and returns what the first process reports.
 
     Args:
-        variables: of the environment, besides this process's own.
-        progress: is told the numbers that the first process prints, a line of JSON each; what else it prints is the result.
+        ranks: number of processes.
+        module: the module to run, by its full name.
+        variables: additional environment variables.
+        progress: called with each number that the first process prints. It prints one line of JSON per report; a report that is
+            a dict is the result.
 
     Raises:
-        WorldError: a process failed; with what it said.
+        WorldError: a process failed; the text is what it printed.
     """
     environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environment.update(variables)

@@ -1,4 +1,4 @@
-"""Device meshes: ours as torch's, whose distributed tensors are watched."""
+"""Converts our meshes to torch's, and registers them for the checks of distributed tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardwright.parameters.whole import full_value
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
-    """Returns the one DeviceMesh of a mesh and a device type, for as long as the process group lives.
+    """Returns the one DeviceMesh of a mesh and a device type. It lives as long as the process group.
 
     Args:
         mesh: its axis names become the names of the DeviceMesh's dims; its ranks keep their places.

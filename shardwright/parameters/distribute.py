@@ -1,15 +1,15 @@
-"""The parameters of a module as DTensors: each rank holds its piece, and nothing keeps the whole.
+"""Distributes the parameters of a module as DTensors: each rank holds its piece, and nobody the whole.
 
 Ordinary parameters become ``nn.Parameter(DTensor)``, so that ``torch.optim``, ``clip_grad_norm_`` and
-``torch.distributed.checkpoint`` work on them unchanged. The hot path never goes through DTensor: :func:`enter` hands
-out local tensors and takes back local gradients, all parameters in few steps.
+``torch.distributed.checkpoint`` work on them unchanged. The hot path never goes through DTensor: :func:`enter` returns
+local tensors and takes back local gradients, of all parameters in few steps.
 
 Invariants:
 
-- A parameter's layout is its own: :func:`layout_of`. The first one given stays, whatever is planned later.
+- A parameter keeps the first layout it is given (:func:`layout_of`), whatever is planned later.
 - No handle is stale. The parameter that a user holds from before stands for the new one from then on
   (:class:`MovedParameter`), and an optimizer made before is rebound at its next step, with its state.
-- All ranks begin with the same values. Where they were given different ones, those of the mesh's first rank win.
+- All ranks begin with the same values. Where theirs differ, those of the mesh's first rank win.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def distribute_parameters(root: nn.Module, layouts: Mapping[str, Layout], device: torch.device | str) -> dict[str, Layout]:
-    """Replaces every parameter of a module by a DTensor parameter that holds only this rank's piece.
+    """Replaces every parameter of a module by a DTensor parameter of this rank's piece.
 
     Args:
         root: its parameters, tied ones once, are replaced in the tables of all submodules. Its buffers stay ordinary
@@ -74,11 +74,15 @@ def distribute_parameters(root: nn.Module, layouts: Mapping[str, Layout], device
 
 
 def adopt_slices(root: nn.Module, slices: Mapping[str, tuple[Layout, tuple[int, ...]]], device: torch.device) -> None:
-    """Makes DTensors of parameters that are this rank's pieces already; every rank of the job makes this call.
+    """Makes DTensors of parameters that are this rank's pieces already.
+
+    Every rank of the job makes this call.
 
     Args:
-        slices: of every such parameter, by the first of its names, its layout and the shape of the whole. Ranks that should
-            hold the same piece get that of the first of them.
+        root: the module.
+        slices: the layout and global shape of every such parameter, by the first of its names. Ranks that should hold the same
+            piece get that of the first of them.
+        device: where parameters go.
     """
     found = _Found(root)
     for name, (layout, shape) in slices.items():
@@ -94,7 +98,7 @@ def adopt_slices(root: nn.Module, slices: Mapping[str, tuple[Layout, tuple[int, 
 
 
 def _choose(parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """Returns a layout that can be stored for each parameter, once everything is found in order."""
+    """Chooses a layout that can be stored for each parameter, after checking all of them."""
     meshes = list(dict.fromkeys(layout.mesh for layout in layouts.values()))
     if len(meshes) > 1:
         raise WorldError(
@@ -123,7 +127,7 @@ def _mesh_of(parameters: Iterable[torch.Tensor], layouts: Mapping[str, Layout]) 
 
 
 class _Found:
-    """The parameters of a module and the buffers that are new to us, each once, with every place that holds it."""
+    """Parameters of a module and its new buffers, each once, with every place that holds it."""
 
     def __init__(self, root: nn.Module):
         self.modules = list(root.modules())
@@ -149,7 +153,7 @@ class _Found:
         self._places.setdefault(id(tensor), []).append((module, key))
 
     def by_first_name(self, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-        """Returns the layouts under the name that we use for each parameter, whichever of its names they came under."""
+        """Returns the layouts by the first name of each parameter. They may have been given for any of its names."""
         given = {}
         for name, parameter in self.parameters.items():
             known = [layouts[alias] for alias in self._names[id(parameter)] if alias in layouts]
@@ -164,7 +168,7 @@ class _Found:
                 setattr(module, key, new)
 
     def adopt(self) -> None:
-        """Makes the tables hold the new parameters, and the modules load whole values into them."""
+        """Puts the new parameters into the modules' tables. The modules then accept whole values when loading."""
         for parameter in self.parameters.values():
             self.put(parameter, current(parameter))
         for module in self.modules:
@@ -207,10 +211,10 @@ class _Distribution:
             elif name in self.delayed or tensor.device != piece.device:
                 self.found.put(tensor, piece)
             elif name in differing:
-                tensor.data = piece  # the same object, for whoever holds it
+                tensor.data = piece  # the same object, for all who hold it
 
     def _piece(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """What this rank keeps of a value: a slice of a parameter, the whole of a buffer."""
+        """Returns the part of a value that this rank keeps: a slice of a parameter, the whole of a buffer."""
         if name in self.layouts:
             return _slice(value, self.layouts[name], self.device)
         return value.to(self.device, copy=name in self.delayed)
@@ -239,14 +243,14 @@ class _Distribution:
             )
 
     def _agree(self, numbers: Sequence[int]) -> list[bool]:
-        """For each number whether it is the same on all ranks of the mesh: one small reduction per axis."""
+        """Tells, for each number, whether it is the same on all ranks of the mesh: one small reduction per axis."""
         ends = torch.tensor([list(numbers), [-n for n in numbers]], dtype=torch.int64, device=self.device)
         for group, _ in self._groups():
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
         return (ends[0] == -ends[1]).tolist()  # type: ignore[no-any-return]
 
     def _of_first_rank(self, differing: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's pieces of the first rank's values, which come one at a time in the order that rank makes them."""
+        """Receives this rank's pieces of the first rank's values, one at a time in its order."""
         if not differing:
             return {}
         names = list(self.tensors)
@@ -271,14 +275,14 @@ class _Distribution:
         return pieces
 
     def _broadcast(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns the first rank's value, along each axis in turn from the ranks that stand first on it."""
+        """Broadcasts the first rank's value along each axis in turn."""
         value = value.contiguous()
         for group, source in self._groups():
             dist.broadcast(value.view(-1).view(torch.uint8), source, group=group)
         return value
 
     def _groups(self) -> list[tuple[dist.ProcessGroup, int]]:
-        """This rank's group along every axis, with the first rank of it in the mesh's order."""
+        """Returns this rank's group along every axis, with the group's first rank."""
         if self.device_mesh is None:
             return []
         axes = [(i, axis) for i, axis in enumerate(self.mesh.axes) if self.mesh.sizes[i] > 1]
@@ -286,14 +290,14 @@ class _Distribution:
 
 
 def _first_other(here: Sequence[str], there: Sequence[str]) -> int:
-    """Where two lists begin to differ, -1 where they do not."""
+    """Returns the index at which two lists begin to differ, -1 where they do not."""
     if here == there:
         return -1
     return next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), min(len(here), len(there)))
 
 
 def _replace(old: nn.Parameter, value: DTensor, gradient: DTensor | None) -> None:
-    """Puts a new parameter in the place of an old one, which becomes a handle of it."""
+    """Puts a new parameter in the place of an old one. That becomes a handle of it."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     new.grad = gradient
@@ -305,7 +309,7 @@ def _replace(old: nn.Parameter, value: DTensor, gradient: DTensor | None) -> Non
 
 
 def _slice_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before ``load_state_dict``: whole values, as a single device saves them, become DTensors like the parameters."""
+    """Turns whole values, as a single device saves them, into DTensors before ``load_state_dict``."""
     for key, parameter in module._parameters.items():
         value = state.get(prefix + key)
         if parameter is None or layout_of(parameter) is None or not isinstance(value, torch.Tensor):
@@ -318,7 +322,7 @@ def _slice_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: 
 
 
 def _leave(old: nn.Parameter, new: nn.Parameter) -> None:
-    """Empties a parameter and makes it a handle of the new one. What goes past the handle meets 0 elements and fails."""
+    """Empties a parameter and makes it a handle of the new one. Code that bypasses the handle finds 0 elements and fails."""
     old.grad = None
     old.data = old.data.new_empty(0)
     old.requires_grad_(False)

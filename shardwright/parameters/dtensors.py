@@ -1,4 +1,4 @@
-"""Distributed tensors in the user's own code: what would be one rank's part of the truth is made right, or refused.
+"""Makes distributed tensors in the user's own code give the global result, or refuses.
 
 DTensor lets a rank read its own part of a number, draws the same random numbers for every piece, and ignores an assignment to
 ``.data``. For tensors over our meshes, and no others:
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement import watch as watcher
+from shardwright.agreement import job_watch
 from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.base.operators import IS_NONZERO, READS_NUMBER, draws_on_dtensors
 from shardwright.base.torch_private import add_dtensor_handler, pytree
@@ -34,7 +34,7 @@ Whole = Callable[[Tensor], Tensor]
 
 
 def is_ours(value: Any) -> bool:
-    """Tells whether a tensor is distributed over a mesh of ours."""
+    """Tells whether a tensor is distributed over one of our meshes."""
     return isinstance(value, DTensor) and value.device_mesh in _meshes
 
 
@@ -45,14 +45,14 @@ def is_part(value: DTensor) -> bool:
 
 
 def watch_over(mesh: DeviceMesh, cut: Cut, whole: Whole) -> None:
-    """Takes a mesh for ours, from the first of its tensors on."""
+    """Registers a mesh as ours, when the first of its tensors is made."""
     _meshes.add(mesh)
     _teach(cut, whole)
 
 
 @lru_cache(maxsize=1)
 def _teach(cut: Cut, whole: Whole) -> None:
-    """Teaches DTensor, for as long as this process lives."""
+    """Installs this behaviour in DTensor, for as long as this process lives."""
     _teach_readings()
     _teach_draws(cut, whole)
     _teach_copies()
@@ -111,7 +111,7 @@ def _teach_draws(cut: Cut, whole: Whole) -> None:
             given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, DTensor)]
             if not all(map(is_ours, given)) or any(p.is_partial() for t in given for p in t.placements):
                 return otherwise(operator, args, kwargs)
-            watcher.note(f"random numbers for a tensor {list(given[0].shape)}")
+            job_watch.note(f"random numbers for a tensor {list(given[0].shape)}")
             wholes: dict[int, Tensor] = {id(t): whole(t).clone() for t in given}
             args, kwargs = pytree.tree_map(lambda a: wholes[id(a)] if isinstance(a, DTensor) else a, (args, kwargs))
             if kwargs.get("generator") is None:

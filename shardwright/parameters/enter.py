@@ -1,4 +1,4 @@
-"""Enter: distributed parameters as the local tensors that a program reads."""
+"""Gives programs the local tensors of distributed parameters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shardwright.parameters.placements import _alike
 
 
 def enter(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns the local tensors of many parameters, differentiable: the gradients of those become DTensor gradients of these.
+    """Returns the local tensors of many parameters, differentiably: their gradients become DTensor gradients.
 
     Each local gradient must be the parameter's piece of the whole gradient, reduced already. Frozen parameters give
     tensors without gradient.
 
     Args:
-        parameters: DTensors; ordinary tensors among them are handed through.
+        parameters: DTensors; ordinary tensors among them are returned as they are.
 
     Returns:
-        One local tensor each, which shares memory with the parameter.
+        One local tensor per parameter, which shares its memory.
     """
     found: list[Any] = list(map(current, parameters))
     training = torch.is_grad_enabled()
@@ -48,7 +48,7 @@ def enter(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-# Parameters enter in groups, so that the gradients of one group are handed on before those of the next are complete.
+# Parameters enter in groups, so that the gradients of one group are delivered before those of the next are complete.
 _GROUP_BYTES = 4 << 20
 
 
@@ -58,9 +58,9 @@ def _enter_group(found: list[Any], group: Sequence[int]) -> None:
 
 
 class _Enter(torch.autograd.Function):
-    """From DTensor parameters to their local tensors, and from local gradients back.
+    """Autograd function from DTensor parameters to their local tensors, and from local gradients back.
 
-    Autograd would accept a DTensor gradient for each parameter, at 9 us apiece. In an ordinary ``.backward()``, for a
+    Autograd would accept a DTensor gradient for each parameter, at 9 us each. In an ordinary ``.backward()``, for a
     parameter without hooks, it is cheaper to do here what autograd's AccumulateGrad does: set ``.grad`` or add to it.
     """
 
@@ -91,7 +91,7 @@ class _Enter(torch.autograd.Function):
             if not gradient.is_contiguous():
                 gradient = gradient.contiguous()
             elif count > alone or gradient._use_count() > 1:
-                gradient = gradient.clone()  # somebody else has it, and optimizers write into gradients
+                gradient = gradient.clone()  # others hold it, and optimizers write into gradients
             whole = DTensor(gradient, parameter._spec, requires_grad=False)
             if plain and have is None:
                 parameter.grad = whole
@@ -102,8 +102,10 @@ class _Enter(torch.autograd.Function):
 
 
 class _Sentinel(NamedTuple):
-    """A leaf that nobody asks a gradient of, so that the engine visits its node only where it visits every leaf; and
-    how many references Python counts to a gradient in a backward function if nobody else holds it."""
+    """A leaf whose gradient nobody asks for, so that the engine visits its node only if it visits every leaf.
+
+    ``alone``: the references that Python counts, in a backward function, to a gradient that nobody else holds.
+    """
 
     leaf: torch.Tensor
     node: Any

@@ -1,4 +1,4 @@
-"""Loss scaling over ranks: whether any gradient is infinite is found on all ranks or on none.
+"""Makes loss scaling find infinite gradients on all ranks or on none.
 
 ``torch.amp.GradScaler`` asks one operator about all gradients of a dtype. For DTensors torch runs it on the local pieces
 and takes the maximum over the axes that split the *first* gradient: where that one is replicated, a rank whose piece of
@@ -22,7 +22,7 @@ from shardwright.base.torch_private import replace_dtensor_handler
 
 @lru_cache(maxsize=1)
 def agree_on_found_inf() -> None:
-    """Makes ``GradScaler`` right for DTensors, of whomever, for as long as this process lives."""
+    """Makes ``GradScaler`` right for all DTensors, for as long as this process lives."""
     replace_dtensor_handler(CHECKS_AND_UNSCALES, _handler)
 
 
@@ -38,7 +38,7 @@ def _handler(otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _largest(found_inf: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Puts the largest ``found_inf`` of the ranks that hold other pieces of the gradients in its place."""
+    """Replaces ``found_inf`` by the largest among ranks with other pieces of the gradients."""
     splits: dict[DeviceMesh, set[int]] = {}
     for gradient in gradients:
         if isinstance(gradient, DTensor):

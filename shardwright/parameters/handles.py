@@ -12,9 +12,9 @@ _MOVED_TO, _HOOKED = "_shardwright_moved_to", "_shardwright_hooked"
 
 
 class MovedParameter(nn.Parameter):
-    """A parameter from before the distribution: stands for the new one wherever it is used.
+    """Parameter from before the distribution. It stands for the new one wherever it is used.
 
-    Every function that is given it works on the new parameter: ``old.grad``, ``old.norm()``, ``old.requires_grad_()``,
+    Every function that gets it works on the new parameter: ``old.grad``, ``old.norm()``, ``old.requires_grad_()``,
     ``clip_grad_norm_([old], 1.0)``, ``copy.deepcopy(old)``. Only ``id``, ``hash`` and ``is`` tell them apart.
     """
 
@@ -45,7 +45,7 @@ class MovedParameter(nn.Parameter):
 
 
 def current(value: Any) -> Any:
-    """Returns the new parameter for one from before; everything else as it is, also within lists, tuples and dicts.
+    """Replaces parameters from before by the new ones, also within lists, tuples and dicts; returns others as they are.
 
     >>> current([1, int])
     [1, <class 'int'>]

@@ -1,6 +1,6 @@
-"""The norm of all gradients and clipping by it, over parameters of any layouts: one small all-reduce for all of them.
+"""Computes the norm of all gradients and clips by it, with one small all-reduce. Parameters may have any layouts.
 
-Each rank adds up what it holds, a piece that several ranks hold on the first of them, and one number goes round.
+Each rank adds up what it holds; a piece that several ranks hold counts on the first of them. One number is reduced.
 ``torch.nn.utils.clip_grad_norm_`` is right on DTensors too, but dispatches on each of them, has no largest value of an empty
 piece, and rounds the norm of every tensor of half precision to it.
 """
@@ -23,7 +23,7 @@ from shardwright.parameters.handles import current
 
 
 class _Piece(NamedTuple):
-    """What torch clips in place of a parameter."""
+    """Stand-in for a parameter, which torch clips."""
 
     grad: Tensor
 
@@ -35,16 +35,18 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Scales the gradients of parameters so that their norm, as of one vector, is ``max_norm`` at most.
+    """Scales gradients so that their norm, as of one vector, is at most ``max_norm``.
 
-    As ``torch.nn.utils.clip_grad_norm_``, which it is where parameters are ordinary tensors; of distributed ones every
-    logical element counts once, whichever ranks hold it, and ranks communicate once, or not at all where each holds
-    everything. Every rank of the job makes the call.
+    For ordinary tensors it is ``torch.nn.utils.clip_grad_norm_``. Of distributed parameters every logical element counts once,
+    whichever ranks hold it, and ranks communicate once, or not at all where each holds everything. Every rank of the job makes
+    the call.
 
     Args:
         parameters: with their gradients, whole or in pieces; those without a gradient are left out.
+        max_norm: the largest norm allowed.
         norm_type: above 0; ``inf`` for the largest absolute value.
         error_if_nonfinite: whether to raise, on all ranks, where the norm is not finite.
+        foreach: as in torch: whether to use the faster implementation; default: where possible.
 
     Returns:
         The norm before clipping, the same plain tensor on every rank; in float32 for gradients in half precision.
@@ -73,7 +75,11 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Returns the norm of tensors as of one vector; as ``torch.nn.utils.get_total_norm``, see :func:`clip_grad_norm_`.
+    """Computes the norm of tensors as of one vector, like ``torch.nn.utils.get_total_norm``.
+
+    Args:
+        tensors: ordinary or distributed tensors.
+        norm_type, error_if_nonfinite, foreach: see :func:`clip_grad_norm_`.
 
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(5.)
@@ -112,7 +118,7 @@ def _total(tensors: Sequence[Tensor], order: float, foreach: bool | None) -> Ten
 
 
 def _norms(pieces: Sequence[Tensor], order: float, foreach: bool | None, device: torch.device) -> Tensor:
-    """Returns the norm of each piece, in float64; without those of no elements."""
+    """Computes the norm of each piece, in float64; leaves out those without elements."""
     by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for piece in pieces:
         if piece.numel():
@@ -144,7 +150,7 @@ def _is_everywhere(tensor: Tensor) -> bool:
 
 
 def _counts_here(tensor: Tensor) -> bool:
-    """Tells whether this rank is the first of those that hold its piece of a tensor."""
+    """Tells whether this rank is the first that holds its piece of a tensor."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     mesh = tensor.device_mesh

@@ -1,4 +1,4 @@
-"""Optimizers: bound to the distributed parameters, their steps run on local tensors."""
+"""Binds optimizers to the distributed parameters, and runs their steps on local tensors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def rebind(optimizer: Optimizer) -> None:
-    """Makes an optimizer work on the distributed parameters; it happens by itself before every step.
+    """Makes an optimizer work on the distributed parameters; it is called automatically before every step.
 
-    Handles from before give way to the new parameters, in the lists that the optimizer has, and their state follows.
-    State in whole tensors (from steps before the distribution, or loaded from a single device's checkpoint) is cut to
-    the parameter's piece; whole state of another shape is replicated; numbers such as ``step`` stay.
+    New parameters replace the handles in the optimizer's lists, and their state follows. State in whole tensors (from steps
+    before the distribution, or loaded from a single device's checkpoint) is cut to the parameter's piece; whole state of
+    another
+    shape is replicated; numbers such as ``step`` stay.
 
     Args:
-        optimizer: any; one that has no distributed parameters is left as it is.
+        optimizer: any; one without distributed parameters stays as it is.
     """
     ours = False
     for group in optimizer.param_groups:
@@ -86,7 +87,7 @@ _LOCAL_STEP = "_shardwright_local_step"
 
 
 class _LocalStep(NamedTuple):
-    """What an optimizer holds outside a step, and the local tensor that stands for each of its parameters within."""
+    """Tensors of an optimizer outside a step, and the local tensors of its parameters within."""
 
     params: list[list[torch.Tensor]]
     state: Any
@@ -133,7 +134,7 @@ def _before_state_dict(optimizer: Optimizer, *rest: Any) -> None:
 
 
 def _finish_local_step(optimizer: Optimizer) -> bool:
-    """Gives the optimizer its DTensors back, and new state to them. Also after a step that failed, when first asked."""
+    """Gives the optimizer its DTensors back, with new state. Works also after a step that failed."""
     step: _LocalStep | None = vars(optimizer).pop(_LOCAL_STEP, None)
     if step is None:
         return False
@@ -159,7 +160,7 @@ def _finish_local_step(optimizer: Optimizer) -> bool:
 
 
 def _beside(parameter: Any, key: str, value: Any) -> Any:
-    """Returns a piece of state made in a local step as a DTensor; numbers such as ``step`` as they are."""
+    """Returns state made in a local step as a DTensor; numbers such as ``step`` as they are."""
     local = parameter._local_tensor
     if not isinstance(value, torch.Tensor) or value.shape != local.shape or (key == "step" and not local.dim()):
         return value

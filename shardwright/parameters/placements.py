@@ -1,4 +1,4 @@
-"""Placements: layouts as DTensor placements, and back."""
+"""Converts layouts to DTensor placements, and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardwright.parameters.handles import current
 
 @lru_cache(maxsize=65536)
 def placements(layout: Layout, shape: tuple[int, ...]) -> tuple[Placement, ...] | None:
-    """Returns the DTensor placements, one per axis of the mesh, that mean what a layout means.
+    """Returns the DTensor placements, one per mesh axis, that mean the same as a layout.
 
     Args:
         layout: where the pieces of the tensor are.
@@ -64,8 +64,13 @@ def _ascends(mesh: Mesh, axis: str) -> bool:
 
 
 def _same_pieces(layout: Layout, dim: int, shape: tuple[int, ...], steps: Sequence[tuple[int, int, int]]) -> bool:
-    """Tells whether DTensor's strided splits of ``dim`` give the layout's pieces; steps are (place in the mesh, count,
-    factor).
+    """Tells whether DTensor's strided splits of ``dim`` give the layout's pieces.
+
+    Args:
+        layout: the layout.
+        dim: the dim.
+        shape: global shape.
+        steps: the splits, as (place in the mesh, count, factor).
     """
     pieces = [torch.arange(shape[dim])]
     for _, count, factor in steps:
@@ -87,9 +92,9 @@ def _strided_split(whole: torch.Tensor, count: int, factor: int) -> list[torch.T
 
 
 def storable(layout: Layout, shape: Sequence[int]) -> Layout:
-    """Returns the layout itself if a DTensor can have it, else the nearest that one can.
+    """Returns the layout itself if DTensor can express it, else the nearest possible.
 
-    Nearest: first without explicit piece sizes, then with the axes of every dim in the mesh's order, then without the
+    Nearest means: first without explicit piece sizes, then with the axes of every dim in the mesh's order, then without the
     axes along which ranks do not ascend. The caller redistributes from it where the parameter is used.
 
     >>> layout = Layout.parse("mp[3 1],None @ dp=2,mp=2")
@@ -114,7 +119,7 @@ def stored_layouts(root: nn.Module) -> dict[str, Layout]:
 def layout_of(parameter: torch.Tensor) -> Layout | None:
     """Returns the layout in which a DTensor is stored, without axes of size 1; ``None`` for any other tensor.
 
-    It is read from the DTensor itself, so it holds whatever replaced the parameter: a cast, a copy, a checkpoint.
+    It is read from the DTensor itself, so it stays right whatever replaced the parameter: a cast, a copy, a checkpoint.
     """
     parameter = current(parameter)
     if not isinstance(parameter, DTensor):
@@ -124,7 +129,7 @@ def layout_of(parameter: torch.Tensor) -> Layout | None:
 
 @lru_cache(maxsize=4096)
 def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Layout | None:
-    """Returns the inverse of :func:`placements`; ``None`` for meshes without names and placements that no layout means."""
+    """Inverts :func:`placements`; ``None`` for meshes without names and placements that no layout means."""
     dims: list[list[int]] = [[] for _ in range(ndim)]
     for at in reversed(range(len(split))):
         placement = split[at]
@@ -147,7 +152,7 @@ def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Lay
 
 
 def _slice(value: torch.Tensor, layout: Layout, device: torch.device) -> torch.Tensor:
-    """Returns a copy of this rank's piece of a whole value."""
+    """Copies this rank's piece of a whole value."""
     piece = value.detach()[tuple(slice(*ends) for ends in layout.bounds(value.shape)[dist.get_rank()])]
     return piece.to(device, copy=True, memory_format=torch.contiguous_format)
 
@@ -159,7 +164,7 @@ def _as_dtensor(piece: torch.Tensor, layout: Layout, shape: torch.Size, mesh: De
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
-    """Returns a whole value, the same on all ranks, as a DTensor beside a parameter: sliced alike if it has its shape."""
+    """Makes a DTensor of a whole value that all ranks have. It is sliced like the parameter if it has its shape."""
     assert isinstance(parameter, DTensor)
     layout = layout_of(parameter)
     assert layout is not None
@@ -170,7 +175,7 @@ def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
 
 
 def _alike(parameter: DTensor, piece: torch.Tensor) -> DTensor:
-    """Returns a local tensor as a DTensor with the parameter's shape and placements; differentiable."""
+    """Makes a DTensor of a local tensor, with the parameter's shape and placements; differentiable."""
     shape, stride = parameter.shape, parameter.stride()
     mesh, split = parameter.device_mesh, parameter.placements
     return DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=stride)

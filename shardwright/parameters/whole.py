@@ -1,4 +1,4 @@
-"""Whole values of parameters: gathered from their pieces, or materialised where they are still delayed."""
+"""Gathers whole values of parameters, or materialises those that are delayed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.watch import note
+from shardwright.agreement.job_watch import note
 from shardwright.ir.layout import Layout
 from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.delayed.replay import materialise
@@ -19,7 +19,7 @@ from shardwright.parameters.placements import layout_of
 
 
 def materialise_whole(root: nn.Module) -> None:
-    """Gives delayed parameters and buffers their whole values: the simulated world holds global tensors."""
+    """Gives delayed parameters and buffers their whole values, as the simulated world holds global tensors."""
     wanted = {n: t for n, t in [*root.named_parameters(), *root.named_buffers()] if is_delayed(t)}
     if not wanted:
         return
@@ -59,7 +59,7 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
-    """Undoes the splits of every dim, the least significant axis first, one gather each."""
+    """Undoes the splits of every dim, least significant axis first, with one gather each."""
     rank, dims = dist.get_rank(), [list(axes) for axes in layout.bound]
     for dim, axes in enumerate(dims):
         while axes:

@@ -1,11 +1,11 @@
-"""Partition: Graph and Plan to the local program that one rank runs.
+"""Partition: makes the local program that one rank runs, from a graph and its plan.
 
 =================  ==========================================================================================
 ``builder``        writes the instructions of a local program
-``free_results``   values and gradients that nobody else holds, so that a sum over ranks may be done in place
-``local_program``  partitioned, and sent through the plan's passes
+``free_results``   finds values and gradients that nobody else holds, so that a sum over ranks may be in place
+``local_program``  the only way from a plan to its local program: partitions it and runs the plan's passes
 ``overlap``        decides which moves share a collective, and which start early
-``partitioner``    graph and Plan to the local program
-``sharing``        how the readers of one value share redistributions
+``partitioner``    makes the local program of a graph and its plan
+``sharing``        decides how the readers of one value share redistributions
 =================  ==========================================================================================
 """

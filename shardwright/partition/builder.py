@@ -1,8 +1,7 @@
-"""Builder: writes the instructions of a local program.
+"""Writes the instructions of a local program.
 
-Everything that makes local programs writes them with a :class:`ProgramBuilder`: the partitioner, for all ranks or for the
-first one alone, and ``hybrid/``, which joins programs that users wrote for single ranks. :class:`NodeBuilder` is what the
-lowering of one operator writes to.
+Everything that makes local programs uses a :class:`ProgramBuilder`: the partitioner, for all ranks or for the first one
+alone, and ``hybrid/``, which joins per-rank programs of users. :class:`NodeBuilder` receives the lowering of one operator.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from shardwright.rules.traits import traits_of
 
 
 class ProgramBuilder:
-    """Collects instructions and, for each local value, its lanes and its layout.
+    """Collects instructions and, for each local value, its rank groups and its layout.
 
     Args:
         size: number of ranks.
         taken: names that no local value may get.
-        first_rank_only: whether the program is made for the first rank, without looking at the others: no value has lanes
-            then, and arguments are those of the first rank.
+        first_rank_only: whether the program is made for the first rank only, without looking at the others: then values have
+            no rank groups, and arguments are those of the first rank.
     """
 
     def __init__(self, size: int, taken: Container[str], first_rank_only: bool = False):
@@ -54,10 +53,11 @@ class ProgramBuilder:
                 return name
 
     def lanes_of(self, leaves: list[Any], lanes: dict[str, rank_groups.RankGroups] | None = None) -> rank_groups.RankGroups:
-        """Returns the lanes of a call with these arguments: ranks that are given the same compute the same.
+        """Returns the rank groups of a call with these arguments: ranks with the same arguments compute the same.
 
         Args:
-            lanes: of the values that it reads; default: those of this builder.
+            leaves: the arguments.
+            lanes: the rank groups of the values that it reads; default: those of this builder.
         """
         if self.first_rank_only:
             return ()
@@ -71,7 +71,7 @@ class ProgramBuilder:
         return rank_groups.join(*known) if known else (0,) * self.size
 
     def layout_lanes(self, layout: Layout, partial: tuple[str, ...] = ()) -> rank_groups.RankGroups:
-        """Returns the lanes of a value in a layout, its partial gradient along ``partial`` apart."""
+        """Returns the rank groups of a value in a layout. Partial gradients along ``partial`` are kept apart."""
         return () if self.first_rank_only else rank_groups.of_layout(layout, partial)
 
     def call(
@@ -88,7 +88,10 @@ class ProgramBuilder:
         """Writes a local call.
 
         Args:
-            names: of its results.
+            function: the function to call.
+            args, kwargs: its arguments, with references to local values.
+            names: the names of its results.
+            lanes: the rank groups of its results.
             sequence: whether it returns several.
             cause, node: the graph node that it stands for; without one, no autocast and with gradients.
         """
@@ -114,9 +117,15 @@ class ProgramBuilder:
         """Writes a move and returns the name of its result.
 
         Args:
-            edge: between which values it stands, for people; ``cause``: the operator that it is counted to.
-            needs_grad: whether the value needs a gradient; ``grad``: whether its reader takes one.
-            name, lanes: of the result; default: a new one, and those of the target layout.
+            source: the local value that moves.
+            steps: its redistribution.
+            dtype: of the value.
+            edge: the values between which it stands, for people.
+            needs_grad: whether the value needs a gradient.
+            cause: the operator that it is counted to.
+            grad: whether its reader computes gradients.
+            autocast: the autocast to run it under.
+            name, lanes: of the result; default: a new name, and the rank groups of the target layout.
         """
         name = name or self.new_name(source.rstrip("0123456789").rstrip("_") or source)
         if lanes is None:
@@ -130,7 +139,7 @@ class Moves:
     """Plans moves for a builder, each dtype with the options that fit it.
 
     Args:
-        options: what redistributions may use and what they cost; the item size is that of each tensor.
+        options: which steps redistributions may use and their costs; the item size is that of each tensor.
         parameters: names of values that are parameters: their moves share messages with others, so only bytes count.
     """
 
@@ -139,7 +148,7 @@ class Moves:
         self._options = {(options.itemsize, False): options}
 
     def options_for(self, dtype: torch.dtype, of_parameter: bool = False) -> Options:
-        """Returns what a move may use and costs."""
+        """Returns the steps that a move may use, and their costs."""
         key = (dtype.itemsize, of_parameter)
         if key not in self._options:
             options = next(iter(self._options.values()))
@@ -163,12 +172,18 @@ class Moves:
         needs_grad: bool = True,
         with_gradient: bool = False,
     ) -> str:
-        """Writes the move between two layouts and returns the name of its result; the source where nothing moves.
+        """Writes the move between two layouts; returns the name of its result, or the source where nothing moves.
 
         Args:
+            source: the local value that moves.
             shape: global shape.
+            before, after: the layouts.
             gradient: axes over which the gradient at the target is partial.
-            node: the operator that reads the result; ``with_gradient``: whether another reader takes a gradient.
+            dtype: of the value.
+            edge: the values between which it stands, for people.
+            node: the operator that reads the result.
+            needs_grad: whether the value needs a gradient.
+            with_gradient: whether another reader computes gradients.
         """
         steps = redistribution(before, after, shape, gradient, self.options_for(dtype, source in self.parameters))
         if steps.is_identity:
@@ -179,7 +194,10 @@ class Moves:
 
 
 def _autocast_of_move(node: Node | None, dtype: torch.dtype) -> Autocast:
-    """Returns that of the operators around it, so that they share a block; none where autocast cannot concatenate the dtype."""
+    """Returns the autocast of the operators around a move, so that they share a block.
+
+    It is off where autocast cannot concatenate the dtype.
+    """
     autocast = node.autocast if node else None
     if autocast is None or (dtype.is_floating_point and dtype not in (torch.float32, torch.float64, autocast[1])):
         return None
@@ -187,7 +205,7 @@ def _autocast_of_move(node: Node | None, dtype: torch.dtype) -> Autocast:
 
 
 class NodeBuilder:
-    """What a lowering writes to; see :class:`shardwright.rules.lowering.Local`."""
+    """Receives the lowering of one operator; see :class:`shardwright.rules.lowering.Local`."""
 
     def __init__(self, moves: Moves, graph: Graph, node: Node, choice: Choice, signature: Signature, inputs: tuple[Ref, ...]):
         self.moves, self.builder, self.graph = moves, moves.builder, graph
@@ -195,7 +213,7 @@ class NodeBuilder:
         self.op, self.signature, self.mesh, self.split = node.op, signature, choice.mesh, choice.split
         self.inputs, self.input_layouts = inputs, choice.inputs
         self.output_layouts, self.settled_layouts = choice.computed, choice.outputs
-        # local values that a gradient flows back through: inputs, and what calls and moves make of them
+        # local values that a gradient flows back through: inputs, and results of calls and moves of them
         self.differentiated = {
             ref.name
             for ref, value, meta in zip(inputs, node.inputs, node.op.inputs, strict=True)
@@ -239,12 +257,12 @@ class NodeBuilder:
         return self.builder.call(function, args, kwargs, tuple(names), lanes, sequence, node=self.node)
 
     def _check_gradients(self, function: Callable[..., Any], leaves: list[Any], lanes: rank_groups.RankGroups) -> bool:
-        """Checks that no lanes share a value whose gradient each makes a part of.
+        """Refuses rank groups that share a value but make different parts of its gradient.
 
         The reduction of that gradient would be missing.
 
         Returns:
-            Whether a gradient flows back through the call, to what the node reads or to what was made of that.
+            Whether a gradient flows back through the call, to what the node reads or to a value made from that.
         """
         if not self.node.grad or not traits_of(function).has_gradient:
             return False

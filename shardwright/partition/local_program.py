@@ -1,7 +1,7 @@
-"""Local program of a plan: partitioned, and sent through the plan's passes.
+"""Makes the local program of a plan: partitions it and runs the plan's passes.
 
-The one way from a plan to what a rank runs. Running, predictions of memory and prices of what is done again all take it, so
-that none of them sees another program than the others.
+This is the only way from a plan to what a rank runs. Running, predictions of memory and prices of recomputation all use it,
+so that all of them see the same program.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shardwright.redistribute.planner import Options
 
 
 def options_of(plan: Plan) -> Options:
-    """Returns what the redistributions of a plan may use and what they cost, on its machine."""
+    """Returns the steps that a plan's redistributions may use, with costs on its machine."""
     if plan.machine is None:
         return Options(enable_alltoall=plan.enable_alltoall)
     return Options(machine_links(plan.machine, plan.mesh), enable_alltoall=plan.enable_alltoall)
@@ -24,7 +24,7 @@ def options_of(plan: Plan) -> Options:
 def program_before_overlap(
     plan: Plan, options: Options | None = None, first_rank_only: bool = False, dump: Dump = NO_DUMP
 ) -> LocalProgram:
-    """Partitions a plan and runs the passes that come before moves are put together.
+    """Partitions a plan and runs the passes that come before moves are fused.
 
     Args:
         options: what redistributions may use; default: :func:`options_of` the plan.
@@ -41,7 +41,7 @@ def program_before_overlap(
 
 
 def finished(program: LocalProgram, plan: Plan, dump: Dump = NO_DUMP) -> LocalProgram:
-    """Puts the moves of a program together and early, and runs the passes that come after that."""
+    """Fuses the moves of a program, starts them early, and runs the passes that follow."""
     program = scheduled(program, plan.schedule)
     _write(dump, "overlap", program)
     for each in plan.passes:
@@ -54,12 +54,16 @@ def finished(program: LocalProgram, plan: Plan, dump: Dump = NO_DUMP) -> LocalPr
 def local_program(
     plan: Plan, options: Options | None = None, first_rank_only: bool = False, dump: Dump = NO_DUMP
 ) -> LocalProgram:
-    """Makes the program that a rank runs; see :func:`program_before_overlap` for the arguments."""
+    """Makes the program that a rank runs.
+
+    Args:
+        plan, options, first_rank_only, dump: see :func:`program_before_overlap`.
+    """
     return finished(program_before_overlap(plan, options, first_rank_only, dump), plan, dump)
 
 
 def first_rank_program(plan: Plan) -> LocalProgram:
-    """Returns the program of the first rank, made without looking at the others; remembered, for several views ask for it."""
+    """Makes the program of the first rank, without looking at the others; cached, as several views ask for it."""
     if "first rank" not in plan.memo:
         plan.memo["first rank"] = local_program(plan, first_rank_only=True)
     return plan.memo["first rank"]  # type: ignore[no-any-return]

@@ -1,12 +1,12 @@
-"""Overlap: decides which moves share a collective, and which start early.
+"""Decides which moves share a collective, and which start early.
 
-Moves of parameters come in buckets: those of one kind, in the order in which they are read, share their collectives.
+Moves of parameters are fused in buckets: those of one kind, in the order in which they are read, share their collectives.
 They start early and each ends where its parameter is read, so that they travel while ranks compute. The backward pass
 mirrors it: the last layers' gradients are complete first, and start to travel, all of a bucket at once, while the layers
 before are computed; they are waited for where the forward pass started, which for a gradient's sum is the very end.
 
-Other small moves whose tensors are all there at the first one's place share their collectives too: a message costs more
-than its bytes. Other large ones start as soon as their tensor is there and end where it is read.
+Other small moves share their collectives if all of their tensors are there at the place of the first: a message costs more
+than its bytes. Other large moves start as soon as their tensor is there and end where it is read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from shardwright.redistribute.volume import is_even
 def schedule(
     instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str] = ()
 ) -> tuple[Instruction, ...]:
-    """Returns the same instructions, with moves that share collectives put together and large ones started early.
+    """Fuses moves that share collectives, and starts large ones early.
 
     Args:
-        parameters: inputs of the program whose moves come in buckets.
+        instructions: those of a program.
+        options: which moves share collectives.
+        parameters: inputs of the program whose moves are fused in buckets.
     """
     buckets = _buckets(instructions, options, parameters)
     alone = {move.output for members in buckets for move in members}
@@ -40,7 +42,7 @@ def schedule(
 
 
 def _buckets(instructions: Sequence[Instruction], options: MoveBuckets, parameters: Collection[str]) -> list[list[Move]]:
-    """Moves of parameters, those that share their collectives together, in the order in which they are read."""
+    """Groups the moves of parameters that share collectives, in the order of reading."""
     kinds: dict[Any, list[Move]] = {}
     for move in moves_alone(instructions):
         if move.source in parameters and (kind := _kind(move)) is not None:
@@ -61,9 +63,9 @@ def _by_place(moves: Sequence[Move], starts: Sequence[int]) -> list[list[Move]]:
 
 
 def _by_size(moves: Sequence[Move], full: int) -> list[list[Move]]:
-    """Filled from the last one read, so that what is left over is the bucket that nothing can hide, and a small one.
+    """Fills buckets from the last move read. The bucket that nothing can hide is then a small one.
 
-    What would fill a bucket by itself is alone: it gains nothing by a launch less, and need not be copied.
+    A move that would fill a bucket stays alone: it gains nothing from fusion, and need not be copied.
     """
     found: list[list[Move]] = []
     total = full
@@ -112,7 +114,7 @@ def _joined(instructions: Sequence[Instruction], options: MoveBuckets, alone: Co
 
 
 def _kind(move: Move) -> Any:
-    """What moves have in common that can share collectives; ``None`` for one that cannot."""
+    """Returns the key that moves have to share to be fused; ``None`` for a move that cannot be."""
     plan = move.redistribution
     directions = [plan.forward, plan.backward if move.needs_grad else ()]
     if not any(directions):
@@ -142,9 +144,9 @@ def _bytes(move: Move) -> int:
 def _started(
     instructions: Sequence[Instruction], options: MoveBuckets, buckets: Sequence[Sequence[Move]]
 ) -> tuple[Instruction, ...]:
-    """Starts moves right after their tensor is made, but no forward collective before the one ahead of it has ended.
+    """Starts moves right after their tensor is made. A forward collective waits until the one before it has ended.
 
-    More than one gather under way would hold more than one bucket of gathered tensors too early.
+    With more than one gather under way, more than one bucket of gathered tensors would be held too early.
     """
     bucket_of = {move.output: members for members in buckets for move in members}
     starts: dict[int, list[StartMoves]] = {}

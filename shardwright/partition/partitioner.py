@@ -1,4 +1,4 @@
-"""Partition: Graph and Plan to the local program.
+"""Makes the local program of a graph and its plan.
 
 Each operator becomes its local calls; each edge whose ends differ in layout, or whose gradient needs a reduction,
 becomes one move, shared by all consumers with the same need.
@@ -25,10 +25,12 @@ from shardwright.redistribute.planner import Options
 def partition(
     graph: Graph, plan: Plan, options: Options | None = None, schedule_options: MoveBuckets | None = None
 ) -> LocalProgram:
-    """Returns the program one rank runs, with every collective the plan asks for.
+    """Makes the program that one rank runs, with every collective of the plan.
 
     Args:
-        options: what redistributions may use and what they cost; the item size is that of each tensor.
+        graph: the graph.
+        plan: its plan.
+        options: which steps redistributions may use and their costs; the item size is that of each tensor.
         schedule_options: which moves share collectives.
 
     Returns:
@@ -38,18 +40,21 @@ def partition(
 
 
 def unscheduled(graph: Graph, plan: Plan, options: Options, first_rank_only: bool = False) -> LocalProgram:
-    """Returns the same, each move where its result is read first and by itself.
+    """Makes the same program, with each move alone and where its result is read first.
 
     Args:
-        first_rank_only: whether to make it for the first rank alone. It has the largest pieces of every tensor. What is
-            decided is the same for all ranks; left out is the proof that no rank's values vary where a layout says that
-            ranks replicate, which takes as long as there are ranks.
+        graph: the graph.
+        plan: its plan.
+        options: which steps redistributions may use and their costs.
+        first_rank_only: whether to make it for the first rank only, which has the largest pieces of every tensor. Decisions
+            are the same for all ranks; only the proof is left out that no rank's values vary where a layout says that ranks
+            replicate, whose time grows with the number of ranks.
     """
     return _Partitioner(graph, plan, options, first_rank_only).run()
 
 
 def scheduled(program: LocalProgram, options: MoveBuckets) -> LocalProgram:
-    """Returns the program with its moves together and early, as the options say."""
+    """Fuses the moves of a program and starts them early, as the options say."""
     parameters = {i.name for i in program.inputs if i.kind in ("parameter", "local")}
     return replace(program, instructions=schedule(program.instructions, options, parameters))
 
@@ -63,7 +68,7 @@ class _Partitioner:
         self.moves = Moves(self.builder, options, self.parameters)
         self.place: dict[str, str] = {}  # graph value -> local value
         self.moved: dict[tuple[str, Layout, tuple[str, ...]], str] = {}
-        self.needs: dict[str, dict[Need, None]] = {}  # what each graph value is read as, in order
+        self.needs: dict[str, dict[Need, None]] = {}  # layouts in which each graph value is read, in order
         # Values that some reader takes a gradient of: a move is shared, and its first reader may be one that takes none.
         self.with_gradient = graph.needs_grad & {value for node in graph.nodes if node.grad for value in node.inputs}
         self.node: Node | None = None
@@ -132,7 +137,7 @@ class _Partitioner:
                 self.place[value] = name
 
     def _check_lanes(self, node: Node, name: str, layout: Layout) -> None:
-        """Proves that ranks on which the layout says that they replicate compute the same."""
+        """Proves that ranks compute the same wherever the layout says that they replicate."""
         if not self.builder.first_rank_only:
             assert rank_groups.varies_only_with(self.lanes[name], rank_groups.of_layout(layout)), (
                 f"{node.where}: the local result varies along axes that {layout.short()} does not have"
@@ -141,7 +146,14 @@ class _Partitioner:
     # -- values ---------------------------------------------------------------------------------------------------
 
     def value_in(self, value: str, layout: Layout, gradient: tuple[str, ...], reader: str) -> str:
-        """Returns the local value that holds ``value`` laid out as ``layout``; emits a move at its first use."""
+        """Returns the local value that holds ``value`` in ``layout``. Its first use emits a move.
+
+        Args:
+            value: a value of the graph.
+            layout: the layout in which it is read.
+            gradient: axes over which its gradient is partial at the reader.
+            reader: the operator that reads it.
+        """
         meta = self.graph.metas[value]
         layout = layout.normal(meta.shape)
         source = self.place[value]

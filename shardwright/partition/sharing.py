@@ -1,7 +1,8 @@
-"""Sharing: how the readers of one value share redistributions.
+"""Decides how the readers of one value share redistributions.
 
-Readers that need the same layout share one. A reader may also start from what another has: from a gather over two axes,
-one over the first is left to do. Which need is derived from which is a tree of least cost, forward and backward.
+Readers that need the same layout share one. A reader may also start from another one's layout: after a gather over the
+first of two axes, a gather over the second one is left. A tree of least cost, forward and backward, says which need is
+derived from which.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ _EXHAUSTIVE = 4
 def sharing(
     source: Layout, needs: tuple[Need, ...], shape: tuple[int, ...], with_backward: bool, options: Options
 ) -> dict[Need, Need]:
-    """For every need, what to derive it from: ``(source, ())`` or another need.
+    """Returns, for every need, its source: ``(source, ())`` or another need.
 
     A need whose gradient is partial is a leaf: the gradients of what would be derived from it are whole.
+
+    Args:
+        source: the layout of the value.
+        needs: layouts of the readers, with the axes over which their gradients are partial.
+        shape: global shape.
+        with_backward: whether the backward pass counts.
+        options: which steps redistributions may use and their costs.
 
     >>> base = Layout((2, 2), ("a", "b"))
     >>> both, one = base(("a", "b")), base("a")

@@ -1,4 +1,4 @@
-"""Request: what is asked of a plan."""
+"""Request for a plan."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from shardwright.plan.asked.pins import Pin
 
 @dataclass
 class PlanRequest:
-    """What a plan is asked for, besides the marks on the graph.
+    """Everything that is asked of a plan, besides the marks on the graph.
 
     Args:
-        dataset_strategy: ``"full_batch"``, ``"data_parallel"``, or one tuple of slice counts or Layout an input.
+        dataset_strategy: ``"full_batch"``, ``"data_parallel"``, or one tuple of slice counts or Layout per input.
         parameter_plan: parameter name -> slice counts or Layout, with the mark's name and line for messages.
         honour_marks: whether strategies are followed (not in ``data_parallel`` mode).
         machine: a :class:`~shardwright.ir.machine.Machine`, the name of one, or a TOML file; plans are priced on it.
-        memory_limit: bytes a rank may use over a step; ``None``: any.
+        memory_limit: bytes that a rank may use over a step; ``None``: no limit.
         mesh, mesh_axes: the device matrix to plan on and its aliases; ``None``: several are tried.
-        states: bytes of optimizer state a byte of parameter.
-        seconds: how long a search may look for a better plan.
+        optimizer_bytes_per_byte: bytes of optimizer state per byte of parameter.
+        seconds: how long a search may take.
         operator_plan: how nodes are to run, by name, as a plan file says; it replaces what the nodes' marks ask for.
-        on_first_rank: makes a value once for all processes of a job: what a search ends with may hang on the clock, and
+        on_first_rank: makes a value once for all processes of a job: the result of a search may depend on the clock, and
             processes that had different plans would wait for each other for ever.
         schedule: which moves share collectives, and which start early.
         stored: parameters whose layout in ``parameter_plan`` is also how they are stored, whatever their readers want.
-        tell: is told what is under way.
+        tell: called with a text that says what is being done.
     """
 
     world_size: int
@@ -40,7 +40,7 @@ class PlanRequest:
     memory_limit: float | None = None
     mesh: tuple[int, ...] | None = None
     mesh_axes: tuple[str, ...] = ()
-    states: float = 2.0
+    optimizer_bytes_per_byte: float = 2.0
     seconds: float = 30.0
     operator_plan: dict[str, Pin] = field(default_factory=dict)
     stored: frozenset[str] = frozenset()

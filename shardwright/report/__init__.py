@@ -10,6 +10,6 @@
 ``page/``      one HTML file to look at, with nothing to fetch and nothing to install
 ``plan_view``  a plan with all that can be asked of it, what ``net.plan`` and ``plan_for`` hand out
 ``summary``    a plan on one page
-``table``      one row an operator, with layouts, local shapes and collectives
+``table``      one row per operator, with layouts, local shapes and collectives
 =============  =======================================================================================
 """

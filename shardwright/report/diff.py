@@ -1,4 +1,4 @@
-"""Diff: where two plans differ, and what that is worth.
+"""Differences between two plans, and what they are worth.
 
 Operators are matched as plan files match them, by module, name and place, so that plans of different graphs compare as far
 as they have operators in common. Layouts over different meshes are the same where every rank has the same pieces.
@@ -36,15 +36,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """Where two plans differ; falsy where they do not.
+    """Differences between two plans; falsy where there are none.
 
     Args:
-        plans: what each of them is, if they are not the same there: ranks, mesh, mode.
+        plans: ranks, mesh and mode of both, where they differ.
         operators: layouts as ``inputs -> outputs``, by the names that plan files use.
-        parameters, inputs: layouts in which they are stored, and handed in.
+        parameters, inputs: layouts in which parameters are stored and inputs given.
         edges: redistributions as ``source -> target``, by the operator and the input that reads.
-        prices: seconds of a step by part, ``seconds`` in all, ``bytes`` that a rank sends and ``memory`` at its peak: here
-            and there; none where one of the two cannot be priced.
+        prices: of both plans, seconds of a step by part, ``seconds`` in all, ``bytes`` that a rank sends and ``memory`` at its
+            peak; empty where one of the two cannot be priced.
     """
 
     plans: tuple[str, str]
@@ -96,7 +96,7 @@ Sides = dict[str, tuple[Any, str]]  # by name: what must be equal, and its text
 
 
 class _Placements:
-    """Placements of layouts, each found once."""
+    """Placements of layouts, each computed once."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[Layout, tuple[int, ...]], Any] = {}
@@ -125,7 +125,7 @@ def _tensors(plan: Plan, kinds: tuple[str, ...]) -> Sides:
 
 
 def _edges(plan: Plan) -> Sides:
-    """Returns the edges on which something is redistributed, or a gradient is partial."""
+    """Finds the edges on which something is redistributed, or a gradient is partial."""
     keys, places = operator_keys(plan.graph), _Placements()
     where = dict(plan.input_layouts)
     for node in plan.graph.nodes:
@@ -144,7 +144,7 @@ def _edges(plan: Plan) -> Sides:
 
 
 def _differences(here: Sides, there: Sides, optional: bool = False) -> Iterator[Difference]:
-    """``optional``: a name that one side lacks stands for nothing there, rather than for something that is missing."""
+    """Yields the differences. With ``optional``, a name that only one side has is no difference."""
     gone = "none" if optional else None
     for name in [*here, *(n for n in there if n not in here)]:
         mine, other = here.get(name), there.get(name)
@@ -153,9 +153,9 @@ def _differences(here: Sides, there: Sides, optional: bool = False) -> Iterator[
 
 
 def placement(layout: Layout, shape: tuple[int, ...]) -> Any:
-    """What a layout does to a tensor, whatever its mesh is called and however fine it is.
+    """Describes a layout's placement of a tensor. Axis names and the mesh's factors do not matter.
 
-    An axis is a digit of the rank: how far apart its ranks are, and how many. Digits that follow each other are one.
+    An axis is a digit of the rank: how far apart its ranks are, and how many. Digits that follow each other are joined.
 
     >>> fine, coarse = Layout((2, 2), ("dp", "tp")), Layout((4,), ("d0",))
     >>> placement(fine(("dp", "tp")), (8,)) == placement(coarse("d0"), (8,))
@@ -193,7 +193,7 @@ def _merged(digits: list[tuple[int, int]]) -> Digits:
 
 
 def _prices(here: Plan, there: Plan) -> dict[str, tuple[float, float]]:
-    """What the two cost on the machine of the first, or of the second where that has none."""
+    """Prices both plans on the machine of the first, or else of the second."""
     machine = here.machine or there.machine
     try:
         mine = price_of(here) if here.machine == machine else priced_on(here, machine or "cpu-gloo")
@@ -228,7 +228,7 @@ def _empty(title: str, *columns: str) -> Any:
 
 
 def _table(title: str, found: Iterable[Difference]) -> object:
-    """Differences with repeated layers in one row."""
+    """Builds a table of differences, with repeated layers in one row."""
     groups: dict[tuple[Any, ...], int] = {}
     for one in found:
         name = key_pattern(one.name) if "/" in one.name else pattern(one.name)

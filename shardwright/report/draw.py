@@ -1,4 +1,4 @@
-"""Drawings of a layout: the tensor with its pieces, and the device grid, in the same colours."""
+"""Draws a layout: the tensor with its pieces, and the device grid, in the same colours."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def _draw_one(tensor_axes: Any, grid_axes: Any, layout: Layout, shape: tuple[int
 
 
 def shown_dims(layout: Layout) -> tuple[int, ...]:
-    """Returns the dims that are drawn: up to two, split ones before others, in order."""
+    """Returns the dims to draw, in order: up to two, split ones before others."""
     chosen = sorted(range(layout.ndim), key=lambda d: (not layout.bound[d], d))[:2]
     return tuple(sorted(chosen))
 
 
 def _colours(pieces: Sequence[Bounds]) -> Colours:
-    """Returns a colour for each piece: along the dim with more pieces the hue changes, along the other one the lightness."""
+    """Assigns each piece a colour: the hue changes along the dim with more pieces, the lightness along the other."""
     ndim = len(pieces[0])
     places = [sorted({p[d] for p in pieces}) for d in range(ndim)]
     by_count = sorted(range(ndim), key=lambda d: -len(places[d]))
@@ -100,7 +100,7 @@ def _colours(pieces: Sequence[Bounds]) -> Colours:
 
 
 def rank_ranges(ranks: Sequence[int]) -> str:
-    """Returns the ranks as a short text.
+    """Formats ranks as a short text.
 
     >>> rank_ranges([0, 1, 2, 3, 6, 8, 9])
     '0–3, 6, 8, 9'
@@ -116,7 +116,7 @@ def rank_ranges(ranks: Sequence[int]) -> str:
 
 
 def fit(ranks: Sequence[int], room: tuple[float, float]) -> tuple[str, float, int]:
-    """Returns the label of a piece: its text, font size and rotation, so that it fits in ``room`` (points across and down).
+    """Chooses text, font size and rotation of a label that fits in ``room`` (points across and down).
 
     >>> fit([3], (80, 40)), fit([3], (30, 40)), fit([10, 11, 12, 13], (14, 60))
     (('rank 3', 10, 0), ('3', 10, 0), ('10–13', 10, 90))
@@ -200,7 +200,7 @@ def _ticks(axes: Any, split: Sequence[tuple[str, ...]], pieces: dict[Bounds, lis
 
 
 def _draw_grid(axes: Any, mesh: Mesh, bounds: dict[int, Bounds], dims: tuple[int, ...], colours: Colours) -> None:
-    """The device grid: the last axis runs to the right, the one before it down, all others make blocks."""
+    """Draws the device grid: the last axis to the right, the one before it down, all others as blocks."""
     from matplotlib.patches import Rectangle
 
     width = mesh.sizes[-1] if mesh.sizes else 1
@@ -237,7 +237,7 @@ def _draw_grid(axes: Any, mesh: Mesh, bounds: dict[int, Bounds], dims: tuple[int
 
 
 def _blocks_across(blocks: int, width: int, height: int) -> int:
-    """Returns how many blocks stand side by side, so that the whole is about twice as wide as it is high."""
+    """Chooses the number of blocks per row. The whole is then about twice as wide as high."""
     return min(
         (n for n in range(1, blocks + 1) if blocks % n == 0),
         key=lambda n: (abs(math.log(n * width / (blocks // n * height) / 2)), -n),

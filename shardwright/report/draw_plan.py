@@ -1,4 +1,4 @@
-"""A drawing of a plan: operators as boxes in their order, with their slice counts, and what moves between them."""
+"""Draws a plan: operators as boxes in their order, with their slice counts, and the moves between them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ WIDTH, HEIGHT, ACROSS, DOWN = 4.4, 0.6, 8.0, 1.0  # of a box, and from one box t
 
 
 def draw_plan(plan: Plan, path: str | Path) -> None:
-    """Draws the operators of a plan from top to bottom, and along the edges between them the collectives of the forward.
+    """Draws a plan's operators from top to bottom, with the forward's collectives along edges.
 
-    A box has the slice counts of the operator's inputs and outputs; those that the user configured are yellow. Beside a box
-    stands the reduction of the operator's own sum. An edge is coloured by what redistributes it, dashed where only its
-    gradient is. Where parameters come from is left out.
+    A box has the slice counts of the operator's inputs and outputs; those that the user configured are yellow. The reduction of
+    an operator's own sum is beside its box. An edge has the colour of the collective that redistributes it, and is dashed where
+    only its gradient is redistributed. Edges from parameters are left out.
 
     Args:
+        plan: the plan.
         path: where to write; the suffix is ``.png`` or ``.svg``.
 
     Raises:
@@ -75,7 +76,7 @@ def draw_plan(plan: Plan, path: str | Path) -> None:
 
 
 def _places(nodes: Sequence[Node]) -> dict[str, tuple[int, int]]:
-    """Column and row of every operator: columns of about the same length."""
+    """Assigns every operator a column and a row; columns have about the same length."""
     columns = max(1, -(-len(nodes) // ROWS))
     each = max(1, -(-len(nodes) // columns))
     return {node.name: divmod(i, each) for i, node in enumerate(nodes)}
@@ -153,7 +154,7 @@ def _draw_edges(axes: Any, plan: Plan, places: dict[str, tuple[int, int]]) -> se
 
 
 def _look(edge: Edge, kinds: set[str]) -> tuple[str, bool, str]:
-    """Colour of an edge, whether it is dashed, and its label."""
+    """Returns the colour of an edge, whether it is dashed, and its label."""
     moves = edge.redistribution()
     forward = moves.forward
     backward = moves.backward if edge.needs_grad else ()
@@ -172,7 +173,7 @@ def _look(edge: Edge, kinds: set[str]) -> tuple[str, bool, str]:
 
 
 def _main(steps: Sequence[Step]) -> str:
-    """Returns the kind of the step that is told by the colour: the first that communicates."""
+    """Returns the kind of step that determines the colour: the first that communicates."""
     return next((step.kind for step in steps if step.communicates), "slice")
 
 

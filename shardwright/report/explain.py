@@ -1,4 +1,4 @@
-"""Explain: why an operator runs as it does, what that costs, and what else it could do."""
+"""Explains why an operator runs as it does, what that costs, and its alternatives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BY_MODE = {
 
 @dataclass(frozen=True)
 class Movement:
-    """A redistribution next to an operator. ``side``: ``reads`` or ``hands on``."""
+    """Redistribution next to an operator. ``side``: ``reads`` or ``hands on``."""
 
     side: str
     value: str
@@ -46,7 +46,7 @@ class Movement:
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter that an operator reads: the layout it is stored in, and bytes that a rank holds of it."""
+    """Parameter that an operator reads: the layout it is stored in, and the bytes of it that a rank holds."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,11 +59,11 @@ class OperatorExplanation:
     """One operator, or several of repeated layers that are alike.
 
     Args:
-        name: as plan files call it; with ``*`` for the numbers of layers where it stands for several ``nodes``.
-        why: what makes it run so.
-        price: ``None`` for an operator that costs nothing: every rank makes what it wants of it.
-        own: the collectives that it runs itself between what it computes and what it hands on, in words.
-        alternatives: other choices, and what they would cost with everything else as it is.
+        name: as in plan files; with ``*`` for the numbers of layers where it stands for several ``nodes``.
+        why: the reason for its choice.
+        price: ``None`` for an operator that costs nothing, as every rank makes its own piece of it.
+        own: the collectives that it runs itself, after computing and before its results are read, in words.
+        alternatives: other choices, and their prices with everything else unchanged.
     """
 
     name: str
@@ -80,13 +80,13 @@ class OperatorExplanation:
 
     @property
     def seconds(self) -> float:
-        """Of one of them, with every redistribution next to it, shared ones included."""
+        """Seconds of one of them, with every redistribution next to it, shared ones included."""
         return (self.price.seconds if self.price else 0.0) + sum(m.move.seconds for m in self.moves)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; prints as text."""
+    """Result of :func:`explain`; prints as text."""
 
     asked: str
     operators: tuple[OperatorExplanation, ...]
@@ -99,17 +99,18 @@ def explain(plan: Plan, name: str) -> Explanation:
     """Explains the operators of a module, a node, or those that a pattern fits.
 
     Args:
-        name: path of a module (with all below it), name of a node, of an operator as plan files call it, or of a parameter,
+        plan: the plan.
+        name: the path of a module (with all below it), the name of a node, of an operator as in plan files, or of a parameter,
             for the operators that read it; or a pattern for these, as in ``fnmatch``.
 
     Raises:
-        ShardwrightError: nothing is called so.
+        ShardwrightError: nothing has this name.
     """
     keys = operator_keys(plan.graph)
     found = _named(plan, name, keys)
     repricer = Repricer(plan)
     groups: dict[Any, list[tuple[Node, _Facts]]] = {}
-    facts = _Book(plan, repricer)
+    facts = _PlanFacts(plan, repricer)
     for node in found:
         fact = facts.of(node)
         groups.setdefault((key_pattern(keys[node.name]), *fact.alike), []).append((node, fact))
@@ -140,7 +141,7 @@ def explain(plan: Plan, name: str) -> Explanation:
 
 
 def _named(plan: Plan, name: str, keys: dict[str, str]) -> list[Node]:
-    """Returns the nodes that a name stands for, in the order they run."""
+    """Finds the nodes that a name stands for, in the order in which they run."""
     reads = {i.value: str(i.target) for i in plan.graph.inputs if i.kind in ("parameter", "buffer")}
     names = {
         node.name: (node.name, keys[node.name], node.module, *(reads[v] for v in node.inputs if v in reads))
@@ -164,7 +165,7 @@ def _named(plan: Plan, name: str, keys: dict[str, str]) -> list[Node]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What there is to say of one node, and what tells it from others."""
+    """Facts of one node: what is shown, and what distinguishes it from others."""
 
     why: str
     moves: tuple[Movement, ...]
@@ -172,8 +173,8 @@ class _Facts:
     alike: tuple[Any, ...]
 
 
-class _Book:
-    """Looks things up in a plan and its price."""
+class _PlanFacts:
+    """Looks up facts in a plan and its price."""
 
     def __init__(self, plan: Plan, repricer: Repricer):
         self.plan, self.repricer = plan, repricer
@@ -232,7 +233,7 @@ class _Book:
 
 
 def _own(choice: Choice, price: OperatorPrice | None) -> str:
-    """What an operator does with its sums before it hands its outputs on."""
+    """Describes the collectives that an operator runs on its sums before its outputs are read."""
     if price is None:
         return ""
     both = zip(choice.computed, choice.outputs)
@@ -290,7 +291,7 @@ def _layout_table(one: OperatorExplanation) -> object:
 
 
 def _counts(layout: Layout) -> str:
-    """Slice counts; for pending sums, the ways that are summed."""
+    """Formats slice counts, and for pending sums the number of terms."""
     counts = counts_of(layout)
     ways = layout.mesh.count(layout.partial_axes)
     text = f"({', '.join(map(str, counts))}{',' if len(counts) == 1 else ''})"

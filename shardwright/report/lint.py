@@ -1,8 +1,8 @@
-"""Lint: operators that nobody configured and that a strategy would serve better.
+"""Finds operators that nobody configured and that a strategy would serve better.
 
 Propagation makes redistributions small, not steps short, so a few operators are best configured by hand: those that carry
-weights, those that change dims, those at the boundary between two ways to split, and fused ones. Of these the lint names
-the ones that pay for it: that redistribute, that hold a large weight whole, or that do large work several times.
+weights, those that change dims, those at the boundary between two ways to split, and fused ones. The lint reports those of
+them where it pays: that redistribute, that hold a large weight whole, or that do large work several times.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Finding:
     """One operator that would be better configured.
 
     Args:
-        operator: as the user would name it; ``line``: ``file:line`` of its call, where that is known.
-        kind: ``weights``, ``dimensions``, ``boundary`` or ``fusion``: why it is one to configure.
-        strategy: what it got: slice counts of each tensor input, in the operator's order.
-        bytes: what it redistributes in a step, forward and backward, of the busiest rank.
+        operator: the name that the user knows; ``line``: ``file:line`` of its call, where that is known.
+        kind: ``weights``, ``dimensions``, ``boundary`` or ``fusion``: the reason to configure it.
+        strategy: its present strategy: slice counts of each tensor input, in the operator's order.
+        bytes: bytes that the busiest rank sends to redistribute its tensors in a step, forward and backward.
         why: what is wrong with it.
-        annotation: what to write.
+        annotation: the code to write.
     """
 
     operator: str
@@ -53,9 +53,10 @@ class Finding:
 
 
 def lint(plan: Plan, share: float = 0.01, large: int = 2**24) -> tuple[Finding, ...]:
-    """Returns the operators of a plan that would be better configured, the most expensive first.
+    """Finds the operators of a plan that would be better configured, the most expensive first.
 
     Args:
+        plan: the plan.
         share: a redistribution counts if it sends at least this share of the bytes of a step, and work that is done
             several times if it is at least this share of all operators' work.
         large: bytes of a weight that should not be whole on every rank.
@@ -94,10 +95,10 @@ class _Lint:
                 found.append(finding)
         return tuple(sorted(found, key=lambda f: -f.bytes))
 
-    # -- what is wrong ------------------------------------------------------------------------------------------------
+    # -- the findings -------------------------------------------------------------------------------------------------
 
     def _prices(self) -> tuple[dict[str, list[Edge]], int]:
-        """Edges along which pieces change, by the operator to configure against it; and the bytes of a whole step."""
+        """Finds edges along which pieces change, by the operator to configure. Sums the bytes of a step too."""
         found: dict[str, list[Edge]] = {}
         total, seen = 0, set()
         for edge in self.edges:
@@ -115,7 +116,7 @@ class _Lint:
         return found, total
 
     def _of_edges(self, node: Node, edges: Sequence[Edge], price: int) -> Finding | None:
-        """What an operator pays for redistribution, unless a boundary is where it is wanted, or it shares the work so."""
+        """Finds redistribution at an operator. A boundary that the user wants, or that shares out the work, does not count."""
         worst = max(edges, key=lambda edge: edge.forward_bytes + edge.backward_bytes)
         better = self._in_place(node, edges)
         signature, now = self.plan.signatures[node.name], self.plan.choices[node.name]
@@ -139,9 +140,7 @@ class _Lint:
         return self._finding(node, price, why, _counts(better))
 
     def _price_of(self, node: Node, choice: Choice) -> int:
-        """Returns the bytes between an operator that runs otherwise and its configured neighbours; the others would follow
-        it.
-        """
+        """Sums the bytes between an operator with another choice and its configured neighbours; others would follow it."""
         total = 0
         for edge in self.edges:
             if edge.reader is node and edge.producer is not None and is_configured(edge.producer):
@@ -155,20 +154,20 @@ class _Lint:
         return total
 
     def _in_place(self, node: Node, edges: Sequence[Edge]) -> Choice | None:
-        """Returns the choice that takes everything from where it is, or hands it on as it is wanted."""
+        """Returns the choice that keeps all inputs in place, or makes the layouts that readers want."""
         op, signature = node.op, self.plan.signatures[node.name]
         needs = [value in self.plan.graph.needs_grad for value in node.inputs]
         reads = {edge.slot: edge.source.without_partial() for edge in edges if edge.reader is node}
         if reads:
             now = self.plan.choices[node.name].inputs
-            follows = [value not in self.maker for value in node.inputs]  # inputs are handed in as they are read
+            follows = [value not in self.maker for value in node.inputs]  # inputs are given as they are read
             have = [reads.get(i, None if follows[i] else layout) for i, layout in enumerate(now)]
             order = sorted((i for i, layout in enumerate(have) if layout is not None), key=lambda i: i not in reads)
             return reducing(op, signature, follow(op, signature, have, needs, self.plan.mesh, order), needs)
         return choice_for_output(op, signature, edges[0].target.without_partial(), needs, node.outputs.index(edges[0].value))
 
     def _of_weight(self, node: Node) -> Finding | None:
-        """Returns a large weight that is whole on every rank."""
+        """Finds a large weight that is whole on every rank."""
         if self.plan.mesh.size == 1:
             return None
         for slot, value in enumerate(node.inputs):
@@ -184,7 +183,7 @@ class _Lint:
         return None
 
     def _of_work(self, node: Node) -> Finding | None:
-        """Large work of an operator with weights, or of a fused one, that several ranks do alike."""
+        """Finds large work of operators with weights, or fused ones, that ranks repeat."""
         slots = [i for i, v in enumerate(node.inputs) if self._is_weight(v)]
         repeats = self.plan.mesh.size // math.prod(self.plan.mesh.axis_size(a) for a in self._axes(node))
         if repeats == 1 or not (slots or traits_of(node.op).fused) or traits_of(node.op).looks_up:
@@ -202,15 +201,15 @@ class _Lint:
         return math.prod(self.plan.signatures[node.name].sizes.values()) if node.inputs else 0
 
     def _is_weight(self, value: str) -> bool:
-        """Tells whether a value is a parameter of two dims or more, or a view of one."""
+        """Tells whether a value is a parameter of two dims or more, or its view."""
         while value in self.maker and len(self.maker[value].inputs) == 1:
             value = self.maker[value].inputs[0]
         return value in self.parameters and len(self.plan.graph.metas[value].shape) > 1
 
-    # -- what to do about it --------------------------------------------------------------------------------------------
+    # -- the recommendations --------------------------------------------------------------------------------------------
 
     def _cut(self, node: Node, slot: int) -> tuple[Counts, ...] | None:
-        """Returns the strategy with a weight cut by the axes that are idle, or by all where none is."""
+        """Splits a weight by the axes that are idle, or by all where none is."""
         choice, signature = self.plan.choices[node.name], self.plan.signatures[node.name]
         mesh = choice.mesh
         idle = tuple(a for a in mesh.axes if a not in choice.axes and mesh.axis_size(a) > 1)

@@ -1,4 +1,4 @@
-"""The plan as a short table: repeated layers in one row, with prices; for graphs of thousands of operators."""
+"""Formats a plan as a short table: repeated layers in one row, with prices; for graphs of thousands of operators."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ class _Row:
 
 
 def overview(plan: Plan, width: int = WIDTH) -> str:
-    """Returns a plan as text: parameters and operators, alike ones together, with seconds and communication.
+    """Formats a plan as text: parameters and operators, alike ones together, with seconds and communication.
 
-    Views that cost nothing are left out; a redistribution that several operators share stands at the first of them. Seconds
-    are those of the operators, their own collectives and the redistributions beside them; of several tensors each has a line.
+    Views that cost nothing are left out; a redistribution that several operators share is counted at the first of them.
+    Seconds are those of the operators, their own collectives and the redistributions beside them. Of several tensors each has
+    a line.
+
+    Args:
+        plan: the plan.
+        width: of the text, in characters.
     """
     from rich.console import Console  # here: importing it draws from Python's random generator
 

@@ -1,4 +1,4 @@
-"""Plan view: a plan with all that can be asked of it, what ``net.plan`` and ``plan_for`` hand out.
+"""Views of a plan, as ``net.plan`` and ``plan_for`` return it: everything that can be asked of it.
 
 A :class:`~shardwright.ir.plan.Plan` is a value and knows none of these.
 """
@@ -22,7 +22,7 @@ from shardwright.report.table import plan_table
 
 
 class PlanView:
-    """Shows, prices, saves and explains a plan. What the plan itself holds (``mesh``, ``choices``, ...) is read through.
+    """Shows, prices, saves and explains a plan. Attributes of the plan (``mesh``, ``choices``, ...) are read through it.
 
     Args:
         plan: the plan; ``net.plan.value``.
@@ -48,12 +48,12 @@ class PlanView:
 
     @property
     def price(self) -> PlanPrice:
-        """What a step costs on the plan's machine, ``cpu-gloo`` where none was named."""
+        """Price of a step on the plan's machine, ``cpu-gloo`` where none was named."""
         return price_of(self.value)
 
     @property
     def memory(self) -> MemoryTimeline:
-        """What a rank needs over a step."""
+        """Memory that a rank needs over a step."""
         return step_memory(self.value)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -61,11 +61,11 @@ class PlanView:
         save_plan(self.value, path)
 
     def diff(self, other: PlanView | Plan) -> PlanDiff:
-        """Compares with another plan; falsy where they do not differ."""
+        """Compares the plan with another one; the result is falsy where they do not differ."""
         return diff_plans(self.value, other.value if isinstance(other, PlanView) else other)
 
     def explain(self, name: str) -> Explanation:
-        """Explains why operators run as they do, what they cost and what else they could do.
+        """Explains why operators run as they do, what they cost, and their alternatives.
 
         Args:
             name: a module, a node, an operator as plan files call it, a parameter, or a pattern for these.
@@ -73,7 +73,7 @@ class PlanView:
         return explain(self.value, name)
 
     def summary(self) -> PlanSummary:
-        """Sums the plan up: what a step costs and where, what a rank holds, how much of the work is really split."""
+        """Sums the plan up: what a step costs and where, the memory of a rank, how much of the work is split."""
         return summary_of(self.value)
 
     def __eq__(self, other: object) -> bool:

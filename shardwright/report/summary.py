@@ -1,4 +1,4 @@
-"""Summary: a plan on one page. What a step costs and where, what a rank holds, how much of the work is really split."""
+"""Summary of a plan on one page: what a step costs and where, the memory of a rank, how much of the work is split."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIMAL = 1e-9  # a smaller gap is rounding
 _MOST = 5  # rows of the most expensive
 _MOST_READERS = 3  # of a redistribution, by name
 
-# By pattern of a name and what it does: names and seconds of all that are alike.
+# By pattern of a name and by operation: names and seconds of those that are alike.
 _Found = dict[tuple[str, str], list[tuple[str, float]]]
 
 
@@ -46,15 +46,16 @@ class PlanSummary:
     """A plan on one page.
 
     Args:
-        seconds, parts: of a step, in all and by part. ``bytes``: what the busiest rank sends.
-        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit that was asked for, or else what
-            the machine's devices have, where it says that.
+        seconds, parts: seconds of a step, in all and by part.
+        bytes: bytes that the busiest rank sends.
+        memory, memory_parts, memory_limit: bytes of a rank at the peak of a step; the limit that was asked for, or else the
+            memory of the machine's devices, where it is known.
         flops_split: how much of an even split operators reach, on average over FLOPs: 1 where every rank does ``1/n`` of the
             work, ``1/n`` where every rank does all of it.
         parameters_split: the same for the bytes of parameters as they are stored.
-        gap: share of the step's time by which the best plan might be better; ``None`` where nobody searched.
+        gap: share of the step's time by which the best plan might be better; ``None`` without a search.
         planning: seconds that the search took.
-        operators, moves: the most expensive.
+        operators, moves: the most expensive ones.
     """
 
     title: str
@@ -89,7 +90,7 @@ class PlanSummary:
 
 
 def summary_of(plan: Plan) -> PlanSummary:
-    """Returns the summary of a plan, priced on its machine."""
+    """Sums a plan up, priced on its machine."""
     price, search = price_of(plan), plan.search
     limit = plan.memory_limit if plan.memory_limit is not None else price.machine.memory or None
     return PlanSummary(
@@ -113,7 +114,7 @@ def summary_of(plan: Plan) -> PlanSummary:
 
 
 def _too_much(peak: float, limit: float | None) -> Iterable[str]:
-    """What to say of a plan that does not fit."""
+    """Yields warnings about a plan that does not fit into memory."""
     if limit is not None and peak > limit:
         yield (
             f"a rank needs {bytes_text(int(peak))} and has {bytes_text(int(limit))}: split more, store parameters in pieces "
@@ -125,7 +126,7 @@ def _too_much(peak: float, limit: float | None) -> Iterable[str]:
 
 
 def flops_split(plan: Plan) -> float:
-    """Returns how much of an even split operators reach, on average over FLOPs; 1 where there are none."""
+    """Computes how much of an even split operators reach, on average over FLOPs; 1 where there are none."""
     total = reached = 0.0
     shares: dict[tuple[int, int], tuple[float, float]] = {}
     for node in plan.graph.nodes:
@@ -145,7 +146,7 @@ def flops_split(plan: Plan) -> float:
 
 
 def parameters_split(plan: Plan) -> float:
-    """Returns how much of an even split parameters reach as they are stored, on average over their bytes."""
+    """Computes how much of an even split stored parameters reach, on average over bytes."""
     total = reached = 0.0
     for i in plan.graph.inputs:
         if i.kind == "parameter" and i.meta.numel:
@@ -156,7 +157,7 @@ def parameters_split(plan: Plan) -> float:
 
 
 def piece_share(layout: Layout, shape: tuple[int, ...]) -> float:
-    """Returns the largest piece's share of a tensor.
+    """Computes the largest piece's share of a tensor.
 
     >>> from shardwright.ir.layout import Layout
     >>> piece_share(Layout((2, 4), ("dp", "tp"))("tp", "None"), (6, 2))
@@ -195,7 +196,7 @@ def _moves(plan: Plan) -> tuple[Costly, ...]:
         maker = makers.get(move.value)
         source = _place(maker) if maker else names.get(move.value, move.value)
         readers = dict.fromkeys(_place(modules[r]) if r in modules else r for r in move.readers)
-        if maker is not None and source in readers:  # within a module operators are told apart by what they are
+        if maker is not None and source in readers:  # within a module operators are distinguished by their kind
             source = _operator(maker)
             readers = dict.fromkeys(_operator(modules[r]) if r in modules else r for r in move.readers)
         more = len(readers) - _MOST_READERS
@@ -211,7 +212,7 @@ def _place(node: Any) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Returns a name of modules and operators with its numbers left open."""
+    """Replaces the numbers in a name of modules and operators by a placeholder."""
     return " ".join("/".join(map(pattern, word.split("/"))) for word in name.split(" "))
 
 
@@ -220,7 +221,7 @@ def _operator(node: Any) -> str:
 
 
 def steps_text(move: MovePrice) -> str:
-    """What a redistribution does, forward and backward, with its bytes."""
+    """Describes a redistribution, forward and backward, with its bytes."""
     forward, backward = (" + ".join(map(str, steps)) for steps in (move.forward, move.backward))
     return ", ".join(filter(None, (forward, backward and f"backward {backward}", bytes_text(int(move.bytes)))))
 
@@ -261,7 +262,7 @@ def _lines(summary: PlanSummary) -> Iterable[tuple[str, str]]:
 
 
 def gap_text(gap: float) -> str:
-    """Returns how far a plan may be from the best one.
+    """Describes how far a plan may be from the best one.
 
     >>> gap_text(2e-16), gap_text(0.0023)
     ('optimal', 'at most 0.23% from the best')

@@ -1,4 +1,4 @@
-"""The plan as a table: one row an operator, with layouts, local shapes and collectives."""
+"""Formats a plan as a table: one row per operator, with layouts, local shapes and collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 168
 
 
 def plan_table(plan: Plan, program: LocalProgram | None = None, width: int = WIDTH) -> str:
-    """Returns a plan as text: parameters, operators with their collectives, totals and notes."""
+    """Formats a plan as text: parameters, operators with their collectives, totals and notes."""
     from rich.console import Console  # here: importing it draws from Python's random generator
 
     console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, legacy_windows=False)
@@ -144,7 +144,7 @@ def _collectives(count: int) -> str:
 
 
 def instruction_bytes(plan: Plan, value: str) -> int:
-    """Returns the bytes of a graph input that the first rank holds."""
+    """Counts the bytes of a graph input that the first rank holds."""
     meta, layout = plan.graph.metas[value], plan.input_layouts[value]
     count = 1
     for size in layout.local_shape(meta.shape, plan.mesh.ranks[0]):

@@ -14,13 +14,14 @@
 ``no_rule``       traits of operators that have no rule yet, or never need one: they run whole on every rank
 ``norm``          rules of normalisations: the dims whose statistics are taken stay whole
 ``notation``      reads rules as they are written, ``m k+, k+ n -> m n``
-``pieces``        shared by families of rules: notation from lists of factors, local pieces, empty pieces
-``pointwise``     rules of pointwise operators: every dim of the output is free, and inputs broadcast against it
-``random``        rules of random operators: the numbers are those of the single device in every layout
-``random_draw``   draws the random numbers that the single device would draw for the whole tensor
-``reduce``        rules of reductions, scans and sorts: sums may be split, other reductions keep their dims whole
-``registry``      registers rules, and gives an operator call its signature
-``self_defined``  an operator that runs on its local pieces in layouts that the user gives (``self_define_shard``)
+``opaque``        functions with a backward of their own: split where both work element by element
+``pieces``        what several families of rules share: notation from lists of factors, local pieces, empty pieces
+``pointwise``     every dim of the output is free, and inputs broadcast against it
+``random``        in every layout the numbers are those of the single device
+``random_draw``   the random numbers that the single device would draw for the whole tensor
+``reduce``        rules of reductions, scans and sorts over dims: sums may be split, what is not linear keeps its dims whole
+``registry``      from an operator call to its signature
+``self_defined``  an operator that runs on its local pieces in layouts of the user's own (``self_define_shard``)
 ``tables``        every family of rules, and the traits of their operators: importing this module registers them all
 ``traits``        facts about operators besides their rules, one row beside each rule
 ``view``          rules of operators that give elements another shape or order, or repeat them: reshapes, transposes

@@ -40,6 +40,7 @@ BINARY = aten_names("""
     special_xlog1py special_xlogy sub subtract true_divide xlogy
 """)
 
+PAST_AUTOGRAD = ("shardwright_opaque.written_past_autograd",)
 TERNARY = aten_names("addcdiv addcmul clamp clamp_max clamp_min lerp where")
 
 KEEPS_VALUES = aten_names("alias clone contiguous detach neg negative positive to _to_copy lift_fresh_copy zeros_like")
@@ -47,7 +48,7 @@ SCALES = aten_names("mul multiply div divide true_divide")
 ADDS = aten_names("add sub subtract rsub")
 
 
-@rule_for(*UNARY, *BINARY, *TERNARY)
+@rule_for(*UNARY, *BINARY, *TERNARY, *PAST_AUTOGRAD)
 def pointwise(op: Operator) -> Signature | None:
     """Returns the rule of a pointwise call with any number of tensor inputs."""
     if not op.inputs or len(op.outputs) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shardwright.base.opaque import OpaqueFunction
 from shardwright.ir.operator import Operator
 from shardwright.ir.signature import Signature
 from shardwright.rules.notation import parse
@@ -62,6 +63,8 @@ def registered() -> tuple[str, ...]:
 def signature_of(op: Operator) -> Signature | None:
     """Returns the signature of a call; ``None`` if the operator has no rule."""
     build = _RULES.get(op.name)
+    if build is None and isinstance(op.target, OpaqueFunction):
+        build = _RULES.get("opaque")
     return build(op) if build is not None else None
 
 

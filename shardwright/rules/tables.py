@@ -10,6 +10,7 @@ import shardwright.rules.loss
 import shardwright.rules.matmul
 import shardwright.rules.no_rule
 import shardwright.rules.norm
+import shardwright.rules.opaque
 import shardwright.rules.pointwise
 import shardwright.rules.random
 import shardwright.rules.reduce

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.api.auto_parallel import AutoParallel
-from shardwright.api.bound import Compiled
+from shardwright.api.bound import BoundCall
 from shardwright.base.torch_private import pytree
 from shardwright.errors import ShardwrightError
 from shardwright.ir.graph import Graph
@@ -77,7 +77,7 @@ def verify(target: Any, *inputs: Any, tolerance: float | None = None, **kwargs: 
     net = target if isinstance(target, AutoParallel) else AutoParallel(target)
     if net._is_step:
         raise ShardwrightError("verify needs a module or a forward function: a train step changes its parameters")
-    leaves, compiled = net._find(inputs, kwargs)
+    leaves, compiled = net._bound_call_for(inputs, kwargs)
     root = compiled.root
     state = torch.get_rng_state()
     names = [n for n, p in root.named_parameters() if p.requires_grad]
@@ -151,7 +151,7 @@ def _rounding(gradients: list[Any]) -> float:
 
 
 def _first_difference(
-    compiled: Compiled, whole: dict[str, Tensor], buffers: dict[str, Tensor], leaves: list[Any], state: Tensor, limit: float
+    compiled: BoundCall, whole: dict[str, Tensor], buffers: dict[str, Tensor], leaves: list[Any], state: Tensor, limit: float
 ) -> str | None:
     """Runs graph and simulated program operator by operator; names the first whose output differs."""
     graph, program = compiled.graph, compiled.program

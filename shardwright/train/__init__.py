@@ -1,13 +1,13 @@
 """Training: one table of passes, and a folder per feature.
 
 =======================  ================================================================================================
-``accumulation/``        a batch in parts, one after the other
-``compile/``             the calls between moves as functions that ``torch.compile`` makes
-``copies/``              parts of a batch that take turns, one computing while another communicates
-``fusion/``              parameters that share collectives
-``optimizer_parallel/``  parameters stored split over the ranks that would hold the same
-``passes``               what changes a graph, its plan and its local program on the way from a model to what a rank runs
+``accumulation/``        runs a batch in parts, one after the other
+``compile/``             compiles the calls between moves with ``torch.compile``
+``copies/``              splits a batch into copies that take turns, one computing while another communicates
+``fusion/``              sets which parameters share collectives
+``optimizer_parallel/``  stores parameters split over the ranks that would hold the same
+``passes``               the changes of a graph, its plan and its program on the way from a model to what a rank runs
 ``precision/``           the dtypes in which programs compute and communicate
-``recompute/``           what is computed again in the backward pass instead of kept
+``recompute/``           computes values again in the backward pass instead of keeping them
 =======================  ================================================================================================
 """

@@ -1,12 +1,12 @@
-"""Passes: what changes a graph, its plan and its local program on the way from a model to what a rank runs, in order.
+"""Passes: the changes of a graph, its plan and its program, in order, on the way from a model to what a rank runs.
 
 Running, ``plan_for``, predictions of memory and prices, the search for what to recompute and the command line all go through
 these tables and no other. ``SHARDWRIGHT_DUMP=folder`` writes the text after each pass. To add a feature: a folder in
 ``train/`` with a function from graph to graph, plan to plan or program to program, and a row here.
 
-Between the tables stand what is no pass: the planner of the mode makes the plan of the last graph
-(``plan/modes/table.py``), the partitioner makes the program of the last plan (``partition/partitioner.py``), and moves are
-put together and started early (``partition/overlap.py``), which rows of PROGRAM come before or after.
+Steps between the tables are no passes: the planner of the mode makes the plan of the last graph (``plan/modes/table.py``),
+the partitioner makes the program of the last plan (``partition/partitioner.py``), and moves are fused and started early
+(``partition/overlap.py``), before or after which the rows of PROGRAM run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan, ProgramPass
 from shardwright.ir.program import LocalProgram
 from shardwright.plan.asked.attributes import with_attributes
-from shardwright.plan.asked.own_layouts import check_in_place
+from shardwright.plan.asked.manual_split import check_in_place
 from shardwright.report.table import plan_table
 from shardwright.train.copies.shared_nodes import share_between_copies
 from shardwright.train.copies.turns import interleave
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Asked:
-    """What passes go by: what a user asked of training, besides the layouts of operators.
+    """Arguments of passes: what a user asked of training, besides the layouts of operators.
 
     Args:
         devices: number of ranks.
@@ -72,7 +72,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Pass(Generic[T]):
-    """One row: ``change`` runs where ``when`` says so of what was asked."""
+    """One row: ``change`` runs where ``when`` is true of what was asked."""
 
     name: str
     when: Callable[[Asked, Graph], bool]
@@ -162,7 +162,7 @@ PROGRAM: tuple[ProgramRow, ...] = (
 
 
 def change_graph(graph: Graph, asked: Asked, dump: Dump = NO_DUMP) -> Graph:
-    """Runs the passes of graphs."""
+    """Runs the passes on a graph."""
     for each in GRAPH:
         if each.when(asked, graph):
             graph = each.change(graph, asked)
@@ -171,7 +171,7 @@ def change_graph(graph: Graph, asked: Asked, dump: Dump = NO_DUMP) -> Graph:
 
 
 def change_plan(plan: Plan, asked: Asked, dump: Dump = NO_DUMP) -> Plan:
-    """Runs the passes of plans, and gives the plan those that its program will go through."""
+    """Runs the passes on a plan, and adds those that its program will go through."""
     for each in PLAN:
         if each.when(asked, plan.graph):
             plan = each.change(plan, asked)
@@ -180,7 +180,7 @@ def change_plan(plan: Plan, asked: Asked, dump: Dump = NO_DUMP) -> Plan:
 
 
 def with_program_passes(plan: Plan, asked: Asked) -> Plan:
-    """Returns the plan with the passes that its program goes through, given what is asked."""
+    """Adds to a plan the passes that its program goes through, given what was asked."""
 
     def of_row(row: ProgramRow) -> ProgramPass:
         return ProgramPass(row.name, lambda program, plan: row.change(program, plan, asked), row.after_overlap)

@@ -1,11 +1,11 @@
-"""Worlds: what runs local programs and collectives, be it the processes of a job or simulated ranks.
+"""Worlds: run local programs and collectives, on the processes of a job or on simulated ranks.
 
 ================  =========================================================================================
-``current``       the only global state of the package
+``current``       the current world, the only global state of the package
 ``distributed/``  one rank per process, over ``torch.distributed``
-``execute/``      what both worlds share in running a program
-``job/``          what launchers say about the ranks
+``execute/``      code that both worlds share to run a program
+``job/``          reads what launchers say about the ranks
 ``simulated/``    all ranks in one process, in lock step
-``world``         what runs local programs and collectives, be it the processes of a job or simulated ranks
+``world``         the interface of both worlds
 ================  =========================================================================================
 """

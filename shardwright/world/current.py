@@ -1,4 +1,4 @@
-"""The current world: the only global state of the package."""
+"""Current world, the only global state of the package."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _current: list[World] = []
 
 
 def init(devices: int | None = None, timeout: float | timedelta | None = None) -> World:
-    """Sets up the world: ``devices`` simulated ranks in this process, or the real job that this process is part of.
+    """Sets up the world: ``devices`` simulated ranks in this process, or the job that this process is part of.
 
     Args:
         devices: number of ranks to simulate. Default: the job that ``torchrun`` describes in the environment, else
-            ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. Within a real job the job's size wins; asking for
-            another is an error.
+            ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. In a real job it may only be the job's size.
         timeout: how long a rank of a real job waits for the others, in seconds or as a ``timedelta``: in any collective, and
             where ranks compare what they do. Default: torch's, half an hour. Of no effect on simulated ranks.
 
@@ -27,7 +26,7 @@ def init(devices: int | None = None, timeout: float | timedelta | None = None) -
         The world, with ``size``, ``rank`` and ``is_simulated``.
 
     Raises:
-        WorldError: not a positive int, or not the size of the job; a timeout that is none; half of a job's variables.
+        WorldError: not a positive int, or not the size of the job; an invalid timeout; some of a job's variables missing.
 
     >>> init(devices=8).size
     8
@@ -87,7 +86,7 @@ def _in_job() -> bool:
 
 
 def current_world() -> World:
-    """Returns the world that :func:`init` set up; found from the environment at the first use."""
+    """Returns the world that :func:`init` set up; without one, sets it up from the environment."""
     if not _current:
         init()
     return _current[0]

@@ -1,7 +1,7 @@
-"""World: what runs local programs and collectives, be it the processes of a job or simulated ranks.
+"""Interface of worlds, which run local programs on a job's processes or on simulated ranks.
 
-Everything above this folder asks a world to do something, or what holds in it; which of the two it is makes no difference to
-them. :class:`~shardwright.world.simulated.world.SimulatedWorld` is all ranks in one process, a
+Everything above this folder uses this interface and need not know which world it is.
+:class:`~shardwright.world.simulated.world.SimulatedWorld` is all ranks in one process,
 :class:`~shardwright.world.distributed.world.DistributedWorld` is one rank.
 """
 
@@ -25,11 +25,11 @@ class World(ABC):
 
     Attributes:
         size: number of ranks.
-        rank: the one that this process is; 0 where it is all of them.
-        is_simulated: whether this process is all ranks. For users; the library asks for what follows.
+        rank: that of this process; 0 where it is all of them.
+        is_simulated: whether this process is all ranks. For users; the library uses the properties that follow from it.
         keeps_pieces: whether a process keeps its rank's pieces of parameters, rather than whole ones for all ranks.
-        inputs_are_whole: whether a caller hands in whole tensors, whatever the dataset strategy says.
-        runs_lanes: whether a bound program runs the calls of all ranks, one of each lane.
+        inputs_are_whole: whether callers give whole tensors, whatever the dataset strategy says.
+        runs_lanes: whether a bound program runs the calls of all ranks, once per rank group.
     """
 
     is_simulated: ClassVar[bool]
@@ -46,7 +46,7 @@ class World(ABC):
 
     @abstractmethod
     def own_rank(self, otherwise: Callable[[], Exception]) -> int:
-        """Returns the rank that this process is, or raises ``otherwise()`` where it is all of them."""
+        """Returns the rank of this process, or raises ``otherwise()`` where it is all of them."""
 
     @abstractmethod
     def device_of(self, root: nn.Module) -> torch.device:
@@ -54,26 +54,26 @@ class World(ABC):
 
     @abstractmethod
     def adds_wide(self, device: torch.device) -> bool:
-        """Returns whether sums of half precision are taken in float32 and rounded once."""
+        """Tells whether sums of half precision are taken in float32 and rounded once."""
 
     # -- agreeing ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def on_first_rank(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on rank 0 and returns its result, or raises its error, on every rank."""
+        """Calls ``make`` on rank 0; returns its result, or raises its error, on every rank."""
 
     @abstractmethod
     def compare(self, stage: str, describe: Callable[[], Described]) -> None:
-        """Refuses, on all processes, what is not the same on all of them.
+        """Refuses, on all processes, what differs between them.
 
         Args:
             stage: what is compared, ``"graph"`` or ``"program"``.
-            describe: makes its lines, and tensors that belong to it; called only where there are others.
+            describe: makes its lines, and tensors that belong to it; called only where there are other processes.
         """
 
     @abstractmethod
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Returns the numbers of every process, in their order. All of them call it."""
+        """Gathers the numbers of every process, in their order. All of them call it."""
 
     @abstractmethod
     def agree_on_random_state(self) -> None:
@@ -92,9 +92,10 @@ class World(ABC):
         """Puts the parameters of a module where programs read them.
 
         Args:
+            root: the module.
             layouts: a layout for each parameter, by name.
             device: where they go.
-            slices: of parameters that are a rank's slice already, the layout and the global shape.
+            slices: the layout and global shape of parameters that are a rank's slice already.
 
         Returns:
             The layouts in which they are stored.
@@ -102,24 +103,26 @@ class World(ABC):
 
     @abstractmethod
     def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
-        """Returns the tensor of which a caller has handed in its part.
+        """Joins the parts of a tensor that callers have given.
 
         Args:
-            piece: what was handed in; ``source``: the layout that the dataset strategy gives it.
+            piece: this caller's part.
+            source: the layout that the dataset strategy gives it.
             shape: global shape.
-            target: what it is gathered to; default: the whole.
+            target: the layout to gather to; default: the whole.
 
         Returns:
-            What this process holds of ``target``; where callers hand in whole tensors, a view of ``piece``.
+            What this process holds of ``target``; where callers give whole tensors, a view of ``piece``.
         """
 
     @abstractmethod
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
-        """Returns the program as a function of its inputs. All processes call it.
+        """Makes a function of a program. All processes call it.
 
         Args:
+            program: the program.
             keep: names of local values to return in place of the outputs.
 
         Returns:
-            A function to ``(outputs, updated buffers)``, whole tensors.
+            A function of the inputs to ``(outputs, updated buffers)``, whole tensors.
         """

@@ -109,6 +109,21 @@ class Round(torch.autograd.Function):
         return gradient
 
 
+class Scaled(torch.autograd.Function):
+    """Two results and a constant; a gradient for two of its three arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: float, w: Tensor) -> tuple[Tensor, int, Tensor]:
+        ctx.save_for_backward(x, w)
+        ctx.a = a
+        return x * a * w, x.shape[1], x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, of_result: Tensor, _: None, of_total: Tensor) -> tuple[Tensor, None, Tensor]:
+        x, w = ctx.saved_tensors
+        return of_result * ctx.a * w + of_total, None, (of_result * x * ctx.a).sum(0)
+
+
 bound_apply = Reverse.apply  # taken long before anything is captured
 
 
@@ -273,33 +288,134 @@ for _function, _set_up in (
     equal(_function, _set_up)
 
 
-# -- what must be refused --------------------------------------------------------------------------------------------------
-
-
-@refused
+@equal
 def own_backward(self: Any, h: Tensor) -> Tensor:
     return Reverse.apply(h)
 
 
-@refused
+@equal
 def own_backward_bound(self: Any, h: Tensor) -> Tensor:
     return bound_apply(h)
 
 
-@refused
+@equal
 def own_backward_with_context(self: Any, h: Tensor) -> Tensor:
     return Round.apply(h)
 
 
-@refused
+@equal
 def own_backward_in_a_checkpoint(self: Any, h: Tensor) -> Tensor:
     return checkpoint(Reverse.apply, h, use_reentrant=False)
 
 
-@refused
+@equal
 def hooked(self: Any, h: Tensor) -> Tensor:
     h.register_hook(lambda gradient: gradient * 2)
     return h * 1
+
+
+@equal
+def writes_to_data(self: Any, h: Tensor) -> Tensor:
+    h.data.clamp_(min=0)
+    return h * 1
+
+
+@equal
+def writes_without_grad(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h.mul_(2)
+    return h.square()
+
+
+@equal
+def writes_to_detached(self: Any, h: Tensor) -> Tensor:
+    h.detach().mul_(2)
+    return h.square()
+
+
+@equal
+def writes_to_a_detached_row(self: Any, h: Tensor) -> Tensor:
+    h.detach()[0].zero_()
+    return h.square()
+
+
+def hooked_module(self: Any, h: Tensor) -> Tensor:
+    return self.second(h)
+
+
+def _second_with_hook(self: Any) -> None:
+    _second(self)
+    self.second.register_full_backward_hook(lambda module, given, got: (given[0] * 0,))
+
+
+def pre_hooked_module(self: Any, h: Tensor) -> Tensor:
+    return self.second(h)
+
+
+def _second_with_pre_hook(self: Any) -> None:
+    _second(self)
+    self.second.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 0,))
+
+
+equal(hooked_module, _second_with_hook)
+equal(pre_hooked_module, _second_with_pre_hook)
+
+
+@equal
+def hooked_late(self: Any, h: Tensor) -> Tensor:
+    result = h.sin() + h[:, :1]
+    h.register_hook(lambda gradient: gradient * 2)
+    h.register_hook(lambda gradient: gradient + 0.5)
+    return result * h
+
+
+@equal
+def hooked_and_removed(self: Any, h: Tensor) -> Tensor:
+    with h.register_hook(lambda gradient: gradient * 2):
+        return h * 1
+
+
+@equal
+def keeps_its_gradient(self: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda gradient: setattr(self, "got", gradient.norm().item()))
+    return h * 1
+
+
+@equal
+def own_backward_of_two(self: Any, h: Tensor) -> Tensor:
+    result, count, total = Scaled.apply(h, 0.5, self.layer.bias)
+    return (result * count + total).tanh()
+
+
+@equal
+def writes_to_a_view_without_grad(self: Any, h: Tensor) -> Tensor:
+    row = h[:, :2]
+    with torch.no_grad():
+        row.mul_(2)
+    return (h * 3).tanh() + row.sum(1, keepdim=True)
+
+
+def clamps_a_parameter(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.second_scale.clamp_(-0.2, 0.4)
+    return h * self.second_scale
+
+
+def _scale(self: Any) -> None:
+    self.second_scale = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+
+
+equal(clamps_a_parameter, _scale)
+
+
+@equal
+def writes_to_a_parameter(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.layer.bias.mul_(0.5)
+    return h + self.layer.bias
+
+
+# -- what must be refused --------------------------------------------------------------------------------------------------
 
 
 @refused
@@ -324,38 +440,6 @@ def retains(self: Any, h: Tensor) -> Tensor:
 def saved_otherwise(self: Any, h: Tensor) -> Tensor:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 0, lambda t: t):
         return h.exp()
-
-
-@refused
-def writes_to_data(self: Any, h: Tensor) -> Tensor:
-    h.data.clamp_(min=0)
-    return h * 1
-
-
-@refused
-def writes_without_grad(self: Any, h: Tensor) -> Tensor:
-    with torch.no_grad():
-        h.mul_(2)
-    return h.square()
-
-
-@refused
-def writes_to_detached(self: Any, h: Tensor) -> Tensor:
-    h.detach().mul_(2)
-    return h.square()
-
-
-@refused
-def writes_to_a_detached_row(self: Any, h: Tensor) -> Tensor:
-    h.detach()[0].zero_()
-    return h.square()
-
-
-@refused
-def writes_to_a_parameter(self: Any, h: Tensor) -> Tensor:
-    with torch.no_grad():
-        self.layer.bias.mul_(0.5)
-    return h + self.layer.bias
 
 
 @refused
@@ -425,28 +509,7 @@ def draws_from_its_own(self: Any, h: Tensor) -> Tensor:
     return h * self.numbers.random()
 
 
-def hooked_module(self: Any, h: Tensor) -> Tensor:
-    return self.second(h)
-
-
-def _second_with_hook(self: Any) -> None:
-    _second(self)
-    self.second.register_full_backward_hook(lambda module, given, got: (given[0] * 0,))
-
-
-def pre_hooked_module(self: Any, h: Tensor) -> Tensor:
-    return self.second(h)
-
-
-def _second_with_pre_hook(self: Any) -> None:
-    _second(self)
-    self.second.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 0,))
-
-
-for _function, _set_up in (
-    (draws_from_its_own, _generator), (hooked_module, _second_with_hook), (pre_hooked_module, _second_with_pre_hook),
-):  # fmt: skip
-    refused(_function, _set_up)
+refused(draws_from_its_own, _generator)
 
 
 def draws_from_numpys_own(self: Any, h: Tensor) -> Tensor:
@@ -454,6 +517,20 @@ def draws_from_numpys_own(self: Any, h: Tensor) -> Tensor:
 
 
 refused(draws_from_numpys_own, _numpy_generator)
+
+
+@refused
+def writes_what_the_backward_reads(self: Any, h: Tensor) -> Tensor:
+    result = h.square()
+    h.data.mul_(2)
+    return result
+
+
+@refused
+def writes_what_the_operator_before_saved(self: Any, h: Tensor) -> Tensor:
+    h = torch.tanh(h)
+    h.data.mul_(2)
+    return h * 1
 
 
 # -- what users do between steps -------------------------------------------------------------------------------------------

@@ -72,9 +72,9 @@ def test_an_attribute_that_changes(kind, x):
     model.value = after
     same(net, model, x)
     model.value = before
-    plans = len(net._compiled)
+    plans = len(net._bound_calls)
     same(net, model, x)
-    assert len(net._compiled) == plans, "a state that was seen before costs nothing"
+    assert len(net._bound_calls) == plans, "a state that was seen before costs nothing"
 
 
 @pytest.mark.parametrize("kind", ["list", "dict", "namespace"])
@@ -192,7 +192,7 @@ def test_the_grad_mode_is_part_of_the_signature(x):
         with context():
             same(net, model, x)
     same(net, model, x)
-    assert len(net._compiled) == 2
+    assert len(net._bound_calls) == 2
 
 
 def test_the_default_dtype_is_part_of_the_signature(x):

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.agreement import watch as watcher
+from shardwright.agreement import watcher
 from shardwright.agreement.checksum import checksum, sketch
-from shardwright.agreement.signature import differing_value, looked_at
+from shardwright.agreement.job_watch import watch_of
+from shardwright.agreement.signature import differing_value, value_summaries
 from shardwright.parameters.whole import full_value
 
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
@@ -316,13 +317,13 @@ def test_values_are_told_apart_and_rounding_is_not(dtype):
         value = (torch.randn(shape) * 30 + 290).to(dtype)
         other = (torch.randn(shape) * 30 + 290).to(dtype)
         if value.numel():
-            assert differing_value(*(looked_at([v], True) for v in (value, other))) == 0
+            assert differing_value(*(value_summaries([v], True) for v in (value, other))) == 0
             assert checksum(value) != checksum(other)
         if dtype.is_floating_point or dtype.is_complex:
             near = value + value * torch.finfo(dtype).eps * 0.9
-            assert differing_value(*(looked_at([v], True) for v in (value, near))) is None
-        assert differing_value(*(looked_at([v], True) for v in (value, value.clone()))) is None
-    assert looked_at([torch.empty(3, device="meta"), torch.eye(2).to_sparse(), 3]) == [None, None, None]
+            assert differing_value(*(value_summaries([v], True) for v in (value, near))) is None
+        assert differing_value(*(value_summaries([v], True) for v in (value, value.clone()))) is None
+    assert value_summaries([torch.empty(3, device="meta"), torch.eye(2).to_sparse(), 3]) == [None, None, None]
 
 
 def test_a_sketch_is_finite_where_the_values_are_not():
@@ -330,6 +331,6 @@ def test_a_sketch_is_finite_where_the_values_are_not():
 
 
 def test_a_simulated_world_has_no_watch():
-    assert watcher.watch_of(sw.init(devices=4)) is None
+    assert watch_of(sw.init(devices=4)) is None
     with pytest.raises(sw.errors.ShardwrightError):
         sw.AutoParallel(Net()).shard({"nothing": (1,)})(batch())

@@ -1,4 +1,4 @@
-"""Record: what was called to make a tensor that does not exist yet."""
+"""Record of the operators that make a tensor which does not exist yet."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class _Ref:
 
 
 class _Generator:
-    """Stands for an explicit ``generator=`` in the arguments of a step."""
+    """Placeholder for an explicit ``generator=`` in the arguments of a step."""
 
 
 @dataclass(eq=False)
 class _Step:
-    """One recorded operator: the steps whose values it reads, and what it makes of them."""
+    """One recorded operator: the steps whose values it reads, and the values that it makes of them."""
 
     serial: int
     call: Callable[..., Any]
@@ -58,7 +58,7 @@ class _Step:
 
 @dataclass(eq=False)
 class _Record:
-    """What a meta storage carries."""
+    """Record that a meta storage carries."""
 
     slot: int
     last: _Step
@@ -116,7 +116,7 @@ def _leaves(kind: type[T], tree: Any) -> list[T]:
 
 
 def _frozen(x: Any) -> Any:
-    """Returns an argument as a step holds it: values of the user's own tensors are copied, as they may change."""
+    """Copies the values of the user's own tensors among an argument, since they may change."""
     if isinstance(x, torch.Generator):
         return _Generator
     if isinstance(x, torch.Tensor) and _record_of(x):
@@ -135,7 +135,7 @@ def _shape_only(x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_meta(x: Any) -> Any:
-    """Returns an argument as the run on meta gets it."""
+    """Returns an argument as it is for the run on meta."""
     if isinstance(x, torch.Generator):
         return None
     return _shape_only(x) if isinstance(x, torch.Tensor) and not _record_of(x) else x
@@ -143,7 +143,7 @@ def _as_meta(x: Any) -> Any:
 
 @functools.cache
 def _schema(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
-    """Returns the arguments that an operator writes, as positions and names, and whether it takes a device."""
+    """Returns the written arguments of an operator, as positions and names, and whether it takes a device."""
     arguments = list(enumerate(func._schema.arguments))
     written = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     return written, any(a.name == "device" for _, a in arguments)
@@ -161,7 +161,7 @@ def _frame_outside(*places: str) -> FrameType | None:
 
 
 def _user_line(call: Any = "") -> str:
-    """Returns the operator, and the source line outside torch that runs it."""
+    """Describes the operator, and the source line outside torch that runs it."""
     frame = _frame_outside(OURS, str(Path(torch.__file__).parent))
     place = f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
     return f"{getattr(call, 'overloadpacket', call)}{place}"

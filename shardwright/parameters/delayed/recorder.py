@@ -1,4 +1,4 @@
-"""Delayed initialisation: build a model on the meta device now, make its values one parameter at a time later.
+"""Delayed initialisation: builds a model on the meta device; its values are made later, one parameter at a time.
 
 While the context is open, a dispatch mode sends every new tensor to the meta device and writes down the operators that
 make or change its values. Replaying them gives, bit for bit, the values of an ordinary construction. Four facts make
@@ -228,7 +228,7 @@ class _Recorder(TorchDispatchMode):
         return step
 
     def _draw(self, step: _Step, generators: Sequence[torch.Generator]) -> None:
-        """Puts the step behind the draw that came before it on its generator."""
+        """Links the step to the previous draw on its generator."""
         generator = generators[0] if generators else torch.default_generator
         state = generator.get_state()
         step.after = self._draws.get(_token(state), state)
@@ -237,7 +237,7 @@ class _Recorder(TorchDispatchMode):
         generator.set_state(_with_token(state, step.serial))
 
     def _read(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs an operator whose result Python needs now: possible where no draws are involved."""
+        """Runs an operator whose result Python needs now. That is possible where no draws are involved."""
         what = ".item(), bool(), int() or float()" if func is READS_NUMBER else func
 
         def now(x: Any) -> Any:
@@ -247,7 +247,7 @@ class _Recorder(TorchDispatchMode):
         return _map(lambda x: self.constant(x) if isinstance(x, torch.Tensor) else x, out)
 
     def constant(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns a delayed copy of a real tensor."""
+        """Makes a delayed copy of a real tensor."""
         return self._delay(CLONE, (value,), {}, [])  # type: ignore[no-any-return]
 
     def record_call(self, call: Callable[..., Any], tensor: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -257,13 +257,13 @@ class _Recorder(TorchDispatchMode):
             self._draw(self._step(call, (), kwargs, [tensor], fills=True), _leaves(torch.Generator, kwargs))
 
     def allow_version(self, tensor: torch.Tensor, more: int = 0) -> None:
-        """Notes a tensor's version counter, so that a later change shows."""
+        """Records a tensor's version counter, so that a later change is noticed."""
         if not tensor.is_inference():
             record = _known(tensor)
             record.version = max(record.version, tensor._version + more)
 
     def runs_model_code(self, frame: FrameType | None) -> bool:
-        """Tells whether a method of a module or an optimizer called the frame, within the context."""
+        """Tells whether a module's or optimizer's method, within the context, called the frame."""
         while frame and id(frame) != self._user_frame:  # frames beyond are none of ours
             if isinstance(frame.f_locals.get("self"), (torch.nn.Module, torch.optim.Optimizer)):
                 return True
@@ -271,7 +271,7 @@ class _Recorder(TorchDispatchMode):
         return False
 
     def restore_generators(self) -> None:
-        """Takes the tokens out: each generator is as if nothing was drawn since the program last set it."""
+        """Removes the tokens: each generator is as if nothing was drawn since the program last set it."""
         for generator in self._generators.values():
             state: Any = self._draws.get(_token(generator.get_state()))
             while isinstance(state, _Step):
@@ -281,7 +281,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _device(args: Any, kwargs: dict[str, Any]) -> torch.device:
-    """Where the result would be without the context."""
+    """Returns the device on which the result would be without the context."""
     asked = kwargs.get("device")
     if asked is not None and asked.type != "meta":
         return asked  # type: ignore[no-any-return]
@@ -299,7 +299,7 @@ def _check_draw(call: Any, device: torch.device) -> None:
 
 
 class _AsBuilt(TorchFunctionMode):
-    """Answers where the dispatcher is not asked: attributes, conversions to Python, assignments to ``.data``."""
+    """Handles what does not reach the dispatcher: attributes, conversions to Python, assignments to ``.data``."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class _AsBuilt(TorchFunctionMode):
         return self._attribute(func, tensor, record, sys._getframe(1)) if func in _ATTRIBUTES else func(*args, **kwargs)
 
     def _attribute(self, getter: Any, tensor: torch.Tensor, record: _Record, asker: FrameType) -> Any:
-        """``device``, ``is_cpu`` or ``is_meta`` as model code is to see it."""
+        """Returns ``device``, ``is_cpu`` or ``is_meta`` as model code is to see it."""
         if asker.f_code.co_filename.startswith(OURS):
             return getter(tensor)
         if _ATTRIBUTES[getter] == "is_meta" and asker.f_code.co_filename == torch.nn.init.__file__:
@@ -347,7 +347,7 @@ _ATTRIBUTES = {getattr(torch.Tensor, name).__get__: name for name in ("device", 
 
 
 def _stay(x: Any, record: _Record) -> Any:
-    """Returns an argument of ``tensor.to``; the device where the tensor would be is the one where it is."""
+    """Returns an argument of ``tensor.to``. The device where the tensor would be is replaced by the one where it is."""
     if isinstance(x, str):
         x = torch.device(x)
     return META if isinstance(x, torch.device) and x == record.device else x

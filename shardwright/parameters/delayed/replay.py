@@ -1,4 +1,4 @@
-"""Replay: makes delayed tensors, or one rank's slices of them, from their record."""
+"""Makes delayed tensors, or one rank's slices of them, from their record."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _check(wanted: Mapping[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def _replaying() -> Iterator[None]:
-    """Real tensors, whatever modes are on; the default generator and dtype come back."""
+    """Makes real tensors within the block, whatever modes are on; restores the default generator and dtype."""
     dtype, state = torch.get_default_dtype(), torch.get_rng_state()
     with disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         try:
@@ -116,7 +116,7 @@ def _replaying() -> Iterator[None]:
 
 
 def _closure(roots: Iterable[_Step]) -> list[_Step]:
-    """Returns the steps that make the values of ``roots``, in their order."""
+    """Collects the steps that make the values of ``roots``, in their order."""
     found: set[_Step] = set()
     stack = list(roots)
     while stack:
@@ -128,7 +128,7 @@ def _closure(roots: Iterable[_Step]) -> list[_Step]:
 
 
 def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
-    """Returns the draws that must happen so that the draws among ``steps`` get their numbers, in their order."""
+    """Collects the draws to repeat so that the draws among ``steps`` get their numbers."""
     found: set[_Step] = set()
     stack = [step for step in steps if step.after is not None]
     while stack:
@@ -141,7 +141,7 @@ def _draws_behind(steps: Iterable[_Step]) -> list[_Step]:
 
 
 def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, dict[int, torch.UntypedStorage]]]:
-    """Builds the storage of each slot, given the step that wrote it last; lets go of it when asked for the next."""
+    """Builds the storage of each slot from its last step. Frees it when asked for the next."""
     slots = [(slot, _closure([step])) for slot, step in last.items()]
     tasks: dict[_Step | None, list[tuple[list[_Step], int | None]]] = defaultdict(list)  # by last draw
     for slot, program in slots:
@@ -174,7 +174,7 @@ def _storages(last: Mapping[int, _Step]) -> Iterator[tuple[int, dict[int, torch.
 def _run(
     program: Sequence[_Step], states: Mapping[_Step, torch.Tensor], wanted: int | None
 ) -> tuple[dict[int, torch.UntypedStorage], torch.Tensor | None]:
-    """Runs the steps on real storages, each freed after its last use but the wanted one; the generator's last state."""
+    """Runs the steps on real storages, each freed after its last use unless wanted; returns the generator's last state too."""
     last_use = {}
     for i, step in enumerate(program):
         for ref in _leaves(_Ref, (step.args, step.kwargs, step.outputs)):
@@ -220,7 +220,7 @@ def _run_step(step: _Step, storages: dict[int, torch.UntypedStorage], state: tor
 
 
 def _view(storages: dict[int, torch.UntypedStorage], ref: _Ref) -> torch.Tensor:
-    """Returns the tensor; a storage that does not exist yet is about to be filled."""
+    """Builds the tensor; a storage that does not exist yet is about to be filled."""
     if ref.slot not in storages:
         storages[ref.slot] = torch.UntypedStorage(ref.nbytes)
     tensor = torch.empty(0, dtype=ref.dtype, device=CPU).set_(storages[ref.slot], ref.offset, ref.size, ref.stride)

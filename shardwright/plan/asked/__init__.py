@@ -1,13 +1,13 @@
-"""What users ask of a plan: strategies, pinned layouts, attributes, sizes, all checked.
+"""Checks what users ask of a plan: strategies, pinned layouts, attributes, sizes.
 
 ======================  =============================================================================================
-``attributes``          what ``add_prim_attr`` asks of an operator, written into the graph before anything is planned
-``given_layouts``       what users said of where values are, and what follows from that, before anything is planned
-``nd_tensor_parallel``  products whose operands rest more finely split than they are computed with
-``own_layouts``         attributes by which a user takes layouts into their own hands
-``pins``                an operator's layouts as a plan file says them, turned into the very choice that has them
-``sizes``               ``80GB`` of memory, an optimizer by its name
-``splits``              choices that layouts or slice counts stand for
-``strategies``          what a user asked of an operator, checked against its rule and turned into axes
+``attributes``          writes what ``add_prim_attr`` asks of operators into the graph, before anything is planned
+``given_layouts``       learns where values are from the layouts that users gave, before anything is planned
+``manual_split``        attributes that take an operator's layouts as the user gives them
+``nd_tensor_parallel``  products whose operands are stored more finely split than they are computed with
+``pins``                turns an operator's layouts in a plan file into the choice that has exactly them
+``sizes``               reads ``80GB`` of memory, and an optimizer by its name
+``splits``              finds the choices that layouts or slice counts stand for
+``strategies``          checks an operator's strategy against its rule and turns it into axes
 ======================  =============================================================================================
 """

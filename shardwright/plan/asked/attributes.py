@@ -1,7 +1,7 @@
-"""Operator attributes: what ``add_prim_attr`` asks of an operator, written into the graph before anything is planned.
+"""Writes what ``add_prim_attr`` asks of operators into the graph, before anything is planned.
 
 After this pass an attribute is an ordinary strategy: layouts on operators, layouts pinned onto the values they read.
-Planners need not know of attributes, and plan files say all that they did.
+Planners need not know of attributes, and plan files contain all their effects.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from shardwright.ir.graph import Graph, Node, where_of
 from shardwright.ir.layout import Layout
 from shardwright.ir.marks import Mark
 from shardwright.ir.operator import Operator, Slot, TensorMeta
-from shardwright.plan.asked.given_layouts import ToldLayouts
+from shardwright.plan.asked.given_layouts import GivenLayouts
+from shardwright.plan.asked.manual_split import self_defined, split_by_hand
 from shardwright.plan.asked.nd_tensor_parallel import Pattern, Product, pattern_of, product_of, same_axes, weight_for
-from shardwright.plan.asked.own_layouts import self_defined, split_by_hand
 from shardwright.plan.asked.strategies import check_layout
 from shardwright.rules.registry import signature_of
 
@@ -27,17 +27,18 @@ ParameterPlan = Mapping[str, tuple[Any, str]]
 
 
 def with_attributes(graph: Graph, devices: int, parameter_plan: ParameterPlan | None = None) -> Graph:
-    """Returns the graph with every operator attribute carried out.
+    """Carries out every operator attribute of a graph.
 
     Args:
-        devices: how many ranks there are.
-        parameter_plan: the layouts given to parameters by name, with where that was.
+        graph: the graph.
+        devices: number of ranks.
+        parameter_plan: the layouts given to parameters by name, and where they were given.
 
     Returns:
         The graph itself where no operator has an attribute.
 
     Raises:
-        StrategyError: attributes that cannot be followed, all of them.
+        StrategyError: all attributes that cannot be followed.
     """
     if not any(asked(node) for node in graph.nodes):
         return graph
@@ -45,7 +46,7 @@ def with_attributes(graph: Graph, devices: int, parameter_plan: ParameterPlan | 
 
 
 def asked(node: Node) -> dict[str, Any]:
-    """Returns the attributes of an operator: its own, or those of the marked function or module in which it stands."""
+    """Returns the attributes of an operator: its own, or those of the marked function or module that contains it."""
     mark = node.mark if node.mark is not None else node.region
     if mark is None or mark.is_pin or not mark.attributes or node.op.target is ALIAS:
         return {}
@@ -57,7 +58,7 @@ class _Attributes:
         self.graph, self.devices = graph, devices
         self.problems = Problems()
         self.nodes: list[Node] = []
-        self.told = ToldLayouts(graph, parameter_plan)
+        self.given_layouts = GivenLayouts(graph, parameter_plan)
         self.maker: dict[str, Node] = {}
         self.aliases: dict[TensorMeta, Operator] = {}  # one for all that are alike, as captures have it
         self.resting: dict[tuple[str, Layout], str] = {}  # value and where it rests -> its alias there
@@ -68,7 +69,7 @@ class _Attributes:
             changed = self.node(node)
             self.nodes.append(changed)
             self.maker.update(dict.fromkeys(changed.outputs, changed))
-            self.told.learn(changed)
+            self.given_layouts.learn(changed)
         for node in self.graph.nodes:
             mark = node.region
             if asked(node).get("enable_nd_tp") and mark is not None and id(mark) not in self.followed:
@@ -84,13 +85,13 @@ class _Attributes:
         if "ndtp_reduce_scatter_axis" in attributes and not attributes.get("enable_nd_tp"):
             self.problems.add(f"{where_of(node)}: ndtp_reduce_scatter_axis goes with enable_nd_tp; set that too")
         if "manual_split" in attributes:
-            table, indices = self.told.given(node, 0), self.told.given(node, 1)
+            table, indices = self.given_layouts.given(node, 0), self.given_layouts.given(node, 1)
             return split_by_hand(node, attributes["manual_split"], table, indices, self.devices, self.problems)
         if attributes.get("self_define_shard"):
             return self_defined(node, self.devices, self.problems)
         if attributes.get("skip_redistribution"):
             return self.kept_in_place(node)
-        return self.told.reordered(node) if self.followed else node
+        return self.given_layouts.reordered(node) if self.followed else node
 
     # -- high-dimension tensor parallel -------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class _Attributes:
             layouts[i] = computing
             if resting != computing:
                 inputs[i] = self.at_rest(node, i, resting, mark)
-        self.check_told(node, layouts, found.result)
+        self.check_given(node, layouts, found.result)
         told = replace(
             mark, name=mark.name, in_strategy=tuple(layouts), out_strategy=(found.result,), parameter_plan=None, exact=True
         )
@@ -121,12 +122,12 @@ class _Attributes:
         return replace(node, inputs=tuple(inputs), mark=told, mark_positions=tuple(range(count)), mark_count=count)
 
     def pattern(self, node: Node, product: Product, scatter: int | None) -> Pattern | None:
-        """Returns the pattern of the layouts given to a product; ``None``, and a problem, where there is none."""
+        """Finds the pattern of the layouts given to a product; ``None``, with a problem, where there is none."""
 
         def refuse(why: str) -> None:
             self.problems.add(f"{where_of(node)}: {why}")
 
-        left, right = self.told.given(node, product.left), self.told.given(node, product.right)
+        left, right = self.given_layouts.given(node, product.left), self.given_layouts.given(node, product.right)
         if isinstance(left, Layout) and right is None and node.mark is None:
             right = self.weight_of(node, product, left)
         for name, entry, index in (("activation", left, product.left), ("weight", right, product.right)):
@@ -141,14 +142,21 @@ class _Attributes:
         return pattern_of(product, left, right, scatter, refuse)
 
     def weight_of(self, node: Node, product: Product, left: Layout) -> Layout | None:
-        """Returns the weight's layout within a module whose inputs alone were given one."""
+        """Returns the weight's layout in a module that was given layouts for its inputs only."""
         if left.dims is None or left.ndim != product.ndims[0]:
             return None
-        have = self.told.of.get(node.inputs[product.left])
+        have = self.given_layouts.of.get(node.inputs[product.left])
         return weight_for(product, have if have is not None and have.ndim == left.ndim else left)
 
     def at_rest(self, node: Node, index: int, layout: Layout, mark: Mark) -> str:
-        """Returns a value that is ``node``'s input, pinned where it rests; readers of one value at one place share it."""
+        """Pins an input of ``node`` to the layout it is stored in. Readers of one layout share the result.
+
+        Args:
+            node: the operator.
+            index: of the input.
+            layout: the layout it is stored in.
+            mark: the mark of the pin.
+        """
         value, meta = node.inputs[index], node.op.inputs[index]
         while value in self.maker and _is_entry(self.maker[value]):  # where the module was entered: that is said here
             value = self.maker[value].inputs[0]
@@ -168,19 +176,19 @@ class _Attributes:
                 mark_count=1,
                 region=None,
             )
-            if value in self.told.parameters:  # not the first reader's alone
+            if value in self.given_layouts.parameters:  # not the first reader's alone
                 alias = replace(alias, recompute=None, copy=None, carries_batch=False)
             self.nodes.append(alias)
             self.resting[key] = name
         return self.resting[key]
 
-    def check_told(self, node: Node, layouts: Sequence[Layout], result: Layout) -> None:
-        """Whether what was said of a bias and of the result is what the pattern makes of them."""
+    def check_given(self, node: Node, layouts: Sequence[Layout], result: Layout) -> None:
+        """Checks that the given layouts of bias and result are those of the pattern."""
         mark = node.mark
         if mark is None:
             return
         product = product_of(node.op)
-        told = [("the bias", self.told.given(node, i), layout) for i, layout in enumerate(layouts)
+        told = [("the bias", self.given_layouts.given(node, i), layout) for i, layout in enumerate(layouts)
                 if product is not None and i not in (product.left, product.right)]  # fmt: skip
         told += [("out_strategy", entry, result) for entry in mark.out_strategy or ()]
         for name, entry, right in told:
@@ -191,7 +199,7 @@ class _Attributes:
     # -- reshapes -------------------------------------------------------------------------------------------------------
 
     def kept_in_place(self, node: Node) -> Node:
-        """Returns a reshape that follows its input; ``plan.asked.own_layouts.check_in_place`` looks at the plan later."""
+        """Returns a reshape that follows its input; ``manual_split.check_in_place`` checks the plan later."""
         if node.mark is None or node.mark.in_strategy is not None:
             return node
         return replace(node, mark=None, region=node.mark)
@@ -199,7 +207,7 @@ class _Attributes:
     # -- after ------------------------------------------------------------------------------------------------------------
 
     def without_unread(self) -> list[Node]:
-        """Returns the nodes without the entries into modules that nothing reads any more."""
+        """Removes the entries into modules that nothing reads any more."""
         read = {v for node in self.nodes for v in node.inputs} | {o for o in self.graph.outputs if isinstance(o, str)}
         read |= {v for _, v in self.graph.updates}
         return [node for node in self.nodes if node.outputs[0] in read or not _is_entry(node)]

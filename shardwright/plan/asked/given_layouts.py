@@ -1,4 +1,4 @@
-"""Told layouts: what users said of where values are, and what follows from that, before anything is planned.
+"""Learns where values are from the layouts that users gave, before anything is planned.
 
 Layouts are as users wrote them, over device matrices of their own, axes of size 1 included.
 """
@@ -16,13 +16,14 @@ from shardwright.plan.choose.follow import propose
 from shardwright.rules.registry import signature_of
 
 
-class ToldLayouts:
-    """The layouts of values, as nodes are shown to :meth:`learn` in order.
+class GivenLayouts:
+    """Layouts of values, learned from nodes that are passed to :meth:`learn` in order.
 
     Args:
-        parameter_plan: what was given to parameters by name, with where that was.
+        parameter_plan: the layouts given to parameters by name, and where they were given.
 
-    ``of``: the layout of each value that one is known of.
+    Attributes:
+        of: the known layout of each value.
     """
 
     def __init__(self, graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]]):
@@ -32,9 +33,7 @@ class ToldLayouts:
         self.planned = {value: parameter_plan[name][0] for value, name in targets.items() if name in parameter_plan}
 
     def reordered(self, node: Node) -> Node:
-        """Returns an operator configured with a tuple of axes reads what a product left in its own order of these axes, in
-        that.
-        """
+        """Orders tuples of axes as the product that made the input left them."""
         mark = node.mark
         orders: dict[frozenset[str], tuple[str, ...]] = {}
         if mark is None or not isinstance(mark.in_strategy, tuple):
@@ -55,7 +54,7 @@ class ToldLayouts:
         return replace(node, mark=replace(mark, in_strategy=again(mark.in_strategy), out_strategy=again(mark.out_strategy)))
 
     def learn(self, node: Node) -> None:
-        """Notes where an operator's outputs are, as far as the layouts given so far say."""
+        """Records where an operator's outputs are, if the layouts given so far determine it."""
         given = [self.given(node, i) for i in range(len(node.inputs))]
         found = [
             entry if isinstance(entry, Layout) and entry.dims is not None and entry.ndim == len(meta.shape) else None
@@ -77,7 +76,7 @@ class ToldLayouts:
             self.of.update((v, e) for v, e in said if isinstance(e, Layout) and e.dims is not None)
 
     def given(self, node: Node, index: int) -> Any:
-        """What a user gave for an operator's input: to it, to the function or module that it stands in, to a parameter."""
+        """Returns the layout given for an operator's input: to it, to its function or module, or to a parameter."""
         if index >= len(node.inputs):
             return None
         value = node.inputs[index]

@@ -36,7 +36,7 @@ Refuse = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Product:
-    """What the dims of a product mean.
+    """Roles of the dims of a product.
 
     Args:
         left, right: which inputs are the activation and the weight.
@@ -58,7 +58,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Pattern:
-    """How a product runs: where activation and weight rest, how it computes with them, where its result rests."""
+    """Layouts of a product: where activation and weight are stored, those it computes with, and that of its result."""
 
     resting: tuple[Layout, Layout]
     computing: tuple[Layout, Layout]
@@ -93,11 +93,13 @@ def product_of(op: Operator) -> Product | None:
 
 
 def pattern_of(product: Product, left: Layout, right: Layout, scatter: int | None, refuse: Refuse) -> Pattern | None:
-    """Returns the pattern that the layouts of an activation and a weight stand for.
+    """Finds the pattern that the layouts of an activation and a weight stand for.
 
     Args:
+        product: the roles of the dims.
+        left, right: the layouts of activation and weight.
         scatter: the dim of the result over which its sum is scattered; ``None``: the pattern's own.
-        refuse: told what is wrong.
+        refuse: called with what is wrong.
 
     Returns:
         ``None`` where they follow neither pattern.
@@ -145,9 +147,7 @@ def pattern_of(product: Product, left: Layout, right: Layout, scatter: int | Non
 
 
 def weight_for(product: Product, left: Layout) -> Layout | None:
-    """Returns the layout of the weight where only the activation's is given, by the order of its axes; ``None`` without a
-    pattern.
-    """
+    """Derives the layout of the weight from the activation's, by the order of its axes; ``None`` without a pattern."""
     inner = left.bound[product.inner[0]]
     rows = [left.bound[dim] for dim, _ in product.rows if len(left.bound[dim]) > 1]
     dims: list[Axes] = [()] * product.ndims[1]
@@ -170,12 +170,12 @@ def with_axes(layout: Layout, changes: Mapping[int, Axes]) -> Layout:
 
 
 def same_axes(one: Axes, other: Axes) -> bool:
-    """Tells whether two dims are split by the same axes, in whatever order."""
+    """Tells whether two dims are split by the same axes, in any order."""
     return one == other or (len(one) == len(other) and {*one} == {*other})
 
 
 def _reads_so(layout: Layout, wanted: Mapping[int, Axes], refuse: Refuse, name: str) -> bool:
-    """Tells whether every dim has the axes wanted in the wanted order, or in the device matrix's, which a tuple is."""
+    """Tells whether every dim has the wanted axes in the wanted order. A tuple means the device matrix's order."""
     for dim, axes in wanted.items():
         if layout.bound[dim] not in (axes, layout.mesh.ordered(axes)):
             given, right = ">".join(layout.bound[dim]), ">".join(axes)
@@ -185,7 +185,7 @@ def _reads_so(layout: Layout, wanted: Mapping[int, Axes], refuse: Refuse, name: 
 
 
 def _neither(product: Product, left: Layout, right: Layout) -> str:
-    """What to say of layouts that follow neither pattern."""
+    """Describes layouts that follow neither pattern, for a message."""
     a, b = product.inner
     c, row = product.columns[0], product.rows[0][0] if product.rows else None
     forms: list[tuple[str, dict[int, Axes], dict[int, Axes]]] = [("2-D", {a: ("x", "y")}, {b: ("x",), c: ("y",)})]

@@ -1,7 +1,7 @@
-"""Pins: an operator's layouts as a plan file says them, turned into the very choice that has them.
+"""Turns an operator's layouts in a plan file into the choice that has exactly them.
 
-A strategy says how an operator's inputs are cut and leaves sums to their operator. A pin says all of a choice: inputs that
-are read with sums still pending, outputs that are handed on with them, or with them scattered, orders of axes, pieces.
+A strategy says how an operator's inputs are cut and leaves sums to their operator. A pin determines all of a choice: inputs
+that are read with sums still pending, outputs that keep them pending or have them scattered, orders of axes, pieces.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from shardwright.ir.operator import TensorMeta
 
 @dataclass(frozen=True)
 class Pin:
-    """How an operator is to run.
+    """Layouts in which an operator is to run.
 
     Args:
         inputs: the layout in which it reads each input, pending sums included.
-        outputs: the layout in which it hands each output on; ``None``: as these inputs make it, its sums done.
-        source: ``file:line`` that says so.
-        what: how to name the entry in a message.
+        outputs: the layout of each output; ``None``: as it follows from the inputs, with sums done.
+        source: the ``file:line`` of the entry.
+        what: the entry's name in messages.
     """
 
     inputs: tuple[Layout, ...]
@@ -34,9 +34,9 @@ class Pin:
 
 
 def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Graph:
-    """Returns the graph whose pinned nodes bear a mark, so that planners and readers know that somebody asked for it.
+    """Marks the pinned nodes of a graph, so that planners and readers recognise them.
 
-    Nodes of which every rank can make any piece bear none: a mark would have them planned as if they could not.
+    Nodes of which every rank can make any piece are not marked: a mark would have them planned as if they could not.
     """
     if not pins:
         return graph
@@ -54,7 +54,14 @@ def pinned_graph(graph: Graph, pins: Mapping[str, Pin], full_batch: bool) -> Gra
 
 
 def check_pin(node: Node, pin: Pin, world_size: int, problems: Problems) -> bool:
-    """Tells whether a pin has a layout for each tensor of its operator, of its dims and over the ranks of the world."""
+    """Checks that a pin has a fitting layout per tensor of its operator.
+
+    Args:
+        node: the operator.
+        pin: its pin.
+        world_size: number of ranks.
+        problems: collects what is wrong.
+    """
     outputs = node.op.outputs if pin.outputs is not None else ()
     fine = _check_count("inputs", len(pin.inputs), len(node.op.inputs), pin.what, problems)
     fine &= _check_count("outputs", len(pin.outputs or ()), len(outputs), pin.what, problems)
@@ -72,7 +79,15 @@ def _check_count(kind: str, given: int, wanted: int, what: str, problems: Proble
 
 
 def check_fits(layout: Layout, meta: TensorMeta, world_size: int, what: str, problems: Problems) -> bool:
-    """Tells whether a layout has a tensor's dims, pieces that add up, and all ranks of the world."""
+    """Checks that a layout has a tensor's dims, matching pieces, and all ranks.
+
+    Args:
+        layout: the layout.
+        meta: the tensor.
+        world_size: number of ranks.
+        what: its name in messages.
+        problems: collects what is wrong.
+    """
     if layout.dims is None or layout.ndim != len(meta.shape):
         count = 0 if layout.dims is None else layout.ndim
         problems.add(f"{what}: the layout has {count} entries for a tensor {list(meta.shape)}; give {len(meta.shape)}")

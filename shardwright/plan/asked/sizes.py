@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``80GB`` of memory, an optimizer by its name."""
+"""Reads sizes as people write them: ``80GB`` of memory, an optimizer by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB":
 
 
 def memory_bytes(memory: float | str) -> float:
-    """Returns the bytes that a size such as ``"80GB"`` stands for; powers of ten, or of two as in ``"80GiB"``.
+    """Reads a size such as ``"80GB"`` in bytes; powers of ten, or of two as in ``"80GiB"``.
 
     >>> memory_bytes("1.5GB"), memory_bytes("2KiB"), memory_bytes(100)
     (1500000000.0, 2048.0, 100.0)
@@ -29,8 +29,8 @@ def memory_bytes(memory: float | str) -> float:
     return found
 
 
-def optimizer_states(optimizer: str | float) -> float:
-    """Returns the bytes of optimizer state a byte of parameter."""
+def optimizer_bytes_per_byte(optimizer: str | float) -> float:
+    """Returns the bytes of optimizer state per byte of parameter."""
     if isinstance(optimizer, (int, float)) and not isinstance(optimizer, bool) and optimizer >= 0:
         return float(optimizer)
     if isinstance(optimizer, str) and optimizer.lower() in OPTIMIZER_STATES:

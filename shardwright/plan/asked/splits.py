@@ -1,4 +1,4 @@
-"""Splits: choices that layouts or slice counts stand for."""
+"""Finds the choices that layouts or slice counts stand for."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ def choice_of_layouts(
     what: str,
     problems: Problems,
 ) -> Choice | None:
-    """Returns the choice of an operator that reads and hands on these layouts.
+    """Finds the choice of an operator whose inputs and outputs have these layouts.
 
     Args:
-        outputs: ``None``: as computed, with its sums done.
-        what: how to name the operator in a message.
+        op: the operator.
+        signature: its rule's factors.
+        inputs, outputs: the layouts; outputs ``None``: as computed, with sums done.
+        needs_grad: which inputs need gradients.
+        what: the operator's name in messages.
+        problems: collects what is wrong.
 
     Returns:
         The choice; ``None`` where there is none, and then ``problems`` says why.
@@ -50,12 +54,12 @@ def choice_of_layouts(
         if not found.can_give(choice.computed, settled):
             return None
     choice = make_choice(op, signature, mesh, found.split, needs_grad, pending, settled)
-    return choice if found.is_told(choice, inputs, settled) else None
+    return choice if found.is_given(choice, inputs, settled) else None
 
 
 @dataclass
 class _Splits:
-    """Reads an operator's splits off its layouts, and says what does not go together."""
+    """Reads an operator's splits from its layouts, and reports contradictions."""
 
     op: Operator
     signature: Signature
@@ -76,7 +80,7 @@ class _Splits:
         return None
 
     def read(self, inputs: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
-        """Notes how each factor is split. What inputs say comes first; outputs may have sums scattered over their dims."""
+        """Records how each factor is split. Inputs come first; outputs may have sums scattered over their dims."""
         rule, fine = self.signature, True
         metas = self.op.inputs
         for i, layout in enumerate(inputs):
@@ -117,7 +121,7 @@ class _Splits:
         return True
 
     def _own(self, layout: Layout, size: int, factors: Sequence[str], factor: str, dim: int) -> Split | None:
-        """How a dim's largest factor is split where the dim is; ``None`` where pieces end within one of its indices."""
+        """Returns the split of a dim's largest factor; ``None`` where pieces end within one of its indices."""
         axes, mesh = layout.bound[dim], layout.mesh
         rest = math.prod(self.signature.sizes[f] for f in factors if f != factor)
         pieces = layout.pieces(dim, size)
@@ -151,7 +155,7 @@ class _Splits:
         return held
 
     def can_give(self, computed: Sequence[Layout], wanted: Sequence[Layout]) -> bool:
-        """Tells whether an operator can hand on what it computes as told: with sums pending, done, or scattered over a dim."""
+        """Tells whether an operator's outputs can have the wanted layouts: sums pending, done, or scattered."""
         fine = True
         for i, (made, told) in enumerate(zip(computed, wanted)):
             if not _follows(made, told):
@@ -163,8 +167,8 @@ class _Splits:
                 fine = False
         return fine
 
-    def is_told(self, choice: Choice, inputs: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
-        """Tells whether a choice is what was asked for, late inputs included."""
+    def is_given(self, choice: Choice, inputs: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
+        """Tells whether a choice is the one asked for, late inputs included."""
         fine = True
         for i, (needed, told) in enumerate(zip(choice.inputs, inputs)):
             if needed != told.normal(self.op.inputs[i].shape):
@@ -191,10 +195,10 @@ def _follows(made: Layout, told: Layout) -> bool:
 
 @dataclass(frozen=True)
 class Checked:
-    """A strategy whose form is right: slice counts by factor, or Layouts by input.
+    """A strategy of the right form: slice counts by factor, or Layouts by input.
 
-    ``pinned``: where the layouts are to be taken as they are (a plan file's, an exact mark's), how to name where they are
-    said.
+    Args:
+        pinned: where layouts are used as they are (a plan file's, an exact mark's), the name of their source.
     """
 
     counts: dict[str, int] | None

@@ -1,4 +1,4 @@
-"""Strategies: what a user asked of an operator, checked against its rule and turned into axes.
+"""Checks an operator's strategy against its rule and turns it into axes.
 
 Two phases, because all strategies share a mesh: :func:`check_strategy` checks the form and counts slices and says which
 device matrix it needs; :func:`resolve_strategy` names the axes once the mesh is refined for all of them.
@@ -23,8 +23,10 @@ from shardwright.plan.choose.common_mesh import Refinement
 
 
 def check_form(strategy: Any, what: str, problems: Problems) -> str | None:
-    """Tells whether a strategy is a tuple of tuples of positive ints, or of Layouts: ``"counts"``, ``"layouts"`` or
-    ``None``.
+    """Checks that a strategy is a tuple of tuples of positive ints, or of Layouts.
+
+    Returns:
+        ``"counts"``, ``"layouts"`` or ``None``.
     """
     if not isinstance(strategy, tuple):
         problems.add(f"{what}: {strategy!r} is a {type(strategy).__name__}; give a tuple with one entry a tensor")
@@ -50,7 +52,15 @@ def check_form(strategy: Any, what: str, problems: Problems) -> str | None:
 
 
 def check_layout(layout: Layout, ndim: int, world_size: int, what: str, problems: Problems) -> bool:
-    """Tells whether a Layout is bound, has the tensor's dims and covers exactly the ranks of the world."""
+    """Checks that a Layout is bound, has the tensor's dims and covers all ranks.
+
+    Args:
+        layout: the layout.
+        ndim: dims of the tensor.
+        world_size: number of ranks.
+        what: its name in messages.
+        problems: collects what is wrong.
+    """
     if layout.dims is None:
         problems.add(f"{what}: the Layout ({layout.mesh}) has no dims; call it with {ndim} entries")
         return False
@@ -75,7 +85,15 @@ def _ranks(mesh: Mesh) -> str:
 
 
 def check_counts(counts: Sequence[int], ndim: int, world_size: int, what: str, problems: Problems) -> bool:
-    """Tells whether slice counts fit a tensor's dims and the number of devices."""
+    """Checks that slice counts fit a tensor's dims and the number of devices.
+
+    Args:
+        counts: the slice counts.
+        ndim: dims of the tensor.
+        world_size: number of ranks.
+        what: their name in messages.
+        problems: collects what is wrong.
+    """
     if len(counts) != ndim:
         problems.add(f"{what}: {tuple(counts)} has {len(counts)} counts for a tensor of {ndim} dims; give one a dim")
         return False
@@ -83,6 +101,15 @@ def check_counts(counts: Sequence[int], ndim: int, world_size: int, what: str, p
 
 
 def check_total(total: int, given: str, world_size: int, what: str, problems: Problems) -> bool:
+    """Checks that the product of slice counts divides the number of devices.
+
+    Args:
+        total: the product.
+        given: the counts, for the message.
+        world_size: number of ranks.
+        what: their name in messages.
+        problems: collects what is wrong.
+    """
     if total > world_size:
         problems.add(f"{what}: {given} needs {total} devices, the world has {world_size}; use fewer slices")
         return False
@@ -96,7 +123,14 @@ def check_total(total: int, given: str, world_size: int, what: str, problems: Pr
 
 
 def check_strategy(node: Node, signature: Signature, world_size: int, problems: Problems) -> Checked | None:
-    """Checks an operator's strategy against its rule; every problem found is added to ``problems``."""
+    """Checks an operator's strategy against its rule.
+
+    Args:
+        node: the operator.
+        signature: its rule's factors.
+        world_size: number of ranks.
+        problems: collects what is wrong.
+    """
     mark = node.mark
     assert mark is not None
     what = where_of(node)
@@ -193,7 +227,14 @@ def _check_out(node: Node, kind: str, world_size: int, what: str, problems: Prob
 
 
 def reserve(checked: Checked, signature: Signature, refinement: Refinement, world_size: int) -> None:
-    """Makes room on the mesh for a checked strategy."""
+    """Makes room on the mesh for a checked strategy.
+
+    Args:
+        checked: the strategy.
+        signature: the rule's factors.
+        refinement: the meshes so far.
+        world_size: number of ranks.
+    """
     if checked.counts is not None:
         refinement.add(checked.matrix(signature.order, world_size))
     for layout in (*checked.layouts, *(checked.out or ())):
@@ -209,7 +250,16 @@ def resolve_strategy(
     needs_grad: Sequence[bool],
     problems: Problems,
 ) -> Choice | None:
-    """Returns the choice that a checked strategy asks for, on the refined mesh."""
+    """Finds the choice that a checked strategy asks for, on the refined mesh.
+
+    Args:
+        node: the operator.
+        signature: its rule's factors.
+        checked: the strategy.
+        refinement: the finished meshes.
+        needs_grad: which inputs need gradients.
+        problems: collects what is wrong.
+    """
     if checked.pinned:
         return _pinned(node, signature, checked, refinement, needs_grad, problems)
     what = where_of(node)
@@ -223,7 +273,7 @@ def resolve_strategy(
     mesh, split = found
     choice = make_choice(node.op, signature, mesh, split, needs_grad)
     if checked.out is None:
-        # what a strategy leaves unsaid: a sum is done at its operator, by an all-reduce
+        # by default an operator does its own sum, by an all-reduce
         outputs: tuple[Layout, ...] | None = tuple(layout.without_partial() for layout in choice.computed)
     else:
         outputs = _outputs(node, signature, checked, refinement, choice, what, problems)
@@ -233,7 +283,7 @@ def resolve_strategy(
 def _pinned(
     node: Node, signature: Signature, checked: Checked, refinement: Refinement, needs: Sequence[bool], problems: Problems
 ) -> Choice | None:
-    """Returns the choice that a plan file's layouts ask for, on the refined mesh."""
+    """Finds the choice that a plan file's layouts ask for, on the refined mesh."""
 
     def refined(layouts: Sequence[Any], metas: Sequence[TensorMeta]) -> list[Layout]:
         return [refinement.refined(layout, meta.shape) for layout, meta in zip(layouts, metas, strict=True)]
@@ -254,7 +304,11 @@ def _split_of_counts(signature: Signature, checked: Checked, refinement: Refinem
 
 
 def flat_pieces(size: int, mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Returns a count of n cuts as ``torch.chunk(n)`` does, whatever axes make up n; ``None`` where the axes do so anyway."""
+    """Returns the pieces that ``torch.chunk(n)`` makes, for the product n of axes.
+
+    Returns:
+        The sizes; ``None`` where the axes, one after the other, cut the same way.
+    """
     flat = chunk_pieces(size, (mesh.count(axes),))
     nested = chunk_pieces(size, tuple(mesh.axis_size(a) for a in axes))
     return None if flat == nested else flat
@@ -269,7 +323,7 @@ def _outputs(
     what: str,
     problems: Problems,
 ) -> tuple[Layout, ...] | None:
-    """Returns the output layouts asked for: as computed with its sums done, or with them scattered over a dim."""
+    """Returns the output layouts asked for: as computed with sums done, or with them scattered over a dim."""
     assert checked.out is not None
     results = []
     for entry, computed, meta in zip(checked.out, choice.computed, node.op.outputs, strict=True):

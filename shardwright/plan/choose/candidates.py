@@ -1,4 +1,4 @@
-"""Candidates: the ways an operator may run, and which of them suits what is already decided around it.
+"""Candidates: the ways an operator may run, and which of them fits its decided neighbours.
 
 Candidates are compared by, in this order:
 
@@ -9,7 +9,7 @@ Candidates are compared by, in this order:
 5. split dims of its inputs that it cuts in another way;
 6. the order of the table.
 
-Where a criterion leaves one candidate the next ones are not looked at, so that most operators price a handful of edges.
+Where a criterion leaves one candidate the next ones are not computed, so that most operators price few edges.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _SAME = 1 + 1e-9
 
 @dataclass(frozen=True)
 class Link:
-    """An edge between an operator that is to be decided and something that is.
+    """An edge between an operator that is to be decided and a decided one.
 
     Args:
-        slot: which of the operator's inputs, or outputs.
+        slot: index among the operator's inputs or outputs.
         is_input: which of the two.
-        other: where the value is, or how its reader wants it.
+        other: the layout of the value, or that of its reader.
         gradient: of an output, the axes over which the gradient is partial at the reader.
         needs_grad: whether a gradient comes back over the edge.
         reached: whether the operator was reached by it.
-        fixed: a parameter that the user laid out: read as it is, if the operator can.
+        fixed: a parameter whose layout the user gave: read as it is, if the operator can.
     """
 
     slot: int
@@ -72,14 +72,14 @@ class Link:
 
 @dataclass
 class Column:
-    """What the candidates say about one tensor: a few layouts, and for each candidate which of them."""
+    """Layouts of one tensor in all candidates: the distinct ones, and for each candidate which of them."""
 
     meta: TensorMeta
     layouts: list[Layout]
     index: Array
 
     def add(self, layout: Layout) -> None:
-        """The layout of one more candidate."""
+        """Adds the layout of one more candidate."""
         if layout not in self.layouts:
             self.layouts.append(layout)
         self.index = np.append(self.index, self.layouts.index(layout))
@@ -119,7 +119,7 @@ class Candidates:
         return len(self.share)
 
     def choice(self, row: int) -> Choice:
-        """Returns one candidate, which does its own sums."""
+        """Builds the choice of one candidate, which does its own sums."""
         if row >= len(self.table):
             return self.extra[row - len(self.table)]
         return reducing(self.op, self.signature, self.table.choice(row, self.needs), self.needs)
@@ -130,9 +130,10 @@ class Candidates:
     # -- the criteria -----------------------------------------------------------------------------------------------
 
     def best(self, links: Sequence[Link], parameters: Sequence[int]) -> Choice:
-        """Returns the candidate that suits the links best.
+        """Returns the candidate that fits the links best.
 
         Args:
+            links: the decided edges.
             parameters: the inputs that nobody has placed yet and that need a gradient.
         """
         rows = np.arange(len(self))
@@ -153,7 +154,7 @@ class Candidates:
         return self.choice(int(rows[0]))
 
     def _least_forward(self, rows: Array, links: Sequence[Link]) -> Array:
-        """Returns the rows whose forward redistributions are least; exact prices only where bounds leave it open."""
+        """Finds the rows of least forward redistribution; computes exact prices only where bounds do not decide."""
         if len(rows) == 1 or not links:
             return rows
         local = np.ones(len(rows), dtype=bool)
@@ -230,7 +231,7 @@ def _table(op: Operator, signature: Signature, mesh: Mesh) -> ChoiceTable:
 
 
 def _reducing(table: ChoiceTable) -> ChoiceTable:
-    """Without the rows that scatter a sum or read pending ones: like a configured operator, one does its own sums."""
+    """Removes the rows that scatter a sum or read pending ones: like a configured operator, one does its own sums."""
     others = [i for i, symbol in enumerate(table.symbols) if symbol.scatter is not None or symbol.pending is not None]
     plain = np.asarray(~np.isin(table.rows, others).any(axis=1))
     return table.restricted(plain) if others else table
@@ -244,13 +245,20 @@ def _column(codes: Codes, meta: TensorMeta, mesh: Mesh) -> Column:
 
 
 def _sum_bytes(layout: Layout, meta: TensorMeta) -> int:
-    """Returns the bytes of the all-reduce of what an operator has computed."""
+    """Counts the bytes of the all-reduce of an operator's result."""
     done = layout.without_partial()
     return forward_elements(layout, done, meta.shape) * meta.dtype.itemsize if layout.partial else 0
 
 
 def reducing(op: Operator, signature: Signature, choice: Choice, needs: Sequence[bool]) -> Choice:
-    """Returns the same choice with its sums done by the operator itself, by an all-reduce."""
+    """Returns the choice with its sums done by the operator itself, by an all-reduce.
+
+    Args:
+        op: the operator.
+        signature: its rule's factors.
+        choice: the choice.
+        needs: which inputs need gradients.
+    """
     if not any(layout.partial for layout in choice.outputs):
         return choice
     done = tuple(layout.without_partial() for layout in choice.computed)
@@ -258,7 +266,7 @@ def reducing(op: Operator, signature: Signature, choice: Choice, needs: Sequence
 
 
 def share_of(choice: Choice, op: Operator, signature: Signature) -> float:
-    """Returns the share of an operator's work that the busiest rank does."""
+    """Computes the share of an operator's work that the busiest rank does."""
     of_output = {f for dim in signature.outputs[0] for f in dim} if traits_of(op).looks_up else None
     share = 1.0
     for factor, (axes, pieces) in choice.split.items():

@@ -1,4 +1,4 @@
-"""Refine: one mesh on which every strategy over the same ranks can be named.
+"""Finds one mesh on which every strategy over the same ranks can be named.
 
 A device matrix over ranks in row-major order cuts them at the products of its trailing sizes. Matrices whose cuts
 divide each other share one mesh, refined to all of these cuts: (2, 4) and (4, 2) are both named on 2 * 2 * 2. Matrices
@@ -51,7 +51,7 @@ def _free(stem: str, used: set[str]) -> str:
 
 @dataclass
 class Refinement:
-    """The meshes that name a set of device matrices. ``meshes[0]`` is the main one."""
+    """Meshes that name a set of device matrices. ``meshes[0]`` is the main one."""
 
     size: int
     families: list[_Family] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Refinement:
         self.families.append(_Family(tuple(range(self.size)), {1, self.size}))
 
     def add(self, sizes: Sequence[int], names: Sequence[str] = (), ranks: tuple[int, ...] | None = None) -> None:
-        """Makes room for a device matrix, with axis names if it has any."""
+        """Adds the cuts of a device matrix, with axis names if it has any."""
         ranks = ranks or tuple(range(self.size))
         cuts = _cuts(sizes)
         family = next((f for f in self.families if f.ranks == ranks and f.accepts(cuts)), None)
@@ -75,7 +75,7 @@ class Refinement:
                 family.names.setdefault(span, name)
 
     def add_if_fits(self, sizes: Sequence[int]) -> None:
-        """Makes room for a device matrix on the main mesh, unless its cuts do not divide those already there."""
+        """Adds the cuts of a device matrix to the main mesh, if they fit those there."""
         if self.families[0].accepts(_cuts(sizes)):
             self.families[0].cuts |= _cuts(sizes)
 
@@ -88,7 +88,7 @@ class Refinement:
         return self
 
     def axes_of(self, sizes: Sequence[int], ranks: tuple[int, ...] | None = None) -> tuple[Mesh, list[tuple[str, ...]]]:
-        """Returns the mesh that names a device matrix, and the axes of it that make up each of its axes."""
+        """Returns the mesh that names a device matrix, and the mesh axes of each of its axes."""
         ranks = ranks or tuple(range(self.size))
         cuts = _cuts(sizes)
         for family, mesh in zip(self.families, self.meshes, strict=True):

@@ -1,4 +1,4 @@
-"""Edges: from where a value is to how an operator reads it, and the bytes that it costs."""
+"""Edges of a plan and the bytes that they cost."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Shape = tuple[int, ...]
 
 
 def sent(steps: tuple[Step, ...], shape: Shape) -> int:
-    """Elements of some steps, of the busiest rank."""
+    """Counts the elements that the busiest rank sends in some steps."""
     return sum(sent_elements(step, shape) for step in steps)
 
 
 @lru_cache(maxsize=65536)
 def forward_elements(source: Layout, target: Layout, shape: Shape) -> int:
-    """What it takes to read as ``target`` a tensor that is laid out as ``source``.
+    """Counts the elements sent to bring a tensor from layout ``source`` to ``target``.
 
     >>> layout = Layout((2, 2), ("dp", "tp"))
     >>> forward_elements(layout("dp", "None"), layout("dp", "tp"), (8, 8))
@@ -39,7 +39,13 @@ def forward_elements(source: Layout, target: Layout, shape: Shape) -> int:
 
 @lru_cache(maxsize=65536)
 def backward_elements(source: Layout, target: Layout, shape: Shape, gradient: tuple[str, ...]) -> int:
-    """What it takes to bring back a gradient that is partial over the axes ``gradient`` where it is made."""
+    """Counts the elements sent to bring back a gradient.
+
+    Args:
+        source, target: the layouts of the value and of its reader.
+        shape: global shape.
+        gradient: axes over which the gradient is partial where it is made.
+    """
     if not gradient and is_slice(target, source):
         return 0
     return sent(redistribution(source, target, shape, gradient).backward, shape)
@@ -47,12 +53,12 @@ def backward_elements(source: Layout, target: Layout, shape: Shape, gradient: tu
 
 @lru_cache(maxsize=65536)
 def least_elements(source: Layout, target: Layout, shape: Shape) -> float:
-    """Returns a lower bound of :func:`forward_elements` that is quick to find: what ranks lack, shared out evenly."""
+    """Computes a quick lower bound of :func:`forward_elements`: the elements that ranks lack, divided evenly."""
     return 0.0 if is_slice(source, target) else lower_bound(source, target, shape) / source.mesh.size
 
 
 def is_slice(source: Layout, target: Layout) -> bool:
-    """Tells whether each rank can surely cut its piece of the target out of its piece of the source."""
+    """Tells whether each rank can surely cut its target piece out of its source piece."""
     if source == target:
         return True
     if source.mesh != target.mesh or source.partial != target.partial:
@@ -72,8 +78,8 @@ class Edge:
 
     Args:
         producer: the node that makes the value; ``None`` for an input of the graph.
-        reader, slot: the node that reads it, as which of its inputs.
-        source, target: where the value is, and how it is read.
+        reader, slot: the node that reads it, and the index of the input.
+        source, target: the layout of the value, and that in which it is read.
         gradient: axes over which its gradient is partial at the reader.
     """
 
@@ -94,7 +100,7 @@ class Edge:
 
     @property
     def forward_bytes(self) -> int:
-        """Bytes that the busiest rank sends to lay the value out anew; a sum that is pending at the source included."""
+        """Bytes that the busiest rank sends to redistribute the value, including a pending sum."""
         return forward_elements(self.source, self.target, self.shape) * self.itemsize
 
     @property
@@ -106,7 +112,7 @@ class Edge:
 
     @property
     def changes_pieces(self) -> bool:
-        """Whether ranks read other pieces of the value than those they have."""
+        """Tells whether ranks read other pieces of the value than those they have."""
         shape = self.shape
         return self.source.without_partial().normal(shape) != self.target.without_partial().normal(shape)
 

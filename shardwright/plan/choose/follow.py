@@ -1,7 +1,7 @@
-"""Follow: the choice of an operator that keeps its inputs where they are.
+"""Finds the choice of an operator that keeps its inputs where they are.
 
-The layouts its inputs come in propose axes for its factors. A proposal is taken where the factor may be split, the axis
-is free and the pieces fit; what is not taken is redistributed.
+The layouts of its inputs propose axes for its factors. A proposal is accepted where the factor may be split, the axis
+is free and the pieces fit; other axes are redistributed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ def follow(
     mesh: Mesh,
     order: Sequence[int] | None = None,
 ) -> Choice:
-    """Returns the choice that redistributes its inputs least.
+    """Finds the choice that redistributes its inputs least.
 
     Args:
-        layouts: where each input is; ``None`` for an input that may be wherever the operator wants it.
+        op: the operator.
+        signature: its rule's factors.
+        layouts: the layout of each input; ``None`` for one that may be wherever the operator wants it.
+        needs_grad: which inputs need gradients.
+        mesh: the mesh to use where no input has one.
         order: which inputs to satisfy first; default the largest first.
     """
     given = [i for i, layout in enumerate(layouts) if layout is not None]
@@ -47,7 +51,15 @@ def follow(
 def choice_for_output(
     op: Operator, signature: Signature, target: Layout, needs_grad: Sequence[bool], index: int = 0
 ) -> Choice | None:
-    """Returns the choice whose output ``index`` comes out as ``target``, or ``None`` where the operator cannot make it."""
+    """Finds the choice whose output ``index`` has layout ``target``, ``None`` where there is none.
+
+    Args:
+        op: the operator.
+        signature: its rule's factors.
+        target: the layout of the output.
+        needs_grad: which inputs need gradients.
+        index: of the output.
+    """
     split: dict[str, Split] = {}
     propose(split, signature, signature.outputs[index], target, op.outputs[index].shape)
     choice = make_choice(op, signature, target.mesh, split, needs_grad)
@@ -58,7 +70,15 @@ def choice_for_output(
 def propose(
     split: dict[str, Split], signature: Signature, factors: TensorFactors, layout: Layout, shape: Sequence[int]
 ) -> None:
-    """Adds to ``split`` what a tensor's layout proposes for its factors, as far as nothing stands against it."""
+    """Adds to ``split`` the axes that a tensor's layout proposes for its factors, if possible.
+
+    Args:
+        split: the splits so far.
+        signature: the rule's factors.
+        factors: those of the tensor's dims.
+        layout: its layout.
+        shape: global shape.
+    """
     used = {a for axes, _ in split.values() for a in axes}
     for dim, dim_factors in enumerate(factors):
         axes = layout.bound[dim]
@@ -72,7 +92,7 @@ def propose(
 
 
 def _accepted(signature: Signature, factors: DimFactors, major: str, layout: Layout, dim: int, size: int) -> Split | None:
-    """Returns the axes and pieces of the dim's first factor that the dim's layout amounts to: as many axes as fit."""
+    """Returns the axes and pieces of the dim's first factor in a layout: as many axes as fit."""
     rest = math.prod(signature.sizes[f] for f in factors if f != major)
     axes, mesh = layout.bound[dim], layout.mesh
     pieces = layout.pieces(dim, size)
@@ -88,7 +108,7 @@ def _accepted(signature: Signature, factors: DimFactors, major: str, layout: Lay
 
 
 def _pending(signature: Signature, layouts: Sequence[Layout | None], mesh: Mesh, used: set[str]) -> Mapping[int, Layout] | None:
-    """Inputs whose pending sums the operator can pass on, because it is linear in them."""
+    """Returns the inputs whose pending sums the operator can pass on, as it is linear."""
     for group in signature.linear:
         held = [layouts[i] for i in group]
         if any(layout is None or layout.mesh != mesh for layout in held):

@@ -1,4 +1,4 @@
-"""Meshes: the factorisations of a device count that are worth planning on."""
+"""Factorisations of a device count that are worth planning on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import cache
 
 from shardwright.ir.machine import Machine
 
-# A mesh of more axes has too many choices an operator to look at all of them.
+# A mesh of more axes has too many choices per operator to look at all of them.
 _MOST_AXES = 3
 
 
 @cache
 def prime_factors(n: int) -> tuple[int, ...]:
-    """Returns the prime factors of ``n``, ascending.
+    """Computes the prime factors of ``n``, ascending.
 
     >>> prime_factors(12), prime_factors(1)
     ((2, 2, 3), ())
@@ -29,7 +29,7 @@ def prime_factors(n: int) -> tuple[int, ...]:
 
 @cache
 def factorisations(n: int, axes: int) -> tuple[tuple[int, ...], ...]:
-    """Returns every way to write ``n`` as an ordered product of ``axes`` factors above 1.
+    """Lists every way to write ``n`` as an ordered product of ``axes`` factors above 1.
 
     >>> factorisations(8, 2)
     ((2, 4), (4, 2))
@@ -40,7 +40,7 @@ def factorisations(n: int, axes: int) -> tuple[tuple[int, ...], ...]:
 
 
 def meshes_to_try(n: int, machine: Machine, most: int) -> list[tuple[int, ...]]:
-    """Up to ``most`` meshes of ``n`` devices, the most promising first.
+    """Lists up to ``most`` meshes of ``n`` devices, the most promising first.
 
     An axis may stand for any product of neighbours, so that of meshes that refine each other only the finest is tried:
     8 devices as 2·2·2 can do all that 8, 2·4 and 4·2 can. Beyond three axes, an axis should end where a node does.
@@ -67,13 +67,13 @@ def _some_factorisations(n: int, axes: int, machine: Machine) -> list[tuple[int,
 
 
 def _node_size(n: int, machine: Machine) -> int:
-    """Devices of a node that a mesh of ``n`` devices can have on one axis."""
+    """Returns how many devices of a node a mesh of ``n`` devices can have on one axis."""
     size = machine.levels[0].size or n if machine.levels else n
     return math.gcd(n, size) if math.gcd(n, size) > 1 else 1
 
 
 def _distance(sizes: tuple[int, ...], n: int, machine: Machine) -> tuple[float, ...]:
-    """Returns how far a mesh is from what usually does best: a whole node on the last axes, the outer ones balanced."""
+    """Computes how far a mesh is from the usual best: a whole node on the last axes, the outer ones balanced."""
     node = _node_size(n, machine)
     inner, at = 1, len(sizes)
     while at > 0 and inner < node:

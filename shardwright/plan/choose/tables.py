@@ -1,8 +1,8 @@
-"""Choices: every way an operator may run on a mesh, as one table.
+"""Every way an operator may run on a mesh, as one table.
 
 A row assigns each mesh axis to a *symbol*: to nothing, to one factor of the operator's rule, to a summed factor whose
 sum is scattered over a dim of the output by the operator itself, or to sums that its inputs still have pending. Layouts
-are written as codes, one int an axis, so that whole tables can be priced at once:
+are written as codes, one int per axis, so that whole tables can be priced at once:
 
 - ``-2``: partial, a sum is pending over the axis; ``-1``: replicated; ``d >= 0``: the axis splits dim ``d``.
 
@@ -34,7 +34,7 @@ _UNEVEN = 1.5
 
 @dataclass(frozen=True)
 class Symbol:
-    """What one axis does for an operator; see the module."""
+    """Role of one axis for an operator; see the module."""
 
     factor: str | None = None
     scatter: int | None = None
@@ -46,17 +46,17 @@ IDLE = Symbol()
 
 @dataclass(eq=False)
 class ChoiceTable:
-    """The choices of one operator. ``C`` rows, ``A`` axes, ``I`` inputs, ``O`` outputs.
+    """Choices of one operator. ``C`` rows, ``A`` axes, ``I`` inputs, ``O`` outputs.
 
     Args:
         rows: ``(C, A)``, indices of symbols.
         inputs: for each input ``(C, A)``, layout codes in which it is read.
-        gradients: for each input ``(C, A)``, whether its gradient is partial over an axis, were there one.
-        computed, outputs: for each output ``(C, A)``, layout codes as computed and as handed on.
+        gradients: for each input ``(C, A)``, whether its gradient, if any, is partial over an axis.
+        computed, outputs: for each output ``(C, A)``, layout codes as computed, and after the operator's own sums.
         fraction: ``(C,)``, the share of the work that the busiest rank does.
         inner: ``(C, A)``, how many all-reduces the operator runs itself over an axis, as it splits a factor which reaches no
             output: one, of a pair of numbers, or two.
-        reduced: ``(C,)``, elements, over all ranks, of what it communicates by two.
+        reduced: ``(C,)``, elements, over all ranks, that those two reduce.
         fixed: the choice of a table of one row that does not come from symbols.
     """
 
@@ -78,7 +78,7 @@ class ChoiceTable:
         return len(self.fraction)
 
     def choice(self, row: int, needs_grad: Sequence[bool]) -> Choice:
-        """Returns one row as a :class:`Choice`."""
+        """Builds the :class:`Choice` of one row."""
         if self.fixed is not None:
             return self.fixed
         assigned = [self.symbols[s] for s in self.rows[row]]
@@ -113,7 +113,7 @@ class ChoiceTable:
 
 
 def layout_of(code: Iterable[int], ndim: int, mesh: Mesh) -> Layout:
-    """Returns the layout that a code stands for.
+    """Builds the layout that a code stands for.
 
     >>> layout_of([1, -2], 2, Mesh(("dp", "tp"), (2, 4))).short()
     'None,dp +sum(tp)'
@@ -129,7 +129,9 @@ def layout_of(code: Iterable[int], ndim: int, mesh: Mesh) -> Layout:
 
 
 def code_of(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """Returns the code of a layout; one of another mesh counts as replicated, orders and piece sizes are left out.
+    """Returns the code of a layout.
+
+    A layout of another mesh counts as replicated; orders of axes and piece sizes are left out.
 
     >>> mesh = Mesh(("dp", "tp"), (2, 4))
     >>> code_of(layout_of([1, -2], 2, mesh), mesh)
@@ -143,12 +145,12 @@ def code_of(layout: Layout, mesh: Mesh) -> tuple[int, ...]:
 
 
 def codes_of(layouts: Sequence[Layout], mesh: Mesh) -> Codes:
-    """Returns the codes of layouts, one a row."""
+    """Returns the codes of layouts, one per row."""
     return np.array([code_of(layout, mesh) for layout in layouts], dtype=np.int8).reshape(len(layouts), len(mesh.axes))
 
 
 def is_slice(source: Layout, target: Layout) -> bool:
-    """Tells whether every rank has its piece of ``target`` within its piece of ``source``, at the cost of a view at most."""
+    """Tells whether every rank has its piece of ``target`` within that of ``source``. Then a view is enough."""
     if source.mesh != target.mesh:
         return source.is_replicated
     if source.partial != target.partial:
@@ -159,7 +161,7 @@ def is_slice(source: Layout, target: Layout) -> bool:
 
 
 def local_sizes(codes: Codes, shape: Sequence[int], sizes: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Elements of the largest piece of a tensor, for codes ``(..., A)`` on axes of ``sizes``: ``(...)``.
+    """Counts the elements of a tensor's largest piece. Codes ``(..., A)`` on axes of ``sizes`` give ``(...)``.
 
     >>> local_sizes(np.array([[0, 1], [-1, 1]]), (4, 10), (2, 4))
     array([ 6., 12.])
@@ -180,10 +182,13 @@ def choices_of(
     free: Sequence[int] | None = None,
     among: Container[Symbol] | None = None,
 ) -> ChoiceTable:
-    """Returns every choice of an operator on a mesh.
+    """Lists every choice of an operator on a mesh.
 
     Args:
-        base, free: where given, only the axes at the positions ``free`` vary, the others do what ``base`` says.
+        op: the operator.
+        signature: its rule's factors.
+        mesh: the mesh.
+        base, free: where given, only the axes at the positions ``free`` vary, the others are as in ``base``.
         among: the symbols that axes may have; default: all.
     """
     symbols = symbols_of(op, signature)
@@ -201,7 +206,7 @@ def choices_of(
 
 
 def symbols_of(op: Operator, signature: Signature) -> tuple[Symbol, ...]:
-    """What an axis may do for an operator, idle first."""
+    """Lists the roles that an axis may have for an operator, idle first."""
     found = [IDLE]
     for factor in signature.order:
         if not signature.splittable(factor) or signature.sizes[factor] < 2:
@@ -222,7 +227,7 @@ def _can_split(signature: Signature, factors: Sequence[str]) -> bool:
 def _allowed(
     op: Operator, signature: Signature, mesh: Mesh, symbols: Sequence[Symbol], rows: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Which rows cut every factor into pieces that are large enough, and read one set of pending sums at most."""
+    """Finds rows whose pieces are large enough and that read at most one set of pending sums."""
     sizes = np.array(mesh.sizes, dtype=float)
     fine = np.ones(len(rows), dtype=bool)
     compound = {
@@ -281,9 +286,7 @@ def _table(
 
 
 def _reductions(signature: Signature, factor: str) -> int:
-    """Returns how many all-reduces a lowering runs where an inner factor is split: a largest and a sum, or a sum and a
-    count in one.
-    """
+    """Counts the all-reduces of a lowering that splits an inner factor: a largest and a sum, or a sum and a count in one."""
     return 1 if factor in signature.pairs else 2
 
 
@@ -328,7 +331,7 @@ def _fraction(signature: Signature, mesh: Mesh, symbols: Sequence[Symbol], rows:
 
 
 def _apart(signature: Signature, choice: Choice) -> dict[str, Split]:
-    """How factors are split, of tied ones that the same axes split only one: it is the same work."""
+    """Returns the splits of factors; of tied ones that the same axes split only one, as it is the same work."""
     found: dict[str, Split] = {}
     for factor in sorted(choice.split, key=lambda f: f in signature.inner):
         axes = choice.split[factor][0]
@@ -338,7 +341,14 @@ def _apart(signature: Signature, choice: Choice) -> dict[str, Split]:
 
 
 def table_of_choice(op: Operator, signature: Signature, mesh: Mesh, choice: Choice) -> ChoiceTable:
-    """Returns a table of one row: a choice that somebody else made, in this mesh's codes as far as they can say it."""
+    """Builds a table of one row from a given choice, as far as this mesh's codes can express it.
+
+    Args:
+        op: the operator.
+        signature: its rule's factors.
+        mesh: the mesh.
+        choice: the choice.
+    """
 
     def codes(layouts: Sequence[Layout]) -> tuple[Codes, ...]:
         return tuple(codes_of([layout], mesh) for layout in layouts)

@@ -1,8 +1,8 @@
 """Plan files: a plan, or a part of one, as text that a person can read, compare and edit.
 
-One JSON file, one line an operator and a parameter. Layouts stand in their text form over the file's mesh; those over
-another mesh name it. An operator is known by the path of its module, its name, and which of that name it is there, so that
-a file outlives changes elsewhere in the model. ``"complete": true`` says that every operator of the graph has an entry.
+One JSON file, with one line per operator and per parameter. Layouts are written as text over the file's mesh; those over
+another mesh name it. An operator is known by the path of its module, its name, and its number among those of that name, so
+that a file outlives changes elsewhere in the model. ``"complete": true`` says that every operator of the graph has an entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class OperatorEntry:
-    """How a file says that an operator runs; ``None`` where it leaves something unsaid."""
+    """Layouts of an operator in a file; ``None`` where the file leaves something open."""
 
     key: str
     line: int
@@ -43,7 +43,7 @@ class OperatorEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a file says that a parameter, or an input of the program, is."""
+    """Layout of a parameter, or of an input of the program, in a file."""
 
     key: str
     line: int
@@ -56,9 +56,10 @@ class PlanFile:
     """A plan file, read and checked as far as can be without a graph.
 
     Args:
-        complete: whether it says how every operator of its graph runs.
+        complete: whether it determines how every operator of its graph runs.
         operators: by key, which may be a pattern; see :func:`operator_keys`.
-        parameters: by qualified name. ``inputs``: by position.
+        parameters: by qualified name.
+        inputs: by position.
     """
 
     path: str

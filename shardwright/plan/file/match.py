@@ -1,7 +1,7 @@
-"""Loading: a plan file met with a graph, and the plan that comes of it.
+"""Matches a plan file to a graph, and makes the plan that it gives.
 
-A file that says everything about the graph is the plan. Of any other the entries are pins: the planner of the mode plans
-around them. What does not fit the graph is refused, all of it at once.
+A file that determines everything about the graph is the plan. The entries of any other file are pins: the planner of the
+mode plans around them. Everything that does not fit the graph is refused, all at once.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ def plan_from_file(
     part: bool = False,
     planner: Callable[[Graph, PlanRequest], Plan] = plan_graph,
 ) -> Plan:
-    """Returns the plan that a file gives a graph.
+    """Makes the plan that a file gives a graph.
 
     Args:
         file: a file, or the path of one.
-        part: whether the graph is one part of a train step: what the file says of other parts is passed over.
+        graph: the graph.
+        request: what is asked of the plan.
+        part: whether the graph is one part of a train step: entries of other parts are ignored.
         planner: plans what the file leaves open, in the request's mode.
 
     Returns:
-        The very plan that was saved, where the file says all of it; else the planner's, with the file's entries pinned.
+        The very plan that was saved, where the file determines all of it; else the planner's, with the file's entries pinned.
 
     Raises:
         StrategyError: the file does not fit the graph or the devices, or has layouts that an operator cannot follow; every
@@ -70,7 +72,7 @@ def plan_from_file(
 
 @dataclass
 class _Match:
-    """The entries of a file, by the nodes and inputs of a graph."""
+    """Entries of a file, by the nodes and inputs of a graph."""
 
     file: PlanFile
     graph: Graph
@@ -88,7 +90,7 @@ class _Match:
     # -- operators --------------------------------------------------------------------------------------------------
 
     def operators_fit(self, part: bool) -> None:
-        """Finds the entry of each node; says what is not there any more, what is new and what has other shapes."""
+        """Finds the entry of each node; reports nodes that are gone, are new or have other shapes."""
         entries = self.file.operators
         patterns = [key for key in entries if "*" in key or "?" in key]
         used = set()
@@ -132,7 +134,7 @@ class _Match:
     def _fitting(
         self, kind: str, entries: dict[str, TensorEntry], here: dict[str, GraphInput], part: bool
     ) -> dict[str, TensorEntry]:
-        """Returns the entries of tensors that are there, of the right shapes."""
+        """Returns the entries of tensors that are there and have the right shapes."""
         gone = [f"{name} (line {entry.line})" for name, entry in entries.items() if name not in here]
         if gone and not part:
             self.refuse(f"{_count(gone, kind)} read by no operator: {_some(gone)}; delete the entries")
@@ -153,7 +155,7 @@ class _Match:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the file says how every operator runs and where every tensor is."""
+        """Tells whether the file determines how every operator runs and where every tensor is."""
         return len(self.operators) == len(self.graph.nodes) and all(
             str(i.target) in (self.inputs if i.kind == "input" else self.parameters)
             for i in self.graph.inputs
@@ -166,7 +168,7 @@ class _Match:
         return Pin(entry.inputs, entry.outputs, source, f"{source}: {self.keys[node.name]}")
 
     def sums_are_there(self, plan: Plan) -> None:
-        """Checks that what an entry reads with a sum pending comes with it: a sum cannot be made pending."""
+        """Checks that values read with a sum pending are made so: a sum cannot be made pending."""
         where = dict(plan.input_layouts)
         for node in self.graph.nodes:
             choice = plan.choices[node.name]
@@ -179,7 +181,7 @@ class _Match:
             where.update(zip(node.outputs, choice.outputs))
 
     def pinned(self, request: PlanRequest) -> PlanRequest:
-        """Returns the request with the file's entries in it."""
+        """Adds the file's entries to the request."""
         pins = {node.name: self.pin(node) for node in self.graph.nodes if node.name in self.operators}
         # without the line, which would tell the parameters of repeated layers apart
         layouts: dict[str, Any] = {n: (e.layout, self.file.path) for n, e in self.parameters.items()}
@@ -194,7 +196,7 @@ class _Match:
 
 
 def _without_marks(graph: Graph) -> Graph:
-    """Returns the graph without the strategies on its operators, for a mode that does not follow them but follows a file."""
+    """Removes the operators' strategies, for a mode that ignores them but follows a file."""
     nodes = [
         replace(n, mark=replace(n.mark, in_strategy=None, is_pin=False) if n.mark else None, region=None) for n in graph.nodes
     ]
@@ -202,7 +204,7 @@ def _without_marks(graph: Graph) -> Graph:
 
 
 class _Whole:
-    """Makes the plan that a file says all of."""
+    """Makes the plan of a file that determines all of it."""
 
     def __init__(self, found: _Match, request: PlanRequest):
         self.found, self.file, self.graph, self.request = found, found.file, found.graph, request
@@ -220,7 +222,7 @@ class _Whole:
         same = machine is not None and machine.name == file.machine
         return Plan(
             self.graph, file.mesh, choices, planner.signatures, layouts, (*file.notes, f"{LOADED}{file.path}"), request.mode,
-            machine=machine, search=file.search if same else None, states=request.states,
+            machine=machine, search=file.search if same else None, optimizer_bytes_per_byte=request.optimizer_bytes_per_byte,
             full_batch=request.dataset_strategy == "full_batch", memory_limit=request.memory_limit,
         )  # fmt: skip
 
@@ -251,7 +253,7 @@ class _Whole:
         return entry.layout if entry else Layout.replicated(self.file.mesh, len(graph_input.meta.shape))
 
     def inputs_fit(self, planner: Planner) -> None:
-        """Whether ranks hand in what they handed in when the plan was saved."""
+        """Checks that ranks give the same inputs as when the plan was saved."""
         inputs = [i for i in self.graph.inputs if i.kind == "input"]
         if self.request.dataset_strategy == "full_batch":
             told: Iterable[Layout] = [Layout.replicated(self.file.mesh, len(i.meta.shape)) for i in inputs]
@@ -290,6 +292,6 @@ def _count(found: list[str], what: str) -> str:
 
 
 def _some(found: list[str]) -> str:
-    """Returns a few of many, by name."""
+    """Formats a few names of many."""
     more = len(found) - _NAMED
     return ", ".join(found[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Reads plan files, all problems at once."""
+"""Reads plan files, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_plan_file(path: str | os.PathLike[str]) -> PlanFile:
 
 
 class _Reader:
-    """Reads the text of one file; what is wrong with it goes to ``problems``."""
+    """Reads the text of one file; ``problems`` collects what is wrong with it."""
 
     def __init__(self, path: str, text: str, problems: Problems):
         self.path, self.text, self.problems = path, text, problems
@@ -78,7 +78,7 @@ class _Reader:
         )  # fmt: skip
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Returns an object whose keys are all different."""
+        """Builds an object, and refuses keys that come twice."""
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
@@ -172,7 +172,7 @@ class _Reader:
         return self.layouts[text]
 
     def line(self, key: str) -> int:
-        """Returns the line of a key; of one that stands in several places, that which follows the one asked for last."""
+        """Returns the line of a key; of a repeated key, the one after the line returned last."""
         quoted = json.dumps(key) + ":"
         where = self.text.find(quoted, self.at)
         if where < 0:
@@ -189,7 +189,7 @@ class _Reader:
 
 
 def _search(data: dict[str, Any] | None) -> Search | None:
-    """What a search found, as saved; ``None`` where it was edited beyond use, as nothing depends on it."""
+    """Reads the result of a search as saved; ``None`` where it was edited beyond use, as nothing depends on it."""
     try:
         tried = tuple((tuple(sizes), float(seconds)) for sizes, seconds in (data or {}).get("tried", ()))
         return Search(**{**data, "tried": tried}) if data else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Writes all of a plan; :func:`load_plan_file` reads it, and the same graph gets the very same plan from it."""
+    """Writes all of a plan; from the file :func:`load_plan_file` and the same graph give the very same plan."""
     _write(path, _text(plan, operators=True, parameters=True))
 
 
@@ -45,7 +45,7 @@ def _write(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _text(plan: Plan, operators: bool, parameters: bool) -> str:
-    """Returns the text of a file: one line an entry."""
+    """Builds the text of a file, with one line per entry."""
     head: dict[str, Any] = {
         "format": FORMAT, "version": VERSION, "devices": plan.mesh.size, "mesh": str(plan.mesh), "mode": plan.mode,
     }  # fmt: skip
@@ -53,7 +53,7 @@ def _text(plan: Plan, operators: bool, parameters: bool) -> str:
         head["complete"] = True
         if plan.machine is not None:
             head["machine"] = getattr(plan.machine, "name", str(plan.machine))
-        head |= {"states": plan.states, "memory_limit": plan.memory_limit}
+        head |= {"states": plan.optimizer_bytes_per_byte, "memory_limit": plan.memory_limit}
         if plan.search is not None:
             head["search"] = dataclasses.asdict(plan.search)
         head["notes"] = [note for note in plan.notes if not note.startswith(LOADED)]
@@ -93,7 +93,7 @@ def _operators(plan: Plan) -> dict[str, Any]:
 
 
 def _parameters(plan: Plan) -> dict[str, Any]:
-    """Returns every parameter, and buffers that are not the same on all ranks."""
+    """Collects every parameter, and buffers that are not the same on all ranks."""
     entries = {}
     for i in plan.graph.inputs:
         layout = plan.input_layouts[i.value]

@@ -1,6 +1,6 @@
-"""Allocations: what is allocated and freed while operators run on fake tensors.
+"""Counts what is allocated and freed while operators run on fake tensors.
 
-Fake tensors tell the memory of results, not what kernels need meanwhile; where that matters the operator's traits have it.
+Fake tensors have the memory of results, not of kernels' temporaries; where those matter the operator's traits have them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from shardwright.rules.traits import traits_of
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Adds up the memory of tensors that are made, and takes off that of those that are gone.
+    """Adds up the memory of new tensors, and subtracts that of tensors that are gone.
 
-    Gradients that are handed to a backward are counted apart, since somebody else may hold them.
+    Gradients that a backward is given are counted apart, since somebody else may hold them.
 
     Args:
         on_cpu: whether kernels are those of the CPU.
 
     Attributes:
-        live: bytes in use now, without gradients handed in.
+        live: bytes in use now, without given gradients.
         peak: the most of these so far.
-        peak_with_given: the most so far with gradients handed in.
+        peak_with_given: the most so far with given gradients.
         sizes: bytes that count for each storage, by :func:`~shardwright.cost.saved.storage_key`.
-        in_backward: whether what runs is the backward.
-        giving: whether what is made now is a gradient that is handed in.
+        in_backward: whether the backward runs.
+        giving: whether the tensors made now are given gradients.
     """
 
     def __init__(self, on_cpu: bool) -> None:
@@ -69,14 +69,14 @@ class AllocationTracker(TorchDispatchMode):
         weakref.finalize(storage, self._gone, key, self.giving)
 
     def leave_out(self, tensor: Tensor) -> float:
-        """Counts a tensor's storage no more; returns the bytes that it counted for."""
+        """Stops counting a tensor's storage; returns the bytes that it counted for."""
         key = storage_key(tensor)
         size, self.sizes[key] = self.sizes[key], 0.0
         self.live -= size
         return size
 
     def begin_backward(self) -> None:
-        """What counts from now on is the backward; peaks begin anew."""
+        """Begins the backward, with new peaks."""
         self.peak = self.peak_with_given = self.live
         self.in_backward = True
 

@@ -1,4 +1,4 @@
-"""Buckets: plays moves that were started together, which share their collectives and end one by one."""
+"""Simulates moves that were started together, which share their collectives and end one by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Bucket:
     """Moves under way, and later their gradients."""
 
     moves: tuple[Move, ...]
-    flight: Storage | None = None  # what travels, until the first result is waited for
+    flight: Storage | None = None  # the travelling tensors, until the first result is waited for
     scratch: float = 0.0
     results: dict[str, Storage] = field(default_factory=dict)
     expected: int = 0  # results that may get a gradient
@@ -26,10 +26,11 @@ class _Bucket:
 
 
 class BucketPlayer:
-    """Plays buckets on the state of a rank.
+    """Simulates buckets on the state of a rank.
 
     Args:
-        choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
+        state: the rank's state.
+        choose: returns the algorithm of gloo's that does a collective; ``None``: the backend's own collectives.
         hub: whether the rank is the one that others send to, where one is.
     """
 
@@ -42,7 +43,7 @@ class BucketPlayer:
         return bucket_memory(tensors, self.choose, self.hub)
 
     def scratch(self, moves: Sequence[Move], trains: bool) -> float:
-        """Returns the bytes of scratch that a bucket's collectives need."""
+        """Counts the bytes of scratch that a bucket's collectives need."""
         phases = ("forward", "backward") if trains and moves[0].needs_grad else ("forward",)
         found = [phase for phase in phases if any(move.steps(phase) for move in moves)]
         return max((self._need(moves, phase).scratch for phase in found), default=0.0)
@@ -50,7 +51,7 @@ class BucketPlayer:
     # -- forward --------------------------------------------------------------------------------------------------
 
     def start(self, start: StartMoves) -> None:
-        """Moves set off together: what they gather is in flight until the first of them is waited for."""
+        """Starts moves together: the gathered tensors are in flight until the first of them is waited for."""
         bucket = _Bucket(start.moves)
         self.of |= dict.fromkeys((move.output for move in start.moves), bucket)
         if any(move.redistribution.forward for move in start.moves):
@@ -59,7 +60,7 @@ class BucketPlayer:
         self.state.tape.append(lambda: self._end_backward(bucket))
 
     def end(self, move: Move, needs_grad: bool) -> Storage | None:
-        """New memory of a move's result, held here; ``None`` where it is its source's."""
+        """Returns the new memory of a move's result, held here; ``None`` where it is its source's."""
         bucket = self.of[move.output]
         forward = [m.redistribution.forward for m in bucket.moves]
         if any(forward) and bucket.flight is not None:
@@ -78,7 +79,7 @@ class BucketPlayer:
                 )  # fmt: skip
         if needs_grad:
             bucket.expected += 1
-            self.state.tape.append(lambda: self._hand_in(bucket, move))
+            self.state.tape.append(lambda: self._add_gradient(bucket, move))
         return bucket.results.pop(move.output, None)
 
     def _set_off(self, bucket: _Bucket, need: BucketMemory, cause: str) -> None:
@@ -94,7 +95,7 @@ class BucketPlayer:
 
     # -- backward -------------------------------------------------------------------------------------------------
 
-    def _hand_in(self, bucket: _Bucket, move: Move) -> None:
+    def _add_gradient(self, bucket: _Bucket, move: Move) -> None:
         """Takes the gradient of one result; the last one starts them all."""
         bucket.expected -= 1
         gradient = self.state.gradients.pop(move.output, None)

@@ -1,4 +1,4 @@
-"""Calls: plays the local calls of a program, and their backward.
+"""Simulates the local calls of a program, and their backward.
 
 Calls that are alike, in this program or another, are run on fake tensors once.
 """
@@ -24,12 +24,12 @@ _MOST_REMEMBERED = 20_000
 
 
 class CallPlayer:
-    """Plays calls on the state of a rank.
+    """Simulates calls on the state of a rank.
 
     Args:
-        state: what the rank has.
+        state: the rank's state.
         device: kind of device, which decides what kernels keep.
-        kept: local names of results that are kept, though their calls are done again.
+        kept: local names of results that are kept, though their calls are repeated.
     """
 
     def __init__(self, state: RankState, device: str, kept: Collection[str] = ()):
@@ -58,7 +58,7 @@ class CallPlayer:
         self, key: Hashable, local: LocalCall, call: Call, names: Sequence[str], made: ForwardMemory,
         inputs: Sequence[Storage], new: Sequence[Storage], recipe: Recipe | None,
     ) -> None:  # fmt: skip
-        """Keeps what the backward of a call needs, or a reader of it where that is computed again."""
+        """Keeps what the backward of a call needs, or a reader where it is recomputed."""
         saved = self.state.save(_storage_at(place, inputs, new) for place in made.kept)
         if made.kept_besides and recipe is not None:
             saved.append(Reader(recipe, None))
@@ -67,7 +67,7 @@ class CallPlayer:
         self.state.tape.append(partial(self._play_backward, key, local, call, names, made, saved))
 
     def _recipe(self, call: Call, inputs: Sequence[Storage], new: Sequence[Storage], made: ForwardMemory) -> Recipe:
-        """How what a call makes is made again; results that are kept nevertheless are not."""
+        """Makes the recipe of a call's results, without those that are kept nevertheless."""
         results: dict[Storage, None] = {}
         for name, (_, place) in zip(call.outputs, made.outputs):
             storage = _storage_at(place, inputs, new)
@@ -131,7 +131,7 @@ class CallPlayer:
 
 
 def _forward_memory(key: Hashable, local: LocalCall) -> tuple[LocalCall, ForwardMemory]:
-    """What a call makes, and the first call that was like it."""
+    """Returns the memory that a call makes, and the first call that was like it."""
     if key not in _forwards:
         if len(_forwards) > _MOST_REMEMBERED:
             _forwards.clear()
@@ -153,7 +153,7 @@ def _storage_at(
 
 
 def _with_slots(call: Call) -> tuple[Any, list[str]]:
-    """Returns a call's arguments on the first rank, with a slot for each tensor, and the tensors' names."""
+    """Returns a call's arguments on the first rank, with slots for tensors, and the tensors' names."""
     names: list[str] = []
 
     def replace(leaf: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Fused kernels: stand-ins for kernels that other devices have and CPUs do not.
+"""Stand-ins for fused kernels that other devices have and CPUs do not.
 
-Local calls are run on fake CPU tensors, where such an operator is taken apart and keeps more than the kernel does.
+Local calls are run on fake CPU tensors, where such an operator is decomposed and keeps more than the kernel does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shardwright.rules.traits import traits_of
 
 
 class _FusedKernel(torch.autograd.Function):
-    """Keeps its tensors, its result where asked, and a number a row."""
+    """Keeps its tensors, its result where asked, and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, keeps_result: bool, *tensors: Tensor | None) -> Tensor:
@@ -47,5 +47,5 @@ _STAND_INS: dict[str, Callable[..., Any]] = {"attention": _attention, "norm": _r
 
 
 def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes and keeps as much as the function does in one kernel; most functions stand for themselves."""
+    """Returns a function that makes and keeps as much as one kernel would; for most functions, themselves."""
     return _STAND_INS.get(traits_of(function).kernel, function) if isinstance(function, OpOverload) else function

@@ -1,7 +1,7 @@
-"""Local call: what one call of the local program makes, keeps and needs, found by running it on fake tensors.
+"""Runs one call of the local program on fake tensors, to find what it makes, keeps and needs.
 
 A call is run once forward, and once forward and backward for every set of strides its gradients come with. Nothing here
-knows of other calls: tensors are told apart as inputs, gradients handed in, and new memory.
+knows of other calls: tensors are classified as inputs, given gradients, and new memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguou
 
 
 class Place(NamedTuple):
-    """Whose memory a tensor lies in: that of an input, of an output's gradient that was handed in, or new memory."""
+    """Memory that a tensor lies in: that of an input, of an output's given gradient, or new memory."""
 
     kind: Literal["input", "gradient", "new"]
     position: int
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardMemory:
-    """What a call makes and keeps.
+    """Memory that a call makes and keeps.
 
     Args:
         outputs: every output, and where it lies.
@@ -54,10 +54,10 @@ class ForwardMemory:
 
 @dataclass(frozen=True)
 class BackwardMemory:
-    """What the backward of a call makes.
+    """Memory that the backward of a call makes.
 
     Args:
-        gradients: strides and place of the gradient of every input; ``None`` for those that get none.
+        gradients: strides and place of the gradient of every input; ``None`` for those without.
         sizes: bytes of each piece of new memory that gradients lie in.
         peak: bytes at most meanwhile of new memory and of what only this call kept.
         peak_with_given: the same with the gradients that the backward is given, where nobody else holds them.
@@ -109,14 +109,14 @@ class LocalCall:
                 described = LocalTensor(tuple(result.shape), result.stride(), result.dtype, result.requires_grad)
                 outputs.append((described, places[key]))
             kept_places = frozenset(places[key] for key in kept if key in places)
-            # outputs are left out, and what nobody keeps is gone: what is live is kept
+            # outputs are left out and unkept tensors are gone, so the live ones are kept
             return ForwardMemory(tuple(outputs), tuple(sizes), kept_places, tracker.live, tracker.peak)
 
     def backward(self, strides: Sequence[Strides | None]) -> BackwardMemory:
         """Runs the call and its backward.
 
         Args:
-            strides: of the gradient of every output; ``None`` for outputs that get none.
+            strides: of the gradient of every output; ``None`` for outputs without.
 
         Raises:
             Exception: whatever the operator's backward raises on fake tensors.
@@ -132,7 +132,7 @@ class LocalCall:
             for position, (result, stride) in enumerate(zip(results, strides)):
                 if stride is not None:
                     make = _gradient_maker(tracker, places, position, tuple(result.shape), stride, result.dtype)
-                    seeds.append(_HandGradient.apply(make, result))  # type: ignore[no-untyped-call]
+                    seeds.append(_GiveGradient.apply(make, result))  # type: ignore[no-untyped-call]
             for seed in seeds:
                 tracker.leave_out(seed)
             del results, result  # the backward keeps what it needs of them
@@ -152,7 +152,10 @@ class LocalCall:
             return BackwardMemory(tuple(gradients), tuple(sizes), tracker.peak, tracker.peak_with_given)
 
     def _run(self, stack: ExitStack, tracker: AllocationTracker) -> tuple[list[Tensor], list[Tensor], set[int]]:
-        """Inputs, results, and the storages that autograd keeps. Until ``stack`` closes the tracker goes on tracking."""
+        """Runs the call; returns inputs, results, and the storages that autograd keeps.
+
+        The tracker tracks until ``stack`` closes.
+        """
         call = self.call
         kept: set[int] = set()
 
@@ -180,7 +183,7 @@ class LocalCall:
         return inputs, list(result) if call.sequence else [result], kept
 
     def _guess_forward(self) -> ForwardMemory:
-        """Outputs like the largest input, all of them kept, and all inputs that may have gradients."""
+        """Guesses outputs like the largest input. All of them are kept, with all inputs that may have gradients."""
         largest = max(self.tensors, key=lambda t: t.bytes, default=LocalTensor((), (), torch.float32, False))
         needs_grad = self.call.grad and any(t.needs_grad for t in self.tensors)
         places = [Place("new", i) for i in range(len(self.call.outputs))]
@@ -190,7 +193,7 @@ class LocalCall:
         return ForwardMemory(outputs, sizes, frozenset(kept if needs_grad else ()), 0.0, sum(sizes), guessed=True)
 
     def guess_backward(self, strides: Sequence[Strides | None], forward: ForwardMemory) -> BackwardMemory:
-        """What :meth:`backward` may find at most: a gradient as large as each tensor that needs one, all at once."""
+        """Guesses the most that :meth:`backward` may find: a gradient as large as each tensor, all at once."""
         gradients: list[tuple[Strides, Place] | None] = [None] * len(self.tensors)
         sizes: list[float] = []
         for i, tensor in enumerate(self.tensors):
@@ -208,15 +211,15 @@ def _fake_mode() -> FakeTensorMode:
 
 
 def _places_of_inputs(inputs: Iterable[Tensor]) -> dict[int, Place]:
-    """By storage; where inputs share one, the first counts."""
+    """Returns the places by storage; where inputs share one, the first counts."""
     places: dict[int, Place] = {}
     for i, tensor in enumerate(inputs):
         places.setdefault(storage_key(tensor), Place("input", i))
     return places
 
 
-class _HandGradient(torch.autograd.Function):
-    """Hands a gradient to the backward as the engine would: nobody else has it."""
+class _GiveGradient(torch.autograd.Function):
+    """Gives a gradient to the backward as the engine would: nobody else has it."""
 
     @staticmethod
     def forward(ctx: Any, make: Callable[[], Tensor], output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Local tensor: what a local call sees of a tensor, without its values."""
+"""Shape, strides and dtype of a tensor that a local call reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Strides = tuple[int, ...]
 
 
 class LocalTensor(NamedTuple):
-    """Local shape, strides, dtype, and whether autograd brings it a gradient."""
+    """Local shape, strides, dtype, and whether autograd makes a gradient for it."""
 
     shape: tuple[int, ...]
     stride: Strides
@@ -26,12 +26,12 @@ class LocalTensor(NamedTuple):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether it lies in memory in the order of its dims."""
+        """Tells whether it lies in memory in the order of its dims."""
         return self.stride == contiguous_strides(self.shape)
 
 
 def contiguous_strides(shape: Sequence[int]) -> Strides:
-    """Strides of a tensor that lies in memory in the order of its dims.
+    """Computes the strides of a contiguous tensor.
 
     >>> contiguous_strides((2, 3, 4))
     (12, 4, 1)

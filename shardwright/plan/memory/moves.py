@@ -1,4 +1,4 @@
-"""Moves: plays the redistributions of a program, and their backward.
+"""Simulates the redistributions of a program, and their backward.
 
 A move that is started early travels until somebody waits for its result; in the backward its gradient starts to travel
 where the forward waited, and is waited for where the forward started. Moves may also share a collective.
@@ -40,12 +40,12 @@ class _Travelling:
 
 
 class MovePlayer:
-    """Plays moves on the state of a rank.
+    """Simulates moves on the state of a rank.
 
     Args:
-        state: what the rank has.
+        state: the rank's state.
         program: all of it; moves depend on what makes and reads their source.
-        choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
+        choose: returns the algorithm of gloo's that does a collective; ``None``: the backend's own collectives.
         hub: whether the rank is the one that others send to, where one is.
     """
 
@@ -78,7 +78,7 @@ class MovePlayer:
         self.usage.give_scratch(self.usage.take_scratch(largest))
 
     def _scratch(self, move: Move, choose: Choose, trains: bool) -> float:
-        """Returns the bytes of scratch that a move by itself needs."""
+        """Counts the bytes of scratch that a move by itself needs."""
         shape = move.redistribution.shape
         needs = [
             step_memory(step, shape, move.itemsize(phase), choose, hub=self.hub)
@@ -110,7 +110,7 @@ class MovePlayer:
         self._record(move, self._play_backward)
 
     def keep_piece(self, instruction: KeepSliceForBackward) -> None:
-        """A value is kept as a piece from which it is gathered again."""
+        """Keeps a value as a piece from which it is gathered when needed."""
         cut, gather = instruction.cut, instruction.gather
         value = self.state.values[cut.source].storage
         if value in self.state.makers:
@@ -123,9 +123,15 @@ class MovePlayer:
     def _make_again(
         self, move: Move, given: Storage, peak: float, is_over_source: bool = False, flight: float | None = None
     ) -> None:
-        """A move whose result is moved again in the backward pass; one written over its source is no longer the source.
+        """Makes a move's result the recipe of a second move in the backward pass.
+
+        If it was written over its source, the source's old value is gone.
 
         Args:
+            move: the move.
+            given: its source.
+            peak: bytes at most while it runs.
+            is_over_source: whether the result is in the source's memory.
             flight: of a move that is started early, what travels.
         """
         made = self.state.values[move.output].storage
@@ -157,7 +163,7 @@ class MovePlayer:
         return need if move.wire is None else _with_casts(need, move, phase)
 
     def _define(self, move: Move, made: Storage | None) -> None:
-        """Names the result of a move: in this memory, or where nothing was made in that of its source."""
+        """Names the result of a move: in this memory, or in that of its source where nothing was made."""
         source = self.state.values[move.source]
         shape = local_shape(move.redistribution.target, move.redistribution.shape)
         stride = source.tensor.stride if made is None else contiguous_strides(shape)
@@ -173,7 +179,7 @@ class MovePlayer:
             self.state.tape.append(partial(backward, move))
 
     def _return_gradient(self, move: Move, gradient: Gradient, size: float) -> None:
-        """Hands the source of a move its gradient: in so many bytes of new memory, or for 0 in that of the result's."""
+        """Gives the source of a move its gradient. It is in ``size`` bytes of new memory, or for 0 in the result's."""
         if size:
             made = self.usage.hold(Storage(size, "transient", move.source))
             self.usage.drop(gradient.storage)
@@ -184,7 +190,7 @@ class MovePlayer:
     # -- one move, started early --------------------------------------------------------------------------------------
 
     def start(self, start: StartMoves) -> None:
-        """Moves set off."""
+        """Starts moves."""
         if len(start.moves) > 1:
             self.buckets.start(start)
             return
@@ -195,7 +201,7 @@ class MovePlayer:
         self._record(move, self._end_backward)
 
     def end(self, move: Move) -> None:
-        """Somebody waits for the result of a move that was started."""
+        """Waits for the result of a started move."""
         if move.output in self.buckets.of:
             made = self.buckets.end(move, self._needs_grad(move))
             self._define(move, made)
@@ -233,9 +239,9 @@ class MovePlayer:
             self.state.give_source(move, gradient.storage, gradient.stride)
 
     def _set_off(self, move: Move, need: RedistributionMemory, given: Storage, part: str) -> _Travelling:
-        """What a started move holds until somebody waits for it.
+        """Makes what a started move holds until somebody waits for it.
 
-        A thread ends moves that others depend on; it is taken to be done with one when the next starts.
+        A thread ends moves that others depend on; it is assumed to be done with one when the next starts.
         """
         self._release(self.ending)
         travelling = _Travelling(self.usage.hold(Storage(need.result, part, move.source)))
@@ -250,7 +256,7 @@ class MovePlayer:
         return travelling
 
     def _arrived(self, travelling: _Travelling) -> Storage:
-        """Returns the result of a started move, which is held here; nothing else of it is."""
+        """Returns the result of a started move, held here, and frees the rest."""
         self._release(travelling)
         return travelling.result
 
@@ -279,7 +285,7 @@ class MovePlayer:
             self.state.tape.append(partial(self._play_together_backward, together))
 
     def _play_together_backward(self, together: FusedMoves) -> None:
-        """Moves whose results got no gradient take no part."""
+        """Runs the backward; moves whose results have no gradient are left out."""
         moves = [move for move in together.moves if move.output in self.state.gradients]
         sizes, peak = _shared(moves, "backward")
         self.usage.point(together.cause, peak)
@@ -289,7 +295,7 @@ class MovePlayer:
 
 
 def _with_casts(need: RedistributionMemory, move: Move, phase: str) -> RedistributionMemory:
-    """Adds the copies in other dtypes: what is handed in is cast before it travels, what arrives is cast after."""
+    """Adds the copies in other dtypes: the source is cast before it travels, the result after."""
     given, travels, handed_on = move.dtypes(phase)
     ends = move.redistribution.source, move.redistribution.target
     first, last = ends if phase == "forward" else ends[::-1]
@@ -302,7 +308,10 @@ def _with_casts(need: RedistributionMemory, move: Move, phase: str) -> Redistrib
 
 
 def _shared(moves: Sequence[Move], phase: str) -> tuple[list[float], float]:
-    """New memory of each result, and bytes at most meanwhile; moves of a kind have one step each, or none has any."""
+    """Returns the new memory of each result, and bytes at most meanwhile.
+
+    Moves of a kind have one step each, or none has any.
+    """
     if not any(move.steps(phase) for move in moves):
         return [0.0] * len(moves), 0.0
     return shared_collective_memory(

@@ -1,4 +1,4 @@
-"""Predict: from choices to the memory of the rank with the largest pieces."""
+"""Predicts the memory of the rank with the largest pieces, from a plan's choices."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ _OPTIMIZERS = {
 def memory_of(
     plan: Plan, optimizer: str | float | None = 2.0, device: str = "cpu", options: Options | None = None
 ) -> MemoryTimeline:
-    """Returns the memory of the rank with the largest pieces over a step: forward, backward, optimizer, gradients set to None.
+    """Predicts the memory of the rank with the largest pieces over a step.
+
+    A step is forward, backward and optimizer, with gradients set to None after it.
 
     Args:
         plan: with the passes that its program goes through, and its schedule.
-        optimizer: ``"adam"``, ``"adamw"``, each also as in ``"fused adamw"``, ``"sgd"``, or bytes of optimizer state a byte
+        optimizer: ``"adam"``, ``"adamw"``, each also as in ``"fused adamw"``, ``"sgd"``, or bytes of optimizer state per byte
             of parameter; ``None``: no training, only the forward.
         device: the kind of device, which decides what kernels keep and, the CPU having gloo, what collectives need.
-        options: what redistributions may use, as the partitioner is given them; default: the links of the plan's machine.
+        options: which steps redistributions may use, as for the partitioner; default: by the links of the plan's machine.
 
     Returns:
-        Bytes over the step, one point an instruction of the local program and direction.
+        Bytes over the step, one point per instruction of the local program and direction.
 
     Raises:
         KeyError: an optimizer's name that is not one of these.
@@ -41,16 +43,18 @@ def memory_of(
     choose = calibration.load().choose if device == "cpu" else None
     timeline = TrainingStep(plan.graph, program, states, device, choose, hub=True).run()
     if choose is not None and any(i.starts for i in program.instructions):
-        # what the others send to the first rank stays until they wait for the result
+        # messages of others to the first rank stay in memory until they wait for the result
         other = TrainingStep(plan.graph, program, states, device, choose, hub=False).run()
         timeline = max(timeline, other, key=lambda t: t.peak)
     return timeline
 
 
 def step_memory(plan: Plan) -> MemoryTimeline:
-    """Returns what a rank needs over a step on the plan's machine, with the optimizer that was planned for; remembered."""
+    """Predicts the memory of a step on the plan's machine, with the planned optimizer; cached."""
     if "memory" not in plan.memo:
-        plan.memo["memory"] = memory_of(plan, plan.states, plan.machine.device if plan.machine is not None else "cpu")
+        plan.memo["memory"] = memory_of(
+            plan, plan.optimizer_bytes_per_byte, plan.machine.device if plan.machine is not None else "cpu"
+        )
     return plan.memo["memory"]  # type: ignore[no-any-return]
 
 

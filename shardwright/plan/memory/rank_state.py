@@ -1,4 +1,4 @@
-"""Rank state: what a rank has while a step is played: values, their gradients, and the tape that the backward follows."""
+"""State of a rank while a step is simulated: values, their gradients, and the tape that the backward follows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Value(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The gradient of a value, so far."""
+    """Gradient of a value, so far."""
 
     storage: Storage
     shape: tuple[int, ...]
@@ -29,22 +29,22 @@ class Gradient(NamedTuple):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether it lies in memory in the order of its dims."""
+        """Tells whether it lies in memory in the order of its dims."""
         return self.stride == contiguous_strides(self.shape)
 
 
 class RankState:
-    """What the rank with the largest pieces has.
+    """State of the rank with the largest pieces.
 
     Attributes:
         usage: what is in use.
-        values: what the program still has, by local name.
-        all_values: what it ever had.
+        values: the values that the program still has, by local name.
+        all_values: those that it ever had.
         saved: what autograd ever kept, in order.
-        tape: what the backward does, to be called in reverse order.
+        tape: the functions of the backward, to be called in reverse order.
         gradients: of values, by local name.
         parameters: bytes of each parameter that is trained.
-        guessed: operators that could not be played through, in order.
+        guessed: operators that could not be simulated, in order.
         makers: recipes of the storages that are not kept but made again.
         ahead: recipes that may run ahead of their readers, in order.
     """
@@ -62,17 +62,21 @@ class RankState:
         self.ahead: list[Recipe] = []
 
     def define(self, name: str, storage: Storage, tensor: LocalTensor) -> None:
-        """The program has a new value, in this memory."""
+        """Adds a value to the program, in this memory."""
         self.values[name] = self.all_values[name] = Value(self.usage.hold(storage), tensor)
 
     def forget(self, name: str) -> None:
-        """Nothing reads a value any more."""
+        """Removes a value that nothing reads any more."""
         value = self.values.pop(name, None)
         if value is not None:
             self.usage.drop(value.storage)
 
     def save(self, storages: Iterable[Storage]) -> list[Kept | Reader]:
-        """Holds what autograd keeps for one operator; returns it, each storage once, to be let go of after its backward."""
+        """Holds what autograd keeps for one operator.
+
+        Returns:
+            Each storage once, to be released after the operator's backward.
+        """
         found: list[Kept | Reader] = []
         for storage in dict.fromkeys(storages):
             if storage in self.makers:
@@ -83,7 +87,14 @@ class RankState:
         return found
 
     def add_gradient(self, name: str, storage: Storage, shape: tuple[int, ...], stride: Strides, cause: str) -> None:
-        """Hands a value its gradient, or adds to the one it has: in place where nobody else holds that."""
+        """Gives a value its gradient, or adds to the one it has: in place where nobody else holds that.
+
+        Args:
+            name: of the value.
+            storage: memory of the gradient.
+            shape, stride: of the gradient.
+            cause: the operator, for messages.
+        """
         usage = self.usage
         usage.hold(storage)
         before = self.gradients.get(name)
@@ -103,13 +114,13 @@ class RankState:
             usage.reassign(storage, "gradients")
 
     def give_source(self, move: Move, storage: Storage, stride: Strides | None = None) -> None:
-        """Hands the source of a move its gradient, held by the caller until then; contiguous, unless it has a stride."""
+        """Gives the source of a move its gradient, which the caller held; contiguous, unless it has a stride."""
         shape = local_shape(move.redistribution.source, move.redistribution.shape)
         self.add_gradient(move.source, storage, shape, stride or contiguous_strides(shape), move.cause)
         self.usage.drop(storage)
 
     def hand_over_gradients(self) -> None:
-        """At the end of the backward gradients become the parameters' own: contiguous, and nobody else's."""
+        """Makes gradients the parameters' own at the end of the backward: contiguous, and nobody else's."""
         usage = self.usage
         for name, size in self.parameters.items():
             gradient = self.gradients.pop(name, None)

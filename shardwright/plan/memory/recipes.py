@@ -1,7 +1,7 @@
-"""Recipes: plays what is computed again in the backward pass, as :mod:`shardwright.world.execute.recipes` does it.
+"""Simulates what is computed again in the backward pass, as :mod:`shardwright.world.execute.recipes` does it.
 
-A storage that an instruction makes, and that is not kept for the backward pass, has a recipe. What autograd saves of it is
-a reader: before an operator's backward it is computed again, with all it depends on; it goes with its last reader.
+A storage that an instruction makes, and that is not kept for the backward pass, has a recipe. Autograd saves a reader of it
+in its place: before an operator's backward it is computed again, with all it depends on; it is freed with its last reader.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Kept:
         self.usage, self.storage = usage, usage.hold(storage)
 
     def take(self) -> None:
-        """It is there."""
+        """Takes the storage, which is there."""
 
     def let_go(self) -> None:
-        """Nobody needs it any more."""
+        """Releases the storage."""
         self.usage.drop(self.storage)
 
 
 class Reader:
-    """What somebody needs of a recipe: a result, or ``None`` for what it saves within."""
+    """A need of a recipe: for a result, or with ``None`` for what it saves within."""
 
     __slots__ = ("has_read", "recipe", "what")
 
@@ -38,17 +38,17 @@ class Reader:
         recipe.waiting[what] = recipe.waiting.get(what, 0) + 1
 
     def take(self) -> None:
-        """Computes it, if it is not there."""
+        """Computes the value, if it is missing."""
         self.recipe.be_computed()
 
     def read(self) -> None:
-        """Whoever needed it has had it."""
+        """Records that the value has been read."""
         if not self.has_read:
             self.has_read = True
             self.recipe.was_read(self.what)
 
     def let_go(self) -> None:
-        """Nobody needs it any more."""
+        """Releases the value."""
         self.read()
         self.recipe.readers -= 1
         self.recipe.end_if_unused()
@@ -88,25 +88,25 @@ class Recipe:
         if ahead is not None:
             ahead.append(self)
         for storage in results:
-            if storage.when_free is not None:  # written over what another recipe makes
+            if storage.when_free is not None:  # written over another recipe's result
                 storage.when_free.is_free(storage)
             makers[storage] = self
             storage.when_free = self
 
     def is_free(self, storage: Storage) -> None:
-        """The program has no use for a result any more."""
+        """Records that the program does not need a result any more."""
         self.alive.discard(storage)
         self.end_if_unused()
 
     def end_if_unused(self) -> None:
-        """Lets go of its sources once nobody can ask any more."""
+        """Releases its sources once nobody can ask any more."""
         if not self.readers and not self.alive:
             sources, self.sources = self.sources, []
             for source in sources:
                 source.let_go()
 
     def was_read(self, what: Storage | None) -> None:
-        """Somebody has had what it needed; what nobody needs is free."""
+        """Records a read; frees what nobody needs."""
         self.waiting[what] -= 1
         if not self.waiting[what]:
             del self.waiting[what]
@@ -114,7 +114,7 @@ class Recipe:
                 self.usage.drop(self.held.pop(what))
 
     def be_computed(self) -> None:
-        """Computes this recipe and what it depends on, in the order of the program."""
+        """Computes this recipe and those it depends on, in the order of the program."""
         found: dict[int, Recipe] = {}
         pending = [self]
         while pending:

@@ -1,4 +1,4 @@
-"""Timeline: the memory of one rank over a training step, as a list of points that can be printed and compared."""
+"""Memory of one rank over a training step, as a list of points that can be printed and compared."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class MemoryTimeline:
     """Bytes that a rank uses over a step, from the second on.
 
     Args:
-        points: in the order things run.
+        points: in the order of execution.
         largest: what is kept for the backward, the largest first: ``(value, module, bytes)``.
         by_parameter: bytes of each parameter's piece, the largest first: ``(name, bytes)``.
-        guessed: operators that could not be played through, and are taken to keep all they might.
+        guessed: operators that could not be simulated, and are assumed to keep all they might.
     """
 
     points: tuple[Point, ...]
@@ -61,7 +61,7 @@ class MemoryTimeline:
 
     @property
     def parts(self) -> Mapping[str, float]:
-        """What is in use at the highest point."""
+        """Bytes by part at the highest point."""
         return self.highest.parts
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Training step: one step of one rank, played through on shapes: forward, backward, optimizer."""
+"""Simulates one step of one rank on shapes: forward, backward, optimizer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _MOST_LISTED = 20  # of the tensors that are kept for the backward
 
 @dataclass(frozen=True)
 class OptimizerMemory:
-    """What an optimizer needs.
+    """Memory that an optimizer needs.
 
     Args:
-        states: bytes of state a byte of parameter.
-        temporary: bytes of temporaries a byte of the largest parameter, while it is updated.
+        states: bytes of state per byte of parameter.
+        temporary: bytes of temporaries per byte of the largest parameter, while it is updated.
     """
 
     states: float
@@ -39,11 +39,11 @@ class TrainingStep:
     """One step of one rank, from the second on: optimizer states are there, and gradients are not.
 
     Args:
-        graph: what the program was made from.
+        graph: the graph that the program was made from.
         program: of the rank with the largest pieces.
         optimizer: ``None``: no training, only the forward.
         device: kind of device, which decides what kernels keep.
-        choose: which of gloo's algorithms does a collective; ``None``: the backend's own collectives.
+        choose: returns the algorithm of gloo's that does a collective; ``None``: the backend's own collectives.
         hub: whether the rank is the one that others send to, where one is.
     """
 
@@ -59,7 +59,7 @@ class TrainingStep:
         self.moves = MovePlayer(self.state, program, choose, hub)
 
     def run(self) -> MemoryTimeline:
-        """Plays the step; once."""
+        """Simulates the step; may be called once."""
         self._define_inputs()
         forward = _Forward(self.calls, self.moves)
         for instruction, dying in zip(self.program.instructions, self.program.last_uses()):
@@ -78,7 +78,7 @@ class TrainingStep:
         return MemoryTimeline(tuple(self.usage.points), largest, tuple(pieces), tuple(self.state.guessed))
 
     def _define_inputs(self) -> None:
-        """What is there when the step begins: parameters, buffers, inputs, optimizer states, and a scratch buffer."""
+        """Adds what exists when the step begins: parameters, buffers, inputs, optimizer states, scratch buffer."""
         trains = self.optimizer is not None
         for given, placed in zip(self.graph.inputs, self.program.inputs):
             meta, layout = given.meta, placed.layout
@@ -89,7 +89,7 @@ class TrainingStep:
             )
             part = "parameters" if given.kind in ("parameter", "buffer") else "activations"
             storage = Storage(float(tensor.bytes), part, given.value)
-            self.usage.hold(storage)  # by whoever handed it in
+            self.usage.hold(storage)  # by the caller
             self.state.define(given.value, storage, tensor)
             if given.kind == "parameter" and given.requires_grad:
                 self.state.parameters[given.value] = storage.size
@@ -110,17 +110,17 @@ class TrainingStep:
         self.state.hand_over_gradients()
 
     def _losses(self) -> list[str]:
-        """What the backward starts from: scalars that are returned, or all that is."""
+        """Returns the values that the backward starts from: scalars that are returned, or all that is."""
         found = [n for n in dict.fromkeys(self.returned) if self.state.values[n].tensor.needs_grad]
         return [n for n in found if not self.state.values[n].tensor.shape] or found
 
     def _temporaries(self, optimizer: OptimizerMemory) -> float:
-        """Returns the bytes that the optimizer needs meanwhile: for a parameter, and half of that still of the one before."""
+        """Counts the bytes of the optimizer's temporaries: for a parameter, and half of those of the one before."""
         sizes = [0.0, *self.state.parameters.values()]
         return max((optimizer.temporary * (now + before / 2) for before, now in pairwise(sizes)), default=0.0)
 
     def _largest_saved(self) -> tuple[tuple[str, str, float], ...]:
-        """What is kept for the backward and was not handed in, the largest first: value, module, bytes."""
+        """Lists the largest values kept for the backward, inputs excluded: value, module, bytes."""
         made_by = {node.name: (node.outputs[0], node.module) for node in self.graph.nodes if node.outputs}
         made_by |= {value: (value, node.module) for node in self.graph.nodes for value in node.outputs}
         handed_in = {i.value for i in self.graph.inputs if i.kind == "input"}
@@ -133,10 +133,10 @@ class TrainingStep:
 
 
 class _Forward(InstructionVisitor[None]):
-    """Plays the instructions of the forward pass.
+    """Simulates the instructions of the forward pass.
 
     Attributes:
-        dying: values that nothing reads after the instruction that is played.
+        dying: values that nothing reads after the present instruction.
     """
 
     def __init__(self, calls: CallPlayer, moves: MovePlayer):

@@ -1,4 +1,4 @@
-"""Usage: the storages that a rank has in use, the bytes of each part, and the points so far.
+"""Storages that a rank has in use, the bytes of each part, and the points so far.
 
 A storage counts while somebody holds it, once, however many tensors lie in it.
 """
@@ -14,7 +14,7 @@ PARTS = ("parameters", "optimizer", "gradients", "activations", "transient")
 
 
 class WhenFree(Protocol):
-    """Who wants to know that a storage is free."""
+    """Interface of objects that are told when a storage is free."""
 
     def is_free(self, storage: Storage) -> None: ...
 
@@ -28,8 +28,8 @@ class Storage:
         label: the operator, value or parameter it is for.
 
     Attributes:
-        users: who hold it.
-        when_free: is told when nobody does any more.
+        users: number of holders.
+        when_free: told when nobody holds it any more.
     """
 
     __slots__ = ("label", "part", "size", "users", "when_free")
@@ -41,7 +41,7 @@ class Storage:
 
 
 class Usage:
-    """What is in use.
+    """Bytes in use.
 
     Attributes:
         parts, total: bytes in use.
@@ -65,7 +65,7 @@ class Usage:
         return self._number
 
     def hold(self, storage: Storage) -> Storage:
-        """Returns one more user of a storage."""
+        """Adds a user of a storage."""
         if storage.users == 0:
             self.parts[storage.part] += storage.size
             self.total += storage.size
@@ -73,7 +73,7 @@ class Usage:
         return storage
 
     def drop(self, storage: Storage) -> None:
-        """One user less; after the last the storage is free."""
+        """Removes a user of a storage; after the last the storage is free."""
         storage.users -= 1
         if storage.users == 0:
             self.parts[storage.part] -= storage.size
@@ -82,14 +82,14 @@ class Usage:
                 storage.when_free.is_free(storage)
 
     def reassign(self, storage: Storage, part: str) -> None:
-        """A storage belongs to another part from now on."""
+        """Moves a storage to another part."""
         if storage.users:
             self.parts[storage.part] -= storage.size
             self.parts[part] += storage.size
         storage.part = part
 
     def point(self, node: str, more: float, part: str = "transient") -> None:
-        """What is in use while an operator runs that needs so many bytes more meanwhile."""
+        """Records what is in use while an operator runs that needs ``more`` bytes."""
         parts = dict(self.parts)
         parts[part] += more
         self.points.append(Point(self.phase, node, self.total + more, parts))
@@ -97,9 +97,9 @@ class Usage:
     # -- scratch ------------------------------------------------------------------------------------------------------
 
     def take_scratch(self, size: float) -> float:
-        """Takes the scratch buffer that is kept, or a new one where it is too small; returns the bytes it has.
+        """Takes the kept scratch buffer, or a new one where it is too small; returns its bytes.
 
-        Where somebody has one already it is waited for, and nothing is taken.
+        Where somebody uses it already that use is waited for, and nothing is taken.
         """
         if not size or self._scratch_taken:
             return 0.0
@@ -112,7 +112,7 @@ class Usage:
         return size
 
     def give_scratch(self, size: float) -> None:
-        """Gives back what was taken: the larger of it and the buffer that is kept remains, and the other is free."""
+        """Gives scratch back: the larger of it and the kept buffer is kept, and the other is free."""
         if not size:
             return
         self._scratch_taken -= 1

@@ -1,4 +1,4 @@
-"""Attempt: one search on one mesh, and what the ways to search ask of the planner that makes it."""
+"""One search on one mesh, and the interface of the planner that makes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardwright.search.problem import Problem, Solution
 
 @dataclass
 class Attempt:
-    """What one mesh gave."""
+    """Result of the search on one mesh."""
 
     mesh: Mesh
     formulation: Formulation
@@ -40,7 +40,13 @@ class MeshProblem(Protocol):
         free: Sequence[int] | None = None,
         among: frozenset[Symbol] | None = None,
     ) -> ChoiceTable:
-        """Returns the choices of a site; with ``base`` and ``free``, those that differ from it on some axes only."""
+        """Lists the choices of a site.
+
+        Args:
+            site: the operator.
+            base, free: where given, only choices that differ from ``base`` on the axes ``free``.
+            among: the symbols that axes may have.
+        """
 
     def stored(self, value: str, base: tuple[int, ...] | None = None, free: Sequence[int] | None = None) -> Codes:
         """Returns the codes in which a parameter may be stored."""

@@ -115,7 +115,7 @@ class Planner:
             self.pins[node.name] = mark.in_strategy[0]
 
     def fits(self, entry: Any, shape: Sequence[int], what: str) -> bool:
-        """Checks one layout or tuple of counts for a tensor, and makes room for it on the mesh."""
+        """Checks one layout or tuple of counts, and adds its cuts to the mesh."""
         if isinstance(entry, Layout):
             fine = check_layout(entry, len(shape), self.size, what, self.problems)
             if fine:
@@ -176,11 +176,11 @@ class Planner:
                 )
 
     def batch_layout(self, shape: tuple[int, ...]) -> Layout:
-        """Returns a tensor whose dim 0 is the batch, split over the ranks."""
+        """Returns the layout of a tensor whose dim 0 is the batch, split over the ranks."""
         return Layout.of(self.mesh, [self.batch_axes(shape[0]), *[()] * (len(shape) - 1)]).normal(shape)
 
     def batch_layouts(self) -> list[tuple[GraphInput, Layout]]:
-        """Returns the user inputs that carry the batch, split as the dataset strategy says."""
+        """Returns the user inputs that carry the batch, with their layouts by the dataset strategy."""
         inputs = [i for i in self.graph.inputs if i.kind == "input"]
         strategy = self.request.dataset_strategy
         if not isinstance(strategy, str):
@@ -195,14 +195,14 @@ class Planner:
         return result
 
     def make_room_for_batch(self) -> None:
-        """Where the batch has fewer samples than there are ranks, cuts the mesh so that most of them can share it."""
+        """Cuts the mesh if the batch has fewer samples than there are ranks. Most ranks can then share it."""
         first = next((i.meta.shape[0] for i in self.graph.inputs if i.kind == "input" and i.meta.shape), 0)
         if isinstance(self.request.dataset_strategy, str) and 1 < first < self.size:
             ways = max(d for d in range(1, first + 1) if self.size % d == 0)
             self.refinement.add_if_fits((ways, self.size // ways))
 
     def batch_axes(self, batch: int) -> tuple[str, ...]:
-        """Returns all axes of the mesh, or as many of the first as the batch has samples for."""
+        """Returns all axes of the mesh, or the first ones with enough samples for them."""
         axes: tuple[str, ...] = ()
         for axis in self.mesh.axes:
             if self.mesh.count((*axes, axis)) > batch:
@@ -236,7 +236,7 @@ class Planner:
             self.where.update(zip(node.outputs, choice.outputs, strict=True))
 
     def is_ready(self, node: Node) -> bool:
-        """Tells whether every rank can make any piece of an operator's outputs from the whole batch that it was handed."""
+        """Tells whether every rank can make any piece of an operator's outputs by itself."""
         return (
             bool(node.inputs)
             and not may_draw(node.op.target)
@@ -245,7 +245,7 @@ class Planner:
         )
 
     def given(self, graph_input: GraphInput) -> Layout | None:
-        """Where an input is before any operator wants it elsewhere; ``None``: it is free."""
+        """Returns the given layout of an input; ``None``: it is free."""
         shape = graph_input.meta.shape
         if graph_input.kind == "input":
             if self.request.dataset_strategy == "full_batch":
@@ -274,11 +274,11 @@ class Planner:
         return follow(node.op, signature, settled, needs, self.mesh)
 
     def reads_planned_parameter(self, node: Node) -> bool:
-        """Outside a marked region a parameter that a plan lays out is followed too."""
+        """Tells whether a node reads a parameter of the plan. It is followed outside a marked region too."""
         return any(v in self.planned for v in node.inputs)
 
     def parameters_first(self, node: Node, here: Sequence[Layout | None]) -> list[int]:
-        """Inputs to satisfy, in order: parameters that a plan lays out, then the largest."""
+        """Orders the inputs to satisfy: parameters with a planned layout, then the largest."""
         known = [i for i, layout in enumerate(here) if layout is not None]
         return sorted(known, key=lambda i: (node.inputs[i] not in self.planned, -node.op.inputs[i].numel))
 
@@ -309,7 +309,7 @@ class Planner:
         return make_choice(node.op, signature, self.mesh, {}, needs)
 
     def input_layout(self, graph_input: GraphInput) -> Layout:
-        """How a graph input is handed to the program; parameters are stored as their readers want them."""
+        """Returns the layout of a graph input; parameters are stored as their readers want them."""
         given = self.where[graph_input.value]
         replicated = Layout.replicated(self.mesh, len(graph_input.meta.shape))
         if graph_input.kind == "input":
@@ -322,8 +322,9 @@ class Planner:
         return self.on_main_mesh(next(iter(candidates), given or replicated), graph_input.meta.shape)
 
     def on_main_mesh(self, layout: Layout, shape: tuple[int, ...]) -> Layout:
-        """Returns the layout itself, or the nearest on the main mesh: parameters share one, so that their norms can be
-        added.
+        """Returns the layout itself, or the nearest on the main mesh.
+
+        Parameters share one mesh, so that their norms can be added.
         """
         if layout.mesh == self.mesh:
             return layout
@@ -339,6 +340,6 @@ class Planner:
 
 
 def _most_split(layouts: Sequence[Layout]) -> list[Layout]:
-    """Returns the layouts with the most ways first; among equals the last reader's (they come last to first)."""
+    """Sorts the layouts by number of ways, most first; among equals the last reader's (they come last to first)."""
     unique = list(dict.fromkeys(reversed(layouts)))
     return sorted(unique, key=lambda layout: -layout.mesh.count(layout.split_axes))

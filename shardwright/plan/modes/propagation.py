@@ -1,13 +1,13 @@
-"""Sharding propagation: from the operators that are configured to all others, with the least redistribution.
+"""Plans from the configured operators to all others, with the least redistribution.
 
 1. Configured operators take their strategies, on a mesh cut as finely as the strategies allow.
 2. Breadth first, from all of them at once, to the readers of their outputs and to the makers of their inputs: each
    operator that is reached takes the candidate that redistributes least on the edges by which it was reached; see
-   :mod:`shardwright.plan.choose.candidates` for ties. Nothing that is decided is changed any more.
+   :mod:`shardwright.plan.choose.candidates` for ties. A decision is never changed.
 3. Operators that are never reached run data parallel; values made from parameters alone go where they are read.
-4. Sums that only linear operators read are handed on, where that makes them fewer or smaller.
+4. Sums that only linear operators read stay pending, where that makes them fewer or smaller.
 
-What is least is the bytes that the busiest rank sends on an edge, not the time of a step.
+The least means the bytes that the busiest rank sends on an edge, not the time of a step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NOTHING_CONFIGURED = (
 
 
 def plan_propagation(graph: Graph, request: PlanRequest) -> Plan:
-    """Returns the plan of a graph whose marks are propagated.
+    """Plans a graph by propagation from its marks.
 
     Raises:
         StrategyError: nothing is configured, or strategies cannot be followed; nothing has been run.
@@ -52,9 +52,10 @@ def plan_propagation(graph: Graph, request: PlanRequest) -> Plan:
 
 
 def slice_counts(plan: Plan, node: Node | str) -> tuple[tuple[int, ...], ...]:
-    """Returns an operator's choice as a strategy: for each tensor input, into how many slices each dim is cut.
+    """Returns an operator's choice as a strategy: slice counts per dim of each tensor input.
 
     Args:
+        plan: the plan.
         node: a node of the plan's graph, or its name.
     """
     return tuple(counts_of(layout) for layout in plan.choices[node if isinstance(node, str) else node.name].inputs)
@@ -88,7 +89,7 @@ class PropagationPlanner(Planner):
             refine_to_primes(self.refinement)
 
     def data_parallel(self) -> None:
-        """Comes later, and only if something is never reached."""
+        """Does nothing yet; data parallel follows only for operators that are never reached."""
 
     def forward(self) -> None:
         self.sort_out()
@@ -164,7 +165,7 @@ class PropagationPlanner(Planner):
                 yield reader
 
     def choose_reached(self, node: Node, level: int) -> Choice:
-        """Returns the candidate that suits an operator's decided neighbours best; alike ones are chosen for once."""
+        """Chooses the candidate that fits an operator's decided neighbours best; alike operators share it."""
         signature, needs = self.signatures[node.name], tuple(self.needs[node.name])
         links = tuple(dict.fromkeys([*self.input_links(node, level), *self.output_links(node, level)]))
         parameters = tuple(i for i, v in enumerate(node.inputs) if needs[i] and self.where[v] is None and self.is_free(v))
@@ -183,7 +184,7 @@ class PropagationPlanner(Planner):
         return self.remembered[key]  # type: ignore[no-any-return]
 
     def kind(self, node: Node) -> int:
-        """Returns a number that operators share which are called alike on tensors that are alike."""
+        """Numbers operators; those that are called alike on alike tensors have one number."""
         op = node.op
         key = (op.target, repr(op.args), repr(op.kwargs), op.inputs, op.outputs)
         return self.kinds.setdefault(key, len(self.kinds))
@@ -214,12 +215,12 @@ class PropagationPlanner(Planner):
                     yield Link(slot, False, wanted, gradient, grad, self.level[reader.name] < level)
 
     def mesh_of(self, links: Sequence[Link]) -> Mesh:
-        """Returns the mesh of what reached the operator, where that is split at all."""
+        """Returns the mesh of the neighbours that reached the operator, if they are split."""
         split = [link.other.mesh for link in links if link.reached and not link.other.is_replicated]
         return self.mesh if not split or self.mesh in split else split[0]
 
     def extra_choices(self, node: Node, links: Sequence[Link], mesh: Mesh) -> tuple[Choice, ...]:
-        """Choices that keep to layouts which tables do not have: pieces of given sizes, axes in another order."""
+        """Returns choices with layouts that tables do not have: given piece sizes, axes in another order."""
         unusual = [link for link in links if not link.other.is_replicated and not _is_usual(link.other, mesh)]
         if not unusual:
             return ()
@@ -240,7 +241,7 @@ class PropagationPlanner(Planner):
     # -- what propagation does not decide -------------------------------------------------------------------------------
 
     def choose_unreached(self) -> None:
-        """Operators that no edge connects to a configured one do what they do in semi-auto mode."""
+        """Decides operators without an edge to a configured one as in semi-auto mode."""
         left = [n for n in self.graph.nodes if n.name in self.open and n.name not in self.level]
         if not left:
             return
@@ -254,7 +255,7 @@ class PropagationPlanner(Planner):
         self.notes.append(f"no configured operator is connected to {names}: data parallel")
 
     def hand_on_sums(self) -> None:
-        """Where an operator is linear in sums that nobody else reads, it reads them pending and one reduction does."""
+        """Keeps sums pending whose only reader is linear in them, so that one reduction does."""
         kept = {v for v in self.graph.outputs if isinstance(v, str)} | {v for _, v in self.graph.updates}
         for node in self.graph.nodes:
             if not self.level.get(node.name):
@@ -271,7 +272,7 @@ class PropagationPlanner(Planner):
                     break
 
     def pending_inputs(self, node: Node, group: frozenset[int], kept: set[str]) -> dict[int, Layout] | None:
-        """Returns the sums that a group of inputs would read, where reading them pending makes them fewer or smaller."""
+        """Returns the sums that a group of inputs would read, where reading them pending pays."""
         values = {node.inputs[i] for i in group}
         found: dict[int, Layout] = {}
         for i in group:
@@ -297,7 +298,7 @@ class PropagationPlanner(Planner):
 
 
 def reducing_pending(choice: Choice) -> Choice:
-    """Returns the same choice with all that it hands on reduced, be the sums its own or those that it read."""
+    """Returns the choice with all pending sums of its outputs done."""
     return replace(choice, outputs=tuple(layout.without_partial() for layout in choice.computed))
 
 
@@ -306,7 +307,7 @@ def _is_usual(layout: Layout, mesh: Mesh) -> bool:
 
 
 def refine_to_primes(refinement: Refinement) -> None:
-    """Cuts the axes of the main mesh that no user has named into their prime factors, up to four axes in all.
+    """Cuts the unnamed axes of the main mesh into prime factors, up to four axes in all.
 
     >>> refinement = Refinement(8)
     >>> refine_to_primes(refinement)
@@ -327,5 +328,5 @@ def refine_to_primes(refinement: Refinement) -> None:
 
 
 def _divisor(n: int) -> int:
-    """Returns the largest divisor up to the root, by which a size falls into two that are about alike; 1 of a prime."""
+    """Returns the largest divisor up to the root: it splits a size about evenly. It is 1 of a prime."""
     return max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)

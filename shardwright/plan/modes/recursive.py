@@ -1,9 +1,9 @@
-"""Recursive search: the devices are cut along two mesh axes after the other, each cut an exact problem of a few choices.
+"""Searches two mesh axes after the other, each level an exact problem of a few choices.
 
-At each level an operator picks what two neighbouring axes do for it, all other axes staying as they are; the innermost,
-whose links are the fastest and carry most, come first. On more than two axes a last level looks at all of them at once,
+At each level an operator picks roles for two neighbouring axes, all other axes staying as they are; the innermost,
+whose links are the fastest and carry most, come first. On more than two axes a last level decides all of them at once,
 with no other ways to split an operator than the levels before it found: which axis does what may change, so that nothing
-hangs on the order of the levels. The work grows with the number of axes, not with the number of devices.
+depends on the order of the levels. The work grows with the number of axes, not with the number of devices.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from shardwright.search.problem import Infeasible, Problem, Solution
 
 # Tries of a price for memory.
 _PRICES = 12
-# How far from its optimum a level may end: what the levels lose between them is more.
+# How far from its optimum a level may end; splitting the problem into levels loses more.
 _GAP = 0.005
 
 
 @dataclass
 class _State:
-    """What every operator and parameter does so far."""
+    """Roles of the axes so far, of every operator and parameter."""
 
     symbols: dict[int, tuple[Symbol, ...]]
     stored: dict[str, tuple[int, ...]]
@@ -45,7 +45,7 @@ class Recursion:
         self.axes = [a for a, size in enumerate(planner.mesh.sizes) if size > 1] or [0]
 
     def run(self) -> Attempt:
-        """Returns the best plan found; under a limit, with the least price of memory that makes it fit."""
+        """Searches the best plan; under a limit, with the least price of memory that makes it fit."""
         best = self._descend(0.0)
         if self.limit is not None and best.memory > self.limit:
             best = self._with_price_of_memory(best)
@@ -93,8 +93,13 @@ class Recursion:
         return min(state, together, key=lambda found: found.cost + price * found.memory)
 
     def _level(self, state: _State, axes: tuple[int, ...], price: float, among: dict[int, set[Symbol]] | None = None) -> _State:
-        """Returns the best that some axes can do while the others stay as they are, with all symbols or ``among`` some of a
-        site's.
+        """Searches the best roles of some axes while the others stay as they are.
+
+        Args:
+            state: the roles so far.
+            axes: those to decide.
+            price: of memory, in seconds per byte.
+            among: some of a site's symbols; default: all.
         """
         planner = self.planner
         tables = {
@@ -120,7 +125,7 @@ class Recursion:
 
 
 def _spread(problem: Problem, answer: list[int]) -> list[Any]:
-    """Returns the same choice for every copy of a repeated node."""
+    """Copies the choice of a repeated node to all its copies."""
     result: list[Any] = list(answer)
     for repeat in problem.repeats:
         for at in range(repeat.start, repeat.start + repeat.length):
@@ -129,7 +134,7 @@ def _spread(problem: Problem, answer: list[int]) -> list[Any]:
 
 
 def _priced(problem: Problem, price: float) -> Problem:
-    """Returns the problem with memory paid for in seconds."""
+    """Adds the price of memory, in seconds, to a problem."""
 
     def edges(given: Any) -> Any:
         return tuple(e if e.memory is None else replace(e, cost=e.cost + price * e.memory, memory=None) for e in given)

@@ -1,7 +1,7 @@
-"""Automatic modes: the whole plan searched for, the user's strategies taken as pinned choices of the same problem.
+"""Searches the whole plan, with the user's strategies as pinned choices of the same problem.
 
 - ``dynamic_programming``: the optimum of the cost model on a mesh, by elimination.
-- ``recursive_programming``: one mesh axis at a time, each level an exact problem of a few choices an operator, then each
+- ``recursive_programming``: one mesh axis at a time, each level an exact problem of a few choices per operator, then each
   axis once more with the others as found; any number of devices.
 - ``auto``: the best known over several meshes, with a certified gap.
 
@@ -45,7 +45,7 @@ from shardwright.search.solve import solve
 
 # A gap below this is not worth more time.
 GAP = 0.002
-# How often a plan that needs more memory than the search reckoned is looked for again under a tighter limit.
+# How often the search is repeated under a tighter limit, if its plan needs more memory than it computed.
 _TIGHTENINGS = 5
 # Prices of all memory against all time, for what needs least memory: with time left out, the search would think nothing of
 # making large tensors that nobody keeps.
@@ -119,7 +119,7 @@ class SearchPlanner(Planner):
         return meshes_to_try(self.size, self.machine, 1 if self.request.mode == "recursive_programming" else 3)
 
     def on_mesh(self, sizes: tuple[int, ...]) -> None:
-        """Starts over on a mesh, refined so that the user's strategies can be named on it."""
+        """Starts over on a mesh, refined so that it can name the user's strategies."""
         self.refinement = copy.deepcopy(self.asked)
         self.refinement.add_if_fits(sizes)
         if self.request.mesh_axes and len(self.request.mesh_axes) == len(sizes):
@@ -160,7 +160,13 @@ class SearchPlanner(Planner):
         free: Sequence[int] | None = None,
         among: frozenset[Symbol] | None = None,
     ) -> ChoiceTable:
-        """Returns the choices of a site; see :func:`shardwright.plan.choose.tables.choices_of`."""
+        """Lists the choices of a site; see :func:`shardwright.plan.choose.tables.choices_of`.
+
+        Args:
+            site: the operator.
+            base, free: where given, only choices that differ from ``base`` on the axes ``free``.
+            among: the symbols that axes may have.
+        """
         if site in self.pinned:
             return self.pinned[site]
         node = self.graph.nodes[site]
@@ -196,7 +202,16 @@ class SearchPlanner(Planner):
             if i.kind != "parameter" and i.value not in self.ready
         }
         return Formulation(
-            self.folded, self.mesh, self.pricing, tables, stored, given, self.request.states, 1.0, gradients, self.live
+            self.folded,
+            self.mesh,
+            self.pricing,
+            tables,
+            stored,
+            given,
+            self.request.optimizer_bytes_per_byte,
+            1.0,
+            gradients,
+            self.live,
         )
 
     def placed(self, graph_input: Any) -> Layout:
@@ -208,7 +223,7 @@ class SearchPlanner(Planner):
     # -- ways to solve it -------------------------------------------------------------------------------------------
 
     def exact(self, limit: float | None, gradients: float) -> Attempt:
-        """Returns all axes at once."""
+        """Searches all axes at once."""
         started = time.perf_counter()
         tables = {site: self.table(site) for site in self.folded.sites}
         stored = {value: self.stored(value) for value in self.read_parameters()}
@@ -220,19 +235,19 @@ class SearchPlanner(Planner):
         return Attempt(self.mesh, formulation, solution)
 
     def find(self, problem: Problem, gap: float) -> Solution:
-        """Returns the search itself, by one process of a job."""
+        """Runs the search, on one process of a job."""
         found: Solution = self.request.on_first_rank(lambda: solve(problem, gap=gap, seconds=self.share_of_time()))
         return found
 
     def share_of_time(self) -> float:
-        """Returns the seconds that the next solution may take: a good part of those that are left."""
+        """Returns the seconds that the next solution may take: a large part of the remaining ones."""
         return max(0.5, (self.deadline - time.perf_counter()) / 3)
 
     def recursive(self, limit: float | None, gradients: float) -> Attempt:
         return Recursion(self, limit, gradients).run()
 
     def within_limit(self, how: Callable[[float | None, float], Attempt]) -> Plan:
-        """Returns the plan of this mesh whose whole step fits into memory.
+        """Searches the plan of this mesh whose whole step fits into memory.
 
         The search limits what adds up over operators: parameters, optimizer states, what autograd keeps. Where the rest
         (gradients, buffers) makes the plan too large, the limit is tightened by what is missing.
@@ -248,7 +263,7 @@ class SearchPlanner(Planner):
                 if limit is None or found is None or step_memory(found).peak > limit:
                     raise self.does_not_fit(found, error) from None
                 return replace(found, search=replace(found.search, bound=bound))  # type: ignore[type-var]
-            if target == limit:  # every plan that fits keeps less than this: what it proves holds for all of them
+            if target == limit:  # every plan that fits keeps less than this, so its bound holds for all of them
                 bound = max(bound, attempt.solution.bound)
             plan = self.assemble(attempt, bound)
             memory = step_memory(plan)
@@ -264,7 +279,7 @@ class SearchPlanner(Planner):
         raise self.does_not_fit(plan, None)
 
     def near_the_end(self, plan: Plan) -> bool:
-        """Tells whether a plan needs most where nearly all that is kept is alive, so that it counts in full there."""
+        """Tells whether a plan's peak is where nearly all kept values are alive. They then count in full."""
         phase, name = step_memory(plan).at
         last = [n.name for n in self.graph.nodes[-max(8, len(self.graph.nodes) // 20) :]]
         return phase != "optimizer" and name in last and self.site_of(name) in self.folded.sites
@@ -304,7 +319,8 @@ class SearchPlanner(Planner):
         )  # fmt: skip
         plan = Plan(
             self.graph, self.mesh, self.choices, self.signatures, layouts, tuple(self.notes), self.request.mode,
-            machine=self.machine, search=search, states=self.request.states, full_batch=self.full_batch,
+            machine=self.machine, search=search,
+            optimizer_bytes_per_byte=self.request.optimizer_bytes_per_byte, full_batch=self.full_batch,
             memory_limit=self.request.memory_limit,
         )  # fmt: skip
         return plan
@@ -312,7 +328,7 @@ class SearchPlanner(Planner):
     # -- what does not fit ------------------------------------------------------------------------------------------
 
     def smallest(self, error: Infeasible) -> Plan | None:
-        """Returns the plan that needs least, of those that weigh memory more and more against time."""
+        """Returns the plan of least memory, among searches that weigh memory more and more."""
         if not error.choices:
             return None
         problem = self.latest.problem
@@ -326,7 +342,7 @@ class SearchPlanner(Planner):
         return min(plans, key=lambda plan: step_memory(plan).peak)
 
     def does_not_fit(self, plan: Plan | None, error: Infeasible | None) -> MemoryLimitError:
-        """Says what the smallest plan found needs, and what would help."""
+        """Builds the error that says what the smallest plan needs, and what would help."""
         if plan is None:
             return MemoryLimitError(f"no plan on the mesh {self.mesh} can be made: {error}", math.inf)
         limit, need = self.request.memory_limit or 0.0, step_memory(plan).peak

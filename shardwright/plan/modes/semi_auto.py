@@ -1,4 +1,4 @@
-"""Semi-auto: configured operators as told, the rest data parallel, anything in between redistributed.
+"""Follows strategies, plans the rest as data parallel, and redistributes in between.
 
 Three passes over the graph:
 
@@ -18,7 +18,7 @@ from shardwright.plan.request import PlanRequest
 
 
 def plan_semi_auto(graph: Graph, request: PlanRequest) -> Plan:
-    """Returns the plan of a graph whose strategies are its marks.
+    """Plans a graph by the strategies of its marks.
 
     Raises:
         StrategyError: lists every problem of every strategy; nothing has been run.

@@ -1,4 +1,4 @@
-"""Modes: which planner makes the plan of a graph."""
+"""Table of modes: which planner makes the plan of a graph."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLANNERS: dict[str, Planning] = {
 
 
 def plan_graph(graph: Graph, request: PlanRequest) -> Plan:
-    """Returns the plan of a graph, by the planner of the request's mode.
+    """Plans a graph, by the planner of the request's mode.
 
     Raises:
         ShardwrightError: a mode without a planner.
@@ -47,4 +47,9 @@ def plan_graph(graph: Graph, request: PlanRequest) -> Plan:
     from shardwright.cost.machine_files import load_machine
 
     full_batch = request.dataset_strategy == "full_batch"
-    return replace(plan, machine=load_machine(request.machine), states=request.states, full_batch=full_batch)
+    return replace(
+        plan,
+        machine=load_machine(request.machine),
+        optimizer_bytes_per_byte=request.optimizer_bytes_per_byte,
+        full_batch=full_batch,
+    )

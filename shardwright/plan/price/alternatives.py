@@ -1,4 +1,4 @@
-"""Reprice: what an operator would cost under every other choice, everything around it being as it is."""
+"""Prices every other choice of an operator, with everything around it unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_CHOICES = 20000
 class Alternative:
     """Another choice of an operator: its layouts, and seconds of the operator with the redistributions next to it.
 
-    ``more``: how many seconds above those of the choice in the plan.
+    ``more``: seconds above those of the choice in the plan.
     """
 
     inputs: tuple[Layout, ...]
@@ -35,7 +35,7 @@ class Alternative:
 
 @dataclass
 class _Readings:
-    """How a value is read by others: distinct codes and gradients, and by how many readers each."""
+    """Readings of a value by others: distinct codes and gradients, and the number of readers of each."""
 
     codes: Array
     gradients: Array
@@ -63,7 +63,7 @@ class Repricer:
         self.returned = {n for n in names if isinstance(n, str)}
 
     def is_priced(self, node: Node) -> bool:
-        """Tells whether an operator costs anything; what every rank makes where it is wanted does not."""
+        """Tells whether an operator costs anything. Those whose pieces every rank makes itself do not."""
         return not all(v in self.ready for v in node.outputs)
 
     def alternatives(self, node: Node, most: int = 4) -> list[Alternative]:
@@ -91,7 +91,7 @@ class Repricer:
         return found
 
     def cost(self, node: Node, table: ChoiceTable) -> Array:
-        """Returns the seconds of each choice: the operator, and what changes of the redistributions next to it."""
+        """Computes the seconds of each choice: the operator, and the changes of the redistributions next to it."""
         total = self.pricing.operator(table, tuple(v in self.graph.needs_grad for v in node.inputs))
         read: set[Any] = set()
         for slot, value in enumerate(node.inputs):
@@ -106,7 +106,7 @@ class Repricer:
     # -- the two sides of an operator ---------------------------------------------------------------------------------
 
     def _reading(self, node: Node, value: str, codes: Array, gradients: Array) -> Array:
-        """What reading a value costs on top of what its other readers pay anyway."""
+        """Prices reading a value, above what its other readers pay anyway."""
         meta, grad, stored = self.graph.metas[value], value in self.graph.needs_grad, value in self.parameters
         source = self._source(value)
         straight = self.pricing.move(meta, source, codes, gradients, grad, stored=stored)[0][0]
@@ -121,7 +121,7 @@ class Repricer:
         return np.minimum(shared.min(axis=0), through) - alone.min()
 
     def _handing_on(self, value: str, codes: Array) -> Array:
-        """What it costs to bring an output to its readers."""
+        """Prices bringing an output to its readers."""
         meta, grad = self.graph.metas[value], value in self.graph.needs_grad
         total = self.pricing.to_whole(meta, codes, grad) if value in self.returned else np.zeros(len(codes))
         readers = self._readings(value, None)
@@ -146,7 +146,7 @@ class Repricer:
         return self.pricing.interned(np.array([code_of(layout, self.mesh)], dtype=np.int8))
 
     def _readings(self, value: str, besides: Node | None) -> _Readings | None:
-        """How a value is read, by all but one node; ``None`` where nobody else reads it."""
+        """Collects the readings of a value by all but one node; ``None`` where nobody else reads it."""
         counts: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
         grad = value in self.graph.needs_grad
         for node, slot in self.uses.get(value, ()):

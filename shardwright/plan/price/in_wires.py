@@ -1,4 +1,4 @@
-"""Moves in other dtypes than their value's: what they cost where mixed precision has them travel in fewer bytes, or more."""
+"""Prices moves that mixed precision has travel in other dtypes than their value's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from shardwright.redistribute.planner import Options
 
 
 def in_wires(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
-    """Returns the price with each move in the dtypes in which it travels.
+    """Replaces the price of each move by that in the dtypes in which it travels.
 
     Args:
+        plan: the plan.
         price: of a step in which every value travels in its own dtype.
+        machine: the machine.
     """
     if not any(each.name == "wires" for each in plan.passes):
         return price
@@ -46,7 +48,7 @@ def _key(move: Move) -> tuple[str, Layout]:
 
 
 def _in_wire(price: MovePrice, move: Move, links: Links) -> MovePrice:
-    """Returns the price of one move by the steps and dtypes that it has in the program."""
+    """Prices one move by the steps and dtypes that it has in the program."""
 
     def steps(phase: str, before: Sequence[CollectivePrice]) -> tuple[CollectivePrice, ...]:
         size = move.itemsize(phase)

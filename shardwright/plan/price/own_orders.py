@@ -1,7 +1,7 @@
-"""Price of orders: what moves where axes split a dim in another order than the mesh's.
+"""Prices moves where axes split a dim in another order than the mesh's.
 
-Tables of prices have no such layouts: they take every dim's axes in the mesh's order, and find permutes where there are
-none, and none where there are some. What a finished plan does there is priced by its own redistributions.
+Tables of prices have no such layouts: they assume the axes of every dim in the mesh's order, and find permutes where there
+are none, and none where there are some. There a finished plan is priced by its own redistributions.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ def has_own_order(layout: Layout) -> bool:
 
 
 def in_true_orders(plan: Plan, price: PlanPrice, machine: Machine, of: type[MovePrice]) -> PlanPrice:
-    """Returns the price of a plan with all that reads or makes a layout of its own order priced as it runs.
+    """Replaces the prices at layouts with another order of axes by those of the real moves.
 
     Args:
+        plan: the plan.
+        price: its price by tables.
+        machine: the machine.
         of: the class of prices of redistributions.
     """
     orders = _Orders(plan, machine, of)
@@ -60,7 +63,14 @@ def in_true_orders(plan: Plan, price: PlanPrice, machine: Machine, of: type[Move
 def steps_price(
     steps: tuple[Step, ...], shape: tuple[int, ...], itemsize: int, options: Options
 ) -> tuple[CollectivePrice, ...]:
-    """What the collectives of a redistribution cost; local slices are left out."""
+    """Prices the collectives of a redistribution; local slices are left out.
+
+    Args:
+        steps: its steps.
+        shape: global shape.
+        itemsize: bytes per element.
+        options: which steps redistributions may use and their costs.
+    """
     return tuple(
         CollectivePrice(
             step.kind, step.axes, sent_elements(step, shape) * itemsize, options.links.seconds(step, shape, itemsize)
@@ -71,7 +81,7 @@ def steps_price(
 
 
 class _Orders:
-    """Finds where a plan has layouts of their own order, and prices that.
+    """Finds where a plan has layouts of another order, and prices that.
 
     ``values``: those that are made or read in one; ``nodes``: those that do their sums into one.
     """
@@ -99,7 +109,7 @@ class _Orders:
         return tuple(found[0]), tuple(found[1])
 
     def moves(self) -> Iterator[MovePrice]:
-        """Yields the redistributions of all values with an order of their own, one for each way in which one is read."""
+        """Yields the redistributions of all values with another order, one per way of reading."""
         parameters = {i.value for i in self.graph.inputs if i.kind == "parameter"}
         whole = {o for o in self.graph.outputs if isinstance(o, str)} | {v for _, v in self.graph.updates}
         read: dict[str, dict[tuple[Layout, tuple[str, ...]], list[str]]] = {}

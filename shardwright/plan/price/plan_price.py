@@ -1,4 +1,4 @@
-"""Price: what a plan costs on a machine, by operator, by redistribution and by parameter."""
+"""Prices a plan on a machine, by operator, by redistribution and by parameter."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ if TYPE_CHECKING:
     from shardwright.ir.plan import Plan
 
 
-def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float) -> Formulation:
-    """Returns the problem whose only answer is the plan, layers that are planned alike written once."""
+def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, optimizer_bytes_per_byte: float) -> Formulation:
+    """Writes the problem whose only answer is the plan, with alike layers written once.
+
+    Args:
+        plan: the plan.
+        pricing: the prices of the machine.
+        full_batch: whether every rank is given the whole batch.
+        optimizer_bytes_per_byte: bytes of optimizer state per byte of parameter.
+    """
     graph, mesh = plan.graph, plan.mesh
     layouts = {i.value: plan.input_layouts[i.value] for i in graph.inputs if i.kind == "parameter"}
     blocks = blocks_of(graph, layouts, lambda node: _layouts(plan.choices[node.name]))
@@ -49,28 +56,31 @@ def formulation_of(plan: Plan, pricing: Pricing, full_batch: bool, states: float
     given = {
         i.value: codes(i.value) for i in graph.inputs if i.kind != "parameter" and i.value not in folded.ready
     }  # fmt: skip
-    return Formulation(folded, mesh, pricing, tables, stored, given, states)
+    return Formulation(folded, mesh, pricing, tables, stored, given, optimizer_bytes_per_byte)
 
 
 def _layouts(choice: Choice) -> Any:
-    """What tells one choice of an operator from another."""
+    """Returns the key that distinguishes one choice of an operator from another."""
     return choice.inputs, choice.partial_gradient, choice.computed, choice.outputs
 
 
-def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, states: float = 2.0) -> PlanPrice:
+def price_plan(plan: Plan, machine: Machine, full_batch: bool = True, optimizer_bytes_per_byte: float = 2.0) -> PlanPrice:
     """Prices a plan, whoever made it.
 
     Args:
-        states: bytes of optimizer state a byte of parameter; 2 for Adam.
+        plan: the plan.
+        machine: the machine.
+        full_batch: whether every rank is given the whole batch.
+        optimizer_bytes_per_byte: bytes of optimizer state per byte of parameter; 2 for Adam.
     """
     pricing = Pricing(machine, plan.mesh, bytes_of_parameters(plan.graph), plan.schedule)
-    formulation = formulation_of(plan, pricing, full_batch, states)
+    formulation = formulation_of(plan, pricing, full_batch, optimizer_bytes_per_byte)
     solution = solve(formulation.problem)
     return in_true_orders(plan, _Breakdown(formulation, solution.choices).price(), machine, MovePrice)
 
 
 class _Breakdown:
-    """Takes the price of an answer apart, for every copy of a repeated layer."""
+    """Splits the price of an answer up, for every copy of a repeated layer."""
 
     def __init__(self, formulation: Formulation, choices: Sequence[Any]):
         self.form, self.choices = formulation, choices
@@ -144,7 +154,7 @@ class _Breakdown:
         return [move for move in found if move.forward or move.backward]
 
     def _sharing(self, moves: Sequence[MovePrice]) -> tuple[MovePrice, ...]:
-        """Returns the moves with parameters' launches shared by those whose collectives are alike, as they are when run."""
+        """Shares the launches of parameters' moves whose collectives are alike, as they are when run."""
 
         def kinds(move: MovePrice) -> list[Any]:
             phases = (move.forward, move.backward)
@@ -168,7 +178,7 @@ class _Breakdown:
         return tuple(result)
 
     def _copies(self, value: str) -> list[tuple[int, str]]:
-        """``(copy, name)`` of every value that a value of the problem stands for."""
+        """Returns ``(copy, name)`` of every value that a value of the problem stands for."""
         if value not in self.copies:
             self.copies[value] = self._all_copies(value)
         return self.copies[value]

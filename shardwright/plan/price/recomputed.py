@@ -1,6 +1,6 @@
-"""Price of doing things again: what a plan computes and sends a second time, in the backward, instead of keeping it.
+"""Prices what a plan computes and sends a second time, in the backward, instead of keeping it.
 
-What is done again is no business of layouts, and no search asks for it: it is read off the local program, as it runs.
+Recomputation does not depend on layouts, and no search asks for it: it is read from the local program, as it runs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ PART = "recompute"
 
 
 def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
-    """Returns the price with all that the plan does again in the backward as a part of its own; the same where there is
-    nothing.
+    """Adds to a price, as a part of its own, all that the backward repeats.
 
     Args:
+        plan: the plan.
         price: of a step in which everything is kept.
+        machine: the machine.
     """
     if not plan.passes:
         return price
@@ -60,10 +61,10 @@ def with_again(plan: Plan, price: PlanPrice, machine: Machine) -> PlanPrice:
 
 
 class _Again(InstructionVisitor[None]):
-    """Finds the operators and redistributions of a program that are done again: those that the backward has a use for.
+    """Finds the operators and redistributions of a program that are repeated: those that the backward needs.
 
-    Of what is marked, the last operators before a value that is kept may save nothing for the backward, as a sum of two
-    tensors does; those are not done again. ``nodes`` and ``moves`` are what is.
+    The last operators before a kept value may be marked, and yet save nothing for the backward, as a sum of two tensors does;
+    those are not repeated. ``nodes`` and ``moves`` are those that are.
     """
 
     def __init__(self, plan: Plan, program: LocalProgram, device: str):
@@ -86,14 +87,14 @@ class _Again(InstructionVisitor[None]):
         self._moves(fused)
 
     def start_moves(self, start: StartMoves) -> None:
-        """Does nothing: a move is done again where its result is there."""
+        """Does nothing, as a move is repeated where its result is needed."""
 
     def keep_slice(self, keep: KeepSliceForBackward) -> None:
         if keep.cut.source in self.wanted:
             self.moves.append(keep.gather)
 
     def _moves(self, instruction: Move | FusedMoves) -> None:
-        """Notes moves that share collectives as one; a gather goes ahead of whoever might want it."""
+        """Records moves that share collectives as one; a gather goes ahead of everything that might need it."""
         if not instruction.recompute:
             return
         moves = instruction.ends
@@ -102,7 +103,7 @@ class _Again(InstructionVisitor[None]):
             self.wanted.update(move.source for move in moves)
 
     def _is_wanted(self, value: str) -> bool:
-        """Tells whether the backward has a use for a value that is not there any more."""
+        """Tells whether the backward needs a value that is not there any more."""
         return value in self.wanted and value not in self.program.kept
 
     def call(self, call: Call) -> None:
@@ -115,7 +116,7 @@ class _Again(InstructionVisitor[None]):
             self.wanted.update(refs[slot] for slot in saved.inputs)
         elif (
             saved.inputs and not traits_of(call.function).linear
-        ):  # the operator is several calls, and this one may save what it reads
+        ):  # the operator is several calls, and this one may save its inputs
             self.wanted.update(refs)
         results = saved.outputs and not self.program.kept.issuperset(call.outputs)
         if call.recompute and (results or saved.extra or any(map(self._is_wanted, call.outputs))):
@@ -124,6 +125,6 @@ class _Again(InstructionVisitor[None]):
 
 
 def _gather(move: MovePrice, steps: Iterable[CollectivePrice], machine: Machine) -> float:
-    """Returns the seconds of a parameter's gather that do not hide, launches shared with others as they are the first time."""
+    """Computes the seconds of a parameter's gather that do not hide. Launches are shared as the first time."""
     shared = move.launches[0] * (1 - move.share)
     return float(machine.exposed(max(0.0, sum(step.seconds for step in steps) - shared), 0.0))

@@ -1,4 +1,4 @@
-"""Prices: what a plan's operators, moves and parameters cost, and their sums."""
+"""Prices of a plan's operators, moves and parameters, and their sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardwright.ir.machine import Machine
 class OperatorPrice:
     """Seconds of one operator, of the busiest rank, and the bytes that it keeps for the backward.
 
-    ``collectives``: of those that the operator runs itself, which are ``own``, forward and backward.
+    ``collectives``: seconds of those that the operator runs itself, which are ``own``, forward and backward.
     """
 
     forward: float
@@ -35,10 +35,10 @@ class OperatorPrice:
 
 @dataclass(frozen=True)
 class MovePrice:
-    """One redistribution: from where a value is (or from its shared reading) to who reads it.
+    """One redistribution: from a value (or from its shared reading) to those who read it.
 
     ``readers`` are names of nodes, ``output`` where the program returns it. ``of_parameter``: a parameter's gather and the
-    reduction of its gradient, ``seconds`` being what does not hide behind computing.
+    reduction of its gradient; then ``seconds`` are those that do not hide behind computing.
     """
 
     value: str
@@ -50,8 +50,8 @@ class MovePrice:
     backward: tuple[CollectivePrice, ...]
     of_parameter: bool
     seconds: float
-    # of a parameter's forward and backward collectives, what others of the same kind over the same axes share; the share of
-    # it that ``seconds`` counts; and bytes of the larger end
+    # of a parameter's forward and backward collectives, the part shared with others of the same kind over the same axes;
+    # the share of it that ``seconds`` counts; and bytes of the larger end
     launches: tuple[float, float] = (0.0, 0.0)
     share: float = 0.0
     size: float = 0.0
@@ -63,7 +63,7 @@ class MovePrice:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether some of it runs behind computing."""
+        """Tells whether some of it runs behind computing."""
         alone = sum(step.seconds for step in (*self.forward, *self.backward))
         return self.of_parameter and self.seconds < (alone - self.shared) * (1 - 1e-9)
 
@@ -75,7 +75,7 @@ class MovePrice:
 
 @dataclass(frozen=True)
 class ParameterPrice:
-    """A stored parameter: its layout, bytes a rank holds of it, bytes with gradient and optimizer, optimizer's seconds."""
+    """A stored parameter: its layout, a rank's bytes of it, bytes with gradient and optimizer, optimizer's seconds."""
 
     layout: Layout
     bytes: float
@@ -85,17 +85,17 @@ class ParameterPrice:
 
 @dataclass(frozen=True)
 class PlanPrice:
-    """What a step of a plan costs.
+    """Price of a step of a plan.
 
     Args:
         seconds: the whole; the sum of ``parts``.
         parts: seconds of ``forward``, ``backward``, ``redistribution``, ``parameters`` (gathers and gradient reductions that
-            do not hide), ``recompute`` (what is computed and sent again in the backward, where a plan does that),
+            do not hide), ``recompute`` (what is computed and sent a second time in the backward, where a plan does that),
             ``optimizer`` and ``step`` (what a step takes besides).
         operators, moves, parameters: by node, in order, and by parameter name.
         unshared: seconds, within ``parameters``, of parameters' collectives that find fewer others to share a launch with
-            than there are parameters. A search, which looks at one parameter at a time, takes them all to share.
-        again: collectives that ``recompute`` does again.
+            than there are parameters. A search, which prices one parameter at a time, assumes that all share.
+        again: collectives that ``recompute`` repeats.
     """
 
     machine: Machine

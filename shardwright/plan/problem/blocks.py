@@ -1,4 +1,4 @@
-"""Fold: the repeated blocks of a graph, found once so that planning can think in one of their copies.
+"""Finds the repeated blocks of a graph, so that planning can work on one of their copies.
 
 A block is a run of nodes that stands several times in sequence, each copy connected to itself, to the copy before it and
 to values that all copies read, always in the same way. It is found by the nodes alone, whatever modules they come from.
@@ -40,11 +40,12 @@ class Block:
 def blocks_of(
     graph: Graph, labels: Mapping[str, Any] | None = None, alike: Callable[[Node], Any] | None = None
 ) -> tuple[Block, ...]:
-    """Returns the repeated blocks of a graph, in order, none touching another.
+    """Finds the repeated blocks of a graph, in order, none touching another.
 
     Args:
-        labels: what else is known of graph inputs; those of different labels are not alike.
-        alike: what else nodes must have in common.
+        graph: the graph.
+        labels: further properties of graph inputs; those of different labels are not alike.
+        alike: further properties that nodes must have in common.
     """
     wiring = _Wiring(graph, labels or {}, alike or (lambda node: None))
     found: list[Block] = []
@@ -60,9 +61,9 @@ def blocks_of(
 
 
 class _Wiring:
-    """The graph as arrays: what each node is, and where each of its inputs comes from.
+    """Arrays of a graph: the kind of each node, and the origin of each of its inputs.
 
-    A parameter or buffer comes from the node that reads it first, so that a layer's own parameters repeat with it.
+    A parameter or buffer counts as made by the node that reads it first, so that a layer's own parameters repeat with it.
     """
 
     def __init__(self, graph: Graph, labels: Mapping[str, Any], alike: Callable[[Node], Any]):
@@ -109,7 +110,7 @@ class _Wiring:
         self.crossing = self._crossing(len(graph.nodes))
 
     def _crossing(self, count: int) -> Array:
-        """Returns how many values are made before each node and read at it or later."""
+        """Counts the values that are made before each node and read at it or later."""
         change = np.zeros(count + 2, dtype=np.int64)
         read = (self.owner_array >= 0) & (self.reader_array > self.owner_array)
         np.add.at(change, self.owner_array[read] + 1, 1)
@@ -124,7 +125,7 @@ def _kind(node: Node, given: tuple[bool, ...]) -> Any:
 
 
 def _largest(wiring: _Wiring, low: int, high: int) -> Block | None:
-    """Returns the block that covers most nodes of ``low .. high``."""
+    """Finds the block that covers most nodes of ``low .. high``."""
     kinds = wiring.kinds[low:high]
     best: Block | None = None
     for period in _periods(kinds):
@@ -136,7 +137,7 @@ def _largest(wiring: _Wiring, low: int, high: int) -> Block | None:
 
 
 def _periods(kinds: Array) -> list[int]:
-    """Returns the distances at which kinds of nodes come again, the most frequent first."""
+    """Lists the distances at which kinds of nodes repeat, the most frequent first."""
     last: dict[int, int] = {}
     gaps: Counter[int] = Counter()
     for at, kind in enumerate(kinds.tolist()):
@@ -157,13 +158,13 @@ def _periods(kinds: Array) -> list[int]:
 
 
 def _runs(equal: Array, least: int) -> list[tuple[int, int]]:
-    """Where ``equal`` holds for at least ``least`` places in a row."""
+    """Finds where ``equal`` holds for at least ``least`` places in a row."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], equal.astype(np.int8), [0]))))
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2]) if b - a >= least]
 
 
 def _wired(wiring: _Wiring, start: int, stop: int, period: int) -> Block | None:
-    """Returns the copies within ``start .. stop`` that are connected alike, cut where fewest values cross."""
+    """Finds the copies within ``start .. stop`` that are connected alike, cut where fewest values cross."""
     cuts = range(start, min(start + period, stop - _LEAST_COPIES * period + 1))
     for cut in sorted(cuts, key=lambda at: (int(wiring.crossing[at]), at)):
         block = Block(cut, period, (stop - cut) // period)
@@ -174,20 +175,20 @@ def _wired(wiring: _Wiring, start: int, stop: int, period: int) -> Block | None:
 
 
 def _is_wired(wiring: _Wiring, block: Block) -> bool:
-    """Tells whether each copy reads what the copy before it reads: its own, the previous copy's, or the same from before."""
+    """Tells whether all copies read alike: from themselves, from the previous copy, or the same value from before."""
     low = slice(wiring.offsets[block.start], wiring.offsets[block.stop - block.length])
     high = slice(wiring.offsets[block.start + block.length], wiring.offsets[block.stop])
     now, later = wiring.owners[low], wiring.owners[high]
     fine = (later == now + block.length) & (wiring.places[high] == wiring.places[low])
     fine |= (wiring.values[high] == wiring.values[low]) & (now < block.start)
-    # the first copy may read from anywhere before what later ones read from the copy before
+    # where later copies read from the copy before, the first may read from anywhere before
     first = int(wiring.offsets[block.start + block.length] - wiring.offsets[block.start])
     fine[:first] |= (now[:first] < block.start) & (later[:first] >= block.start) & (later[:first] < block.start + block.length)
     return bool(fine.all())
 
 
 def _exits_last(wiring: _Wiring, block: Block) -> bool:
-    """Tells whether what is read after the block comes from its last copy, and nothing reaches back further than one copy."""
+    """Tells whether readers after the block read its last copy only. Nothing may reach back further than one copy."""
     owners, readers = wiring.owner_array, wiring.reader_array
     inside = (owners >= block.start) & (owners < block.stop)
     owners, readers = owners[inside], readers[inside]

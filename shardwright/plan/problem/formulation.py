@@ -1,15 +1,15 @@
-"""Formulation: a graph and a cost model as a problem for :mod:`shardwright.search`.
+"""Writes a graph and a cost model as a problem for :mod:`shardwright.search`.
 
 The problem's nodes are:
 
 - every operator, with the rows of its :class:`~shardwright.plan.choose.tables.ChoiceTable`;
 - every parameter, with the layouts it may be stored in (split over data-parallel axes this is optimizer parallelism);
-- every value that several operators read, with the layouts and gradients in which they read it: whoever needs what it
-  has shares one redistribution.
+- every value that several operators read, with the layouts and gradients in which they read it: readers with the same
+  need share one redistribution.
 
 An edge is a redistribution, forward and, where a gradient flows, backward. Values that every rank can make any piece of
-without communication (what is made of the whole batch, of buffers or of nothing) are left out; they go where they are
-wanted. Repeated blocks of the graph are written once.
+without communication (those made of the whole batch, of buffers or of nothing) are left out; they are made where they are
+read. Repeated blocks of the graph are written once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Use:
-    """One input of a node that stands in the problem. ``scope``: see :class:`shardwright.search.problem.Edge`."""
+    """One input of a node in the problem. ``scope``: see :class:`shardwright.search.problem.Edge`."""
 
     node: int
     slot: int
@@ -52,7 +52,7 @@ class Needs:
 
 
 class Folded:
-    """Which nodes of a graph stand in the problem, and who reads what, with repeated blocks written once."""
+    """Nodes of a graph in the problem, and who reads what, with repeated blocks written once."""
 
     def __init__(self, graph: Graph, ready: frozenset[str], blocks: Sequence[Block] = ()):
         self.graph, self.ready, self.blocks = graph, ready, tuple(blocks)
@@ -78,7 +78,7 @@ class Folded:
         return all(value in self.ready for value in node.outputs)
 
     def _read(self, site: int) -> None:
-        """Notes where the inputs of a site come from."""
+        """Records where the inputs of a site come from."""
         block = self.block_of.get(site)
         node = self.graph.nodes[site]
         for slot, value in enumerate(node.inputs):
@@ -97,7 +97,7 @@ class Folded:
                 self._use(value, Use(site, slot, "every"))
 
     def _exits(self) -> None:
-        """What is read after a block is the last copy's; it stands at the template's value."""
+        """Attributes values read after a block, which are the last copy's, to the template's value."""
         self.alias: dict[str, str] = {}
         for block in self.blocks:
             last = block.stop - block.length
@@ -113,7 +113,7 @@ class Folded:
         self.uses.setdefault(value, []).append(use)
 
     def copies(self, site: int) -> Iterable[tuple[int, int]]:
-        """``(copy, node)`` for every node of the graph that a site stands for."""
+        """Yields ``(copy, node)`` for every node of the graph that a site stands for."""
         block = self.block_of.get(site)
         if block is None:
             return [(0, site)]
@@ -123,13 +123,13 @@ class Folded:
 
 @dataclass
 class Formulation:
-    """The problem of a graph on a mesh, and what its choices stand for.
+    """Problem of a graph on a mesh, and what its choices stand for.
 
     Args:
         tables: choice table of each site.
         stored: codes in which a parameter may be stored, by value.
-        given: codes in which user inputs that are not free come in.
-        states: bytes of optimizer state a byte of parameter.
+        given: codes of user inputs that are not free.
+        optimizer_bytes_per_byte: bytes of optimizer state per byte of parameter.
         live: sites whose own tensors count too, and the phase in which they do: where a plan was found to need most.
         activations, gradients: weights of the two in the memory that is limited; see :mod:`shardwright.search.memory_limit`.
     """
@@ -140,7 +140,7 @@ class Formulation:
     tables: dict[int, ChoiceTable]
     stored: dict[str, Codes]
     given: dict[str, Codes]
-    states: float = 2.0
+    optimizer_bytes_per_byte: float = 2.0
     activations: float = 1.0
     gradients: float = 0.0
     live: Mapping[int, str] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Formulation:
     def _add_parameter(self, value: str) -> None:
         meta, grad = self.graph.metas[value], value in self.graph.needs_grad
         codes = self.stored[value]
-        cost, memory = self.pricing.parameter(meta, codes, grad, self.states, self.gradients)
+        cost, memory = self.pricing.parameter(meta, codes, grad, self.optimizer_bytes_per_byte, self.gradients)
         self.at_parameter[value] = self._add(value, cost, memory)
         if self._is_shared(value):
             self._add_value(value)
@@ -237,12 +237,12 @@ class Formulation:
         return self.saved[site]
 
     def _kept(self, site: int) -> Array:
-        """Returns the bytes that an operator keeps besides its inputs, which count where they come from."""
+        """Counts the bytes that an operator keeps besides its inputs. Those count where they are made."""
         node, table, saved = self.graph.nodes[site], self.tables[site], self.saved_of(site)
         outputs = self.pricing.local_bytes(node.op.outputs, table.outputs, len(table))
         alone = Saved(frozenset(), saved.outputs, saved.extra, saved.aliases, saved.guessed)
         kept = kept_bytes(alone, np.zeros((len(node.inputs), len(table))), outputs, table.fraction)
-        if site in self.live:  # what is alive besides while this operator runs
+        if site in self.live:  # values that are also alive while this operator runs
             backward = self.live[site] == "backward"
             grads = [v in self.graph.needs_grad for v in node.inputs]
             inputs = self.pricing.local_bytes(node.op.inputs, table.inputs, len(table))
@@ -260,7 +260,7 @@ class Formulation:
         self.at_value[value] = self._add(f"{value}, read", self.pricing.zeros(len(first)), None)
 
     def parameter_copies(self, value: str) -> list[tuple[int, str]]:
-        """``(copy, name)`` of every parameter that a parameter of the problem stands for."""
+        """Returns ``(copy, name)`` of every parameter that a parameter of the problem stands for."""
         uses = self.folded.uses[value]
         if len({u.node for u in uses}) > 1 or uses[0].node not in self.folded.block_of:
             return [(0, value)]
@@ -273,7 +273,7 @@ class Formulation:
         return Needs(table.inputs[use.slot], table.gradients[use.slot])
 
     def source(self, value: str) -> tuple[int, Codes] | None:
-        """Returns the variable that says where a value is, and its codes; ``None`` where that is given."""
+        """Returns the variable for a value's layout, and its codes; ``None`` where that is given."""
         if value in self.at_parameter:
             return self.at_parameter[value], self.stored[value]
         producer = self.folded.producer.get(value)
@@ -282,7 +282,7 @@ class Formulation:
         return self.at_site[producer], self.tables[producer].outputs[self.graph.nodes[producer].outputs.index(value)]
 
     def _connect(self, value: str, use: Use, carried: dict[Block, list[Edge]]) -> None:
-        """Adds the edge from where a value is, or from its shared reading, to one reader."""
+        """Adds the edge from a value, or from its shared reading, to one reader."""
         reader = self.at_site[use.node]
         grad, meta = value in self.graph.needs_grad, self.graph.metas[value]
         keeps = use.slot in self.saved_of(use.node).inputs
@@ -308,14 +308,14 @@ class Formulation:
             self.edges.append(edge)
 
     def counted(self, value: str) -> bool:
-        """Tells whether a value's memory is counted where it is made: stored, or kept by the operator that makes it."""
+        """Tells whether a value's memory is counted where it is made: stored, or kept by its operator."""
         if value in self.parameters:
             return True
         producer = self.folded.producer[value]
         return self.graph.nodes[producer].outputs.index(value) in self.saved_of(producer).outputs
 
     def _connect_value(self, value: str, at: int) -> None:
-        """Adds the edge from where a value is to its shared reading."""
+        """Adds the edge from a value to its shared reading."""
         found = self.source(value)
         if found is None:
             return
@@ -331,7 +331,7 @@ class Formulation:
 
 
 def stored_codes(meta: TensorMeta, mesh: Mesh) -> Codes:
-    """Returns the layouts a parameter may be stored in: every axis replicates it or splits one dim, no piece empty."""
+    """Lists the layouts a parameter may be stored in: every axis replicates it or splits one dim, no piece empty."""
     if not mesh.axes:
         return np.zeros((1, 0), dtype=np.int8)
     options = [range(REPLICATED, len(meta.shape)) if size > 1 else (REPLICATED,) for size in mesh.sizes]

@@ -1,4 +1,4 @@
-"""Pricing: what choices and redistributions cost on a machine, as whole tables; each kind is priced once.
+"""Prices choices and redistributions on a machine, as whole tables; each kind is priced once.
 
 Seconds and bytes are those of the busiest rank. Results are shared: operators and edges that are alike get the very same
 arrays, by which the search recognises repeated layers.
@@ -30,11 +30,11 @@ _PAIR = 16.0  # bytes of a sum and a count
 
 
 class Pricing:
-    """The prices of one machine and mesh.
+    """Prices of one machine and mesh.
 
     Args:
         sharing: bytes of all parameters, which share collectives; 0: none does.
-        schedule: how many bytes of them share those that sum their gradients, and those that gather them.
+        schedule: bytes of the parameters that share a collective, of gradient sums and of gathers.
     """
 
     def __init__(self, machine: Machine, mesh: Mesh, sharing: float = 0.0, schedule: MoveBuckets | None = None):
@@ -42,7 +42,7 @@ class Pricing:
         self.sums, self.gathers = (schedule or MoveBuckets()).sums, (schedule or MoveBuckets()).gathers
         self.communication = Communication(machine, mesh)
         self._memo: dict[Any, Any] = {}
-        self._alive: list[Any] = []  # what ids in keys refer to
+        self._alive: list[Any] = []  # the objects whose ids are in keys
         self._sizes = np.asarray(mesh.sizes)
         self._radix = 16 ** np.arange(len(mesh.axes), dtype=np.int64)
 
@@ -53,11 +53,11 @@ class Pricing:
         return self._memo[key]
 
     def interned(self, array: Array) -> Array:
-        """Returns the one array with this content, so that what is alike has one price."""
+        """Returns the one array with this content, so that alike choices have one price."""
         return self._once(("array", array.dtype, array.shape, array.tobytes()), (), lambda: array)  # type: ignore[no-any-return]
 
     def interned_table(self, table: ChoiceTable) -> ChoiceTable:
-        """Returns the table over interned arrays."""
+        """Returns the table with interned arrays."""
 
         def one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
             return tuple(map(self.interned, arrays))
@@ -76,11 +76,11 @@ class Pricing:
         return self._once(("scaled", id(array), weight), (array,), lambda: array * weight)  # type: ignore[no-any-return]
 
     def keys(self, codes: Codes, gradients: Array) -> Array:
-        """Returns one number for each layout and gradient."""
+        """Computes one number for each layout and gradient."""
         return ((codes.astype(np.int64) + 3 + 8 * gradients) * self._radix).sum(axis=-1)
 
     def local_bytes(self, metas: Sequence[TensorMeta], codes: Sequence[Codes], count: int) -> Array:
-        """Returns the bytes of the largest piece of each of ``T`` tensors in ``count`` choices: ``(T, C)``."""
+        """Counts the bytes of the largest piece of each of ``T`` tensors in ``count`` choices: ``(T, C)``."""
         if not metas:
             return np.zeros((0, count))
         return np.stack([self.piece_bytes(meta, code) for meta, code in zip(metas, codes)])
@@ -91,12 +91,12 @@ class Pricing:
     # -- variables --------------------------------------------------------------------------------------------------
 
     def operator(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> Array:
-        """Returns the seconds of each choice, forward and backward, with the collectives it runs itself."""
+        """Computes the seconds of each choice, forward and backward, with the collectives it runs itself."""
         key = ("operator", id(table), needs_grad)
         return self._once(key, (table,), lambda: sum(self.operator_parts(table, needs_grad)))  # type: ignore[no-any-return]
 
     def operator_parts(self, table: ChoiceTable, needs_grad: tuple[bool, ...]) -> tuple[Array, Array, Array]:
-        """Returns the seconds of each choice: computing forward, computing backward, its own collectives."""
+        """Computes the seconds of each choice: computing forward, computing backward, its own collectives."""
         op = table.op
         inputs = self.local_bytes(op.inputs, table.inputs, len(table))
         outputs = self.local_bytes(op.outputs, table.outputs, len(table))
@@ -105,7 +105,7 @@ class Pricing:
         return np.asarray(forward), np.asarray(backward), self._own_collectives(table, any(needs_grad))
 
     def _channels(self, table: ChoiceTable) -> Channels:
-        """Returns the channels of a convolution that a rank has in each choice; groups are only split as wholes."""
+        """Returns the channels of a convolution that a rank has in each choice; groups are split only as wholes."""
         whole, codes = channels_of(table.op), table.inputs[1]
         if whole.groups > 1:
             return whole
@@ -114,7 +114,7 @@ class Pricing:
         return whole._replace(made=made, read=read)
 
     def _ways(self, codes: Codes, dim: int) -> Array:
-        """Into how many pieces a dim is split."""
+        """Counts the pieces of a dim."""
         return np.asarray(np.where(codes == dim, self._sizes, 1).prod(axis=-1))
 
     def _own_collectives(self, table: ChoiceTable, grad: bool) -> Array:
@@ -129,7 +129,7 @@ class Pricing:
         return seconds
 
     def _inner(self, table: ChoiceTable, row: int) -> list[tuple[list[int], float]]:
-        """Over which axes a choice's lowering reduces, and bytes of what it reduces, for each of its all-reduces."""
+        """Returns the axes and bytes of each all-reduce in a choice's lowering."""
         axes: dict[int, list[int]] = {count: np.flatnonzero(table.inner[row] == count).tolist() for count in (1, 2)}
         held = table.reduced[row] * table.fraction[row] * math.prod(self.mesh.sizes[a] for a in axes[2])
         by_count = [(1, _PAIR), (2, 4 * float(held))]
@@ -138,8 +138,9 @@ class Pricing:
     def own_steps(
         self, table: ChoiceTable, row: int, grad: bool
     ) -> tuple[tuple[CollectivePrice, ...], tuple[CollectivePrice, ...]]:
-        """Returns the collectives that one choice of an operator runs itself, forward and backward; they add up to its
-        price.
+        """Returns the collectives that one choice of an operator runs itself, forward and backward.
+
+        They add up to its price.
         """
         forward: list[CollectivePrice] = []
         backward: list[CollectivePrice] = []
@@ -160,7 +161,7 @@ class Pricing:
         return tuple(forward), tuple(backward)
 
     def _pairwise(self, meta: TensorMeta, before: Codes, after: Codes, grad: bool) -> Array:
-        """Returns the seconds from each row's layout to the same row's other one."""
+        """Computes the seconds from each row's layout to the same row's other one."""
         seconds = np.zeros(len(before))
         changed = np.flatnonzero((before != after).any(axis=1))
         keys = np.concatenate([before[changed], after[changed]], axis=1)
@@ -172,19 +173,30 @@ class Pricing:
             seconds[changed] = np.array(prices)[where.reshape(-1)]
         return seconds
 
-    def parameter(self, meta: TensorMeta, codes: Codes, grad: bool, states: float, gradients: float) -> tuple[Array, Array]:
-        """Returns the seconds of the optimizer, and bytes: the parameter, its optimizer states, and a share of its gradient."""
+    def parameter(
+        self, meta: TensorMeta, codes: Codes, grad: bool, optimizer_bytes_per_byte: float, gradients: float
+    ) -> tuple[Array, Array]:
+        """Computes the seconds of the optimizer, and the bytes of a parameter with states and gradient.
+
+        Args:
+            meta: the parameter.
+            codes: layouts in which it is stored.
+            grad: whether it is trained.
+            optimizer_bytes_per_byte: bytes of optimizer state per byte of parameter.
+            gradients: the share of its gradient that counts.
+        """
 
         def make() -> tuple[Array, Array]:
             held = self.piece_bytes(meta, codes)
             if not grad:
                 return np.zeros(len(codes)), held
-            return np.asarray(optimizer_seconds(held, states, self.machine)), held * (1 + states + gradients)
+            seconds = optimizer_seconds(held, optimizer_bytes_per_byte, self.machine)
+            return np.asarray(seconds), held * (1 + optimizer_bytes_per_byte + gradients)
 
-        return self._once(("parameter", meta, id(codes), grad, states, gradients), (codes,), make)  # type: ignore[no-any-return]
+        return self._once(("parameter", meta, id(codes), grad, optimizer_bytes_per_byte, gradients), (codes,), make)  # type: ignore[no-any-return]
 
     def to_whole(self, meta: TensorMeta, codes: Codes, grad: bool) -> Array:
-        """Returns the seconds to make a value whole on every rank."""
+        """Computes the seconds to make a value whole on every rank."""
         target = np.full((1, len(self.mesh.axes)), REPLICATED, dtype=np.int8)
         return self.move(meta, codes, target, np.zeros((1, len(self.mesh.axes)), dtype=bool), grad)[0][:, 0]
 
@@ -194,10 +206,13 @@ class Pricing:
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool, keeps: bool = False,
         stored: bool = False, counted: bool = False,
     ) -> tuple[Array, Array | None]:  # fmt: skip
-        """Returns the seconds ``(S, T)`` of redistributions, forward and backward, and the bytes that the reader keeps.
+        """Computes the seconds ``(S, T)`` of redistributions in both directions, and the bytes that readers keep.
 
         Args:
+            meta: the value.
+            source, target: layout codes ``(S, A)`` and ``(T, A)``.
             gradients: ``(T, A)``, axes over which the gradient that comes back is partial.
+            grad: whether a gradient comes back.
             keeps: whether autograd keeps what the reader reads.
             stored: whether the source is a parameter; part of its communication hides behind computing.
             counted: whether the source's own bytes are counted already.
@@ -226,7 +241,14 @@ class Pricing:
         return seconds[np.ix_(row_of, column_of)], memory
 
     def move_parts(self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool) -> tuple[Array, Array]:
-        """Returns the seconds ``(S, T)`` of redistributions, forward and backward apart."""
+        """Computes the seconds ``(S, T)`` of redistributions, forward and backward apart.
+
+        Args:
+            meta: the value.
+            source, target: layout codes ``(S, A)`` and ``(T, A)``.
+            gradients: ``(T, A)``, axes over which the gradient that comes back is partial.
+            grad: whether a gradient comes back.
+        """
         size = meta.dtype.itemsize
         forward = self.communication.moves(meta.shape, size, source, target).seconds
         if not grad:
@@ -237,17 +259,27 @@ class Pricing:
     def saved_by_sharing(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
     ) -> tuple[Array, Array]:
-        """Returns the seconds that a parameter saves, forward and backward, as it shares collectives: the others' launches."""
+        """Computes the launches of others' collectives that a parameter saves by sharing, forward and backward.
+
+        Args:
+            meta, source, target, gradients, grad: as for :meth:`move_parts`.
+        """
         forward, backward, share = self.launches(meta, source, target, gradients, grad)
         return forward * (1 - share), backward * (1 - share)
 
     def launches(
         self, meta: TensorMeta, source: Codes, target: Codes, gradients: Array, grad: bool
     ) -> tuple[Array, Array, Array]:
-        """What a parameter's collectives take without bytes, forward and backward, and its share of them.
+        """Computes the launch seconds of a parameter's collectives, forward and backward, and its share.
 
-        Its share of a bucket, but no less than if all parameters were in one: a search looks at one parameter at a time. By
-        bytes: what is best for a large parameter is then best for the small ones too, and they share its collectives.
+        A parameter pays launches in proportion to its bytes in its bucket, at least as if all parameters shared one. A search
+        prices
+        one parameter at a time; by bytes, the best choice of a large parameter is also the best for the small ones, and they
+        share
+        its collectives.
+
+        Args:
+            meta, source, target, gradients, grad: as for :meth:`move_parts`.
         """
         larger = np.maximum(self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :])
         empty = [self.communication.moves(meta.shape, 0, source, target).seconds, np.zeros_like(larger)]
@@ -260,7 +292,7 @@ class Pricing:
         return np.where(possible, empty[0], 0.0), np.where(possible, empty[1], 0.0), share
 
     def _share(self, buckets: Buckets, size: Array, part: float) -> Array:
-        """Shares of a launch of a parameter of so many bytes, which is such a part of all."""
+        """Computes the share of a launch of a parameter: ``size`` bytes, ``part`` of all."""
         if buckets.starts is not None:
             return np.full_like(size, min(1.0, (1 + len(buckets.starts)) * part))
         return np.clip(size / buckets.bytes, part, 1.0) if buckets.bytes else np.ones_like(size)
@@ -270,9 +302,7 @@ class Pricing:
         return first, where.reshape(-1)
 
     def _kept(self, meta: TensorMeta, source: Codes, target: Codes, counted: bool) -> Array:
-        """Returns the bytes that a reader keeps: a slice keeps what it is a slice of, anything else that moves is a new
-        tensor.
-        """
+        """Counts the bytes that a reader keeps: those of the whole source for a slice, of a new tensor for other moves."""
         before, after = self.piece_bytes(meta, source)[:, None], self.piece_bytes(meta, target)[None, :]
         changed = source[:, None, :] != target[None, :, :]
         sliced = (~changed | (source[:, None, :] == REPLICATED)).all(axis=-1)
@@ -282,7 +312,15 @@ class Pricing:
     def read(
         self, meta: TensorMeta, state: Codes, state_gradients: Array, target: Codes, gradients: Array, grad: bool, keeps: bool
     ) -> tuple[Array, Array | None]:
-        """As :meth:`move`, from a shared reading: who needs just what it has pays nothing."""
+        """Prices like :meth:`move`, from a shared reading: readers that need exactly what it has pay nothing.
+
+        Args:
+            meta: the value.
+            state, state_gradients: codes of the shared reading and of its gradients.
+            target, gradients: codes of the readers and of their gradients.
+            grad: whether a gradient comes back.
+            keeps: whether autograd keeps what the reader reads.
+        """
 
         def make() -> tuple[Array, Array | None]:
             masks = gradients if grad else np.zeros_like(gradients)
@@ -295,8 +333,7 @@ class Pricing:
 
 
 def launches_of(buckets: Buckets, size: float, count: int) -> float:
-    """Returns how many collectives ``count`` parameters of ``size`` bytes in all make; a bucket that is not full counts as
-    a part.
+    """Counts the collectives of ``count`` parameters of ``size`` bytes in all; a bucket that is not full counts partly.
 
     >>> launches_of(Buckets(4 << 20), 6 << 20, 10), launches_of(Buckets(), 6 << 20, 10)
     (1.5, 10.0)
@@ -307,12 +344,12 @@ def launches_of(buckets: Buckets, size: float, count: int) -> float:
 
 
 def bytes_of_parameters(graph: Graph) -> float:
-    """Returns the bytes of all parameters of a graph, whole."""
+    """Counts the bytes of all parameters of a graph, whole."""
     return float(sum(i.meta.bytes for i in graph.inputs if i.kind == "parameter"))
 
 
 def gradient_codes(source: Codes, target: Codes, gradients: Array) -> tuple[Codes, Codes]:
-    """From where to where gradients go: partial as the target's readers leave them, to the source's own pieces."""
+    """Returns the codes between which gradients move: partial at the target's readers, and the source's own pieces."""
     whole = np.where(target == PARTIAL, REPLICATED, target)
     start = np.where(gradients & (target == REPLICATED), PARTIAL, whole).astype(np.int8)
     return start, np.where(source == PARTIAL, REPLICATED, source).astype(np.int8)

@@ -1,4 +1,4 @@
-"""Ready values: which operators can start their moves early."""
+"""Values whose readers can start their moves early."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from shardwright.ir.graph import Graph
 
 
 def ready_values(graph: Graph, full_batch: bool) -> frozenset[str]:
-    """Returns the values any piece of which every rank can make without communication."""
+    """Finds the values any piece of which every rank can make without communication."""
     ready = {
         i.value for i in graph.inputs
         if not i.requires_grad and (i.kind in ("buffer", "constant") or (i.kind == "input" and full_batch))

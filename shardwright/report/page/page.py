@@ -1,8 +1,8 @@
-"""A page of a plan: one HTML file to look at, with nothing to fetch and nothing to install.
+"""Writes a plan as a page: one HTML file, with nothing to fetch and nothing to install.
 
-``page_data`` says what the page shows, as plain data; ``render`` puts it into the template beside this file, whose script
-draws it. What repeats is written once, and slices are worked out by the script from meshes and layouts, so the file's size
-does not depend on the number of ranks.
+``page_data`` collects what the page shows, as plain data; ``render`` puts it into the template beside this file, whose
+scripts draw it. What repeats is written once, and the scripts compute slices from meshes and layouts, so that the file's
+size does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardwright.plan.memory import MemoryTimeline
     from shardwright.plan.price.values import PlanPrice
 
+SCRIPTS = ("data.js", "overview.js", "inspector.js", "tree.js", "page.js")  # in the order in which they are joined
 _MEMORY_STEPS = 20_000  # the memory over time is drawn in this many steps of the peak
 
 
@@ -31,15 +32,16 @@ def write_page(plan: Plan, path: str | Path, title: str = "", priced: bool = Tru
     """Writes a plan as a page: one HTML file that needs no network.
 
     Args:
+        plan: the plan.
         path: where to write.
-        title: what stands at the top; default: the number of ranks.
+        title: the heading; default: the number of ranks.
         priced: whether to show what a step costs, on the plan's machine (``cpu-gloo`` where none was named).
     """
     Path(path).write_text(render(page_data(plan, title, priced)), encoding="utf-8")
 
 
 def page_data(plan: Plan, title: str = "", priced: bool = True) -> dict[str, Any]:
-    """What the page of a plan shows, as plain data for JSON; see ``docs/plan_page.md``."""
+    """Collects what the page of a plan shows, as plain data for JSON; see ``docs/plan_page.md``."""
     tables = Tables()
     price = price_of(plan) if priced else None
     kinds_of = Kinds(plan, price, tables)
@@ -70,7 +72,7 @@ def page_data(plan: Plan, title: str = "", priced: bool = True) -> dict[str, Any
 
 
 def render(data: dict[str, Any]) -> str:
-    """Returns the page that shows some data, as HTML."""
+    """Renders the page that shows some data, as HTML."""
     here = Path(__file__).parent
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":  # nothing in it may end the script, or start a comment
@@ -78,7 +80,7 @@ def render(data: dict[str, Any]) -> str:
     parts = {
         "title": html.escape(str(data["title"])),
         "style": (here / "page.css").read_text("utf-8"),
-        "script": (here / "page.js").read_text("utf-8"),
+        "script": "\n".join((here / name).read_text("utf-8") for name in SCRIPTS),
         "data": text,
     }
     template = (here / "page.html").read_text("utf-8")
@@ -86,7 +88,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def _values(plan: Plan) -> list[str]:
-    """Returns the values of the graph: its inputs, then what its nodes make."""
+    """Lists the values of the graph: its inputs, then what its nodes make."""
     return [i.value for i in plan.graph.inputs] + [value for node in plan.graph.nodes for value in node.outputs]
 
 
@@ -117,7 +119,7 @@ def _search(search: Search) -> dict[str, Any]:
 
 
 def _memory(plan: Plan, memory: MemoryTimeline) -> dict[str, Any]:
-    """Returns the memory over time: bytes of each part at each point, in whole units."""
+    """Collects the memory over time: bytes of each part at each point, in whole units."""
     order = {node.name: at for at, node in enumerate(plan.graph.nodes)}
     unit = max(memory.peak / _MEMORY_STEPS, 1.0)
     phases: list[list[Any]] = []
@@ -140,12 +142,12 @@ def _memory(plan: Plan, memory: MemoryTimeline) -> dict[str, Any]:
 
 
 def _short(numbers: Sequence[int]) -> list[int] | int:
-    """Numbers, or the number that they all are."""
+    """Returns one number where all are equal, else the list."""
     return numbers[0] if len(set(numbers)) == 1 else list(numbers)
 
 
 def _parameters(plan: Plan, price: PlanPrice | None, tables: Tables) -> list[dict[str, Any]]:
-    """Returns the parameters, those of alike layers together."""
+    """Collects the parameters, those of alike layers together."""
     from shardwright.base.text import pattern
 
     moved: dict[str, float] = {}

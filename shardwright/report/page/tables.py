@@ -1,4 +1,4 @@
-"""The tables of a plan's page: layouts, tensors and operators, each written once however many nodes have it."""
+"""Tables of a plan's page: layouts, tensors and operators, each written once however many nodes have it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNSAID = ("device", "pin_memory", "layout")  # arguments that say nothing here
 
 
 class Tables:
-    """What a page's data refers to by position."""
+    """Rows of a page's data, which refers to them by position."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Any]] = {"meshes": [], "layouts": [], "tensors": [], "kinds": []}
@@ -68,7 +68,7 @@ def _frozen(data: Any) -> Hashable:
 
 
 def _runs(ranks: Sequence[int]) -> list[list[int]]:
-    """Returns the ranks as ``[first, step, count]``.
+    """Groups ranks into runs ``[first, step, count]``.
 
     >>> _runs((0, 2, 4, 6, 1))
     [[0, 2, 4], [1, 1, 1]]
@@ -86,7 +86,7 @@ def _runs(ranks: Sequence[int]) -> list[list[int]]:
 
 
 def rounded(number: float) -> float:
-    """Returns a number as a page has it: five digits are enough to look at.
+    """Rounds a number to five digits, which are enough to look at.
 
     >>> rounded(0.00012345678), rounded(123456789.0)
     (0.00012346, 123460000)
@@ -99,7 +99,7 @@ def rounded(number: float) -> float:
 
 
 def moves_of(price: PlanPrice, graph: Graph, tables: Tables) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Returns the redistributions of each ``(node, value)``: of who reads the value or, with no reader, of who makes it.
+    """Collects the redistributions of each ``(node, value)``: of the value's reader or, with no reader, of its maker.
 
     A redistribution that several nodes share is paid by the first; the others have it as ``shared``.
     """
@@ -119,7 +119,7 @@ def moves_of(price: PlanPrice, graph: Graph, tables: Tables) -> dict[tuple[str, 
 
 
 def _is_paid_by_each(price: PlanPrice, move: MovePrice) -> bool:
-    """Tells whether each reader redistributes for itself; otherwise they share one."""
+    """Tells whether each reader redistributes for itself; otherwise they share one redistribution."""
     gather, reduction = (sum(step.seconds for step in steps) for steps in (move.forward, move.backward))
     once = price.machine.exposed(gather, reduction) if move.of_parameter else gather + reduction
     return len(move.readers) > 1 and once > 0 and move.seconds > 1.5 * once
@@ -144,7 +144,7 @@ def _step(step: CollectivePrice) -> list[Any]:
 
 
 class Kinds:
-    """Gives every node the number of its kind: what it computes, how it is laid out, what it costs and what it moves."""
+    """Numbers the kinds of nodes: those that compute, are laid out, cost and move the same are of one kind."""
 
     def __init__(self, plan: Plan, price: PlanPrice | None, tables: Tables):
         self.plan, self.price, self.tables = plan, price, tables
@@ -182,7 +182,7 @@ class Kinds:
 
 
 def _arguments(node: Node) -> str:
-    """Returns the arguments that are neither tensors nor what they are by default.
+    """Formats the arguments that are neither tensors nor defaults.
 
     >>> import torch
     >>> from shardwright.ir.operator import Operator

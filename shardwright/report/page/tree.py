@@ -1,4 +1,4 @@
-"""The modules of a graph as a tree, layers that are alike folded into one."""
+"""Builds the modules of a graph as a tree, with alike layers folded into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Path = tuple[str, ...]
 
 
 def module_tree(modules: Sequence[str], kinds: Sequence[int]) -> list[Item]:
-    """Returns the tree of nodes that stand in ``modules``, in their order; a module that is entered again comes again.
+    """Builds the tree of the nodes in ``modules``, in their order; a module that is entered twice comes twice.
 
     Numbered modules that follow each other and consist of the same ``kinds`` are folded. Lists of modules, which compute
     nothing themselves, are left out: their layers stand in their place.
@@ -51,7 +51,7 @@ def _name(path: Path, depth: int) -> str | None:
 
 
 def _settled(item: Item) -> list[Item]:
-    """Returns an item, or what stands in its place: a module's numbered children, or its only child."""
+    """Replaces a list of modules by its children, and a module by its only child; other items stay."""
     if isinstance(item, list) or len(item["names"]) > 1:
         return [item]
     inner = item["items"]

@@ -1,4 +1,4 @@
-"""Cuts a program into what runs once for a batch and what runs for each of its parts."""
+"""Cuts a program into a part that runs once per batch and one that runs per micro-batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from shardwright.ir.program import LocalProgram
 
 
 def cut_program(program: LocalProgram, gathers_once: bool) -> tuple[LocalProgram, LocalProgram, tuple[str, ...]]:
-    """What runs once a step, and what runs for every micro-batch.
+    """Cuts a program into what runs once per step and what runs for every micro-batch.
 
     Args:
         program: not scheduled yet.
         gathers_once: whether split parameters are gathered once; else for every micro-batch, and their gradients scattered.
 
     Returns:
-        The two programs, and the local values that the first hands to the second: its inputs of kind ``local``.
+        The two programs, and the local values that the first makes for the second: its inputs of kind ``local``.
     """
     own = {i.name for i in program.inputs if i.kind == "parameter"}
     once: list[Move] = []

@@ -1,8 +1,8 @@
 """Gradient accumulation: a batch in several parts, one after the other, and one reduction of the gradients for all.
 
-The local program is cut in two. What only parameters go through, their gathers and the sums of their gradients, runs once
-a step. The rest runs forward and backward for every micro-batch, as part of the forward, so that only one micro-batch's
-activations are held at a time; gradients add up where the two parts meet.
+The local program is cut in two. The operators that read parameters only, their gathers and the sums of their gradients run
+once per step. The rest runs forward and backward for every micro-batch, as part of the forward, so that only one
+micro-batch's activations are held at a time; gradients add up where the two parts meet.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from shardwright.errors import ArgumentTypeError, ShardwrightError
 class GradAccumulation(nn.Module):
     """A network that takes its batch in several parts; its result is the mean of theirs.
 
+    Within :class:`shardwright.AutoParallel` the forward pass of each part is followed by its backward pass, and gradients
+    are reduced over ranks once; the backward pass of the call's result then delivers them. Elsewhere it is a plain loop.
+
     Args:
-        network: its result is the loss, a scalar, or a tuple whose first element is; tensors beside it are put together
-            along dim 0, and have no gradient.
+        network: its result is the loss, a scalar, or a tuple whose first element is the loss; tensors beside it are
+            concatenated along dim 0, and have no gradient.
         micro_size: number of parts. Every tensor input whose dim 0 is as long as the first one's is cut along it.
-        reduction: ``"mean"``: of the losses; where each is a mean over its part, that is the mean over the batch.
+        reduction: ``"mean"`` of the losses; where each is a mean over its part, that is the mean over the batch.
             ``"sum"``: their sum.
 
-    Within :class:`shardwright.AutoParallel` the forward pass of each part is followed by its backward pass, and gradients
-    are reduced over ranks once; the call's result then hands them on. Elsewhere it is a plain loop.
-
     Raises:
-        ShardwrightError: a number that makes no sense (``ArgumentTypeError``: none at all); at a call, a batch that it does
-            not divide.
+        ShardwrightError: a number out of range (``ArgumentTypeError``: not a number); at a call, a batch that it does not
+            divide.
 
     >>> model = GradAccumulation(nn.Sequential(nn.Flatten(), nn.Linear(4, 1)), 2, reduction="sum")
     >>> model.micro_size
@@ -87,7 +87,7 @@ class GradAccumulation(nn.Module):
         ]
 
     def joined(self, results: Sequence[Sequence[Any]], position: int) -> Any:
-        """Returns one result of the batch out of those of its parts: scalars are averaged or added, others put together."""
+        """Joins one result of the parts: scalars are averaged or added, other tensors concatenated."""
         values = [leaves[position] for leaves in results]
         if not isinstance(values[0], Tensor):
             return values[0]
@@ -101,7 +101,7 @@ class GradAccumulation(nn.Module):
 
 @contextmanager
 def given_a_part(module: GradAccumulation | None) -> Iterator[None]:
-    """Within the block the module is called with one micro-batch."""
+    """Makes the module, within the block, take its inputs as one micro-batch."""
     if module is None:
         yield
         return

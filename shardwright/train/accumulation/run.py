@@ -1,4 +1,4 @@
-"""Runs the parts of a batch one after another and averages what they give."""
+"""Runs the parts of a batch one after another and averages their results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Run = Callable[..., tuple[list[Any], list[Tensor]]]
 
 
 class AccumulatedRun:
-    """Runs a step's micro-batches; a bound program to those who call it.
+    """Runs a step's micro-batches; its callers see one bound program.
 
     Args:
-        module: what the user made.
+        module: the user's module.
         inputs: of the whole program.
-        once, each: the two parts, bound; ``once`` returns what it hands over.
-        update: writes back, after each micro-batch, what the callable changed in place.
+        once, each: the two parts, bound; ``once`` returns the local values that ``each`` reads.
+        update: writes back, after each micro-batch, the tensors that the callable changed in place.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class AccumulatedRun:
         return self._joined([self._run(batch, held) for batch in batches]), []
 
     def _batches(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Returns the values of every micro-batch, at their places; parameters left out."""
+        """Returns the values of every micro-batch, at their places; parameters are left out."""
         given = [values[n] for n in self.cut]
         if any(isinstance(v, Tensor) and v.requires_grad for v in given):
             raise ShardwrightError("GradAccumulation: an input requires a gradient, which it does not give; detach() it")
@@ -71,7 +71,7 @@ class AccumulatedRun:
         return [self.module.joined(results, position) for position in range(len(results[0]))]
 
     def forward_and_backward(self, batches: list[list[Any]], spec: Any, leaves: list[Tensor]) -> list[Any]:
-        """Returns every micro-batch, forward and backward; gradients add up in the leaves."""
+        """Runs every micro-batch forward and backward; gradients add up in the leaves."""
         held, results = pytree.tree_unflatten(leaves, spec), []
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         for batch in batches:

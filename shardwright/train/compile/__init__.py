@@ -1,11 +1,11 @@
 """Compilation: the calls between moves as functions that ``torch.compile`` makes.
 
 ==============  ===============================================================================================
-``compilable``  which calls of a local program may be compiled, and which are worth it
-``compiler``    the local calls between moves as functions that ``torch.compile`` makes; moves stay as they are
-``draws``       which calls take numbers from the generator, and dropout as two calls of which only one does
-``reach``       which outputs of a program the gradients of a value come from
-``segment``     calls written as one function of local tensors, which is compiled when it is first called
-``segments``    runs of local calls between moves, to be compiled as one function each
+``compilable``  decides which calls of a local program may be compiled, and which are worth it
+``compiler``    compiles the local calls between moves with ``torch.compile``; moves stay as they are
+``draws``       finds calls that use the generator, and splits dropout so that only one of two calls does
+``reach``       finds the outputs of a program that the gradients of a value come from
+``segment``     writes calls as one function of local tensors, which is compiled when it is first called
+``segments``    finds runs of local calls between moves, to be compiled as one function each
 ==============  ===============================================================================================
 """

@@ -1,4 +1,4 @@
-"""Compilable: which calls of a local program may be compiled, and which are worth it."""
+"""Decides which calls of a local program may be compiled, and which are worth it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _RULES = "shardwright.rules."
 
 
 def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
-    """Returns the ids of the calls that run as they are: those that draw, change something in place, or cannot be traced,
-    and those that are computed again in the backward pass, one by one.
+    """Finds the ids of the calls that are not compiled.
+
+    They draw random numbers, change something in place or cannot be traced, or are computed again in the backward pass one by
+    one.
     """
     nodes = {node.name: node for node in graph.nodes}
     changed = changed_in_place(program, graph)
@@ -37,7 +39,7 @@ def left_out(program: LocalProgram, graph: Graph) -> frozenset[int]:
 
 
 def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
-    """Returns the values that some call changes, and what they are moved from."""
+    """Finds the values that some call changes, and those that they are moved from."""
     nodes = {node.name: node for node in graph.nodes}
     found: set[str] = set()
     for instruction in reversed(program.instructions):
@@ -48,7 +50,7 @@ def changed_in_place(program: LocalProgram, graph: Graph) -> frozenset[str]:
 
 
 def computes(call: Call) -> bool:
-    """Tells whether a call does work that a compiler can merge with that of others, rather than only look at memory."""
+    """Tells whether a call does work that a compiler can merge, rather than only reinterpret memory."""
     return traits_of(call.function).does_work
 
 
@@ -65,7 +67,7 @@ def _can_trace(call: Call, node: Node) -> bool:
 
 
 def _functions(call: Call) -> Iterable[Any]:
-    """What a call calls: its function, and what that is handed to call."""
+    """Yields the function of a call, and the functions among its arguments."""
     yield call.function
     for leaf in pytree.tree_leaves((call.args, call.kwargs)):
         if isinstance(leaf, OpOverload):
@@ -77,7 +79,7 @@ def _module_of(function: Any) -> str:
 
 
 def _has_any_size(function: Any, node: Node) -> bool:
-    """Tells whether values decide the shape of a result, or are read while running."""
+    """Tells whether the shape of a result depends on values, or values are read."""
     if torch.Tag.data_dependent_output in function.tags:
         return True
     if torch.Tag.dynamic_output_shape not in function.tags:

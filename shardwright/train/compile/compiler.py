@@ -1,7 +1,7 @@
-"""Compile: the local calls between moves as functions that ``torch.compile`` makes; moves stay as they are.
+"""Compiles the local calls between moves with ``torch.compile``; moves stay as they are.
 
 :mod:`shardwright.train.compile.segments` finds the runs of calls. Each becomes one :class:`Call`, whose function is compiled
-when it is first called, on the tensors it is called with (:mod:`shardwright.train.compile.segment`).
+when it is first called, for tensors like those of that call (:mod:`shardwright.train.compile.segment`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardwright.train.compile.segments import Segment, segments_of
 
 
 def segment_compiler(compile: bool | str, mode: str) -> SegmentCompiler | None:
-    """What ``AutoParallel(..., compile=...)`` asks for.
+    """Makes the compiler that ``AutoParallel(..., compile=...)`` asks for; ``None`` for ``False``.
 
     Raises:
         ShardwrightError: an unknown backend, or a mode in which nothing is compiled.
@@ -50,7 +50,7 @@ def segment_compiler(compile: bool | str, mode: str) -> SegmentCompiler | None:
 
 
 class SegmentCompiler:
-    """Makes programs of compiled segments; what is compiled is shared by all of them.
+    """Makes programs of compiled segments, which share all compiled functions.
 
     Args:
         backend: a backend of ``torch.compile``.
@@ -60,7 +60,7 @@ class SegmentCompiler:
         self.functions = Functions(backend)
 
     def check(self, device: torch.device) -> None:
-        """Refuses to begin where a compiler is missing.
+        """Raises an error early where a compiler is missing.
 
         Raises:
             ShardwrightError: Inductor is to make code for a CPU, and there is no C++ compiler.
@@ -76,11 +76,12 @@ class SegmentCompiler:
             ) from error
 
     def compiled(self, program: LocalProgram, graph: Graph, runs_lanes: bool) -> LocalProgram:
-        """Returns the program with its segments as calls of functions that are compiled when first called.
+        """Replaces the segments of a program by calls of functions compiled when first called.
 
         Args:
-            graph: what the program was made from.
-            runs_lanes: whether the world runs a call once for each lane.
+            program: the program.
+            graph: the graph that it was made from.
+            runs_lanes: whether the world runs a call once per rank group.
 
         Returns:
             A program of the same inputs, moves, outputs and updates. Values within a segment have no names any more.
@@ -100,7 +101,7 @@ class SegmentCompiler:
         return replace(program, instructions=tuple(instructions))
 
     def _call(self, program: LocalProgram, segment: Segment, outputs: tuple[str, ...], runs_lanes: bool) -> Call:
-        """Returns a segment as one call. What depends on the rank is compiled for each rank's values."""
+        """Builds a segment's one call. Where it depends on the rank, it is compiled for each rank's values."""
         calls, inputs = segment.calls, _inputs(program, segment)
         inside = {name for call in calls for name in call.reads}
         written = Written(calls, inputs, outputs, frozenset(inside))
@@ -121,7 +122,7 @@ class SegmentCompiler:
 
 
 def _inputs(program: LocalProgram, item: Instruction | Segment) -> tuple[str, ...]:
-    """Returns the values that an instruction or a segment reads and does not make, each once."""
+    """Returns the values that an instruction or segment reads but does not make."""
     calls: Sequence[Instruction] = item.calls if isinstance(item, Segment) else (item,)
     own = {name for call in calls for name in call.outputs}
     return tuple(dict.fromkeys(name for call in calls for name in call.reads if name not in own))

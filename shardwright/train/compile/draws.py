@@ -1,4 +1,4 @@
-"""Draws: which calls take numbers from the generator, and dropout as two calls of which only one does.
+"""Finds calls that draw random numbers, and splits dropout into a draw and a product.
 
 A compiler has random numbers of its own. So that masks are the single device's, calls that draw are never compiled.
 """
@@ -22,7 +22,7 @@ _DRAWS = frozenset(
 
 
 def draws(call: Call, node: Node) -> bool:
-    """Tells whether a local call does; ``node`` is the one it comes from."""
+    """Tells whether a local call draws random numbers; ``node`` is the graph node that it comes from."""
     if call.function in _DRAWS:
         return True
     functions = [call.function, *pytree.tree_leaves((call.args, call.kwargs))]
@@ -31,7 +31,7 @@ def draws(call: Call, node: Node) -> bool:
 
 
 def drawn_apart(program: LocalProgram, graph: Graph) -> LocalProgram:
-    """Returns the same program with dropout of whole tensors as a draw and a product, which make the same numbers."""
+    """Splits each dropout of a whole tensor into a draw and a product. The numbers stay the same."""
     nodes = {node.name: node for node in graph.nodes}
     instructions: list[Instruction] = []
     lanes = dict(program.lanes)

@@ -1,7 +1,7 @@
-"""Reach: which outputs of a program the gradients of a value come from.
+"""Finds the outputs of a program that the gradients of a value come from.
 
-What is compiled as one function gets zeros where the eager program gets no gradient at all, unless all of it leads to the
-same outputs.
+A compiled function returns zeros where the eager program gives no gradient at all, unless all of it leads to the same
+outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Reach = frozenset[str] | None  # the outputs that gradients come from; None: the
 
 
 def gradients_from(program: LocalProgram, graph: Graph) -> tuple[dict[int, Reach], dict[str, frozenset[str]]]:
-    """For every call and for every value, the outputs of the program whose gradients may reach it."""
+    """Finds, for every call and value, the outputs whose gradients may reach it."""
     differentiable = {n.name for n in graph.nodes if any(v in graph.needs_grad for v in n.outputs)}
     values: dict[str, frozenset[str]] = {o: frozenset((o,)) for o in program.outputs if isinstance(o, str)}
     nothing: frozenset[str] = frozenset()
@@ -36,9 +36,9 @@ def gradients_from(program: LocalProgram, graph: Graph) -> tuple[dict[int, Reach
 
 
 def moves_apart(program: LocalProgram, graph: Graph) -> Iterator[Instruction]:
-    """Yields the instructions, with moves of computed values together only where they lead to the same outputs.
+    """Yields the instructions; fused moves of computed values are separated unless they lead to the same outputs.
 
-    The backward of moves that share a collective goes on behind all of them, with no gradient where there is none.
+    The backward of fused moves continues behind all of them, with no gradient where there is none.
     """
     _, values = gradients_from(program, graph)
     given = {i.name for i in program.inputs}

@@ -1,4 +1,4 @@
-"""Compiled segment: calls written as one function of local tensors, which is compiled when it is first called.
+"""Writes calls as one function of local tensors, compiled when it is first called.
 
 Segments that are written alike and get tensors alike (shapes, strides, dtypes, devices, which need gradients) share one
 compiled function: equal layers are compiled once.
@@ -29,7 +29,7 @@ _LONG = 20.0
 
 
 class Functions:
-    """The functions compiled so far, by what they compute and for which tensors.
+    """Compiled functions, by what they compute and for which tensors.
 
     Args:
         backend: a backend of ``torch.compile``.
@@ -54,7 +54,7 @@ class Functions:
         begin = time.perf_counter()
         compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend)
         try:
-            with warnings.catch_warnings():  # torch's tracing looks at the .grad of what it is given
+            with warnings.catch_warnings():  # torch's tracing reads the .grad of its arguments
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
                 result = compiled(*tensors)
         except untraceable() as error:
@@ -72,7 +72,7 @@ class Functions:
 
 
 class Written:
-    """A segment as a function of its inputs, returning a tuple of its outputs.
+    """Source of a segment: a function of its inputs that returns a tuple of its outputs.
 
     Args:
         inside: names that its own calls read.
@@ -87,7 +87,7 @@ class Written:
         self.what = f"{len(calls)} calls, {first} to {last} at {calls[-1].cause}"
 
     def on_rank(self, rank: int) -> tuple[Any, Callable[[], Callable[..., Any]]]:
-        """What it is on a rank, comparable, and what makes it a function."""
+        """Returns a comparable key of the segment on a rank, and its function there."""
         names = {name: f"x{i}" for i, name in enumerate(self.inputs)}
         writer = SourceWriter("segment", list(names.values()))
         for call in self.calls:

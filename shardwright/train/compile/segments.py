@@ -1,16 +1,16 @@
-"""Segments: runs of local calls between moves, to be compiled as one function each.
+"""Finds runs of local calls between moves, to be compiled as one function each.
 
-A segment is as long as the schedule allows. What a segment needs and what does not depend on it is brought before it,
-which blocking moves and the moves of parameters (that communicate in the backward pass alone) do not mind; calls that go
-on with what a segment made are brought before blocking moves. What overlaps communication with computation is kept:
+A segment is as long as the schedule allows. Calls that a segment needs and that do not depend on it are put before it,
+also ahead of blocking moves and of moves of parameters that communicate in the backward pass only; calls that continue
+from a segment's results are put before blocking moves. The overlap of communication with computation is kept:
 
-- A segment ends where a :class:`StartMoves` stands: no call is brought before it.
+- A segment ends at a :class:`StartMoves`: no call is put before it.
 - A started move that travels in the forward pass is not ended earlier than the schedule ends it.
-- Gradients of parameters leave a segment together, when its backward is done: they are ``bucket`` bytes at most.
+- Gradients of parameters leave a segment together, when its backward is done: at most ``bucket`` bytes of them.
 
-What autograd computes is kept as well. All calls of a segment lead to the same outputs of the program, so that what gets
-no gradient (``None``) in the eager program gets none here; they run under the same autocast and gradient mode and, in the
-simulated world, in the same lanes. Nothing here depends on the rank: all ranks find the same order.
+What autograd computes is kept as well. All calls of a segment lead to the same outputs of the program, so that a value
+without a gradient (``None``) in the eager program has none here; they run under the same autocast and gradient mode and, in
+the simulated world, in the same rank groups. Nothing here depends on the rank: all ranks find the same order.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Segment:
 def segments_of(
     program: LocalProgram, graph: Graph, by_lanes: bool = False, bucket: float = BUCKET
 ) -> list[Instruction | Segment]:
-    """Returns the instructions of a program in an order that has long segments, and these segments.
+    """Orders the instructions of a program so that segments are long; returns both.
 
     Args:
-        graph: what the program was made from.
-        by_lanes: whether the calls of a segment must run in the same lanes, as the simulated world needs.
+        program: the program.
+        graph: the graph that it was made from.
+        by_lanes: whether the calls of a segment must run in the same rank groups, as the simulated world needs.
         bucket: bytes of gradients of parameters that leave a segment together.
     """
     program = replace(program, instructions=tuple(moves_apart(program, graph)))
@@ -76,7 +77,7 @@ def _grouped(pending: list[Instruction], facts: _Facts, bucket: float) -> list[I
 
 
 class _Growth:
-    """A segment grown from the first of some instructions on.
+    """A segment that grows from the first of some instructions on.
 
     Args:
         region: the copy of a repeated layer at whose end the segment ends; ``None``: at none.
@@ -88,7 +89,7 @@ class _Growth:
         self.before: list[Instruction] = []
         self.rest: list[Instruction] = []
         self.made: set[str] = set()
-        self.late: set[str] = set()  # made by what is left behind
+        self.late: set[str] = set()  # made by the remaining instructions
         self.read: set[str] = set()
         self.bytes = 0.0
         self.key: _Key = (None, None)
@@ -134,7 +135,7 @@ class _Growth:
         return True
 
     def _put_back(self, order: dict[int, int]) -> None:
-        """Leaves where it stands what went before the segment without need, so that its backward waits for no more."""
+        """Returns to its place what was put before the segment without need. Its backward then need not wait."""
         needed = set(self.read)
         kept: list[Instruction] = []
         for instruction in reversed(self.before):
@@ -147,13 +148,13 @@ class _Growth:
         self.rest.sort(key=lambda instruction: order[id(instruction)])
 
 
-# -- what is known of the instructions ------------------------------------------------------------------------------------
+# -- facts about the instructions -------------------------------------------------------------------------------------
 
 _Key = tuple[Any, Reach]
 
 
 def _join(one: _Key, other: _Key) -> _Key | None:
-    """What the calls of a segment have in common with one more call; ``None`` where it is not one of them."""
+    """Returns what a segment and one more call have in common; ``None`` where the call does not fit."""
     if one[0] != other[0]:
         return None
     if one[1] is None or other[1] is None:
@@ -175,7 +176,7 @@ class _Facts:
         self.gradients = {m.output: _gradient_bytes(m) for m in program.moves}
 
     def key(self, instruction: Instruction) -> _Key | None:
-        """What must agree within a segment; ``None`` for what cannot be in one."""
+        """Returns what must agree within a segment; ``None`` for a call that cannot be in one."""
         if not isinstance(instruction, Call) or id(instruction) in self.left_out:
             return None
         lanes = instruction.lanes if self.by_lanes else None
@@ -185,16 +186,16 @@ class _Facts:
         return (*map(_token, instruction.starts), *instruction.outputs)
 
     def region(self, call: Instruction) -> int:
-        """Which copy of a repeated layer a call belongs to."""
+        """Returns the copy of a repeated layer that a call belongs to."""
         return bisect_right(self.borders, self.place[call.cause])
 
     def holds_a_copy(self, calls: Sequence[Call]) -> bool:
-        """Tells whether calls reach over a whole copy of a repeated layer."""
+        """Tells whether calls contain a whole copy of a repeated layer."""
         regions = [self.region(call) for call in calls]
         return max(regions) - min(regions) > 1
 
     def may_go_first(self, instruction: Instruction, rest: Sequence[Instruction]) -> bool:
-        """Tells whether what does not depend on a segment may go before it, and before what is left behind."""
+        """Tells whether an independent instruction may go before a segment and the remaining ones."""
         return self.changed.isdisjoint(self.reads[id(instruction)]) and _MayGoFirst(self, rest).visit(instruction)
 
     def draws(self, instruction: Instruction) -> bool:
@@ -202,10 +203,10 @@ class _Facts:
 
 
 class _MayGoFirst(InstructionVisitor[bool]):
-    """Decides whether what does not depend on a segment may go before what is left behind.
+    """Decides whether instructions independent of a segment may go before the remaining ones.
 
     Args:
-        rest: what is left behind.
+        rest: the remaining instructions.
     """
 
     def __init__(self, facts: _Facts, rest: Sequence[Instruction]):
@@ -229,12 +230,12 @@ class _MayGoFirst(InstructionVisitor[bool]):
         return not self.rest
 
     def _keeps_order(self, instruction: Instruction) -> bool:
-        """Returns whether collectives stay in the order in which all ranks make them."""
+        """Tells whether collectives stay in the order in which all ranks make them."""
         return not (_communicates(instruction) and any(map(_communicates, self.rest)))
 
 
 def _token(move: Move) -> str:
-    """Stands for a move under way, between its start and its end."""
+    """Names a move under way, between its start and its end."""
     return f"{move.output}, started"
 
 
@@ -250,7 +251,7 @@ def _communicates(instruction: Instruction) -> bool:
 
 
 def _gradient_bytes(move: Move) -> float:
-    """Returns the bytes of the gradient that a move sends, where it sends nothing forward."""
+    """Counts the bytes of the gradient that a move sends, if it sends nothing forward."""
     plan = move.redistribution
     if move.communicates or not move.communicates_backward:
         return 0.0

@@ -24,29 +24,29 @@ REDUCTIONS = ("mean", "sum")
 
 
 class MicroBatchInterleaved(nn.Module):
-    """A network that is run on several parts of its batch, each of them a copy of the whole computation.
+    """A network that runs on several parts of its batch, each a copy of the computation.
 
     Every tensor input whose dim 0 is the batch, which is dim 0 of the first tensor input, is cut along it into
-    ``interleave_num`` equal parts; everything else is handed to each copy as it is. Results are put together:
+    ``interleave_num`` equal parts; every copy gets everything else as it is. Results are joined:
 
     - floating-point scalars, such as a mean loss, are averaged: that is the mean over the whole batch;
     - whole numbers, such as a count of right answers, are added;
     - other tensors, such as logits, are concatenated along dim 0;
     - anything that is no tensor has to be the same in all copies.
 
-    Parameters are shared: their gradients are those of the result. Statistics over the batch, of batch norm for one, are
-    those of each copy, one after the other, here as on a single device.
+    Parameters are shared: their gradients are those of the result. Statistics over the batch, as of batch norm, are those of
+    each copy, one after the other, here as on a single device.
 
     Args:
         network: the module. Its parameters are called ``network.…`` here.
-        interleave_num: how many copies.
+        interleave_num: number of copies.
         reduction: ``"mean"``, or ``"sum"`` to add floating-point scalars up: a loss, and with it every gradient, is then
             ``interleave_num`` times the mean.
 
     Raises:
         TypeError: a network that is no module, a number that is no int.
         ShardwrightError: a number below 1, an unknown reduction; when called, a batch that does not divide by the number,
-            results that cannot be put together.
+            results that cannot be joined.
 
     >>> net = MicroBatchInterleaved(nn.Linear(4, 2), interleave_num=2)
     >>> net(torch.ones(6, 4)).shape

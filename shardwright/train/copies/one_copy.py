@@ -1,8 +1,8 @@
-"""One copy: the operator call that does for one part of a batch what a given call does for all of it.
+"""Builds the operator call that computes one part of a batch.
 
-Its arguments are those that the operator's rule gives to one of several ranks: the rule's lowering is run on a mesh of as
-many ranks as there are copies, and what it emits is looked at. A call on tensors alone stays as it is, sizes become those
-of the part, and where the rule emits anything else there is no such call.
+Its arguments are those that the operator's rule gives to one of several ranks: the rule's lowering is run on a mesh with one
+rank per copy, and the calls that it emits are examined. A call on tensors alone stays as it is, sizes become those of the
+part, and where the rule emits anything else there is no such call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AXIS = "copy"
 
 
 class Unfit(Exception):
-    """The operator has no such call; says why."""
+    """Raised where the operator has no such call; says why."""
 
 
 def operator_of_one_copy(
@@ -34,6 +34,10 @@ def operator_of_one_copy(
     """Returns the call for one of ``copies`` parts along ``factor``.
 
     Args:
+        op: the operator call.
+        signature: its rule's factors.
+        factor: the factor of the batch.
+        copies: number of parts.
         inputs: the tensors that it is called on: parts of those that have the factor, wholes of the others.
 
     Raises:
@@ -57,7 +61,7 @@ def operator_of_one_copy(
 
 
 def _outputs(target: Any, args: Any, kwargs: Any, inputs: Sequence[TensorMeta]) -> tuple[TensorMeta, ...]:
-    """What a call makes, found out on tensors without memory."""
+    """Computes the outputs of a call on tensors without memory."""
     fakes = [torch.empty_strided(meta.shape, strides(meta), dtype=meta.dtype, device="meta") for meta in inputs]
     args, kwargs = pytree.tree_map(lambda leaf: fakes[leaf.index] if isinstance(leaf, Slot) else leaf, (args, kwargs))
     try:
@@ -81,7 +85,7 @@ def strides(meta: TensorMeta) -> tuple[int, ...]:
 
 
 class _Parts:
-    """What a lowering writes to; see :class:`shardwright.rules.lowering.Local`. Its ranks are the copies."""
+    """Receives a lowering, with the copies as its ranks; see :class:`shardwright.rules.lowering.Local`."""
 
     def __init__(self, op: Operator, signature: Signature, factor: str, copies: int):
         self.op, self.signature = op, signature

@@ -1,7 +1,7 @@
-"""Shared nodes: what copies make of parameters alone is made once.
+"""Makes once what all copies make of parameters alone.
 
-A weight that a network transposes or casts is transposed for every copy. Read once, its gradient is also brought together
-once, when the copies' gradients have been added, and not once a copy.
+A weight that a network transposes or casts would be transposed once per copy. Made once, its gradient is also reduced once,
+when the copies' gradients have been added, and not once per copy.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from shardwright.train.copies.turns import draws
 
 
 def share_between_copies(graph: Graph) -> Graph:
-    """Returns the graph in which equal operators of different copies that read the same parameters are one operator."""
+    """Merges equal operators of different copies that read the same parameters."""
     if not any(node.copy is not None for node in graph.nodes):
         return graph
-    fixed = {i.value for i in graph.inputs if i.kind != "input"}  # and what is made of these alone
+    fixed = {i.value for i in graph.inputs if i.kind != "input"}  # and values made of these alone
     known: dict[Any, tuple[str, ...]] = {}
     same: dict[str, str] = {}
     nodes = []

@@ -1,19 +1,19 @@
-"""Interleave: an order of instructions in which the copies of a batch take turns.
+"""Orders instructions so that the copies of a batch take turns.
 
 The copies of a graph (:mod:`shardwright.train.copies.module`) stand in it one after the other. Here each runs until a tensor
 of its own has to travel; that is started at once, and then it is the next copy's turn. When the turn comes back the copy
-waits for what travelled, and goes on. Nothing is computed otherwise than before: only the order changes, and moves are
-started before they are ended. Autograd runs backward in the opposite order of the forward, so there the copies take turns
-just so: the gradient of a move starts to travel at its end's place and is waited for at its start's.
+waits for what travelled, and goes on. Only the order changes: nothing else is computed, and moves are started before they
+are ended. Autograd runs backward in the opposite order of the forward, so the copies take turns there too: the gradient of
+a move starts to travel at its end's place and is waited for at its start's.
 
 Between two moves there often is either much to compute or next to nothing: sums stand where a feed-forward layer ends, and
-those of its gradient where it begins. While another copy waits, much is therefore done in two halves: one hides the forward's
-sum, the other the backward's.
+those of its gradient where it begins. While another copy waits, much work is therefore done in two halves: one hides the
+forward's sum, the other the backward's.
 
 Invariants:
 
 - Every instruction runs after those that make what it reads.
-- What reads or writes a tensor that calls write in place, such as running statistics, keeps its order.
+- Instructions that read or write a tensor which calls write in place, such as running statistics, keep their order.
 - Calls that draw random numbers keep their order, so that the numbers are those of the single device. What only they need
   is drawn early where another copy's turn comes first.
 - Every rank runs the same order.
@@ -43,10 +43,11 @@ _NO_DRAWS = (
 
 
 def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
-    """Returns the same program with the instructions of copies taking turns; the program itself where its graph has no copies.
+    """Orders the instructions of a program so that copies take turns; without copies it stays as it is.
 
     Args:
-        graph: the graph it was made from, whose nodes say which copy they belong to.
+        program: the program.
+        graph: the graph it was made from, whose nodes name their copies.
     """
     copies = {node.name: node.copy for node in graph.nodes if node.copy is not None}
     if not copies:
@@ -62,12 +63,12 @@ def interleave(program: LocalProgram, graph: Graph) -> LocalProgram:
 
 
 def draws(op: Operator) -> bool:
-    """Tells whether an operator call takes numbers from the generator; a dropout of nothing takes none."""
+    """Tells whether an operator call draws random numbers; a dropout of nothing draws none."""
     return op.draws and not (op.name.endswith("dropout") and op.argument("p") == 0)
 
 
 class _Turns:
-    """The instructions from the first to the last of a group of copies, and the order in which they will run."""
+    """Instructions from the first to the last of a group of copies, and their new order."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class _Turns:
         self.has_paused = [False] * len(self.queues)  # within what a copy computes before its next move
 
     def _needs(self, program: LocalProgram) -> list[list[int]]:
-        """For every instruction, those that have to run before it."""
+        """Finds, for every instruction, those that have to run before it."""
         needs: list[list[int]] = []
         memory = self._memory()
         changed = {memory.get(name, name) for call in calls_of(self.region) for name in call.written}
@@ -122,7 +123,7 @@ class _Turns:
         return needs
 
     def _memory(self) -> dict[str, str]:
-        """Returns the results of moves -> the tensor they may share their memory with."""
+        """Maps the results of moves to the tensors that they may share their memory with."""
         memory: dict[str, str] = {}
         for instruction in (*self.before, *self.region):
             for move in instruction.ends:
@@ -130,7 +131,7 @@ class _Turns:
         return memory
 
     def _queues(self, copies: dict[str, int]) -> list[deque[int]]:
-        """What each copy runs, in its order; what belongs to none goes with what follows it."""
+        """Lists the instructions of each copy in order; those of no copy go with the one that follows them."""
         self.owners = [0] * len(self.region)
         owner = 0
         for at in reversed(range(len(self.region))):
@@ -139,7 +140,7 @@ class _Turns:
         return [deque(at for at, own in enumerate(self.owners) if own == index) for index in range(count)]
 
     def _work(self, work: dict[str, float]) -> list[float]:
-        """Returns the operations of every instruction: those of an operator at its first call."""
+        """Counts the operations of every instruction: those of an operator at its first call."""
         counted: set[str] = set()
         result = []
         for instruction in self.region:
@@ -155,9 +156,9 @@ class _Turns:
         return [*self.before, *_without_idle_starts(self.result, self.started, self.region), *self.after]
 
     def _take_turn(self, copy: int) -> None:
-        """Runs a copy until something of it has begun to travel, or half of what comes before that is done.
+        """Runs a copy until one of its tensors travels, or half of the work before is done.
 
-        After its last move it lets the others go first once, so that theirs have something to hide behind.
+        After its last move it lets the others go first once, so that their moves have something to hide behind.
         """
         queue, started = self.queues[copy], len(self.started)
         is_last = not any(at in self.leaving for at in queue)
@@ -189,7 +190,7 @@ class _Turns:
         return any(self.owners[at] != copy for at in self.under_way)
 
     def _run(self, wanted: int) -> None:
-        """Runs an instruction, and before it what it needs."""
+        """Runs an instruction, and before it those that it needs."""
         stack = [wanted]
         while stack:
             at = stack[-1]
@@ -209,7 +210,7 @@ class _Turns:
             self.started.add(move)
             self.under_way.add(move)
             self.result.append(StartMoves((self.moves[move],)))
-        if self.draws[at]:  # what is drawn whole is cut at once, so that only the piece is kept
+        if self.draws[at]:  # a whole draw is cut at once, so that only the piece is kept
             cut = at + 1
             while cut < len(self.region) and self._only_cuts(cut, at):
                 self._append(cut)
@@ -221,19 +222,19 @@ class _Turns:
 
 
 def _is_draw(instruction: Instruction, drawing: set[str]) -> bool:
-    """Tells whether an instruction takes numbers from the generator; ``drawing``: nodes that do."""
+    """Tells whether an instruction draws random numbers; ``drawing``: nodes that do."""
     return isinstance(instruction, Call) and instruction.cause in drawing and instruction.function not in _NO_DRAWS
 
 
 def _not_started(instructions: Sequence[Instruction], copies: dict[str, int]) -> list[Instruction]:
-    """Returns the same without early starts of copies' own tensors: where these start is decided anew."""
+    """Removes the early starts of copies' own tensors, which are decided anew."""
     made = {name for i in instructions for name in i.outputs}
     firsts = [i.starts[0] for i in instructions if i.starts and i.cause in copies]
     return _whole_again(instructions, {move.output for move in firsts if move.source in made})
 
 
 def _whole_again(instructions: Sequence[Instruction], outputs: Collection[str]) -> list[Instruction]:
-    """Returns the instructions with the moves that make these values neither started before nor waited for."""
+    """Replaces the starts and ends of the moves that make these values by whole moves."""
     kept: list[Instruction] = []
     for instruction in instructions:
         if instruction.starts and instruction.starts[0].output in outputs:
@@ -245,7 +246,7 @@ def _whole_again(instructions: Sequence[Instruction], outputs: Collection[str]) 
 
 
 def _by_copy(instruction: Instruction, copies: dict[str, int]) -> list[Instruction]:
-    """Moves that share their collectives, those of each copy by themselves: one copy's should not wait for another's."""
+    """Separates fused moves by copy, so that one copy's do not wait for another's."""
     if len(instruction.ends) < 2:
         return [instruction]
     parts: dict[int | None, list[Move]] = {}
@@ -261,7 +262,7 @@ def _travels(move: Move) -> bool:
 def _without_idle_starts(
     instructions: Sequence[Instruction], started: set[int], region: Sequence[Instruction]
 ) -> list[Instruction]:
-    """Returns the same with moves whole again between whose start and end nothing is computed."""
+    """Replaces starts and ends by whole moves where nothing is computed in between."""
     ours = {region[at].outputs[0] for at in started}
     begun: dict[str, int] = {}
     calls = 0

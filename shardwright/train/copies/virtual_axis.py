@@ -1,9 +1,9 @@
-"""The virtual axis: operators whose Layouts have ``"interleaved_parallel"`` run in copies on every device.
+"""Runs operators whose Layouts have ``"interleaved_parallel"`` in copies on every device.
 
-From the first such operator to the last, the operators between them included, each runs once a copy, on a part of the batch.
-Where a value enters, each device cuts its own piece into the copies; where one leaves, it joins them again: neither needs
-communication. What reads no part of the batch, such as a parameter, is shared. Operators between the marked ones that
-cannot run on a part of the batch (statistics over it, random numbers drawn for all of it) run on the joined value.
+The operators from the first to the last such one each run once per copy, on a part of the batch. Each device cuts a value
+that enters into the copies, within its own piece, and joins the copies of a value that leaves: neither needs communication.
+Inputs without a batch, such as parameters, are shared. Operators in between that cannot run on a part of the batch
+(statistics over it, random numbers drawn for all of it) run on the joined value.
 
 Invariants:
 
@@ -41,7 +41,7 @@ def is_interleaved(graph: Graph) -> bool:
 
 
 def in_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]]) -> Graph:
-    """Returns the graph with what the virtual axis marks in copies; the graph itself where nothing does.
+    """Puts the operators marked by the virtual axis into copies; a graph without any stays as it is.
 
     Raises:
         StrategyError: lists every use of the axis that is against its rules.
@@ -60,7 +60,7 @@ def in_copies(graph: Graph, parameter_plan: Mapping[str, tuple[Any, str]]) -> Gr
 
 
 class _Copies:
-    """Writes the graph anew, with the operators between the marked ones in copies."""
+    """Rebuilds the graph, with the operators between the marked ones in copies."""
 
     def __init__(self, graph: Graph, cuts: Sequence[Cut]):
         self.old, self.cuts = graph, {cut.node.name: cut for cut in cuts}
@@ -92,7 +92,7 @@ class _Copies:
         self.metas.update(zip(node.outputs, node.op.outputs, strict=True))
 
     def _run_in_copies(self, node: Node) -> bool:
-        """Writes an operator once a copy; whether it can be."""
+        """Writes an operator once per copy; tells whether it can be."""
         signature = signature_of(node.op)
         try:
             if signature is None or draws(node.op):
@@ -145,7 +145,7 @@ class _Copies:
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
     def _part_meta(self, value: str, dim: int) -> TensorMeta:
-        """What a value is in each copy."""
+        """Returns the shape of a value in each copy."""
         if self.made.get(value, dim) != dim:
             raise Unfit("it reads copies along several dims")
         if (value, dim) in self.parts:
@@ -155,7 +155,7 @@ class _Copies:
         return replace(meta, shape=shape, stride=())
 
     def _parts(self, value: str, dim: int, at: Node) -> list[str]:
-        """Returns a value in each copy; cut where it is whole so far."""
+        """Returns a value in each copy, and cuts it if it is still whole."""
         if (value, dim) not in self.parts:
             shape = self.metas[value].shape
             rest = shape[dim] // (self.ways * self.copies)
@@ -197,7 +197,15 @@ class _Copies:
         is_name: bool = False,
         carries_batch: bool = False,
     ) -> str:
-        """Writes an operator of our own, on one value or on a list of values."""
+        """Writes an operator of our own, on one value or on a list of values.
+
+        Args:
+            at: the node that needs it.
+            hint: a name for its result.
+            target: the operator.
+            inputs: the values that it reads.
+            copy: the copy that it belongs to.
+        """
         values = inputs[0] if isinstance(inputs[0], list) else list(inputs)
         slots: Any = [Slot(i) for i in range(len(values))] if isinstance(inputs[0], list) else Slot(0)
         metas = tuple(self.metas[value] for value in values)
@@ -216,7 +224,7 @@ class _Copies:
 
 
 def _dim_of(factor: str, signature: Signature, tensor: TensorFactors) -> int | None:
-    """Returns the dim of a tensor of which a factor is the outer part; ``None`` where the tensor does not have it."""
+    """Returns the dim of a tensor whose outer part is the factor; ``None`` where the tensor lacks it."""
     for dim, factors in enumerate(tensor):
         if factor in factors:
             if signature.major(factors) != factor:
@@ -226,7 +234,7 @@ def _dim_of(factor: str, signature: Signature, tensor: TensorFactors) -> int | N
 
 
 def _between(graph: Graph, marked: Mapping[str, Any]) -> set[str]:
-    """Returns the operators on the way from one marked operator to another, these included."""
+    """Finds the operators on the way from one marked operator to another, these included."""
     after: set[str] = set()
     values: set[str] = set()
     for node in graph.nodes:

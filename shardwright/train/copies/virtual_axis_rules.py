@@ -1,4 +1,4 @@
-"""The rules of the virtual axis: where ``"interleaved_parallel"`` may stand in an operator's Layouts."""
+"""Checks where ``"interleaved_parallel"`` may stand in an operator's Layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardwright.rules.registry import signature_of
 
 @dataclass(frozen=True)
 class Cut:
-    """A marked operator: the factor of its rule that is the batch, how many devices cut it, and into how many copies."""
+    """A marked operator: the factor that is the batch, how many devices split it, and into how many copies."""
 
     node: Node
     factor: str
@@ -24,7 +24,7 @@ class Cut:
 
 
 def cut_layouts(node: Node) -> Iterator[tuple[bool, int, Layout]]:
-    """Yields the Layouts of an operator's strategy that have the virtual axis: of an output or not, which, and the Layout."""
+    """Yields the Layouts of a strategy that have the virtual axis: whether of an output, its index, and the Layout."""
     mark = node.mark
     if mark is None:
         return

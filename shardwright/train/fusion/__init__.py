@@ -1,6 +1,6 @@
 """Communication fusion: parameters that share collectives.
 
 ============  ================================================================================
-``settings``  parameters whose gradients are reduced, or which are gathered, in one collective
+``settings``  which parameters' gradients are reduced, or which are gathered, in one collective
 ============  ================================================================================
 """

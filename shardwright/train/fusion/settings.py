@@ -1,4 +1,4 @@
-"""Communication fusion: parameters whose gradients are reduced, or which are gathered, in one collective.
+"""Communication fusion: which parameters' gradients are reduced, or which are gathered, in one collective.
 
 A message takes a start-up time whatever its size, so few large ones are faster than many small ones, up to the point where
 nothing is left to compute while they travel. Without settings, gradients are summed in buckets of 16 MB and split
@@ -31,7 +31,7 @@ class FusionKeyError(ShardwrightError, KeyError):
 
 
 def read_fusion(config: Any) -> MoveBuckets:
-    """Returns the schedule that a configuration asks for; see :meth:`shardwright.AutoParallel.comm_fusion`.
+    """Reads a configuration; see :meth:`shardwright.AutoParallel.comm_fusion`.
 
     Raises:
         ShardwrightError: a size or an index that makes no sense; ``ArgumentTypeError`` where a type is wrong, and
@@ -94,12 +94,12 @@ def _read_places(kind: str, value: Any) -> Buckets:
 
 
 def set_comm_fusion(module: nn.Module, bucket: int, recurse: bool = True) -> nn.Module:
-    """Puts a module's parameters into a bucket of their own, which shares its collectives with no other.
+    """Puts a module's parameters into a bucket that shares its collectives with no other.
 
     Args:
         module: its parameters get the attribute ``comm_fusion``, which may also be set on a parameter by hand.
-        bucket: any number; parameters with the same one share. 0: each is alone.
-        recurse: whether parameters of submodules are meant too.
+        bucket: any number; parameters with the same number share collectives. 0: each is alone.
+        recurse: whether parameters of submodules are included.
 
     Returns:
         The module.

@@ -1,7 +1,7 @@
 """Optimizer parallel: parameters stored split over the ranks that would hold the same.
 
 ============  ========================================================================================
-``cut_axis``  the same plan on a mesh that names one of its axes in two parts
-``stored``    parameters, gradients and optimizer states split over the ranks that would hold the same
+``cut_axis``  rewrites a plan for a mesh in which one axis is split in two
+``stored``    splits parameters, gradients and optimizer states over the ranks that would hold the same
 ============  ========================================================================================
 """

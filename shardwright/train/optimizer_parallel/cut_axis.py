@@ -1,4 +1,4 @@
-"""Cut an axis: the same plan on a mesh that names one of its axes in two parts."""
+"""Rewrites a plan for a mesh in which one axis is split in two."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from shardwright.ir.plan import Plan
 def cut_axis(
     plan: Plan, axis: str, sizes: tuple[int, int], mesh: Mesh | None = None
 ) -> tuple[Plan, Callable[[Layout], Layout]]:
-    """Returns the plan on a mesh whose ``axis`` is cut in two, ``<axis>0`` above ``<axis>1``; every piece stays where it is.
+    """Rewrites a plan for a mesh whose ``axis`` is ``<axis>0`` above ``<axis>1``; every piece stays where it is.
 
     Args:
-        mesh: the mesh that is cut, where the plan has several over its ranks; default: that of most operators.
+        plan: the plan.
+        axis: the axis to split.
         sizes: of the two parts; their product is the size of the axis.
+        mesh: the mesh that has the axis, where the plan has several over its ranks; default: that of most operators.
 
     Returns:
-        The plan, and what turns a layout of the old mesh into the same one of the new.
+        The plan, and a function that turns a layout of the old mesh into the same one of the new.
 
     Raises:
         ShardwrightError: a dim is split unevenly over the axis: the parts would have other pieces than the whole.

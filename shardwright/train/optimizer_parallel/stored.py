@@ -1,8 +1,8 @@
-"""Optimizer parallel: parameters, gradients and optimizer states split over the ranks that would hold the same.
+"""Splits parameters, gradients and optimizer states over the ranks that would hold the same.
 
 It is a matter of layouts alone. A parameter that an operator wants replicated over some axes is *stored* split over them;
-where the operator reads it, it is gathered, and what comes back is the reduce-scatter of its gradient. An optimizer only
-ever sees the stored piece.
+where the operator reads it, it is gathered, and its gradient is reduce-scattered. An optimizer only ever sees the stored
+piece.
 
 =========  ==========================  ======================  ===========================  =======================
 level      parameter, optimizer state  gradient of a step      gradients of micro-batches   bytes, of data parallel
@@ -38,7 +38,7 @@ LEVELS = ("level1", "level2", "level3")
 
 @dataclass(frozen=True)
 class OptimizerParallel:
-    """What :meth:`shardwright.AutoParallel.hsdp` was asked for; see there."""
+    """Settings of :meth:`shardwright.AutoParallel.hsdp`."""
 
     shard_size: int = -1
     threshold: int = 64
@@ -54,10 +54,10 @@ class OptimizerParallel:
 
 
 def read_hsdp(shard_size: Any, threshold: Any, optimizer_level: Any) -> OptimizerParallel:
-    """Returns the settings, checked.
+    """Checks the arguments of :meth:`shardwright.AutoParallel.hsdp` and returns them as settings.
 
     Raises:
-        ShardwrightError: a value that makes no sense; ``ArgumentTypeError`` where it is of the wrong type.
+        ShardwrightError: a value out of range; ``ArgumentTypeError`` where it is of the wrong type.
     """
     for name, value in (("shard_size", shard_size), ("threshold", threshold)):
         if not isinstance(value, int) or isinstance(value, bool):
@@ -75,9 +75,11 @@ def read_hsdp(shard_size: Any, threshold: Any, optimizer_level: Any) -> Optimize
 
 
 def split_parameters(plan: Plan, settings: OptimizerParallel, parameters: Mapping[str, Any]) -> Plan:
-    """Returns the plan with its parameters stored split over the ranks that would hold the same piece.
+    """Splits a plan's stored parameters over the ranks that would hold the same piece.
 
     Args:
+        plan: the plan.
+        settings: how to split.
         parameters: the module's, by qualified name. One with ``parallel_optimizer = False`` stays as it is, as do frozen
             ones, which have neither gradient nor state.
 
@@ -85,7 +87,7 @@ def split_parameters(plan: Plan, settings: OptimizerParallel, parameters: Mappin
         The plan; where ``shard_size`` cuts an axis in two, on a finer mesh.
 
     Raises:
-        ShardwrightError: more ranks a parameter than there are; an axis that cannot be cut. All problems at once.
+        ShardwrightError: more ranks per parameter than there are; an axis that cannot be cut. All problems at once.
     """
     if settings.shard_size > plan.mesh.size:
         raise ShardwrightError(
@@ -117,9 +119,7 @@ def replica_axes(layout: Layout) -> tuple[str, ...]:
 
 
 def _chosen(layout: Layout, size: int) -> tuple[str, ...]:
-    """Returns the fastest axes of the replicas that hold ``size`` ranks; all of them where that does not divide their
-    number.
-    """
+    """Returns the fastest axes of the replicas that hold ``size`` ranks; all where that does not divide their number."""
     axes, mesh = replica_axes(layout), layout.mesh
     if size == -1 or mesh.count(axes) % size:
         return axes
@@ -130,7 +130,7 @@ def _chosen(layout: Layout, size: int) -> tuple[str, ...]:
 
 
 def _cut_axes(plan: Plan, size: int, layouts: Sequence[Layout]) -> Plan:
-    """Cuts the axes that a block of ``size`` replicas begins in the middle of."""
+    """Splits the axes in whose middle a block of ``size`` replicas begins."""
     problems = Problems()
     for _ in range(sum(len(mesh.axes) for mesh in {plan.mesh, *(layout.mesh for layout in layouts)})):
         cut = next(((layout.mesh, *found) for layout in layouts if (found := _to_cut(layout, size))), None)
@@ -148,7 +148,7 @@ def _cut_axes(plan: Plan, size: int, layouts: Sequence[Layout]) -> Plan:
 
 
 def _to_cut(layout: Layout, size: int) -> tuple[str, int] | None:
-    """Returns the axis that a block ends within, and how many of its ranks are in the block."""
+    """Returns the axis that a block ends within, and its number of ranks in the block."""
     axes, mesh = replica_axes(layout), layout.mesh
     if mesh.count(axes) % size:
         return None
@@ -167,10 +167,9 @@ def _to_cut(layout: Layout, size: int) -> tuple[str, int] | None:
 
 
 def _split(layout: Layout, shape: tuple[int, ...], size: int) -> Layout:
-    """Returns the layout with a dim split further: dim 0, if its pieces divide evenly, else another that do, else dim 0
-    unevenly.
+    """Splits a dim of the layout further: dim 0, if its pieces divide evenly, else another such dim, else dim 0 unevenly.
 
-    A dim shorter than there are ranks would leave some without any: such a parameter stays as it is.
+    A dim shorter than the number of ranks would leave some ranks without any: such a parameter stays as it is.
     """
     axes, mesh = _chosen(layout, size), layout.mesh
     count = mesh.count(axes)

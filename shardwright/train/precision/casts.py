@@ -1,4 +1,4 @@
-"""What autocast casts: the inputs of an operator that torch reads in another dtype, found by running it on fake tensors."""
+"""Finds the inputs of an operator that autocast casts. It runs the operator on fake tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _known: dict[Any, Casts] = {}
 
 
 def cast_by_autocast(op: Operator, autocast: tuple[Any, ...]) -> Casts:
-    """Returns the dtype that each tensor input is cast to before the operator reads it, ``None`` where it is read as it is.
+    """Returns the dtype that autocast casts each tensor input to, ``None`` where it casts nothing.
 
     Args:
+        op: the operator.
         autocast: device, dtype, whether it is on, and whether it caches, as a node of a graph carries it.
 
     >>> from shardwright.ir.operator import Slot, TensorMeta
@@ -50,14 +51,14 @@ def _run(op: Operator, autocast: tuple[Any, ...]) -> Casts:
 
 
 def _fake(meta: TensorMeta, device: str) -> Tensor:
-    """Returns a tensor as the description says, contiguous where it does not say how it lies in memory."""
+    """Makes a fake tensor of a description, contiguous where it has no strides."""
     if len(meta.stride) == len(meta.shape):
         return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
     return torch.empty(meta.shape, dtype=meta.dtype, device=device)
 
 
 class _Watch(TorchDispatchMode):
-    """Notes in which dtypes tensors are read, beneath autocast."""
+    """Records in which dtypes tensors are read, beneath autocast."""
 
     def __init__(self, tensors: list[Tensor]):
         super().__init__()

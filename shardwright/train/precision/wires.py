@@ -1,4 +1,4 @@
-"""Mixed precision: the dtypes in which moves travel.
+"""Chooses the dtypes in which moves travel.
 
 Under autocast an operator reads a float32 tensor in a half-precision copy. Where all readers of a moved tensor do so it is
 cast before it moves: the same bits arrive, in half the bytes. Sums are another matter, since they round: they are taken in
@@ -35,13 +35,13 @@ _REDUCIBLE = (*HALF, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Precision:
-    """In which dtypes a callable computes and communicates.
+    """Dtypes in which a callable computes and communicates.
 
     Args:
         dtype: what autocast computes in; ``None``: no autocast but the user's own.
         reduce_dtype: what gradients of parameters are reduced in; ``None``: their own dtype, half precision in float32.
         gradient_fp32_sync: whether gradients of parameters in half precision are reduced in float32.
-        fp32_communication: whether whatever is reduced in half precision is reduced in float32.
+        fp32_communication: whether everything that is reduced in half precision is reduced in float32.
     """
 
     dtype: torch.dtype | None = None
@@ -71,17 +71,19 @@ class Precision:
 
 
 def may_have_wires(graph: Graph, precision: Precision) -> bool:
-    """Says whether some move may travel in another dtype than its value's."""
+    """Tells whether some move may travel in another dtype than its value's."""
     return precision.reduce_dtype is not None or any(meta.dtype in HALF for meta in graph.metas.values())
 
 
 def with_wires(
     program: LocalProgram, graph: Graph, precision: Precision, accumulates: bool = False, adds_wide: bool = True
 ) -> LocalProgram:
-    """Returns the program with the dtypes that each move travels in.
+    """Sets the dtypes in which each move of a program travels.
 
     Args:
         program: as partitioned from ``graph``, not scheduled yet.
+        graph: the graph.
+        precision: the settings.
         accumulates: whether gradients of parameters add up, over micro-batches, before they move.
         adds_wide: whether the world adds half precision in float32 and rounds once, as all but NCCL do.
     """
@@ -115,7 +117,7 @@ class _Wires:
         return move if wire is None else replace(move, wire=wire)
 
     def _wire(self, move: Move) -> Wire | None:
-        """``None`` where nothing that travels would travel in another dtype than the value's."""
+        """Returns the dtypes of a move; ``None`` where all of it travels in the value's dtype."""
         plan = move.redistribution
         back = plan.backward if move.needs_grad and move.grad else ()
         forward = result = arriving = move.dtype
@@ -146,7 +148,7 @@ class _Wires:
         return torch.float32 if in_float32 and dtype in HALF else dtype
 
     def _cast_by_readers(self, move: Move) -> torch.dtype | None:
-        """Returns the narrower dtype that every reader of a move's result casts it to, ``None`` if there is no such."""
+        """Returns the narrower dtype that every reader of a move's result casts it to; ``None`` without one."""
         found = {self._cast_by(reader, move.output) for reader in self.readers.get(move.output, [None])}
         cast = found.pop() if len(found) == 1 else None
         return cast if cast is not None and cast.itemsize < move.dtype.itemsize else None

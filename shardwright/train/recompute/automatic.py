@@ -1,8 +1,8 @@
-"""Automatic recompute: which modules to compute again so that a step fits into memory, at the least cost.
+"""Chooses modules to compute again so that a step fits into memory, at the least cost.
 
-The modules of a model are looked at in tiers: the innermost ones of several operators, those around them, and so on. Within
-a tier modules are taken in the order of bytes freed a second of computing, as many as it takes; the cheapest tier wins. What
-fits is not reckoned from these bytes but played through (:func:`shardwright.plan.memory.memory_of`).
+The modules of a model form tiers: the innermost ones of several operators, those around them, and so on. Within a tier
+modules are taken in the order of bytes freed per second of computing, as many as needed; the cheapest tier wins. Whether
+they suffice is not computed from these bytes but simulated (:func:`shardwright.plan.memory.memory_of`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def plan_with_recompute(
     make: Callable[[PlanRequest], Plan], again: Again, request: PlanRequest, marked: Mapping[str, RecomputeRequest],
     automatic: RecomputeRequest | None,
 ) -> Plan:  # fmt: skip
-    """Returns the plan that is asked for, with what is computed again.
+    """Makes the plan that is asked for, with values computed again.
 
     Args:
-        make: plans, with what is marked computed again.
-        again: gives a plan the passes of what is computed again.
-        marked: by module path, what is to be computed again whatever the memory.
-        automatic: asks for more of it where the plan does not fit.
+        make: plans, with the marked values computed again.
+        again: adds the recompute passes to a plan.
+        request: what is asked of the plan.
+        marked: by module path, what is computed again whatever the memory.
+        automatic: asks for more recompute where the plan does not fit.
 
     Raises:
         MemoryLimitError: it does not fit even so.
@@ -76,7 +77,7 @@ def _fitting(
     plan: Plan, again: Again, limit: float, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest,
     request: PlanRequest,
 ) -> tuple[Plan, float]:  # fmt: skip
-    """Returns the plan with modules computed again until it fits, and the seconds that takes."""
+    """Adds recomputed modules to the plan until it fits; returns the plan and the seconds that they take."""
     found = request.on_first_rank(lambda: Chooser(plan, again, marked, automatic).choose(limit))
     if isinstance(found[0], str):
         raise MemoryLimitError(found[0], found[1])
@@ -97,9 +98,9 @@ class Chooser:
     """Chooses modules of a plan.
 
     Args:
-        again: gives a plan the passes of what is computed again.
+        again: adds the recompute passes to a plan.
         marked: what is computed again in any case.
-        automatic: how it is done.
+        automatic: how modules are computed again.
     """
 
     def __init__(self, plan: Plan, again: Again, marked: Mapping[str, RecomputeRequest], automatic: RecomputeRequest):
@@ -107,7 +108,7 @@ class Chooser:
         self.peaks: dict[tuple[str, ...], MemoryTimeline] = {}
 
     def choose(self, limit: float) -> tuple[list[str] | str, float]:
-        """Paths and seconds of what fits at the least cost; where nothing does, why, and the bytes that are needed."""
+        """Chooses the modules that fit at the least cost: paths and seconds; where nothing fits, why, and the bytes needed."""
         if self.timeline([]).peak <= limit:
             return [], 0.0
         found: list[tuple[float, list[str]]] = []
@@ -131,7 +132,7 @@ class Chooser:
         )
 
     def fewest(self, tier: Sequence[Candidate], limit: float) -> int | None:
-        """Returns how many of the first ones it takes."""
+        """Returns how many of the first modules of a tier are needed."""
         if self.timeline([c.path for c in tier]).peak > limit:
             return None
         low, high = 0, len(tier)  # low does not fit, high does
@@ -144,7 +145,7 @@ class Chooser:
         return high
 
     def timeline(self, paths: Sequence[str]) -> MemoryTimeline:
-        """What a rank needs when these modules are computed again."""
+        """Simulates a rank's memory with these modules computed again."""
         key = tuple(sorted(paths))
         if key not in self.peaks:
             self.peaks[key] = step_memory(self.again(self.plan, {**dict.fromkeys(paths, self.automatic), **self.marked}))
@@ -153,7 +154,7 @@ class Chooser:
     # -- candidates ---------------------------------------------------------------------------------------------------
 
     def tiers(self) -> list[list[Candidate]]:
-        """Modules that do not overlap, from small ones to large ones, each in the order of the program."""
+        """Groups modules into tiers without overlap, from small to large, in program order."""
         candidates = self.candidates()
         heights: dict[str, int] = {}
         for path in sorted(candidates, key=lambda p: -p.count(".")):
@@ -166,7 +167,7 @@ class Chooser:
         return found
 
     def candidates(self) -> dict[str, Candidate]:
-        """Modules of several operators that are no mere lists of others and are not computed again anyway."""
+        """Collects modules of several operators that are not computed again already. Mere lists of modules are left out."""
         nodes: dict[str, list[str]] = {}
         for node in self.plan.graph.nodes:
             parts = node.module.split(".") if node.module else []
@@ -184,13 +185,13 @@ class Chooser:
             if len(names) < 2 or is_list or outermost(path, self.marked) is not None:
                 continue
             priced = [price.operators[name] for name in names if name in price.operators]  # others cost nothing: every rank
-            kept = sum(operator.kept for operator in priced)  # has what they are made of, such as positions
+            kept = sum(operator.kept for operator in priced)  # includes their inputs, such as positions
             seconds = sum(operator.forward for operator in priced) + self.moving(names)
             found[path] = Candidate(path, kept, seconds)
         return found
 
     def moving(self, names: Sequence[str]) -> float:
-        """Returns the seconds of the redistributions that these operators pay for, forward, as far as they are done again."""
+        """Sums the seconds of these operators' redistributions, forward, as far as they are repeated."""
         again = self.automatic
         moves = {id(m): m for name in names for m in price_of(self.plan).moves_to(name)}
         return sum(

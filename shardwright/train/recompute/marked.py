@@ -1,7 +1,6 @@
-"""Recompute: which instructions of a local program are not kept for the backward pass but run again there.
+"""Marks instructions of a local program that run again in the backward pass.
 
-A pass from one local program to another that sets ``recompute`` on instructions; what it means when the program runs is
-the business of :mod:`shardwright.world.execute.recipes`.
+The pass sets ``recompute`` on instructions; :mod:`shardwright.world.execute.recipes` runs them accordingly.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from shardwright.train.recompute.request import RecomputeRequest
 
 
 def recompute_parameter_gathers(program: LocalProgram) -> LocalProgram:
-    """Returns the program whose parameters are gathered for the backward pass once more, instead of being kept since the
-    forward.
+    """Gathers parameters a second time for the backward pass, instead of keeping them.
 
     In the backward a parameter is gathered once, however many operators read it, and dropped as soon as the last of them
-    has had it; meanwhile the gather that comes before it in the program is on its way. Calls that turn nothing but
-    parameters into others, such as casts and transposes, are done again too.
+    has read it; meanwhile the gather that comes before it in the program is on its way. Calls that only turn parameters into
+    others, such as casts and transposes, are repeated too.
 
     Args:
         program: not scheduled yet; its parameters are stored as pieces of what its operators read.
@@ -47,13 +45,15 @@ Whole = tuple[str, int]
 
 
 def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str, RecomputeRequest]) -> LocalProgram:
-    """Returns the program in which operators and modules are computed again as their marks ask.
+    """Marks the instructions of operators and modules that are to be computed again.
 
-    Of a module its inputs and outputs are kept, and everything inside is computed again; of modules within modules the
-    outermost counts. What an operator is told itself wins over what its module is.
+    Of a module its inputs and outputs are kept, and everything inside is computed again; of nested modules the outermost
+    counts.
+    An operator's own setting takes precedence over its module's.
 
     Args:
-        graph: what the program was made from; its nodes carry what operators were told.
+        program: the program.
+        graph: the graph that it was made from; its nodes carry the operators' settings.
         requests: by module path.
     """
     asked = {node.name: node.recompute for node in graph.nodes}
@@ -67,17 +67,17 @@ def recompute_marked(program: LocalProgram, graph: Graph, requests: Mapping[str,
 
 
 def outermost(module: str, paths: Iterable[str]) -> str | None:
-    """Returns the shortest of the paths that a module is, or lies in."""
+    """Returns the shortest of the paths that contain a module."""
     found = [path for path in paths if not path or module == path or module.startswith(path + ".")]
     return min(found, key=len, default=None)
 
 
 class _Marking:
-    """Which values of a program are computed again.
+    """Values of a program that are computed again.
 
     Args:
-        asked: by node, what the operator was told.
-        whole_of: by node, what is computed again as a whole and it lies in.
+        asked: by node, the operator's own setting.
+        whole_of: by node, the outermost recomputed module that it lies in.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class _Marking:
         self.of_operator: dict[str, str] = {}  # results of an operator's own calls, and of the moves that settle them
         self.chosen: set[str] = set()
         self.kept: set[str] = set()
-        self.in_pieces: set[str] = set()  # what leaves a whole and is to be kept in slices
+        self.in_pieces: set[str] = set()  # values that leave a recomputed module and are kept in slices
         self.read_outside = self._read_outside()
 
     def run(self) -> LocalProgram:
@@ -133,14 +133,14 @@ class _Marking:
             self.chosen.add(move.output)
 
     def _leaves(self, values: set[str], cause: str) -> None:
-        """Values that are read outside of the whole that the operator ``cause`` is in are kept."""
+        """Keeps values that are read outside of the recomputed module of operator ``cause``."""
         self.kept.update(values)
         whole = self.whole_of.get(cause)
         if whole is not None and self.requests[whole[0]].recompute_slice_activation:
             self.in_pieces.update(values)
 
     def _read_outside(self) -> set[str]:
-        """Returns the values that leave the whole they are made in: read outside of it, or returned."""
+        """Finds the values that leave their recomputed module: read outside of it, or returned."""
         program = self.program
         made_in: dict[str, Whole | None] = {}
         found = {o for o in program.outputs if isinstance(o, str)} | {value for _, value in program.updates}
@@ -152,10 +152,10 @@ class _Marking:
 
 
 def with_recompute(program: LocalProgram, chosen: Collection[str], kept: Iterable[str] = ()) -> LocalProgram:
-    """Returns the program with ``recompute`` on the instructions that make the values of these names.
+    """Sets ``recompute`` on the instructions that make the values of these names.
 
     Args:
-        program: not scheduled yet: moves that are done again share collectives with each other only.
+        program: not scheduled yet: moves that are repeated share collectives with each other only.
         chosen: local values; instructions that have the mark already keep it.
         kept: of these, results that are kept nevertheless.
     """

@@ -1,4 +1,4 @@
-"""Recompute in pieces: of a value that many ranks hold alike, each keeps a slice for the backward pass."""
+"""Keeps slices, one per rank, of values that many ranks hold alike, for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shardwright.redistribute.steps import redistribution
 
 
 def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str]) -> LocalProgram:
-    """Returns the program that keeps of these local values slices only, where several ranks hold the same.
+    """Makes a program keep slices of these values, where several ranks hold the same.
 
-    A value is sliced right after it is made, and gathered again when the backward pass needs it.
+    A value is sliced right after it is made, and gathered when the backward pass needs it.
     """
     meta_of = {program.places[value]: meta for value, meta in graph.metas.items() if value in program.places}
     instructions: list[Instruction] = []
@@ -32,7 +32,7 @@ def keep_in_pieces(program: LocalProgram, graph: Graph, values: Collection[str])
 
 
 def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> KeepSliceForBackward | None:
-    """Returns the instruction for one value, ``None`` where no ranks hold the same or there is nothing to slice."""
+    """Makes the instruction for one value; ``None`` where nothing is shared or can be sliced."""
     piece = sliced(layout, meta.shape)
     if piece is None:
         return None
@@ -46,7 +46,7 @@ def _keep_piece(name: str, meta: TensorMeta, layout: Layout, cause: str) -> Keep
 
 
 def sliced(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
-    """Returns the layout in which ranks that hold the same share it: the first dim that divides is split, or the largest.
+    """Returns the layout in which ranks that hold the same share it: it splits the first dim that divides, or the largest.
 
     >>> str(sliced(Layout((2, 4), ("dp", "tp"))("dp", "None"), (8, 64)))
     '(dp,tp),None @ dp=2,tp=4'

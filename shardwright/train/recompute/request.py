@@ -1,4 +1,4 @@
-"""What a user asks for when modules are to be computed again in the backward pass."""
+"""User's requests to compute modules again in the backward pass."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class RecomputeRequest:
     """Modules that are computed again, and how.
 
     Args:
-        targets: name patterns and modules; ``("auto",)``: what to compute again is decided by a memory limit.
-        mp_comm_recompute: whether collectives within are done again too, or their results kept.
-        parallel_optimizer_comm_recompute: whether parameters are gathered again too, or kept since the forward.
-        recompute_slice_activation: whether what is kept is kept in slices by the ranks that hold the same.
-        memory: bytes a rank may use over a step; ``"auto"`` only.
-        source: where it was asked for.
+        targets: name patterns and modules; ``("auto",)``: a memory limit decides what to compute again.
+        mp_comm_recompute: whether collectives inside the modules are repeated too, or their results kept.
+        parallel_optimizer_comm_recompute: whether parameters are gathered a second time too, or kept since the forward.
+        recompute_slice_activation: whether ranks that hold the same keep slices of what is kept.
+        memory: bytes that a rank may use over a step; ``"auto"`` only.
+        source: the user's line that asked for it.
     """
 
     targets: tuple[str | nn.Module, ...] = ()
@@ -45,11 +45,14 @@ class RecomputeRequest:
 def request_for(
     what: str, targets: Any, source: str, switches: dict[str, Any], memory: float | None = None
 ) -> RecomputeRequest:
-    """Returns a request out of what a user gave.
+    """Builds a request from the user's arguments.
 
     Args:
         what: the call, for messages.
+        targets: name patterns and modules, or ``"auto"``.
+        source: the user's line.
         switches: the keyword arguments.
+        memory: bytes that a rank may use over a step.
 
     Raises:
         ShardwrightError: an unknown keyword; no target.
@@ -83,10 +86,12 @@ def request_for(
 def gather_requests(
     root: nn.Module, requests: Sequence[RecomputeRequest], fits: Callable[[nn.Module, str, str], bool], of_step: bool
 ) -> dict[str, RecomputeRequest]:
-    """Returns the requests by module path, those on modules themselves and those by name.
+    """Gathers the requests by module path, from modules themselves and from name patterns.
 
     Args:
-        fits: whether a module of a root is named by a pattern.
+        root: the module.
+        requests: of the settings.
+        fits: tells whether a pattern names a module of a root.
         of_step: whether the root is a part of a train step: a pattern may be another part's.
 
     Raises:

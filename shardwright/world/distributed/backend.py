@@ -20,7 +20,7 @@ _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Reduc
 
 
 def _nothing(run: Callable[[Tensor], Tensor]) -> Operation:
-    """Returns an operation that moves nothing."""
+    """Makes an operation that moves nothing."""
     return Operation(lambda dtype: ("nothing", Algorithm(run, lambda result: result, run)), _Later())
 
 
@@ -31,10 +31,11 @@ def _empty(x: Tensor) -> Tensor:
 def _backend_algorithm(
     call: Callable[[Tensor, bool], tuple[Any, Any]], end: Callable[[Any], Tensor] | None = None
 ) -> Algorithm:
-    """Returns an algorithm that is one collective of the backend, and maybe something local after it.
+    """Makes an algorithm of one collective of the backend and an optional local step.
 
     Args:
-        call: of the tensor and whether it is to return before the end; returns the work, and what ``end`` needs.
+        call: a function of the tensor and whether to return before the end; returns the work, and what ``end`` needs.
+        end: the local step.
     """
 
     def begin(x: Tensor) -> Any:
@@ -64,7 +65,7 @@ def _backend_all_reduce(link: Messenger, op: str, inplace: bool) -> Algorithm:
 
 
 def _backend_copies(link: Messenger, how: Reduction) -> Algorithm:
-    """All-reduce of a dtype that the backend does not reduce: everybody gets all, and combines it."""
+    """All-reduces a dtype that the backend does not reduce: gathers all tensors on each rank, and combines them."""
     combine, n = prepare_reduce(how.dtype, how.op, link.size), link.size
 
     def call(x: Tensor, later: bool) -> tuple[Any, Any]:
@@ -93,7 +94,7 @@ def _backend_reduce_scatter(link: Messenger, sizes: Sequence[int], op: str) -> A
 
 
 def _backend_scatter_reduce(link: Messenger, sizes: Sequence[int], how: Reduction) -> Algorithm:
-    """Reduce-scatter by the backend's all-to-all, combined here."""
+    """Reduce-scatters by the backend's all-to-all, and combines locally."""
     combine, n, own = prepare_reduce(how.dtype, how.op, link.size), link.size, sizes[link.position]
     even = len(set(sizes)) == 1
     received, sent = (None, None) if even else ([own] * n, list(sizes))
@@ -121,7 +122,7 @@ def _backend_all_gather(link: Messenger, total: int) -> Algorithm:
 
 
 def _backend_uneven_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
-    """All-gather of pieces of several sizes, by the backend's all-to-all of copies."""
+    """All-gathers pieces of several sizes by the backend's all-to-all of copies."""
     n, total, received, sent = link.size, sum(sizes), list(sizes), [sizes[link.position]] * link.size
 
     def call(x: Tensor, later: bool) -> tuple[Any, Tensor]:
@@ -144,7 +145,14 @@ def _backend_exchange(link: Messenger, sent: Sequence[int], received: Sequence[i
 def _all_to_all(
     link: Messenger, out: Tensor, packed: Tensor, received: list[int] | None, sent: list[int] | None, later: bool
 ) -> Any:
-    """Flat tensors; elements received from and sent to each member, where they are not all the same."""
+    """Runs the backend's all-to-all on flat tensors.
+
+    Args:
+        link: the process group.
+        out, packed: the tensors to receive into and to send.
+        received, sent: elements per member, where they are not all the same.
+        later: whether to return before the end.
+    """
     if packed.dtype not in _MOVABLE:
         width = packed.dtype.itemsize
         out, packed = out.view(torch.uint8), packed.view(torch.uint8)
@@ -163,4 +171,4 @@ _REDUCIBLE = _WHOLE | {
     torch.complex64,
     torch.complex128,
 }
-_MOVABLE = _REDUCIBLE | {torch.bool}  # what they move; anything else travels as bytes
+_MOVABLE = _REDUCIBLE | {torch.bool}  # dtypes that they move; others travel as bytes

@@ -20,7 +20,7 @@ from shardwright.world.execute.source import SourceWriter, write_note
 
 
 def _steps_of(program: LocalProgram) -> list[Step]:
-    """Returns every step of every move, forward and backward."""
+    """Collects every step of every move, forward and backward."""
     moves = [*program.moves, *(keep.gather for keep in program.kept_slices)]
     return [s for m in moves for s in (*m.redistribution.forward, *m.redistribution.backward)]
 
@@ -28,7 +28,15 @@ def _steps_of(program: LocalProgram) -> list[Step]:
 def _bind(
     program: LocalProgram, rank: int, groups: Groups, keep: tuple[str, ...] | None, records: bool = False
 ) -> Callable[..., Any]:
-    """Returns the function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    """Generates the function of a program.
+
+    Args:
+        program: the program.
+        rank: the rank it runs on.
+        groups: the process groups.
+        keep: local values to return in place of the outputs.
+        records: whether the first argument of the function is a recording, which learns what is computed again.
+    """
     names = [i.name for i in program.inputs]
     writer = SourceWriter("distributed", ["_run", *names] if records else names)
     check = writer.constant("check", _InputCheck(program, rank))
@@ -65,7 +73,7 @@ class _Binder(InstructionVisitor[None]):
         self.only_read_once = values_read_once(program) - keep
         self.free_gradients = values_with_free_gradients(program)
         self.made_by = {o: i for i in program.instructions for o in i.outputs}
-        self.started: dict[str, tuple[str, int]] = {}  # output of a started move -> what is under way, and which of it
+        self.started: dict[str, tuple[str, int]] = {}  # output of a started move -> the moves under way, and its index
         self.left: dict[str, int] = {}
 
     # -- calls ------------------------------------------------------------------------------------------------------------
@@ -104,7 +112,7 @@ class _Binder(InstructionVisitor[None]):
         maker = self.made_by.get(move.source)
         inplace = move.source in self.only_read_once and _is_free(move.source, maker)
         if move.recompute and not (maker is not None and is_call(maker) and maker.recompute):
-            inplace = False  # what it is moved from again must stay as it is
+            inplace = False  # its source must stay unchanged for the second move
         compact = maker is not None and move.source in self.dead
         return DistributedMove(move, self.rank, self.groups, inplace, compact, move.output in self.free_gradients)
 
@@ -131,7 +139,7 @@ class _Binder(InstructionVisitor[None]):
         self.left[under_way] = len(start.moves)
 
     def _started_again(self, start: StartMoves, runner: StartedMoves) -> str:
-        """How started moves are done again: those of parameters may be on their way before anybody waits for them."""
+        """Writes how started moves are repeated: those of parameters may be on their way before anybody waits."""
         parameters = {i.name for i in self.program.inputs if i.kind in ("parameter", "local")}
         ahead = runner.start_again if parameters.issuperset(start.reads) else None
         return self.writer.constant("again", Computation(runner.again, start=ahead))

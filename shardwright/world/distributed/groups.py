@@ -1,4 +1,4 @@
-"""Groups: the process groups of a mesh, made once, and the links over them."""
+"""Process groups of a mesh, made once, and the links over them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from shardwright.world.distributed.operations import _CLOSED
 
 
 class Groups:
-    """The process groups that steps communicate over: one for every distinct set of ranks, made once.
+    """Process groups that steps communicate over: one for every distinct set of ranks, made once.
 
     Args:
-        rank: this rank, ``size`` the number of all ranks.
-        device_type: ``cpu`` or ``cuda``: it says which backend serves the tensors.
-        calibration: what is fastest; the same on every rank.
+        rank: this rank.
+        size: the number of all ranks.
+        device_type: ``cpu`` or ``cuda``, which determines the backend that serves the tensors.
+        calibration: the fastest algorithms; the same on every rank.
     """
 
     def __init__(self, rank: int, size: int, device_type: str = "cpu", calibration: Calibration | None = None):
@@ -37,7 +38,7 @@ class Groups:
         self._made: dict[Shape, Any] = {}
 
     def make(self, steps: Iterable[Step]) -> None:
-        """Makes the groups that ``steps`` need; to be called by all ranks with the same steps."""
+        """Makes the groups that ``steps`` need; all ranks call it with the same steps."""
         if self.closed:
             raise WorldError(_CLOSED)
         if self.calibration is None and self.is_gloo:
@@ -66,7 +67,7 @@ class Groups:
         return self._links[ranks]
 
     def close(self, destroy: bool) -> None:
-        """Lets go of the groups, so that their threads end before the interpreter does; ``destroy`` ends them too."""
+        """Releases the groups, so that their threads end before the interpreter does; ``destroy`` ends them too."""
         for link in self._links.values():
             link.close()
         if destroy:
@@ -77,7 +78,7 @@ class Groups:
 
 
 def _agreed_calibration(rank: int) -> Calibration:
-    """Returns the rank 0's, on every rank: ranks that chose different algorithms would wait for each other for ever."""
+    """Returns rank 0's calibration on every rank: ranks with different algorithms would wait for ever."""
     values = [load().to_dict() if rank == 0 else None]
     dist.broadcast_object_list(values, 0)
     return Calibration.from_dict(values[0])

@@ -56,13 +56,14 @@ _FIRST_TAG, _LAST_TAG = 1 << 24, (1 << 25) - 2  # of direct messages; away from 
 
 
 class Link:
-    """One process group of two ranks or more, seen from one of them.
+    """One process group of two ranks or more, as one of them uses it.
 
     Args:
         ranks: its ranks in torch's order, ascending.
+        rank: this rank.
         group: the process group.
         is_gloo: whether gloo serves it.
-        calibration: what is fastest; the same on every rank. Default: as measured on a machine of two cores.
+        calibration: the fastest algorithms; the same on every rank. Default: as measured on a machine of two cores.
         scratch: memory that links may share; default: one's own.
     """
 
@@ -84,13 +85,13 @@ class Link:
         self._later = _Later()
 
     def open(self) -> tuple[Callable[..., Any], Callable[..., Any], int]:
-        """What sends, what receives, and the first of two tags that no call under way has; for :mod:`.point_to_point`."""
+        """Returns the send and receive functions, and the first of two unused tags."""
         group, tag = self.group, self._tag
         self._tag = tag + 2 if tag < _LAST_TAG else _FIRST_TAG
         return group.send, group.recv, tag
 
     def close(self) -> None:
-        """Lets go of the group and ends the thread; what was prepared raises from then on. Twice does no harm."""
+        """Releases the group and ends the thread; prepared operations raise errors from then on. May be called twice."""
         self.group = _Closed()
         self._later.close()
 
@@ -104,13 +105,13 @@ class Link:
         inplace: bool = False,
         algorithm: str | None = None,
     ) -> Operation:
-        """Returns the combination of all members' tensors, on each.
+        """Prepares the combination of all members' tensors, on each member.
 
         Args:
             count: elements of a tensor, of any shape.
             op: ``sum``, ``max`` or ``min``.
             order: members in the order in which their tensors are combined; default ascending.
-            inplace: whether it may write into its argument. If that is contiguous it then may return it, too.
+            inplace: whether it may write into its argument, and return that if it is contiguous.
             algorithm: its name, for tests and measurements; default: the calibration's choice.
 
         Returns:
@@ -141,12 +142,13 @@ class Link:
     def prepare_reduce_scatter(
         self, sizes: Sequence[int], op: str = "sum", order: Sequence[int] | None = None, algorithm: str | None = None
     ) -> Operation:
-        """Returns each member's piece of the combination of all members' tensors.
+        """Prepares each member's piece of the combination of all members' tensors.
 
         Args:
             sizes: elements of each member's piece; zero allowed.
             op: ``sum``, ``max`` or ``min``.
             order: members in the order in which their tensors are combined; default ascending.
+            algorithm: its name, for tests and measurements; default: the calibration's choice.
 
         Returns:
             An operation on a flat tensor of ``sum(sizes)`` elements, the members' pieces one after the other, to a flat
@@ -169,7 +171,7 @@ class Link:
         return self._operation("reduce_scatter", total, ways, algorithm) if total else _nothing(_empty)
 
     def prepare_all_gather(self, sizes: Sequence[int], algorithm: str | None = None) -> Operation:
-        """Returns all members' pieces, on each.
+        """Prepares the collection of all members' pieces, on each member.
 
         Args:
             sizes: elements of each member's piece; zero allowed.
@@ -193,15 +195,16 @@ class Link:
         return self._operation("all_gather", total, ways, algorithm) if total else _nothing(_empty)
 
     def prepare_exchange(self, counts: Mapping[tuple[int, int], int], algorithm: str | None = None) -> Operation:
-        """What each member has for each.
+        """Prepares the exchange of each member's data for each other member.
 
         Args:
             counts: elements that go from a member to a member, ``counts[source, target]``, of all pairs that have any:
-                the same on every member. What a member has for itself, ``counts[i, i]``, is not sent but copied.
+                the same on every member. A member's elements for itself, ``counts[i, i]``, are not sent but copied.
+            algorithm: its name, for tests and measurements; default: the calibration's choice.
 
         Returns:
-            An operation on a flat tensor, what this member has for each, one after the other, to a flat tensor, what
-            each has for this member, one after the other.
+            An operation on a flat tensor, this member's data for each member in order, to a flat tensor, each member's data for
+            this one in order.
         """
         me, members = self.position, range(self.size)
         sent = [counts.get((me, m), 0) for m in members]

@@ -28,7 +28,14 @@ from shardwright.world.execute.summation import prepare_reduce
 
 
 def hub_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
-    """All-reduce of ``count`` elements through the first member."""
+    """All-reduces ``count`` elements through the first member.
+
+    Args:
+        link: the process group.
+        count: elements.
+        how: how contributions are combined.
+        inplace: whether the result may overwrite the argument.
+    """
     hub, *others = how.order
     if link.position != hub:
         return _hub_leaf(link, hub, inplace)
@@ -67,7 +74,14 @@ def _finish_two(state: Any) -> Tensor:
 
 
 def copies_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
-    """All-reduce of ``count`` elements that each sends to each; never in place, for what is sent must stay."""
+    """All-reduces ``count`` elements, which each member sends to each other; never in place.
+
+    Args:
+        link: the process group.
+        count: elements.
+        how: how contributions are combined.
+        inplace: ignored, since the argument is still being sent.
+    """
     others = _others(link)
     combine = prepare_reduce(how.dtype, how.op, link.size)
 
@@ -90,7 +104,14 @@ def copies_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool
 
 
 def pieces_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
-    """All-reduce of ``count`` elements of which each member combines a piece, part by part."""
+    """All-reduces ``count`` elements, of which each member combines a piece, part by part.
+
+    Args:
+        link: the process group.
+        count: elements.
+        how: how contributions are combined.
+        inplace: whether the result may overwrite the argument.
+    """
     me, others = link.position, _others(link)
     sizes = _pieces(count, link.size)
     parts_of = [_parts(size, how.dtype, link.size) for size in sizes]
@@ -126,7 +147,14 @@ def pieces_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool
 
 
 def chain_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool) -> Algorithm:
-    """All-reduce of ``count`` elements along the members and back. Not for what is combined in another dtype."""
+    """All-reduces ``count`` elements along the members and back; not for sums in another dtype.
+
+    Args:
+        link: the process group.
+        count: elements.
+        how: how contributions are combined.
+        inplace: whether the result may overwrite the argument.
+    """
     at = how.order.index(link.position)
     before = how.order[at - 1] if at else None
     after = how.order[at + 1] if at + 1 < link.size else None
@@ -174,7 +202,7 @@ def chain_all_reduce(link: Messenger, count: int, how: Reduction, inplace: bool)
 
 
 def hub_reduce_scatter(link: Messenger, sizes: Sequence[int], how: Reduction) -> Algorithm:
-    """Reduce-scatter of a flat tensor through the first member."""
+    """Reduce-scatters a flat tensor through the first member."""
     hub, *others = how.order
     me, total, own = link.position, sum(sizes), sizes[link.position]
     combine = prepare_reduce(how.dtype, how.op, link.size)
@@ -211,7 +239,7 @@ def _finish_all(state: Any) -> Tensor:
 
 
 def direct_reduce_scatter(link: Messenger, sizes: Sequence[int], how: Reduction) -> Algorithm:
-    """Reduce-scatter of a flat tensor, of which each member gets its piece from each, part by part."""
+    """Reduce-scatters a flat tensor: each member gets its piece from each other, part by part."""
     me, own, pieces_of = link.position, sizes[link.position], list(sizes)
     parts_of = [_parts(size, how.dtype, link.size) for size in sizes]
     rounds = [[m for m in _others(link) if k < len(parts_of[m])] for k in range(max(map(len, parts_of)))]
@@ -233,7 +261,7 @@ def direct_reduce_scatter(link: Messenger, sizes: Sequence[int], how: Reduction)
 
 
 def hub_all_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
-    """All-gather of flat pieces through the member that has the largest."""
+    """All-gathers flat pieces through the member that has the largest."""
     me, total, pieces_of = link.position, sum(sizes), list(sizes)
     hub, own = pieces_of.index(max(pieces_of)), sizes[me]
     others = _others(link)
@@ -262,7 +290,7 @@ def hub_all_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
 
 
 def direct_all_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
-    """All-gather of flat pieces that each sends to each, straight into the result."""
+    """All-gathers flat pieces, which each member sends to each other, straight into the result."""
     me, total, pieces_of = link.position, sum(sizes), list(sizes)
     others = _others(link)
     own, senders = sizes[me], [m for m in others if sizes[m]]
@@ -281,7 +309,7 @@ def direct_all_gather(link: Messenger, sizes: Sequence[int]) -> Algorithm:
 
 
 def direct_exchange(link: Messenger, sent: Sequence[int], received: Sequence[int]) -> Algorithm:
-    """Exchange of flat tensors among the members that have something for each other."""
+    """Exchanges flat tensors among the members that have something for each other."""
     me, total, takes, gives = link.position, sum(received), list(received), list(sent)
     sources = [m for m in reversed(_others(link)) if received[m]]
     targets = [m for m in _others(link) if sent[m]]

@@ -1,25 +1,26 @@
-"""Collectives made of gloo's direct messages, for what its own do slowly, or not in the order of :mod:`.summation`.
+"""Building blocks of collectives made of gloo's direct messages.
 
-Each function prepares one algorithm for one rank and one dtype, as an :class:`Algorithm`: what begins it, what ends it.
+They serve where gloo's own collectives are slow, or do not add in the order of :mod:`.summation`. Each function in
+:mod:`.message_algorithms` prepares one algorithm for one rank and one dtype, as an :class:`Algorithm`:
 
-- ``hub``: the first member gets everything, combines it and sends the result to each. 2(n-1) messages, two rounds: what
-  costs least where messages cost more than bytes do.
+- ``hub``: the first member gets everything, combines it and sends the result to each. 2(n-1) messages, two rounds: the
+  cheapest where messages cost more than bytes do.
 - ``copies``: each sends all it has to each, and each combines. n(n-1) messages, one round.
-- ``pieces``: each combines one piece and sends it to each. 2n(n-1) messages a part of the pieces, all ranks busy.
+- ``pieces``: each combines one piece and sends it to each. 2n(n-1) messages per part of the pieces, all ranks busy.
 - ``chain``: the first member's tensor goes from member to member, each adding its own; the last one's goes back. In
-  chunks, so that all links are busy. 2(n-1) messages a chunk.
-- ``direct``: each sends each what it needs, and that is that.
+  chunks, so that all links are busy. 2(n-1) messages per chunk.
+- ``direct``: each sends each what it needs.
 
 Invariants:
 
 - Messages of one call have tags of their own, so that calls under way at the same time do not mix, whatever the order
   in which they end. Nothing empty is sent.
-- Where all send to all, a rank posts what it sends before what it receives. gloo sends when the receiver has said that it
-  is ready; if it is not yet, gloo's thread does it later, else the caller's does it at once, and comes to its own
-  receiving that much later (up to a third, measured with two to four ranks). Where one rank is waited for, as the hub
-  is, receiving is posted early.
-- In place, a result may be received where the argument still lies: it comes only after what is there has been sent, for
-  it depends on it.
+- Where all send to all, a rank posts its sends before its receives. gloo sends when the receiver has said that it is
+  ready. If it is not yet, gloo's thread does it later; else the caller's thread does it at once, and posts its own
+  receives that much later (up to a third, measured with two to four ranks). Where all wait for one rank, as for the hub,
+  receives are posted early.
+- In place, a result may be received into the argument's memory: it comes only after the old content has been sent, as it
+  depends on it.
 - Results, and views of them, are made by ``begin``; ``finish`` writes into them, in whatever thread it runs.
 """
 
@@ -38,7 +39,7 @@ from shardwright.world.execute.summation import Combine
 
 
 class Algorithm(NamedTuple):
-    """One way to do a collective, prepared.
+    """One prepared way to do a collective.
 
     Args:
         begin: starts it with a tensor, without waiting; returns what ``finish`` needs.
@@ -54,12 +55,12 @@ class Algorithm(NamedTuple):
 
 
 def both(begin: Callable[[Tensor], Any], finish: Callable[[Any], Tensor], continues: bool = False) -> Algorithm:
-    """Returns an algorithm that runs by ``finish(begin(x))``."""
+    """Makes an algorithm that runs by ``finish(begin(x))``."""
     return Algorithm(begin, finish, lambda x: finish(begin(x)), continues)
 
 
 class Scratch:
-    """Memory for what arrives, used again: fresh pages cost about as much as the message that fills them.
+    """Memory for received data, used repeatedly: fresh pages cost about as much as the message that fills them.
 
     It keeps one buffer, the largest that was given back.
     """
@@ -70,18 +71,18 @@ class Scratch:
         self._lock = threading.Lock()
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Returns a flat CPU tensor of at least ``count`` elements, which nobody else has."""
+        """Returns a flat CPU tensor of at least ``count`` elements that nobody else uses."""
         nbytes = math.ceil(count * dtype.itemsize / 64) * 64  # so that it is whole in every dtype
         with self._lock:
             buffer, self._kept = self._kept, None
             self._taken += 1
         if buffer is None or buffer.numel() < nbytes:
-            with torch.inference_mode(False):  # what is made in inference mode could not be written outside
+            with torch.inference_mode(False):  # tensors made in inference mode could not be written outside
                 buffer = torch.empty(nbytes, dtype=torch.uint8)
         return buffer.view(dtype)
 
     def give(self, buffer: Tensor) -> None:
-        """Takes back what :meth:`take` gave and nothing uses any more."""
+        """Takes back a buffer from :meth:`take` that nothing uses any more."""
         buffer = buffer.view(torch.uint8)
         with self._lock:
             self._taken -= 1
@@ -90,12 +91,12 @@ class Scratch:
 
     @property
     def is_taken(self) -> bool:
-        """Whether some operation has memory of it, so that another does well to wait for that rather than take more."""
+        """Tells whether some operation has memory of it. Others had then better wait than take more."""
         return self._taken > 0
 
 
 class Messenger(Protocol):
-    """The group that messages go through, seen from one rank: a :class:`~shardwright.world.distributed.links.Link`."""
+    """Group that messages go through, as one rank uses it: a :class:`~shardwright.world.distributed.links.Link`."""
 
     size: int
     position: int
@@ -103,11 +104,11 @@ class Messenger(Protocol):
     scratch: Scratch
 
     def open(self) -> tuple[Callable[..., Any], Callable[..., Any], int]:
-        """What sends, what receives, and the first of two tags that no call under way has."""
+        """Returns the send and receive functions, and the first of two unused tags."""
 
 
 class Reduction(NamedTuple):
-    """How contributions are combined.
+    """Way in which contributions are combined.
 
     Args:
         op: ``sum``, ``max`` or ``min``.
@@ -121,7 +122,7 @@ class Reduction(NamedTuple):
 
 
 def plain(x: Tensor) -> Tensor:
-    """Returns the values of a tensor in memory as they are, in the order of its dims; the tensor itself where it is so."""
+    """Returns the values of a tensor contiguous in memory; the tensor itself where it is so already."""
     if x.is_conj() or x.is_neg():
         x = x.resolve_conj().resolve_neg()
     return x.contiguous()
@@ -133,7 +134,7 @@ def _wait(works: Sequence[Any]) -> None:
 
 
 def _arriving(parts: Sequence[tuple[Any, Tensor]]) -> Iterator[Tensor]:
-    """Contributions in order, each as soon as it is there; this rank's own has no work."""
+    """Yields the contributions in order, each as soon as it has arrived; this rank's own has no work."""
     for work, part in parts:
         if work is not None:
             work.wait()
@@ -141,14 +142,14 @@ def _arriving(parts: Sequence[tuple[Any, Tensor]]) -> Iterator[Tensor]:
 
 
 def _others(link: Messenger) -> list[int]:
-    """Returns the other members, beginning with the next, so that not all send to the same one at first."""
+    """Lists the other members, beginning with the next. So not all send to the same one at first."""
     return [(link.position + k) % link.size for k in range(1, link.size)]
 
 
 def _receive_into(
     link: Messenger, receive: Any, tag: int, memory: Tensor, own: Tensor, how: Reduction
 ) -> list[tuple[Any, Tensor]]:
-    """Receives as much as ``own`` of each other member, one after the other into ``memory``.
+    """Receives as much as ``own`` from each other member, one after the other into ``memory``.
 
     Returns:
         The contributions in the order of summation, with their works.
@@ -166,16 +167,16 @@ def _receive_into(
 
 
 def _parts(count: int, dtype: torch.dtype, members: int) -> list[int]:
-    """Sizes of the parts in which members send a piece of ``count`` elements; none where it is empty."""
+    """Computes the sizes of the parts in which members send a piece of ``count`` elements; none where it is empty."""
     number = parts_of_piece(count * dtype.itemsize, members)
     return [size for size in _pieces(count, number) if size] if count else []
 
 
 class _Incoming:
-    """What the members send of one piece, part by part: a few parts ahead, into scratch memory that they use in turn.
+    """Receives the members' contributions to one piece, a few parts ahead, into reused scratch memory.
 
-    So what arrives needs little memory. Where an operation that is under way has scratch memory already, this one asks for
-    nothing before it is its turn to be ended: operations end in the order of their start, and need that memory once.
+    So received data need little memory. Where another operation under way has scratch memory already, this one requests nothing
+    before it is its turn to be ended: operations end in the order of their start, and then need that memory once.
 
     Args:
         own: this member's piece, cut into parts; none where it is empty.
@@ -197,7 +198,7 @@ class _Incoming:
                 self._ask()
 
     def _ask(self) -> None:
-        """Asks for the next part, in the memory of one that has been added."""
+        """Requests the next part, into the memory of a part that has been added."""
         assert self.memory is not None
         number = len(self.coming)
         own = self.own[number]
@@ -205,7 +206,7 @@ class _Incoming:
         self.coming.append(_receive_into(self.link, self.receive, self.tag, self.memory[start:], own, self.how))
 
     def combine(self, combine: Combine, outs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Combines part after part into ``outs``, and gives each that is done."""
+        """Combines part after part into ``outs``, and yields each that is done."""
         self._begin()
         for number, out in enumerate(outs):
             combine(_arriving(self.coming[number]), out)
@@ -218,7 +219,7 @@ class _Incoming:
 
 
 def _exhaust(parts: Iterator[Tensor]) -> None:
-    """Combines what is left; the memory is given back after the last one."""
+    """Combines the remaining parts; the memory is given back after the last one."""
     for _ in parts:
         pass
 
@@ -236,7 +237,7 @@ def _exhaust(parts: Iterator[Tensor]) -> None:
 
 
 def _pieces(count: int, members: int) -> list[int]:
-    """Sizes of the pieces, whole cache lines where there is enough of them; the last ones may be empty."""
+    """Computes the sizes of the pieces, in whole cache lines if there are enough; the last ones may be empty."""
     size = math.ceil(count / members)
     if size >= 1024:
         size = math.ceil(size / 64) * 64

@@ -1,7 +1,6 @@
 """Moves on one rank: redistributions as differentiable functions of local tensors.
 
-A move runs at once; those that are started early are in :mod:`.distributed_starts`. Small moves of one kind share their
-collectives.
+A move runs at once; those that are started early are in :mod:`.starts`. Small moves of one kind share their collectives.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.agreement.watch import in_backward
-from shardwright.base.derivatives import first_derivative_only
+from shardwright.agreement.job_watch import in_backward
 from shardwright.errors import WorldError
 from shardwright.ir.instructions import Move
 from shardwright.ir.redistribution import Redistribution
@@ -54,7 +52,7 @@ class DistributedMove:
         return self.run_backward(gradient)
 
     def again(self, value: Tensor) -> tuple[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         if record._active:
             record.emit(self.record, value.dtype, "recompute")
         return (self.run_forward(value),)
@@ -70,7 +68,7 @@ class DistributedMove:
 
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, move: DistributedMove | PieceMove, value: Tensor) -> Tensor:
+    def forward(ctx: Any, move: DistributedMove | PieceMove | Reversed, value: Tensor) -> Tensor:
         ctx.move = move
         ctx.set_materialize_grads(False)
         result = move.forward(value)
@@ -79,13 +77,33 @@ class _MoveFunction(torch.autograd.Function):
         return result.view_as(result) if result is value else result
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, Tensor | None]:
         if gradient is None:  # the result plays no part, on any rank
             return None, None
         if type(ctx.move) is DistributedMove:  # others may be between some ranks only
             in_backward()
+        if torch.is_grad_enabled():
+            return None, _MoveFunction.apply(Reversed(ctx.move), gradient)
         return None, ctx.move.backward(gradient)
+
+
+class Reversed:
+    """A move the other way: the backward of a move, whose own backward is the move again.
+
+    A move is linear, so the derivative of its backward carries what comes in as the move itself carries values. What is handed
+    in may be saved by others, and moves may overwrite it, so they are given a copy.
+    """
+
+    def __init__(self, move: DistributedMove | PieceMove | Reversed):
+        self.move = move
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return self.move.backward(gradient.clone())
+
+    def backward(self, value: Tensor) -> Tensor:
+        result = self.move.forward(value.clone())
+        assert result is not None
+        return result
 
 
 # -- moves that share their collectives --------------------------------------------------------------------------------
@@ -94,7 +112,7 @@ class _MoveFunction(torch.autograd.Function):
 class DistributedFusedMoves:
     """Moves of one kind over the same axes, on this rank: one collective for all, forward and backward.
 
-    The backward waits for the gradients of all results; those that get none take no part.
+    The backward waits for the gradients of all results; those without gradients are left out.
     """
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups):
@@ -110,11 +128,11 @@ class DistributedFusedMoves:
         return self.run("forward", list(range(len(values))), [v.detach() for v in values])
 
     def again(self, *values: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         return self.run("recompute", list(range(len(values))), list(values))
 
     def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
-        """Returns the steps of one phase on the tensors of some of the moves."""
+        """Runs the steps of one phase on the tensors of some of the moves."""
         if record._active:
             record.emit([self.record[i] for i in members], values[0].dtype, phase)
         key = (phase, tuple(members))
@@ -141,23 +159,47 @@ class _TogetherFunction(torch.autograd.Function):
         return tuple(r.view_as(r) if any(r is v for v in values) else r for r in results)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = [i for i, g in enumerate(gradients) if g is not None]
         results: list[Tensor | None] = [None] * len(gradients)
         if known:
             in_backward()
             given = [g for g in gradients if g is not None]
-            for i, result in zip(known, ctx.together.run("backward", known, given), strict=True):
+            if torch.is_grad_enabled():
+                found = run_reversed(ctx.together.run, known, given)
+            else:
+                found = ctx.together.run("backward", known, given)
+            for i, result in zip(known, found, strict=True):
                 results[i] = result
         return (None, *results)
+
+
+Run = Callable[[str, Sequence[int], list[Tensor]], Sequence[Tensor]]  # of a phase, members and their tensors
+
+
+def run_reversed(run: Run, members: Sequence[int], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Runs the backward of moves that share their collectives, differentiably."""
+    return _ReversedFunction.apply(run, "backward", members, *gradients)  # type: ignore[no-any-return]
+
+
+class _ReversedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Run, phase: str, members: Sequence[int], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.phase, ctx.members = run, phase, members
+        return tuple(run(phase, members, [value.clone() for value in values]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        in_backward()
+        other = "forward" if ctx.phase == "backward" else "backward"
+        return None, None, None, *_ReversedFunction.apply(ctx.run, other, ctx.members, *gradients)
 
 
 # -- redistribute -------------------------------------------------------------------------------------------------------
 
 
 class PieceMove:
-    """A redistribution of one tensor on this rank, prepared."""
+    """Redistribution of one tensor on this rank, prepared."""
 
     def __init__(self, plan: Redistribution, rank: int, groups: Groups, cause: str = "redistribute"):
         self.plan = plan

@@ -1,4 +1,4 @@
-"""Operations: communication that is under way, finished in the order in which it began."""
+"""Communication that is under way, finished in the order in which it began."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CLOSED = "this distributed world was closed: bind the program again in a new on
 
 
 class Handle:
-    """An operation under way. It keeps its tensors alive; drop it only after :meth:`wait`."""
+    """Operation under way. It keeps its tensors alive; drop it only after :meth:`wait`."""
 
     __slots__ = ("_finish", "_result", "_state")
 
@@ -38,7 +38,7 @@ class Handle:
 
 
 class _Continued(Handle):
-    """An operation under way whose later rounds a thread of the link does, unless somebody waits for it before."""
+    """Operation under way whose later rounds a thread of the link does. A thread that waits for it does them itself."""
 
     __slots__ = ("_claim", "_done", "_error")
 
@@ -48,7 +48,7 @@ class _Continued(Handle):
         self._error: BaseException | None = None
 
     def advance(self) -> None:
-        """Does what is left to do, if nobody does that already."""
+        """Does the remaining rounds, unless another thread does already."""
         if not self._claim.acquire(blocking=False):
             return
         try:
@@ -67,7 +67,7 @@ class _Continued(Handle):
 
 
 class _Later:
-    """A thread that does the later rounds of started operations, in the order of their start; made at the first."""
+    """Thread that does the later rounds of started operations, in the order of their start; made when first needed."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[_Continued | None] | None = None
@@ -85,7 +85,7 @@ class _Later:
 
 
 def _serve(queue: SimpleQueue[_Continued | None]) -> None:
-    # what was started in inference mode may be written in it only, and what was not may be written in it too
+    # tensors made in inference mode may be written in it only; others may be written in it too
     with torch.inference_mode():
         while (handle := queue.get()) is not None:
             handle.advance()
@@ -95,7 +95,7 @@ def _serve(queue: SimpleQueue[_Continued | None]) -> None:
 class Operation:
     """A collective of a fixed size, as a function of this rank's tensor; every member has to call it.
 
-    It is prepared for a dtype when it first meets it.
+    It is prepared for a dtype when it is first used with it.
     """
 
     __slots__ = ("_algorithms", "_later", "_prepare", "_runs")
@@ -110,7 +110,7 @@ class Operation:
         return run(x) if run is not None else self._of(x.dtype)[1].run(x)
 
     def start(self, x: Tensor) -> Handle:
-        """Starts it. On gloo it goes on without this thread; on NCCL it is in the stream's order when waited for."""
+        """Starts it. On gloo it continues without this thread; on NCCL it has its place in the stream's order."""
         algorithm = self._of(x.dtype)[1]
         state = algorithm.begin(x)
         if not algorithm.continues:
@@ -120,11 +120,11 @@ class Operation:
         return handle
 
     def algorithm(self, dtype: torch.dtype = torch.float32) -> str:
-        """Returns name of the algorithm for tensors of a dtype."""
+        """Returns the name of the algorithm for tensors of a dtype."""
         return self._of(dtype)[0]
 
     def is_possible(self, dtype: torch.dtype) -> bool:
-        """Tells whether the algorithm that it was prepared with can do tensors of a dtype, and of its size."""
+        """Tells whether the prepared algorithm works for a dtype, and for its size."""
         try:
             self._of(dtype)
         except WorldError:
@@ -139,7 +139,7 @@ class Operation:
 
 
 class _Closed:
-    """What stands for a process group once its world is closed."""
+    """Stands for a process group once its world is closed."""
 
     def __getattr__(self, name: str) -> Any:
         raise WorldError(_CLOSED)

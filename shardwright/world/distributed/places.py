@@ -1,4 +1,4 @@
-"""Places: where received pieces go in the tensor that they make up."""
+"""Computes where received pieces go in the tensor that they make up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 class _Place:
-    """A step seen from one rank: who takes part, and what each of them holds before and after."""
+    """A step as one rank sees it: who takes part, and what each of them holds before and after."""
 
     def __init__(self, step: Step, shape: Shape, rank: int, groups: Groups):
         self.step, self.shape, self.rank, self.groups = step, shape, rank, groups
@@ -40,7 +40,7 @@ class _Place:
 
     @property
     def local(self) -> Shape:
-        """Shape of what this rank holds before the step; ``result`` after it."""
+        """Shape of this rank's tensor before the step; ``result`` after it."""
         return _extent(self.have[self.rank])
 
     @property
@@ -71,7 +71,7 @@ def _unpack_gathered(at: _Place) -> Local:
 
 
 def _pack_for_members(at: _Place, dim: int) -> tuple[Local, list[int]]:
-    """Cuts the local tensor along ``dim`` into what each member wants: a flat tensor in torch's order; the sizes."""
+    """Cuts the local tensor along ``dim``, one piece per member: a flat tensor in torch's order, and the sizes."""
     local, (start, stop) = at.local, at.have[at.rank][dim]
     spans = []
     for member in at.sorted_members:
@@ -88,7 +88,7 @@ def _pack_for_members(at: _Place, dim: int) -> tuple[Local, list[int]]:
 
 
 def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> Local:
-    """Puts pieces of these shapes, flat and in torch's order, together along ``dim`` in the order of ``order``."""
+    """Joins flat pieces of these shapes, in torch's order, along ``dim`` in order ``order``."""
     is_sorted = order == list(range(len(order)))
     if is_sorted and _is_outermost((dim,), result):
         return lambda flat: flat.view(result)
@@ -105,7 +105,7 @@ def _unpack(shapes: list[Shape], dim: int, result: Shape, order: list[int]) -> L
 
 
 def _place_all(at: _Place) -> Local:
-    """Puts pieces, flat and in torch's order, together along several dims."""
+    """Joins pieces, flat and in torch's order, along several dims."""
     counts = [at.step.source.mesh.count(at.step.source.bound[d][len(at.step.target.bound[d]) :]) for d in at.step.dims]
     shapes, result = [_extent(at.have[r]) for r in at.sorted_members], at.result
     if at.is_sorted and len(set(shapes)) == 1:

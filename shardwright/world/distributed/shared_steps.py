@@ -1,4 +1,4 @@
-"""Shared steps: moves of several tensors that travel in one message."""
+"""Moves of several tensors that travel in one message."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from shardwright.world.distributed.places import Shape, _pack_for_members, _Plac
 def prepare_shared(
     steps: Sequence[Sequence[Step]], shapes: Sequence[Shape], rank: int, groups: Groups, views: bool = False
 ) -> SharedRunner:
-    """Returns the steps of the same kinds over the same axes, for tensors of their own, each kind as one collective.
+    """Prepares the steps of several tensors over the same axes, each kind as one collective.
 
     Args:
-        steps: of each tensor: all-reduces, or all-gathers or reduce-scatters between pieces of one size.
+        steps: the steps of each tensor: all-reduces, or all-gathers or reduce-scatters between pieces of one size.
         shapes: global shapes.
-        views: whether results may share one tensor's memory; they live no longer than each other then.
+        rank: the rank it runs on.
+        groups: the process groups.
+        views: whether results may share one tensor's memory; they then live no longer than each other.
 
     Returns:
         A function of the local tensors to the resulting ones, that may be started now and ended later.
@@ -61,13 +63,13 @@ def _shared(steps: Sequence[Step], shapes: Sequence[Shape], rank: int, groups: G
 
 
 def _cut_up(flat: Tensor, shapes: Sequence[Shape], views: bool) -> list[Tensor]:
-    """Tensors of these shapes, each in memory of its own unless ``views`` are good enough."""
+    """Cuts a flat tensor into tensors of these shapes, copied unless ``views`` are good enough."""
     parts = flat.split([math.prod(s) for s in shapes])
     return [(part if views else part.clone()).view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _SharedStage(NamedTuple):
-    """One collective between what packs many tensors into its argument and what unpacks its result."""
+    """One collective of many tensors, with functions that pack its argument and unpack its result."""
 
     pack: Callable[[Sequence[Tensor]], Tensor]
     operation: Operation
@@ -89,7 +91,7 @@ class SharedRunner:
         return list(values)
 
     def start(self, values: Sequence[Tensor]) -> SharedUnderWay:
-        """Starts the first; the others follow when it is waited for."""
+        """Starts the first collective; the others follow when it is waited for."""
         if not self.stages:
             return SharedUnderWay((), None, list(values))
         stage = self.stages[0]
@@ -97,7 +99,7 @@ class SharedRunner:
 
 
 class SharedUnderWay:
-    """What was started for many tensors; :meth:`wait` ends it."""
+    """Started collectives of many tensors; :meth:`wait` ends them."""
 
     def __init__(self, stages: Sequence[_SharedStage], under_way: Handle | None, results: list[Tensor] | None):
         self.stages, self.under_way, self.results = stages, under_way, results

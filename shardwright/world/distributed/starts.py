@@ -1,4 +1,4 @@
-"""Moves that are started early on one rank, and ended one by one where their results are read.
+"""Moves that start early on one rank, and end one by one where they are read.
 
 In the autograd graph those that share their collectives have one start and one end, where the first of them is read: a
 node of Python costs some 20 us forward and as much backward. The backward pass is the mirror of it: when the last of their
@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.agreement.watch import in_backward
-from shardwright.base.derivatives import first_derivative_only
+from shardwright.agreement.job_watch import in_backward
 from shardwright.ir.instructions import Move
 from shardwright.world.distributed.groups import Groups
+from shardwright.world.distributed.moves import run_reversed
 from shardwright.world.distributed.shared_steps import SharedUnderWay, prepare_shared
 from shardwright.world.distributed.steps import UnderWay, prepare_steps
 from shardwright.world.execute import log as record
 
 
 class StartedMoves:
-    """Moves of one kind on this rank, prepared; one alone may be of any kind.
+    """Moves of one kind on this rank, prepared; a single move may be of any kind.
 
     Args:
         compact: whether results must not be views into the arguments, which they would keep alive.
-        inplace: whether the gradient of the result of one alone may be overwritten.
+        inplace: whether the gradient of a single move's result may be overwritten.
     """
 
     def __init__(self, moves: Sequence[Move], rank: int, groups: Groups, compact: bool, inplace: bool = False):
@@ -43,7 +43,7 @@ class StartedMoves:
         self._starter("backward", self.everyone)
 
     def __call__(self, *values: Tensor) -> Travelling:
-        """Starts the moves; ``end(i)`` of the result gives what each would give by itself."""
+        """Starts the moves; ``end(i)`` of the result returns what each move would return by itself."""
         travelling = Travelling(self, values)
         if self.needs_grad and torch.is_grad_enabled() and any(value.requires_grad for value in values):
             travelling.token = _StartFunction.apply(travelling, *values)
@@ -58,13 +58,22 @@ class StartedMoves:
         before, after = self.wire.of(phase, self.dtype)
         return CastUnderWay(self._starter(phase, members)([value.to(before) for value in values]), after)
 
+    def run(self, phase: str, members: Sequence[int], values: list[Tensor]) -> list[Tensor]:
+        """Runs the steps of one phase on the tensors of some of the moves, and waits for them."""
+        if record._active:
+            record.emit([self.record[i] for i in members], values[0].dtype, phase)
+        if phase == "forward" and not self.moves_forward:
+            return values if self.wire is None else [value.to(self.wire.result) for value in values]
+        found = self.start(phase, tuple(members), values).wait()
+        return list(found) if isinstance(found, (list, tuple)) else [found]
+
     def again(self, *values: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         found = self.start_again(list(values)).wait()
         return found if isinstance(found, list) else [found]
 
     def start_again(self, values: list[Tensor]) -> UnderWay | SharedUnderWay:
-        """Starts what :meth:`again` does."""
+        """Starts the forward a second time; see :meth:`again`."""
         if record._active:
             record.emit(self.record, values[0].dtype, "recompute")
         return self.start("recompute", self.everyone, values)
@@ -88,7 +97,7 @@ class StartedMoves:
 
 
 class CastUnderWay:
-    """What is under way, and the dtype in which it is handed on."""
+    """Steps under way, and the dtype that their result is cast to."""
 
     def __init__(self, under_way: UnderWay | SharedUnderWay, dtype: torch.dtype):
         self.under_way, self.dtype = under_way, dtype
@@ -107,6 +116,7 @@ class Travelling:
         self.values: list[Tensor | None] = []
         self.gradients: UnderWay | SharedUnderWay | None = None
         self.started: tuple[int, ...] = ()
+        self.found: Sequence[Tensor] | None = None  # gradients that are there already
         self.token: Tensor | None = None
         self.recorded: list[record.UnderWay] = []
 
@@ -139,7 +149,7 @@ class Travelling:
         return result
 
     def end_forward(self) -> list[Any]:
-        """Returns the results of all of them."""
+        """Returns the results of all moves."""
         if self.under_way is not None:
             self.values, self.under_way = self._end(self.under_way), None
         values, self.values = self.values, []
@@ -148,15 +158,27 @@ class Travelling:
     # -- backward -------------------------------------------------------------------------------------------------
 
     def start_backward(self, gradients: Sequence[Tensor | None]) -> None:
-        """Starts the gradients of results; some may play no part in what is differentiated."""
+        """Starts the gradients of results; some may have no part in what is differentiated."""
         self.started = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         if self.started:
             in_backward()
             self.gradients = self._start("backward", self.started, [g for g in gradients if g is not None])
 
+    def backward_differentiably(self, gradients: Sequence[Tensor | None]) -> None:
+        """Runs the backward at once, so that it can be differentiated itself; :meth:`end_backward` hands on what it gave."""
+        self.started = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        if self.started:
+            in_backward()
+            given = [gradient for gradient in gradients if gradient is not None]
+            self.found = run_reversed(self.moves.run, self.started, given)
+
     def end_backward(self) -> list[Tensor | None]:
         """Returns the gradients of the arguments, ``None`` for those whose results had none."""
         found: list[Tensor | None] = [None] * len(self.moves.everyone)
+        if self.found is not None:
+            for index, gradient in zip(self.started, self.found, strict=True):
+                found[index] = gradient
+            self.found = None
         if self.gradients is not None:
             for index, gradient in zip(self.started, self._end(self.gradients), strict=True):
                 found[index] = gradient
@@ -165,7 +187,7 @@ class Travelling:
 
 
 class _StartFunction(torch.autograd.Function):
-    """To a token that ties the end to the start in the autograd graph."""
+    """Autograd function to a token that ties the end of moves to their start."""
 
     @staticmethod
     def forward(ctx: Any, travelling: Travelling, *values: Tensor) -> Tensor:
@@ -174,7 +196,6 @@ class _StartFunction(torch.autograd.Function):
         return values[0].new_zeros(())
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, token: Tensor) -> tuple[Any, ...]:
         return None, *ctx.travelling.end_backward()
 
@@ -187,8 +208,10 @@ class _EndFunction(torch.autograd.Function):
         return tuple([result.view_as(result) for result in travelling.end_forward()])
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, Tensor | None]:
-        ctx.travelling.start_backward(gradients)
+        if torch.is_grad_enabled():
+            ctx.travelling.backward_differentiably(gradients)
+        else:
+            ctx.travelling.start_backward(gradients)
         known = next((gradient for gradient in gradients if gradient is not None), None)
         return None, None if known is None else known.new_zeros(())

@@ -1,7 +1,7 @@
-"""The steps of a redistribution on one rank's tensor: the collectives of the distributed world.
+"""Steps of a redistribution on one rank's tensor: the collectives of the distributed world.
 
 :func:`prepare_steps` turns steps into a :class:`Runner` once, when a program is bound: bounds, split sizes, permutations
-and the process group are worked out there, so that running it is a collective and the copies that its layout asks for.
+and the process group are computed there, so that running it is a collective and the copies that its layout requires.
 
 Invariants:
 
@@ -44,7 +44,7 @@ _CLOSED = "this distributed world was closed: bind the program again in a new on
 
 
 class UnderWay(Protocol):
-    """What was started; :meth:`wait` ends it."""
+    """Started steps; :meth:`wait` ends them."""
 
     def wait(self) -> Tensor: ...
 
@@ -61,11 +61,13 @@ class Runner(Protocol):
 
 
 def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool = False) -> Runner:
-    """Returns the step as a function of the local tensor.
+    """Prepares a step as a function of the local tensor.
 
     Args:
+        step: the step.
         shape: global shape.
-        rank: the rank it runs on; ``groups`` must hold the step's group.
+        rank: the rank it runs on.
+        groups: the process groups, which must hold the step's group.
         inplace: whether the function may overwrite its argument.
 
     Returns:
@@ -89,17 +91,20 @@ def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool =
 def prepare_steps(
     steps: Sequence[Step], shape: Shape, rank: int, groups: Groups, inplace: bool = False, compact: bool = False
 ) -> Runner:
-    """Returns all ``steps``, one after the other, as a function of the local tensor.
+    """Prepares all ``steps``, one after the other, as a function of the local tensor.
 
-    A rank that a step's source does not have hands it an empty tensor, of the right dtype; one that its target does not
-    have gets an empty tensor.
+    A rank outside a step's source gives it an empty tensor, of the right dtype; one outside its target gets an empty tensor.
 
     Args:
+        steps: the steps.
+        shape: global shape.
+        rank: the rank it runs on.
+        groups: the process groups.
         inplace: whether the function may overwrite its argument.
         compact: whether the result must not be a view into the argument, which it would keep alive.
     """
     runs: list[Runner] = []
-    own, is_view = inplace, False  # whether nobody else reads what the next step is given; whether it is a view
+    own, is_view = inplace, False  # whether only the next step reads its argument; whether that is a view
     for step in steps:
         if rank not in step.source.mesh.ranks and rank not in step.target.mesh.ranks:
             continue
@@ -114,7 +119,7 @@ def prepare_steps(
 
 
 class _Done:
-    """What was over when it began."""
+    """Operation that was done when it began."""
 
     def __init__(self, result: Tensor):
         self.result = result
@@ -124,7 +129,7 @@ class _Done:
 
 
 class _OnlyLocal:
-    """A function of the local tensor alone."""
+    """Function of the local tensor, without communication."""
 
     def __init__(self, function: Local):
         self.function = function
@@ -137,7 +142,7 @@ class _OnlyLocal:
 
 
 class _Between:
-    """A collective between what packs its argument and what unpacks its result."""
+    """A collective, with the functions that pack its argument and unpack its result."""
 
     def __init__(self, pack: Local, operation: Operation, unpack: Local):
         self.pack, self.operation, self.unpack = pack, operation, unpack
@@ -150,7 +155,7 @@ class _Between:
 
 
 class _Chain:
-    """Runners one after the other. Started, it goes on by itself as far as the first that communicates."""
+    """Runners one after the other. Once started, it proceeds by itself up to the first that communicates."""
 
     def __init__(self, runs: Sequence[Runner]):
         self.runs = tuple(runs)
@@ -172,7 +177,7 @@ class _Chain:
 
 
 class CastRunner:
-    """A runner whose argument is cast to one dtype, and whose result is cast to another."""
+    """Runner whose argument is cast to one dtype, and whose result is cast to another."""
 
     def __init__(self, runner: Runner, before: torch.dtype, after: torch.dtype):
         self.runner, self.before, self.after = runner, before, after
@@ -185,7 +190,7 @@ class CastRunner:
 
 
 class _Followed:
-    """What is under way, and what is to be done with its result."""
+    """Steps under way, and a function to apply to their result."""
 
     def __init__(self, under_way: UnderWay, then: Local):
         self.under_way, self.then = under_way, then
@@ -232,13 +237,13 @@ def _reduce_scatter(at: _Place) -> Runner:
 
 
 def _transfer(at: _Place, routes: Sequence[tuple[int, int, Bounds]]) -> Runner:
-    """By direct messages among all ranks, whatever their groups."""
+    """Moves regions by direct messages among all ranks, whatever their groups."""
     everyone = at.groups.link(range(at.groups.size))
     return Transfer(everyone, routes, at.have.get(at.rank), at.want.get(at.rank))
 
 
 def _exchange(at: _Place, routes: Sequence[tuple[int, int, Bounds]]) -> Runner:
-    """By the backend's all-to-all: all a rank sends is packed into one flat tensor, in the order of ranks."""
+    """Moves regions by the backend's all-to-all: a rank packs all it sends into one flat tensor, by rank."""
     have, want, rank, members = at.have.get(at.rank), at.want.get(at.rank), at.rank, at.sorted_members
     counts = {(members.index(s), members.index(t)): count(g) for s, t, g in routes if s in members and t in members}
     outgoing, incoming = {t: g for s, t, g in routes if s == rank}, {s: g for s, t, g in routes if t == rank}

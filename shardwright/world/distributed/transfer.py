@@ -1,7 +1,7 @@
-"""Transfers between ranks by direct messages: every region goes from where it is to where it belongs, uncopied if it can.
+"""Transfers between ranks by direct messages: sends every region straight to the ranks that need it.
 
 A region that is contiguous in the sender's tensor is sent from there, and one that is contiguous in the receiver's result
-is received there; only others are copied, once. A region that several ranks want is copied once for all of them, so that
+is received there; only others are copied, once. A region that several ranks need is copied once for all of them, so that
 sending needs no more memory than the tensor itself. Nothing is sent to ranks that need nothing.
 
 Messages between two ranks arrive in the order in which they were sent, and every rank starts its transfers in the same
@@ -30,13 +30,13 @@ Route = tuple[int, int, Bounds]
 
 
 class Transfer:
-    """What one rank sends, keeps and receives, prepared.
+    """Prepared transfer: the regions that one rank sends, keeps and receives.
 
     Args:
         link: all ranks of the job.
-        routes: ``(from rank, to rank, region)`` of all ranks, or at least of those that this rank has part in.
-        have: bounds of what it holds, ``None`` where it holds nothing: then it hands in an empty tensor.
-        want: bounds of what it is to hold, ``None`` for nothing: then it gets an empty tensor.
+        routes: ``(from rank, to rank, region)`` of all ranks, or at least of those that involve this rank.
+        have: bounds of what it holds, ``None`` for nothing: then its argument is an empty tensor.
+        want: bounds of what it is to hold, ``None`` for nothing: then its result is an empty tensor.
     """
 
     def __init__(self, link: Link, routes: Sequence[Route], have: Bounds | None, want: Bounds | None):
@@ -102,7 +102,7 @@ def is_contiguous(region: Bounds, holder: Bounds | None) -> bool:
 
 
 def cutter(region: Bounds, holder: Bounds | None) -> Cut:
-    """Returns the part of a piece with bounds ``holder`` that lies in ``region``, as a function of the piece."""
+    """Makes a function that cuts ``region`` out of a piece with bounds ``holder``."""
     assert holder is not None
     cuts = [(d, a - c, b - a) for d, ((a, b), (c, e)) in enumerate(zip(region, holder, strict=True)) if (a, b) != (c, e)]
     if not cuts:
@@ -115,5 +115,5 @@ def cutter(region: Bounds, holder: Bounds | None) -> Cut:
 
 
 def count(region: Bounds) -> int:
-    """Elements of a region."""
+    """Counts the elements of a region."""
     return math.prod(b - a for a, b in region)

@@ -1,7 +1,7 @@
-"""The distributed world: this process is one rank of a real job, and collectives run through ``torch.distributed``.
+"""Distributed world: this process is one rank of a real job, with collectives over ``torch.distributed``.
 
 :meth:`DistributedWorld.bind` turns a local program into one Python function of this rank's tensors, with everything
-that depends on the rank worked out beforehand. It works on plain local tensors: no dispatch per operator.
+that depends on the rank computed beforehand. It works on plain local tensors: no dispatch per operator.
 
 Invariants:
 
@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwright.agreement.job_watch import compare_on_ranks
 from shardwright.agreement.numbers import Agreement
 from shardwright.agreement.random_state import agree_on_random_state
-from shardwright.agreement.watch import Watch, compare_on_ranks
+from shardwright.agreement.watch import Watch
 from shardwright.base.process_groups import backend_of
 from shardwright.base.torch_private import set_group_timeout
 from shardwright.errors import WorldError
@@ -76,7 +77,7 @@ class DistributedWorld(World):
 
     @classmethod
     def from_environment(cls, backend: str | None = None, timeout: timedelta | None = None) -> DistributedWorld:
-        """Returns the world that the launcher's environment variables describe, or the one that is initialised already.
+        """Joins the job that the launcher's environment variables describe, unless one is initialised already.
 
         Args:
             backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
@@ -124,17 +125,17 @@ class DistributedWorld(World):
         return self.rank
 
     def device_of(self, root: nn.Module) -> torch.device:
-        """Returns the device of this rank, whatever the module's parameters are on before they are placed."""
+        """Returns the device of this rank. The devices of the module's parameters do not matter."""
         return self.device
 
     def adds_wide(self, device: torch.device) -> bool:
-        """Returns whether the backend adds in float32: gloo's collectives are ours, NCCL's round at each step."""
+        """Tells whether the backend adds in float32: gloo's collectives are ours, NCCL's round at each step."""
         return device.type == "cpu"
 
     def on_first_rank(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on rank 0 and returns its result, or raises its error, on every rank.
+        """Calls ``make`` on rank 0; returns its result, or raises its error, on every rank.
 
-        For what ranks must not differ in and would, as by the clock. All ranks of the job call it.
+        It serves values that must not differ between ranks and otherwise would, as by the clock. All ranks of the job call it.
         """
         found: list[Any] = [None]
         if self.rank == 0:
@@ -149,7 +150,7 @@ class DistributedWorld(World):
         return value
 
     def compare(self, stage: str, describe: Callable[[], Described]) -> None:
-        """Refuses, on all ranks, what is not the same on all of them; see :meth:`Watch.compare`."""
+        """Refuses, on all ranks, what differs between them; see :meth:`Watch.compare`."""
         if self.size > 1:
             compare_on_ranks(self, stage, *describe())
 
@@ -158,7 +159,7 @@ class DistributedWorld(World):
         agree_on_random_state(self.device)
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Returns every rank's numbers, by rank. All ranks of the job call it."""
+        """Gathers every rank's numbers, by rank. All ranks of the job call it."""
         if self._agreement is None:
             self._agreement = Agreement(self.size)
         return self._agreement(numbers)
@@ -170,20 +171,28 @@ class DistributedWorld(World):
         device: torch.device,
         slices: Mapping[str, tuple[Layout, tuple[int, ...]]] | None = None,
     ) -> dict[str, Layout]:
-        """Replaces every parameter of a module by a DTensor that holds this rank's piece."""
+        """Replaces every parameter of a module by a DTensor of this rank's piece.
+
+        Args:
+            root, layouts, device, slices: see :meth:`World.place_parameters`.
+        """
         if slices is not None:
             adopt_slices(root, slices, device)
         return distribute_parameters(root, layouts, device)
 
     def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
-        """Returns what this rank holds of ``target``, or the whole tensor, made of all ranks' pieces of ``source``."""
+        """Joins all ranks' pieces of ``source`` to this rank's of ``target``, or to the whole.
+
+        Args:
+            piece, source, shape, target: see :meth:`World.gather`.
+        """
         target = Layout.replicated(source.mesh, source.ndim) if target is None else target
         found = self.redistribute(piece, source, target, shape)
         assert found is not None  # every rank is in the mesh of a dataset strategy
         return found
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
-        """Returns the program as a function of its inputs, given as this rank's local tensors. All ranks must call it.
+        """Makes a function of a program, on this rank's local tensors. All ranks must call it.
 
         Args:
             keep: names of local values to return, as this rank holds them, in place of the outputs.
@@ -215,16 +224,18 @@ class DistributedWorld(World):
         partial_gradient: Sequence[str] = (),
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """Moves a tensor from one layout to another, over the same ranks or others. All ranks of the job call it.
+        """Moves a tensor between layouts over the same ranks or others. All ranks of the job call it.
 
-        Differentiable where both layouts have the same ranks; otherwise move the gradient back by a call of its own, from
-        ``target`` to ``source``.
+        Differentiable where both layouts have the same ranks; otherwise move the gradient back by another call, from ``target``
+        to
+        ``source``.
 
         Args:
             value: this rank's piece of ``source``; ``None`` on ranks that are not in it.
+            source, target: the layouts.
             shape: global shape.
             partial_gradient: axes of the target over which the gradients that come back are parts of a sum.
-            dtype: dtype of the tensor; needed on ranks that hand in nothing.
+            dtype: dtype of the tensor; needed on ranks that give no piece.
 
         Returns:
             This rank's piece of ``target``, ``None`` on ranks that are not in it; where nothing has to move, ``value``
@@ -250,8 +261,7 @@ class DistributedWorld(World):
         return move(value, dtype, self.device)
 
     def prepared(self, key: Any, plan: Callable[[], Redistribution], cause: str) -> PieceMove:
-        """Returns the steps that are given, ready to run on this rank's tensor, and remembered by ``key``. All ranks of the
-        job call it.
+        """Prepares steps to run on this rank's tensor, and caches them by ``key``. All ranks of the job call it.
 
         Args:
             cause: what the record of communication says they are for.
@@ -263,7 +273,7 @@ class DistributedWorld(World):
         return self._moves[key]
 
     def close(self) -> None:
-        """Ends this world's process groups, and the job if :meth:`from_environment` started it. Twice does no harm."""
+        """Ends this world's process groups, and the job if :meth:`from_environment` started it. May be called twice."""
         atexit.unregister(self._close_at_exit)
         self._end()
 
@@ -280,7 +290,7 @@ class DistributedWorld(World):
         self._owns_job = False
 
     def _close_at_exit(self) -> None:
-        """Closes; after an uncaught exception it waits 5 s at most, for other ranks may be waiting for this one."""
+        """Closes the world; after an uncaught exception waits at most 5 s, as other ranks may wait for this one."""
         if getattr(sys, "last_value", None) is None:
             self._end()
             return
@@ -299,7 +309,7 @@ def _has_gpus_for(local_rank: int, local_size: int) -> bool:
 
 
 def _let_threads_finish() -> None:
-    """Gives gloo's threads a moment to let go of the last collective's tensors, for which they need the interpreter.
+    """Gives gloo's threads a moment to release tensors, for which they need the interpreter.
 
     Before Python 3.14 a thread that asks for the interpreter while it ends aborts the process ("terminate called without
     an active exception"), and groups that others hold, such as a DeviceMesh, run on until then.

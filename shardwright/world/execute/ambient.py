@@ -1,4 +1,4 @@
-"""Ambient: modes and random state under which a computation ran, for running it again."""
+"""Modes and random state under which a computation ran, for running it a second time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def _kinds() -> tuple[str, ...]:
-    """Returns the kinds of devices that tensors may be on."""
+    """Lists the kinds of devices that tensors may be on."""
     return ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
 
 
 class Ambient:
-    """The autocast settings that a program was called under."""
+    """Autocast settings that a program was called under."""
 
     def __init__(self) -> None:
         self.settings = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
 
     def enter(self, stack: ExitStack, autocast: tuple[Any, ...] | None) -> None:
-        """Sets them again, and within them those of an instruction.
+        """Sets them, and within them those of an instruction.
 
-        Casts are not remembered from one operator to the next: each is computed again by itself.
+        Casts are not cached from one operator to the next: each is computed again by itself.
         """
         for kind, enabled, dtype in self.settings:
             now = torch.is_autocast_enabled(kind)
@@ -36,7 +36,7 @@ class Ambient:
 
 
 class RandomState:
-    """The state of the generators at a time. As a context it is set within, and what was before it is set again after."""
+    """State of the generators at a time. As a context it is set within, and restored to the previous one after."""
 
     def __init__(self) -> None:
         self.states = self._now()
@@ -52,7 +52,7 @@ class RandomState:
             torch.cuda.set_rng_state(states[1])
 
     def is_past(self) -> bool:
-        """Tells whether numbers have been drawn since."""
+        """Tells whether random numbers have been drawn since."""
         return any(not torch.equal(a, b) for a, b in zip(self.states, self._now(), strict=False))
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""What ranks hand in to a redistribution: checked, for a wrong piece would leave other ranks waiting."""
+"""Checks the pieces that ranks give to a redistribution. A wrong one would leave other ranks waiting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from shardwright.redistribute.routes import extent
 
 
 def check_layouts(source: Layout, target: Layout, partial_gradient: Sequence[str], size: int) -> None:
-    """Refuses what no redistribution in a world of ``size`` ranks can do."""
+    """Refuses layouts between which no redistribution in the world is possible.
+
+    Args:
+        source, target: the layouts.
+        partial_gradient: axes over which gradients are partial at the target.
+        size: number of ranks.
+    """
     problems = Problems()
     for name, layout in (("source", source), ("target", target)):
         beyond = sorted(rank for rank in layout.mesh.ranks if rank >= size)
@@ -33,7 +39,14 @@ def check_layouts(source: Layout, target: Layout, partial_gradient: Sequence[str
 
 
 def check_piece(rank: int, value: Tensor | None, layout: Layout, shape: tuple[int, ...]) -> None:
-    """Refuses a value that is not the piece ``rank`` holds of a tensor of global ``shape``."""
+    """Refuses a value that is not ``rank``'s piece of a tensor of global ``shape``.
+
+    Args:
+        rank: the rank.
+        value: its piece.
+        layout: the layout of the pieces.
+        shape: global shape.
+    """
     bounds = layout.bounds(shape).get(rank)
     if bounds is None:
         if value is not None:
@@ -47,7 +60,7 @@ def check_piece(rank: int, value: Tensor | None, layout: Layout, shape: tuple[in
 
 
 def check_differentiable(source: Layout, target: Layout) -> None:
-    """Refuses to differentiate a pending maximum or minimum: which part a gradient belongs to is not known."""
+    """Refuses to differentiate a pending maximum or minimum. Which part its gradient belongs to is unknown."""
     done = [op for axis, op in source.partial if op != "sum" and axis not in target.partial_axes]
     if done:
         raise WorldError(f"redistribute has no gradient through the pending {done[0]} of {source}: hand in value.detach()")

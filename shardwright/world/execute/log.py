@@ -1,4 +1,4 @@
-"""Recording of collectives: kind, axes, groups, bytes and cause of every one that runs."""
+"""Records kind, axes, groups, bytes and cause of every collective that runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class CommunicationEvent:
         groups: the groups of ranks that communicate with each other.
         bytes: bytes that the busiest rank sends, by the bandwidth-optimal algorithm of the collective.
         shape: global shape of the tensor; ``dtype`` its dtype.
-        cause: name of the operator that needs it, ``edge`` the edge it stands on.
-        phase: ``forward``, ``backward``, or ``recompute``: forward once more, for the backward.
+        cause: name of the operator that needs it, ``edge`` the edge it belongs to.
+        phase: ``forward``, ``backward``, or ``recompute``: the forward repeated for the backward.
         launch: number of the collective within the log: tensors that share one have the same.
-        started, ended: where in the log's ``timeline`` it was started and waited for; one after the other unless it
-            travelled while its ranks computed.
+        started, ended: positions in the log's ``timeline`` of its start and its wait; one after the other unless it travelled
+            while its ranks computed.
     """
 
     kind: str
@@ -47,14 +47,15 @@ class CommunicationEvent:
 
 @dataclass(frozen=True)
 class Moment:
-    """What happened at one position of a log's timeline.
+    """Something that happened at one position of a log's timeline.
 
     Args:
-        kind: ``start`` or ``end`` of a collective, or a ``call`` of an operator; calls are noted of programs whose operators
-            run in copies, for there they can lie between a start and its end.
+        kind: ``start`` or ``end`` of a collective, or a ``call`` of an operator; calls are recorded for programs whose
+            operators
+            run in copies, as they can lie between a start and its end there.
         phase: ``forward`` or ``backward``.
         what: the edge of the collective, or the node that the call comes from.
-        copy: the copy that it belongs to, from 0; ``None`` for what belongs to none.
+        copy: the copy that it belongs to, from 0; ``None`` if it belongs to none.
     """
 
     kind: str
@@ -65,21 +66,21 @@ class Moment:
 
 @dataclass
 class CommunicationLog:
-    """What :func:`record_communication` yields: one event a tensor, in the order in which collectives start."""
+    """Result of :func:`record_communication`: one event per tensor, in the order in which collectives start."""
 
     events: list[CommunicationEvent] = field(default_factory=list)
     timeline: list[Moment] = field(default_factory=list)
 
     def meanwhile(self, event: CommunicationEvent) -> list[Moment]:
-        """What happened between the start of a collective and its end."""
+        """Returns what happened between the start of a collective and its end."""
         return self.timeline[event.started + 1 : event.ended]
 
     def count(self, kind: str | None = None) -> int:
-        """Returns the number of collectives, of one kind or of all; one that several tensors share counts once."""
+        """Counts the collectives of one kind or of all; one that several tensors share counts once."""
         return len({e.launch for e in self.events if kind is None or e.kind == kind})
 
     def bytes(self, kind: str | None = None) -> int:
-        """Returns the bytes that the busiest rank sends, over the collectives of one kind or of all."""
+        """Sums the bytes that the busiest rank sends, over collectives of one kind or all."""
         return sum(e.bytes for e in self.events if kind is None or e.kind == kind)
 
     def __str__(self) -> str:
@@ -110,7 +111,7 @@ def record_communication() -> Iterator[CommunicationLog]:
 
 @dataclass(frozen=True)
 class Moved:
-    """What the record needs to know of a move: its steps there and back, why it is, and dtypes that are not the value's."""
+    """Description of a move for the log: its steps forward and backward, its cause, and dtypes that are not the value's."""
 
     redistribution: Redistribution
     cause: str
@@ -124,10 +125,13 @@ UnderWay = tuple[CommunicationLog, int]
 
 
 def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str, ends_later: bool = False) -> list[UnderWay]:
-    """Tells every active log of the collectives of moves that share them; nothing to do where none is active.
+    """Adds the collectives of moves that share them to every active log; does nothing where none is active.
 
     Args:
-        ends_later: whether the collectives have only been started; hand the result to :func:`ended` when they are over.
+        moves: the moves.
+        dtype: of the value.
+        phase: ``forward``, ``backward`` or ``recompute``.
+        ends_later: whether the collectives have only been started; pass the result to :func:`ended` when they are done.
     """
     under_way: list[UnderWay] = []
     for log in _active:
@@ -157,7 +161,7 @@ def emit(moves: Sequence[Moved], dtype: torch.dtype, phase: str, ends_later: boo
 
 
 def ended(under_way: list[UnderWay]) -> None:
-    """Tells the logs that what was started is over."""
+    """Records in the logs that started collectives are done."""
     for log, number in under_way:
         event = log.events[number]
         log.events[number] = replace(event, ended=len(log.timeline))
@@ -166,7 +170,7 @@ def ended(under_way: list[UnderWay]) -> None:
 
 
 class CallNote:
-    """Tells the active logs that a call was made, and its backward when it begins."""
+    """Record of a call in the active logs, and of its backward when that begins."""
 
     def __init__(self, cause: str, copy: int | None):
         self.forward, self.backward = Moment("call", "forward", cause, copy), Moment("call", "backward", cause, copy)

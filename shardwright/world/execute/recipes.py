@@ -1,9 +1,9 @@
-"""Recipes: how values that the backward pass needs, and that are not kept for it, are computed again.
+"""Recipes compute values again for the backward pass that were not kept for it.
 
-A recipe is one instruction of a program in one run: how it computes, and where its tensors are to be had: kept, or from
-other recipes. What autograd saves is a *reader* of a recipe. A recipe that is asked for a value computes it, and before it
-all recipes it depends on, in the order in which the program ran; it holds its results until every reader has had them once,
-at the latest until the backward pass ends.
+A recipe is one instruction of a program in one run: how it computes, and where its tensors come from: kept, or from other
+recipes. Autograd saves a *reader* of a recipe in place of a value. A recipe that is asked for a value computes it, and before
+it all recipes it depends on, in the order in which the program ran; it holds its results until every reader has had them
+once, at the latest until the backward pass ends.
 
 Invariants:
 
@@ -31,22 +31,22 @@ _numbers = itertools.count()
 
 
 class UnderWay(Protocol):
-    """What was started; :meth:`wait` ends it and gives its result, or its results."""
+    """Started computation; :meth:`wait` ends it and returns its result, or its results."""
 
     def wait(self) -> Any: ...
 
 
 class Computation:
-    """How an instruction computes its results, in every run.
+    """Function from an instruction's tensors to its results, in every run.
 
     Args:
         run: from its tensors to its results.
         autocast, grad: the settings that the instruction runs under.
-        kept: for each result whether it is kept after all, and only what is saved within is not.
-        draws: whether it takes numbers from the generator; ``None``: not known yet.
+        kept: for each result, whether it is kept after all, so that only what is saved within is computed again.
+        draws: whether it draws random numbers; ``None``: not known yet.
         again: runs it for the backward pass, where that differs.
         start: begins it, where it may run ahead of its readers.
-        overwrites: whether it may write its result over its tensor.
+        overwrites: whether it may write its result into its tensor.
         writes: positions of tensors that it changes besides, such as running statistics; only the first time.
     """
 
@@ -67,7 +67,7 @@ class Computation:
 
 
 class Task:
-    """One backward pass, or one look at saved tensors outside of any: as long as it lasts, results are held."""
+    """One backward pass, or one look at saved tensors outside of any. Results are held as long as it lasts."""
 
     _by_number: ClassVar[weakref.WeakValueDictionary[int, Task]] = weakref.WeakValueDictionary()
     _making = threading.Lock()
@@ -87,7 +87,7 @@ class Task:
             return task
 
     def end(self) -> None:
-        """Frees what is still held: readers that were not asked, as in a backward pass of a part of the graph."""
+        """Frees what is still held for readers that did not ask. That happens in a backward pass of a part of the graph."""
         for reference in self.recipes:
             recipe = reference()
             if recipe is not None and recipe.task is self:
@@ -96,7 +96,7 @@ class Task:
 
 
 class Kept:
-    """A tensor that is kept."""
+    """A kept tensor."""
 
     __slots__ = ("needs_grad", "tensor", "version")
 
@@ -115,7 +115,7 @@ class Kept:
 
 
 class Part:
-    """A tensor that lies in a result of a recipe, as a view of it; a reader of the recipe."""
+    """A tensor that is a view of a recipe's result; a reader of the recipe."""
 
     __slots__ = ("__weakref__", "dtype", "index", "needs_grad", "offset", "recipe", "size", "stride", "task")
 
@@ -158,7 +158,7 @@ class Inner:
         recipe.add_reader(self)
 
     def is_really(self, other: Part | Kept) -> None:
-        """It is another: this one reads the recipe no more."""
+        """Replaces this reader by another value. It then does not read the recipe any more."""
         self.instead = other
         self.recipe.inner_wanted.discard(self.position)
         self.recipe.is_gone(self)
@@ -183,8 +183,8 @@ class Recipe:
     """One instruction in one run.
 
     Args:
-        computation: what it does.
-        sources: where its tensors are to be had.
+        computation: what it computes.
+        sources: where its tensors come from.
         ambient: the autocast settings of the run.
         ahead: the recipes of the run that may run ahead of their readers, in order; this one appends itself, if it may.
 
@@ -218,7 +218,7 @@ class Recipe:
     # -- readers ------------------------------------------------------------------------------------------------------
 
     def result(self, index: int, task: Task) -> Tensor:
-        """Returns a result, computed if it is not there."""
+        """Returns a result, and computes it first if it is missing."""
         if index in self.given:
             return self.given[index]
         self.be_computed(task)
@@ -236,17 +236,17 @@ class Recipe:
         return self.inners[position]
 
     def add_reader(self, reader: Reader) -> None:
-        """There is one reader more."""
+        """Counts one more reader."""
         self.readers[reader.index] = self.readers.get(reader.index, 0) + 1
 
     def was_read(self, reader: Reader, task: Task) -> None:
-        """One of the readers has what it asked for, and will not ask in this task again."""
+        """Records that a reader has had its value. It will not ask in this task again."""
         if self.task is task and reader.task is not task:
             reader.task = task
             self._one_less(self.left, reader.index)
 
     def is_gone(self, reader: Reader) -> None:
-        """There is one reader less."""
+        """Counts one reader less."""
         self._one_less(self.readers, reader.index)
         if self.task is not None and reader.task is not self.task:
             self._one_less(self.left, reader.index)
@@ -265,16 +265,17 @@ class Recipe:
                 self.drop()
 
     def end_read(self) -> None:
-        """What was asked for is there; what was computed for readers that had it before goes at once."""
+        """Frees, after a read, what was computed for readers that had it before."""
         if not self.left:
             self.drop()
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
     def be_computed(self, task: Task, once_more: int | None = None) -> None:
-        """Computes this recipe and what it depends on, as far as they are not there, in the order of the program.
+        """Computes this recipe and the missing ones it depends on, in the program's order.
 
         Args:
+            task: the task in progress.
             once_more: index of a result that all its readers have had, and that is to be held nevertheless.
         """
         if self.is_computed and self.task is task:
@@ -290,19 +291,19 @@ class Recipe:
                     pending += [s.recipe for s in recipe.sources if type(s) is Part and s.index not in s.recipe.given]
         for number in sorted(found):
             found[number]._compute(task, once_more if found[number] is self else None)
-        for recipe in found.values():  # what is asked for a second time has no readers left
+        for recipe in found.values():  # a result that is asked for a second time has no readers left
             if recipe is not self:
                 recipe.end_read()
 
     def enter(self, task: Task) -> None:
-        """A task begins here, if it has not before."""
+        """Begins a task, unless it has begun before."""
         if self.task is not task:
             self.task, self.left = task, dict(self.readers)
             self.drop()
             task.recipes.append(weakref.ref(self))
 
     def leave(self) -> None:
-        """The task is over."""
+        """Ends the task."""
         self.task = None
         self.drop()
         if self.under_way is not None:
@@ -353,14 +354,14 @@ class Recipe:
             return computation.run(*tensors)
 
     def _as_before(self, index: int, result: Tensor) -> Tensor:
-        """Returns a result with the strides it had the first time."""
+        """Gives a result the strides that it had the first time."""
         size, stride = self.results_like.get(index, (result.size(), result.stride()))
         if result.stride() == stride:
             return result
         return torch.empty_strided(size, stride, dtype=result.dtype, device=result.device).copy_(result)
 
     def _start_next(self, task: Task) -> None:
-        """Starts the nearest one before this in the program that is still needed: the backward goes the other way."""
+        """Starts the nearest earlier recipe that is still needed. The backward goes the other way."""
         for reference in reversed(self.ahead[: self.place]):
             other: Recipe | None = reference()
             if other is None or not other.readers:
@@ -380,7 +381,7 @@ def _never(packed: Any) -> Tensor:
 
 
 def unpack(packed: Kept | Reader) -> Tensor:
-    """What autograd asks for where it saved ``packed``."""
+    """Returns the tensor for ``packed``, which autograd saved in its place."""
     if isinstance(packed, Kept):
         return packed.read()
     number = current_graph_task()

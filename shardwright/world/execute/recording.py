@@ -1,8 +1,8 @@
-"""Recording: one run of a program that does not keep all its values for the backward pass.
+"""Records one run of a program that does not keep all values for the backward.
 
-While it runs, autograd hands over every tensor that it saves. A tensor that lies in memory which an instruction made that
-is to be computed again is replaced by a reader of that instruction's recipe (see :mod:`.recipes`), and so is what such an
-instruction saves of its own making; other tensors are kept.
+While it runs, autograd passes every tensor that it saves to a hook. A tensor that lies in the memory of an instruction that
+is to be computed again is replaced by a reader of that instruction's recipe (see :mod:`.recipes`), and so is a tensor that
+such an instruction makes and saves within; other tensors are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SWEEP_EVERY = 8  # registrations
 
 
 class Recording:
-    """What is known, while a program runs, of memory that need not be kept."""
+    """Record, while a program runs, of the memory that need not be kept."""
 
     def __init__(self) -> None:
         # By storage: the recipe that makes it, the index of the result that lies in it, and the byte where that begins.
@@ -40,7 +40,7 @@ class Recording:
         self._ahead: list[Any] = []
 
     def close(self) -> None:
-        """Forgets all: recipes live on in what autograd saved."""
+        """Forgets all; recipes live on in what autograd saved."""
         self._made, self._recipe, self._inner = {}, None, []
 
     # -- what programs call -------------------------------------------------------------------------------------------
@@ -64,29 +64,29 @@ class Recording:
         return results
 
     def moved(self, computation: Computation, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """A move has run whose results are computed again."""
+        """Records a move that has run, whose results are computed again."""
         recipe = self.begin(computation, tensors)
         for index, result in enumerate(results):
             self.made(recipe, index, result)
 
     def begin(self, computation: Computation, tensors: Sequence[Tensor]) -> Recipe:
-        """Returns the recipe of what is about to be computed from these tensors."""
+        """Makes the recipe of what is about to be computed from these tensors."""
         recipe = Recipe(computation, [self._source(t) for t in tensors], self._ambient, self._ahead)
         recipe.taken = {_storage(t) for t in tensors}
         return recipe
 
     def made(self, recipe: Recipe, index: int, result: Tensor) -> None:
-        """A move has made a result, which is computed again."""
+        """Records a move's result, which is computed again."""
         storage = _storage(result)
         known = self._made.get(storage)
         if (known is not None and known[1] is recipe) or (storage in recipe.taken and not recipe.computation.overwrites):
-            return  # lies where its tensor does, and is kept or computed again with it
+            return  # shares its tensor's memory, and is kept or computed again with it
         self._register(recipe, index, result)
 
     def keep_pieces(
         self, computation: Computation, cut: Callable[[Sequence[Tensor]], Sequence[Tensor]], results: Sequence[Tensor]
     ) -> None:
-        """These are kept as pieces, from which the computation makes them again."""
+        """Keeps tensors as pieces, from which the computation makes them again."""
         for result in results:
             if _storage(result) in self._made or result.untyped_storage().nbytes() != result.nbytes:
                 return  # computed again anyway, or in memory that others are in too
@@ -97,14 +97,14 @@ class Recording:
             self._register(recipe, index, result)
 
     def kept(self, *results: Tensor) -> None:
-        """These are kept, whatever memory they lie in."""
+        """Keeps tensors, whatever memory they lie in."""
         for result in results:
             self._made.pop(_storage(result), None)
 
     # -- what autograd calls ------------------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Kept | Reader:
-        """What autograd saves in place of a tensor."""
+        """Returns what autograd saves in place of a tensor."""
         self._position += 1
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
             return Kept(tensor)
@@ -131,14 +131,14 @@ class Recording:
         return Part(recipe, index, start, tensor, tensor.requires_grad)
 
     def _made_by_call(self, recipe: Recipe, index: int, result: Tensor) -> None:
-        """A call has made a result: it is kept, lies in memory that is known, or is computed again."""
+        """Records a call's result: it is kept, lies in known memory, or is computed again."""
         if result.layout is not torch.strided:
             return
         storage = _storage(result)
         known, is_kept = self._made.get(storage), bool(recipe.computation.kept) and recipe.computation.kept[index]
         if is_kept and known is not None:
             _, maker, which, _ = self._made.pop(storage)
-            if which in maker.results_like:  # a view of what was not to be kept
+            if which in maker.results_like:  # a view of a result that is not kept
                 maker.given[which] = _whole(result, *maker.results_like[which], known[3])
         if storage in recipe.taken or known is not None:
             return
@@ -162,12 +162,12 @@ class Recording:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Returns the number that a tensor's storage is known by, as long as it is alive or a weak reference to it is."""
+    """Returns a number that identifies a tensor's storage while that, or a weak reference to it, is alive."""
     return tensor.untyped_storage()._cdata
 
 
 def _whole(view: Tensor, size: torch.Size, stride: tuple[int, ...], start: int) -> Tensor:
-    """Returns the tensor of this size that begins at this byte of the memory that a view lies in."""
+    """Builds the tensor of this size that begins at this byte of a view's memory."""
     view = view.detach()
     return view.as_strided(size, stride, start // view.element_size())
 
@@ -176,12 +176,12 @@ def _whole(view: Tensor, size: torch.Size, stride: tuple[int, ...], start: int) 
 
 
 def needs_recording(program: LocalProgram) -> bool:
-    """Tells whether a program has something to compute again."""
+    """Tells whether a program computes something again."""
     return any(i.recompute for i in program.instructions)
 
 
 def recorded(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the program as a function of its inputs.
+    """Makes the program a function of its inputs that records where gradients are on.
 
     Args:
         run: the program as a function of a recording and its inputs.

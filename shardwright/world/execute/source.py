@@ -1,4 +1,4 @@
-"""Writes a local program as the source of one Python function, so that running it costs no interpretation."""
+"""Writes a local program as the source of one Python function. Running it needs no interpreter of programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,14 @@ class SourceWriter:
         read: Callable[[str], str],
         per_rank: Callable[[PerRank], str],
     ) -> str:
-        """Returns the text of a call, through the fastest public Python entry where an ATen overload has one."""
+        """Writes a call, through the fastest public Python entry where an ATen overload has one.
+
+        Args:
+            function: the function to call.
+            args, kwargs: its arguments, with references to local values.
+            read: writes the text of a local value.
+            per_rank: writes the text of a value that depends on the rank.
+        """
         entry = python_entry(function)
         if entry is not function:
             kwargs = with_constants(function, args, kwargs)
@@ -68,7 +75,13 @@ class SourceWriter:
     def arguments(
         self, args: Any, kwargs: dict[str, Any], read: Callable[[str], str], per_rank: Callable[[PerRank], str]
     ) -> str:
-        """Returns the text between the parentheses of a call."""
+        """Writes the text between the parentheses of a call.
+
+        Args:
+            args, kwargs: the arguments, with references to local values.
+            read: writes the text of a local value.
+            per_rank: writes the text of a value that depends on the rank.
+        """
 
         def text(value: Any) -> str:
             if isinstance(value, Ref):
@@ -102,7 +115,7 @@ class SourceWriter:
         self.lines.append(("        " if self._context != (None, True) else "    ") + text)
 
     def forget(self, names: Sequence[str]) -> None:
-        """Drops values that nothing reads any more, so that memory is freed as early as in eager code."""
+        """Drops values that nothing reads any more. Memory is then freed as early as in eager code."""
         if names:
             self.line(" = ".join(names) + " = None")
 
@@ -118,7 +131,7 @@ class SourceWriter:
 
 
 def write_note(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
-    """Writes the line by which a call of a program in copies tells the logs that it was made; they are seldom active."""
+    """Writes the line by which a call of a program in copies records itself in logs."""
     if program.copies:
         writer.names["_logs"] = record._active
         note = writer.constant("note", record.CallNote(call.cause, program.copies.get(call.cause)))
@@ -127,9 +140,7 @@ def write_note(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
 
 @cache
 def python_entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the public builtin that calls the same operator as an ATen overload with less overhead, or the overload
-    itself.
-    """
+    """Returns the public builtin that calls an ATen overload's operator with less overhead, if there is one."""
     if not isinstance(function, OpOverload) or function.namespace != "aten":
         return function
     if traits_of(function).entry_differs:
@@ -148,7 +159,7 @@ _CONSTANTS = ("reduction",)
 
 
 def with_constants(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keyword arguments of an overload, with those defaults written out that its Python entry does not have."""
+    """Adds to an overload's keyword arguments those defaults that its Python entry does not have."""
     for position, argument in enumerate(function._schema.arguments):  # type: ignore[attr-defined]
         if argument.name in _CONSTANTS and position >= len(args) and argument.name not in kwargs:
             kwargs = {**kwargs, argument.name: argument.default_value}

@@ -1,7 +1,7 @@
-"""The order and the precision in which ranks' contributions are combined: the same in every world, whatever moves them.
+"""Order and precision in which ranks' contributions are combined: the same in every world, whatever moves them.
 
 Element by element, first to last: ``(p0 + p1) + p2 + ...``. Three float16 or bfloat16 values or more are added in float32
-and rounded once; so is float8, of any number, which torch cannot add. All else is added in its own dtype.
+and rounded once; so are float8 values, of any number, which torch cannot add. Everything else is added in its own dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Combine = Callable[[Iterable[Tensor], Tensor], Tensor]
 
 
 def reduce(parts: Iterable[Tensor], op: str) -> Tensor:
-    """Returns the sum, maximum or minimum of tensors of one shape and dtype, first to last.
+    """Combines tensors of one shape and dtype, first to last, by sum, maximum or minimum.
 
     Args:
         parts: one tensor or more; they stay as they are.
@@ -46,12 +46,15 @@ def reduce(parts: Iterable[Tensor], op: str) -> Tensor:
 
 
 def prepare_reduce(dtype: torch.dtype, op: str, count: int, own: int = 0) -> Combine:
-    """:func:`reduce` of ``count`` parts, two or more, that arrive one by one, as a function of them and of the result.
+    """Prepares :func:`reduce` of ``count`` parts, two or more, that arrive one by one.
 
-    The function asks for a part when it has added those before, and returns the result.
+    The result is a function of the parts and of the tensor to write to. It asks for a part when it has added those before.
 
     Args:
-        own: which of the parts the result is, counted from 0, if it is one of them. Where that is neither of the first
+        dtype: of the parts.
+        op: ``sum``, ``max`` or ``min``.
+        count: number of parts.
+        own: which of the parts the result's memory holds, counted from 0, if any. Where that is neither of the first
             two, sums are kept in the first part until then.
     """
     if is_widened(dtype, op, count):

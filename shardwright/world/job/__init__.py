@@ -1,6 +1,6 @@
-"""Jobs: what launchers say about the ranks.
+"""Jobs: reads what launchers say about the ranks.
 
-============  ================================
-``torchrun``  reads the variables that it sets
-============  ================================
+============  ===========================================
+``torchrun``  reads the variables that torchrun sets
+============  ===========================================
 """

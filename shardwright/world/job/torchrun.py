@@ -1,4 +1,4 @@
-"""torchrun: reads the variables that it sets."""
+"""Reads the variables that torchrun sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def read_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """Rank, number of ranks, rank on this host and number of ranks on it, out of a launcher's variables.
+    """Reads a launcher's variables: rank, number of ranks, rank on this host, number of ranks on it.
 
     Without ``LOCAL_RANK`` ranks are taken to go round the devices of each host.
 

@@ -1,4 +1,4 @@
-"""The simulated world: all ranks in one process, in lock step.
+"""Simulated world: all ranks in one process, in lock step.
 
 =========  ========================================================================
 ``bind``   binds a local program to simulated ranks, as one generated function

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.instructions import Call, FusedMoves, KeepSliceForBackward, Move, PerRank, StartMoves
 from shardwright.ir.layout import Layout
 from shardwright.ir.program import LocalProgram
@@ -25,7 +24,7 @@ from shardwright.world.simulated.steps import run_steps
 
 
 class _EnterFunction(torch.autograd.Function):
-    """Global tensor to the pieces of each lane; the gradient's pieces are put together again."""
+    """Autograd function from a global tensor to the piece of each rank group; joins the gradient's pieces."""
 
     @staticmethod
     def forward(ctx: Any, pieces: list[tuple[slice, ...]], value: Tensor) -> tuple[Tensor, ...]:
@@ -34,19 +33,38 @@ class _EnterFunction(torch.autograd.Function):
         return tuple(value[piece] for piece in pieces)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:
             return None, None
-        whole = known.new_empty(ctx.shape)
-        for piece, gradient in zip(ctx.pieces, gradients, strict=True):
-            whole[piece] = 0 if gradient is None else gradient
-        return None, whole
+        if torch.is_grad_enabled():
+            return None, _AssembleFunction.apply(ctx.pieces, ctx.shape, *gradients)
+        return None, _assembled(ctx.pieces, ctx.shape, gradients)
+
+
+class _AssembleFunction(torch.autograd.Function):
+    """Pieces to the global tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, pieces: list[tuple[slice, ...]], shape: torch.Size, *values: Tensor | None) -> Tensor:
+        ctx.pieces = pieces
+        return _assembled(pieces, shape, values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return None, None, *[gradient[piece] for piece in ctx.pieces]
+
+
+def _assembled(pieces: list[tuple[slice, ...]], shape: torch.Size, values: Sequence[Tensor | None]) -> Tensor:
+    """Returns the global tensor of its pieces; those that are missing are zero."""
+    whole = next(value for value in values if value is not None).new_empty(shape)
+    for piece, value in zip(pieces, values, strict=True):
+        whole[piece] = 0 if value is None else value
+    return whole
 
 
 def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
-    """Returns the piece of a global tensor that each lane holds, differentiably."""
+    """Cuts a global tensor into the piece of each rank group, differentiably."""
     if max(lanes) == 0:
         return [value]
     slices = layout.slices(value.shape)
@@ -57,12 +75,18 @@ def enter(value: Tensor, layout: Layout, lanes: RankGroups) -> list[Tensor]:
 
 
 def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = False) -> Callable[..., Any]:
-    """Returns the function; with ``records`` its first argument is a recording, which is told what is computed again."""
+    """Generates the function of a program.
+
+    Args:
+        program: the program.
+        keep: local values to return in place of the outputs.
+        records: whether the first argument of the function is a recording, which learns what is computed again.
+    """
     names = [i.name for i in program.inputs]
     writer = SourceWriter("simulated", ["_run", *names] if records else names)
     for item in program.inputs:
         if item.kind == "local":
-            continue  # handed in as lanes
+            continue  # given as rank groups
         if max(program.lanes[item.name]) > 0:
             call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.lanes[i.name]))
             writer.line(f"{item.name} = {call}({item.name})")
@@ -81,7 +105,7 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
 
 
 class _Binder(InstructionVisitor[None]):
-    """Writes the lines of each instruction, as all lanes run it.
+    """Writes the lines of each instruction, as all rank groups run it.
 
     Args:
         records: whether the function is given a recording, ``_run``.
@@ -91,7 +115,7 @@ class _Binder(InstructionVisitor[None]):
         self.writer, self.program, self.lanes, self.records = writer, program, program.lanes, records
         self.bucket_of: dict[str, tuple[Move, ...]] = {}  # output of a move that was started with others -> all of them
         self.done: set[str] = set()  # outputs of moves that the first of their bucket did
-        self.noted: dict[str, SimulatedMove] = {}  # output of a move whose start logs are told -> what runs it
+        self.noted: dict[str, SimulatedMove] = {}  # output of a move whose start is logged -> the move
 
     def call(self, call: Call) -> None:
         self.writer.context(call.autocast, call.grad)
@@ -117,10 +141,10 @@ class _Binder(InstructionVisitor[None]):
             self.writer.line(f"_run.moved({again}, {move.source}, {move.output})")
 
     def start_moves(self, start: StartMoves) -> None:
-        """Writes next to nothing, for nothing travels here: the first of the moves to end does it all."""
+        """Writes hardly anything, as nothing travels here: the first of the moves to end does everything."""
         if len(start.moves) > 1:
             self.bucket_of |= dict.fromkeys((move.output for move in start.moves), start.moves)
-        elif self.program.copies:  # logs are told, for they say what runs meanwhile
+        elif self.program.copies:  # logged, as logs show what runs meanwhile
             (move,) = start.moves
             runner = self.noted[move.output] = SimulatedMove(move, self.lanes[move.source])
             self.writer.names["_logs"] = record._active
@@ -149,7 +173,7 @@ class _Binder(InstructionVisitor[None]):
 
 
 def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
-    """The call of every lane, by itself: what it saves is computed again lane by lane."""
+    """Writes a call per rank group, since what each saves is computed again separately."""
     made = []
     for rank in representatives(call.lanes):
         computation, names = computation_of(call, program, rank)
@@ -166,7 +190,7 @@ def _write_many(writer: SourceWriter, call: Call) -> None:
 
 
 def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
-    """One comprehension over the lanes of the call; each input is read at the lane its own value has there."""
+    """Writes one comprehension over the rank groups of the call; each input is read at its own rank group."""
     ranks = representatives(call.lanes)
     reads: dict[str, str] = {}  # text of the read -> loop variable
     columns: list[list[Any]] = []
@@ -207,6 +231,13 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
 
 
 def gather_lanes(values: list[Tensor], layout: Layout, shape: tuple[int, ...], lanes: RankGroups) -> Tensor:
-    """Returns the global tensor that the lanes hold together, pending sums included."""
+    """Joins the tensors of rank groups to the global tensor, and does pending sums.
+
+    Args:
+        values: the tensor of each rank group.
+        layout: their layout.
+        shape: global shape.
+        lanes: the rank groups.
+    """
     steps = steps_between(layout, Layout.replicated(layout.mesh, layout.ndim), shape)
     return run_steps([values[i] for i in lanes], steps, shape)[0]

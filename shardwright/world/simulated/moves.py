@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.instructions import Move
 from shardwright.ir.rank_groups import RankGroups
 from shardwright.ir.redistribution import Redistribution
@@ -17,9 +16,9 @@ from shardwright.world.simulated.steps import prepare
 
 
 class SimulatedMove:
-    """One move of the program, over lanes.
+    """One move of the program, over rank groups.
 
-    Where the program starts it before, that is told to logs alone, by :meth:`note_start`.
+    Where the program starts it early, only logs learn of that, by :meth:`note_start`.
     """
 
     def __init__(self, move: Move, source_lanes: RankGroups):
@@ -40,7 +39,7 @@ class SimulatedMove:
         return self.forward(lanes)
 
     def note_start(self, lanes: Sequence[Tensor]) -> None:
-        """Tells the logs that the move starts, and in the backward pass, where it is the other way round, that it is over."""
+        """Records in the logs that the move starts. In the backward pass, which is reversed, it records the end."""
         self.recorded = record.emit(self.record, lanes[0].dtype, "forward", ends_later=True)
         self.is_started, self.ends_later = True, lanes[0].grad_fn is not None
         if lanes[0].grad_fn is not None:
@@ -56,7 +55,7 @@ class SimulatedMove:
         return self.move_forward(lanes)
 
     def again(self, *lanes: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         if record._active:
             record.emit(self.record, lanes[0].dtype, "recompute")
         return self.move_forward(lanes)
@@ -104,7 +103,7 @@ class SimulatedFusedMoves:
         return [v for part, lanes in zip(self.parts, given, strict=True) for v in part.move_forward(lanes)]
 
     def again(self, *flat: Tensor) -> list[Tensor]:
-        """Forward once more, for the backward pass."""
+        """Runs the forward a second time, for the backward pass."""
         return self.forward(flat, "recompute")
 
     def backward(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -117,6 +116,14 @@ class SimulatedFusedMoves:
         results: list[Tensor | None] = []
         for part, gradients, is_used, count in zip(self.parts, given, used, self.counts[0], strict=True):
             results += part.move_backward(gradients) if is_used else [None] * count
+        return results
+
+    def backward_differentiably(self, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns what :meth:`backward` does, as values that can be differentiated: each member by itself."""
+        results: list[Tensor | None] = []
+        for part, gradients, count in zip(self.parts, _split(flat, self.counts[1]), self.counts[0], strict=True):
+            is_used = gradients[0] is not None
+            results += apply_move(Reversed(part), gradients) if is_used else [None] * count
         return results
 
 
@@ -135,7 +142,6 @@ class _TogetherFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:
@@ -144,11 +150,13 @@ class _TogetherFunction(torch.autograd.Function):
         for each in _split(list(zip(gradients, ctx.shapes, strict=True)), ctx.together.counts[1]):
             used = any(g is not None for g, _ in each)
             filled += [known.new_zeros(shape) if used and g is None else g for g, shape in each]
+        if torch.is_grad_enabled():
+            return (None, *ctx.together.backward_differentiably(filled))
         return (None, *ctx.together.backward(filled))
 
 
 class SimulatedPieces:
-    """A redistribution over the pieces of all ranks, one after the other; those of ranks outside a mesh left out."""
+    """Redistribution over the pieces of all ranks, one after the other; ranks outside a mesh have none."""
 
     def __init__(self, plan: Redistribution, size: int):
         self.plan = plan
@@ -170,19 +178,35 @@ class SimulatedPieces:
 
 
 def _positions(ranks: Sequence[int], size: int) -> RankGroups:
-    """For every rank its position in ``ranks``, -1 where it is not there."""
+    """Returns the position of every rank in ``ranks``, -1 where it is not in it."""
     position = {rank: i for i, rank in enumerate(ranks)}
     return tuple(position.get(rank, -1) for rank in range(size))
 
 
-def apply_move(move: SimulatedMove | SimulatedPieces, lanes: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the move, differentiably."""
+class Reversed:
+    """A move the other way: the backward of a move, whose own backward is the move again.
+
+    A move is linear, so the derivative of its backward carries what comes in as the move itself carries values.
+    """
+
+    def __init__(self, move: SimulatedMove | SimulatedPieces | Reversed):
+        self.move = move
+
+    def forward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        return self.move.backward(gradients)
+
+    def backward(self, lanes: Sequence[Tensor]) -> list[Tensor]:
+        return self.move.forward(lanes)
+
+
+def apply_move(move: SimulatedMove | SimulatedPieces | Reversed, lanes: Sequence[Tensor]) -> list[Tensor]:
+    """Runs a move on the tensors of rank groups, differentiably."""
     return list(_MoveFunction.apply(move, *lanes))
 
 
 class _MoveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, move: SimulatedMove | SimulatedPieces, *lanes: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, move: SimulatedMove | SimulatedPieces | Reversed, *lanes: Tensor) -> tuple[Tensor, ...]:
         ctx.move, ctx.count = move, len(lanes)
         ctx.set_materialize_grads(False)
         results = tuple(_distinct(move.forward(lanes), lanes))
@@ -190,17 +214,18 @@ class _MoveFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         known = next((g for g in gradients if g is not None), None)
         if known is None:  # the result plays no part
             return (None,) * (1 + ctx.count)
         filled = [known.new_zeros(shape) if g is None else g for g, shape in zip(gradients, ctx.shapes, strict=True)]
+        if torch.is_grad_enabled():
+            return (None, *apply_move(Reversed(ctx.move), filled))
         return (None, *ctx.move.backward(filled))
 
 
 def representatives(lanes: RankGroups) -> list[int]:
-    """Returns one rank of each lane."""
+    """Returns one rank of each rank group."""
     first: dict[int, int] = {}
     for rank, own in enumerate(lanes):
         first.setdefault(own, rank)
@@ -208,7 +233,7 @@ def representatives(lanes: RankGroups) -> list[int]:
 
 
 def _distinct(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the same tensors, none of them twice and none of them an input: autograd forbids aliases."""
+    """Copies tensors that come twice or are inputs: autograd forbids aliases."""
     seen = {id(t) for t in inputs}
     result = []
     for value in values:

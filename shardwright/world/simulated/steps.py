@@ -1,8 +1,8 @@
-"""The steps of a redistribution on a list of tensors: the collectives of the simulated world.
+"""Steps of a redistribution on a list of tensors: the collectives of the simulated world.
 
-A value is a list of tensors, one a lane; ranks in one lane hold the same tensor. Which tensors a step combines, and
-which ranks end up with the same, follows from the layouts alone, so it is worked out once: :func:`prepare` turns steps
-into a list of computations on lanes. Sums run in the order of the group, first to last.
+A value is a list of tensors, one per rank group; ranks in one group hold the same tensor. Which tensors a step combines, and
+which ranks end up with the same, follows from the layouts alone, so it is computed once: :func:`prepare` turns steps
+into a list of computations on rank groups. Sums run in the order of the group, first to last.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Compute = Callable[[Values], Tensor]
 
 
 class Prepared:
-    """Steps as computations on lanes.
+    """Steps as computations on rank groups.
 
     Args:
-        stages: for every step, the computation of each lane it makes.
-        lanes: for every rank, the lane it holds after the last step; -1 where it holds nothing.
+        stages: for every step, the computation of each rank group that it makes.
+        lanes: for every rank, its rank group after the last step; -1 where it holds nothing.
     """
 
     def __init__(self, stages: list[list[Compute]], lanes: RankGroups):
@@ -44,7 +44,7 @@ class Prepared:
 
 @lru_cache(maxsize=16384)
 def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: RankGroups) -> Prepared:
-    """Returns the computations that run ``steps`` on values of which rank ``r`` holds lane ``lanes[r]``, or nothing (-1)."""
+    """Prepares ``steps`` for values of which rank ``r`` holds rank group ``lanes[r]``, or nothing (-1)."""
     stages = []
     for step in steps:
         keys = _KEYS[step.kind](step, shape, lanes)
@@ -55,13 +55,13 @@ def prepare(steps: tuple[Step, ...], shape: tuple[int, ...], lanes: RankGroups) 
 
 
 def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, ...]) -> list[Any]:
-    """Returns the values after every step; ``values[r]`` is what rank ``r`` holds, ``None`` where its mesh does not have it."""
+    """Runs every step on ``values[r]``, the value of rank ``r``; ``None`` for ranks outside the mesh."""
     prepared = prepare(steps, shape, tuple(-1 if v is None else r for r, v in enumerate(values)))
     results = prepared(values)
     return [None if lane < 0 else results[lane] for lane in prepared.lanes]
 
 
-# -- keys: for every rank, what its result is computed from; equal keys are computed once ---------------------------------
+# -- keys: for every rank, the sources of its result; equal keys are computed once -----------------------------------------
 
 
 def _by_rank(step: Step, lanes: RankGroups, of: Callable[[int, list[int]], Any]) -> list[Any]:
@@ -124,7 +124,7 @@ def _extent(bounds: Bounds) -> tuple[int, ...]:
 
 
 def _cuts(have: Bounds, want: Bounds) -> Cuts:
-    """How to narrow the piece ``have`` of a global tensor to its region ``want``."""
+    """Computes how to narrow the piece ``have`` of a global tensor to its region ``want``."""
     return tuple(
         (dim, min(c - a, b - a), d - c) for dim, ((a, b), (c, d)) in enumerate(zip(have, want, strict=True)) if (a, b) != (c, d)
     )

@@ -1,7 +1,7 @@
-"""The simulated world: all ranks in lock step in one process, differentiable, with exact values.
+"""Simulated world: all ranks in lock step in one process, differentiable, with exact values.
 
-A value is a list of tensors, one a lane (see :mod:`shardwright.ir.rank_groups`): ranks that compute the same thing are
-computed once. Collectives are differentiable functions over such lists.
+A value is a list of tensors, one per rank group (see :mod:`shardwright.ir.rank_groups`): ranks that compute the same thing
+are computed once. Collectives are differentiable functions over such lists.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ class SimulatedWorld(World):
         return True
 
     def on_first_rank(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` and returns its result: all ranks are this process."""
+        """Calls ``make`` and returns its result, as all ranks are this process."""
         return make()
 
     def compare(self, stage: str, describe: Callable[[], Described]) -> None:
-        """Does nothing: there is one process."""
+        """Does nothing, as there is one process."""
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Returns the numbers of this process, the only one."""
         return [list(numbers)]
 
     def agree_on_random_state(self) -> None:
-        """Does nothing: there is one generator."""
+        """Does nothing, as there is one generator."""
 
     def place_parameters(
         self,
@@ -84,19 +84,28 @@ class SimulatedWorld(World):
         device: torch.device,
         slices: Mapping[str, tuple[Layout, tuple[int, ...]]] | None = None,
     ) -> dict[str, Layout]:
-        """Gives delayed parameters their whole values; all of them stay whole, and programs cut them."""
+        """Gives delayed parameters their whole values. All parameters stay whole, and programs cut them.
+
+        Args:
+            root, layouts, device, slices: see :meth:`World.place_parameters`.
+        """
         materialise_whole(root)
         return dict(layouts)
 
     def gather(self, piece: Tensor, source: Layout, shape: Sequence[int], target: Layout | None = None) -> Tensor:
-        """Returns a view of the tensor, which was handed in whole."""
+        """Returns a view of the tensor, which the caller gave whole.
+
+        Args:
+            piece, source, shape, target: see :meth:`World.gather`.
+        """
         return piece.view_as(piece) if piece.requires_grad else piece.detach()
 
     def bind(self, program: LocalProgram, keep: tuple[str, ...] | None = None) -> Callable[..., Any]:
-        """Returns the program as a function of its inputs, given as global tensors.
+        """Makes a function of a program, on global tensors.
 
         Args:
-            keep: names of local values to return, as lanes, in place of the outputs.
+            program: the program.
+            keep: names of local values to return, one per rank group, in place of the outputs.
 
         Returns:
             A function to ``(outputs, updated buffers)``, global tensors.
@@ -114,15 +123,16 @@ class SimulatedWorld(World):
         shape: Sequence[int],
         partial_gradient: Sequence[str] = (),
     ) -> list[Tensor | None]:
-        """Moves a tensor from one layout to another, over the same ranks or others; differentiable.
+        """Moves a tensor between layouts over the same ranks or others; differentiable.
 
         Args:
-            values: what each rank holds, its piece of ``source``; ``None`` for ranks that are not in it.
+            values: each rank's piece of ``source``; ``None`` for ranks that are not in it.
+            source, target: the layouts.
             shape: global shape.
             partial_gradient: axes of the target over which the gradients that come back are parts of a sum.
 
         Returns:
-            What each rank holds of ``target``; ``None`` for ranks that are not in it.
+            Each rank's piece of ``target``; ``None`` for ranks that are not in it.
 
         Raises:
             StrategyError: layouts beyond the world's ranks, a target with a reduction pending that the source does not have.

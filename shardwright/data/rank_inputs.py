@@ -1,10 +1,10 @@
-"""What ranks hand in: slices, whose global shapes all ranks together know.
+"""Finds the global shapes and layouts of inputs of which each rank has a slice.
 
-- :func:`handed_in` is for a call of a net: local tensors to global shapes and the strategy to plan with. In a real job the
-  ranks compare the shapes of their slices at each call, for a rank cannot tell from its own slice that another one's is
-  shorter, as in an uneven last batch; not where all hand in the whole.
-- :func:`step_inputs` is for a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
-  take as slices and any other code sees as the whole tensor.
+- :func:`global_inputs` serves a call of a net: from local tensors it finds the global shapes and the strategy to plan with.
+  In a real job the ranks compare the shapes of their slices at each call, since a rank cannot tell from its own slice
+  that another one's is shorter, as in an uneven last batch. They do not where every rank gives the whole.
+- :func:`step_inputs` serves a train step, which runs as it is: its tensors become :class:`Slice`, which the nets it calls
+  read as slices and any other code reads as the whole tensor.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What the tensors of a call are: their global shapes, their layouts, and the strategy that plans follow."""
+class GlobalInputs:
+    """Global shapes and layouts of a call's tensors, and the strategy that plans follow."""
 
     shapes: tuple[Shape, ...]
     layouts: tuple[Layout, ...]
     strategy: Any
 
 
-def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], Handed]:
-    """Returns the tensors to run on, and what they are of global ones.
+def global_inputs(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool) -> tuple[list[Any], GlobalInputs]:
+    """Returns the tensors to run on, and the global tensors that they are slices of.
 
     Args:
         leaves: the flat inputs of a call, tensors and others.
         strategy: the dataset strategy, not ``"full_batch"``.
-        of_step: whether the call is made by a train step: then only its inputs are slices.
+        world: the world whose ranks give them.
+        of_step: whether a train step makes the call: then only the step's inputs are slices.
 
     Raises:
         StrategyError: the strategy does not fit the inputs, or the ranks' slices do not fit together.
@@ -63,19 +64,19 @@ def handed_in(leaves: Sequence[Any], strategy: Any, world: World, of_step: bool)
         followed = "data_parallel"
     elif all(isinstance(entry, tuple) for entry in entries):
         followed = tuple(entries)
-    described = Handed(tuple(tuple(t.shape) for t in tensors), tuple(layouts), followed)
+    described = GlobalInputs(tuple(tuple(t.shape) for t in tensors), tuple(layouts), followed)
     return [leaf.run_on() if isinstance(leaf, Slice) else leaf for leaf in leaves], described
 
 
-def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[list[Any], Handed]:
-    """What was handed in, with slices of dim 0 gathered: for nets that take their batch in parts, one after the other.
+def whole_samples(leaves: Sequence[Any], given: GlobalInputs, world: World) -> tuple[list[Any], GlobalInputs]:
+    """Gathers slices of dim 0, for nets that process their batch in parts.
 
-    A part of a rank's slice is not the rank's slice of a part: which samples meet in a batch norm or get which dropout mask
-    would be another matter than on a single device.
+    A part of a rank's slice is not the rank's slice of a part: other samples would meet in a batch norm, and get other dropout
+    masks, than on a single device.
     """
-    if not any(layout.ndim and layout.bound[0] for layout in handed.layouts):
-        return list(leaves), handed
-    known = iter(zip(handed.shapes, handed.layouts))
+    if not any(layout.ndim and layout.bound[0] for layout in given.layouts):
+        return list(leaves), given
+    known = iter(zip(given.shapes, given.layouts))
     found, layouts = [], []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -87,30 +88,36 @@ def whole_samples(leaves: Sequence[Any], handed: Handed, world: World) -> tuple[
             layouts.append(layout)
         found.append(leaf)
     strategy = "full_batch" if all(layout.is_replicated for layout in layouts) else tuple(layouts)
-    return found, Handed(handed.shapes, tuple(layouts), strategy)
+    return found, GlobalInputs(given.shapes, tuple(layouts), strategy)
 
 
 def step_inputs(args: Any, kwargs: Any, strategy: Any, world: World) -> tuple[Any, Any]:
-    """Returns the inputs of a train step, each tensor as a :class:`Slice` of the global one."""
+    """Turns the tensor inputs of a train step into :class:`Slice` of the global ones.
+
+    Args:
+        args, kwargs: the inputs.
+        strategy: the dataset strategy.
+        world: the world whose ranks give them.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    handed = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
-    told = handed.strategy
-    entries = told if isinstance(told, tuple) else [told] * len(handed.shapes)
-    known = iter(zip(handed.shapes, handed.layouts, entries))
+    given = _describe([leaf for leaf in leaves if isinstance(leaf, Tensor)], strategy, world)
+    told = given.strategy
+    entries = told if isinstance(told, tuple) else [told] * len(given.shapes)
+    known = iter(zip(given.shapes, given.layouts, entries))
     marked = [Slice.of(leaf, *next(known), world) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(marked, spec)  # type: ignore[no-any-return]
 
 
 class Slice(Tensor):
-    """A rank's slice of a tensor that was handed to a train step: for any code but a net, the whole tensor.
+    """A rank's slice of a tensor that was given to a train step; to any code but a net, the whole tensor.
 
     The first operator that reads it gathers it, so that the step computes what the single device computes. A net reads the
-    slice itself. What was changed in place is a slice no more.
+    slice itself. After a change in place it is the whole tensor for nets too.
     """
 
     piece: Tensor
     laid_out: Layout
-    entry: Any  # what the strategy says of it
+    entry: Any  # its entry in the strategy
     _world: World
     _shape: Shape
     _whole: Tensor | None
@@ -123,7 +130,7 @@ class Slice(Tensor):
         return made
 
     def whole(self) -> Tensor:
-        """Returns the global tensor; gathered at the first call, which all ranks make."""
+        """Returns the global tensor. The first call gathers it; all ranks make that call."""
         own = self.__dict__
         whole: Tensor | None = own["_whole"]
         if whole is None:
@@ -134,14 +141,14 @@ class Slice(Tensor):
 
     @property
     def changed(self) -> bool:
-        """Whether the whole tensor was changed in place since it was gathered."""
+        """Tells whether the whole tensor was changed in place since it was gathered."""
         whole = self.__dict__["_whole"]
         if whole is None:
             return False
         return whole._version != self.__dict__["_version_then"] or whole.requires_grad != self.piece.requires_grad
 
     def run_on(self) -> Tensor:
-        """What a net reads: the slice, or the whole tensor where that was changed."""
+        """Returns the tensor that a net reads: the slice, or the whole tensor where that was changed."""
         return self.whole() if self.changed else self.piece
 
     @classmethod
@@ -155,7 +162,7 @@ class Slice(Tensor):
         return func(*args, **kwargs)
 
 
-# What can be told of the whole tensor without gathering it.
+# Properties of the whole tensor that need no gathering.
 _ABOUT_SHAPE: set[Any] = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__}
 _ABOUT_SHAPE |= {getattr(Tensor, name).__get__ for name in ("shape", "ndim")}
 _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "device", "requires_grad")}
@@ -164,8 +171,8 @@ _ABOUT_PIECE: set[Any] = {getattr(Tensor, name).__get__ for name in ("dtype", "d
 # -- from local shapes to global ones ------------------------------------------------------------------------------------
 
 
-def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> Handed:
-    """What these tensors are, of the global ones: the ranks' together, the caller's where he has the whole."""
+def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> GlobalInputs:
+    """Finds the global tensors of these: joined from the ranks' slices, or the caller's own where they are whole."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if world.inputs_are_whole or world.size == 1 or _asks_for_whole(strategy):
         return _of_whole(tuple(shapes), strategy, world.size)
@@ -175,23 +182,23 @@ def _describe(tensors: Sequence[Tensor], strategy: Any, world: World) -> Handed:
 
 
 def _asks_for_whole(strategy: Any) -> bool:
-    """Tells whether every rank is to hand in all of every tensor: then its own shapes are the global ones."""
+    """Tells whether every rank gives whole tensors, so that local shapes are the global ones."""
     if not isinstance(strategy, tuple):
         return False
     return all(e.is_replicated if isinstance(e, Layout) else all(count == 1 for count in e) for e in strategy)
 
 
 @lru_cache(maxsize=1024)
-def _of_whole(shapes: tuple[Shape, ...], strategy: Any, size: int) -> Handed:
+def _of_whole(shapes: tuple[Shape, ...], strategy: Any, size: int) -> GlobalInputs:
     first = next((shape[0] for shape in shapes if shape), 0)
     carries = [bool(shape) and shape[0] == first for shape in shapes]
     layouts = tuple(layouts_of(strategy, list(map(len, shapes)), carries, size))
     uneven = strategy == "data_parallel" and first % size
-    return Handed(shapes, layouts, layouts if uneven else strategy)
+    return GlobalInputs(shapes, layouts, layouts if uneven else strategy)
 
 
 @lru_cache(maxsize=1024)
-def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) -> Handed:
+def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) -> GlobalInputs:
     read = [_tensors(numbers) for numbers in everyone]
     by_rank = [shapes for shapes, _ in read]
     here, its_dtypes = read[0]
@@ -216,13 +223,11 @@ def _of_slices(everyone: tuple[tuple[int, ...], ...], strategy: Any, size: int) 
     as_told = exact == tuple(layouts)
     if strategy == "data_parallel":
         as_told = as_told and all(shape[0] % size == 0 for shape, carried in zip(whole, carries) if carried)
-    return Handed(whole, exact, strategy if as_told else exact)
+    return GlobalInputs(whole, exact, strategy if as_told else exact)
 
 
 def _joined(position: int, layout: Layout, given: Sequence[Shape], problems: Problems) -> tuple[Shape, Layout]:
-    """Returns the global shape of an input of which each rank has such a slice; the layout, with the slices' sizes if need
-    be.
-    """
+    """Joins the slices of one input: returns its global shape, and its layout, with explicit piece sizes if needed."""
     mesh, sizes, shape = layout.mesh, list(layout.sizes), []
     for dim, axes in enumerate(layout.bound):
         found: dict[int, tuple[int, int]] = {}  # piece -> its size, and the rank that said so
@@ -253,12 +258,12 @@ _DIMS = 8  # bits for the number of dims, before those of the dtype
 
 @lru_cache(maxsize=1)
 def _dtypes() -> list[torch.dtype]:
-    """Returns all dtypes, in an order that every rank has."""
+    """Lists all dtypes, in an order that is the same on every rank."""
     return sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
 
 def _tensors(numbers: Sequence[int]) -> tuple[list[Shape], list[torch.dtype]]:
-    """Shapes and dtypes out of one row of numbers: of each, how many dims and of what, and which."""
+    """Decodes shapes and dtypes from one row of numbers: per tensor the number of dims, their sizes, and the dtype."""
     shapes, dtypes, at = [], [], 0
     while at < len(numbers):
         ndim = numbers[at] & (1 << _DIMS) - 1

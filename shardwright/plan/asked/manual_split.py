@@ -1,7 +1,7 @@
-"""Attributes by which a user takes layouts into their own hands.
+"""Attributes that take an operator's layouts as the user gives them.
 
-``manual_split``: rows of a table cut as told, ``self_define_shard``: an operator that runs on pieces as told,
-``skip_redistribution``: a reshape beside which nothing moves.
+``manual_split``: the rows of a table are cut as given; ``self_define_shard``: an operator runs on pieces as given;
+``skip_redistribution``: nothing moves before or after a reshape.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ from shardwright.rules.traits import traits_of
 
 
 def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, devices: int, problems: Problems) -> Node:
-    """Returns a lookup whose table has slices of these rows.
+    """Makes a lookup whose table has slices of these rows.
 
     Where the last dim of the indices is cut into as many slices, each reads its own rows and nothing is summed.
+
+    Args:
+        node: the lookup.
+        rows: of each slice.
+        table, indices: positions of these inputs.
+        devices: number of ranks.
+        problems: collects what is wrong.
     """
     what, before = f"{where_of(node)}: manual_split {rows}", len(problems.lines)
     if not traits_of(node.op).embeds or node.op.argument("sparse") or node.op.argument("scale_grad_by_freq"):
@@ -58,7 +65,7 @@ def split_by_hand(node: Node, rows: tuple[int, ...], table: Any, indices: Any, d
 def _lookup_layouts(
     node: Node, slices: int, table: Any, indices: Any, devices: int, what: str, problems: Problems
 ) -> tuple[Layout, Layout] | None:
-    """Returns the layouts of table and indices, whether they were given as Layouts or as slice counts."""
+    """Returns the layouts of table and indices, given as Layouts or as slice counts."""
     ndim = len(node.op.inputs[1].shape)
     if isinstance(table, tuple) and isinstance(indices, tuple):
         return _lookup_counts(slices, table, indices, ndim, devices, what, problems)
@@ -111,7 +118,7 @@ def _lookup_counts(
 
 
 def self_defined(node: Node, devices: int, problems: Problems) -> Node:
-    """Returns an operator that runs on local pieces in the layouts given; their correctness is the user's."""
+    """Makes an operator that runs on local pieces in the given layouts; the user answers for its results."""
     mark, op, before = node.mark, node.op, len(problems.lines)
     what = f"{where_of(node)}: self_define_shard"
     if mark is None:

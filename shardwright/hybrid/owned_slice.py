@@ -1,4 +1,4 @@
-"""Parameters of which each rank owns a slice, in programs that say themselves what each rank does."""
+"""Parameters of which each rank owns a slice, in per-rank programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ArgumentTypeError, LayoutError
-from shardwright.hybrid.mesh import current_over
+from shardwright.hybrid.mesh import current_mesh
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.parameters.delayed.recorder import is_delayed
@@ -20,8 +20,8 @@ _OWN = "shardwright_own"
 
 
 @dataclass(frozen=True)
-class Own:
-    """What a parameter says of itself: how the slices of all ranks make up the whole, and whether it is one of them."""
+class OwnedSlice:
+    """Description of an owned parameter: how the slices of all ranks make up the whole, and whether it is one of them."""
 
     mesh: Mesh
     axes: tuple[str, ...]
@@ -31,14 +31,14 @@ class Own:
 
     @property
     def layout(self) -> Layout:
-        """Where the slices are."""
+        """Layout of the slices."""
         dims: list[tuple[str, ...]] = [()] * len(self.shape)
         dims[self.dim] = self.axes
         return Layout.of(self.mesh, dims)
 
 
-class OwnParameter(nn.Parameter):
-    """A parameter that remembers what :func:`own` was told, through copies too."""
+class OwnedParameter(nn.Parameter):
+    """A parameter that remembers its :class:`OwnedSlice`, through copies too."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
@@ -46,17 +46,17 @@ class OwnParameter(nn.Parameter):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (self.detach(), self.requires_grad, own_of(self))
+        return _rebuilt, (self.detach(), self.requires_grad, owned_slice_of(self))
 
 
-def _rebuilt(value: Tensor, requires_grad: bool, told: Own | None) -> nn.Parameter:
-    made = OwnParameter(value, requires_grad)
-    setattr(made, _OWN, told)
+def _rebuilt(value: Tensor, requires_grad: bool, owned: OwnedSlice | None) -> nn.Parameter:
+    made = OwnedParameter(value, requires_grad)
+    setattr(made, _OWN, owned)
     return made
 
 
 def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool = False) -> nn.Parameter:
-    """Returns a parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
+    """Makes a parameter of which every rank along some axes owns a slice: its gradient is not summed over them.
 
     On a real rank the result is that rank's slice. Simulated ranks share one process, so there it is the whole, of which
     each rank's program sees its slice when it runs. Slices are cut as ``torch.chunk`` cuts.
@@ -72,7 +72,8 @@ def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool =
         An ``nn.Parameter``, to be used as the rank's slice.
 
     Raises:
-        ArgumentTypeError: not a tensor. LayoutError: no such axis or dim, or a dim with fewer rows than slices.
+        ArgumentTypeError: not a tensor.
+        LayoutError: no such axis or dim, or a dim with fewer rows than slices.
 
     >>> own(torch.ones(8, 2), "dp").shape  # simulated: the whole
     torch.Size([8, 2])
@@ -80,19 +81,19 @@ def own(value: Tensor, axes: str | Sequence[str], dim: int = 0, is_slice: bool =
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"own({value!r}): give the whole tensor")
     names = (axes,) if isinstance(axes, str) else tuple(axes)
-    told = _told(value, names, dim, is_slice)
+    owned = _checked_slice(value, names, dim, is_slice)
     requires_grad = value.requires_grad if isinstance(value, nn.Parameter) else True
     data = value.detach()
     world = current_world()
-    if world.keeps_pieces and told.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
+    if world.keeps_pieces and owned.mesh.size > 1 and not is_delayed(value):  # values to come are cut then
         if not is_slice:
-            data = data[told.layout.slices(told.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
-        told = replace(told, is_slice=True)
-    return _rebuilt(data, requires_grad, told)
+            data = data[owned.layout.slices(owned.shape)[world.rank]].clone(memory_format=torch.contiguous_format)
+        owned = replace(owned, is_slice=True)
+    return _rebuilt(data, requires_grad, owned)
 
 
-def _told(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> Own:
-    mesh = current_over().mesh
+def _checked_slice(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> OwnedSlice:
+    mesh = current_mesh().mesh
     unknown = [name for name in names if name not in mesh.axes]
     if unknown or not names:
         raise LayoutError(f"own(axes={names}): the axes of the mesh are {', '.join(mesh.axes)}; name one of them")
@@ -106,14 +107,14 @@ def _told(value: Tensor, names: tuple[str, ...], dim: int, is_slice: bool) -> Ow
         shape[dim] *= count
     if shape[dim] < count:
         raise LayoutError(f"own: dim {dim} of {shape} cannot be cut into {count} slices along {', '.join(names)}")
-    return Own(mesh, mesh.ordered(names), dim, tuple(shape), is_slice and mesh.size > 1)
+    return OwnedSlice(mesh, mesh.ordered(names), dim, tuple(shape), is_slice and mesh.size > 1)
 
 
-def own_of(parameter: Any) -> Own | None:
-    """What :func:`own` was told of a parameter; ``None`` of one that all ranks hold alike."""
+def owned_slice_of(parameter: Any) -> OwnedSlice | None:
+    """Returns the :class:`OwnedSlice` of a parameter made by :func:`own`; ``None`` for any other."""
     return getattr(parameter, _OWN, None)
 
 
-def slice_shape(told: Own, rank: int) -> tuple[int, ...]:
+def slice_shape(owned: OwnedSlice, rank: int) -> tuple[int, ...]:
     """Returns the shape of a rank's slice."""
-    return told.layout.local_shape(told.shape, rank)
+    return owned.layout.local_shape(owned.shape, rank)

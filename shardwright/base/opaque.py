@@ -1,0 +1,168 @@
+"""Opaque functions: code of the user's that is one operator, with its own forward and its own backward.
+
+``torch.export`` records the operators that a function is made of, and so loses a backward that is the user's own. An opaque
+function is recorded as one call instead: of :data:`FUNCTION`, whose arguments are the tensors and the function's number. Where
+the program runs, the function itself is called, on whole tensors, and autograd differentiates what it does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from shardwright.base.operators import may_draw
+from shardwright.base.torch_private import TorchDispatchMode, pytree
+from shardwright.base.user_code import globals_read
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, OpaqueFunction] = weakref.WeakValueDictionary()
+
+
+class _Place:
+    """Stands for a tensor in the structure of a result."""
+
+    def __repr__(self) -> str:
+        return "a tensor"
+
+
+_TENSOR = _Place()
+
+
+class OpaqueFunction:
+    """A function of tensors that is one operator.
+
+    Args:
+        name: what the operator is called in plans and programs.
+        call: takes tensors, and returns a nested result of tensors and constants.
+
+    Attributes:
+        tags: what is known of it, as of torch's operators: whether its forward was seen to draw random numbers.
+        may_be_split: whether its forward and backward may be run on tensors without values, to see if pieces of the tensors
+            would give pieces of the result; those with effects besides may not.
+        traces: what was seen then.
+        result: the structure of what it returned when it was captured, with its constants.
+
+    >>> double = OpaqueFunction("double", lambda x: (2 * x, "doubled"))
+    >>> double(torch.ones(2))
+    (tensor([2., 2.]),)
+    >>> double.with_result([torch.zeros(1)])
+    (tensor([0.]), 'doubled')
+    """
+
+    def __init__(self, name: str, call: Callable[..., Any]):
+        self.__name__ = self.__qualname__ = name
+        self.__module__ = "user"
+        self.call = call
+        self.tags: set[torch.Tag] = set()
+        self.result: tuple[Any, list[Any]] | None = None
+        self.may_be_split = False
+        self.traces: dict[Any, Any] = {}
+        self.number = next(_numbers)
+        _by_number[self.number] = self
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    def __deepcopy__(self, memo: Any) -> OpaqueFunction:
+        return self
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Calls the function; returns the tensors of its result.
+
+        Raises:
+            RuntimeError: the result has another structure, or other constants, than when it was captured.
+        """
+        leaves, spec = pytree.tree_flatten(self.call(*tensors))
+        found = (spec, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        if self.result is None:
+            self.result = found
+        elif found != self.result:
+            now, before = (pytree.tree_unflatten(kept, form) for form, kept in (found, self.result))
+            raise RuntimeError(
+                f"{self.__name__} returned {now}, and {before} when it was captured: in a parallel program a function with a "
+                "backward of its own returns as many tensors, and the same constants, in every call"
+            )
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def with_result(self, tensors: Sequence[Tensor]) -> Any:
+        """Returns the nested result with these tensors in it."""
+        assert self.result is not None, self
+        spec, leaves = self.result
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in leaves], spec)
+
+
+def reads_outside(function: Any) -> bool:
+    """Tells whether a function reads Python objects from outside that can change, such as a list to which it appends.
+
+    >>> log = []
+    >>> reads_outside(lambda x: log.append(x)), reads_outside(lambda x: torch.sin(x))
+    (True, False)
+    """
+    if getattr(function, "__closure__", None):
+        return True
+    code = getattr(function, "__code__", None)
+    names = globals_read(code) if code is not None else ()
+    scope = getattr(function, "__globals__", {})
+    fixed = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, int, float, str, torch.dtype)
+    return any(not isinstance(scope[name], fixed) for name in names if name in scope)
+
+
+class _Draws(TorchDispatchMode):
+    """Finds out whether operators within the block draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or may_draw(function)
+        return function(*args, **(kwargs or {}))
+
+
+def opaque_function(number: int) -> OpaqueFunction:
+    """Returns the function that a recorded call names; somebody else has to hold it."""
+    return _by_number[number]
+
+
+def _run_function(inputs: list[Tensor], number: int) -> list[Tensor]:
+    function = opaque_function(number)
+    with _Draws() as draws:
+        made = list(function(*inputs))
+    if draws.found:
+        function.tags.add(torch.Tag.nondeterministic_seeded)
+    return made
+
+
+_library = torch.library.Library("shardwright_opaque", "DEF")
+_library.define("function(Tensor[] inputs, int number) -> Tensor[]")
+_library.define("hook(Tensor input, int number) -> ()")
+_library.define("written_past_autograd(Tensor old, Tensor new) -> Tensor")
+_library.impl("function", _run_function, "CompositeImplicitAutograd")
+_library.impl("hook", lambda x, number: None, "CompositeImplicitAutograd")
+
+
+class _WrittenPastAutograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor) -> Tensor:
+        return new.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+_library.impl("written_past_autograd", _WrittenPastAutograd.apply, "CompositeImplicitAutograd")
+
+FUNCTION = torch.ops.shardwright_opaque.function.default  # the call of an opaque function
+HOOK = torch.ops.shardwright_opaque.hook.default  # says that a function is to be put where the tensor was made
+has_side_effect(HOOK)
+# What a write that autograd does not see leaves: the value of ``new``, with the gradient of ``old``.
+WRITTEN_PAST_AUTOGRAD = torch.ops.shardwright_opaque.written_past_autograd.default
