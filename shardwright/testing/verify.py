@@ -18,7 +18,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.operator import Slot
 from shardwright.parameters.whole import full_value
 from shardwright.testing.difference import difference
-from shardwright.world.simulated.bind import gather_lanes
+from shardwright.world.simulated.bind import gather_rank_groups
 from shardwright.world.simulated.world import SimulatedWorld
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -177,7 +177,7 @@ def _first_difference(
                 local = program.places.get(value)
                 if local not in observed:
                     continue
-                got = gather_lanes(observed[local], program.layouts[local], meta.shape, program.lanes[local])
+                got = gather_rank_groups(observed[local], program.layouts[local], meta.shape, program.rank_groups[local])
                 problem = difference(values[value], got, limit)
                 if problem:
                     return f"{node.where}: {problem}"
