@@ -4,7 +4,7 @@
 ``auto_parallel``     captures, plans, partitions and runs a callable
 ``bound``             a callable, captured, planned, partitioned and bound for one signature of inputs
 ``call_key``          the part of a call's signature that its inputs make
-``held``              checks an ``AutoParallel`` that becomes an attribute of a module without its parameters
+``target_as_module``  the parameters, buffers and submodules that an ``AutoParallel`` has of its target
 ``hybrid``            the mode "hybrid_parallel": a per-rank program, bound to run on all ranks
 ``marking``           strategies, recompute marks and layouts that a user puts on functions, modules and tensors
 ``marks``             gathers the strategies given to modules and parameters, by name or on the modules themselves

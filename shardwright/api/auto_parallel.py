@@ -6,7 +6,7 @@ does the four steps, and calls it.
 
 from __future__ import annotations
 
-import functools
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
 from shardwright.api.bound import BoundCall
 from shardwright.api.call_key import _leaf_key, _out_of_inference
-from shardwright.api.held import watch_holders
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
 from shardwright.api.settings import MODES, Settings
 from shardwright.api.settings_methods import SettingsMethods
+from shardwright.api.target_as_module import TargetAsModule
 from shardwright.base.torch_private import FakeTensor, pytree
 from shardwright.base.user_code import user_line
 from shardwright.capture.caches import register_caches
@@ -48,7 +48,7 @@ logger = logging.getLogger("shardwright")
 MOST_PLANS = 64  # that an AutoParallel keeps; the oldest goes first
 
 
-class AutoParallel(SettingsMethods):
+class AutoParallel(SettingsMethods, TargetAsModule):
     """A single-device callable that runs on all ranks of the world.
 
     The first call for each signature of inputs captures, plans and binds a program; later calls run it. The result is the
@@ -81,9 +81,8 @@ class AutoParallel(SettingsMethods):
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
-        watch_holders(AutoParallel)
         register_caches()
-        self.target = target
+        super().__init__(target)
         compiler = segment_compiler(compile, parallel_mode)
         self.settings = Settings(mode=parallel_mode, collective_mesh=chosen_mesh(), compiler=compiler)
         self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
@@ -93,8 +92,6 @@ class AutoParallel(SettingsMethods):
         self._step: train_step.StepContext | None = None
         self._state: PythonState | None = None
         self._described: tuple[Any, dict[str, Any]] = (None, {})  # key and Python values of the latest planning
-        if not isinstance(target, nn.Module):
-            functools.update_wrapper(self, target, updated=())
         self.__wrapped_function__ = target
 
     def _forget(self) -> None:
@@ -104,7 +101,8 @@ class AutoParallel(SettingsMethods):
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the target in parallel, without the hooks that are registered on this object; calling it does both."""
         if current_session() is not None or self.settings.mode == "stand_alone":
             if current_session() is not None:
                 self._check_nested()
@@ -149,7 +147,7 @@ class AutoParallel(SettingsMethods):
         child._is_step = False
         return child
 
-    def compile(self, *args: Any, **kwargs: Any) -> AutoParallel:
+    def compile(self, *args: Any, **kwargs: Any) -> AutoParallel:  # type: ignore[override]
         """Captures, plans and binds for inputs like these, without running. Otherwise the first call does it.
 
         Raises:
@@ -283,8 +281,6 @@ class AutoParallel(SettingsMethods):
         """The local program of the latest call; prints as readable code of rank 0, and as another rank's by ``text(rank)``."""
         return self.latest.program
 
-    # -- interface of modules ---------------------------------------------------------------------------------------
-
     @property
     def module(self) -> nn.Module:
         """The module that owns the parameters: the target, or the module around the target function."""
@@ -292,28 +288,12 @@ class AutoParallel(SettingsMethods):
             self._root = FunctionModule(self.target)
         return self._root
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return self.module.parameters(recurse)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters(prefix, recurse, remove_duplicate)
-
     def __repr__(self) -> str:
         return f"AutoParallel({self.target!r}, parallel_mode={self.settings.mode!r})"
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Sets attributes of the target that are read through this object: ``net.dropout.p``, ``net.scale``."""
-        target = self.__dict__.get("target")
-        own = name in self.__dict__ or hasattr(type(self), name) or "__wrapped_function__" not in self.__dict__
-        if not own and isinstance(target, nn.Module) and hasattr(target, name):
-            setattr(target, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        target = self.__dict__.get("target")
-        if target is None:
-            raise AttributeError(name)
-        return getattr(target, name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoParallel:
+        """Copies the target and the settings; the copy plans for itself."""
+        other = AutoParallel(copy.deepcopy(self.target, memo), self.settings.mode)
+        memo[id(self)] = other
+        other.settings = replace(self.settings)
+        return other

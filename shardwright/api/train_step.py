@@ -47,6 +47,8 @@ class StepContext:
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             inside = getattr(depth, "value", 0)
+            if "__wrapped_function__" in module.__dict__:  # parallel already
+                return plain(module, *args, **kwargs)
             if inside or not _contexts() or _contexts()[-1] is not self or current_session() is not None:
                 return plain(module, *args, **kwargs)
             if not any(True for _ in itertools.chain(module.parameters(), module.buffers())):

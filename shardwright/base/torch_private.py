@@ -1,4 +1,4 @@
-"""The only door to PyTorch's private modules."""
+"""Door to PyTorch's private modules, the only one."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def measure(ranks: int = 4, seconds: float = 20.0, progress: Callable[[float], N
 
 
 def tables_of(found: list[Measured]) -> dict[str, dict[int, Table]]:
-    """Ranks the algorithms by size, for every operation and number of ranks. A ranking holds to halfway to the next size.
+    """Sorts the algorithms by speed, for every operation and number of ranks. An order holds to halfway to the next size.
 
     The slowdown relative to the fastest algorithm changes slowly with the size, and times are noisy: the sizes next
     to one count too, each with half the weight.

@@ -83,7 +83,7 @@ class _Program(Writer):
         each = enumerate(zip(*(graph.outputs for graph in self.ranks.graphs), strict=True))
         outputs = tuple(self._output(values, f"output {i}") for i, values in each)
         updates = self._updates()
-        return LocalProgram(self.mesh.size, inputs, tuple(self.instructions), outputs, updates, self.lanes, self.layouts)
+        return LocalProgram(self.mesh.size, inputs, tuple(self.instructions), outputs, updates, self.rank_groups, self.layouts)
 
     # -- operators --------------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class _Program(Writer):
             name = self.call_one(torch.narrow, Ref(name), 0, 0, length, hint=name, node=node)
         receives = [collective.receives(position[rank]) for rank in self.everyone]
         steps, dtype = plan(collective, self.mesh, shapes), self.graph.metas[result].dtype
-        lanes = self.everyone if needs_grad else self._after(collective, self.lanes[name])
+        lanes = self.everyone if needs_grad else self._after(collective, self.rank_groups[name])
         edge = f"{collective} at {node.source.partition(': ')[0]}"
         target = self.move(name, steps, dtype, collective.kind, edge, lanes, needs_grad, node, self.new_name(collective.kind))
         self.same[target] = self._after(collective, self.same[name])
@@ -157,7 +157,7 @@ class _Program(Writer):
 
     def _give_up(self, name: str, result: str) -> None:
         """Replaces a result after a problem, so that other problems can be found."""
-        self.lanes[result], self.same[result] = self.lanes[name], self.same[name]
+        self.rank_groups[result], self.same[result] = self.rank_groups[name], self.same[name]
         self.place[result] = result
 
     def _after(self, collective: Collective, before: rank_groups.RankGroups) -> rank_groups.RankGroups:
@@ -206,7 +206,7 @@ class _Program(Writer):
         whole = Layout.replicated(self.mesh, 0)
         steps = redistribution(whole.with_partial(self.all_axes), whole, (), (), Options(itemsize=dtype.itemsize))
         total = self.move(scaled, steps, dtype, "return", f"{name} -> return", rank_groups.of_layout(whole), needs_grad)
-        self.same[total] = self.lanes[total]
+        self.same[total] = self.rank_groups[total]
         return total
 
     def _weights(self) -> list[float]:
@@ -230,10 +230,10 @@ class _Program(Writer):
             name = self.call_one(shared, Ref(name), 1 / holders, hint=name)
         whole = Layout.replicated(self.mesh, len(shape))
         steps = redistribution(source, whole, shape, (), Options(itemsize=meta.dtype.itemsize))
-        if steps.is_identity and max(self.lanes[name]) == 0:
+        if steps.is_identity and max(self.rank_groups[name]) == 0:
             return name
         result = self.move(name, steps, meta.dtype, "return", f"{name} -> return", rank_groups.of_layout(whole), needs_grad)
-        self.same[result] = self.lanes[result]
+        self.same[result] = self.rank_groups[result]
         return result
 
     # -- buffers ----------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class _Program(Writer):
         whole = Layout.replicated(self.mesh, len(meta.shape))
         steps = redistribution(whole.with_partial(self.all_axes), whole, meta.shape, (), Options(itemsize=meta.dtype.itemsize))
         total = self.move(scaled, steps, meta.dtype, "return", f"{name} -> buffer", rank_groups.of_layout(whole), False)
-        self.same[total] = self.lanes[total]
+        self.same[total] = self.rank_groups[total]
         return total
 
 

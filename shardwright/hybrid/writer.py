@@ -35,7 +35,7 @@ class Writer:
         self.parameters, self.inputs = parameters, inputs
         self.problems = Problems()
         self.builder = ProgramBuilder(self.mesh.size, self.graph.metas)
-        self.instructions, self.lanes = self.builder.instructions, self.builder.lanes
+        self.instructions, self.rank_groups = self.builder.instructions, self.builder.rank_groups
         self.same: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}  # of inputs, as they come and as they are read
         self.place: dict[str, str] = {}  # graph value -> local value
@@ -57,7 +57,7 @@ class Writer:
             shape, stored, used = item.shape, item.given, item.used
         stored, used = stored.normal(shape), used.normal(shape)
         self.shapes[name], self.waiting[name], self.layouts[name] = shape, (stored, used), stored
-        self.lanes[name] = self.same[name] = rank_groups.of_layout(stored)
+        self.rank_groups[name] = self.same[name] = rank_groups.of_layout(stored)
         meta = TensorMeta(shape, graph_input.meta.dtype, (), graph_input.meta.device)
         return ProgramInput(name, graph_input.kind, graph_input.target, meta, stored)
 
@@ -95,7 +95,7 @@ class Writer:
 
     def new_name(self, hint: str) -> str:
         number = 1
-        while f"{hint}_{number}" in self.lanes or f"{hint}_{number}" in self.graph.metas:
+        while f"{hint}_{number}" in self.rank_groups or f"{hint}_{number}" in self.graph.metas:
             number += 1
         return f"{hint}_{number}"
 

@@ -146,7 +146,7 @@ def is_configured(node: Node) -> bool:
 
 
 def where_of(node: Node) -> str:
-    """Names an operator for the user, with the line where it runs. Without one, its strategy's line is used."""
+    """Describes an operator for the user, with the line where it runs. Without one, its strategy's line is used."""
     mark = node.mark or node.region
     if mark is None:
         return node.where

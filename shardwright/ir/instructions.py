@@ -52,7 +52,7 @@ class Call:
     outputs: tuple[str, ...]
     sequence: bool
     cause: str
-    lanes: RankGroups
+    rank_groups: RankGroups
     autocast: Autocast = None
     grad: bool = True
     recompute: bool = False
@@ -116,7 +116,7 @@ class Move:
     dtype: torch.dtype
     cause: str
     edge: str
-    lanes: RankGroups
+    rank_groups: RankGroups
     needs_grad: bool
     grad: bool = True
     autocast: Autocast = None

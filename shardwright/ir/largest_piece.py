@@ -1,4 +1,4 @@
-"""The shape of the largest piece of a tensor, which is the first rank's."""
+"""Largest piece of a tensor, which is the first rank's: its shape."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The local program that one rank runs.
+"""Local program: what one rank runs.
 
 A list of calls on local tensors and of moves (redistributions). It names collectives by axes, never by process groups,
-so the same program runs in every world. ``lanes`` says, for every value, which ranks hold the same tensor: two ranks
-in one lane compute the same thing. A distributed rank ignores it; the simulated world computes each lane only once.
+so the same program runs in every world. ``rank_groups`` says, for every value, which ranks hold the same tensor: two ranks
+in one group compute the same thing. A distributed rank ignores it; the simulated world computes each group only once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LocalProgram:
     instructions: tuple[Instruction, ...]
     outputs: tuple[Any, ...]
     updates: tuple[tuple[str, str], ...]
-    lanes: dict[str, RankGroups]
+    rank_groups: dict[str, RankGroups]
     layouts: dict[str, Layout]
     places: dict[str, str] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()

@@ -1,8 +1,8 @@
 """Rank groups: ranks that hold the same tensor.
 
-A partition of the ranks, written as one number per rank, by first appearance; a group of ranks is called a lane for short.
-It is the type of a local value: what varies along an axis is in different lanes there. The partitioner checks it (a value
-may not vary where its layout says that ranks replicate), which is the proof that no reduction was forgotten.
+Rank groups are a partition of the ranks, written as one group number per rank, numbered by first appearance. They are the
+type of a local value: where it varies along an axis, ranks are in different groups. The partitioner checks that a value does
+not vary where its layout says that ranks replicate, which proves that no reduction was forgotten.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def of_layout(layout: Layout, also: Sequence[str] = ()) -> RankGroups:
 
 
 @lru_cache(maxsize=65536)
-def join(*lanes: RankGroups) -> RankGroups:
+def join(*groups: RankGroups) -> RankGroups:
     """Returns the rank groups of ranks that share a group in every argument."""
-    return lanes[0] if len(set(lanes)) == 1 else number(list(zip(*lanes, strict=True)))
+    return groups[0] if len(set(groups)) == 1 else number(list(zip(*groups, strict=True)))
 
 
 @lru_cache(maxsize=65536)
-def varies_only_with(lanes: RankGroups, allowed: RankGroups) -> bool:
-    """Tells whether ranks that share a lane in ``allowed`` share one in ``lanes``."""
+def varies_only_with(groups: RankGroups, allowed: RankGroups) -> bool:
+    """Tells whether ranks that share a group in ``allowed`` share one in ``groups``."""
     seen: dict[int, int] = {}
-    return all(seen.setdefault(a, own) == own for own, a in zip(lanes, allowed, strict=True))
+    return all(seen.setdefault(a, own) == own for own, a in zip(groups, allowed, strict=True))

@@ -40,7 +40,7 @@ class ProgramBuilder:
     def __init__(self, size: int, taken: Container[str], first_rank_only: bool = False):
         self.size, self.taken, self.first_rank_only = size, taken, first_rank_only
         self.instructions: list[Instruction] = []
-        self.lanes: dict[str, rank_groups.RankGroups] = {}
+        self.rank_groups: dict[str, rank_groups.RankGroups] = {}
         self.layouts: dict[str, Layout] = {}
         self._count = 0
 
@@ -49,7 +49,7 @@ class ProgramBuilder:
         while True:
             self._count += 1
             name = f"{hint}_{self._count}"
-            if name not in self.lanes and name not in self.taken:
+            if name not in self.rank_groups and name not in self.taken:
                 return name
 
     def rank_groups_of(
@@ -63,7 +63,7 @@ class ProgramBuilder:
         """
         if self.first_rank_only:
             return ()
-        lanes = self.lanes if lanes is None else lanes
+        lanes = self.rank_groups if lanes is None else lanes
         known = [lanes[leaf.name] for leaf in leaves if isinstance(leaf, Ref)]
         known += [
             rank_groups.number([_hashable(leaf.of(rank)) for rank in range(self.size)])
@@ -99,7 +99,7 @@ class ProgramBuilder:
         """
         cause, autocast, grad = (node.name, node.autocast, node.grad) if node else (cause, None, True)
         for name in names:
-            self.lanes[name] = lanes
+            self.rank_groups[name] = lanes
         self.instructions.append(Call(function, args, kwargs, names, sequence, cause, lanes, autocast, grad))
         return tuple(map(Ref, names))
 
@@ -133,7 +133,7 @@ class ProgramBuilder:
         if lanes is None:
             lanes = self.rank_groups_of_layout(steps.target, steps.partial_gradient)
         self.instructions.append(Move(source, name, steps, dtype, cause or edge, edge, lanes, needs_grad, grad, autocast))
-        self.lanes[name], self.layouts[name] = lanes, steps.target
+        self.rank_groups[name], self.layouts[name] = lanes, steps.target
         return name
 
 
@@ -251,7 +251,7 @@ class NodeBuilder:
         hint = self.node.outputs[0] if self.node.outputs else self.node.name
         names = []
         for _ in range(count):
-            is_free = count == 1 and hint not in self.builder.lanes
+            is_free = count == 1 and hint not in self.builder.rank_groups
             names.append(hint if is_free else self.builder.new_name(hint))
         if flows:
             same = function is self.op.target and count == len(self.op.outputs)
@@ -271,7 +271,7 @@ class NodeBuilder:
         read = {leaf.name for leaf in leaves if isinstance(leaf, Ref)} & self.differentiated
         if not self.builder.first_rank_only:
             for name in sorted(read):
-                assert self.builder.lanes[name] == lanes, (
+                assert self.builder.rank_groups[name] == lanes, (
                     f"{self.node.where}: {name} is shared along axes where the operator's work differs"
                 )
         return bool(read)

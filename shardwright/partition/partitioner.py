@@ -64,7 +64,7 @@ class _Partitioner:
         self.graph, self.plan = graph, plan
         self.parameters = {i.value for i in graph.inputs if i.kind == "parameter"}
         self.builder = ProgramBuilder(plan.mesh.size, graph.metas, first_rank_only)
-        self.layouts, self.lanes = self.builder.layouts, self.builder.lanes
+        self.layouts, self.rank_groups = self.builder.layouts, self.builder.rank_groups
         self.moves = Moves(self.builder, options, self.parameters)
         self.place: dict[str, str] = {}  # graph value -> local value
         self.moved: dict[tuple[str, Layout, tuple[str, ...]], str] = {}
@@ -96,7 +96,7 @@ class _Partitioner:
             tuple(self.builder.instructions),
             outputs,
             updates,
-            self.lanes,
+            self.rank_groups,
             self.layouts,
             self.place,
         )
@@ -106,7 +106,7 @@ class _Partitioner:
         name = graph_input.value
         self.place[name] = name
         self.layouts[name] = layout
-        self.lanes[name] = self.builder.rank_groups_of_layout(layout)
+        self.rank_groups[name] = self.builder.rank_groups_of_layout(layout)
         return ProgramInput(name, graph_input.kind, graph_input.target, graph_input.meta, layout)
 
     def _whole(self, value: str, reader: str) -> str:
@@ -139,7 +139,7 @@ class _Partitioner:
     def _check_rank_groups(self, node: Node, name: str, layout: Layout) -> None:
         """Proves that ranks compute the same wherever the layout says that they replicate."""
         if not self.builder.first_rank_only:
-            assert rank_groups.varies_only_with(self.lanes[name], rank_groups.of_layout(layout)), (
+            assert rank_groups.varies_only_with(self.rank_groups[name], rank_groups.of_layout(layout)), (
                 f"{node.where}: the local result varies along axes that {layout.short()} does not have"
             )
 

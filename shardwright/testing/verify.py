@@ -177,7 +177,7 @@ def _first_difference(
                 local = program.places.get(value)
                 if local not in observed:
                     continue
-                got = gather_rank_groups(observed[local], program.layouts[local], meta.shape, program.lanes[local])
+                got = gather_rank_groups(observed[local], program.layouts[local], meta.shape, program.rank_groups[local])
                 problem = difference(values[value], got, limit)
                 if problem:
                     return f"{node.where}: {problem}"

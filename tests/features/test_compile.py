@@ -301,16 +301,16 @@ def stored_split(model, size, **options):
 
 
 @pytest.mark.usefixtures("_two_devices")
-@pytest.mark.parametrize("by_lanes", [False, True])
+@pytest.mark.parametrize("by_rank_groups", [False, True])
 @pytest.mark.parametrize("make", [lambda m: sw.AutoParallel(m, "data_parallel"), lambda m: tensor_parallel(m, 2),
                                   lambda m: stored_split(m, 2)])  # fmt: skip
-def test_the_order_keeps_the_schedule(make, by_lanes):
+def test_the_order_keeps_the_schedule(make, by_rank_groups):
     with torch.device("meta"):
         model = gpt(layers=6, d=128)
     ids, target = tokens(8, 16)
     compiled = make(model).compile(ids, target).latest
     for bucket in (1 << 16, 1 << 20, 25 << 20):
-        items = segments_of(compiled.program, compiled.graph, by_lanes, bucket)
+        items = segments_of(compiled.program, compiled.graph, by_rank_groups, bucket)
         keeps_the_schedule(compiled.program, items)
         assert any(isinstance(i, Segment) for i in items)
 

@@ -160,7 +160,7 @@ def test_whole_dropout_takes_eager_s_strides_into_account() -> None:
 
 
 def test_a_draw_depends_on_no_rank() -> None:
-    """Lanes of a draw would each draw anew: its arguments are the global ones alone."""
+    """Each rank group of a draw would draw again: its arguments are the global ones only."""
     from shardwright.capture.capture import capture
     from shardwright.capture.closure import FunctionModule
     from shardwright.ir.choice import make_choice
@@ -181,7 +181,7 @@ def test_a_draw_depends_on_no_rank() -> None:
     plan = Plan(graph, mesh, {node.name: choice}, {node.name: signature}, {"args_0": Layout.replicated(mesh, 2)})
     program = partition(graph, plan)
     (draw,) = [i for i in program.instructions if getattr(i, "function", None) is random_draw.dropout_noise]
-    assert set(draw.lanes) == {0}
+    assert set(draw.rank_groups) == {0}
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

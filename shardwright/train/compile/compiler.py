@@ -87,7 +87,7 @@ class SegmentCompiler:
             A program of the same inputs, moves, outputs and updates. Values within a segment have no names any more.
         """
         program = drawn_apart(program, graph)
-        items = segments_of(program, graph, by_lanes=runs_rank_groups)
+        items = segments_of(program, graph, by_rank_groups=runs_rank_groups)
         readers = Counter(name for name in program.outputs if isinstance(name, str))
         readers.update(name for _, name in program.updates)
         for item in items:
@@ -106,8 +106,8 @@ class SegmentCompiler:
         inside = {name for call in calls for name in call.reads}
         written = Written(calls, inputs, outputs, frozenset(inside))
         refs = tuple(Ref(name) for name in inputs)
-        lanes = rank_groups.join(*(call.lanes for call in calls))
-        whole = replace(calls[0], kwargs={}, outputs=outputs, sequence=True, cause=calls[-1].cause, lanes=lanes)
+        lanes = rank_groups.join(*(call.rank_groups for call in calls))
+        whole = replace(calls[0], kwargs={}, outputs=outputs, sequence=True, cause=calls[-1].cause, rank_groups=lanes)
         leaves = pytree.tree_leaves([(call.args, call.kwargs) for call in calls])
         if not runs_rank_groups and not any(isinstance(leaf, PerRank) for leaf in leaves):
             return replace(whole, function=CompiledSegment(self.functions, written, 0), args=refs)

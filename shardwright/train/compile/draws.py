@@ -34,7 +34,7 @@ def drawn_apart(program: LocalProgram, graph: Graph) -> LocalProgram:
     """Splits each dropout of a whole tensor into a draw and a product. The numbers stay the same."""
     nodes = {node.name: node for node in graph.nodes}
     instructions: list[Instruction] = []
-    lanes = dict(program.lanes)
+    lanes = dict(program.rank_groups)
     for instruction in program.instructions:
         if not (isinstance(instruction, Call) and instruction.function is random_draw.whole_dropout):
             instructions.append(instruction)
@@ -47,7 +47,7 @@ def drawn_apart(program: LocalProgram, graph: Graph) -> LocalProgram:
         drawn = (meta.shape, stride, meta.dtype, meta.device, p)
         applied = (value, Ref(name), p)
         instructions += [
-            replace(instruction, function=random_draw.dropout_noise, args=drawn, outputs=(name,), lanes=lanes[name]),
+            replace(instruction, function=random_draw.dropout_noise, args=drawn, outputs=(name,), rank_groups=lanes[name]),
             replace(instruction, function=random_draw.apply_dropout, args=applied),
         ]
-    return replace(program, instructions=tuple(instructions), lanes=lanes)
+    return replace(program, instructions=tuple(instructions), rank_groups=lanes)

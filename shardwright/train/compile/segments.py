@@ -45,18 +45,18 @@ class Segment:
 
 
 def segments_of(
-    program: LocalProgram, graph: Graph, by_lanes: bool = False, bucket: float = BUCKET
+    program: LocalProgram, graph: Graph, by_rank_groups: bool = False, bucket: float = BUCKET
 ) -> list[Instruction | Segment]:
     """Orders the instructions of a program so that segments are long; returns both.
 
     Args:
         program: the program.
         graph: the graph that it was made from.
-        by_lanes: whether the calls of a segment must run in the same rank groups, as the simulated world needs.
+        by_rank_groups: whether the calls of a segment must run in the same rank groups, as the simulated world needs.
         bucket: bytes of gradients of parameters that leave a segment together.
     """
     program = replace(program, instructions=tuple(moves_apart(program, graph)))
-    facts = _Facts(program, graph, by_lanes)
+    facts = _Facts(program, graph, by_rank_groups)
     return _grouped(list(program.instructions), facts, bucket)
 
 
@@ -163,8 +163,8 @@ def _join(one: _Key, other: _Key) -> _Key | None:
 
 
 class _Facts:
-    def __init__(self, program: LocalProgram, graph: Graph, by_lanes: bool):
-        self.by_lanes = by_lanes
+    def __init__(self, program: LocalProgram, graph: Graph, by_rank_groups: bool):
+        self.by_rank_groups = by_rank_groups
         self.nodes = {node.name: node for node in graph.nodes}
         self.place = {node.name: at for at, node in enumerate(graph.nodes)}
         blocks = blocks_of(graph)
@@ -179,7 +179,7 @@ class _Facts:
         """Returns what must agree within a segment; ``None`` for a call that cannot be in one."""
         if not isinstance(instruction, Call) or id(instruction) in self.left_out:
             return None
-        lanes = instruction.lanes if self.by_lanes else None
+        lanes = instruction.rank_groups if self.by_rank_groups else None
         return (instruction.autocast, instruction.grad, lanes), self.reach[id(instruction)]
 
     def makes(self, instruction: Instruction) -> tuple[str, ...]:

@@ -87,8 +87,8 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
     for item in program.inputs:
         if item.kind == "local":
             continue  # given as rank groups
-        if max(program.lanes[item.name]) > 0:
-            call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.lanes[i.name]))
+        if max(program.rank_groups[item.name]) > 0:
+            call = writer.constant("enter", lambda v, i=item: enter(v, i.layout, program.rank_groups[i.name]))
             writer.line(f"{item.name} = {call}({item.name})")
         else:
             writer.line(f"{item.name} = [{item.name}]")
@@ -112,7 +112,7 @@ class _Binder(InstructionVisitor[None]):
     """
 
     def __init__(self, writer: SourceWriter, program: LocalProgram, records: bool):
-        self.writer, self.program, self.lanes, self.records = writer, program, program.lanes, records
+        self.writer, self.program, self.rank_groups, self.records = writer, program, program.rank_groups, records
         self.bucket_of: dict[str, tuple[Move, ...]] = {}  # output of a move that was started with others -> all of them
         self.done: set[str] = set()  # outputs of moves that the first of their bucket did
         self.noted: dict[str, SimulatedMove] = {}  # output of a move whose start is logged -> the move
@@ -134,7 +134,7 @@ class _Binder(InstructionVisitor[None]):
             self.done.update(member.output for member in members)
             return
         self.writer.context(move.autocast, move.grad)
-        runner = self.noted.get(move.output) or SimulatedMove(move, self.lanes[move.source])
+        runner = self.noted.get(move.output) or SimulatedMove(move, self.rank_groups[move.source])
         self.writer.line(f"{move.output} = {self.writer.constant('move', runner)}({move.source})")
         if self.records and move.recompute:
             again = self.writer.constant("again", Computation(runner.recompute))
@@ -146,7 +146,7 @@ class _Binder(InstructionVisitor[None]):
             self.bucket_of |= dict.fromkeys((move.output for move in start.moves), start.moves)
         elif self.program.copies:  # logged, as logs show what runs meanwhile
             (move,) = start.moves
-            runner = self.noted[move.output] = SimulatedMove(move, self.lanes[move.source])
+            runner = self.noted[move.output] = SimulatedMove(move, self.rank_groups[move.source])
             self.writer.names["_logs"] = record._active
             self.writer.line(f"if _logs: {self.writer.constant('start', runner.note_start)}({move.source})")
 
@@ -155,7 +155,7 @@ class _Binder(InstructionVisitor[None]):
 
     def _together(self, moves: Sequence[Move]) -> None:
         self.writer.context(moves[0].autocast, moves[0].grad)
-        runner = SimulatedFusedMoves(moves, self.lanes)
+        runner = SimulatedFusedMoves(moves, self.rank_groups)
         sources, outputs = [move.source for move in moves], [move.output for move in moves]
         self.writer.line(f"{', '.join(outputs)} = {self.writer.constant('together', runner)}({', '.join(sources)})")
         if self.records and moves[0].recompute:
@@ -165,8 +165,11 @@ class _Binder(InstructionVisitor[None]):
     def keep_slice(self, keep: KeepSliceForBackward) -> None:
         if not self.records:
             return
-        lanes = self.lanes[keep.cut.source]
-        cut, gather = SimulatedMove(keep.cut, lanes), SimulatedMove(replace(keep.gather, lanes=lanes), keep.cut.lanes)
+        lanes = self.rank_groups[keep.cut.source]
+        cut, gather = (
+            SimulatedMove(keep.cut, lanes),
+            SimulatedMove(replace(keep.gather, rank_groups=lanes), keep.cut.rank_groups),
+        )
         again = self.writer.constant("again", Computation(gather.recompute))
         pieces = self.writer.constant("cut", lambda values: [piece.clone() for piece in cut.move_forward(values)])
         self.writer.line(f"_run.keep_pieces({again}, {pieces}, {keep.cut.source})")
@@ -175,9 +178,9 @@ class _Binder(InstructionVisitor[None]):
 def _write_recorded_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
     """Writes a call per rank group, since what each saves is computed again separately."""
     made = []
-    for rank in representatives(call.lanes):
+    for rank in representatives(call.rank_groups):
         computation, names = computation_of(call, program, rank)
-        values = [f"{name}[{program.lanes[name][rank]}]" for name in names]
+        values = [f"{name}[{program.rank_groups[name][rank]}]" for name in names]
         made.append(f"_run.call({', '.join([writer.constant('again', computation), *values])})")
     writer.line(f"_many = [{', '.join(made)}]")
     _write_many(writer, call)
@@ -191,7 +194,7 @@ def _write_many(writer: SourceWriter, call: Call) -> None:
 
 def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None:
     """Writes one comprehension over the rank groups of the call; each input is read at its own rank group."""
-    ranks = representatives(call.lanes)
+    ranks = representatives(call.rank_groups)
     reads: dict[str, str] = {}  # text of the read -> loop variable
     columns: list[list[Any]] = []
     sources: list[str] = []
@@ -204,7 +207,7 @@ def _write_call(writer: SourceWriter, call: Call, program: LocalProgram) -> None
         return reads[key]
 
     def read(ref_name: str) -> str:
-        lanes = program.lanes[ref_name]
+        lanes = program.rank_groups[ref_name]
         if max(lanes) == 0:
             return f"{ref_name}[0]"
         index = [lanes[r] for r in ranks]

@@ -29,9 +29,9 @@ class SimulatedMove:
         self.record = [record.Moved(move.redistribution, move.cause, move.edge, move.copy, move.wire)]
         shape = self.plan.shape
         self.there = prepare(self.plan.forward, shape, source_lanes)
-        self.back = prepare(self.plan.backward, shape, move.lanes)
-        self.takes = [self.there.lanes[r] for r in representatives(move.lanes)]
-        self.gives = [self.back.lanes[r] for r in representatives(source_lanes)]
+        self.back = prepare(self.plan.backward, shape, move.rank_groups)
+        self.takes = [self.there.rank_groups[r] for r in representatives(move.rank_groups)]
+        self.gives = [self.back.rank_groups[r] for r in representatives(source_lanes)]
 
     def __call__(self, lanes: list[Tensor]) -> list[Tensor]:
         if self.needs_grad and torch.is_grad_enabled():
@@ -88,7 +88,7 @@ class SimulatedFusedMoves:
     def __init__(self, moves: Sequence[Move], lanes: dict[str, RankGroups]):
         self.parts = [SimulatedMove(move, lanes[move.source]) for move in moves]
         self.record = [part.record[0] for part in self.parts]
-        self.counts = [max(lanes[move.source]) + 1 for move in moves], [max(move.lanes) + 1 for move in moves]
+        self.counts = [max(lanes[move.source]) + 1 for move in moves], [max(move.rank_groups) + 1 for move in moves]
 
     def __call__(self, *lanes: list[Tensor]) -> list[list[Tensor]]:
         flat = [tensor for each in lanes for tensor in each]
@@ -169,12 +169,12 @@ class SimulatedPieces:
     def forward(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         record.emit(self.record, pieces[0].dtype, "forward")
         values = self.there(pieces)
-        return [values[self.there.lanes[r]] for r in self.targets]
+        return [values[self.there.rank_groups[r]] for r in self.targets]
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         record.emit(self.record, gradients[0].dtype, "backward")
         values = self.back(gradients)
-        return [values[self.back.lanes[r]] for r in self.sources]
+        return [values[self.back.rank_groups[r]] for r in self.sources]
 
 
 def _positions(ranks: Sequence[int], size: int) -> RankGroups:

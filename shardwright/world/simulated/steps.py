@@ -34,7 +34,7 @@ class Prepared:
     """
 
     def __init__(self, stages: list[list[Compute]], lanes: RankGroups):
-        self.stages, self.lanes = stages, lanes
+        self.stages, self.rank_groups = stages, lanes
 
     def __call__(self, values: Values) -> Values:
         for stage in self.stages:
@@ -58,7 +58,7 @@ def run_steps(values: Sequence[Any], steps: tuple[Step, ...], shape: tuple[int, 
     """Runs every step on ``values[r]``, the value of rank ``r``; ``None`` for ranks outside the mesh."""
     prepared = prepare(steps, shape, tuple(-1 if v is None else r for r, v in enumerate(values)))
     results = prepared(values)
-    return [None if lane < 0 else results[lane] for lane in prepared.lanes]
+    return [None if lane < 0 else results[lane] for lane in prepared.rank_groups]
 
 
 # -- keys: for every rank, the sources of its result; equal keys are computed once -----------------------------------------
@@ -130,7 +130,7 @@ def _cuts(have: Bounds, want: Bounds) -> Cuts:
     )
 
 
-# -- computations of one lane ---------------------------------------------------------------------------------------------
+# -- computations of one rank group ---------------------------------------------------------------------------------------
 
 
 def _cut(value: Tensor, cuts: Cuts) -> Tensor:
