@@ -100,7 +100,7 @@ class OpaqueFunction:
 
 
 def reads_outside(function: Any) -> bool:
-    """Tells whether a function reads mutable Python objects from outside, such as a list that it extends.
+    """Tells whether a function reads mutable outside objects, such as a list that it extends.
 
     >>> log = []
     >>> reads_outside(lambda x: log.append(x)), reads_outside(lambda x: torch.sin(x))
