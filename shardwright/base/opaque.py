@@ -1,6 +1,6 @@
-"""Opaque functions: code of the user's that is one operator, with its own forward and its own backward.
+"""Opaque functions: user code that is one operator, with its own forward and backward.
 
-``torch.export`` records the operators that a function is made of, and so loses a backward that is the user's own. An opaque
+``torch.export`` records the operators that a function is made of, and so loses a backward that the user wrote. An opaque
 function is recorded as one call instead: of :data:`FUNCTION`, whose arguments are the tensors and the function's number. Where
 the program runs, the function itself is called, on whole tensors, and autograd differentiates what it does.
 """
@@ -26,7 +26,7 @@ _by_number: weakref.WeakValueDictionary[int, OpaqueFunction] = weakref.WeakValue
 
 
 class _Place:
-    """Stands for a tensor in the structure of a result."""
+    """A placeholder for a tensor in the structure of a result."""
 
     def __repr__(self) -> str:
         return "a tensor"
@@ -39,14 +39,14 @@ class OpaqueFunction:
     """A function of tensors that is one operator.
 
     Args:
-        name: what the operator is called in plans and programs.
+        name: the operator's name in plans and programs.
         call: takes tensors, and returns a nested result of tensors and constants.
 
     Attributes:
-        tags: what is known of it, as of torch's operators: whether its forward was seen to draw random numbers.
+        tags: as for torch's operators: whether its forward was seen to draw random numbers.
         may_be_split: whether its forward and backward may be run on tensors without values, to see if pieces of the tensors
             would give pieces of the result; those with effects besides may not.
-        traces: what was seen then.
+        traces: the results of these runs.
         result: the structure of what it returned when it was captured, with its constants.
 
     >>> double = OpaqueFunction("double", lambda x: (2 * x, "doubled"))
@@ -100,7 +100,7 @@ class OpaqueFunction:
 
 
 def reads_outside(function: Any) -> bool:
-    """Tells whether a function reads Python objects from outside that can change, such as a list to which it appends.
+    """Tells whether a function reads mutable outside objects, such as a list that it extends.
 
     >>> log = []
     >>> reads_outside(lambda x: log.append(x)), reads_outside(lambda x: torch.sin(x))
@@ -128,7 +128,7 @@ class _Draws(TorchDispatchMode):
 
 
 def opaque_function(number: int) -> OpaqueFunction:
-    """Returns the function that a recorded call names; somebody else has to hold it."""
+    """Returns the function that a recorded call names. The caller has to keep it alive elsewhere."""
     return _by_number[number]
 
 
@@ -162,7 +162,7 @@ class _WrittenPastAutograd(torch.autograd.Function):
 _library.impl("written_past_autograd", _WrittenPastAutograd.apply, "CompositeImplicitAutograd")
 
 FUNCTION = torch.ops.shardwright_opaque.function.default  # the call of an opaque function
-HOOK = torch.ops.shardwright_opaque.hook.default  # says that a function is to be put where the tensor was made
+HOOK = torch.ops.shardwright_opaque.hook.default  # marks that a function is to be inserted where the tensor was made
 has_side_effect(HOOK)
-# What a write that autograd does not see leaves: the value of ``new``, with the gradient of ``old``.
+# Result of a write that autograd does not see: the value of ``new``, with the gradient of ``old``.
 WRITTEN_PAST_AUTOGRAD = torch.ops.shardwright_opaque.written_past_autograd.default

@@ -75,7 +75,7 @@ def source_text(path: str, line: int) -> str:
 
 @lru_cache(maxsize=1 << 14)
 def globals_read(code: CodeType) -> tuple[str, ...]:
-    """Returns the names of globals that a code object, and those within it, read or write; attributes are none.
+    """Returns the names of globals that a code object reads or writes. Code objects within it count too, attributes do not.
 
     >>> globals_read((lambda x: len(x.size)).__code__)
     ('len',)

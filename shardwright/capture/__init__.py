@@ -2,7 +2,7 @@
 
 ===================  ==================================================================================================
 ``attributes``       the names that ``add_prim_attr`` knows and the values they may have
-``backward_hooks``   backward hooks of modules, refused: a captured program would never call them
+``backward_hooks``   refuses old-style backward hooks of modules
 ``caches``           the key-value caches of Hugging Face models as containers of tensors, so that models can return them
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
@@ -13,6 +13,7 @@
 ``fx_nodes``         parts of fx nodes: their arguments, the tensors they make, the modules around them
 ``left_behind``      undoes what the captured callable assigned in Python; every call of the program then assigns it
 ``names``            readable, unique names for the values and nodes of a graph
+``own_backward``     records the user's functions and hooks with their own backward as opaque operators
 ``python_state``     everything besides its arguments that a captured callable reads
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
 ``refusals``         errors for what a captured callable does and a graph cannot hold, at the user's line

@@ -1,4 +1,4 @@
-"""Backward hooks of the old kind, which are given what depends on a module's last operator: refused. Others are captured."""
+"""Old-style backward hooks of modules, which get the gradients of a module's last operator: refused. Others are captured."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Emitter:
 
     @contextlib.contextmanager
     def in_context(self, context: tuple[Any, bool]) -> Iterator[None]:
-        """Within the block, operators run under these settings: autocast and grad mode."""
+        """Sets, within the block, autocast and grad mode of the operators."""
         outside, self.context = self.context, context
         try:
             yield
@@ -74,7 +74,7 @@ class Emitter:
         self.env[node] = tracked if sequence else tracked[0]
 
     def track_opaque(self, node: fx.Node, function: OpaqueFunction, tensors: Sequence[fx.Node]) -> None:
-        """The call of an opaque function on tensors; it returns tensors of its own."""
+        """Emits the call of an opaque function on tensors. It returns new tensors."""
         inputs = [self.read(tensor) for tensor in tensors]
         slots = tuple(Slot(i) for i in range(len(inputs)))
         metas = list(node.meta["val"])
@@ -187,7 +187,7 @@ class Emitter:
         return outputs
 
     def _as_made(self, overload: Any, args: Any, kwargs: Any, inputs: list[str], metas: list[Any]) -> list[Any]:
-        """What an operator makes, in the memory order that its kernel, and those before it, give it."""
+        """Returns an operator's fake outputs with the strides that its kernel gives them."""
         if not isinstance(overload, OpOverload):
             return metas
         orders: list[Any] = [None] * len(metas)

@@ -1,4 +1,4 @@
-"""Own backward: functions and hooks of the user's that decide what gradients are, recorded as opaque operators.
+"""Own backward: the user's functions and hooks that decide gradients, recorded as opaque operators.
 
 ``torch.autograd.Function``, the hooks of tensors and the backward hooks of modules run as themselves in the parallel program,
 on whole tensors, so that each sees the single device's values, once per rank.
@@ -23,10 +23,10 @@ _METHODS = ("forward", "setup_context", "backward", "vjp")  # of an autograd.Fun
 
 
 class OwnBackwards:
-    """The opaque functions of one capture; equal calls, such as those of repeated layers, share one.
+    """All opaque functions of one capture. Equal calls, such as those of repeated layers, share one.
 
     Args:
-        refuse: makes the error for what cannot be recorded, of a text and what to write instead.
+        refuse: makes the error for what cannot be recorded, from a text and what to write instead.
     """
 
     def __init__(self, refuse: Callable[[str, str], Exception]):
@@ -100,16 +100,16 @@ class OwnBackwards:
         return handle
 
     def module_hooks(self) -> type:
-        """Returns the class that stands for torch's ``BackwardHook`` of a module's call."""
+        """Returns the class that replaces torch's ``BackwardHook`` for a module's call."""
         outer = self
 
         class Recorded:
-            """Records what torch does before and after the call of a module that has backward hooks, as a pair of operators."""
+            """Records a module's backward hooks as a pair of operators, before and after its call."""
 
             def __init__(self, module: nn.Module, hooks: Any, pre_hooks: Any):
                 self.name = type(module).__name__
                 self.make = lambda: BackwardHook(module, hooks, pre_hooks)
-                self.of_call: list[Any] = []  # of the call that runs, while it does
+                self.of_call: list[Any] = []  # set while a call runs
 
             def setup_input_hook(self, args: Any) -> Any:
                 def before(*tensors: Tensor) -> Any:
@@ -138,7 +138,7 @@ class OwnBackwards:
 def with_hooks(
     nodes: list[Node], hooks: Mapping[str, Sequence[OpaqueFunction]], names: Names
 ) -> tuple[list[Node], dict[str, str]]:
-    """Returns the nodes with every hook right behind the node that makes its value, and the values' names behind the hooks.
+    """Inserts every hook right behind the node that makes its value. Also returns the values' names behind the hooks.
 
     So a hook sees the whole gradient of the value, whoever reads it, before or after the hook was registered.
     """
@@ -157,7 +157,7 @@ def with_hooks(
 
 
 class _Handle:
-    """What ``register_hook`` returns: removes the hook."""
+    """A handle returned by ``register_hook``, which removes the hook."""
 
     def __init__(self) -> None:
         self.is_removed = False
@@ -177,7 +177,7 @@ def _direct(value: Any) -> tuple[Any, ...]:
 
 
 def _filled(value: Any, tensors: tuple[Tensor, ...]) -> Any:
-    """Returns a tuple, or a tensor, with other tensors in the places of its own; of nested ones torch's hooks see none."""
+    """Replaces the tensors of a tuple, or a single tensor. Torch's hooks do not see nested ones."""
     given = iter(tensors)
     filled = tuple(next(given) if isinstance(leaf, Tensor) else leaf for leaf in _direct(value))
     return filled if isinstance(value, tuple) else filled[0]

@@ -42,7 +42,7 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         return plain(*args, **kwargs)
 
     def checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
-        """Stands for what a checkpoint does before and after the call of its function, whose operators are recomputed."""
+        """Replaces what a checkpoint does before and after the call. The operators within are recomputed."""
         if not watch.is_in_callable:
             yield from _plain_checkpoint(*args, **kwargs)
             return

@@ -156,7 +156,7 @@ class Watch(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block, nothing is watched: what runs is recorded as one operator."""
+        """Stops watching within the block, which is recorded as one operator."""
         running, self.running = self.running, False
         try:
             yield

@@ -44,7 +44,7 @@ class Writes:
         self.trains = emitter.context[1]  # whether there are gradients at all
 
     def check_write(self, node: fx.Node) -> None:
-        """Refuses a write that autograd does not see to a value that it has saved for the backward pass."""
+        """Refuses a write past autograd to a value that is saved for the backward pass."""
         target: Any = node.target
         for argument, value in named_arguments(node).items():
             schema = next(a for a in target._schema.arguments if a.name == argument)
