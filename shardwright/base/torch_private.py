@@ -55,11 +55,6 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
-def global_forward_hooks() -> dict[str, dict[int, Any]]:
-    """Returns the hooks that every module runs before and after its forward."""
-    return {"before": module_calls._global_forward_pre_hooks, "after": module_calls._global_forward_hooks}
-
-
 def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Makes DTensor run an operator by the function that ``make`` returns.
 
@@ -134,7 +129,6 @@ __all__ = [
     "foreach_norm",
     "fused_attention_choice",
     "module_calls",
-    "global_forward_hooks",
     "job_timeout",
     "preserve_node_meta",
     "pytree",

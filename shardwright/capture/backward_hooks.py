@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from shardwright.base.torch_private import module_calls
 from shardwright.errors import CaptureError
 
 
@@ -22,6 +23,9 @@ def check_backward_hooks(module: nn.Module) -> None:
         if owner._is_full_backward_hook is False
         for hook in owner._backward_hooks.values()
     ]
+    if module_calls._global_is_full_backward_hook is False:
+        hooks = module_calls._global_backward_hooks.values()
+        found += [f"all modules: {getattr(hook, '__name__', type(hook).__name__)}" for hook in hooks]
     if found:
         listed = "; ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
         raise CaptureError(

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.torch_private import FakeTensor, pytree
-from shardwright.capture.python_state import CONTAINERS, STANDARD, PythonState
+from shardwright.base.torch_private import FakeTensor, module_calls, pytree
+from shardwright.capture.python_state import CONTAINERS, HOOK_TABLES, STANDARD, PythonState
 from shardwright.errors import CaptureError
 
 _TABLES = ("_buffers", "_modules", "_parameters")
@@ -294,14 +294,30 @@ def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[
         end: is called with the result, and returns the one to use.
     """
     had, plain = vars(root).get("forward", _missing), root.forward
+    hooks = [(vars(root), name) for name in HOOK_TABLES] + [(vars(module_calls), f"_global{name}") for name in HOOK_TABLES]
+    tables = [(owner, name, owner[name]) for owner, name in hooks if owner[name]]
 
     @functools.wraps(plain)  # inputs are named as its parameters are
     def forward(*args: Any, **kwargs: Any) -> Any:  # the frame at which watch.user_frame stops
-        begin(args, kwargs)
-        return end(plain(*args, **kwargs))
+        for owner, name, table in tables:
+            owner[name] = table
+        _put(vars(root), "forward", had)
+        try:
+            begin(args, kwargs)
+            return end(nn.Module._call_impl(root, *args, **kwargs))
+        finally:
+            replace()
 
-    vars(root)["forward"] = forward
+    def replace() -> None:
+        """Has the root's hooks run within ``forward``: what they change is a part of the callable."""
+        vars(root)["forward"] = forward
+        for owner, name, table in tables:
+            owner[name] = type(table)()
+
+    replace()
     try:
         yield
     finally:
         _put(vars(root), "forward", had)
+        for owner, name, table in tables:
+            owner[name] = table

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from shardwright.base.torch_private import global_forward_hooks
+from shardwright.base.torch_private import module_calls
 from shardwright.base.user_code import globals_read
 from shardwright.capture.closure import FunctionModule
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice, range)
 CONTAINERS = (dict, list, set, deque)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LONGEST = 4096  # elements of a container; one with more is a data set, and counts by identity and length
 _DEEPEST = 4  # containers within containers
 _MOST_VERSIONS = 64  # that are known again
@@ -116,9 +116,10 @@ class PythonState:
         self.scopes: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for path, module in list(self.root.named_modules()):
             self._module(path, module)
-        for kind, hooks in global_forward_hooks().items():
+        for kind in HOOK_TABLES:
+            hooks = getattr(module_calls, f"_global{kind}")
             self._watch(hooks)
-            self.described[f"hooks of all modules, {kind}"] = tuple(map(_ByIdentity, hooks.values()))
+            self.described[f"{kind.strip('_')} of all modules"] = tuple(map(_ByIdentity, hooks.values()))
         if isinstance(self.root, FunctionModule):
             self._callable(self.root.__dict__["function"])
             self.outdated = not self.root.is_up_to_date()
@@ -145,7 +146,7 @@ class PythonState:
         self._watch(own)
         self._watch(module._modules)
         self.described[f"{prefix}submodules"] = tuple((n, _ByIdentity(m)) for n, m in module._modules.items())
-        for kind in _HOOKS:
+        for kind in HOOK_TABLES:
             hooks = own.get(kind)
             if hooks:
                 self._watch(hooks)

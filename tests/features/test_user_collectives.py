@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -207,12 +206,13 @@ def parameters_of_real_ranks():
     assert torch.allclose(sw.full_value(model[0].grad), torch.full((2 * n, 2), 1 / n))
 
 
-def twice_is_refused():
+def second_derivatives():
+    n = current_world().size
     x = torch.ones(2, requires_grad=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(sw.errors.ShardwrightError, match="create_graph"):
-            torch.autograd.grad(cc.all_reduce(x).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(cc.all_reduce(x).square().sum(), x, create_graph=True)
+    assert torch.equal(first, torch.full((2,), 2.0 * n * n))
+    (second,) = torch.autograd.grad(first.sum(), x)  # of the sum over ranks
+    assert torch.equal(second, torch.full((2,), 2.0 * n * n))
 
 
 def dropout_is_that_of_the_simulated_world():
@@ -232,7 +232,7 @@ def dropout_is_that_of_the_simulated_world():
     assert torch.equal(results[0], results[1])
 
 
-PROGRAMS = (said_on_all_ranks, parameters_of_real_ranks, twice_is_refused, dropout_is_that_of_the_simulated_world)
+PROGRAMS = (said_on_all_ranks, parameters_of_real_ranks, second_derivatives, dropout_is_that_of_the_simulated_world)
 
 
 @pytest.mark.parametrize("ranks", [3])
