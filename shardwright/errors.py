@@ -46,8 +46,10 @@ class ArgumentTypeError(ShardwrightError, TypeError):
 
 
 class IndexRangeError(ShardwrightError, IndexError):
-    """An index outside of the dim it is looked up in: both an ``IndexError``, as on a single device, and a
-    :class:`ShardwrightError`."""
+    """An index outside of the dim it is looked up in.
+
+    It is both an ``IndexError``, as on a single device, and a :class:`ShardwrightError`.
+    """
 
 
 @dataclass

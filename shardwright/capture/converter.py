@@ -226,8 +226,9 @@ class Converter:
 
 
 def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[list[Node], list[Any]]:
-    """Removes operators whose results nothing reads. Random ones stay, because they advance the generator; so do the user's
-    collectives, because other ranks wait for them.
+    """Removes operators whose results nothing reads.
+
+    Random ones stay, because they advance the generator; so do the user's collectives, because other ranks wait for them.
     """
     needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
     kept = []

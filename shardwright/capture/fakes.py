@@ -18,6 +18,7 @@ def autocast_around(device: torch.device) -> tuple[Any, ...] | None:
 
 
 def fake_of(mode: Any, tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a fake tensor of the same shape, strides, dtype and ``requires_grad``, on ``device``."""
     with mode:
         made = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad) if made.is_floating_point() or made.is_complex() else made

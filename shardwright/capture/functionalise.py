@@ -75,8 +75,9 @@ def functional_form(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @dataclass(frozen=True)
 class Form:
-    """A call that leaves its arguments unchanged. Its first ``beside`` results are those that the writing call returns; the
-    others are the new values of ``written``.
+    """A call that leaves its arguments unchanged.
+
+    Its first ``beside`` results are those that the writing call returns; the others are the new values of ``written``.
     """
 
     target: Any
@@ -108,8 +109,9 @@ def _candidates(target: Any) -> Iterator[Any]:
 
 
 def _takes(found: Any, given: list[Any], candidate: Any) -> bool:
-    """Tells whether an overload takes arguments of these names and types, in any order. Overloads that a script defines do not
-    count.
+    """Tells whether an overload takes arguments of these names and types, in any order.
+
+    Overloads that a script defines do not count.
     """
     if candidate in operators.OTHER_FORMS.values():
         return True

@@ -14,6 +14,7 @@ from shardwright.ir.marks import Mark
 
 
 def at_line(node: fx.Node) -> str:
+    """Returns `` at file:line: code`` of the user's line, or nothing where it is not known."""
     source = _source(node)
     return f" at {source}" if source else ""
 

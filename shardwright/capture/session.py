@@ -105,6 +105,7 @@ def current_session() -> Session | None:
 
 @contextmanager
 def session() -> Iterator[Session]:
+    """Opens the session of a capture for the block."""
     new = Session()
     _current.append(new)
     try:

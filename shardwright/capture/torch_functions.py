@@ -71,8 +71,9 @@ class Watch(TorchFunctionMode):
             )
 
     def check_called(self, module: nn.Module, args: Any) -> None:
-        """Refuses calls of modules that are not submodules of the captured one. Nobody would train them or update their
-        buffers.
+        """Refuses calls of modules that are not submodules of the captured one.
+
+        Nobody would train them or update their buffers.
 
         Raises:
             CaptureError: the module is not a submodule.

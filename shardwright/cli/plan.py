@@ -123,6 +123,7 @@ def showing_progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(arguments: argparse.Namespace) -> PlanView:
+    """Plans what the command line names: a script, or a model and its inputs."""
     given = _settings(arguments.set)
     script, own = arguments.script, arguments.arguments
     options = {
@@ -186,6 +187,7 @@ def _of_functions(
 
 
 def show(plan: PlanView, arguments: argparse.Namespace) -> None:
+    """Prints the views of a plan that the command line asks for."""
     from shardwright.report.overview import WIDTH, overview
 
     if arguments.explain:

@@ -270,8 +270,9 @@ class Communication:
         return _Lines(*lines)
 
     def _masks(self, ndim: int, source: Array, target: Array) -> tuple[Array, Array, Array, Array]:
-        """Returns axes as bits, the outermost the lowest: those that split each dim before and after, that are pending, and
-        stay so.
+        """Returns axes as bits, the outermost the lowest.
+
+        They are those that split each dim before and after, that are pending, and stay so.
         """
         bits = np.array([1 << a if size > 1 else 0 for a, size in enumerate(self.mesh.sizes)], dtype=np.int64)
         dims = np.arange(ndim)[None, :, None]

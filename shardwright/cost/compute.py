@@ -72,8 +72,9 @@ def local_seconds(
 def _convolution_seconds(
     machine: Machine, work: Array, traffic: Array, needs_grad: Sequence[bool], channels: Channels
 ) -> tuple[Array, Array]:
-    """Prices the forward, and one product per gradient, each with its own padding. The gradient of a bias comes with the
-    weight's.
+    """Prices the forward, and one product per gradient, each with its own padding.
+
+    The gradient of a bias comes with the weight's.
     """
     launch = machine.operator_launch + machine.convolution_launch
     forward, *products = (np.maximum(work * more, traffic) + launch for more in padding(channels, machine.channel_block))

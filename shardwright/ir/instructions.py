@@ -42,8 +42,10 @@ class ProgramInput:
 
 @dataclass(frozen=True)
 class Call:
-    """One local call. ``cause`` is the name of the graph node it comes from. With ``recompute`` its results, and what it saves
-    for the backward pass, are computed again there instead of kept.
+    """One local call.
+
+    ``cause`` is the name of the graph node it comes from. With ``recompute`` its results, and what it saves for the
+    backward pass, are computed again there instead of kept.
     """
 
     function: Callable[..., Any]
@@ -100,8 +102,9 @@ class Wire:
     backward: torch.dtype
 
     def of(self, phase: str, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Returns the dtype in which a value of ``dtype`` travels, and its dtype after. In the backward phase the value is a
-        gradient.
+        """Returns the dtype in which a value of ``dtype`` travels, and its dtype after.
+
+        In the backward phase the value is a gradient.
         """
         return (self.backward, dtype) if phase == "backward" else (self.forward, self.result)
 

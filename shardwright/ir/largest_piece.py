@@ -11,8 +11,9 @@ Shape = tuple[int, ...]
 
 @lru_cache(maxsize=65536)
 def local_shape(layout: Layout, shape: Shape) -> Shape:
-    """Computes the shape of the largest piece of a tensor of global ``shape``. It is the first rank's, so other ranks need no
-    look.
+    """Computes the shape of the largest piece of a tensor of global ``shape``.
+
+    It is the first rank's, so other ranks need no look.
 
     >>> local_shape(Layout((2, 4), ("dp", "tp"))("dp", "tp"), (5, 8))
     (3, 2)

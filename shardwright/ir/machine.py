@@ -92,8 +92,9 @@ class Machine:
         return self.rates.get(family, self.memory_bandwidth)
 
     def level(self, ranks: int, total: int = 0) -> Level:
-        """Returns the links among groups of ``ranks`` neighbours, of ``total`` ranks. No group may cross a border between
-        nodes.
+        """Returns the links among groups of ``ranks`` neighbours, of ``total`` ranks.
+
+        No group may cross a border between nodes.
 
         >>> from shardwright.cost.machine_files import load_machine
         >>> load_machine("h100").level(6, 24).name, load_machine("h100").level(6, 6).name

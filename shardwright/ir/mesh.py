@@ -140,8 +140,9 @@ class Mesh:
         return dict(zip(self.axes, _coordinate_table(self)[_positions(self)[rank]], strict=True))
 
     def groups(self, axes: Sequence[str]) -> list[list[int]]:
-        """Returns the groups of ranks that differ only along ``axes``. Each is in the order of ``axes``, the first most
-        significant.
+        """Returns the groups of ranks that differ only along ``axes``.
+
+        Each is in the order of ``axes``, the first most significant.
         """
         return [list(g) for g in _groups(self, tuple(axes))]
 

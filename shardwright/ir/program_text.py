@@ -19,6 +19,7 @@ from shardwright.ir.visitor import InstructionVisitor
 
 
 def argument_text(argument: Any) -> str:
+    """Returns an argument of a call as readable code."""
     if isinstance(argument, (list, tuple)):
         inner = ", ".join(argument_text(a) for a in argument)
         return f"[{inner}]" if isinstance(argument, list) else f"({inner}{',' if len(argument) == 1 else ''})"

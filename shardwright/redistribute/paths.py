@@ -182,8 +182,9 @@ def _low(mask: Array) -> Array:
 
 
 def _shrink(net: Network, paths: Paths, slices_only: bool = False) -> Paths:
-    """Slices dims by replicated axes and reduce-scatters them by pending ones. It goes as far as the target's axes continue
-    these.
+    """Slices dims by replicated axes and reduce-scatters them by pending ones.
+
+    It goes as far as the target's axes continue these.
     """
     now, target = paths.now, paths.target
     busy = (paths.split() | paths.kept)[:, None]

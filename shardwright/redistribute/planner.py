@@ -312,8 +312,9 @@ class _Planner:
         return self.then(path, "permute" if is_permute else "exchange", (), after)
 
     def gathered(self, path: Path, target: Layout) -> Iterator[Path]:
-        """Yields paths with the remaining gathers, the slowest links first. They are joined in one, dim by dim, or one axis at
-        a time.
+        """Yields paths with the remaining gathers, the slowest links first.
+
+        They are joined in one, dim by dim, or one axis at a time.
         """
         left = {d: axes[len(target.bound[d]) :] for d, axes in enumerate(path.now.bound) if axes != target.bound[d]}
         if self.is_hopeless(path, messages=1 if left else 0):
@@ -365,8 +366,9 @@ class _Planner:
     # -- between meshes -------------------------------------------------------------------------------------------
 
     def across(self, path: Path) -> Iterator[Path]:
-        """Yields paths to another mesh, over the same ranks or others. If few ranks would send much, the receivers share the
-        work.
+        """Yields paths to another mesh, over the same ranks or others.
+
+        If few ranks would send much, the receivers share the work.
         """
         now, target = path.now, self.target
         if now.bounds(self.shape) == target.bounds(self.shape):

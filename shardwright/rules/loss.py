@@ -249,8 +249,9 @@ def _sums_of_probabilities(scores: Tensor, peak: Tensor, target: Tensor, weight:
 
 
 class Exponentials(torch.autograd.Function):
-    """Computes the sum of ``exp(score - peak)`` over local classes. It also returns ``score - peak`` at the target, and saves
-    one tensor.
+    """Computes the sum of ``exp(score - peak)`` over local classes.
+
+    It also returns ``score - peak`` at the target, and saves one tensor.
     """
 
     @staticmethod

@@ -124,8 +124,9 @@ def _einsum(op: Operator) -> Signature | None:
 
 
 def _implicit_output(terms: list[str]) -> str:
-    """Returns the result's letters if the equation has no arrow: those that appear once, in order, capitals first, after the
-    ellipsis.
+    """Returns the result's letters if the equation has no arrow.
+
+    They are those that appear once, in order, capitals first, after the ellipsis.
     """
     letters = "".join(terms)
     ellipsis = "..." if "..." in letters else ""

@@ -133,8 +133,9 @@ def piece_statistics(x: Tensor) -> Tensor:
 
 
 def merged_statistics(pieces: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Merges statistics of several pieces into mean and variance. They have shape ``(pieces, 2, C)``, of ``counts`` elements
-    each.
+    """Merges statistics of several pieces into mean and variance.
+
+    They have shape ``(pieces, 2, C)``, of ``counts`` elements each.
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """

@@ -33,6 +33,13 @@ Where = dict[str, "Layout | None"]
 
 
 class Planner:
+    """Plans a graph operator by operator; modes are its subclasses.
+
+    Args:
+        graph: what is planned.
+        request: what the user asked for.
+    """
+
     def __init__(self, graph: Graph, request: PlanRequest):
         self.graph = pinned_graph(graph, request.operator_plan, request.dataset_strategy == "full_batch")
         self.request = request

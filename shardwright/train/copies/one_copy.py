@@ -74,6 +74,7 @@ def _outputs(target: Any, args: Any, kwargs: Any, inputs: Sequence[TensorMeta]) 
 
 
 def meta_of(tensor: torch.Tensor, device: torch.device | None) -> TensorMeta:
+    """Describes a tensor, as if it lay on ``device``."""
     return TensorMeta(tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()), device)
 
 

@@ -40,6 +40,7 @@ def cut_layouts(node: Node) -> Iterator[tuple[bool, int, Layout]]:
 
 
 def check_cut(graph: Graph, node: Node, problems: Problems) -> Cut | None:
+    """Returns how a node's Layouts cut the batch into copies; adds to ``problems`` what is wrong with it."""
     found = list(cut_layouts(node))
     if not found:
         return None
@@ -104,6 +105,7 @@ def _factor(
 
 
 def check_together(cuts: Sequence[Cut], problems: Problems) -> None:
+    """Adds to ``problems`` what cuts of one model disagree in."""
     other = next((cut for cut in cuts if cut.copies != cuts[0].copies), None)
     if other is not None:
         problems.add(

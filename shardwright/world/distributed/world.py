@@ -46,7 +46,7 @@ from shardwright.world.world import Described, World
 
 
 class DistributedWorld(World):
-    """This process as one rank of the initialised ``torch.distributed`` job.
+    """One rank, the process itself, of the initialised ``torch.distributed`` job.
 
     Args:
         device: where this rank's tensors are; default: the current CUDA device under NCCL, else the CPU.

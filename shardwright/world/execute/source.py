@@ -56,7 +56,7 @@ class SourceWriter:
             read: writes the text of a local value.
             per_rank: writes the text of a value that depends on the rank.
         """
-        entry = python_entry(function)
+        entry = python_entry(function) if isinstance(function, OpOverload) else function
         if entry is not function:
             kwargs = with_constants(function, args, kwargs)
         return f"{self.callable(entry)}({self.arguments(args, kwargs, read, per_rank)})"
