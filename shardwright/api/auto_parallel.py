@@ -260,7 +260,11 @@ class AutoParallel(SettingsMethods, TargetAsModule):
 
     @property
     def latest(self) -> BoundCall:
-        """The bound program that the latest call ran; of a train step, its largest part."""
+        """The bound program that the latest call ran; of a train step, its largest part.
+
+        Raises:
+            ShardwrightError: nothing is planned yet, or the mode makes no plans.
+        """
         if self._latest is not None:
             return self._latest
         if self._step is not None:

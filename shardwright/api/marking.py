@@ -62,6 +62,9 @@ def shard(
     Returns:
         The module itself, or a function to call in place of the given one.
 
+    Raises:
+        ArgumentTypeError: the target is not callable, or ``parameter_plan`` is no dict or has no module.
+
     >>> import torch
     >>> matmul = shard(torch.matmul, in_strategy=((2, 4), (4, 1)))
     >>> matmul(torch.ones(4, 8), torch.ones(8, 2)).shape
@@ -115,6 +118,9 @@ def recompute(module: nn.Module, **switches: bool) -> nn.Module:
 
 def reshard(tensor: Tensor, layout: Layout) -> Tensor:
     """Pins a layout onto a tensor in the middle of a model. The value is unchanged; does nothing elsewhere.
+
+    Raises:
+        ArgumentTypeError: the arguments are not a tensor and a Layout.
 
     >>> import torch
     >>> x = torch.ones(4, 4)

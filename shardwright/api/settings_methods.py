@@ -58,6 +58,9 @@ class SettingsMethods:
             enable: where ``False``, all-gathers and slices take the place of all-to-alls, permutes and exchanges. More bytes
                 move
                 and tensors are larger in between; for backends whose all-to-all is slow or missing.
+
+        Raises:
+            ArgumentTypeError: ``enable`` is not a bool.
         """
         if not isinstance(enable, bool):
             raise ArgumentTypeError(f"enable_alltoall({enable!r}): give True or False")

@@ -123,7 +123,11 @@ def showing_progress() -> Iterator[Callable[[str], None]]:
 
 
 def make_plan(arguments: argparse.Namespace) -> PlanView:
-    """Plans what the command line names: a script, or a model and its inputs."""
+    """Plans what the command line names: a script, or a model and its inputs.
+
+    Raises:
+        ShardwrightError: the script calls no ``AutoParallel`` and defines no ``model()`` and ``inputs()``.
+    """
     given = _settings(arguments.set)
     script, own = arguments.script, arguments.arguments
     options = {
@@ -187,7 +191,11 @@ def _of_functions(
 
 
 def show(plan: PlanView, arguments: argparse.Namespace) -> None:
-    """Prints the views of a plan that the command line asks for."""
+    """Prints the views of a plan that the command line asks for.
+
+    Raises:
+        ShardwrightError: the page cannot be written.
+    """
     from shardwright.report.overview import WIDTH, overview
 
     if arguments.explain:

@@ -153,6 +153,9 @@ def load(path: Path | None = None) -> Calibration:
     A file that cannot be used, or that was measured on a machine with another number of cores, is warned of and left.
 
     A file that cannot be used, or that was measured on a machine with another number of cores, is ignored with a warning.
+
+    Raises:
+        WorldError: a file that was asked for is missing, unreadable or of another machine.
     """
     asked = path is not None or bool(os.environ.get(VARIABLE))
     path = path or location()

@@ -59,7 +59,11 @@ class SlicePatches:
         return tuple(patch for row in rows for patch in row.tensor_split(self.num_width, dim=-1))
 
     def even(self, image: Tensor) -> Tensor:
-        """Pads or crops the image, so that its patches have one size."""
+        """Pads or crops the image, so that its patches have one size.
+
+        Raises:
+            ArgumentTypeError: the image is no tensor. ShardwrightError: nothing of it is left to make patches of.
+        """
         if not isinstance(image, Tensor):
             raise ArgumentTypeError(f"SlicePatches takes a tensor (..., H, W), not a {type(image).__name__}; convert it first")
         if image.ndim < 2:
@@ -80,6 +84,9 @@ class SlicePatches:
         """Returns the patch of one rank of ``size``, as slice counts assign them.
 
         Ranks beyond the number of patches share them: neighbours have the same patch.
+
+        Raises:
+            ShardwrightError: the patches do not divide the ranks.
 
         >>> import torch
         >>> SlicePatches(num_width=2).of_rank(torch.arange(4.0).view(1, 4), rank=1, size=4)

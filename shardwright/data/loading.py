@@ -59,7 +59,11 @@ class Loader:
         return "full_batch" if self.net is None else self.net.settings.dataset_strategy
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the next epoch. Without it epochs follow each other. Keeps a loaded position of the same epoch."""
+        """Sets the next epoch. Without it epochs follow each other. Keeps a loaded position of the same epoch.
+
+        Raises:
+            ArgumentTypeError: the epoch is not an int of 0 or more.
+        """
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
             raise ArgumentTypeError(f"set_epoch({epoch!r}): give an int, 0 or more")
         if epoch != self._position.epoch:

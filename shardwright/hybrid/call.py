@@ -29,7 +29,11 @@ def failed(name: str, given: str, edit: str) -> ShardwrightError:
 
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
-    """Checks the tensor and axis of a call. Returns the number of ranks along the axis."""
+    """Checks the tensor and axis of a call. Returns the number of ranks along the axis.
+
+    Raises:
+        ArgumentTypeError: the first argument is no tensor. ShardwrightError: the mesh has no such axis.
+    """
     mesh = current_mesh().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")

@@ -197,6 +197,9 @@ def permute(x: Tensor, axis: str = "dp", shift: int = 1, pairs: Iterable[tuple[i
         shift: by how many ranks along the axis, around its end: 1 sends to the next, -1 to the one before.
         pairs: in place of ``shift``, pairs of indices along the axis, from and to. A rank that nobody sends to gets zeros.
 
+    Raises:
+        ArgumentTypeError: the shift is not an int.
+
     >>> from shardwright.ir.mesh import Mesh
     >>> with over(Mesh(("dp",), (1,))):
     ...     permute(torch.ones(2), "dp")

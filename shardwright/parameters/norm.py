@@ -81,6 +81,9 @@ def get_total_norm(
         tensors: ordinary or distributed tensors.
         norm_type, error_if_nonfinite, foreach: see :func:`clip_grad_norm_`.
 
+    Raises:
+        ShardwrightError: the order is not above 0. RuntimeError: the norm is not finite and that was to be an error.
+
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(5.)
     """

@@ -40,7 +40,11 @@ def draw_layout(layout: Layout, shape: Sequence[int], path: str | Path) -> None:
 
 
 def draw_layouts(tensors: Sequence[tuple[Layout, Sequence[int]]], path: str | Path) -> None:
-    """Draws several layouts below each other; see :func:`draw_layout`."""
+    """Draws several layouts below each other; see :func:`draw_layout`.
+
+    Raises:
+        ShardwrightError: the file has no suffix of a picture. ImportError: matplotlib is missing.
+    """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ShardwrightError(f"cannot draw a {Path(path).suffix or 'file without a suffix'}: name a .png or .svg file")
     try:

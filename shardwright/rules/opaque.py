@@ -34,7 +34,7 @@ _SHAPE = "the shape"
 
 @rule_for("opaque")
 def _rule(op: Operator) -> Signature | None:
-    """Every dim is free where the function was seen to work element by element."""
+    """Frees every dim where the function was seen to work element by element."""
     function: Any = op.target
     if not op.inputs or trace_of(function, op.inputs, op.inputs[0].shape) is None:
         return None

@@ -19,7 +19,7 @@ import shardwright as sw  # noqa: E402
 
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
 KINDS = len(pieces.EQUAL) + len(pieces.REFUSED)
-SIMULATED = range(5 * KINDS if ALL else KINDS)
+SIMULATED = range(1000 if ALL else KINDS)
 ON_RANKS = range(KINDS, 3 * KINDS) if ALL else range(KINDS, KINDS + 24)
 
 

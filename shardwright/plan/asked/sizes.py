@@ -15,6 +15,9 @@ _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB":
 def memory_bytes(memory: float | str) -> float:
     """Reads a size such as ``"80GB"`` in bytes; powers of ten, or of two as in ``"80GiB"``.
 
+    Raises:
+        ShardwrightError: the text is not a size above 0.
+
     >>> memory_bytes("1.5GB"), memory_bytes("2KiB"), memory_bytes(100)
     (1500000000.0, 2048.0, 100.0)
     """
@@ -30,7 +33,11 @@ def memory_bytes(memory: float | str) -> float:
 
 
 def optimizer_bytes_per_byte(optimizer: str | float) -> float:
-    """Returns the bytes of optimizer state per byte of parameter."""
+    """Returns the bytes of optimizer state per byte of parameter.
+
+    Raises:
+        ShardwrightError: no such optimizer is known.
+    """
     if isinstance(optimizer, (int, float)) and not isinstance(optimizer, bool) and optimizer >= 0:
         return float(optimizer)
     if isinstance(optimizer, str) and optimizer.lower() in OPTIMIZER_STATES:

@@ -67,7 +67,11 @@ class GradAccumulation(nn.Module):
         return pytree.tree_unflatten(results, found[0][1])
 
     def parts(self, leaves: Sequence[Any]) -> list[list[Any]]:
-        """Returns the flat inputs of every micro-batch."""
+        """Returns the flat inputs of every micro-batch.
+
+        Raises:
+            ShardwrightError: there is no tensor to cut, or its dim 0 is no multiple of ``micro_size``.
+        """
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
             raise ShardwrightError("GradAccumulation was called without a tensor to cut along dim 0")

@@ -38,7 +38,11 @@ class Groups:
         self._made: dict[Shape, Any] = {}
 
     def make(self, steps: Iterable[Step]) -> None:
-        """Makes the groups that ``steps`` need; all ranks call it with the same steps."""
+        """Makes the groups that ``steps`` need; all ranks call it with the same steps.
+
+        Raises:
+            WorldError: the world is closed.
+        """
         if self.closed:
             raise WorldError(_CLOSED)
         if self.calibration is None and self.is_gloo:

@@ -16,6 +16,9 @@ def read_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
 
     Without ``LOCAL_RANK`` ranks are taken to go round the devices of each host.
 
+    Raises:
+        WorldError: variables are missing or are no ranks.
+
     >>> job = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     >>> read_environment({**job, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     (3, 4, 1, 2)
