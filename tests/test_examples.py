@@ -88,6 +88,15 @@ def test_char_lm(monkeypatch, capsys):
     assert max(differences(text)) < 1e-5
 
 
+def test_gan_penalty(monkeypatch, capsys):
+    text = run("gan_penalty", monkeypatch, capsys)
+    losses = re.findall(r"^step +(\d+): critic (-?\d+\.\d+), generator (-?\d+\.\d+)$", text, re.M)
+    assert [int(step) for step, *_ in losses] == [0, 5, 10, 15, 20, 25]
+    assert float(losses[-1][1]) < float(losses[0][1]) / 2
+    assert float(re.findall(r"to a single device's: (\S+)", text)[0]) < 1e-12
+    assert len((EXAMPLES / "gan_penalty.py").read_text("utf-8").splitlines()) <= 80
+
+
 # Of each technique: what was configured, and what its neighbours got.
 PROPAGATION = {
     "weights": (["embedding (1, 1) (2, 1)", "matmul (2, 1) (1, 4)"], ["gelu (2, 4)", "matmul1 (2, 4) (4, 1)"]),
