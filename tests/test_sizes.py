@@ -1,4 +1,7 @@
-"""Files, and functions without their docstrings, are as long as one can read at once. What is longer is listed with its length, and may not grow."""
+"""Files, and functions without their docstrings, are as long as one can read at once.
+
+What is longer is listed with its length, and may not grow.
+"""
 
 from __future__ import annotations
 

@@ -21,10 +21,12 @@ from shardwright.api.stages import (
     make_target,
     plan_target,
 )
+from shardwright.base.derivatives import with_first_derivatives_only
 from shardwright.base.dump import dump_of
 from shardwright.base.torch_private import pytree
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.own_backward import retained_outputs
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.rank_inputs import GlobalInputs
 from shardwright.errors import CaptureError, WorldError
@@ -93,6 +95,7 @@ class BoundCall:
         self.run: Callable[..., Any]
         self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
+        self._retained = retained_outputs(self.graph)
         self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
 
@@ -191,6 +194,10 @@ class BoundCall:
             outputs, updates = self._run(values)
         if updates:
             self._update(values, updates)
+        if self.compiler is not None and torch.is_grad_enabled():  # compiled backward passes are constants to autograd
+            outputs = with_first_derivatives_only(outputs)
+        for index, gradient in self._retained:
+            gradient.hand_to(outputs[index])
         result = pytree.tree_unflatten(outputs, self.graph.out_spec)
         return self._assigned(result) if self.graph.assignments else result
 

@@ -27,9 +27,31 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     def only_once(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():
             raise ShardwrightError(
-                "create_graph=True: a parallel program has first derivatives only, second ones would be missing or wrong\n"
-                "  Drop create_graph=True, or take the second derivatives of the model itself, outside of AutoParallel"
+                "create_graph=True: this part of a parallel program has first derivatives only, second ones would be missing "
+                "or wrong; such parts are GradAccumulation, programs with compile=, and a cross entropy whose classes are split\n"
+                "  Drop create_graph=True, leave that part out, or take the second derivatives of the model itself, outside of "
+                "AutoParallel"
             )
         return backward(ctx, *gradients)
 
     return only_once
+
+
+class _FirstOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+def with_first_derivatives_only(values: list[Any]) -> list[Any]:
+    """Returns values whose backward pass refuses to be differentiated, where their gradients have none of their own."""
+    found = list(values)
+    at = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and value.requires_grad]
+    for i, value in zip(at, _FirstOnly.apply(*[values[i] for i in at]) if at else ()):
+        found[i] = value
+    return found

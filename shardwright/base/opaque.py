@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,6 +114,36 @@ def reads_outside(function: Any) -> bool:
     scope = getattr(function, "__globals__", {})
     fixed = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, int, float, str, torch.dtype)
     return any(not isinstance(scope[name], fixed) for name in names if name in scope)
+
+
+class RetainedGradient(OpaqueFunction):
+    """The identity, which hands the gradient of its tensor to the tensor that a call returned for it."""
+
+    def __init__(self) -> None:
+        super().__init__("retain_grad", self._retain)
+        self._handed: list[weakref.ref[Tensor] | None] = [None]
+
+    def _retain(self, x: Tensor) -> Tensor:
+        made = x.view_as(x)
+        if made.requires_grad and torch.is_grad_enabled():
+            handed: list[weakref.ref[Tensor] | None] = [None]
+            self._handed = handed  # of this call, whose backward may come after the next one
+            made.register_hook(lambda gradient: self._keep(handed[0], gradient))
+        return made
+
+    @staticmethod
+    def _keep(reference: weakref.ref[Tensor] | None, gradient: Tensor) -> None:
+        tensor = None if reference is None else reference()
+        if tensor is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that of reading the gradient of what is no leaf
+            before = tensor.grad
+        tensor.grad = gradient.detach().clone() if before is None else before + gradient.detach()
+
+    def hand_to(self, tensor: Tensor) -> None:
+        """Says which tensor the latest call returned for the one that keeps its gradient."""
+        self._handed[0] = weakref.ref(tensor)
 
 
 class _Draws(TorchDispatchMode):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.opaque import FUNCTION, HOOK, OpaqueFunction, reads_outside
+from shardwright.base.opaque import FUNCTION, HOOK, OpaqueFunction, RetainedGradient, reads_outside
 from shardwright.base.torch_private import BackwardHook, FakeTensor, pytree
 from shardwright.capture.names import Names
-from shardwright.ir.graph import Node
+from shardwright.ir.graph import Graph, Node
 from shardwright.ir.operator import Operator, Slot
 
 _METHODS = ("forward", "setup_context", "backward", "vjp")  # of an autograd.Function
@@ -99,6 +99,12 @@ class OwnBackwards:
         HOOK(tensor, function.number)
         return handle
 
+    def retain(self, tensor: Tensor) -> None:
+        """Records that a tensor keeps its gradient."""
+        function = RetainedGradient()
+        self.hooks.append(function)
+        HOOK(tensor, function.number)
+
     def module_hooks(self) -> type:
         """Returns the class that replaces torch's ``BackwardHook`` for a module's call."""
         outer = self
@@ -147,13 +153,28 @@ def with_hooks(
     for node in nodes:
         found.append(replace(node, inputs=tuple(renamed.get(value, value) for value in node.inputs)))
         for value, meta in zip(node.outputs, node.op.outputs):
-            for function in reversed(hooks.get(value, ())):  # the first of them is the first to see the gradient
+            # the first of them is the first to see the gradient, and what retains it the last
+            for function in sorted(reversed(hooks.get(value, ())), key=lambda hook: not isinstance(hook, RetainedGradient)):
                 name = names.new(function.__name__)
                 operator = Operator(function, (Slot(0),), {}, (meta,), (meta,), True)
                 source = renamed.get(value, value)
                 found.append(Node(name, operator, (source,), (name,), node.module, node.source))
                 renamed[value] = name
     return found, renamed
+
+
+def retained_outputs(graph: Graph) -> list[tuple[int, RetainedGradient]]:
+    """Returns which outputs of a graph keep the gradients of values within it, each with what hands the gradient on."""
+    found: list[tuple[int, RetainedGradient]] = []
+    behind: dict[str, list[RetainedGradient]] = {}  # value -> what retains the gradient of that without hooks
+    for node in graph.nodes:
+        if isinstance(node.op.target, RetainedGradient):
+            behind.setdefault(node.outputs[0], []).append(node.op.target)
+        if isinstance(node.op.target, OpaqueFunction) and len(node.inputs) == 1:
+            behind.setdefault(node.outputs[0], []).extend(behind.get(node.inputs[0], ()))
+    for index, output in enumerate(graph.outputs):
+        found += [(index, function) for function in behind.get(output, ())] if isinstance(output, str) else []
+    return found
 
 
 class _Handle:

@@ -177,12 +177,12 @@ class Watch(TorchFunctionMode):
         with self.paused():
             return self.own_backwards.hook(tensor, hook)
 
-    def refuse_retain_grad(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Refuses ``retain_grad``."""
-        raise refuse(
-            "Tensor.retain_grad cannot be captured: the gradient of a value within a captured callable is kept nowhere",
-            "Remove it; gradients of inputs and parameters are there, torch.autograd.grad gives those of inputs",
-        )
+    def record_retain_grad(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records that an activation keeps its gradient; leaves do in any case."""
+        if id(args[0]) in self.given or not args[0].requires_grad or not torch.is_grad_enabled():
+            return
+        with self.paused():
+            self.own_backwards.retain(args[0])
 
     def refuse_grad_fn(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to read ``grad_fn``."""
@@ -261,7 +261,7 @@ def _key(function: Any) -> Any:
 _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.register_hook: Watch.record_hook,
     Tensor.register_post_accumulate_grad_hook: Watch.record_hook,
-    Tensor.retain_grad: Watch.refuse_retain_grad,
+    Tensor.retain_grad: Watch.record_retain_grad,
     ("grad_fn", "__get__"): Watch.refuse_grad_fn,
     ("grad", "__get__"): Watch.refuse_reading_grad,
     ("grad", "__set__"): Watch.refuse_setting_grad,

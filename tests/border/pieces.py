@@ -415,6 +415,12 @@ def writes_to_a_parameter(self: Any, h: Tensor) -> Tensor:
     return h + self.layer.bias
 
 
+@equal
+def retains(self: Any, h: Tensor) -> Tensor:
+    h.retain_grad()
+    return h * 1
+
+
 # -- what must be refused --------------------------------------------------------------------------------------------------
 
 
@@ -427,12 +433,6 @@ def hooked_by_node(self: Any, h: Tensor) -> Tensor:
 @refused
 def hooked_many(self: Any, h: Tensor) -> Tensor:
     torch.autograd.graph.register_multi_grad_hook((h,), lambda gradients: None)
-    return h * 1
-
-
-@refused
-def retains(self: Any, h: Tensor) -> Tensor:
-    h.retain_grad()
     return h * 1
 
 

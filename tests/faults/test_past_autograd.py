@@ -320,6 +320,42 @@ def test_functions_keep_their_backward(call):
     assert equal_or_refused(lambda h: call(call(h).exp()) * h) == "equal"
 
 
+@pytest.mark.parametrize("mode", ["semi_auto", "data_parallel", "auto"])
+def test_a_retained_gradient_is_on_what_the_call_left(mode):
+    class Retains(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.h = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1), None
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.h = self.first(x).tanh()
+            self.h.retain_grad()
+            self.h.register_hook(lambda gradient: gradient * 2)
+            return self.second(self.h), self.h
+
+    sw.init(devices=3)
+    torch.manual_seed(0)
+    model = Retains().double()
+    plain = copy.deepcopy(model)
+    net, x = sw.AutoParallel(model, mode), torch.randn(4, WIDTH, dtype=torch.float64)
+    for _ in range(2):
+        for call in (net, plain):
+            result, h = call(x)
+            (result.square().sum() + h.sin().sum()).backward()
+        torch.testing.assert_close(model.h.grad, plain.h.grad)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_compiled_programs_refuse_second_derivatives():
+    sw.init(devices=2)
+    net = sw.AutoParallel(Around(torch.tanh), compile="aot_eager")
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    with pytest.raises(sw.errors.ShardwrightError, match="create_graph"):
+        torch.autograd.grad(net(x), x, create_graph=True)
+    net(x).backward()
+
+
 def test_functions_within_operators_of_torch_are_none_of_the_users():
     assert equal_or_refused(lambda h: nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]) == "equal"
 
