@@ -77,6 +77,19 @@ class TargetAsModule(nn.Module):
         """Yields the target's module, in the place of this one, and its submodules."""
         return self.module.named_modules(memo, prefix, remove_duplicate)
 
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """Calls ``fn`` on the target's module and all within it."""
+        self.module.apply(fn)
+        return self
+
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+        """Registers a buffer of the target's module."""
+        self.module.register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter of the target's module."""
+        self.module.register_parameter(name, param)
+
     def train(self, mode: bool = True) -> Any:
         """Sets the target's module to training or evaluation."""
         self.module.train(mode)
@@ -105,6 +118,11 @@ class TargetAsModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets attributes of the target that are read through this object: ``net.dropout.p``, ``net.scale``."""
+        if name == "__class__":
+            raise ShardwrightError(
+                f"the class of an {type(self).__name__} cannot be changed, as parametrizations do\n"
+                "  Parametrize the model itself: torch.nn.utils.parametrize.register_parametrization(model, ...)"
+            )
         target = self.__dict__.get("target")
         own = name in self.__dict__ or hasattr(type(self), name) or "__wrapped_function__" not in self.__dict__
         is_state = isinstance(value, (nn.Module, nn.Parameter))

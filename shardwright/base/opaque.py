@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from shardwright.base.operators import may_draw
-from shardwright.base.torch_private import TorchDispatchMode, pytree
+from shardwright.base.torch_private import FakeTensor, TorchDispatchMode, pytree
 from shardwright.base.user_code import globals_read
 
 _numbers = itertools.count()
@@ -65,6 +65,7 @@ class OpaqueFunction:
         self.result: tuple[Any, list[Any]] | None = None
         self.may_be_split = False
         self.traces: dict[Any, Any] = {}
+        self.results_like: dict[Any, list[tuple[tuple[int, ...], torch.dtype]]] = {}  # by the shapes of the tensors
         self.number = next(_numbers)
         _by_number[self.number] = self
 
@@ -74,12 +75,31 @@ class OpaqueFunction:
     def __deepcopy__(self, memo: Any) -> OpaqueFunction:
         return self
 
+    def capture(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Calls the function on tensors without values, as it is captured; what its results are like is kept."""
+        with _Draws() as draws:
+            made = list(self._called(tensors))
+        if draws.found:
+            self.tags.add(torch.Tag.nondeterministic_seeded)
+        self.results_like[_shapes(tensors)] = [(tuple(t.shape), t.dtype) for t in made]
+        return made
+
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Calls the function; returns the tensors of its result.
+
+        Tensors without values, as in predictions of memory, must not reach what the function does besides: a stand-in gives
+        results of the same shapes.
 
         Raises:
             RuntimeError: the result has another structure, or other constants, than when it was captured.
         """
+        if not self.may_be_split and any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+            like = self.results_like.get(_shapes(tensors))
+            if like is not None:
+                return tuple(_StandIn.apply(like, *tensors))
+        return self._called(tensors)
+
+    def _called(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         leaves, spec = pytree.tree_flatten(self.call(*tensors))
         found = (spec, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         if self.result is None:
@@ -163,13 +183,25 @@ def opaque_function(number: int) -> OpaqueFunction:
     return _by_number[number]
 
 
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+class _StandIn(torch.autograd.Function):
+    """Results of the right shapes, and gradients of the right shapes, that nothing is computed for."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        return tuple(tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in like)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *[torch.empty_like(tensor) for tensor in ctx.saved_tensors]
+
+
 def _run_function(inputs: list[Tensor], number: int) -> list[Tensor]:
-    function = opaque_function(number)
-    with _Draws() as draws:
-        made = list(function(*inputs))
-    if draws.found:
-        function.tags.add(torch.Tag.nondeterministic_seeded)
-    return made
+    return opaque_function(number).capture(inputs)
 
 
 _library = torch.library.Library("shardwright_opaque", "DEF")

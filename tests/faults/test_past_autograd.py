@@ -320,6 +320,36 @@ def test_functions_keep_their_backward(call):
     assert equal_or_refused(lambda h: call(call(h).exp()) * h) == "equal"
 
 
+SEEN: list[Any] = []
+
+
+class Tells(torch.autograd.Function):
+    """A backward that leaves something behind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        SEEN.append(gradient)
+        return gradient * 2
+
+
+@pytest.mark.parametrize("mode", ["semi_auto", "data_parallel", "auto", "dynamic_programming", "recursive_programming"])
+def test_a_backward_runs_once_a_step_and_never_to_find_something_out(mode):
+    sw.init(devices=3)
+    SEEN.clear()
+    net = sw.AutoParallel(Around(Tells.apply), mode)
+    x = torch.randn(6, WIDTH)
+    net(x)
+    assert net.plan.memory.peak > 0
+    assert sw.plan_for(3, net.target, x).price is not None
+    assert SEEN == []
+    net(x).backward()
+    assert [type(seen) for seen in SEEN] == [Tensor]
+
+
 @pytest.mark.parametrize("mode", ["semi_auto", "data_parallel", "auto"])
 def test_a_retained_gradient_is_on_what_the_call_left(mode):
     class Retains(nn.Module):

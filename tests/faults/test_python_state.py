@@ -420,6 +420,15 @@ def test_a_net_is_a_module(x):
         pickle.dumps(net)
     net.double()
     assert model.first.weight.dtype == torch.float64
+    net.register_buffer("kept", torch.ones(1))
+    net.register_parameter("more", nn.Parameter(torch.ones(1)))
+    assert model.kept is net.kept
+    assert model.more is net.more
+    with pytest.raises(sw.errors.ShardwrightError, match="the model itself"):
+        torch.nn.utils.parametrizations.weight_norm(net, "more")
+    applied: list[Any] = []
+    net.apply(applied.append)
+    assert applied[-1] is model
     net.head = nn.Linear(2, 2)
     assert model.head is net.head
     assert "head.weight" in net.state_dict()
