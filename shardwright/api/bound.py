@@ -95,12 +95,12 @@ class BoundCall:
         self.run: Callable[..., Any]
         self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]
-        self._retained = retained_outputs(self.graph)
         self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
 
     def _count_inputs(self) -> None:
         """Sorts the graph's inputs into parameters, arguments and others, and records which are written to."""
+        self._retained = retained_outputs(self.graph)
         kinds = [i.kind for i in self.graph.inputs]
         self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
         self._arguments = [n for n, kind in enumerate(kinds) if kind == "input"]

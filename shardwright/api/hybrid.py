@@ -69,6 +69,7 @@ class HybridBoundCall(BoundCall):
         check_assignments(self.graph, self.micro is not None)
         ids = buckets_of(self.graph.inputs, dict(root.named_parameters(remove_duplicate=False)))
         self.schedule = replace(settings.schedule, ids=ids)
+        self.compiler = None
         self.program = self._finished(program)
         self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, settings)
         self._read = [self._reader(i) for i in self.graph.inputs]

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.node import has_side_effect
 
 from shardwright.base.operators import may_draw
-from shardwright.base.torch_private import FakeTensor, TorchDispatchMode, pytree
+from shardwright.base.torch_private import FakeTensor, TorchDispatchMode, has_side_effect, pytree
 from shardwright.base.user_code import globals_read
 
 _numbers = itertools.count()

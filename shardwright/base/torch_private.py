@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.fx.node import has_side_effect
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_calls
@@ -108,6 +109,12 @@ fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.de
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
+
+def call_with_hooks(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module with its hooks, past what may stand in the place of ``nn.Module.__call__``."""
+    return module._call_impl(*args, **kwargs)
+
+
 __all__ = [
     "BackwardHook",
     "CheckpointFunction",
@@ -121,6 +128,7 @@ __all__ = [
     "annotate",
     "checkpoint_module",
     "cloned_store",
+    "call_with_hooks",
     "cpp_compiler",
     "current_dispatch_modes",
     "current_graph_task",
@@ -128,6 +136,7 @@ __all__ = [
     "failed_toolchain",
     "foreach_norm",
     "fused_attention_choice",
+    "has_side_effect",
     "module_calls",
     "job_timeout",
     "preserve_node_meta",

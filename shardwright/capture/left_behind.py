@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.torch_private import FakeTensor, module_calls, pytree
+from shardwright.base.torch_private import FakeTensor, call_with_hooks, module_calls, pytree
 from shardwright.capture.python_state import CONTAINERS, HOOK_TABLES, STANDARD, PythonState
 from shardwright.errors import CaptureError
 
@@ -304,7 +304,7 @@ def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[
         _put(vars(root), "forward", had)
         try:
             begin(args, kwargs)
-            return end(nn.Module._call_impl(root, *args, **kwargs))
+            return end(call_with_hooks(root, *args, **kwargs))
         finally:
             replace()
 
