@@ -18,9 +18,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     the parameters, it does not, and ``torch.autograd.grad(..., allow_unused=True)`` would return ``None`` for a derivative.
 
     Raises:
-        ShardwrightError: on a backward pass with ``create_graph=True``.
-
-    Not only when the second derivative is used.
+        ShardwrightError: on a backward pass with ``create_graph=True``, not only when the second derivative is used.
     """
 
     @functools.wraps(backward)

@@ -32,7 +32,7 @@ class OwnBackwards:
     def __init__(self, refuse: Callable[[str, str], Exception]):
         self.refuse = refuse
         self.by_call: dict[Any, OpaqueFunction] = {}
-        self.hooks: list[OpaqueFunction] = []
+        self.kept: list[OpaqueFunction] = []  # recorded calls name them by number, which keeps nothing alive
 
     def call(self, function: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Records the call of an ``autograd.Function`` and returns its result.
@@ -57,9 +57,14 @@ class OwnBackwards:
 
             found = self.by_call[key] = OpaqueFunction(function.__name__, call)
             found.may_be_split = not any(reads_outside(getattr(function, name, None)) for name in _METHODS)
-        return self._record(found, tensors)
+        return self.record(found, tensors)
 
-    def _record(self, function: OpaqueFunction, tensors: list[Tensor]) -> Any:
+    def record(self, function: OpaqueFunction, tensors: list[Tensor]) -> Any:
+        """Records the call of an opaque function on tensors, and returns its nested result.
+
+        Raises:
+            CaptureError: it cannot run without values, or changes an argument in place.
+        """
         versions = [t._version for t in tensors]
         try:
             made = FUNCTION(tensors, function.number)
@@ -95,50 +100,54 @@ class OwnBackwards:
             return made
 
         function = OpaqueFunction(f"hook_{getattr(hook, '__name__', type(hook).__name__).strip('<>')}", call)
-        self.hooks.append(function)
+        self.kept.append(function)
         HOOK(tensor, function.number)
         return handle
 
     def retain(self, tensor: Tensor) -> None:
         """Records that a tensor keeps its gradient."""
         function = RetainedGradient()
-        self.hooks.append(function)
+        self.kept.append(function)
         HOOK(tensor, function.number)
 
-    def module_hooks(self) -> type:
-        """Returns the class that replaces torch's ``BackwardHook`` for a module's call."""
-        outer = self
 
-        class Recorded:
-            """Records a module's backward hooks as a pair of operators, before and after its call."""
+class RecordedBackwardHook:
+    """Replaces torch's ``BackwardHook`` for a module's call: records it as a pair of operators, before and after the call.
 
-            def __init__(self, module: nn.Module, hooks: Any, pre_hooks: Any):
-                self.name = type(module).__name__
-                self.make = lambda: BackwardHook(module, hooks, pre_hooks)
-                self.of_call: list[Any] = []  # set while a call runs
+    Args:
+        own: the opaque functions of the capture.
+        module, hooks, pre_hooks: as for torch's class.
+    """
 
-            def setup_input_hook(self, args: Any) -> Any:
-                def before(*tensors: Tensor) -> Any:
-                    self.of_call[:] = [self.make()]
-                    return self.of_call[0].setup_input_hook(_filled(args, tensors))
+    def __init__(self, own: OwnBackwards, module: nn.Module, hooks: Any, pre_hooks: Any):
+        self.own, self.name = own, type(module).__name__
+        self.make = lambda: BackwardHook(module, hooks, pre_hooks)
+        self.of_call: Any = None  # torch's, set while a call runs
 
-                return self._recorded(f"{self.name}_inputs", before, args)
+    def setup_input_hook(self, args: Any) -> Any:
+        """Records the operator before the call; returns the arguments that the module is to get."""
 
-            def setup_output_hook(self, result: Any) -> Any:
-                def after(*tensors: Tensor) -> Any:
-                    return self.of_call[0].setup_output_hook(_filled(result, tensors))
+        def before(*tensors: Tensor) -> Any:
+            self.of_call = self.make()
+            return self.of_call.setup_input_hook(_filled(args, tensors))
 
-                return self._recorded(f"{self.name}_results", after, result)
+        return self._recorded(f"{self.name}_inputs", before, args)
 
-            def _recorded(self, name: str, call: Callable[..., Any], value: Any) -> Any:
-                tensors = [leaf for leaf in _direct(value) if isinstance(leaf, Tensor)]
-                if not tensors:
-                    return call()
-                function = OpaqueFunction(name, call)
-                outer.hooks.append(function)
-                return outer._record(function, tensors)
+    def setup_output_hook(self, result: Any) -> Any:
+        """Records the operator after the call; returns the result that the caller is to get."""
 
-        return Recorded
+        def after(*tensors: Tensor) -> Any:
+            return self.of_call.setup_output_hook(_filled(result, tensors))
+
+        return self._recorded(f"{self.name}_results", after, result)
+
+    def _recorded(self, name: str, call: Callable[..., Any], value: Any) -> Any:
+        tensors = [leaf for leaf in _direct(value) if isinstance(leaf, Tensor)]
+        if not tensors:
+            return call()
+        function = OpaqueFunction(name, call)
+        self.own.kept.append(function)
+        return self.own.record(function, tensors)
 
 
 def with_hooks(

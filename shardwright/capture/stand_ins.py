@@ -19,6 +19,7 @@ from shardwright.base.torch_private import (
     module_calls,
 )
 from shardwright.base.user_code import _TORCH
+from shardwright.capture.own_backward import RecordedBackwardHook
 from shardwright.capture.refusals import refuse
 from shardwright.capture.session import RECOMPUTE
 from shardwright.capture.torch_functions import Watch
@@ -72,7 +73,9 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
 
     def module_hooks(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
         """Stands for what a call of a module with backward hooks makes."""
-        return (watch.own_backwards.module_hooks() if watch.is_in_callable else BackwardHook)(module, hooks, pre_hooks)
+        if watch.is_in_callable:
+            return RecordedBackwardHook(watch.own_backwards, module, hooks, pre_hooks)
+        return BackwardHook(module, hooks, pre_hooks)
 
     seeds = ("manual_seed", "seed", "set_rng_state", "get_rng_state", "initial_seed")
     return [

@@ -17,43 +17,78 @@ import torch
 from torch import Tensor
 
 from shardwright.base.opaque import OpaqueFunction
+from shardwright.base.operators import may_draw, operator_of
 from shardwright.base.torch_private import FakeTensorMode, TorchDispatchMode, disable_current_modes, pytree
 from shardwright.errors import StrategyError
 from shardwright.ir.instructions import PerRank, Ref
-from shardwright.ir.operator import Operator, TensorMeta
+from shardwright.ir.operator import Operator, OpOverload, TensorMeta
 from shardwright.ir.signature import Signature
 from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
 from shardwright.rules.registry import rule_for
-from shardwright.rules.traits import traits_of
 
 Trace = tuple[Any, ...]  # what ran on a shape, with the shape left out
 
 _SHAPE = "the shape"
+# Operators that torch does not tag as pointwise, and that leave every element where it is if they keep the shape.
+_KEEP_PLACES = frozenset(
+    [
+        "alias",
+        "detach",
+        "clone",
+        "contiguous",
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "expand",
+        "_to_copy",
+        "lift_fresh",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+    ]
+)
 
 
 @rule_for("opaque")
 def _rule(op: Operator) -> Signature | None:
     """Frees every dim where the function was seen to work element by element."""
     function: Any = op.target
-    if not op.inputs or trace_of(function, op.inputs, op.inputs[0].shape) is None:
+    shape = next((meta.shape for meta in op.inputs if meta.shape), ())
+    whole = trace_of(function, op.inputs, shape)
+    if whole is None or any(trace_of(function, op.inputs, piece) != whole for piece in _pieces(shape)):
         return None
     dims = ["..." if meta.shape else "" for meta in (*op.inputs, *op.outputs)]
     inputs, outputs = dims[: len(op.inputs)], dims[len(op.inputs) :]
     return parse(f"{', '.join(inputs)} -> {', '.join(outputs)}", op, None, (), _on_pieces)
 
 
+def _pieces(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Returns shapes of pieces, one per dim: what reads a size does something else on one of them."""
+    return [tuple((s + 1) // 2 if i == d else s for i, s in enumerate(shape)) for d, size in enumerate(shape) if size > 1]
+
+
 def _on_pieces(local: Local) -> tuple[Ref, ...]:
     """Calls the function on every piece, if it does on each rank's shape what it does on the whole."""
     op, function = local.op, local.op.target
     assert isinstance(function, OpaqueFunction)
-    whole = trace_of(function, op.inputs, op.inputs[0].shape)
-    sizes = local.local_shape(False, 0)
+    at = next(i for i, meta in enumerate(op.inputs) if meta.shape)
+    whole = trace_of(function, op.inputs, op.inputs[at].shape)
+    sizes = local.local_shape(False, at)
     for shape in {tuple(s.of(rank) if isinstance(s, PerRank) else s for s in sizes) for rank in local.mesh.ranks}:
         if trace_of(function, op.inputs, shape) != whole:
             raise StrategyError(
                 f"{function}: its forward or backward does something else on a piece of {list(shape)} than on the whole "
-                f"{list(op.inputs[0].shape)}, so it cannot be split; give its call a strategy that leaves its inputs whole"
+                f"{list(op.inputs[at].shape)}, so it cannot be split; give its call a strategy that leaves its inputs whole"
             )
     return local.same_call()
 
@@ -130,11 +165,15 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
+        if not isinstance(function, OpOverload):
+            self.is_pointwise = False
+            return made
+        if function.namespace == "prim":  # asks for the device, and computes nothing
+            return made
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, made)) if isinstance(leaf, Tensor)]
         of_shape = all(tuple(t.shape) in (self.shape, ()) for t in tensors)
-        traits = traits_of(function)
-        works = torch.Tag.pointwise in function.tags or traits.family in ("create", "copy", "view", "pointwise")
-        if not of_shape or not works or traits.draws or torch.Tag.data_dependent_output in function.tags:
+        works = torch.Tag.pointwise in function.tags or operator_of(function) in _KEEP_PLACES
+        if not of_shape or not works or may_draw(function):
             self.is_pointwise = False
         self.calls.append((function, self._text(args), self._text(kwargs or {})))
         return made

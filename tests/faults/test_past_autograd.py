@@ -320,6 +320,87 @@ def test_functions_keep_their_backward(call):
     assert equal_or_refused(lambda h: call(call(h).exp()) * h) == "equal"
 
 
+SAME_SHAPE = [
+    "flip(0)",
+    "flip(1)",
+    "roll(1,0)",
+    "cumsum(0)",
+    "cumprod(0)",
+    "logcumsumexp(0)",
+    "cummax(0).values",
+    "sort(0).values",
+    "softmax(0)",
+    "log_softmax(0)",
+    "tril()",
+    "triu()",
+    "t()",
+    "transpose(0,1)",
+    "clone()",
+    "neg()",
+    "tanh()",
+    "mul(2)",
+    "clamp(min=0)",
+    "view_as(x)",
+    "contiguous()",
+    "expand_as(x)",
+    "rot90(2)",
+    "sub(x.mean(0))",
+    "sub(x.mean())",
+    "mul(x.shape[0])",
+    "div(x.numel())",
+    "add(torch.ones_like(x))",
+    "where(x>0,x*2)",
+    "mul(torch.arange(x.shape[0])[:,None])",
+    "add(torch.eye(x.shape[0]))",
+    "index_select(0,torch.arange(x.shape[0]).flip(0))",
+    "renorm(2,0,1)",
+    "diag_embed()[:,0]",
+    "gather(0,torch.zeros_like(x,dtype=torch.int64))",
+    "T.flip(0)",
+    "swapaxes(0,1)",
+    "movedim(0,1)",
+]
+SPLIT = {"clone()", "neg()", "tanh()", "mul(2)", "clamp(min=0)", "view_as(x)"}  # those that must be, where the batch is
+
+
+def _function_of(text: str) -> Any:
+    source = f"""
+class Made(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.{text}
+    @staticmethod
+    def backward(ctx, g):
+        x = g
+        return 2 * x.{text}
+"""
+    scope: dict[str, Any] = {"torch": torch}
+    exec(source, scope)
+    return scope["Made"]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("text", SAME_SHAPE)
+def test_only_what_leaves_elements_in_their_places_is_split(text):
+    """Forward and backward of the same shape as their argument, in square and long tensors and on even and odd ranks."""
+    made = _function_of(text)
+    for rows, devices in ((WIDTH, 3), (8, 4), (2, 2)):
+        sw.init(devices=devices)
+        torch.manual_seed(0)
+        model = Around(lambda h: made.apply(h).sin()).double()
+        plain, x = copy.deepcopy(model), torch.randn(rows, WIDTH, dtype=torch.float64)
+        try:
+            expected = results(plain, plain, x)
+        except RuntimeError:  # of this shape, the single device cannot do it
+            continue
+        for mode in ("data_parallel", "auto"):
+            net = sw.AutoParallel(copied := copy.deepcopy(model), mode)
+            got = results(net, copied, x)
+            assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True)), (text, rows, mode)
+            if mode == "data_parallel" and text in SPLIT:
+                assert not any("Made" in note for note in net.plan.notes), net.plan.notes
+
+
 SEEN: list[Any] = []
 
 
