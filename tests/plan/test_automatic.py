@@ -128,6 +128,21 @@ def test_a_memory_limit_holds_and_what_does_not_fit_says_so():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("mode", SEARCHES)
+def test_memory_is_predicted_only_for_a_limit(monkeypatch, mode):
+    # a prediction writes a program: far longer than the search, for a model of many layers
+    from shardwright.plan.modes import search
+
+    sw.init(4)
+    asked = []
+    predict = search.step_memory
+    monkeypatch.setattr(search, "step_memory", lambda plan: asked.append(plan) or predict(plan))
+    sw.AutoParallel(nn.Linear(16, 4), mode).compile(torch.randn(8, 16))
+    assert not asked
+    sw.AutoParallel(nn.Linear(16, 4), mode).search(memory="1GB").compile(torch.randn(8, 16))
+    assert asked
+
+
 def test_recursion_is_close_to_the_optimum():
     model, inputs = big_gpt()
     for mesh in ((8,), (2, 4), (2, 2, 2)):

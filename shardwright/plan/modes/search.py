@@ -266,8 +266,10 @@ class SearchPlanner(Planner):
             if target == limit:  # every plan that fits keeps less than this, so its bound holds for all of them
                 bound = max(bound, attempt.solution.bound)
             plan = self.assemble(attempt, bound)
+            if limit is None:
+                return plan
             memory = step_memory(plan)
-            if limit is None or memory.peak <= limit:
+            if memory.peak <= limit:
                 return plan
             assert target is not None
             if not self.live and self.near_the_end(plan):
