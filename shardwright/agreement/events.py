@@ -44,6 +44,7 @@ class EventLog:
         self.count = 0
         self.current_call: Event | None = None
         self.verdict = ""  # why this rank cannot go on; found by the watcher
+        self.weights_every: int | None = None  # calls, after which all weights are compared
         self.is_asking = False  # whether the program waits for a verdict
         self.program_thread = threading.get_ident()
         self._chain = 0
@@ -77,6 +78,7 @@ class EventLog:
             "number": 0 if sign is None else sign.number,
             "new": is_new,
             "chain": event.chain,
+            "every": self.weights_every,
             "before": [str(e) for e in self._before(event, 4)],
             "values": None,
         }

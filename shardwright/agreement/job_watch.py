@@ -63,6 +63,7 @@ def watch_of(world: Any) -> Watch | None:
             found = world.watch = _watches[dist.group.WORLD] = Watch(world.rank, world.size, _patience(world))
             _active[:] = [found]
             _explain_failures()
+        found.check_weights(world.check_weights)
     return found
 
 

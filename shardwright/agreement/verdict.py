@@ -29,6 +29,9 @@ def judge(messages: Sequence[dict[str, Any]]) -> str:
             return f"rank {rank} is many calls ahead of the others: make the same calls on every rank"
         if there["facts"].get("net") != here["facts"].get("net") or there["event"] != here["event"]:
             return _other_event(here, there, rank)
+        if there.get("every") != here.get("every"):
+            said = f"check_weights={there.get('every')} on rank {rank} and {here.get('every')} on rank 0"
+            return f"{here['event']}: sw.init was given {said}: give the same on every rank"
         differs = difference_of(here["facts"], 0, there["facts"], rank)
         if differs:
             return f"{here['event']}: {differs}; hand the same shapes and dtypes to the model in the same mode on every rank"

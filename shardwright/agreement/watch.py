@@ -57,12 +57,17 @@ class Watch:
     def __init__(self, rank: int, size: int, patience: float):
         self.rank, self.size, self.patience = rank, size, patience
         self.calls = self.nets = 0
+        self._checked = 0  # the latest call at which all weights were compared
         self._is_planning = False
         self._backward = -1
         self._log = EventLog(rank)
         self._messages = Messages(rank, size)
         self._store = dist.PrefixStore("shardwright", cloned_store())
         self._watcher = Watcher(self._log, self._messages)
+
+    def check_weights(self, every: int | None) -> None:
+        """Sets after how many calls all weights that ranks hold whole are compared; ``None``: a part of them at times."""
+        self._log.weights_every = every
 
     @property
     def has_printed_verdict(self) -> bool:
@@ -132,10 +137,15 @@ class Watch:
             is_due = False
         net.latest = sign
         self._log.settle(event, sign.number)
-        event.asked = is_due or self.calls % EVERY == 0
+        every = self._log.weights_every
+        checks_all = every is not None and self.calls - self._checked >= every
+        event.asked = is_due or checks_all or self.calls % EVERY == 0
         if event.asked:
             self._ask(event, sign, False, summarize)
-            if self.calls % EVERY == 0:
+            if checks_all:
+                self._checked = self.calls
+                self._compare_weights(event, bound.weights(1, 0))
+            elif self.calls % EVERY == 0:
                 self._compare_weights(event, bound.weights(_PARTS, self.calls // EVERY % _PARTS))
         else:
             event.sign = sign

@@ -13,7 +13,7 @@ from shardwright.world.world import World as World
 _current: list[World] = []
 
 
-def init(devices: int | None = None, timeout: float | timedelta | None = None) -> World:
+def init(devices: int | None = None, timeout: float | timedelta | None = None, check_weights: int | None = None) -> World:
     """Sets up the world: ``devices`` simulated ranks in this process, or the job that this process is part of.
 
     Args:
@@ -21,19 +21,25 @@ def init(devices: int | None = None, timeout: float | timedelta | None = None) -
             ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. In a real job it may only be the job's size.
         timeout: how long a rank of a real job waits for the others, in seconds or as a ``timedelta``: in any collective, and
             where ranks compare what they do. Default: torch's, half an hour. Of no effect on simulated ranks.
+        check_weights: after how many calls of nets the ranks of a real job compare all weights that each of them holds
+            whole; one that differs is refused by name. Default: an eighth of them at every 64th call.
 
     Returns:
         The world, with ``size``, ``rank`` and ``is_simulated``.
 
     Raises:
-        WorldError: not a positive int, or not the size of the job; an invalid timeout; some of a job's variables missing.
+        WorldError: not a positive int, or not the size of the job; an invalid timeout or number of calls; some of a
+            job's variables missing.
 
     >>> init(devices=8).size
     8
     """
     if devices is not None and (not isinstance(devices, int) or isinstance(devices, bool) or devices < 1):
         raise WorldError(f"devices={devices!r}: give the number of ranks to simulate, init(devices=8)")
-    world = _found(devices, _checked_timeout(timeout))
+    is_count = isinstance(check_weights, int) and not isinstance(check_weights, bool) and check_weights > 0
+    if check_weights is not None and not is_count:
+        raise WorldError(f"init(check_weights={check_weights!r}): give a number of calls above 0, init(check_weights=8)")
+    world = _found(devices, _checked_timeout(timeout), check_weights)
     _current[:] = [world]
     return world
 
@@ -50,11 +56,12 @@ def _checked_timeout(timeout: Any) -> timedelta | None:
     return timedelta(seconds=seconds)
 
 
-def _found(devices: int | None, timeout: timedelta | None) -> World:
+def _found(devices: int | None, timeout: timedelta | None, check_weights: int | None) -> World:
     if _in_job():
         from shardwright.world.distributed.world import DistributedWorld
 
         world = DistributedWorld.from_environment(timeout=timeout)
+        world.check_weights = check_weights
         if devices is not None and devices != world.size:
             raise WorldError(
                 f"init(devices={devices}) within a job of {world.size} ranks: drop the argument, or start {devices} ranks"

@@ -125,6 +125,7 @@ def refusals(rank):
         torch.testing.assert_close(net(batch()), Net().eval()(batch()))
     order_and_steps(rank)
     strategies(rank)
+    drift(rank)
     accepted(rank)
     print("case the end: reached")
 
@@ -162,6 +163,23 @@ def strategies(rank):
         except sw.errors.ShardwrightError as error:
             print(f"case slices of other dtypes, {name}: {type(error).__name__} {error}")
     net(batch(seed=rank))  # slices may differ
+
+
+def drift(rank):
+    """A weight that one rank changes by hand, where the ranks are to compare them all after every three calls."""
+    for name, every in (("other numbers of calls", 3 + rank), ("drift", 3)):
+        sw.init(check_weights=every)
+        model = Net()
+        net, called = sw.AutoParallel(model), 0
+        try:
+            for step in range(9):
+                if step == 4 and rank:
+                    model.body[3].bias.data[1] += 0.5
+                net(batch(seed=step))
+                called += 1
+        except sw.errors.ShardwrightError as error:
+            print(f"case {name}: {type(error).__name__} {error} after {called}")
+    sw.init()
 
 
 def hybrid(model):
@@ -214,6 +232,13 @@ def test_the_order_of_nets_and_the_parts_of_a_step_are_compared(refused):
     for said in refused:
         assert re.search(r"rank 1 is in call 1 of net \d+ \(Net\), rank 0 in call 1 of net \d+ \(Linear\)", said["order"])
         assert "rank 1's input 0 holds other values" in said["step"]
+
+
+def test_a_weight_that_drifts_is_found_when_asked_for(refused):
+    for said in refused:
+        assert re.search(r"parameter body.3.bias is another on rank 1 than on rank 0", said["drift"])
+        assert 4 <= int(said["drift"].split()[-1]) <= 7
+        assert "check_weights=4 on rank 1 and 3 on rank 0: give the same on every rank" in said["other numbers of calls"]
 
 
 def test_what_may_differ_is_accepted(refused):

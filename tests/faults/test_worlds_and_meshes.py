@@ -87,6 +87,12 @@ def test_timeouts_that_are_none_are_refused(timeout):
         sw.init(devices=2, timeout=timeout)
 
 
+@pytest.mark.parametrize("every", [0, -1, True, 1.5, "8"])
+def test_checks_of_weights_that_are_none_are_refused(every):
+    with pytest.raises(WorldError, match=r"init\(check_weights="):
+        sw.init(devices=2, check_weights=every)
+
+
 def test_simulated_ranks_take_a_timeout():
     for timeout in (5, 0.5, timedelta(minutes=1), None):
         assert sw.init(devices=3, timeout=timeout).size == 3

@@ -73,6 +73,7 @@ class DistributedWorld(World):
         self._moves: dict[Any, PieceMove] = {}
         self._agreement: Agreement | None = None
         self.watch: Watch | None = None
+        self.check_weights: int | None = None  # calls of nets, after which ranks compare all weights that they hold whole
         atexit.register(self._close_at_exit)
 
     @classmethod
