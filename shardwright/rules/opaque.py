@@ -123,7 +123,8 @@ def _trace(function: OpaqueFunction, inputs: Sequence[TensorMeta], shape: tuple[
             _run(function.call, inputs, shape, watch, alive)
     except Exception:  # whatever it cannot do without values
         return None
-    gc.collect()
+    if any(reference() is not None for reference in alive):
+        gc.collect()  # in cycles, it may be; it takes a second where the heap is large
     if any(reference() is not None for reference in alive):  # somebody keeps a gradient, and means the whole one
         return None
     return tuple(watch.calls) if watch.is_pointwise else None
