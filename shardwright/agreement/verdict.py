@@ -73,7 +73,8 @@ def _other_data(here: dict[str, Any], there: dict[str, Any], rank: int) -> str:
     return (
         f"{here['event']}: rank {rank}'s input {at} holds other values than rank 0's, and under the dataset strategy "
         "'full_batch' every rank is to hand in the whole batch, the same. If each rank reads its own part, as with "
-        'DistributedSampler, Accelerate or the HF Trainer, say so: net.dataset_strategy("data_parallel")'
+        'DistributedSampler or Accelerate, say so: net.dataset_strategy("data_parallel"). With it, the Trainer of Hugging Face '
+        "multiplies the loss by the number of ranks, unless trainer.model_accepts_loss_kwargs = False"
     )
 
 
