@@ -104,6 +104,7 @@ class BoundCall:
         kinds = [i.kind for i in self.graph.inputs]
         self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
         self._arguments = [n for n, kind in enumerate(kinds) if kind == "input"]
+        self._made_to_require = [n for n, i in enumerate(self.graph.inputs) if i.is_made_to_require]
         self._other_inputs = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
         self._written = {name for name, _ in self.graph.updates}
         self._checked: list[Any] = []
@@ -178,6 +179,8 @@ class BoundCall:
     def __call__(self, leaves: list[Any]) -> Any:
         """Runs the program on the flat inputs; returns the callable's result, with global tensors."""
         values = [read(leaves) for read in self._read]
+        for n in self._made_to_require:
+            values[n].requires_grad_()
         if self.graph.updates:
             self._check_aliases(values)
         if self.world.keeps_pieces and self._parameters:

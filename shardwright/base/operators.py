@@ -181,9 +181,24 @@ def statistics_flag(function: Any) -> str | None:
     return _MOVES_STATISTICS.get(name) if packet is getattr(_aten, name, None) else None
 
 
+def moves_statistics() -> list[Any]:
+    """Returns the operators that may write to running statistics."""
+    packets = [getattr(_aten, name) for name in _MOVES_STATISTICS]
+    return [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+
+
 def has_statistics_of_samples(overload: Any) -> bool:
     """Tells whether each sample has its own statistics, whose mean moves the running ones."""
     return statistics_flag(overload) == "use_input_stats"
+
+
+# Operators with results that autograd takes for constants, and that formulas of derivatives read: statistics, factors of
+# matrices. Third derivatives of them, taken in reverse, miss a part; of a determinant second ones depend on values.
+DERIVED_TWICE_AT_MOST = _packets(
+    "native_layer_norm native_batch_norm _native_batch_norm_legit _batch_norm_with_update _fused_rms_norm"
+)
+DETERMINANT = _aten._linalg_det.default
+FACTORISES = _packets("_linalg_det _linalg_slogdet _linalg_solve_ex linalg_lu_factor_ex linalg_lu")
 
 
 # -- memory order ------------------------------------------------------------------------------------------------------------

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._functorch.apis as functorch_apis
+import torch._functorch.eager_transforms as functorch_transforms
 import torch.utils.checkpoint as checkpoint_module
+from torch import overrides
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import has_side_effect
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -104,6 +110,8 @@ will_execute_node = torch._C._will_engine_execute_node
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+# What ``torch.no_grad`` calls, as an export records it.
+set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 # Tells which kernel attention on these tensors would run.
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
@@ -113,6 +121,74 @@ foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 def call_with_hooks(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Calls a module with its hooks, past what may stand in the place of ``nn.Module.__call__``."""
     return module._call_impl(*args, **kwargs)
+
+
+@contextmanager
+def no_function_modes() -> Iterator[None]:
+    """Leaves all ``TorchFunctionMode`` blocks within this one."""
+    left = []
+    try:
+        while torch._C._len_torch_function_stack():
+            left.append(overrides._pop_mode())
+        yield
+    finally:
+        for mode in reversed(left):
+            overrides._push_mode(mode)
+
+
+def function_modes() -> list[Any]:
+    """Returns the ``TorchFunctionMode`` blocks around, the innermost last."""
+    return list(overrides._get_current_function_mode_stack())
+
+
+@contextmanager
+def within_function_modes(modes: Sequence[Any]) -> Iterator[None]:
+    """Enters modes, within the block, that have been left to handle a function."""
+    for mode in modes:
+        overrides._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            overrides._pop_mode()
+
+
+@contextmanager
+def no_saved_tensors_hooks() -> Iterator[None]:
+    """Leaves all ``saved_tensors_hooks`` blocks within this one. Transformations of ``torch.func`` refuse to run in them."""
+    left = []
+    try:
+        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            left.append(hooks)
+        yield
+    finally:
+        for pack, unpack in reversed(left):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def tracer_of_export() -> Any:
+    """Returns the tracer of the export in progress, which has its graph; ``None`` outside of any."""
+    mode = proxy_tensor.get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def recorded_node(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
+    """Returns the node that a tracer has recorded for a tensor."""
+    slot: Any = proxy_tensor.get_proxy_slot(tensor, tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
+def track_as(tensor: torch.Tensor, node: torch.fx.Node, tracer: Any) -> None:
+    """Makes a tensor stand for a node of a tracer."""
+    proxy_tensor.track_tensor(tensor, torch.fx.Proxy(node, tracer), constant=None, tracer=tracer)
+
+
+def node_in_make_fx(tensor: torch.Tensor) -> torch.fx.Node:
+    """Returns the node for a tensor in the innermost trace of ``make_fx``."""
+    node = recorded_node(tensor, tracer_of_export())
+    assert node is not None
+    return node
 
 
 __all__ = [
@@ -135,15 +211,27 @@ __all__ = [
     "disable_current_modes",
     "failed_toolchain",
     "foreach_norm",
+    "function_modes",
+    "functorch_apis",
+    "functorch_transforms",
     "fused_attention_choice",
     "has_side_effect",
+    "make_fx",
     "module_calls",
     "job_timeout",
+    "no_function_modes",
+    "no_saved_tensors_hooks",
+    "node_in_make_fx",
     "preserve_node_meta",
     "pytree",
     "queue_callback",
+    "recorded_node",
     "replace_dtensor_handler",
+    "set_grad_mode",
     "set_group_timeout",
+    "tracer_of_export",
+    "track_as",
     "untraceable",
     "will_execute_node",
+    "within_function_modes",
 ]

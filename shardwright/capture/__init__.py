@@ -7,6 +7,8 @@
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
+``data``             assignments to ``tensor.data``
+``derivatives``      derivatives that the callable takes itself, by ``torch.autograd.grad``, as operators
 ``emitter``          appends operators to the graph that is being made, and keeps the current value of each tensor
 ``fakes``            shapes of a module's state and inputs, without their values, for the capture
 ``functionalise``    finds functional forms of in-place operators and of writes through views
@@ -16,6 +18,7 @@
 ``own_backward``     records the user's functions and hooks with their own backward as opaque operators
 ``python_state``     everything besides its arguments that a captured callable reads
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
+``recorded``         what an export has recorded so far, and which of its nodes a tensor stands for
 ``refusals``         errors for what a captured callable does and a graph cannot hold, at the user's line
 ``repeated``         captures a few of many equal layers, and makes the graph of all from these
 ``resolve_marks``    puts marks onto the operators of the captured graph
@@ -24,7 +27,9 @@
 ``stand_ins``        replacements for parts of torch that are not torch functions
 ``strides``          the strides of operators' outputs where torch's shape functions are wrong about them
 ``torch_functions``  sees every torch function that is called, and refuses what a graph cannot keep
+``transformations``  ``vmap``, ``grad``, ``vjp``, ``jvp`` of ``torch.func`` within the callable, as operators
 ``watch``            watches a callable while it is captured, and refuses what a graph cannot keep
 ``writes``           makes the in-place operators of an exported program functional
+``written_out``      a function of tensors as the operators that it is made of, recorded by an export
 ===================  ==================================================================================================
 """

@@ -29,6 +29,7 @@ from shardwright.capture.fakes import autocast_around, fake_of, fake_state
 from shardwright.capture.left_behind import Assignment, SavedState, check_values, ended_by, state_restored
 from shardwright.capture.random_states import randomness_refused
 from shardwright.capture.session import marked_modules, session
+from shardwright.capture.torch_functions import Watch
 from shardwright.capture.watch import watched
 from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.ir.graph import Graph
@@ -64,7 +65,7 @@ def capture(
     check_values({**dict(module.named_parameters()), **dict(module.named_buffers())})
     flat, spec = pytree.tree_flatten((args, kwargs))
 
-    def export() -> tuple[Any, list[Assignment], dict[Any, int]]:
+    def export() -> tuple[Any, list[Assignment], Watch]:
         fakes = [fake_of(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
         with fake_state(module, mode, device), state_restored(module), marked_modules(module, marks or {}):
@@ -81,8 +82,8 @@ def capture(
         warnings.simplefilter("ignore")
         converter: Converter | None = None
         try:
-            exported, assigned, saved = export()
-            converter = Converter(module, exported, now, flat, autocast_around(device), saved)
+            exported, assigned, watch = export()
+            converter = Converter(module, exported, now, flat, autocast_around(device), watch)
             graph = converter.graph()
         except Exception as error:
             if isinstance(error, _PASS_THROUGH):
@@ -92,14 +93,14 @@ def capture(
     return replace(graph, assignments=tuple(assigned))
 
 
-def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Assignment], dict[Any, int]]:
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Assignment], Watch]:
     """Exports a module on fake tensors, watched for what a graph cannot keep.
 
     Args:
         args, kwargs: fake tensors, with the module's state faked in the same mode.
 
     Returns:
-        The exported program, the attributes that the callable assigned, and the storages that autograd saved, with the time.
+        The exported program, the attributes that the callable assigned, and what was seen besides.
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
     before: SavedState | None = None
@@ -114,13 +115,13 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         watch.end()
         assert before is not None
         result = before.buffers_written(result, watch.assigned)
-        found = before.assignments()
+        found = before.assignments(watch.assigned)
         check_backward_hooks(module)
         return (result, tuple(found[1])) if found[1] else result
 
     with watched(module) as watch, ended_by(module, begin, end):
         exported = torch.export.export(module, tuple(args), kwargs, strict=False)
-    return exported, found[0], watch.saved
+    return exported, found[0], watch
 
 
 class StepFound(BaseException):

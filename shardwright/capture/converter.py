@@ -17,6 +17,7 @@ from shardwright.capture.names import Names, numbered
 from shardwright.capture.own_backward import with_hooks
 from shardwright.capture.resolve_marks import at_line, resolve_marks
 from shardwright.capture.session import Session
+from shardwright.capture.torch_functions import Watch
 from shardwright.capture.writes import Writes
 from shardwright.errors import CaptureError
 from shardwright.ir.graph import Constant, Graph, GraphInput, Node
@@ -32,13 +33,15 @@ class Converter:
         now: the capture session, which knows the marked calls.
         flat_inputs: the leaves of the callable's arguments, as ``torch.utils._pytree`` flattens them.
         autocast: see :class:`~shardwright.capture.emitter.Emitter`.
+        watch: what was seen of the callable besides its operators.
     """
 
-    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, saved: Any):
+    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, watch: Watch):
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
         self.module = module
         self.emitter = Emitter(autocast)
-        self.writes = Writes(self.emitter, module, saved)
+        self.writes = Writes(self.emitter, module, watch.saved)
+        self.made_to_require = watch.made_to_require
         self.constants: dict[str, Any] = {}
         self.current: fx.Node | None = None  # what is being converted
         self.hooks: dict[str, list[OpaqueFunction]] = {}  # value -> hooks on its gradient, in order
@@ -91,7 +94,7 @@ class Converter:
                 self.emitter.env[node] = value
                 continue
             target: Any = spec.target
-            requires = False
+            requires = made = False
             if kind == "PARAMETER":
                 target = tied.get(id(by_name.get(target)), target)
                 requires = by_name[target].requires_grad
@@ -100,13 +103,14 @@ class Converter:
                     continue
             elif kind == "USER_INPUT":
                 target = user
-                requires = self.flat_inputs[user].requires_grad
+                made = user in self.made_to_require
+                requires = made or self.flat_inputs[user].requires_grad
             elif kind == "CONSTANT_TENSOR":
                 self.constants[target] = self.exported.constants[target]
                 requires = self.constants[target].requires_grad
             name = self.emitter.names.new(input_name(kind, target, node.name))
             named = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}.get(kind, "constant")
-            self.emitter.inputs.append(GraphInput(name, named, target, meta_of(value), requires))
+            self.emitter.inputs.append(GraphInput(name, named, target, meta_of(value), requires, made))
             self.emitter.metas[name] = value
             placed = Placeholder(name, value, first=name)
             self.emitter.env[node] = placed
@@ -228,13 +232,15 @@ class Converter:
 def _drop_dead(nodes: list[Node], outputs: list[Any], updates: Any) -> tuple[list[Node], list[Any]]:
     """Removes operators whose results nothing reads.
 
-    Random ones stay, because they advance the generator; so do the user's collectives, because other ranks wait for them.
+    Random ones stay, because they advance the generator; so do norms that move their statistics, and the user's collectives,
+    for which other ranks wait.
     """
     needed = {o for o in outputs if isinstance(o, str)} | {v for _, v in updates}
     kept = []
     for node in reversed(nodes):
         called = getattr(node.op.target, "namespace", "") == "shardwright"
-        if operators.may_draw(node.op.target) or called or any(v in needed for v in node.outputs) or not node.outputs:
+        acts = operators.may_draw(node.op.target) or node.op.moves_statistics or called
+        if acts or any(v in needed for v in node.outputs) or not node.outputs:
             kept.append(node)
             needed.update(node.inputs)
     return kept[::-1], outputs

@@ -60,6 +60,8 @@ class Emitter:
         """Emits an exported operator as it is, and tracks its outputs. They may be views of its inputs."""
         metas = node.meta["val"]
         sequence = isinstance(metas, (tuple, list))
+        if sequence and any(meta is None for meta in metas):  # gradients that a backward operator was not asked for
+            metas = [self.faked(torch.empty, (0,), {}) if meta is None else meta for meta in metas]
         args, kwargs = with_dense_gradient(node)
         outputs = self.emit_node(node, node.target, args, kwargs, list(metas) if sequence else [metas])
         parent = self._viewed(node, metas[0] if sequence and metas else metas)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwright.base import operators
+from shardwright.base.torch_private import has_side_effect
 from shardwright.errors import CaptureError
 
 
@@ -222,6 +223,10 @@ def scatter_back(node: fx.Node, which: int | None, parent: Tensor, where: str) -
 
 
 # -- running statistics: operators write to them although their schema does not say so -------------------------------
+
+
+for _overload in operators.moves_statistics():
+    has_side_effect(_overload)  # one whose result nothing reads moves its statistics all the same
 
 
 def updates_statistics(node: fx.Node) -> bool:

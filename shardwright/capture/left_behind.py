@@ -90,8 +90,11 @@ class SavedState:
             return
         self.caches = [(function, function.cache_info().misses) for function in (*_lru_caches(), *state.caches)]
 
-    def assignments(self) -> tuple[list[Assignment], list[Tensor]]:
+    def assignments(self, sources: Mapping[tuple[int, str], str]) -> tuple[list[Assignment], list[Tensor]]:
         """Lists what the callable assigned, and the tensors among the values. To be called when it has just ended.
+
+        Args:
+            sources: the user's line that assigned a parameter or buffer, by id of the module and name.
 
         Raises:
             CaptureError: it keeps a tensor where the program could not put it, or makes parameters, buffers or modules.
@@ -130,9 +133,10 @@ class SavedState:
         for cell, old in self.cells:
             if cell.cell_contents is not old:
                 changed("a name of an outer function", cell.cell_contents, partial(setattr, cell, "cell_contents"))
+        lines = {name: f" at {line}" for (_, name), line in sources.items()}
         for table, before in self.tables:
             problems += [
-                f"a parameter, buffer or module {name!r} is made, replaced or deleted"
+                f"a parameter, buffer or module {name!r} is made, replaced or deleted{lines.get(name, '')}"
                 for name in {**before, **table}
                 if table.get(name, _missing) is not before.get(name, _missing)
             ]

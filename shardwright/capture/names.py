@@ -51,4 +51,4 @@ def numbered(nodes: list[Node], names: Names) -> tuple[list[Node], dict[str, str
 def hint_of(op: Operator) -> str:
     """Returns the name that an operator's values are derived from."""
     target: Any = op.target
-    return str(target.overloadpacket.__name__).strip("_")
+    return str(getattr(target, "overloadpacket", target).__name__).strip("_")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,14 +16,13 @@ from shardwright.base.torch_private import (
     checkpoint_module,
     module_calls,
 )
-from shardwright.base.user_code import _TORCH
 from shardwright.capture.own_backward import RecordedBackwardHook
 from shardwright.capture.refusals import refuse
 from shardwright.capture.session import RECOMPUTE
 from shardwright.capture.torch_functions import Watch
+from shardwright.errors import CaptureError
 
 _plain_checkpoint = checkpoint_module._checkpoint_without_reentrant_generator
-_plain_new_parameter = nn.Parameter.__new__
 _plain_enter = torch.autograd.graph.saved_tensors_hooks.__enter__
 
 
@@ -37,6 +34,8 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         if watch.is_in_callable and cls is CheckpointFunction:
             with annotate({RECOMPUTE: True}):
                 return _call_reentrant(*args)
+        if watch.is_transforming and not cls.__module__.startswith("torch."):
+            raise _within_a_transformation(cls)
         if watch.is_in_callable and _has_own_backward(cls, args):
             with watch.paused():
                 return watch.own_backwards.call(cls, plain, args)
@@ -49,11 +48,6 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
             return
         with annotate({RECOMPUTE: True}):
             yield
-
-    def new_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if watch.is_in_callable:
-            _check_parameter(sys._getframe(1).f_code.co_filename)
-        return _plain_new_parameter(cls, *args, **kwargs)
 
     def enter(hooks: Any) -> Any:
         if watch.is_in_callable:
@@ -82,10 +76,17 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         *((owner, name, unseeded(name, getattr(torch, name))) for owner in (torch, torch.random) for name in seeds),
         (SingleLevelFunction, "apply", classmethod(apply)),
         (checkpoint_module, "_checkpoint_without_reentrant_generator", checkpoint),
-        (nn.Parameter, "__new__", staticmethod(new_parameter)),
         (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
         (module_calls, "BackwardHook", module_hooks),
     ]
+
+
+def _within_a_transformation(cls: Any) -> CaptureError:
+    return refuse(
+        f"{cls.__name__}, an autograd.Function, is called within a transformation of torch.func: its backward is not that of "
+        "the operators in it",
+        "Write it with torch's operators, or take the derivative with torch.autograd.grad",
+    )
 
 
 def _has_own_backward(cls: Any, args: Any) -> bool:
@@ -102,19 +103,6 @@ def _call_reentrant(function: Callable[..., Any], preserves_random_state: bool, 
     wants = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     with torch.set_grad_enabled(wants):
         return function(*args)
-
-
-def _check_parameter(maker: str) -> None:
-    """Refuses ``nn.Parameter(...)`` except where torch makes one for itself. It would be a new one in every call.
-
-    Args:
-        maker: the file that calls.
-    """
-    if not maker.startswith(_TORCH) or maker.startswith(os.path.join(_TORCH, "nn")):
-        raise refuse(
-            "a parameter that is made while the callable is captured cannot be trained: it exists in the capture only",
-            "Make it in __init__; of unknown shape, run the model once on one device before it becomes parallel",
-        )
 
 
 def _check_saved_tensors_hooks(hooks: Any) -> None:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from shardwright.base.torch_private import FakeTensor, annotate, pytree
+from shardwright.base.torch_private import FakeTensor, annotate, function_modes, pytree, within_function_modes
 from shardwright.base.user_code import SOURCE, user_frame, user_source
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.data import check_aliases, give_data
+from shardwright.capture.derivatives import Modes, derivative
 from shardwright.capture.fx_nodes import storage_of
 from shardwright.capture.own_backward import OwnBackwards
+from shardwright.capture.recorded import Recorded
 from shardwright.capture.refusals import refuse, refused
 from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
@@ -36,21 +39,29 @@ class Watch(TorchFunctionMode):
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
         self.known: set[int] = set()  # ids of tensors with gradients that belong to the module
+        self.is_transforming = False  # whether a transformation of torch.func runs
+        self.data_writes: list[Any] = []  # inputs, parameters and buffers whose .data was assigned, the writes, and where
+        self.has_pushed = False  # whether such a one took a forward-mode derivative
         self.running = False  # whether the callable runs, and not what torch does before and after
         self.own_backwards = OwnBackwards(refuse)
         self.clock = 0  # counts the torch functions that the callable calls
+        self.made_to_require: set[int] = set()  # positions of inputs that the callable itself makes require a gradient
         self.saved: dict[Any, int] = {}  # storage that autograd saved for the backward pass -> when on the clock
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """Records the tensors that the callable is about to work on."""
         given = [*self.module.parameters(), *self.module.buffers(), *pytree.tree_leaves((args, kwargs))]
         self.given = {id(leaf) for leaf in given if isinstance(leaf, Tensor)}
+        self.trained = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.arguments = (args, kwargs)
         self.flat = pytree.tree_flatten(self.arguments)
+        self.modes = Modes.now()
+        around = function_modes()
+        self.of_export = around[around.index(self) + 1 :]
         self.running = True
 
-    def note_buffer(self, module: nn.Module, name: str, value: Any) -> None:
-        """Remembers the line that assigns a buffer."""
+    def note_assigned(self, module: nn.Module, name: str, value: Any) -> None:
+        """Remembers the line that assigns a parameter or buffer."""
         self.assigned[id(module), name] = user_source()
 
     def end(self) -> None:
@@ -60,6 +71,8 @@ class Watch(TorchFunctionMode):
             CaptureError: it swallowed a refusal, or changed its arguments.
         """
         self.running = False
+        for written, since, source in self.data_writes:
+            check_aliases(Recorded().graph, written, since, source)
         if refused:
             raise refused[0]
         leaves, spec = pytree.tree_flatten(self.arguments)
@@ -102,14 +115,21 @@ class Watch(TorchFunctionMode):
                 "numbers from torch's default generator",
                 "Leave generator out, and seed with torch.manual_seed before the step; or draw outside and hand the numbers in",
             )
+        with self.at_user_line() as is_users:
+            if is_users and torch.is_grad_enabled():
+                self.check_real(pytree.tree_leaves((args, kwargs)))
+            return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def at_user_line(self) -> Iterator[bool]:
+        """Annotates operators, within the block, with the user's line and the time; yields whether there is such a line."""
         frame = user_frame()
         if frame is None:
-            return function(*args, **(kwargs or {}))
-        if torch.is_grad_enabled():
-            self.check_real(pytree.tree_leaves((args, kwargs)))
+            yield False
+            return
         self.clock += 1
         with annotate({SOURCE: (frame.f_code.co_filename, frame.f_lineno), CLOCK: self.clock}):
-            return function(*args, **(kwargs or {}))
+            yield True
 
     def check_real(self, leaves: list[Any]) -> None:
         """Refuses a tensor with a gradient that is not the captured module's. A graph would take it for a constant.
@@ -164,6 +184,15 @@ class Watch(TorchFunctionMode):
         finally:
             self.running = running
 
+    @contextmanager
+    def transforming(self) -> Iterator[None]:
+        """Marks a block in which a transformation runs, where functions with a backward of their own are refused."""
+        before, self.is_transforming = self.is_transforming, True
+        try:
+            yield
+        finally:
+            self.is_transforming = before
+
     def record_hook(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Records a hook on the gradient of an activation, and returns its handle."""
         tensor, hook = args[0], args[1] if len(args) > 1 else kwargs.get("hook")
@@ -186,7 +215,7 @@ class Watch(TorchFunctionMode):
 
     def refuse_grad_fn(self, function: Any, args: Any, kwargs: Any) -> None:
         """Refuses to read ``grad_fn``."""
-        if getattr(args[0], "requires_grad", False):
+        if getattr(args[0], "requires_grad", False) and not isinstance(args[0], nn.Parameter):  # which has none
             raise refuse(
                 "Tensor.grad_fn cannot be read in a captured callable: other nodes run later than the one seen here",
                 "Remove it; for a hook on gradients, register it on a parameter",
@@ -212,18 +241,23 @@ class Watch(TorchFunctionMode):
         """Reads ``tensor.data`` as ``tensor.detach()``."""
         return args[0].detach()
 
-    def refuse_setting_data(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Refuses to set ``tensor.data``."""
-        raise refuse(
-            "tensor.data = ... cannot be captured: it gives a tensor other memory, past autograd and the graph",
-            "For a buffer or a frozen parameter write: with torch.no_grad(): tensor.copy_(value). For an activation give the "
-            "new value a name: h = h + (value - h).detach()",
-        )
+    def set_data(self, function: Any, args: Any, kwargs: Any) -> bool:
+        """Gives a tensor other values, past autograd: what was made of it before keeps the old ones."""
+        tensor, value = args
+        with self.paused(), self.at_user_line(), within_function_modes(self.of_export):
+            written = give_data(tensor, value, id(tensor) in self.given)
+        self.data_writes += [(*written, user_source())] if written is not None else []
+        return True
 
-    def refuse_requires_grad(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Refuses to change ``requires_grad`` of inputs, parameters and buffers."""
+    def set_requires_grad(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Sets ``requires_grad`` of an input, for every call; refuses to change that of parameters and buffers."""
         wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         if id(args[0]) in self.given and bool(wanted) != args[0].requires_grad:
+            position = next((i for i, leaf in enumerate(self.flat[0]) if leaf is args[0]), None)
+            if position is not None and wanted:
+                self.made_to_require.add(position)
+                self.trained.append(args[0])
+                return
             raise refuse(
                 f"requires_grad of an input, parameter or buffer is set to {bool(wanted)} in a captured callable: "
                 "it would hold in the capture only",
@@ -239,6 +273,13 @@ class Watch(TorchFunctionMode):
             "Take the derivative outside: return the value, then call torch.autograd.grad or backward on it",
         )
 
+    def derive(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Takes a derivative that the callable asks for, as operators."""
+        with suppress(RuntimeError):
+            function(_NOTHING, _NOTHING)  # a caller may react to it, for example because it signals a train step
+        with self.paused(), within_function_modes(self.of_export):
+            return derivative(self.modes, self.trained, self.at_user_line, *args, **kwargs)
+
     @property
     def is_in_callable(self) -> bool:
         """True while the captured callable itself calls, not torch around it or another thread."""
@@ -250,6 +291,9 @@ class Watch(TorchFunctionMode):
             f"Tensor.{function.__name__} cannot be captured: it changes a tensor's memory past the graph",
             "Make a new tensor instead: x = x.new_empty(shape), or x.reshape(shape)",
         )
+
+
+_NOTHING = torch.zeros(())
 
 
 def _key(function: Any) -> Any:
@@ -266,12 +310,12 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     ("grad", "__get__"): Watch.refuse_reading_grad,
     ("grad", "__set__"): Watch.refuse_setting_grad,
     ("data", "__get__"): Watch.read_data,
-    ("data", "__set__"): Watch.refuse_setting_data,
-    ("requires_grad", "__set__"): Watch.refuse_requires_grad,
-    Tensor.requires_grad_: Watch.refuse_requires_grad,
+    ("data", "__set__"): Watch.set_data,
+    ("requires_grad", "__set__"): Watch.set_requires_grad,
+    Tensor.requires_grad_: Watch.set_requires_grad,
     Tensor.backward: Watch.refuse_derivative,
     torch.autograd.backward: Watch.refuse_derivative,
-    torch.autograd.grad: Watch.refuse_derivative,
+    torch.autograd.grad: Watch.derive,
     Tensor.item: Watch.read_number,
     Tensor.tolist: Watch.read_number,
     Tensor.numpy: Watch.read_number,

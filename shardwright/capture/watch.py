@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_forward_pre_hook,
+    register_module_parameter_registration_hook,
+)
 
 from shardwright.capture.backward_hooks import check_backward_hooks
 from shardwright.capture.refusals import refused
 from shardwright.capture.stand_ins import replacements
 from shardwright.capture.torch_functions import Watch
+from shardwright.capture.transformations import transformations
 
 
 @contextmanager
@@ -33,9 +38,10 @@ def watched(module: nn.Module) -> Iterator[Watch]:
     with ExitStack() as stack:
         stack.enter_context(watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor))
-        for owner, name, value in replacements(watch):
+        for owner, name, value in (*replacements(watch), *transformations(watch)):
             stack.enter_context(_replaced(owner, name, value))
-        stack.callback(register_module_buffer_registration_hook(watch.note_buffer).remove)
+        stack.callback(register_module_buffer_registration_hook(watch.note_assigned).remove)
+        stack.callback(register_module_parameter_registration_hook(watch.note_assigned).remove)
         stack.callback(register_module_forward_pre_hook(watch.check_called).remove)
         stack.callback(refused.clear)
         yield watch

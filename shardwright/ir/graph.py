@@ -19,6 +19,7 @@ class GraphInput:
     """One tensor that enters a graph: ``kind`` is ``parameter``, ``buffer``, ``constant`` or ``input``.
 
     ``target`` is the qualified name of a parameter, buffer or constant, or the position among the flat user inputs.
+    ``is_made_to_require`` tells whether the callable itself calls ``requires_grad_`` of an input.
     """
 
     value: str
@@ -26,6 +27,7 @@ class GraphInput:
     target: str | int
     meta: TensorMeta
     requires_grad: bool = False
+    is_made_to_require: bool = False
 
 
 @dataclass(frozen=True)

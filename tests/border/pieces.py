@@ -421,6 +421,116 @@ def retains(self: Any, h: Tensor) -> Tensor:
     return h * 1
 
 
+@equal
+def derives(self: Any, h: Tensor) -> Tensor:
+    return torch.autograd.grad(h.square().sum(), h, create_graph=True)[0]
+
+
+@equal
+def derives_once(self: Any, h: Tensor) -> Tensor:
+    return h * torch.autograd.grad(h.tanh().square().sum(), h, retain_graph=True)[0]
+
+
+@equal
+def derives_twice(self: Any, h: Tensor) -> Tensor:
+    first = torch.autograd.grad(h.sigmoid().pow(3).sum(), h, create_graph=True)[0]
+    return h + torch.autograd.grad(first.sum(), h, create_graph=True)[0]
+
+
+@equal
+def derives_by_a_leaf(self: Any, h: Tensor) -> Tensor:
+    leaf = (h * 0.5).detach().requires_grad_()
+    loss = self.layer(leaf).softmax(1).square()
+    return h + torch.autograd.grad(loss, leaf, torch.ones_like(loss), create_graph=True)[0]
+
+
+@equal
+def steps_within(self: Any, h: Tensor) -> Tensor:
+    weight = self.layer.weight
+    loss = F.mse_loss(F.linear(h, weight), h.detach().cos())
+    return F.linear(h, weight - 0.1 * torch.autograd.grad(loss, weight, create_graph=True)[0])
+
+
+@equal
+def derives_past_a_function(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = h.abs()
+    return h + torch.autograd.grad((Reverse.apply(h).tanh() * weight).sum(), h, create_graph=True)[0]
+
+
+@equal
+def derives_what_is_written(self: Any, h: Tensor) -> Tensor:
+    rows = torch.zeros_like(h)
+    rows[:, 1:] = h[:, :-1] * h[:, 1:]
+    return h + torch.autograd.grad(rows.mul_(2).sigmoid().sum(), h, create_graph=True)[0]
+
+
+@equal
+def vectorises(self: Any, h: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: self.layer(row).sin() * row.sum())(h)
+
+
+@equal
+def gradients_of_samples(self: Any, h: Tensor) -> Tensor:
+    def loss(weight: Tensor, row: Tensor) -> Tensor:
+        return F.linear(row, weight).tanh().square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(self.layer.weight, h)
+    return h + gradients.flatten(1).norm(dim=1, keepdim=True)
+
+
+@equal
+def derives_forward(self: Any, h: Tensor) -> Tensor:
+    value, tangent = torch.func.jvp(lambda x: self.layer(x).tanh(), (h,), (torch.ones_like(h),))
+    return value + tangent
+
+
+@equal
+def pulls_back(self: Any, h: Tensor) -> Tensor:
+    value, pull = torch.func.vjp(lambda x: self.layer(x).square(), h)
+    return h + pull(value.cos())[0]
+
+
+@equal
+def hessians(self: Any, h: Tensor) -> Tensor:
+    return h + torch.func.vmap(torch.func.hessian(lambda row: self.layer(row).tanh().square().sum()))(h).sum(1)
+
+
+def momentum_by_data(self: Any, h: Tensor) -> Tensor:
+    self.slow.data = self.slow.data * 0.9 + h.detach().mean(0) * 0.1
+    return h * self.slow.clone()
+
+
+equal(momentum_by_data, _frozen)
+
+
+@equal
+def gives_other_data_late(self: Any, h: Tensor) -> Tensor:
+    rows, before = h[:, :2], h.sin()
+    h.data = h.data.abs()
+    return (before + h).tanh() + rows.sum(1, keepdim=True)
+
+
+@refused
+def reads_the_data_of_before(self: Any, h: Tensor) -> Tensor:
+    before = self.layer.bias.data
+    self.layer.bias.data = before * 0.5
+    return h + before
+
+
+@refused
+def keeps_a_parameter(self: Any, h: Tensor) -> Tensor:
+    if not hasattr(self, "late"):
+        self.late = nn.Parameter(torch.ones(WIDTH, dtype=h.dtype))
+    return h * self.late
+
+
+@equal
+def calls_functionally(self: Any, h: Tensor) -> Tensor:
+    halved = {name: 0.5 * p for name, p in self.layer.named_parameters()}
+    return torch.func.functional_call(self.layer, halved, (h,))
+
+
 # -- what must be refused --------------------------------------------------------------------------------------------------
 
 
@@ -442,25 +552,20 @@ def saved_otherwise(self: Any, h: Tensor) -> Tensor:
         return h.exp()
 
 
-@refused
+@equal
 def gives_other_data(self: Any, h: Tensor) -> Tensor:
     h.data = h.data * 2
     return h * 1
 
 
-@refused
+@equal
 def makes_a_parameter(self: Any, h: Tensor) -> Tensor:
     return h * nn.Parameter(torch.ones(WIDTH))
 
 
-@refused
+@equal
 def makes_a_layer(self: Any, h: Tensor) -> Tensor:
     return nn.Linear(WIDTH, WIDTH, dtype=h.dtype)(h)
-
-
-@refused
-def derives(self: Any, h: Tensor) -> Tensor:
-    return torch.autograd.grad(h.square().sum(), h, create_graph=True)[0]
 
 
 @refused
@@ -501,8 +606,26 @@ def asks_for_gradients_of_its_input(self: Any, h: Tensor) -> Tensor:
 
 
 @refused
-def transforms(self: Any, h: Tensor) -> Tensor:
-    return torch.func.vmap(torch.sin)(h)
+def derives_what_draws(self: Any, h: Tensor) -> Tensor:
+    return h + torch.autograd.grad(F.dropout(h, 0.5).square().sum(), h, create_graph=True)[0]
+
+
+@refused
+def derives_by_duals(self: Any, h: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(torch.autograd.forward_ad.make_dual(h, torch.ones_like(h)).sin())[1]
+
+
+@refused
+def transforms_an_own_backward(self: Any, h: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: Round.apply(x).square().sum())(h)
+
+
+@refused
+def goes_backward(self: Any, h: Tensor) -> Tensor:
+    leaf = h.detach().requires_grad_()
+    leaf.square().sum().backward()
+    return h * leaf.grad
 
 
 def draws_from_its_own(self: Any, h: Tensor) -> Tensor:

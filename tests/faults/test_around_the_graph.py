@@ -128,26 +128,16 @@ def _swallowing(attempt: Callable[[Tensor], Any]) -> Forward:
     return forward
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 2
-
-
 SWALLOWED = {
     "item": lambda h: h.sum().item() > 0 or None,
     "branch": lambda h: 1 if h.sum() > 0 else 2,
     "float": lambda h: float(h.sum()),
     "numpy": lambda h: h.detach().numpy(),
     "tolist": lambda h: h.tolist(),
-    "hook": lambda h: h.register_hook(lambda gradient: gradient),
-    "function": Doubled.apply,
+    "hook": lambda h: torch.autograd.graph.register_multi_grad_hook((h,), lambda gradients: None),
+    "derivative": lambda h: torch.autograd.grad(nn.functional.dropout(h).sum(), h),
     "generator": lambda h: torch.rand(4, generator=torch.default_generator),
-    "parameter": lambda h: nn.Parameter(torch.ones(4)),
+    "data": lambda h: setattr(h, "data", h.data[:1]),
 }
 
 

@@ -143,7 +143,7 @@ def python_entry(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the public builtin that calls an ATen overload's operator with less overhead, if there is one."""
     if not isinstance(function, OpOverload) or function.namespace != "aten":
         return function
-    if traits_of(function).entry_differs:
+    if traits_of(function).entry_differs or any("Optional[Tensor]]" in str(a.type) for a in function._schema.arguments):
         return function
     name = function.overloadpacket.__name__
     for owner in (torch, F, torch.Tensor):
