@@ -1,6 +1,7 @@
 """Public API: an ``AutoParallel`` and what a user says to it.
 
 ====================  ===========================================================================================
+``ambiguous``         names that an ``AutoParallel`` and its target both have
 ``auto_parallel``     captures, plans, partitions and runs a callable
 ``bound``             a callable, captured, planned, partitioned and bound for one signature of inputs
 ``call_key``          the part of a call's signature that its inputs make

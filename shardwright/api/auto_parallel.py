@@ -20,6 +20,7 @@ from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
 from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
+from shardwright.api.ambiguous import refuse_ambiguous_names
 from shardwright.api.bound import BoundCall
 from shardwright.api.call_key import _leaf_key, _out_of_inference
 from shardwright.api.hybrid import HybridBoundCall
@@ -27,8 +28,8 @@ from shardwright.api.marks import check_patterns
 from shardwright.api.settings import MODES, Settings
 from shardwright.api.settings_methods import SettingsMethods
 from shardwright.api.target_as_module import TargetAsModule
-from shardwright.base.torch_private import FakeTensor, pytree
-from shardwright.base.user_code import user_line
+from shardwright.base.torch_private import FakeTensor, pytree, transforms_are_active
+from shardwright.base.user_code import user_line, user_source
 from shardwright.capture.caches import register_caches
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
@@ -93,6 +94,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self._state: PythonState | None = None
         self._described: tuple[Any, dict[str, Any]] = (None, {})  # key and Python values of the latest planning
         self.__wrapped_function__ = target
+        if isinstance(target, nn.Module):
+            refuse_ambiguous_names(self, target)
 
     def _forget(self) -> None:
         self._bound_calls.clear()
@@ -110,6 +113,12 @@ class AutoParallel(SettingsMethods, TargetAsModule):
                 return self.target(*args, **kwargs)
             with self.settings.precision.computing(next((p.device.type for p in self.parameters()), "cpu")):
                 return self.target(*args, **kwargs)
+        if transforms_are_active():
+            raise ShardwrightError(
+                f"{type(self.target).__name__} is called in parallel within a transformation of torch.func, at {user_source()}: its "
+                "program has no rule for that\n  Give AutoParallel the function that transforms the model: "
+                "sw.AutoParallel(lambda x: torch.func.vmap(model)(x))"
+            )
         if self._is_step is None:
             self._is_step = train_step.looks_like_step(self.target)
         if not self._is_step:

@@ -110,6 +110,8 @@ will_execute_node = torch._C._will_engine_execute_node
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+# Tells whether a transformation of ``torch.func`` is running.
+transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # What ``torch.no_grad`` calls, as an export records it.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 # Tells which kernel attention on these tensors would run.
@@ -230,6 +232,7 @@ __all__ = [
     "set_grad_mode",
     "set_group_timeout",
     "tracer_of_export",
+    "transforms_are_active",
     "track_as",
     "untraceable",
     "will_execute_node",

@@ -96,11 +96,3 @@ def user_line() -> str:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "shardwright":
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-
-
-def _user_line() -> str:
-    """Returns ``file:line`` of the nearest caller outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "shardwright":
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.user_code import _user_line
+from shardwright.base.user_code import user_line
 from shardwright.capture.session import current_session
 from shardwright.errors import ArgumentTypeError, ShardwrightError, WorldError
 from shardwright.hybrid.mesh import current_mesh, current_tracing
@@ -25,7 +25,7 @@ _LINE = 192  # bytes of the message that describes a call
 
 def failed(name: str, given: str, edit: str) -> ShardwrightError:
     """Builds the error of a call that cannot be done, with the user's line."""
-    return ShardwrightError(f"{name} at {_user_line()}: {given}; {edit}")
+    return ShardwrightError(f"{name} at {user_line()}: {given}; {edit}")
 
 
 def participants(name: str, axis: Any, x: Any = None) -> int:
@@ -36,7 +36,7 @@ def participants(name: str, axis: Any, x: Any = None) -> int:
     """
     mesh = current_mesh().mesh
     if name not in ("rank", "size") and not isinstance(x, Tensor):
-        raise ArgumentTypeError(f"{name} at {_user_line()}: the first argument is a {type(x).__name__}; give a tensor")
+        raise ArgumentTypeError(f"{name} at {user_line()}: the first argument is a {type(x).__name__}; give a tensor")
     if axis not in mesh.axes:
         raise failed(name, f"the mesh {mesh} has no axis {axis!r}", f"name one of {', '.join(mesh.axes)}")
     return mesh.axis_size(axis)
@@ -134,7 +134,7 @@ def _compare(collective: Collective, x: Tensor, mesh: Mesh, world: Any) -> None:
     said = [bytes(row.tolist()).decode().strip() for row in lines]
     listed = "; ".join(f"rank {rank}: {text}" for rank, text in zip(ranks, said, strict=True))
     raise WorldError(
-        f"{collective.kind} at {_user_line()}: the ranks along {collective.axis!r} call different things: {listed}; make the "
+        f"{collective.kind} at {user_line()}: the ranks along {collective.axis!r} call different things: {listed}; make the "
         "same calls, with tensors of one shape and dtype, on all of them"
     )
 

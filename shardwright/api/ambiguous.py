@@ -1,0 +1,52 @@
+"""Ambiguous names: attributes that an ``AutoParallel`` and its target both have, such as a submodule called ``target``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from shardwright.base.user_code import user_line
+from shardwright.errors import ShardwrightError
+
+
+def refuse_ambiguous_names(net: Any, target: nn.Module) -> None:
+    """Makes reading a name of the user's model that ``net`` has too an error, outside of this package.
+
+    Args:
+        net: an ``AutoParallel``.
+        target: the model that it runs.
+    """
+    own = {*vars(target), *target._modules, *target._parameters, *target._buffers}
+    names = sorted(name for name in own if not name.startswith("_") and not hasattr(nn.Module, name) and _has(net, name))
+    if not names:
+        return
+    kind = type(net)
+    members = {name: _ambiguous(name, kind, type(target).__name__) for name in names}
+    object.__setattr__(net, "__class__", type(kind.__name__, (kind,), {**members, "__module__": kind.__module__}))
+
+
+def _has(net: Any, name: str) -> bool:
+    return name in vars(net) or hasattr(type(net), name)
+
+
+def _ambiguous(name: str, kind: type, target: str) -> Any:
+    def read(self: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "shardwright":
+            raise ShardwrightError(
+                f"net.{name} may be the {kind.__name__}'s own {name} or that of {target}, at {user_line()}\n"
+                f"  Read the latter from the model itself: model.{name}; for the former give the model's another name"
+            )
+        if name in vars(self):
+            return vars(self)[name]
+        return getattr(super(type(self), self), name)
+
+    def write(self: Any, value: Any) -> None:
+        plain = getattr(kind, name, None)
+        if isinstance(plain, property) and plain.fset is not None:
+            plain.fset(self, value)
+        else:
+            vars(self)[name] = value
+
+    return property(read, write)
