@@ -105,7 +105,11 @@ class AutoParallel(SettingsMethods, TargetAsModule):
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the target in parallel, without the hooks that are registered on this object; calling it does both."""
+        """Runs the target in parallel, without the hooks that are registered on this object; calling it does both.
+
+        Raises:
+            ShardwrightError: a transformation of ``torch.func`` is running around it.
+        """
         if current_session() is not None or self.settings.mode == "stand_alone":
             if current_session() is not None:
                 self._check_nested()
@@ -115,8 +119,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
                 return self.target(*args, **kwargs)
         if transforms_are_active():
             raise ShardwrightError(
-                f"{type(self.target).__name__} is called in parallel within a transformation of torch.func, at {user_source()}: its "
-                "program has no rule for that\n  Give AutoParallel the function that transforms the model: "
+                f"an AutoParallel is called within a transformation of torch.func, at {user_source()}: programs have no rule for "
+                "that\n  Give AutoParallel the function that transforms the model: "
                 "sw.AutoParallel(lambda x: torch.func.vmap(model)(x))"
             )
         if self._is_step is None:

@@ -263,6 +263,11 @@ class BoundCall:
                     f"parameter {i.target} is {dtype} {list(shape or ())} now and was {i.meta.dtype} {list(i.meta.shape)} when "
                     "the net was made: make a new AutoParallel"
                 )
+        if any(type(p) is not DTensor and not isinstance(p, nn.Parameter) for p in found):
+            raise WorldError(
+                "ordinary tensors stand in the place of distributed parameters, as torch.func.functional_call puts them: they "
+                "would get no gradients\n  Compute them of the parameters themselves, within a function that AutoParallel is given"
+            )
         if not all(type(p) is DTensor for p in found):
             note("parameters put in the place of others")
             layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh

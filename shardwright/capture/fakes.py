@@ -42,7 +42,7 @@ def fake_state(module: nn.Module, mode: Any, device: torch.device) -> Iterator[N
                         continue
                     if id(value) not in known:
                         made = fake_of(mode, value.detach(), device)
-                        if isinstance(value, nn.Parameter):
+                        if table is owner._parameters:  # also where torch.func.functional_call put an ordinary tensor
                             made = nn.Parameter(made, requires_grad=value.requires_grad)
                         known[id(value)] = made
                     changed.append((table, name, value))

@@ -83,7 +83,7 @@ class _Enter(torch.autograd.Function):
                 results.append(None)
                 continue
             have = parameter.grad
-            plain = direct and not (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+            plain = direct and parameter.is_leaf and not (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
             if plain and type(have) is DTensor and have._spec.placements == parameter._spec.placements:
                 have._local_tensor.add_(gradient)
                 results.append(None)
