@@ -49,6 +49,9 @@ logger = logging.getLogger("shardwright")
 MOST_PLANS = 64  # that an AutoParallel keeps; the oldest goes first
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # which split batches themselves
+
+
 class AutoParallel(SettingsMethods, TargetAsModule):
     """A single-device callable that runs on all ranks of the world.
 
@@ -82,6 +85,12 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
+        wrapped = [m for m in target.modules() if isinstance(m, _WRAPPERS)] if isinstance(target, nn.Module) else []
+        if wrapped:
+            raise ShardwrightError(
+                f"{type(wrapped[0]).__name__} is in what AutoParallel is given, at {user_line()}: both would reduce the gradients\n"
+                "  Give the module that it wraps, model.module"
+            )
         register_caches()
         super().__init__(target)
         compiler = segment_compiler(compile, parallel_mode)
@@ -119,8 +128,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
                 return self.target(*args, **kwargs)
         if transforms_are_active():
             raise ShardwrightError(
-                f"an AutoParallel is called within a transformation of torch.func, at {user_source()}: programs have no rule for "
-                "that\n  Give AutoParallel the function that transforms the model: "
+                f"an AutoParallel is called within a transformation of torch.func, at {user_source()}: programs have no rule "
+                "for that\n  Give AutoParallel the function that transforms the model: "
                 "sw.AutoParallel(lambda x: torch.func.vmap(model)(x))"
             )
         if self._is_step is None:

@@ -144,7 +144,19 @@ class BoundCall:
         return pytree.tree_unflatten([whole(leaf) for leaf in leaves], spec)
 
     def _stored(self, plan: Plan, device: torch.device) -> dict[str, Layout]:
-        """Places the parameters as the plan stores them; returns the layouts that they really have."""
+        """Places the parameters as the plan stores them; returns the layouts that they really have.
+
+        Raises:
+            WorldError: ordinary tensors stand in their place, on ranks that hold pieces.
+        """
+        if self.world.keeps_pieces:
+            for name, p in self.root.named_parameters():
+                if not isinstance(current(p), (nn.Parameter, DTensor)):
+                    raise WorldError(
+                        f"an ordinary tensor stands in the place of the parameter {name}, as torch.func.functional_call puts "
+                        "it: it would get no gradient\n  Compute it of the parameter, or give AutoParallel the function that "
+                        "calls it"
+                    )
         layouts = dict(plan.input_layouts)
         named = {str(i.target): layouts[i.value] for i in self.graph.inputs if i.kind == "parameter"}
         actual = self.world.place_parameters(self.root, self._all(named, plan.mesh), device)
@@ -263,11 +275,6 @@ class BoundCall:
                     f"parameter {i.target} is {dtype} {list(shape or ())} now and was {i.meta.dtype} {list(i.meta.shape)} when "
                     "the net was made: make a new AutoParallel"
                 )
-        if any(type(p) is not DTensor and not isinstance(p, nn.Parameter) for p in found):
-            raise WorldError(
-                "ordinary tensors stand in the place of distributed parameters, as torch.func.functional_call puts them: they "
-                "would get no gradients\n  Compute them of the parameters themselves, within a function that AutoParallel is given"
-            )
         if not all(type(p) is DTensor for p in found):
             note("parameters put in the place of others")
             layouts, mesh = {str(i.target): i.layout for i in inputs}, inputs[0].layout.mesh

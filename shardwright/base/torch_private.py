@@ -110,6 +110,8 @@ will_execute_node = torch._C._will_engine_execute_node
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+# Forward of batch norms that know of one device only.
+batch_norm_forward = torch.nn.modules.batchnorm._BatchNorm.forward
 # Tells whether a transformation of ``torch.func`` is running.
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # What ``torch.no_grad`` calls, as an export records it.
@@ -204,6 +206,7 @@ __all__ = [
     "TorchDispatchMode",
     "add_dtensor_handler",
     "annotate",
+    "batch_norm_forward",
     "checkpoint_module",
     "cloned_store",
     "call_with_hooks",

@@ -158,7 +158,10 @@ class PythonState:
             if table:
                 self.described[f"{prefix}{'parameters' if table is module._parameters else 'buffers'}"] = tuple(table)
             self._missing += [prefix + name for name, value in table.items() if value is None]
-        self._parameters += [value for value in module._parameters.values() if value is not None]
+        for name, value in module._parameters.items():
+            if value is not None:
+                self._parameters.append(value)
+                self.described[f"{prefix}{name}.requires_grad"] = value.requires_grad
         for name, value in own.items():
             if name == "training" or (name not in STANDARD and not name.startswith("_shardwright_")):
                 self.described[prefix + name] = self._read(value, prefix + name, 0)

@@ -13,6 +13,7 @@ from shardwright.base.torch_private import (
     CheckpointFunction,
     SingleLevelFunction,
     annotate,
+    batch_norm_forward,
     checkpoint_module,
     module_calls,
 )
@@ -78,6 +79,8 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         (checkpoint_module, "_checkpoint_without_reentrant_generator", checkpoint),
         (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
         (module_calls, "BackwardHook", module_hooks),
+        # a batch norm of the whole batch is one already, whose group and device torch would ask for
+        (nn.SyncBatchNorm, "forward", batch_norm_forward),
     ]
 
 

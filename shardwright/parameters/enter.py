@@ -82,7 +82,7 @@ class _Enter(torch.autograd.Function):
             if gradient is None:
                 results.append(None)
                 continue
-            have = parameter.grad
+            have = parameter.grad if parameter.is_leaf else None
             plain = direct and parameter.is_leaf and not (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
             if plain and type(have) is DTensor and have._spec.placements == parameter._spec.placements:
                 have._local_tensor.add_(gradient)
