@@ -19,7 +19,8 @@ def refuse_ambiguous_names(net: Any, target: nn.Module) -> None:
         target: the model that it runs.
     """
     own = {*vars(target), *target._modules, *target._parameters, *target._buffers}
-    names = sorted(name for name in own if not name.startswith("_") and not hasattr(nn.Module, name) and _has(net, name))
+    of_all = {*dir(nn.Module), *vars(nn.Module())}
+    names = sorted(name for name in own if not name.startswith("_") and name not in of_all and _has(net, name))
     if not names:
         return
     kind = type(net)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -88,7 +89,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         wrapped = [m for m in target.modules() if isinstance(m, _WRAPPERS)] if isinstance(target, nn.Module) else []
         if wrapped:
             raise ShardwrightError(
-                f"{type(wrapped[0]).__name__} is in what AutoParallel is given, at {user_line()}: both would reduce the gradients\n"
+                f"{type(wrapped[0]).__name__} is in what AutoParallel is given, at {user_line()}: both reduce gradients\n"
                 "  Give the module that it wraps, model.module"
             )
         register_caches()
@@ -97,7 +98,9 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self.settings = Settings(mode=parallel_mode, collective_mesh=chosen_mesh(), compiler=compiler)
         self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
         self._is_step: bool | None = False if isinstance(target, nn.Module) else None
-        self._bound_calls: dict[Any, BoundCall] = {}
+        self._bound_calls: dict[Any, list[BoundCall]] = {}  # by signature; several where Python decides by changing numbers
+        self._changes: Counter[str] = Counter()  # how often a number of a module has changed
+        self._constant: set[str] = set()  # numbers that change and can only be constants of a program
         self._latest: BoundCall | None = None
         self._step: train_step.StepContext | None = None
         self._state: PythonState | None = None
@@ -199,7 +202,10 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             if isinstance(self._root, GradAccumulation):
                 leaves, given = whole_samples(leaves, given, current_world())
         key = (spec, tuple(map(_leaf_key, leaves)), given, self._state_key())
-        bound = self._bound_calls.get(key)
+        bound = self._known(key)
+        if bound is None and self._found_changing():
+            key = (*key[:3], self._state_key())
+            bound = self._known(key)
         if bound is None:
             self._log_why_planned_again(key, leaves)
             with self._compare_planning(leaves, spec, given) as signatures, _out_of_inference():
@@ -209,10 +215,14 @@ class AutoParallel(SettingsMethods, TargetAsModule):
                 del self._bound_calls[next(iter(self._bound_calls))]
             assert self._state is not None
             self._state.refresh()  # parameters may have been replaced by distributed ones
+            if self._state.changing:  # those that could not be are constants again
+                self._constant |= self._state.changing - set(bound.numbers.names if bound.numbers else ())
+                self._state.changing -= self._constant
+                self._state.refresh()
             self._described = key, dict(self._state.described)
-            self._bound_calls[(spec, key[1], given, self._state_key())] = bound
+            self._bound_calls.setdefault((spec, key[1], given, self._state_key()), []).insert(0, bound)
         elif watch is not None:
-            watch.known_call(bound, self._input_summary(leaves, given))
+            watch.known_call(bound, self._input_summary([*leaves, *bound.changing_values()], given))
         self._latest = bound
         return leaves, bound
 
@@ -227,6 +237,24 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         sign = signature_of(self.module, leaves, spec, watch.name_of(self), shapes)
         with watch.new_call(sign, self._input_summary(leaves, given)):
             yield {torch.is_grad_enabled(): sign}
+
+    def _known(self, key: Any) -> BoundCall | None:
+        """Returns the program of a signature, for the decisions that Python would take by changing numbers."""
+        return next((bound for bound in self._bound_calls.get(key, ()) if bound.fits()), None)
+
+    def _found_changing(self) -> bool:
+        """Tells whether numbers of modules have changed for the second time, which makes them inputs of the next program."""
+        assert self._state is not None
+        if self._described[0] is None or self.settings.mode == "hybrid_parallel":
+            return False
+        names = self._state.changed_numbers(self._described[1]) - self._constant
+        self._changes.update(names)
+        found = {name for name in names if self._changes[name] >= 2}
+        if found:
+            logger.warning("%s changed again: a number of each call from now on, not of the plan", ", ".join(sorted(found)))
+            self._state.changing |= found
+            self._state.refresh()
+        return bool(found)
 
     def _input_summary(self, leaves: list[Any], given: GlobalInputs | None) -> Summarize | None:
         """Returns the function that summarizes the inputs' values for comparison; ``None`` where ranks may differ in them."""
@@ -260,7 +288,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         if self.settings.mode == "hybrid_parallel":
             with train_step.backward_is_a_step(may_be_a_step):
                 return HybridBoundCall(self._root, args, kwargs, current_world(), self.settings)
-        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step)
+        changing = self._state.changing if self._state is not None else ()
+        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step, changing)
 
     def _state_key(self) -> Any:
         """Builds the key of all other state that the graph depends on: Python values, grad mode, autocast, the world."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from shardwright.agreement.job_watch import explain, note
 from shardwright.agreement.signature import Signature, lines_of, value_summaries
 from shardwright.api.settings import Settings
 from shardwright.api.stages import (
+    Target,
     before_compiling,
     capture_target,
     make_target,
@@ -26,11 +28,12 @@ from shardwright.base.dump import dump_of
 from shardwright.base.torch_private import pytree
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.numbers import Numbers
 from shardwright.capture.own_backward import retained_outputs
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.rank_inputs import GlobalInputs
-from shardwright.errors import CaptureError, WorldError
-from shardwright.ir.graph import GraphInput
+from shardwright.errors import CaptureError, ShardwrightError, WorldError
+from shardwright.ir.graph import Graph, GraphInput
 from shardwright.ir.layout import Layout
 from shardwright.ir.machine import Machine
 from shardwright.ir.mesh import Mesh
@@ -54,11 +57,13 @@ class BoundCall:
     """A callable ready to run on a world: the graph, the plan, the local program and how to call it."""
 
     compiler: SegmentCompiler | None = None
+    numbers: Numbers | None = None  # attributes that are numbers of each call
+    _now: Sequence[Any] = ()  # their values in this call
     signatures: dict[bool, Signature]  # its descriptions for other ranks, by gradient mode
 
     def __init__(
         self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, given: GlobalInputs | None = None,
-        may_be_a_step: bool = False,
+        may_be_a_step: bool = False, changing: Collection[str] = (),
     ):  # fmt: skip
         if given is not None:
             args, kwargs = self._global_inputs(args, kwargs, given.shapes)
@@ -79,7 +84,7 @@ class BoundCall:
             root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device),
             dump=dump, may_be_a_step=may_be_a_step, on_first_rank=world.on_first_rank,
         )  # fmt: skip
-        graph = capture_target(target, capture)
+        graph, self.numbers = _captured(target, changing)
         constants = list(graph.constants.values())
         world.compare("graph", lambda: (lines_of(str(graph), root), value_summaries(constants, sketched=True)))
         plan = plan_target(target, graph)
@@ -176,6 +181,9 @@ class BoundCall:
         target = graph_input.target
         if graph_input.kind == "input":
             return lambda leaves: leaves[target]  # type: ignore[index]
+        if graph_input.kind == "constant" and str(target) in self.graph.numbers:
+            formula, dtype = self.graph.numbers[str(target)]
+            return lambda leaves: torch.full((), formula.value(self._now), dtype=dtype)
         if graph_input.kind == "constant":
             value = self.graph.constants[str(target)]
             found = attribute_of(self.root, value)
@@ -190,6 +198,8 @@ class BoundCall:
 
     def __call__(self, leaves: list[Any]) -> Any:
         """Runs the program on the flat inputs; returns the callable's result, with global tensors."""
+        if self.numbers is not None:
+            self._now = self.numbers.read()
         values = [read(leaves) for read in self._read]
         for n in self._made_to_require:
             values[n].requires_grad_()
@@ -249,8 +259,16 @@ class BoundCall:
             result, tensors = result
         rest = iter(tensors)
         for assignment in made:
-            assignment.carry_out(rest)
+            assignment.carry_out(rest, self._now)
         return result
+
+    def fits(self) -> bool:
+        """Tells whether Python would decide by the changing numbers as it did in the capture."""
+        return self.numbers is None or self.numbers.hold(self.numbers.read())
+
+    def changing_values(self) -> list[Tensor]:
+        """Returns the changing numbers as they are now, for a comparison between ranks."""
+        return [] if self.numbers is None else [torch.tensor(value) for value in self.numbers.read()]
 
     def weights(self, parts: int, part: int) -> dict[str, Tensor]:
         """Returns one part of the parameters that every rank holds whole.
@@ -304,6 +322,21 @@ class BoundCall:
         with torch.no_grad():
             for (name, _), new in zip(self.graph.updates, updates, strict=True):
                 values[by_name[name]].copy_(new)
+
+
+def _captured(target: Target, changing: Collection[str]) -> tuple[Graph, Numbers | None]:
+    """Captures a target, with changing numbers as inputs if that is possible."""
+    if changing:
+        numbers = Numbers(target.root, tuple(sorted(changing)))
+        try:
+            graph = capture_target(target, partial(capture, numbers=numbers))
+        except ShardwrightError:
+            numbers.escaped = numbers.escaped or set(range(len(numbers.names)))
+        if not numbers.escaped:
+            return graph, numbers
+        rest = [name for at, name in enumerate(numbers.names) if at not in numbers.escaped]
+        return _captured(target, rest)
+    return capture_target(target, capture), None
 
 
 def device_of(root: nn.Module, world: World) -> torch.device:

@@ -64,6 +64,7 @@ DETACH = _aten.detach.default
 DIAGONAL_SCATTER = _aten.diagonal_scatter.default
 EXPAND = _aten.expand.default
 EYE = _aten.eye.m
+FULL = _aten.full.default
 FULL_LIKE = _aten.full_like.default
 LOGICAL_AND = _aten.logical_and.default
 MASKED_FILL = _aten.masked_fill.Scalar

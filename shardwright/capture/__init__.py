@@ -15,6 +15,7 @@
 ``fx_nodes``         parts of fx nodes: their arguments, the tensors they make, the modules around them
 ``left_behind``      undoes what the captured callable assigned in Python; every call of the program then assigns it
 ``names``            readable, unique names for the values and nodes of a graph
+``numbers``          numbers that change in every step, as inputs of the program
 ``own_backward``     records the user's functions and hooks with their own backward as opaque operators
 ``python_state``     everything besides its arguments that a captured callable reads
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
@@ -25,6 +26,7 @@
 ``runs``             rows of equal modules in the lists of a model, and the model with fewer of each
 ``session``          puts marks onto the operators that run while a callable is captured
 ``stand_ins``        replacements for parts of torch that are not torch functions
+``state_keys``       how values of a Python state are compared
 ``strides``          the strides of operators' outputs where torch's shape functions are wrong about them
 ``torch_functions``  sees every torch function that is called, and refuses what a graph cannot keep
 ``transformations``  ``vmap``, ``grad``, ``vjp``, ``jvp`` of ``torch.func`` within the callable, as operators

@@ -27,6 +27,7 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.capture.converter import Converter
 from shardwright.capture.fakes import autocast_around, fake_of, fake_state
 from shardwright.capture.left_behind import Assignment, SavedState, check_values, ended_by, state_restored
+from shardwright.capture.numbers import Numbers
 from shardwright.capture.random_states import randomness_refused
 from shardwright.capture.session import marked_modules, session
 from shardwright.capture.torch_functions import Watch
@@ -44,6 +45,7 @@ def capture(
     kwargs: dict[str, Any],
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
+    numbers: Numbers | None = None,
 ) -> Graph:
     """Captures ``module(*args, **kwargs)`` as a graph. Nothing is computed, and the module is left as it was.
 
@@ -52,6 +54,7 @@ def capture(
         args, kwargs: tensors of global shape; only their shape, dtype and ``requires_grad`` are read.
         device: device the program will run on.
         marks: modules whose calls carry a strategy.
+        numbers: attributes that are numbers of the call, not constants.
 
     Raises:
         CaptureError: the callable does something that a graph cannot hold.
@@ -68,7 +71,8 @@ def capture(
     def export() -> tuple[Any, list[Assignment], Watch]:
         fakes = [fake_of(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-        with fake_state(module, mode, device), state_restored(module), marked_modules(module, marks or {}):
+        stand_ins = numbers.installed() if numbers is not None else contextlib.nullcontext()
+        with fake_state(module, mode, device), state_restored(module), stand_ins, marked_modules(module, marks or {}):
             return _exported(module, fake_args, fake_kwargs)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -83,7 +87,8 @@ def capture(
         converter: Converter | None = None
         try:
             exported, assigned, watch = export()
-            converter = Converter(module, exported, now, flat, autocast_around(device), watch)
+            formulas = numbers.formulas if numbers is not None else []
+            converter = Converter(module, exported, now, flat, autocast_around(device), watch, formulas)
             graph = converter.graph()
         except Exception as error:
             if isinstance(error, _PASS_THROUGH):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from shardwright.base import operators
@@ -14,6 +15,7 @@ from shardwright.capture.emitter import Emitter, Placeholder, WrittenTensor
 from shardwright.capture.functionalise import Tracked, is_mutation, named_arguments, updates_statistics
 from shardwright.capture.fx_nodes import attribute_at, input_name, meta_of, module_path
 from shardwright.capture.names import Names, numbered
+from shardwright.capture.numbers import NUMBER, Formula
 from shardwright.capture.own_backward import with_hooks
 from shardwright.capture.resolve_marks import at_line, resolve_marks
 from shardwright.capture.session import Session
@@ -34,14 +36,20 @@ class Converter:
         flat_inputs: the leaves of the callable's arguments, as ``torch.utils._pytree`` flattens them.
         autocast: see :class:`~shardwright.capture.emitter.Emitter`.
         watch: what was seen of the callable besides its operators.
+        formulas: those of the changing numbers that became tensors.
     """
 
-    def __init__(self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, watch: Watch):
+    def __init__(
+        self, module: nn.Module, exported: Any, now: Session, flat_inputs: list[Any], autocast: Any, watch: Watch,
+        formulas: list[Formula],
+    ):  # fmt: skip
         self.exported, self.session, self.flat_inputs = exported, now, flat_inputs
         self.module = module
         self.emitter = Emitter(autocast)
         self.writes = Writes(self.emitter, module, watch.saved)
+        self.formulas = formulas
         self.made_to_require = watch.made_to_require
+        self.numbers: dict[str, tuple[Any, Any]] = {}  # constants that are computed in every call: formula and dtype
         self.constants: dict[str, Any] = {}
         self.current: fx.Node | None = None  # what is being converted
         self.hooks: dict[str, list[OpaqueFunction]] = {}  # value -> hooks on its gradient, in order
@@ -74,7 +82,7 @@ class Converter:
             updates = tuple((name, known.get(value, value)) for name, value in updates)
         return Graph(
             tuple(self.emitter.inputs), tuple(nodes), tuple(outputs), updates, self.exported.call_spec.out_spec, self.constants,
-            impossible_marks=tuple(self.session.impossible),
+            impossible_marks=tuple(self.session.impossible), numbers=self.numbers,
         )  # fmt: skip
 
     def _placeholders(self, graph: fx.Graph) -> None:
@@ -145,6 +153,13 @@ class Converter:
         self.emitter.metas[value_name] = value
         return Tracked(value_name, value)
 
+    def _number(self, number: tuple[int, Any], value: Any) -> Tracked:
+        """Adds the constant that stands for a changing number, which is this value at the moment."""
+        at, dtype = number
+        name = f"number_{at}"
+        self.numbers[name] = (self.formulas[at], dtype)
+        return self._constant(name, torch.full((), value, dtype=dtype))
+
     def _value(self, argument: Any) -> Any:
         """Returns the graph output for an argument: a value name, or a :class:`Constant`."""
         if isinstance(argument, fx.Node):
@@ -158,7 +173,10 @@ class Converter:
         name = getattr(target, "__name__", str(target))
         if node.meta.get("val") is None and not node.users and getattr(getattr(target, "_schema", None), "returns", None):
             return  # it raised, and the user's code caught that
-        if name == "getitem":
+        number = (node.meta.get("custom") or {}).get(NUMBER)
+        if number is not None and target is operators.FULL:
+            self.emitter.env[node] = self._number(number, node.args[1])
+        elif name == "getitem":
             whole, index = self.emitter.env[node.args[0]], node.args[1]  # type: ignore[index]
             self.emitter.env[node] = whole[index]
         elif "wrap_with_autocast" in str(target) or name == "wrap_with_autocast":

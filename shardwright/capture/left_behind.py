@@ -15,7 +15,7 @@ import gc
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.base.torch_private import FakeTensor, call_with_hooks, module_calls, pytree
+from shardwright.capture.numbers import Formula, Number
 from shardwright.capture.python_state import CONTAINERS, HOOK_TABLES, STANDARD, PythonState
 from shardwright.errors import CaptureError
 
@@ -50,9 +51,9 @@ class Assignment:
     spec: Any
     tensors: tuple[int, ...] = ()
 
-    def carry_out(self, tensors: Iterator[Any]) -> None:
-        """Assigns what the callable assigned when it was captured, with the tensors of a call."""
-        leaves = list(self.leaves)
+    def carry_out(self, tensors: Iterator[Any], numbers: Sequence[Any] = ()) -> None:
+        """Assigns what the callable assigned when it was captured, with the tensors and the changing numbers of a call."""
+        leaves = [leaf.value(numbers) if isinstance(leaf, Formula) else leaf for leaf in self.leaves]
         for position in self.tensors:
             leaves[position] = next(tensors)
         self.put(pytree.tree_unflatten(leaves, self.spec))
@@ -109,7 +110,7 @@ class SavedState:
             if any(isinstance(v, Tensor) for leaf in leaves if hasattr(leaf, "__dict__") for v in vars(leaf).values()):
                 problems.append(f"{where} is given a {type(new).__name__} with tensors in it")
             tensors.extend(leaves[i] for i in positions)
-            held = tuple(None if i in positions else leaf for i, leaf in enumerate(leaves))
+            held = tuple(None if i in positions else _formula_of(leaf) for i, leaf in enumerate(leaves))
             found.append(Assignment(where, put, held, spec, positions))
 
         for path, module, before in self.modules:
@@ -215,6 +216,10 @@ class SavedState:
         for function, misses in self.caches:
             if function.cache_info().misses != misses and not _is_of_torch(function):
                 function.cache_clear()
+
+
+def _formula_of(leaf: Any) -> Any:
+    return leaf.formula if type(leaf) is Number else leaf
 
 
 def _put(table: dict[str, Any], name: str, value: Any) -> None:

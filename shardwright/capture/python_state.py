@@ -20,7 +20,6 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ from torch.utils.hooks import RemovableHandle
 from shardwright.base.torch_private import module_calls
 from shardwright.base.user_code import globals_read
 from shardwright.capture.closure import FunctionModule
+from shardwright.capture.numbers import Number
+from shardwright.capture.state_keys import ArrayBytes, ByIdentity, Globals, hashable, numpy_array
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice, range)
 CONTAINERS = (dict, list, set, deque)
@@ -38,19 +39,6 @@ _LONGEST = 4096  # elements of a container; one with more is a data set, and cou
 _DEEPEST = 4  # containers within containers
 _MOST_VERSIONS = 64  # that are known again
 _missing = object()
-
-
-class _ByIdentity:
-    """A key for an object compared by identity. It keeps the object alive, so that no other can get its id."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _ByIdentity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 class PythonState:
@@ -64,11 +52,15 @@ class PythonState:
         self.root = root
         self.versions: dict[Any, int] = {}  # the latest last; they keep alive what counts by identity
         self._made = 0
+        self.changing: set[str] = set()  # attributes that are numbers of a call, and no part of the state
         self.outdated = False  # whether a function reaches modules or tensors that were not there when the root was made
         self._look()
 
     def version(self) -> int:
         """Returns the number of the current state. An unchanged state, the usual case, takes microseconds."""
+        for own, copied, name in self._moving:
+            if type(own.get(name)) is type(copied.get(name)):
+                copied[name] = own[name]
         try:
             same = (
                 self._next_hook == RemovableHandle.next_id
@@ -84,11 +76,17 @@ class PythonState:
 
     def objects(self) -> list[Any]:
         """Returns the objects compared by identity, among the names and attributes that are read."""
-        return [value.value for value in self.described.values() if isinstance(value, _ByIdentity)]
+        return [value.value for value in self.described.values() if isinstance(value, ByIdentity)]
 
     def refresh(self) -> None:
         """Reads everything again, after parameters have been replaced."""
         self._look()
+
+    def changed_numbers(self, before: dict[str, Any]) -> set[str]:
+        """Returns the names of what differs from an earlier :attr:`described`, if all of it is numbers of modules."""
+        now = self.described
+        names = {name for name in {**before, **now} if before.get(name, _missing) != now.get(name, _missing)}
+        return names if names <= self._numbers else set()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
         """Lists what differs from an earlier :attr:`described`: name, value then and value now."""
@@ -104,6 +102,8 @@ class PythonState:
         self.live: list[Any] = []  # containers as they are, and copies of what they held
         self.seen: list[Any] = []
         self._parameters: list[Tensor] = []
+        self._moving: list[tuple[dict[str, Any], dict[str, Any], str]] = []  # tables, copies and keys of changing numbers
+        self._numbers: set[str] = set()  # names of attributes that are plain numbers
         self._missing: list[str] = []  # parameters and buffers that modules have as None
         self.cells: list[Any] = []
         self.held: list[Any] = []
@@ -119,7 +119,7 @@ class PythonState:
         for kind in HOOK_TABLES:
             hooks = getattr(module_calls, f"_global{kind}")
             self._watch(hooks)
-            self.described[f"{kind.strip('_')} of all modules"] = tuple(map(_ByIdentity, hooks.values()))
+            self.described[f"{kind.strip('_')} of all modules"] = tuple(map(ByIdentity, hooks.values()))
         if isinstance(self.root, FunctionModule):
             self._callable(self.root.__dict__["function"])
             self.outdated = not self.root.is_up_to_date()
@@ -128,10 +128,10 @@ class PythonState:
                 continue
             first, *rest = sorted(names)
             read = operator.itemgetter(first, *(rest or [first]))
-            self.live.append(_Globals(scope, read))
+            self.live.append(Globals(scope, read))
             self.seen.append(read(scope))
         self._trained = [t.requires_grad for t in self._parameters]
-        frozen = tuple((name, _hashable(value)) for name, value in self.described.items())
+        frozen = tuple((name, hashable(value)) for name, value in self.described.items())
         key = (frozen, tuple(self._missing), tuple(self._trained))
         found = self.versions.pop(key, None)
         if found is None:
@@ -145,12 +145,12 @@ class PythonState:
         prefix = f"{path}." if path else ""
         self._watch(own)
         self._watch(module._modules)
-        self.described[f"{prefix}submodules"] = tuple((n, _ByIdentity(m)) for n, m in module._modules.items())
+        self.described[f"{prefix}submodules"] = tuple((n, ByIdentity(m)) for n, m in module._modules.items())
         for kind in HOOK_TABLES:
             hooks = own.get(kind)
             if hooks:
                 self._watch(hooks)
-                self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(_ByIdentity, hooks.values()))
+                self.described[f"{prefix}{kind.strip('_')}"] = tuple(map(ByIdentity, hooks.values()))
                 for hook in hooks.values():
                     self._function(hook)
         for table in (module._parameters, module._buffers):
@@ -164,11 +164,22 @@ class PythonState:
                 self.described[f"{prefix}{name}.requires_grad"] = value.requires_grad
         for name, value in own.items():
             if name == "training" or (name not in STANDARD and not name.startswith("_shardwright_")):
-                self.described[prefix + name] = self._read(value, prefix + name, 0)
+                self.described[prefix + name] = self._attribute(own, prefix, name, value)
         for cls in type(module).__mro__:
             self._class(cls)
         if "forward" in own:
             self._function(own["forward"])
+
+    def _attribute(self, own: dict[str, Any], prefix: str, name: str, value: Any) -> Any:
+        """Returns the key of a module's attribute; of a changing number that is its type."""
+        if type(value) not in (int, float) or name == "training":
+            return self._read(value, prefix + name, 0)
+        self._numbers.add(prefix + name)
+        if prefix + name not in self.changing:
+            return value
+        copied = next(seen for live, seen in zip(self.live, self.seen) if live is own)
+        self._moving.append((own, copied, name))
+        return type(value)
 
     def _class(self, cls: type) -> None:
         """Reads the plain attributes of a user's class, and what its functions read."""
@@ -183,7 +194,7 @@ class PythonState:
                 self.caches.append(value)
                 value = value.__wrapped__
             if isinstance(value, types.FunctionType):
-                self.described[f"{cls.__qualname__}.{name}"] = _ByIdentity(value)
+                self.described[f"{cls.__qualname__}.{name}"] = ByIdentity(value)
                 self._function(value)
             elif not name.startswith("__") and not isinstance(value, (property, types.BuiltinFunctionType)):
                 self.described[f"{cls.__qualname__}.{name}"] = self._read(value, f"{cls.__qualname__}.{name}", 0)
@@ -255,76 +266,49 @@ class PythonState:
 
     def _read(self, value: Any, name: str, depth: int) -> Any:
         """Returns the key that a value is compared by. Containers that can change are watched from now on."""
+        if type(value) is Number:
+            return ByIdentity(value)
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, Tensor):
             if depth:
-                return _ByIdentity(value)
+                return ByIdentity(value)
             return ("tensor", tuple(value.shape), value.dtype, value.device, value.requires_grad)
         if isinstance(value, types.FunctionType):
             self._function(value)
-            return _ByIdentity(value)
+            return ByIdentity(value)
         if isinstance(value, types.MethodType):
             self._function(value)
-            return (_ByIdentity(value.__func__), self._read(value.__self__, name, depth))
+            return (ByIdentity(value.__func__), self._read(value.__self__, name, depth))
         if isinstance(value, type):
             self._class(value)
-            return _ByIdentity(value)
-        if isinstance(value, _numpy_array()):
+            return ByIdentity(value)
+        if isinstance(value, numpy_array()):
             if value.size > _LONGEST:
-                return _ByIdentity(value)
+                return ByIdentity(value)
             if id(value) not in self._known:
                 self._known.add(id(value))
-                self.live.append(_Array(value))
+                self.live.append(ArrayBytes(value))
                 self.seen.append(value.tobytes())
             return (value.shape, str(value.dtype), value.tobytes())
         if isinstance(value, tuple):
-            return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else _ByIdentity(value)
+            return tuple([self._read(v, name, depth + 1) for v in value]) if depth < _DEEPEST else ByIdentity(value)
         if isinstance(value, CONTAINERS):
             if depth >= _DEEPEST or len(value) > _LONGEST:
-                return (_ByIdentity(value), len(value))
+                return (ByIdentity(value), len(value))
             self._watch(value)
             items: Any = value.items() if isinstance(value, dict) else enumerate(value)
             if isinstance(value, set):
-                return frozenset(_hashable(v) for v in value)
-            return tuple([(_hashable(key), self._read(v, name, depth + 1)) for key, v in items])
+                return frozenset(hashable(v) for v in value)
+            return tuple([(hashable(key), self._read(v, name, depth + 1)) for key, v in items])
         if depth < 2 and _has_readable_attributes(value):
             own = vars(value)
             if id(own) in self._known:
-                return _ByIdentity(value)
+                return ByIdentity(value)
             self._watch(own)
             for key, v in list(own.items()):
                 self.described[f"{name}.{key}"] = self._read(v, f"{name}.{key}", depth + 1)
-        return _ByIdentity(value)
-
-
-def _numpy_array() -> Any:
-    numpy = sys.modules.get("numpy")
-    return () if numpy is None else numpy.ndarray
-
-
-class _Array:
-    """A copy of a NumPy array's bytes, to compare its values with later."""
-
-    def __init__(self, array: Any):
-        self.array = array
-
-    def __eq__(self, seen: Any) -> bool:
-        return bool(self.array.tobytes() == seen)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class _Globals:
-    """Values of some names of a module, which compare with a tuple of earlier values."""
-
-    def __init__(self, scope: dict[str, Any], read: Callable[[Any], tuple[Any, ...]]):
-        self.scope, self.read = scope, read
-
-    def __eq__(self, seen: Any) -> bool:
-        return bool(self.read(self.scope) == seen)
-
-    __hash__ = None  # type: ignore[assignment]
+        return ByIdentity(value)
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -355,23 +339,10 @@ def _has_readable_attributes(value: Any) -> bool:
     return home == "__main__" or home not in {*sys.stdlib_module_names, "torch", "builtins", "shardwright", "numpy"}
 
 
-def _hashable(value: Any) -> Any:
-    """Returns the value, or its replacement in a key. The type tells 1 from 1.0 and from True."""
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple([_hashable(v) for v in value])
-    if isinstance(value, slice):
-        return ("slice", value.start, value.stop, value.step)
-    try:
-        hash(value)
-    except TypeError:
-        return _ByIdentity(value)
-    return (type(value), value)
-
-
 def _short(value: Any) -> str:
     if value is _missing:
         return "nothing"
-    if isinstance(value, _ByIdentity):
+    if isinstance(value, ByIdentity):
         value = value.value
     text = value.__name__ if isinstance(value, (types.FunctionType, type)) else repr(value)
     return text if len(text) <= 40 and "\n" not in text else f"another {type(value).__name__}"

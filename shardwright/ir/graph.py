@@ -80,6 +80,7 @@ class Graph:
         updates: ``(buffer name, value)`` pairs: buffers that the program leaves changed.
         assignments: attributes of modules that the callable assigns in every call. Where tensors are among them, the result
             of the graph is a pair: what the callable returns, and those tensors in their order.
+        numbers: constants that are computed anew in every call, of numbers that the callable reads: formula and dtype.
         impossible_marks: errors in strategies of modules and functions that do not depend on the devices.
     """
 
@@ -93,6 +94,7 @@ class Graph:
     needs_grad: frozenset[str] = frozenset()
     assignments: tuple[Any, ...] = field(default=(), compare=False)
     impossible_marks: tuple[str, ...] = field(default=(), compare=False)
+    numbers: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for graph_input in self.inputs:
