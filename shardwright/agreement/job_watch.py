@@ -52,6 +52,11 @@ def explain(world: Any) -> str:
     return "" if watch is None else watch.explain()
 
 
+def why_alone() -> str:
+    """Explains, like :func:`explain`, for code that has no world at hand."""
+    return _active[0].explain() if _active else ""
+
+
 def watch_of(world: Any) -> Watch | None:
     """Returns the watch of a world's job; ``None`` for simulated worlds and jobs of one rank."""
     if world.processes == 1:

@@ -10,11 +10,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardwright.agreement.job_watch import note
+from shardwright.agreement.job_watch import note, why_alone
+from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
 from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.delayed.replay import materialise
 from shardwright.parameters.handles import current
+from shardwright.parameters.ours import is_part, view_of
 from shardwright.parameters.placements import layout_of
 
 
@@ -46,16 +48,43 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
     >>> full_value(nn.Parameter(torch.ones(2)))
     tensor([1., 1.])
     """
-    parameter = current(parameter)
-    layout, value = layout_of(parameter), parameter.detach()
+    return whole_value(current(parameter), "full_value")
+
+
+def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
+    """Returns the whole value of a tensor, detached; where ranks hold parts of it, every rank of its mesh makes this call.
+
+    Args:
+        value: a DTensor of any placements, or an ordinary tensor.
+        what: what the value is needed for, which other ranks are told if they wait for this one in vain.
+
+    Returns:
+        New memory where ranks hold parts, else the tensor's own.
+
+    Raises:
+        WorldError: another rank does not take part.
+    """
     if not isinstance(value, DTensor):
-        return value
-    if not layout or layout.split_axes:
-        if value.device_mesh.size() == dist.get_world_size():
-            note(f"full_value of a tensor {list(value.shape)}")
-    if layout is None:
-        return value.full_tensor()
-    return _gathered(value.to_local(), layout, tuple(value.shape), value.device_mesh)
+        return value.detach()
+    view = view_of(value)
+    if view is not None:
+        return view.of_whole(whole_value(view.base, what))
+    local = value._local_tensor.detach()
+    if not is_part(value):
+        return local
+    if value.device_mesh.size() == dist.get_world_size():
+        note(f"{what} of a distributed tensor {list(value.shape)}")
+    layout = layout_of(value)
+    try:
+        if layout is not None:
+            return _gathered(local, layout, tuple(value.shape), value.device_mesh)
+        with torch.no_grad():
+            return value.detach().full_tensor()
+    except RuntimeError as error:  # of communication: another rank has gone, or does something else
+        said = why_alone()
+        if not said:
+            raise
+        raise WorldError(f"{what} of a distributed tensor {list(value.shape)} needs every rank: {said}") from error
 
 
 def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:
