@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,13 +13,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwright.base.torch_private import module_call_code
-from shardwright.base.user_code import user_line
+from shardwright.base.user_code import user_source
 from shardwright.errors import WorldError
 from shardwright.parameters.ours import is_ours
 from shardwright.parameters.placements import _like
 from shardwright.parameters.whole import whole_value
 
-_PASSES = "_shardwright_passes_gradients"
+
+class _ConvertsGradient:
+    """Hook of a tensor that makes its gradient of its own kind: distributed like it, or whole."""
+
+    def __init__(self, like: DTensor | None):
+        self.like = like
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        if self.like is None:
+            return whole_value(gradient, "the gradient") if isinstance(gradient, DTensor) else None
+        return None if isinstance(gradient, DTensor) else _like(self.like, gradient)
 
 
 def let_gradients_pass(tensors: Sequence[Tensor]) -> None:
@@ -30,16 +41,15 @@ def let_gradients_pass(tensors: Sequence[Tensor]) -> None:
     if not torch.is_grad_enabled():
         return
     for tensor in tensors:
-        if tensor.requires_grad and _PASSES not in vars(tensor):
-            vars(tensor)[_PASSES] = True
-            tensor.register_hook(_converts(tensor))
+        if tensor.requires_grad and len(hooks_of_user(tensor)) == len(tensor._backward_hooks or ()):
+            like: Any = tensor.detach() if isinstance(tensor, DTensor) else None
+            tensor.register_hook(_ConvertsGradient(like))
 
 
-def _converts(tensor: Tensor) -> Callable[[Tensor], Tensor | None]:
-    if not isinstance(tensor, DTensor):
-        return lambda gradient: whole_value(gradient, "the gradient") if isinstance(gradient, DTensor) else None
-    layout_like = tensor.detach()
-    return lambda gradient: None if isinstance(gradient, DTensor) else _like(layout_like, gradient)
+def hooks_of_user(tensor: Tensor) -> dict[int, Any]:
+    """Returns the hooks of a tensor's gradient that are the user's, in a table like torch's."""
+    found: Any = tensor._backward_hooks or {}
+    return OrderedDict((key, hook) for key, hook in found.items() if not isinstance(hook, _ConvertsGradient))
 
 
 def check_no_plain_call(operator: str) -> None:
@@ -65,6 +75,6 @@ def check_no_plain_call(operator: str) -> None:
         return
     name = type(outermost).__name__
     raise WorldError(
-        f"{name}(...) was called beside its AutoParallel ({operator}, at {user_line()}), and this rank holds pieces of its "
+        f"{name}(...) was called beside its AutoParallel ({operator}, at {user_source()}), and this rank holds pieces of its "
         "parameters: call net(...), or, on every rank, `with net.whole(): model(...)`"
     )

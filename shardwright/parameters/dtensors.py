@@ -80,8 +80,8 @@ def _teach_copies() -> None:
         if is_part(self):
             raise WorldError(
                 f"a distributed tensor {list(self.shape)} cannot be saved or pickled as it is: this rank holds a part of it. "
-                "For one file, make {name: sw.full_value(t) for name, t in model.state_dict().items()} on every rank and save "
-                "that on one; or save the pieces with torch.distributed.checkpoint"
+                "For one file, write `with net.whole(): torch.save(model.state_dict(), path)`, or of other tensors save "
+                "sw.full_value(tensor), with every rank in the block or the call; for pieces, use torch.distributed.checkpoint"
             )
         value = self.to_local().detach()
         plain = nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value

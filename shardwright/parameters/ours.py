@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 _meshes: set[DeviceMesh] = set()
-_VIEW = "_shardwright_view_of"
+_VIEW, _WHOLE = "_shardwright_view_of", "_shardwright_whole"
 
 
 class View(NamedTuple):
@@ -42,9 +42,20 @@ def is_part(value: DTensor) -> bool:
 
 def view_of(value: Tensor) -> View | None:
     """Returns what a view that holds a copy was made of; ``None`` for other tensors."""
-    return vars(value).get(_VIEW)
+    found: View | None = vars(value).get(_VIEW)
+    return found
 
 
 def remember_view(value: Tensor, view: View) -> None:
     """Records what a view was made of."""
     vars(value)[_VIEW] = view
+
+
+def is_whole_copy(value: Any) -> bool:
+    """Tells whether a parameter stands for a distributed one within a block of ``net.whole()``."""
+    return isinstance(value, Tensor) and vars(value).get(_WHOLE) is True
+
+
+def remember_whole_copy(value: Tensor) -> None:
+    """Records that a parameter stands for a distributed one."""
+    vars(value)[_WHOLE] = True

@@ -79,7 +79,7 @@ def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
         if layout is not None:
             return _gathered(local, layout, tuple(value.shape), value.device_mesh)
         with torch.no_grad():
-            return value.detach().full_tensor()
+            return DTensor.full_tensor(value)
     except RuntimeError as error:  # of communication: another rank has gone, or does something else
         said = why_alone()
         if not said:
