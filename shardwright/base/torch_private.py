@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
+from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import BackwardHook
 
@@ -245,6 +246,7 @@ __all__ = [
     "recorded_node",
     "replace_dtensor_handler",
     "set_grad_mode",
+    "return_and_correct_aliasing",
     "set_group_timeout",
     "tracer_of_export",
     "transforms_are_active",

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardwright.agreement import job_watch
@@ -35,7 +35,7 @@ from shardwright.base.operators import (
     may_draw,
     operator_of,
 )
-from shardwright.base.torch_private import pytree
+from shardwright.base.torch_private import pytree, return_and_correct_aliasing
 from shardwright.errors import WorldError
 from shardwright.parameters.beside import check_no_plain_call, let_gradients_pass
 from shardwright.parameters.ours import View, is_ours, is_part, remember_view, view_of
@@ -66,12 +66,10 @@ def run_operator(otherwise: Otherwise) -> Otherwise:
 
 
 def _is_for_dtensor(operator: Any, given: Sequence[DTensor], args: Any, is_mixed: bool) -> bool:
-    """Tells whether DTensor itself runs an operator: a second name or shape of a whole value, a norm of pieces."""
+    """Tells whether DTensor itself runs an operator: a second name of a tensor, or a norm of pieces."""
     first = given[0]
     if operator.overloadpacket in RUN_BY_DTENSOR:
         return view_of(first) is None
-    if torch.Tag.inplace_view in operator.tags and operator.overloadpacket not in CHANGES_MEMORY:
-        return not is_part(first) and view_of(first) is None
     if operator not in (VECTOR_NORM, LIST_NORM) or is_mixed:
         return False
     order = args[1] if len(args) > 1 else 2
@@ -128,7 +126,11 @@ class _Call:
         """Runs an elementwise operator on this rank's pieces. The result is laid out like the template."""
         cut = cut_like(template, self.whole)
         result = self.with_tensors(cut)
-        return template if self.written else _alike(template, result)
+        if self.written:
+            return template
+        if isinstance(result, (list, tuple)):
+            return type(result)(_alike(template, value) for value in result)
+        return _alike(template, result)
 
     def _makes_plain_result(self) -> bool:
         """Tells whether the result is an ordinary tensor: where an ordinary one with a gradient takes part, as losses do."""
@@ -153,10 +155,7 @@ class _Call:
     def on_whole_values(self) -> Any:
         """Runs any operator on whole values, cuts back what it wrote, and distributes its results."""
         if torch.Tag.inplace_view in self.operator.tags:
-            raise WorldError(
-                f"{self.name} changes the shape or memory of a distributed tensor {list(self.given[0].shape)} in place, which "
-                f"ranks hold in pieces: write it out of place, new = tensor.{self.name.rstrip('_')}(...)"
-            )
+            return self._change_shape()
         if self.operator.overloadpacket in READS_SHAPE and not may_draw(self.operator):
             return self._distributed(self.with_tensors(lambda t: t._local_tensor if isinstance(t, DTensor) else t))
         draws = may_draw(self.operator)
@@ -188,6 +187,19 @@ class _Call:
         if isinstance(result, (list, tuple)):
             return type(result)(distributed(i, value) for i, value in enumerate(result))
         return distributed(0, result)
+
+    def _change_shape(self) -> Any:
+        """Runs an operator that changes a tensor's shape in place, on a result that every rank holds whole."""
+        tensor: Any = self.args[0]
+        is_result = isinstance(tensor, DTensor) and not isinstance(tensor, nn.Parameter)
+        if not is_result or is_part(tensor) or view_of(tensor) is not None or self.operator.overloadpacket in CHANGES_MEMORY:
+            raise WorldError(
+                f"{self.name} changes the shape or memory of a distributed tensor {list(self.given[0].shape)} in place, which "
+                f"ranks hold in pieces: write it out of place, new = tensor.{self.name.rstrip('_')}(...)"
+            )
+        self.operator(tensor._local_tensor, *self.args[1:], **self.kwargs)
+        tensor._spec = self._distributed(tensor._local_tensor)._spec
+        return return_and_correct_aliasing(self.operator, self.args, self.kwargs, tensor)
 
     def _views_of(self) -> DTensor | None:
         """Returns the tensor of which the results are views that hold a copy; ``None`` where they hold its own memory."""
