@@ -303,7 +303,10 @@ class BoundCall:
         by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
         with torch.no_grad():
             for (name, _), new in zip(self.graph.updates, updates, strict=True):
-                values[by_name[name]].copy_(new)
+                n = by_name[name]
+                if new.shape != values[n].shape:  # a frozen parameter of which this rank keeps a piece
+                    new = new[self.plan.input_layouts[name].slices(new.shape)[self.world.rank]]
+                values[n].copy_(new)
 
 
 def device_of(root: nn.Module, world: World) -> torch.device:

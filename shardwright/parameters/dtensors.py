@@ -33,6 +33,7 @@ def teach() -> None:
     """Installs this behaviour in DTensor, for as long as this process lives."""
     add_dtensor_handlers(run_operator, besides=(CHECKS_AND_UNSCALES,))
     _teach_readings()
+    _teach_memory()
     _teach_copies()
     _teach_data()
     _teach_views()
@@ -66,6 +67,33 @@ def _teach_readings() -> None:
 
     for name, function in (("__format__", in_format), ("tolist", tolist), ("numpy", numpy), ("__repr__", text)):
         setattr(DTensor, name, function)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------
+
+
+def _teach_memory() -> None:
+    """Makes what works on a tensor's memory, which a DTensor does not have, work on the whole value."""
+
+    def on_whole_value(plain: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(plain)
+        def method(self: DTensor, *args: Any) -> Any:
+            if not is_ours(self) or self.requires_grad:
+                return plain(self, *args)  # which refuses it
+            value = whole_value(self, plain.__name__).clone()
+            plain(value, *(whole_value(a, plain.__name__) if isinstance(a, Tensor) else a for a in args))
+            return self.copy_(value)
+
+        return method
+
+    def dlpack(self: DTensor, *args: Any, **kwargs: Any) -> Any:
+        if is_ours(self):
+            raise WorldError(f"a distributed tensor {list(self.shape)} has no memory to share: sw.full_value(tensor) has")
+        return Tensor.__dlpack__(self, *args, **kwargs)
+
+    for name in ("apply_", "map_", "map2_"):
+        setattr(DTensor, name, on_whole_value(getattr(Tensor, name)))
+    DTensor.__dlpack__ = dlpack  # type: ignore[assignment]
 
 
 # -- copies -------------------------------------------------------------------------------------------------------------

@@ -78,8 +78,7 @@ def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
     try:
         if layout is not None:
             return _gathered(local, layout, tuple(value.shape), value.device_mesh)
-        with torch.no_grad():
-            return DTensor.full_tensor(value)
+        return _reduced(value)
     except RuntimeError as error:  # of communication: another rank has gone, or does something else
         said = why_alone()
         if not said:
@@ -102,3 +101,25 @@ def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh:
             dist.all_gather([part.view(torch.uint8) for part in parts], sent.view(torch.uint8), group=process_group)
             piece = torch.cat([part[: math.prod(s)].view(s) for part, s in zip(parts, shapes)], dim)
     return piece
+
+
+# How terms that ranks hold become the value, by the name of the reduction.
+_REDUCTIONS = {"sum": torch.sum, "avg": torch.mean, "max": torch.amax, "min": torch.amin, "product": torch.prod}
+
+
+def _reduced(value: DTensor) -> torch.Tensor:
+    """Gathers the terms of a value of which ranks hold terms, such as norms, and reduces them."""
+    found = value._local_tensor.detach()
+    if not all(p.is_partial() or p.is_replicate() for p in value.placements):
+        with torch.no_grad():
+            return DTensor.full_tensor(value)
+    for dim, placement in enumerate(value.placements):
+        if placement.is_partial():
+            terms = [torch.empty_like(found) for _ in range(value.device_mesh.size(dim))]
+            dist.all_gather(terms, found.contiguous(), group=value.device_mesh.get_group(dim))
+            order = getattr(placement, "norm_type", None)
+            if order is not None:
+                found = torch.linalg.vector_norm(torch.stack(terms), order, dim=0)
+            else:
+                found = _REDUCTIONS[placement.reduce_op](torch.stack(terms), dim=0)  # type: ignore[attr-defined]
+    return found
