@@ -40,6 +40,7 @@ from shardwright.parameters.distribute import distribute_parameters
 from shardwright.parameters.enter import enter
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import layout_of
+from shardwright.parameters.whole import whole_buffers
 from shardwright.partition.local_program import finished, program_before_overlap
 from shardwright.partition.partitioner import scheduled
 from shardwright.report.plan_view import PlanView
@@ -66,6 +67,8 @@ class BoundCall:
         for notice in before_compiling:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
+        if world.keeps_pieces:
+            whole_buffers(root)
         device = device_of(root, world)
         if settings.compiler is not None:
             settings.compiler.check(device)
@@ -191,6 +194,9 @@ class BoundCall:
     def __call__(self, leaves: list[Any]) -> Any:
         """Runs the program on the flat inputs; returns the callable's result, with global tensors."""
         values = [read(leaves) for read in self._read]
+        if self.world.keeps_pieces and any(type(values[n]) is DTensor for n in self._other_inputs):
+            whole_buffers(self.root)
+            values = [read(leaves) for read in self._read]
         for n in self._made_to_require:
             values[n].requires_grad_()
         if self.graph.updates:

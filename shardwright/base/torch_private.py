@@ -23,10 +23,9 @@ from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_calls
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import BackwardHook
 

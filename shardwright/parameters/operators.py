@@ -27,6 +27,7 @@ from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.base.operators import (
     CHANGES_MEMORY,
     LIST_NORM,
+    READS_NUMBER,
     READS_SHAPE,
     RUN_BY_DTENSOR,
     VECTOR_NORM,
@@ -87,6 +88,7 @@ class _Call:
         self.given = [t for t in tensors if isinstance(t, DTensor)]
         self.name = operator_of(operator)
         self.written = self._written()
+        self.whole_written: list[DTensor] = []  # of lists, those that the operator wrote to as whole values
         self._whole: dict[int, Tensor] = {}  # by id of the tensor
 
     def _written(self) -> list[Tensor]:
@@ -147,7 +149,7 @@ class _Call:
         if id(tensor) not in self._whole:
             view = view_of(tensor)
             if view is None:
-                self._whole[id(tensor)] = whole_value(tensor, self.name)
+                self._whole[id(tensor)] = whole_value(tensor, "a number" if self.operator is READS_NUMBER else self.name)
             else:
                 self._whole[id(tensor)] = view.of_whole(self.whole(view.base))
         return self._whole[id(tensor)]
@@ -283,32 +285,39 @@ def _same_cut(tensor: Any, template: DTensor) -> bool:
 
 def _run_on_lists(call: _Call) -> Any:
     """Runs an operator on lists of tensors: at each place of the lists on pieces, where one can, else on whole values."""
-    lists = [value for value in (*call.args, *call.kwargs.values()) if _is_list_of_tensors(value)]
+    values = [*call.args, *call.kwargs.values()]
+    lists = [value for value in values if _is_list_of_tensors(value)]
     written = {id(t) for t in call.written}
-    places: dict[int, DTensor | None] = {}  # by id of the list's element
-    replaced: dict[int, Tensor] = {}
+    writes_twice = len(written) < len(call.written) or any(id(t) in written for other in lists[1:] for t in other)
     templates: list[DTensor | None] = []
-    for beside in zip(*lists):
-        template = next((t for t in beside if is_cut(t)), None)
-        if template is not None:
-            shape = template.shape
-            writes_whole = any(id(t) in written and not (is_cut(t) and _same_cut(t, template)) for t in beside)
-            if writes_whole or any(t.shape != shape and t.dim() for t in beside):
-                template = None
+    made: dict[int, list[Tensor]] = {id(each): [] for each in lists}
+    for beside in zip(*lists, strict=True):
+        template = None if writes_twice else _template_of_place(beside, written)
         templates.append(template)
         cut = call.whole if template is None else cut_like(template, call.whole)
-        for tensor in beside:
-            replaced[id(tensor)] = cut(tensor)
-            places[id(tensor)] = template
-    result = call.with_tensors(lambda t: replaced[id(t)] if id(t) in replaced else call.whole(t))
-    for tensor in call.written:
-        if isinstance(tensor, DTensor) and places.get(id(tensor)) is None:
-            call._write_back(tensor, replaced[id(tensor)])
+        for each, tensor in zip(lists, beside):
+            made[id(each)].append(cut(tensor))
+        if template is None:
+            call.whole_written += [t for t in beside if id(t) in written and isinstance(t, DTensor)]
+    new = [made.get(id(v), call.whole(v) if isinstance(v, Tensor) else v) for v in values]
+    many = len(call.args)
+    result = call.operator(*new[:many], **dict(zip(call.kwargs, new[many:])))
+    for tensor in call.whole_written:
+        call._write_back(tensor, call.whole(tensor))
     if not isinstance(result, (list, tuple)):
         return result
     if call.written:
         return type(result)(call.args[0])
     return [call._distributed(v) if t is None else _alike(t, v) for t, v in zip(templates, result, strict=True)]
+
+
+def _template_of_place(beside: Sequence[Tensor], written: set[int]) -> DTensor | None:
+    """Returns a tensor like whose pieces all at one place of the lists can be cut; ``None`` if there is none."""
+    template: Any = next((t for t in beside if is_cut(t)), None)
+    if template is None or any(t.shape != template.shape and t.dim() for t in beside):
+        return None
+    writes_others = any(id(t) in written and not (is_cut(t) and _same_cut(t, template)) for t in beside)
+    return None if writes_others else template
 
 
 def _is_list_of_tensors(value: Any) -> bool:

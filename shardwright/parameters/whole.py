@@ -16,7 +16,7 @@ from shardwright.ir.layout import Layout
 from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.delayed.replay import materialise
 from shardwright.parameters.handles import current
-from shardwright.parameters.ours import is_part, view_of
+from shardwright.parameters.ours import is_ours, is_part, view_of
 from shardwright.parameters.placements import layout_of
 
 
@@ -49,6 +49,14 @@ def full_value(parameter: torch.Tensor) -> torch.Tensor:
     tensor([1., 1.])
     """
     return whole_value(current(parameter), "full_value")
+
+
+def whole_buffers(root: nn.Module) -> None:
+    """Gives a module whole ordinary buffers in the place of those that were computed from distributed parameters."""
+    for module in root.modules():
+        for key, buffer in module._buffers.items():
+            if is_ours(buffer):
+                module._buffers[key] = whole_value(buffer, f"buffer {key}").clone()  # type: ignore[arg-type]
 
 
 def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
@@ -121,5 +129,5 @@ def _reduced(value: DTensor) -> torch.Tensor:
             if order is not None:
                 found = torch.linalg.vector_norm(torch.stack(terms), order, dim=0)
             else:
-                found = _REDUCTIONS[placement.reduce_op](torch.stack(terms), dim=0)  # type: ignore[attr-defined]
+                found = _REDUCTIONS[placement.reduce_op](torch.stack(terms), dim=0)  # type: ignore[attr-defined,operator]
     return found
