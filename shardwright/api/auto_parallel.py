@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
@@ -248,6 +249,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
+            if any(isinstance(leaf, DTensor) for leaf in leaves):
+                raise WorldError("net(...) got a distributed tensor, computed from parameters: give sw.full_value(tensor)")
         given: GlobalInputs | None = None
         is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
         if self.settings.dataset_strategy != "full_batch" and not is_hybrid:

@@ -42,7 +42,7 @@ class TargetAsModule(nn.Module):
 
     @abstractmethod
     def _method(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """What runs where a method of the target is reached through this object."""
+        """Returns what runs where a method of the target is reached through this object."""
 
     # -- calls --------------------------------------------------------------------------------------------------------
 

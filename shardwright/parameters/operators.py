@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from shardwright.base.operators import (
 )
 from shardwright.base.torch_private import pytree, return_and_correct_aliasing
 from shardwright.errors import WorldError
+from shardwright.ir.layout import Layout
 from shardwright.parameters.beside import check_no_plain_call, let_gradients_pass
 from shardwright.parameters.ours import View, is_ours, is_part, remember_view, view_of
 from shardwright.parameters.placements import _alike, _like, _slice, layout_of
@@ -50,9 +52,16 @@ def run_operator(otherwise: Otherwise) -> Otherwise:
     """Returns the function by which DTensor runs an operator; ``otherwise`` runs it as torch does."""
 
     def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors_in((*args, *kwargs.values()))
         given = [t for t in tensors if isinstance(t, DTensor)]
-        if not all(map(is_ours, given)) or _is_for_dtensor(operator, given, args, len(given) < len(tensors)):
+        if not all(map(is_ours, given)):
+            return otherwise(operator, args, kwargs)
+        if len(given) == len(tensors) and _are_alike(operator, given, args):
+            try:
+                return otherwise(operator, args, kwargs)  # torch's fast path
+            except NotImplementedError:  # it has no rule for this one
+                pass
+        if _is_for_dtensor(operator, given, args, len(given) < len(tensors)):
             return otherwise(operator, args, kwargs)
         if len(given) < len(tensors):
             check_no_plain_call(operator_of(operator))
@@ -64,6 +73,34 @@ def run_operator(otherwise: Otherwise) -> Otherwise:
         return call.on_whole_values() if template is None else call.on_pieces(template)
 
     return run
+
+
+def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors_in(value)
+    return found
+
+
+def _are_alike(operator: Any, given: Sequence[DTensor], args: tuple[Any, ...]) -> bool:
+    """Tells whether an elementwise operator has tensors that are cut alike, and no others, at each place of its lists."""
+    if is_elementwise(operator):
+        places: Any = [given]
+    elif is_elementwise_on_lists(operator) and all(map(is_cut, given)):
+        lists = [value for value in args if _is_list_of_tensors(value)]
+        if sum(map(len, lists)) != len(given) or len({id(t) for t in given}) != len(given):
+            return False
+        places = zip(*lists)
+    else:
+        return False
+    for beside in places:
+        first = beside[0]
+        if not is_cut(first) or any(not is_cut(t) or t.shape != first.shape or not _same_cut(t, first) for t in beside[1:]):
+            return False
+    return True
 
 
 def _is_for_dtensor(operator: Any, given: Sequence[DTensor], args: Any, is_mixed: bool) -> bool:
@@ -264,7 +301,7 @@ def cut_like(template: DTensor, whole: Callable[[Tensor], Tensor]) -> Callable[[
     layout = layout_of(template)
     assert layout is not None
     rank = torch.distributed.get_rank()
-    bounds = layout.bounds(tuple(template.shape))[rank]
+    bounds = _bounds(layout, tuple(template.shape), rank)
 
     def cut(tensor: Tensor) -> Tensor:
         if is_cut(tensor) and tensor.shape == template.shape and _same_cut(tensor, template):
@@ -274,6 +311,11 @@ def cut_like(template: DTensor, whole: Callable[[Tensor], Tensor]) -> Callable[[
         return value[tuple(slice(*ends) if size == full else slice(None) for size, ends, full in sizes)]
 
     return cut
+
+
+@lru_cache(maxsize=4096)
+def _bounds(layout: Layout, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, int], ...]:
+    return tuple(layout.bounds(shape)[rank])
 
 
 def _same_cut(tensor: Any, template: DTensor) -> bool:

@@ -18,7 +18,7 @@ _VIEW, _WHOLE = "_shardwright_view_of", "_shardwright_whole"
 
 
 class View(NamedTuple):
-    """What a view was made of, and the function that makes it from the whole value of that."""
+    """Origin of a view: what it was made of, and the function that makes it from the whole value of that."""
 
     base: DTensor
     of_whole: Callable[[Tensor], Tensor]
