@@ -163,7 +163,7 @@ def _teach_data() -> None:
 
 
 def _teach_views() -> None:
-    """Makes what reads the local tensor of a view that holds a copy get what it is a view of now."""
+    """Makes what reads the local tensor of a view that holds a copy get the value of now."""
 
     def on_new_copy(plain: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(plain)
