@@ -40,10 +40,12 @@ from shardwright.base.operators import (
 from shardwright.base.torch_private import pytree, return_and_correct_aliasing
 from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
+from shardwright.parameters.alike import NOT_ALIKE, remember_norms, run_alike
 from shardwright.parameters.beside import check_no_plain_call, let_gradients_pass
-from shardwright.parameters.ours import View, is_ours, is_part, remember_view, view_of
+from shardwright.parameters.ours import View, is_part, remember_view, view_of
 from shardwright.parameters.placements import _alike, _like, _slice, layout_of
-from shardwright.parameters.whole import whole_value
+from shardwright.parameters.places import place_of_spec
+from shardwright.parameters.whole import whole_numbers, whole_value
 
 Otherwise = Callable[..., Any]
 
@@ -52,17 +54,18 @@ def run_operator(otherwise: Otherwise) -> Otherwise:
     """Returns the function by which DTensor runs an operator; ``otherwise`` runs it as torch does."""
 
     def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = run_alike(operator, args, kwargs)
+        if result is not NOT_ALIKE:
+            return result
         tensors = _tensors_in((*args, *kwargs.values()))
         given = [t for t in tensors if isinstance(t, DTensor)]
-        if not all(map(is_ours, given)):
+        if any(place_of_spec(t) is None for t in given):  # over another mesh than ours
             return otherwise(operator, args, kwargs)
-        if len(given) == len(tensors) and _are_alike(operator, given, args):
-            try:
-                return otherwise(operator, args, kwargs)  # torch's fast path
-            except NotImplementedError:  # it has no rule for this one
-                pass
         if _is_for_dtensor(operator, given, args, len(given) < len(tensors)):
-            return otherwise(operator, args, kwargs)
+            result = otherwise(operator, args, kwargs)
+            if operator is LIST_NORM and not kwargs:
+                remember_norms(given, args[1:], result)
+            return result
         if len(given) < len(tensors):
             check_no_plain_call(operator_of(operator))
             let_gradients_pass(tensors)
@@ -85,24 +88,6 @@ def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _are_alike(operator: Any, given: Sequence[DTensor], args: tuple[Any, ...]) -> bool:
-    """Tells whether an elementwise operator has tensors that are cut alike, and no others, at each place of its lists."""
-    if is_elementwise(operator):
-        places: Any = [given]
-    elif is_elementwise_on_lists(operator) and all(map(is_cut, given)):
-        lists = [value for value in args if _is_list_of_tensors(value)]
-        if sum(map(len, lists)) != len(given) or len({id(t) for t in given}) != len(given):
-            return False
-        places = zip(*lists)
-    else:
-        return False
-    for beside in places:
-        first = beside[0]
-        if not is_cut(first) or any(not is_cut(t) or t.shape != first.shape or not _same_cut(t, first) for t in beside[1:]):
-            return False
-    return True
-
-
 def _is_for_dtensor(operator: Any, given: Sequence[DTensor], args: Any, is_mixed: bool) -> bool:
     """Tells whether DTensor itself runs an operator: a second name of a tensor, or a norm of pieces."""
     first = given[0]
@@ -114,7 +99,9 @@ def _is_for_dtensor(operator: Any, given: Sequence[DTensor], args: Any, is_mixed
     if not (isinstance(order, (int, float)) and 0 < order < math.inf and len(args) <= 2):
         return False
     exact = (torch.float32, torch.float64)  # others round every rank's norm
-    return all(t.dtype in exact and is_part(t) and view_of(t) is None and layout_of(t) is not None for t in given)
+    if not all(t.dtype in exact and view_of(t) is None and layout_of(t) is not None for t in given):
+        return False
+    return (any if operator is LIST_NORM else all)(map(is_part, given))
 
 
 class _Call:
@@ -201,6 +188,7 @@ class _Call:
         if draws and self.kwargs.get("generator") is None:
             job_watch.note(f"random numbers for a tensor {list(self.given[0].shape)}")
             agree_on_random_state(self.given[0]._local_tensor.device)
+        self._whole.update(whole_numbers(self.given, self.name))
         result = self.with_tensors(self.whole)
         for tensor in self.written:
             if isinstance(tensor, DTensor):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from shardwright.parameters.delayed.replay import materialise
 from shardwright.parameters.handles import current
 from shardwright.parameters.ours import is_ours, is_part, view_of
 from shardwright.parameters.placements import layout_of
+from shardwright.parameters.places import place_of_spec
 
 
 def materialise_whole(root: nn.Module) -> None:
@@ -109,6 +112,31 @@ def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh:
             dist.all_gather([part.view(torch.uint8) for part in parts], sent.view(torch.uint8), group=process_group)
             piece = torch.cat([part[: math.prod(s)].view(s) for part, s in zip(parts, shapes)], dim)
     return piece
+
+
+def whole_numbers(numbers: Sequence[torch.Tensor], what: str) -> dict[int, torch.Tensor]:
+    """Returns whole values of those tensors without dims of which ranks hold terms, such as norms, with one gather for all.
+
+    Args:
+        numbers: any tensors; the others are left out.
+        what: see :func:`whole_value`.
+
+    Returns:
+        The values by id of the tensor. Nothing where there is at most one.
+    """
+    alike: dict[Any, list[DTensor]] = {}
+    for tensor in numbers:
+        place = place_of_spec(tensor) if isinstance(tensor, DTensor) else None
+        if place is not None and place.is_part and not place.is_cut and not tensor.dim():
+            alike.setdefault((place, tensor.dtype), []).append(tensor)  # type: ignore[arg-type]
+    found: dict[int, torch.Tensor] = {}
+    for tensors in alike.values():
+        if len(tensors) > 1:
+            terms = torch.stack([t._local_tensor.detach() for t in tensors])
+            mesh, split = tensors[0].device_mesh, tensors[0].placements
+            values = whole_value(DTensor.from_local(terms, mesh, split, run_check=False), what)
+            found.update(zip(map(id, tensors), values.unbind()))
+    return found
 
 
 # How terms that ranks hold become the value, by the name of the reduction.
