@@ -1,6 +1,7 @@
 """Parameters: distributed over the ranks, entered into programs, updated by optimizers, made where they are needed.
 
 ===============  ====================================================================================================
+``alike``        runs operators on tensors that lie alike on what a rank holds of them, fast
 ``beside``       lets gradients pass between ordinary and distributed tensors, and refuses plain calls of distributed models
 ``delayed/``     parameters that are made on the ranks that hold them, and nowhere else
 ``device_mesh``  converts our meshes to torch's, and registers them for the checks in ``dtensors``
@@ -14,6 +15,7 @@
 ``optimizer``    binds optimizers to the distributed parameters and runs their steps on local tensors
 ``ours``         tells our distributed tensors from others, and what views of them were made of
 ``placements``   converts layouts to DTensor placements, and back
+``places``       tells how distributed tensors lie, fast
 ``whole``        gathers whole values of parameters, or materialises those that are delayed
 ``whole_module`` gives a module whole ordinary parameters for a while
 ===============  ====================================================================================================

@@ -104,7 +104,7 @@ _spec_of, _local_of = attrgetter("_spec"), attrgetter("_local_tensor")
 
 
 class _Verdict(NamedTuple):
-    """Whether lists of tensors with these specs lie alike, at each place of the lists."""
+    """Answer whether lists of tensors with these specs lie alike, at each place of the lists."""
 
     specs: Any  # held, so that no others get their ids
     is_right: bool
@@ -201,7 +201,7 @@ _norms_made: dict[Any, _Norms] = {}  # by ids of the specs and the order
 
 
 def remember_norms(tensors: Sequence[Any], rest: tuple[Any, ...], norms: Sequence[Any]) -> None:
-    """Records what DTensor made of norms of pieces. Norms of terms that it did not leave to the ranks are not recorded."""
+    """Records what DTensor made of norms of pieces. Norms that it did not leave to the ranks are not recorded."""
     for tensor, norm in zip(tensors, norms):
         splits = [placement.is_replicate() for placement in tensor.placements]
         if [placement.is_replicate() for placement in norm.placements] != splits or norm.dim():

@@ -115,10 +115,10 @@ def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh:
 
 
 def whole_numbers(numbers: Sequence[torch.Tensor], what: str) -> dict[int, torch.Tensor]:
-    """Returns whole values of those tensors without dims of which ranks hold terms, such as norms, with one gather for all.
+    """Returns whole values of numbers of which ranks hold terms, such as norms, with one gather for all.
 
     Args:
-        numbers: any tensors; the others are left out.
+        numbers: any tensors; those with dims, and those of which ranks hold all, are left out.
         what: see :func:`whole_value`.
 
     Returns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import os
@@ -14,6 +13,8 @@ import warnings
 import jobs
 import pytest
 import torch
+from parameter_models import Momentum, Net
+from parameter_writes import SHORT, WRITES
 from tensor_methods import COLUMNS, EACH, ROWS, copied, differs, method_cases
 from torch import nn
 from torch.nn.utils import prune
@@ -23,24 +24,6 @@ import shardwright as sw
 from shardwright.errors import WorldError
 
 X = torch.linspace(-1, 1, 6 * COLUMNS, dtype=torch.float64).view(6, COLUMNS)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.a, self.b = nn.Linear(COLUMNS, ROWS), nn.Linear(ROWS, 3)
-        self.a.register_buffer("average", torch.zeros(ROWS))
-        self.double()
-
-    def forward(self, x):
-        h = self.a(x).tanh()
-        if self.training:
-            self.a.average.lerp_(h.detach().mean(0), 0.1)
-        return self.b(h)
-
-    def best(self, x):
-        return [self(x).argmax(1).tolist(), torch.multinomial(self(x).softmax(1), 2).tolist()]
 
 
 MODES = {
@@ -70,10 +53,9 @@ def agree(model, plain):
 # -- every method of a tensor ---------------------------------------------------------------------------------------------
 
 
-def methods(mode, case, rank):
+def methods(mode, case, rank, start, cases):
     model, net, _ = made(mode)
-    parameter, (start, cases) = model.a.weight, method_cases()
-    wrong, right = [], set()
+    parameter, wrong, right = model.a.weight, [], set()
     for name, given, expected, tensor, handed in cases:
         parameter.data = start.clone()
         mine = copied(given)
@@ -95,35 +77,6 @@ def methods(mode, case, rank):
 
 
 # -- writes and views ------------------------------------------------------------------------------------------------------
-
-WRITES = {
-    "row": lambda p, m: p[0].fill_(7),
-    "set row": lambda p, m: p.__setitem__(0, 0.0),
-    "set slice": lambda p, m: p.__setitem__((slice(2, 5), 1), m[2:5, 0]),
-    "set mask": lambda p, m: p.__setitem__(p > 0.3, 1.0),
-    "set plain mask": lambda p, m: p.__setitem__(m > 0.5, 2.0),
-    "view": lambda p, m: p.view(-1)[5].add_(3),
-    "view of views": lambda p, m: p.t()[1:3].t().mul_(2),
-    "diagonal": lambda p, m: p.diagonal().fill_(1),
-    "unbind": lambda p, m: [row.mul_(i) for i, row in enumerate(p)],
-    "split": lambda p, m: p.split(2)[1].zero_(),
-    "view kept": lambda p, m: (lambda view: (p.add_(1), view.mul_(2), p.add_(view.sum())))(p[1]),
-    "data": lambda p, m: p.data[1].copy_(m[0]),
-    "copy": lambda p, m: p.copy_(m),
-    "copy broadcast": lambda p, m: p.copy_(m[0]),
-    "mask": lambda p, m: p.data.mul_(m > 0.5),
-    "add": lambda p, m: p.add_(m, alpha=0.5),
-    "lerp": lambda p, m: p.lerp_(m, 0.25),
-    "clamp": lambda p, m: p.clamp_(m - 0.5, m),
-    "where": lambda p, m: p.copy_(torch.where(m > 0.5, p, m)),
-    "out": lambda p, m: torch.add(m, 1, out=p),
-    "plain": lambda p, m: p.copy_(m.clone().mul_(p).sub_(p.t().t())),
-    "lists": lambda p, m: (torch._foreach_mul_([p, p.data], [m, m]), torch._foreach_add_([m, p], [p, m.clone()])),
-    "vectors": lambda p, m: nn.utils.vector_to_parameters(nn.utils.parameters_to_vector([p, p * 2]) + 1, [p, p]),
-    "sort": lambda p, m: p.copy_(p.sort(0).values.flip(1)),
-    "renorm": lambda p, m: p.renorm_(2, 0, 0.5),
-    "qr": lambda p, m: p.copy_(torch.linalg.qr(p)[0]),
-}
 
 
 def writes(mode, case):
@@ -209,22 +162,6 @@ def copies_from_before(mode, case):
     case(f"{mode} copies from before", "right")
 
 
-class Momentum(nn.Module):
-    """An encoder that forward moves towards the trained one."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.query = nn.Linear(COLUMNS, ROWS).double()
-        self.key = copy.deepcopy(self.query).requires_grad_(False)
-
-    def forward(self, x):
-        with torch.no_grad():
-            for a, b in zip(self.query.parameters(), self.key.parameters(), strict=True):
-                b.mul_(0.9).add_(a, alpha=0.1)
-        return (self.query(x) * self.key(x)).mean()
-
-
 def frozen(case):
     for name, strategy in (("rows", (2, 1)), ("columns", (1, 2))):
         model, plain = Momentum(), Momentum()
@@ -237,6 +174,25 @@ def frozen(case):
                 optimizer.step()
         agree(model, plain)
         case(f"frozen {name}", "right")
+
+
+# -- operators on tensors that lie alike -------------------------------------------------------------------------------------
+
+
+def short_way(mode, case):
+    """Operators on tensors that lie alike, and on some that only seem to."""
+    model, net, plain = made(mode)
+    torch.manual_seed(3)
+    other = torch.rand(ROWS, COLUMNS, dtype=torch.float64)
+    before = plain.a.weight.detach().clone(), plain.a.weight.grad.clone()
+    for name, run in SHORT.items():
+        for m in (plain, model):
+            with torch.no_grad():
+                for tensor, value in zip((m.a.weight, m.a.weight.grad), before, strict=True):
+                    tensor.copy_(value)
+                run(m.a.weight, m.a.weight.grad, other.clone())
+        agree(model, plain)
+        case(f"{mode} short way {name}", "right")
 
 
 # -- the model itself -----------------------------------------------------------------------------------------------------
@@ -288,6 +244,43 @@ def whole(mode, case, rank, folder):
     case(f"{mode} whole", "right")
 
 
+def before_the_first_call(mode, case):
+    """The block lends rank 0's values, as the first call does, before anything is distributed."""
+    torch.manual_seed(0)
+    model, plain = Net(), Net()
+    with torch.no_grad():
+        for m in (model, plain):
+            m.a.bias.fill_(0.5)
+        model.b.bias.fill_(torch.distributed.get_rank())
+        plain.b.bias.fill_(0)
+    net = MODES[mode](model)
+    with net.whole():
+        torch.testing.assert_close(model(X), plain(X))
+        model(X).square().mean().backward()
+    plain(X).square().mean().backward()
+    for run in (net, plain):
+        run(X).square().mean().backward()
+    torch.testing.assert_close(net(X), plain(X))
+    agree(model, plain)
+    case(f"{mode} whole before the first call", "right")
+
+
+def handed_to_net(mode, case):
+    """A net takes no distributed tensors, wherever they stand among its inputs."""
+    model, net, plain = made(mode)
+    weight = model.a.weight
+    for call in (
+        lambda: net(weight),
+        lambda: net(x=weight.detach() * 2),
+        lambda: net([weight.grad]),
+        lambda: net.compile(weight),
+    ):
+        with pytest.raises(WorldError, match=r"give sw.full_value\(tensor\)"):
+            call()
+    torch.testing.assert_close(net(sw.full_value(weight)), plain(plain.a.weight.detach()))
+    case(f"{mode} handed to the net", "right")
+
+
 def generation(case, rank):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -318,13 +311,19 @@ def job(rank, folder):
     def case(name, said):
         print(f"case {name}: {said}")
 
-    for mode in MODES:
-        if mode == "columns" or EACH > 1:
-            methods(mode, case, rank)
+    start, cases = method_cases()
+    for i, mode in enumerate(MODES):
+        # of each method, one mode's; no sample is taken of the modes in which nothing is cut alike
+        mine = cases if EACH > 1 else cases[i - 1 :: 2] if mode in ("rows", "columns") else []
+        methods(mode, case, rank, start, mine)
         writes(mode, case)
-        beside(mode, case)
-        copies_from_before(mode, case)
+        short_way(mode, case)
+        if EACH > 1 or mode in ("hsdp", "columns"):
+            beside(mode, case)
+            copies_from_before(mode, case)
         whole(mode, case, rank, folder)
+        before_the_first_call(mode, case)
+        handed_to_net(mode, case)
     frozen(case)
     generation(case, rank)
     print("case the end: right")
@@ -344,7 +343,7 @@ def cases(tmp_path_factory):
 def test_parameters_are_the_single_devices_in_all_that_users_do(cases):
     assert cases["the end"] == "right"
     assert {name: said for name, said in cases.items() if not said.endswith("right")} == {}
-    assert int(cases["columns methods"].split()[0]) >= 400
+    assert sum(int(cases[f"{mode} methods"].split()[0]) for mode in ("rows", "columns")) >= 400
 
 
 def alone(rank, what):
