@@ -13,7 +13,7 @@ from shardwright.parameters.placements import layout_of
 
 
 class Place:
-    """Position of tensors over one of our meshes: what a rank holds of them. Those of one shape that lie alike have the same one."""
+    """Position of tensors over one of our meshes: what a rank holds. Those of one shape that lie alike have the same one."""
 
     __slots__ = ("is_cut", "is_number", "is_part", "is_whole")
 
