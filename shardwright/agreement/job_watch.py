@@ -52,6 +52,11 @@ def explain(world: Any) -> str:
     return "" if watch is None else watch.explain()
 
 
+def why_alone() -> str:
+    """Explains, like :func:`explain`, for code that has no world at hand."""
+    return _active[0].explain() if _active else ""
+
+
 def watch_of(world: Any) -> Watch | None:
     """Returns the watch of a world's job; ``None`` for simulated worlds and jobs of one rank."""
     if world.processes == 1:
@@ -74,9 +79,8 @@ def _patience(world: Any) -> float:
 
 
 _MIXED = (
-    "the parameters of a model are distributed at the first call of its AutoParallel: call that, net(x), in place of the "
-    "model; give a copy that is to run or average by itself whole values, sw.full_value(parameter) on every rank; write into a "
-    "parameter with parameter.data = value"
+    "the parameters of a model are distributed at the first call of its AutoParallel, and an operator of another library got "
+    "one of them: give it sw.full_value(parameter), on every rank, or run it within net.whole()"
 )
 
 

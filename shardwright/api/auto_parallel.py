@@ -7,15 +7,17 @@ does the four steps, and calls it.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
@@ -37,9 +39,10 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.capture.python_state import PythonState
 from shardwright.capture.session import current_session
 from shardwright.data.rank_inputs import GlobalInputs, global_inputs, step_inputs, whole_samples
-from shardwright.errors import ArgumentTypeError, CaptureError, ShardwrightError
+from shardwright.errors import ArgumentTypeError, CaptureError, ShardwrightError, WorldError
 from shardwright.hybrid.mesh import chosen_mesh
 from shardwright.ir.program import LocalProgram
+from shardwright.parameters.whole_module import whole_parameters
 from shardwright.report.plan_view import PlanView
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.compile.compiler import segment_compiler
@@ -104,6 +107,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self._latest: BoundCall | None = None
         self._step: train_step.StepContext | None = None
         self._state: PythonState | None = None
+        self._is_whole = False
+        self._told: set[str] = set()  # methods of the target whose first call was logged
         self._described: tuple[Any, dict[str, Any]] = (None, {})  # key and Python values of the latest planning
         self.__wrapped_function__ = target
         if isinstance(target, nn.Module):
@@ -121,7 +126,13 @@ class AutoParallel(SettingsMethods, TargetAsModule):
 
         Raises:
             ShardwrightError: a transformation of ``torch.func`` is running around it.
+            WorldError: it is called within a block of :meth:`whole`.
         """
+        if self._is_whole:
+            raise WorldError(
+                "net(...) within `with net.whole():`, where its parameters are whole: call the model itself there, model(...), "
+                "or the net outside of the block"
+            )
         if current_session() is not None or self.settings.mode == "stand_alone":
             if current_session() is not None:
                 self._check_nested()
@@ -145,6 +156,52 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             else:
                 return bound(leaves)
         return self._run_step(args, kwargs)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """Makes the parameters whole ordinary tensors on every rank, within a block, and yields the module that has them.
+
+        There the model itself runs as on one device: ``model(x)``, ``model.generate(...)``,
+        ``torch.save(model.state_dict(), path)``. Every rank enters the block; within it, one rank may work alone. What was
+        written to parameters and gradients in place is cut back when the block ends, also by an error. On simulated ranks
+        parameters are whole anyway.
+
+        Raises:
+            WorldError: a parameter has no value yet, or changed its shape in the block.
+
+        >>> import torch
+        >>> net = AutoParallel(torch.nn.Linear(4, 2))
+        >>> with net.whole() as model:
+        ...     model(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        """
+        world = current_world()
+        alone = nullcontext() if self._latest is None else self._latest.single_device()
+        if not world.keeps_pieces or self._is_whole:
+            with alone:
+                yield self.module
+            return
+        with whole_parameters(self.module, world.device_of(self.module)), alone:
+            self._is_whole = True
+            try:
+                yield self.module
+            finally:
+                self._is_whole = False
+
+    def _method(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Makes a method of the target run on whole parameters, on every rank: it does not know of pieces."""
+        if current_session() is not None or not current_world().keeps_pieces or self.settings.mode == "stand_alone":
+            return method
+
+        @functools.wraps(method)
+        def on_whole_parameters(*args: Any, **kwargs: Any) -> Any:
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning("net.%s(...) runs on every rank as on one device, on whole parameters: net.whole()", name)
+            with self.whole():
+                return method(*args, **kwargs)
+
+        return on_whole_parameters
 
     def _check_nested(self) -> None:
         """Raises an error within a capture that lacks this object's parameters: they would get no gradient."""
@@ -195,6 +252,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
+            if any(isinstance(leaf, DTensor) for leaf in leaves):
+                raise WorldError("net(...) got a distributed tensor, computed from parameters: give sw.full_value(tensor)")
         given: GlobalInputs | None = None
         is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
         if self.settings.dataset_strategy != "full_batch" and not is_hybrid:

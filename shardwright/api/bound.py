@@ -43,6 +43,7 @@ from shardwright.parameters.distribute import distribute_parameters
 from shardwright.parameters.enter import enter
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import layout_of
+from shardwright.parameters.whole import whole_buffers
 from shardwright.partition.local_program import finished, program_before_overlap
 from shardwright.partition.partitioner import scheduled
 from shardwright.report.plan_view import PlanView
@@ -71,6 +72,8 @@ class BoundCall:
         for notice in before_compiling:
             notice(root, args, kwargs, settings)
         self.root, self.world = root, world
+        if world.keeps_pieces:
+            whole_buffers(root)
         device = device_of(root, world)
         if settings.compiler is not None:
             settings.compiler.check(device)
@@ -201,6 +204,9 @@ class BoundCall:
         if self.numbers is not None:
             self._now = self.numbers.read()
         values = [read(leaves) for read in self._read]
+        if self.world.keeps_pieces and any(type(values[n]) is DTensor for n in self._other_inputs):
+            whole_buffers(self.root)
+            values = [read(leaves) for read in self._read]
         for n in self._made_to_require:
             values[n].requires_grad_()
         if self.graph.updates:
@@ -321,7 +327,10 @@ class BoundCall:
         by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
         with torch.no_grad():
             for (name, _), new in zip(self.graph.updates, updates, strict=True):
-                values[by_name[name]].copy_(new)
+                n = by_name[name]
+                if new.shape != values[n].shape:  # a frozen parameter of which this rank keeps a piece
+                    new = new[self.plan.input_layouts[name].slices(new.shape)[self.world.rank]]
+                values[n].copy_(new)
 
 
 def _captured(target: Target, changing: Collection[str]) -> tuple[Graph, Numbers | None]:

@@ -40,6 +40,10 @@ class TargetAsModule(nn.Module):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the target."""
 
+    @abstractmethod
+    def _method(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns what runs where a method of the target is reached through this object."""
+
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +139,9 @@ class TargetAsModule(nn.Module):
         target = self.__dict__.get("target")
         if target is None:
             raise AttributeError(name)
-        return getattr(target, name)
+        found = getattr(target, name)
+        is_method = isinstance(target, nn.Module) and inspect.ismethod(found) and found.__self__ is target
+        return self._method(name, found) if is_method else found
 
 
 class _Forward:

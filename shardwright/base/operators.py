@@ -238,18 +238,38 @@ READS_SHAPE = _packets("""
 EMPTY = _packets("empty empty_strided empty_permuted empty_like new_empty new_empty_strided")
 LIFTS = _packets("lift lift_fresh lift_fresh_copy")  # torch.tensor(...) ends in one
 READS_NUMBER = _aten._local_scalar_dense.default  # .item(), and the conversions to a number
-IS_NONZERO = _aten.is_nonzero.default
 CHECKS_AND_UNSCALES = _aten._amp_foreach_non_finite_check_and_unscale_.default
 
-# Operators that reach DTensor as they are; others are decomposed before.
-_DRAWS_ON_DTENSORS = """
-    normal_ uniform_ bernoulli bernoulli_ rand_like randn_like randint_like native_dropout random_ exponential_ log_normal_
-    geometric_ cauchy_ multinomial normal poisson binomial rrelu_with_noise rrelu_with_noise_ _standard_gamma _sample_dirichlet
-"""
+
+# How DTensors run operators. These give a tensor a second name, or ask about it; DTensor itself runs them.
+RUN_BY_DTENSOR = _packets("detach detach_ alias is_same_size is_pinned")
+# Operators on each element by itself that have no tag for it.
+_ON_ELEMENTS = _packets("_to_copy copy copy_ zero zero_ fill fill_ empty_like zeros_like ones_like full_like masked_fill_")
+# Operators on lists whose results are no tensors like those in the list.
+_REDUCE_LISTS = _names("_foreach_norm _foreach_max _foreach_mm _foreach_powsum")
+_STEPS = _names("_fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_")
+VECTOR_NORM = _aten.linalg_vector_norm.default
+LIST_NORM = _aten._foreach_norm.Scalar
 
 
-def draws_on_dtensors() -> list[Any]:
-    """Lists the overloads that draw random numbers for a DTensor."""
-    packets = (getattr(_aten, name) for name in _DRAWS_ON_DTENSORS.split())
-    overloads = (getattr(packet, name) for packet in packets for name in packet.overloads())
-    return [overload for overload in overloads if may_draw(overload)]
+@cache
+def is_elementwise(overload: Any) -> bool:
+    """Tells whether an operator computes each element of its result from those at the same place in its tensors.
+
+    >>> is_elementwise(torch.ops.aten.add.Tensor), is_elementwise(torch.ops.aten.add.out)
+    (True, False)
+    """
+    if may_draw(overload) or torch.Tag.out in overload.tags or overload._schema.overload_name.endswith("out"):
+        return False
+    if any(str(result.type) != "Tensor" for result in overload._schema.returns):
+        return False
+    return torch.Tag.pointwise in overload.tags or overload.overloadpacket in _ON_ELEMENTS
+
+
+@cache
+def is_elementwise_on_lists(overload: Any) -> bool:
+    """Tells whether an operator takes lists of tensors, and works on the tensors at the same place element by element."""
+    name = operator_of(overload)
+    if overload._schema.overload_name.endswith("out"):
+        return False
+    return name in _STEPS or (name.startswith("_foreach_") and name not in _REDUCE_LISTS)

@@ -23,7 +23,7 @@ from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_calls
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
 from torch.utils.checkpoint import CheckpointFunction
@@ -62,26 +62,33 @@ def replace_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Cal
     handlers[operator] = make(handlers[operator])
 
 
-def add_dtensor_handler(operator: torch._ops.OpOverload, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Makes DTensor run an operator by the function that ``make`` returns.
+def add_dtensor_handlers(make: Callable[[Callable[..., Any]], Callable[..., Any]], besides: Any = ()) -> None:
+    """Makes DTensor run every operator of torch by the function that ``make`` returns.
 
     Args:
-        operator: the overload.
-        make: is called with a function that runs the operator as before.
+        make: is called with a function that runs an operator as before: ``otherwise(operator, args, kwargs)``.
+        besides: overloads that are left as they are.
     """
     handlers = DTensor._op_dispatcher._custom_op_handlers
-    before = handlers.get(operator)
+    before = dict(handlers)
 
     def otherwise(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if before is not None:
-            return before(operator, args, kwargs)
+        if operator in before:
+            return before[operator](operator, args, kwargs)
         mine = handlers.pop(operator)
         try:
             return operator(*args, **kwargs)
         finally:
             handlers[operator] = mine
 
-    handlers[operator] = make(otherwise)
+    made = make(otherwise)
+    for name in torch._C._dispatch_get_all_op_names():
+        library, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        if library == "aten":
+            found = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            if found not in besides:
+                handlers[found] = made
 
 
 def cloned_store() -> torch.distributed.Store:
@@ -120,6 +127,10 @@ set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
+
+
+# What runs while a module is called.
+module_call_code = torch.nn.Module._call_impl.__code__
 
 
 def call_with_hooks(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +215,7 @@ __all__ = [
     "StorageWeakRef",
     "StridedShard",
     "TorchDispatchMode",
-    "add_dtensor_handler",
+    "add_dtensor_handlers",
     "annotate",
     "batch_norm_forward",
     "checkpoint_module",
@@ -222,6 +233,7 @@ __all__ = [
     "fused_attention_choice",
     "has_side_effect",
     "make_fx",
+    "module_call_code",
     "module_calls",
     "job_timeout",
     "no_function_modes",
@@ -233,6 +245,7 @@ __all__ = [
     "recorded_node",
     "replace_dtensor_handler",
     "set_grad_mode",
+    "return_and_correct_aliasing",
     "set_group_timeout",
     "tracer_of_export",
     "transforms_are_active",

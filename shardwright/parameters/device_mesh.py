@@ -10,9 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright.base.torch_private import job_timeout, set_group_timeout
 from shardwright.ir.mesh import Mesh
-from shardwright.parameters.dtensors import watch_over
-from shardwright.parameters.placements import _like
-from shardwright.parameters.whole import full_value
+from shardwright.parameters.dtensors import teach
+from shardwright.parameters.ours import watch_over
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
@@ -35,5 +34,6 @@ def _device_mesh(mesh: Mesh, device_type: str, world: object) -> DeviceMesh:
     if timeout is not None and dist.get_rank() in mesh.ranks:
         for dim in range(made.ndim):
             set_group_timeout(timeout, made.get_group(dim))
-    watch_over(made, _like, full_value)
+    watch_over(made)
+    teach()
     return made

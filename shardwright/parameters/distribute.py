@@ -33,6 +33,7 @@ from shardwright.parameters.delayed.replay import materialise
 from shardwright.parameters.device_mesh import device_mesh
 from shardwright.parameters.handles import _HOOKED, _MOVED_TO, MovedParameter, current
 from shardwright.parameters.optimizer import _watch_optimizers
+from shardwright.parameters.ours import is_whole_copy
 from shardwright.parameters.placements import _as_dtensor, _like, _slice, layout_of, storable, stored_layouts
 
 T = TypeVar("T")
@@ -138,6 +139,8 @@ class _Found:
         for prefix, module in root.named_modules(remove_duplicate=False):
             for key, parameter in module._parameters.items():
                 if parameter is not None:
+                    if is_whole_copy(parameter):
+                        raise WorldError(f"parameter {key!r} is whole for now: call nets outside of net.whole()")
                     self._add(self.parameters, prefix, module, key, current(parameter))
             done = _HOOKED in vars(module)
             attributes = {key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)}

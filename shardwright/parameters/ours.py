@@ -1,0 +1,61 @@
+"""Tells distributed tensors over our meshes from those of others, and keeps what views of them were made of.
+
+A view of a distributed tensor cannot share the memory of pieces that other ranks hold. It holds a copy, and remembers what it
+was made of and how: whoever reads it makes it anew, and what is written into it is written into that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+_meshes: set[DeviceMesh] = set()
+_VIEW, _WHOLE = "_shardwright_view_of", "_shardwright_whole"
+
+
+class View(NamedTuple):
+    """Origin of a view: what it was made of, and the function that makes it from the whole value of that."""
+
+    base: DTensor
+    of_whole: Callable[[Tensor], Tensor]
+
+
+def watch_over(mesh: DeviceMesh) -> None:
+    """Registers a mesh as ours."""
+    _meshes.add(mesh)
+
+
+def is_ours(value: Any) -> bool:
+    """Tells whether a tensor is distributed over one of our meshes."""
+    return isinstance(value, DTensor) and value.device_mesh in _meshes
+
+
+def is_part(value: DTensor) -> bool:
+    """Tells whether a rank holds less than the value of a distributed tensor: a piece, or a term of a sum."""
+    mesh = value.device_mesh
+    return any(not p.is_replicate() and mesh.size(i) > 1 for i, p in enumerate(value.placements))
+
+
+def view_of(value: Tensor) -> View | None:
+    """Returns what a view that holds a copy was made of; ``None`` for other tensors."""
+    found: View | None = vars(value).get(_VIEW)
+    return found
+
+
+def remember_view(value: Tensor, view: View) -> None:
+    """Records what a view was made of."""
+    vars(value)[_VIEW] = view
+
+
+def is_whole_copy(value: Any) -> bool:
+    """Tells whether a parameter stands for a distributed one within a block of ``net.whole()``."""
+    return isinstance(value, Tensor) and vars(value).get(_WHOLE) is True
+
+
+def remember_whole_copy(value: Tensor) -> None:
+    """Records that a parameter stands for a distributed one."""
+    vars(value)[_WHOLE] = True
