@@ -63,7 +63,7 @@ def capture(
     if caches := caches_in((args, kwargs)):
         raise CaptureError(
             f"a {caches[0]} is handed in, which a call changes in place: a captured callable would change a copy of it\n"
-            "  Call the model itself for generation, or pass use_cache=False and whole sequences"
+            "  Generate by net.generate(...), or pass use_cache=False and whole sequences"
         )
     check_values({**dict(module.named_parameters()), **dict(module.named_buffers())})
     flat, spec = pytree.tree_flatten((args, kwargs))
