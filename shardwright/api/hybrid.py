@@ -180,7 +180,7 @@ def _by_rows(shape: Shape, batch: int, collective_mesh: CollectiveMesh) -> Layou
 def _pairs(strategy: Sequence[Any], shapes: Sequence[Shape]) -> list[tuple[Any, Shape]]:
     if len(strategy) != len(shapes):
         raise ShardwrightError(
-            f"dataset_strategy has {len(strategy)} entries for {len(shapes)} tensor inputs; give one an input"
+            f"dataset_strategy has {len(strategy)} entries for {len(shapes)} tensor inputs; give one per input"
         )
     return list(zip(strategy, shapes, strict=True))
 

@@ -10,6 +10,7 @@ from torch import fx
 from shardwright.base.user_code import _source
 from shardwright.capture.session import CALL, PIN, Session
 from shardwright.ir.graph import Node
+from shardwright.ir.layout import Layout
 from shardwright.ir.marks import Mark
 
 
@@ -66,7 +67,10 @@ def resolve_marks(nodes: list[Node], custom: dict[str, Any], now: Session) -> tu
 
 
 def _entries_without_tensors(calls: list[int], now: Session) -> list[str]:
-    """Reports strategies with more entries than their call has tensors. The planner reports those of single operators."""
+    """Reports strategies with other entries than their call has tensors. The planner reports those of single operators.
+
+    A module may leave out entries of its last inputs, a function may not.
+    """
     found: dict[str, None] = {}  # a module that is called twice is one problem
     for call in calls:
         mark = now.calls[call]
@@ -75,15 +79,25 @@ def _entries_without_tensors(calls: list[int], now: Session) -> list[str]:
                  ("out_strategy", mark.out_strategy, now.results[call], "output"))  # fmt: skip
         reads_more = mark.attributes.keys() - {"recompute"}  # these attributes check their own entries
         for name, strategy, count, side in () if mark.is_pin or reads_more else sides:
-            if isinstance(strategy, tuple) and len(strategy) > count:
+            if not isinstance(strategy, tuple):
+                continue
+            kinds = {isinstance(entry, Layout) for entry in strategy if entry is not None}
+            if len(kinds) > 1:
+                found[f"{what}: {strategy} in {name} mixes slice counts and Layouts; write all entries as Layouts"] = None
+            if len(strategy) > count or (mark.module_path is None and len(strategy) < count):
                 hint = "" if mark.module_path is None or side == "output" else (
                     "; layouts of its parameters stand in parameter_plan={'weight': ...}"
                 )  # fmt: skip
                 found[
                     f"{what}: {len(strategy)} entries {strategy} in {name} for {count} tensor {side}{'s' * (count != 1)}; give "
-                    f"one an {side}{hint}"
+                    f"one per {side}{_as_one(strategy, count)}{hint}"
                 ] = None
     return list(found)
+
+
+def _as_one(strategy: tuple[Any, ...], count: int) -> str:
+    """Returns a hint for counts that are given without the outer parentheses."""
+    return f": ({strategy},)" if count == 1 and all(isinstance(entry, int) for entry in strategy) else ""
 
 
 def _pin_mark(mark: Mark, side: str, position: int) -> Mark | None:

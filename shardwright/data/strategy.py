@@ -90,7 +90,7 @@ def layouts_of(strategy: Any, ndims: Sequence[int], carries: Sequence[bool], siz
         return [Layout.of(mesh, [("batch",) if s and d == 0 else () for d in range(n)]) for n, s in zip(ndims, split)]
     problems = Problems()
     if len(strategy) != len(ndims):
-        problems.add(f"dataset_strategy: {len(strategy)} entries for {len(ndims)} tensor inputs; give one an input")
+        problems.add(f"dataset_strategy: {len(strategy)} entries for {len(ndims)} tensor inputs; give one per input")
     for i, (entry, ndim) in enumerate(zip(strategy, ndims)):
         check = check_layout if isinstance(entry, Layout) else check_counts
         check(entry, ndim, size, f"dataset_strategy input {i}", problems)

@@ -64,7 +64,7 @@ def test_entries_beyond_the_tensors_are_refused(name, way, given, out, monkeypat
         net(*x)
     for count, side in wrong:
         assert f"{count} entries {(entry,) * count} in {side[:-3]}_strategy for " in str(caught.value)
-        assert f"give one an {side}" in str(caught.value)
+        assert f"give one per {side}" in str(caught.value)
     assert "test_strategy_forms.py:" in str(caught.value)
 
 
@@ -74,3 +74,18 @@ def test_what_is_no_strategy_is_refused(strategy, monkeypatch):
     sw.init(devices=2)
     with pytest.raises((sw.errors.ShardwrightError, TypeError), match="strategy|slice|devices|dims|entry|keys"):
         sw.AutoParallel(Holder(nn.Linear(8, 8), 1)).shard({"inner": strategy})(torch.ones(8, 8))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_functions_need_an_entry_per_input_all_counts_or_all_layouts(ranks):
+    sw.init(devices=ranks)
+    layout = sw.Layout((ranks,), ("d",))
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    for function in (lambda a, b: (a @ b).relu(), torch.matmul):
+        for strategy, said in (
+            (((ranks, 1),), "give one per input"),
+            (((1, 1), layout("None", "d")), "mixes slice counts and Layouts"),
+        ):
+            with pytest.raises(sw.errors.StrategyError, match=said):
+                sw.AutoParallel(lambda a, b, f=function, s=strategy: sw.shard(f, s)(a, b))(x, w)

@@ -140,7 +140,7 @@ def check_strategy(node: Node, signature: Signature, world_size: int, problems: 
     if len(mark.in_strategy) != node.mark_count:
         problems.add(
             f"{what}: {len(mark.in_strategy)} strategies {mark.in_strategy} for {node.mark_count} tensor inputs; give "
-            "one an input"
+            "one per input"
         )
         return None
     entries = tuple(mark.in_strategy[p] if p is not None else None for p in node.mark_positions)
@@ -215,7 +215,7 @@ def _check_out(node: Node, kind: str, world_size: int, what: str, problems: Prob
         problems.add(f"{what}: in_strategy is given as {kind} and out_strategy as {out_kind}; write both the same way")
         return False
     if len(out) != len(node.op.outputs):
-        problems.add(f"{what}: {len(out)} entries in out_strategy for {len(node.op.outputs)} outputs; give one an output")
+        problems.add(f"{what}: {len(out)} entries in out_strategy for {len(node.op.outputs)} outputs; give one per output")
         return False
     for entry, meta in zip(out, node.op.outputs, strict=True):
         if isinstance(entry, Layout):

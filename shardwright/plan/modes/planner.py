@@ -158,7 +158,7 @@ class Planner:
         if check_form(strategy, "dataset_strategy", self.problems) is None:
             return
         if len(strategy) != len(inputs):
-            self.problems.add(f"dataset_strategy: {len(strategy)} entries for {len(inputs)} tensor inputs; give one an input")
+            self.problems.add(f"dataset_strategy: {len(strategy)} entries for {len(inputs)} tensor inputs; give one per input")
             return
         for i, (entry, graph_input) in enumerate(zip(strategy, inputs, strict=True)):
             self.fits(entry, graph_input.meta.shape, f"dataset_strategy input {i}")
