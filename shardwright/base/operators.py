@@ -38,6 +38,15 @@ def may_draw(function: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
 
 
+def is_unsafe_view(function: Any) -> bool:
+    """Tells whether an operator's results share memory that nobody else writes to, so that they count as copies.
+
+    >>> is_unsafe_view(torch.ops.aten.unsafe_split.Tensor), is_unsafe_view(torch.ops.aten.split.Tensor)
+    (True, False)
+    """
+    return getattr(function, "__name__", "").lstrip("_").startswith("unsafe_")
+
+
 def without_library(name: str) -> str:
     """Returns an operator's full name as users know it. Torch's own have no library in it.
 
@@ -197,6 +206,11 @@ def has_statistics_of_samples(overload: Any) -> bool:
 # matrices. Third derivatives of them, taken in reverse, miss a part; of a determinant second ones depend on values.
 DERIVED_TWICE_AT_MOST = _packets(
     "native_layer_norm native_batch_norm _native_batch_norm_legit _batch_norm_with_update _fused_rms_norm"
+)
+# Operators that may return an argument itself, the same object.
+RETURNS_ARGUMENT = _packets(
+    """alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors conj conj_physical contiguous dropout
+    feature_alpha_dropout feature_dropout positive real resolve_conj resolve_neg to type_as"""
 )
 DETERMINANT = _aten._linalg_det.default
 FACTORISES = _packets("_linalg_det _linalg_slogdet _linalg_solve_ex linalg_lu_factor_ex linalg_lu")

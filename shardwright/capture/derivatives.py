@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from shardwright.base.opaque import FUNCTION, HOOK, opaque_function
-from shardwright.base.operators import DETACH, DETERMINANT, may_draw
+from shardwright.base.operators import DETACH, DETERMINANT
 from shardwright.base.torch_private import annotate, node_in_make_fx, pytree
-from shardwright.capture.functionalise import is_mutation, named_arguments, updates_statistics
+from shardwright.capture.functionalise import draws, is_mutation, named_arguments, updates_statistics
 from shardwright.capture.fx_nodes import map_arguments, storage_of
 from shardwright.capture.recorded import Recorded
 from shardwright.capture.refusals import refuse
@@ -126,16 +126,16 @@ def _check_draws(graph: fx.Graph) -> None:
     """Refuses derivatives of what draws random numbers, and removes draws whose numbers nothing reads."""
     needed: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        draws = node.op == "call_function" and may_draw(node.target)
-        if node.op == "output" or node in needed or (not draws and is_mutation(node.target)):
+        is_drawn = draws(node)
+        if node.op == "output" or node in needed or (not is_drawn and is_mutation(node.target)):
             needed.update((node, *node.all_input_nodes))
-            if draws:
+            if is_drawn:
                 raise refuse(
                     f"torch.autograd.grad in a captured callable cannot differentiate {node.target}: computed again, it would "
                     "draw other random numbers",
                     "Draw the numbers outside of what is differentiated and multiply by them; or leave the dropout out there",
                 )
-        elif draws:
+        elif is_drawn:
             graph.erase_node(node)
 
 
@@ -174,12 +174,14 @@ class _Between:
         written: set[Any] = set()
         while True:
             found: list[fx.Node] = []
-            reached, memory = set(self.starts), set[Any]()
+            reached, memory, prepared = set(self.starts), set[Any](), set[fx.Node]()
             for node in recorded:
                 if node.op != "call_function":
                     continue
                 if _sets_a_mode(node):
                     found.append(node)
+                    continue
+                if not reached - set(self.starts) and self._prepares(node, prepared):
                     continue
                 depends = not reached.isdisjoint(node.all_input_nodes)
                 if not depends and (node in self.starts or _memory(node).isdisjoint(written)):
@@ -194,6 +196,17 @@ class _Between:
             if memory <= written:
                 return found
             written |= memory
+
+    def _prepares(self, node: fx.Node, prepared: set[fx.Node]) -> bool:
+        """Tells whether a node, before any that depends on the starts, is part of a write past autograd to one of them.
+
+        What is differentiated begins with the values that they have then.
+        """
+        of_starts = node.target is DETACH and node.args[0] in self.starts
+        if of_starts or (not prepared.isdisjoint(node.all_input_nodes) and _memory(node) & _memory(self.starts[0])):
+            prepared.add(node)
+            return True
+        return False
 
     def _check(self, node: fx.Node) -> None:
         """Refuses second derivatives of what torch differentiates in another way on tensors without values."""
@@ -212,7 +225,7 @@ class _Between:
             if not _memory(node).isdisjoint(written):
                 raise refuse(
                     f"torch.autograd.grad cannot be captured where what is differentiated writes in place to {node.name}",
-                    "Write to a clone of it",
+                    "Write to a clone of it; or, under torch.no_grad(), to the tensor itself and not through .data or a view",
                 )
 
     def may_need_gradient(self, node: fx.Node) -> bool:

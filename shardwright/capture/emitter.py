@@ -85,7 +85,7 @@ class Emitter:
 
     def _viewed(self, node: fx.Node, meta: Any) -> fx.Node | None:
         """Finds the input that an operator's output shares its memory with."""
-        if not isinstance(meta, Tensor) or node.target == operators.LIFTS_COPY:
+        if not isinstance(meta, Tensor) or node.target == operators.LIFTS_COPY or operators.is_unsafe_view(node.target):
             return None
         for argument in pytree.tree_leaves((node.args, node.kwargs)):
             if isinstance(argument, fx.Node):

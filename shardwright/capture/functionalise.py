@@ -245,6 +245,14 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return defaults | dict(zip((a.name for a in schema.arguments), node.args)) | dict(node.kwargs)
 
 
+def draws(node: fx.Node) -> bool:
+    """Tells whether an operator of an export takes numbers from a generator."""
+    if node.op != "call_function" or not operators.may_draw(node.target):
+        return False
+    given = named_arguments(node)
+    return bool(given.get("train", True)) and bool(given.get("dropout_p", 1.0) > 0.0)
+
+
 def moved_statistics(emit: Callable[..., Any], node: fx.Node, x: str, shape: tuple[int, ...], mean: str, var: str) -> list[str]:
     """Emits the running mean and variance as a norm in training moves them.
 

@@ -71,8 +71,8 @@ class Watch(TorchFunctionMode):
             CaptureError: it swallowed a refusal, or changed its arguments.
         """
         self.running = False
-        for written, since, source in self.data_writes:
-            check_aliases(Recorded().graph, written, since, source)
+        for written, since, value, source in self.data_writes:
+            check_aliases(Recorded().graph, written, since, value, source)
         if refused:
             raise refused[0]
         leaves, spec = pytree.tree_flatten(self.arguments)
@@ -246,7 +246,7 @@ class Watch(TorchFunctionMode):
         tensor, value = args
         with self.paused(), self.at_user_line(), within_function_modes(self.of_export):
             written = give_data(tensor, value, id(tensor) in self.given)
-        self.data_writes += [(*written, user_source())] if written is not None else []
+        self.data_writes.append((*written, user_source()))
         return True
 
     def set_requires_grad(self, function: Any, args: Any, kwargs: Any) -> None:

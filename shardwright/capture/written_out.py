@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardwright.base.operators import may_draw
 from shardwright.base.torch_private import (
     FakeTensor,
     disable_current_modes,
@@ -25,6 +24,7 @@ from shardwright.base.torch_private import (
     set_grad_mode,
     tracer_of_export,
 )
+from shardwright.capture.functionalise import draws
 from shardwright.capture.fx_nodes import attribute_at, map_arguments
 
 # Changes the traced graph before its operators run, and the context in which each of them does.
@@ -104,7 +104,7 @@ def _drop_dead(graph: fx.Graph) -> None:
     """Removes what no result needs, but for random numbers, which advance the generator, and writes."""
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        stays = node.op in ("output", "placeholder") or _writes(node) or (node.op == "call_function" and may_draw(node.target))
+        stays = node.op in ("output", "placeholder") or _writes(node) or draws(node)
         if stays or node in needed:
             needed.update((node, *node.all_input_nodes))
     for node in reversed(list(graph.nodes)):

@@ -225,7 +225,10 @@ def _index_put_rule(op: Operator) -> Signature | None:
     given = wide[len(wide) - len(values) :]
     sizes = plan.sizes(op)
     lined = [name if size == sizes[name.rstrip("!")] else "1" for name, size in zip(given, values)]
-    indices = [[f"{name}!" for name in index] for index in plan.indices]
+    indices = [
+        [f"{name}!" if size == sizes[name] else "1" for name, size in zip(index, meta.shape)]
+        for index, meta in zip(plan.indices, op.inputs[1:])
+    ]
     return parse(notation([plan.source, *indices, lined], [plan.source]), op)
 
 

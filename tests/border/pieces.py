@@ -432,6 +432,18 @@ def derives_once(self: Any, h: Tensor) -> Tensor:
 
 
 @equal
+def derives_a_loss(self: Any, h: Tensor) -> Tensor:
+    return h + torch.autograd.grad(F.mse_loss(h.sin(), h) + F.huber_loss(h, h.cos()), h, create_graph=True)[0]
+
+
+@equal
+def derives_attention(self: Any, h: Tensor) -> Tensor:
+    heads = h.view(1, 1, *h.shape)
+    value = F.scaled_dot_product_attention(heads, heads.sin(), heads)
+    return h + torch.autograd.grad(value.square().sum(), h)[0]
+
+
+@equal
 def derives_twice(self: Any, h: Tensor) -> Tensor:
     first = torch.autograd.grad(h.sigmoid().pow(3).sum(), h, create_graph=True)[0]
     return h + torch.autograd.grad(first.sum(), h, create_graph=True)[0]
@@ -504,7 +516,7 @@ def momentum_by_data(self: Any, h: Tensor) -> Tensor:
 equal(momentum_by_data, _frozen)
 
 
-@equal
+@refused
 def gives_other_data_late(self: Any, h: Tensor) -> Tensor:
     rows, before = h[:, :2], h.sin()
     h.data = h.data.abs()
@@ -516,6 +528,24 @@ def reads_the_data_of_before(self: Any, h: Tensor) -> Tensor:
     before = self.layer.bias.data
     self.layer.bias.data = before * 0.5
     return h + before
+
+
+def shares_data(self: Any, h: Tensor) -> Tensor:
+    self.slow.data = self.layer.bias.data
+    return h * self.slow.clone()
+
+
+refused(shares_data, _frozen)
+
+
+def writes_the_data_it_gave(self: Any, h: Tensor) -> Tensor:
+    value = h.detach().mean(0)
+    self.slow.data = value
+    value.add_(1)
+    return h * self.slow.clone()
+
+
+refused(writes_the_data_it_gave, _frozen)
 
 
 @refused
@@ -552,7 +582,7 @@ def saved_otherwise(self: Any, h: Tensor) -> Tensor:
         return h.exp()
 
 
-@equal
+@refused
 def gives_other_data(self: Any, h: Tensor) -> Tensor:
     h.data = h.data * 2
     return h * 1

@@ -107,3 +107,24 @@ def test_a_shared_layer_is_one_parameter():
 
     (block,) = blocks_of(graph_of(Tied(1), torch.ones(4, 8)))
     assert (block.length, block.count) == (3, 6)
+
+
+def test_a_recurrence_that_begins_with_zeros_is_planned():
+    import shardwright as sw
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.given = nn.Linear(8, 8), nn.Linear(4, 8)
+
+        def forward(self, x):
+            state = torch.zeros(x.shape[0], 8)
+            with torch.no_grad():
+                for _ in range(5):
+                    state = torch.tanh(self.own(state) + self.given(x))
+            return torch.tanh(self.own(state) + self.given(x)).square().mean()
+
+    sw.init(4)
+    model, x = Recurrent(), torch.randn(8, 4)
+    for mode in ("auto", "dynamic_programming", "recursive_programming"):
+        torch.testing.assert_close(sw.AutoParallel(model, mode)(x), model(x))

@@ -92,7 +92,9 @@ class Folded:
                 there = self.graph.nodes[owner + block.length]
                 position = self.graph.nodes[owner].outputs.index(value)
                 self._use(there.outputs[position], Use(site, slot, "carried"))
-                self._use(self.graph.nodes[site - block.length].inputs[slot], Use(site, slot, "first"))
+                first = self.graph.nodes[site - block.length].inputs[slot]
+                if first not in self.ready:  # such as the zeros that a recurrence begins with
+                    self._use(first, Use(site, slot, "first"))
             else:
                 self._use(value, Use(site, slot, "every"))
 
