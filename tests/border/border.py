@@ -51,10 +51,11 @@ class Case:
 
 
 def case(number: int) -> Case:
-    """The case of a number: every kind of piece is met in the first hundred."""
+    """The case of a number: every kind of piece is met three times, then mostly those that work in other company."""
     draw = random.Random(number)
     kinds = [*pieces.EQUAL, *pieces.REFUSED]
-    names = [kinds[number % len(kinds)]]
+    often = number < 3 * len(kinds) or draw.random() < 0.02
+    names = [kinds[number % len(kinds)] if often else draw.choice(list(pieces.EQUAL))]
     names += draw.choices(list(pieces.EQUAL), k=draw.randint(0, 2))
     draw.shuffle(names)
     events = tuple(draw.choice(pieces.EVENTS) if draw.random() < 0.5 else None for _ in range(STEPS - 1))
