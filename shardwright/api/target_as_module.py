@@ -17,6 +17,24 @@ from torch import nn
 from shardwright.errors import ShardwrightError
 
 
+class _ForwardOfTarget:
+    """The call without hooks; it has the signature of the target, which trainers read to see what a model takes."""
+
+    def __get__(self, net: TargetAsModule | None, owner: type) -> Callable[..., Any]:
+        return _forward_of_any if net is None else _Forward(net)
+
+    def __set__(self, net: TargetAsModule, value: Any) -> None:
+        raise ShardwrightError(
+            f"the forward of an {type(net).__name__} cannot be replaced: calls run its program\n"
+            "  Replace the forward of the model, before the first call"
+        )
+
+
+def _forward_of_any(self: TargetAsModule, *args: Any, **kwargs: Any) -> Any:
+    """Runs the target; what a class shows as its forward."""
+    return self.run(*args, **kwargs)
+
+
 class TargetAsModule(nn.Module):
     """A module with the state of another, or of what a function reads.
 
@@ -53,10 +71,7 @@ class TargetAsModule(nn.Module):
             return nn.Module.__call__(self, *args, **kwargs)
         return self.run(*args, **kwargs)
 
-    @property
-    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
-        """The call without hooks; it has the signature of the target, which trainers read to see what a model takes."""
-        return _Forward(self)
+    forward = _ForwardOfTarget()  # type: ignore[assignment]
 
     # -- state --------------------------------------------------------------------------------------------------------
 
