@@ -1,4 +1,4 @@
-"""Ambiguous names: attributes that an ``AutoParallel`` and its target both have, such as a submodule called ``target``."""
+"""Ambiguous targets: names that an ``AutoParallel`` and its target both have, and models that split batches themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from torch import nn
 
 from shardwright.base.user_code import user_line
 from shardwright.errors import ShardwrightError
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def refuse_wrapped(target: Any) -> None:
+    """Refuses a model that has been wrapped to be data parallel.
+
+    Raises:
+        ShardwrightError: it has.
+    """
+    wrapped = [m for m in target.modules() if isinstance(m, _WRAPPERS)] if isinstance(target, nn.Module) else []
+    if wrapped:
+        raise ShardwrightError(
+            f"{type(wrapped[0]).__name__} is in what AutoParallel is given, at {user_line()}: both reduce gradients\n"
+            "  Give the module that it wraps, model.module"
+        )
 
 
 def refuse_ambiguous_names(net: Any, target: nn.Module) -> None:

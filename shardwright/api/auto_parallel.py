@@ -23,9 +23,9 @@ from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
 from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
-from shardwright.api.ambiguous import refuse_ambiguous_names
+from shardwright.api.ambiguous import refuse_ambiguous_names, refuse_wrapped
 from shardwright.api.bound import BoundCall
-from shardwright.api.call_key import _leaf_key, _out_of_inference
+from shardwright.api.call_key import _leaf_key, _out_of_inference, why_planned_again
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
 from shardwright.api.settings import MODES, Settings
@@ -51,9 +51,6 @@ from shardwright.world.current import current_world
 logger = logging.getLogger("shardwright")
 
 MOST_PLANS = 64  # that an AutoParallel keeps; the oldest goes first
-
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # which split batches themselves
 
 
 class AutoParallel(SettingsMethods, TargetAsModule):
@@ -89,12 +86,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
-        wrapped = [m for m in target.modules() if isinstance(m, _WRAPPERS)] if isinstance(target, nn.Module) else []
-        if wrapped:
-            raise ShardwrightError(
-                f"{type(wrapped[0]).__name__} is in what AutoParallel is given, at {user_line()}: both reduce gradients\n"
-                "  Give the module that it wraps, model.module"
-            )
+        refuse_wrapped(target)
         register_caches()
         super().__init__(target)
         compiler = segment_compiler(compile, parallel_mode)
@@ -328,17 +320,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self._described = key, dict(self._state.described)
         if before is None:
             return
-        why = []
-        if key[:3] != before[:3]:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
-            why.append(f"new inputs (shapes {shapes})")
-        if key[3][1] != before[3][1]:
-            why.append("gradients are on" if key[3][1] else "gradients are off")
-        if key[3][2:4] != before[3][2:4]:
-            why.append("another autocast")
-        changed = self._state.changed(described)
-        why += [*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])]
-        logger.warning("planning again: %s", "; ".join(why) or "a mode of the model that is gone")
+        logger.warning("planning again: %s", why_planned_again(key, before, self._state.changed(described), leaves))
 
     def _compile(self, args: Any, kwargs: Any, leaves: list[Any], given: GlobalInputs | None) -> BoundCall:
         if self._root is None:

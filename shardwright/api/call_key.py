@@ -1,8 +1,8 @@
-"""Call keys: the part of a call's signature that its inputs make."""
+"""Call keys: the part of a call's signature that its inputs make, and what differs from an earlier call's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,3 +28,23 @@ def _leaf_key(leaf: Any) -> Any:
     except TypeError:
         return repr(leaf)
     return (type(leaf), leaf)
+
+
+def why_planned_again(key: Any, before: Any, changed: Sequence[str], leaves: Sequence[Any]) -> str:
+    """Says what differs between the keys of two calls.
+
+    Args:
+        key, before: the keys, of this call and of the one planned before.
+        changed: the Python values that have changed.
+        leaves: the flat inputs of this call.
+    """
+    why = []
+    if key[:3] != before[:3]:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
+        why.append(f"new inputs (shapes {shapes})")
+    if key[3][1] != before[3][1]:
+        why.append("gradients are on" if key[3][1] else "gradients are off")
+    if key[3][2:4] != before[3][2:4]:
+        why.append("another autocast")
+    why += [*changed[:3], *([f"{len(changed) - 3} more"] if len(changed) > 3 else [])]
+    return "; ".join(why) or "a mode of the model that is gone"

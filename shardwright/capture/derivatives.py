@@ -198,7 +198,7 @@ class _Between:
             written |= memory
 
     def _prepares(self, node: fx.Node, prepared: set[fx.Node]) -> bool:
-        """Tells whether a node, before any that depends on the starts, is part of a write past autograd to one of them.
+        """Tells whether a node is part of a write past autograd to a start, before anything is computed of it.
 
         What is differentiated begins with the values that they have then.
         """

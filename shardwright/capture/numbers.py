@@ -191,5 +191,5 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(Number, f"__r{_name}__", _arithmetic(getattr(operator, _name), swapped=True))
 for _name in ("neg", "pos", "abs"):
     setattr(Number, f"__{_name}__", _arithmetic(getattr(operator, _name)))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(Number, f"__{_name}__", _comparison(getattr(operator, _name)))
+for _compare in (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne):
+    setattr(Number, f"__{_compare.__name__}__", _comparison(_compare))
