@@ -129,6 +129,7 @@ def test_simulated(names, devices):
     simulated(lambda: train_pair(names), devices)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2])
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, [all_pairs], timeout=500)
