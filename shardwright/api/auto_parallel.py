@@ -273,7 +273,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             self._described = key, dict(self._state.described)
             self._bound_calls.setdefault((spec, key[1], given, self._state_key()), []).insert(0, bound)
         elif watch is not None:
-            watch.known_call(bound, self._input_summary([*leaves, *bound.changing_values()], given))
+            watch.known_call(bound, self._input_summary(leaves, given, bound.changing_values))
         self._latest = bound
         return leaves, bound
 
@@ -307,11 +307,13 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             self._state.refresh()
         return bool(found)
 
-    def _input_summary(self, leaves: list[Any], given: GlobalInputs | None) -> Summarize | None:
+    def _input_summary(
+        self, leaves: list[Any], given: GlobalInputs | None, numbers: Callable[[], list[Tensor]] = list
+    ) -> Summarize | None:
         """Returns the function that summarizes the inputs' values for comparison; ``None`` where ranks may differ in them."""
         if given is not None or self.settings.mode == "hybrid_parallel":
             return None
-        return lambda sketched: value_summaries(leaves, sketched)
+        return lambda sketched: value_summaries([*leaves, *numbers()], sketched)
 
     def _log_why_planned_again(self, key: Any, leaves: list[Any]) -> None:
         """Logs, from the second planning on, what has changed since the one before."""

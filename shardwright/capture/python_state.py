@@ -132,7 +132,7 @@ class PythonState:
             self.seen.append(read(scope))
         self._trained = [t.requires_grad for t in self._parameters]
         frozen = tuple((name, hashable(value)) for name, value in self.described.items())
-        key = (frozen, tuple(self._missing), tuple(self._trained))
+        key = (frozen, tuple(self._missing))
         found = self.versions.pop(key, None)
         if found is None:
             self._made, found = self._made + 1, self._made
