@@ -71,16 +71,15 @@ def check_aliases(graph: fx.Graph, written: fx.Node, since: fx.Node, value: fx.N
     Raises:
         CaptureError: there is such a reading or write.
     """
-    of_value = storage_of(value.meta["val"])
-    for node in list(graph.nodes)[list(graph.nodes).index(since) + 1 :]:
-        if is_mutation(node.target) and of_value in map(storage_of, _tensors(node)):
-            raise CaptureError(
-                f"tensor.data = ... cannot be captured, at {source}: the value is written to later, in the same memory\n"
-                "  Assign a clone of it"
-            )
-    memory = storage_of(written.meta["val"])
     nodes = list(graph.nodes)
     at = nodes.index(since)
+    of_value = storage_of(value.meta["val"])
+    if any(is_mutation(node.target) and of_value in map(storage_of, _tensors(node)) for node in nodes[at + 1 :]):
+        raise CaptureError(
+            f"tensor.data = ... cannot be captured, at {source}: the value is written to later, in the same memory\n"
+            "  Assign a clone of it"
+        )
+    memory = storage_of(written.meta["val"])
     alike = {n for n in nodes[:at] if n is not written and memory in map(storage_of, _tensors(n))}
     if any(not alike.isdisjoint(node.all_input_nodes) for node in nodes[at + 1 :]):
         raise CaptureError(

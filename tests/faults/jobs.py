@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -67,3 +68,12 @@ def run(folder, size, function, *args, seconds=60.0):
             process.join()
         found.append(Ended(code, path.read_text() if path.exists() else "", time.monotonic() - began))
     return found
+
+
+def cases(folder, job):
+    """Runs ``job(rank, ..., folder)`` on two ranks; returns what both print as ``case name: outcome``."""
+    ended = run(folder, 2, job, str(folder), seconds=300)
+    assert [e.code for e in ended] == [0, 0], ended[0].text[-4000:] + ended[1].text[-2000:]
+    found = [dict(re.findall(r"^case (.*?): (.*)$", e.text, re.M)) for e in ended]
+    assert found[0] == found[1]
+    return found[0]
