@@ -17,35 +17,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
 from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
-from shardwright.api.ambiguous import refuse_ambiguous_names, refuse_wrapped
+from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_wrapped
 from shardwright.api.bound import BoundCall
-from shardwright.api.call_key import _leaf_key, _out_of_inference, why_planned_again
+from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, why_planned_again
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
 from shardwright.api.settings import MODES, Settings
 from shardwright.api.settings_methods import SettingsMethods
 from shardwright.api.target_as_module import TargetAsModule
-from shardwright.base.torch_private import FakeTensor, pytree, transforms_are_active
-from shardwright.base.user_code import user_line, user_source
+from shardwright.base.torch_private import pytree, transforms_are_active
+from shardwright.base.user_code import user_source
 from shardwright.capture.caches import register_caches
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.python_state import PythonState
 from shardwright.capture.session import current_session
 from shardwright.data.rank_inputs import GlobalInputs, global_inputs, step_inputs, whole_samples
-from shardwright.errors import ArgumentTypeError, CaptureError, ShardwrightError, WorldError
+from shardwright.errors import ArgumentTypeError, ShardwrightError, WorldError
 from shardwright.hybrid.mesh import chosen_mesh
 from shardwright.ir.program import LocalProgram
 from shardwright.parameters.whole_module import whole_parameters
 from shardwright.report.plan_view import PlanView
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.compile.compiler import segment_compiler
+from shardwright.train.outputs.read_later import check_output
+from shardwright.train.outputs.split_output import whole_outputs
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
@@ -70,6 +71,9 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             ``"hybrid_parallel"``: the target is the program of one rank, with
             :mod:`collectives <shardwright.hybrid.collectives>` of its own. ``"stand_alone"``: the target as it is.
         compile: ``True`` compiles what runs between collectives with ``torch.compile``; a string names its backend.
+        output: ``"whole"``: every output is whole on every rank. ``"sharded"``: outputs are
+            :class:`~shardwright.train.outputs.split_output.SplitOutput`, whole when they are read. Default: the large ones
+            are, where there is a loss beside them.
 
     Raises:
         ShardwrightError: an unknown mode or backend, or a target that is not callable.
@@ -81,16 +85,20 @@ class AutoParallel(SettingsMethods, TargetAsModule):
     torch.Size([6, 2])
     """
 
-    def __init__(self, target: Callable[..., Any], parallel_mode: str = "semi_auto", compile: bool | str = False):
+    def __init__(
+        self, target: Callable[..., Any], parallel_mode: str = "semi_auto", compile: bool | str = False,
+        output: str | None = None,
+    ):  # fmt: skip
         if parallel_mode not in MODES:
             raise ShardwrightError(f"parallel_mode={parallel_mode!r} is unknown; use one of {', '.join(MODES)}")
+        check_output(output)
         if not callable(target):
             raise ArgumentTypeError(f"AutoParallel({target!r}): give a module, a forward function or a train step")
         refuse_wrapped(target)
         register_caches()
         super().__init__(target)
         compiler = segment_compiler(compile, parallel_mode)
-        self.settings = Settings(mode=parallel_mode, collective_mesh=chosen_mesh(), compiler=compiler)
+        self.settings = Settings(mode=parallel_mode, collective_mesh=chosen_mesh(), compiler=compiler, output=output)
         self._root: nn.Module | None = target if isinstance(target, nn.Module) else None
         self._is_step: bool | None = False if isinstance(target, nn.Module) else None
         self._bound_calls: dict[Any, list[BoundCall]] = {}  # by signature; several where Python decides by changing numbers
@@ -127,7 +135,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             )
         if current_session() is not None or self.settings.mode == "stand_alone":
             if current_session() is not None:
-                self._check_nested()
+                check_nested(self, self.target)
             if self.settings.precision.dtype is None:
                 return self.target(*args, **kwargs)
             with self.settings.precision.computing(next((p.device.type for p in self.parameters()), "cpu")):
@@ -195,16 +203,6 @@ class AutoParallel(SettingsMethods, TargetAsModule):
 
         return on_whole_parameters
 
-    def _check_nested(self) -> None:
-        """Raises an error within a capture that lacks this object's parameters: they would get no gradient."""
-        owns = isinstance(self.target, nn.Module)  # tensors that a function reads itself have other names here
-        outside = [n for n, p in self.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
-        if outside:
-            raise CaptureError(
-                f"{self!r} is called within another AutoParallel that does not have its parameters ({', '.join(outside[:3])}): "
-                f"they would get no gradient, at {user_line()}\n  Hold the model itself in the outer module and call that"
-            )
-
     def _run_step(self, args: Any, kwargs: Any) -> Any:
         if self._step is None:
             check_patterns(FunctionModule(self.target), self.settings)
@@ -243,9 +241,9 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
+            args, kwargs = whole_outputs((args, kwargs))
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            if any(isinstance(leaf, DTensor) for leaf in leaves):
-                raise WorldError("net(...) got a distributed tensor, computed from parameters: give sw.full_value(tensor)")
+            check_leaves(leaves)
         given: GlobalInputs | None = None
         is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
         if self.settings.dataset_strategy != "full_batch" and not is_hybrid:

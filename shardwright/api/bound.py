@@ -51,6 +51,7 @@ from shardwright.train.accumulation.cut import cut_program
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.accumulation.run import AccumulatedRun
 from shardwright.train.compile.compiler import SegmentCompiler
+from shardwright.train.outputs.reader import split_outputs
 from shardwright.world.current import World
 
 
@@ -102,6 +103,7 @@ class BoundCall:
         self.runs = self.program  # what runs: the program, or its form of compiled segments
         self.run: Callable[..., Any]
         self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, settings)
+        self._split = split_outputs(self.plan, program, world)
         self._read = [self._reader(i) for i in self.graph.inputs]
         self._is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
@@ -227,6 +229,8 @@ class BoundCall:
             self._update(values, updates)
         if self.compiler is not None and torch.is_grad_enabled():  # compiled backward passes are constants to autograd
             outputs = with_first_derivatives_only(outputs)
+        for index, wrap in self._split:
+            outputs[index] = wrap(outputs[index])
         for index, gradient in self._retained:
             gradient.hand_to(outputs[index])
         result = pytree.tree_unflatten(outputs, self.graph.out_spec)

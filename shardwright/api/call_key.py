@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardwright.errors import WorldError
 
 
 @contextmanager
@@ -28,6 +31,16 @@ def _leaf_key(leaf: Any) -> Any:
     except TypeError:
         return repr(leaf)
     return (type(leaf), leaf)
+
+
+def check_leaves(leaves: Sequence[Any]) -> None:
+    """Checks the flat inputs of a call.
+
+    Raises:
+        WorldError: one is distributed.
+    """
+    if any(isinstance(leaf, DTensor) for leaf in leaves):
+        raise WorldError("net(...) got a distributed tensor, computed from parameters: give sw.full_value(tensor)")
 
 
 def why_planned_again(key: Any, before: Any, changed: Sequence[str], leaves: Sequence[Any]) -> str:

@@ -39,6 +39,7 @@ class Settings:
     gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
     compiler: SegmentCompiler | None = None  # compiles what runs between moves
     precision: Precision = field(default_factory=Precision)
+    output: str | None = None  # "whole" or "sharded"
 
 
 @dataclass(frozen=True)

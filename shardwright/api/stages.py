@@ -105,6 +105,7 @@ def make_target(
         gather_recompute(root, settings),
         accumulates,
         adds_wide,
+        settings.output,
     )
     return Target(root, args, kwargs, settings, device, asked, marks, machine, **rest)
 

@@ -48,7 +48,7 @@ class _FirstOnly(torch.autograd.Function):
 
 def with_first_derivatives_only(values: list[Any]) -> list[Any]:
     """Returns values whose backward pass refuses to be differentiated, where their gradients have none of their own."""
-    found = list(values)
+    found = [with_first_derivatives_only(value) if type(value) is list else value for value in values]
     at = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and value.requires_grad]
     for i, value in zip(at, _FirstOnly.apply(*[values[i] for i in at]) if at else ()):
         found[i] = value

@@ -262,6 +262,7 @@ _ON_ELEMENTS = _packets("_to_copy copy copy_ zero zero_ fill fill_ empty_like ze
 # Operators on lists whose results are no tensors like those in the list.
 _REDUCE_LISTS = _names("_foreach_norm _foreach_max _foreach_mm _foreach_powsum")
 _STEPS = _names("_fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_")
+AS_NO_VIEW = _aten._unsafe_view.default  # the same memory, as a tensor of its own to autograd
 VECTOR_NORM = _aten.linalg_vector_norm.default
 LIST_NORM = _aten._foreach_norm.Scalar
 

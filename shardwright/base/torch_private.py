@@ -12,6 +12,7 @@ import torch._functorch.apis as functorch_apis
 import torch._functorch.eager_transforms as functorch_transforms
 import torch.utils.checkpoint as checkpoint_module
 from torch import overrides
+from torch._C import DisableTorchFunctionSubclass
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed.tensor import DTensor
@@ -28,6 +29,8 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as current_dispatch_modes
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import BackwardHook
+
+wrapper_tensor: Callable[..., Any] = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 def cpp_compiler() -> str:
@@ -209,6 +212,7 @@ def node_in_make_fx(tensor: torch.Tensor) -> torch.fx.Node:
 __all__ = [
     "BackwardHook",
     "CheckpointFunction",
+    "DisableTorchFunctionSubclass",
     "FakeTensor",
     "FakeTensorMode",
     "SingleLevelFunction",
@@ -252,5 +256,6 @@ __all__ = [
     "track_as",
     "untraceable",
     "will_execute_node",
+    "wrapper_tensor",
     "within_function_modes",
 ]

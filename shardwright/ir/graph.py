@@ -82,6 +82,7 @@ class Graph:
             of the graph is a pair: what the callable returns, and those tensors in their order.
         numbers: constants that are computed anew in every call, of numbers that the callable reads: formula and dtype.
         impossible_marks: errors in strategies of modules and functions that do not depend on the devices.
+        read_later: outputs that a program returns as they are split, to be made whole when they are read.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -95,6 +96,7 @@ class Graph:
     assignments: tuple[Any, ...] = field(default=(), compare=False)
     impossible_marks: tuple[str, ...] = field(default=(), compare=False)
     numbers: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
+    read_later: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for graph_input in self.inputs:
@@ -102,6 +104,12 @@ class Graph:
         for node in self.nodes:
             self.metas.update(zip(node.outputs, node.op.outputs, strict=True))
         object.__setattr__(self, "needs_grad", frozenset(NeedsGradient().of(self.inputs, self.nodes)))
+
+    @property
+    def made_whole(self) -> list[str]:
+        """Values that a program makes whole on every rank: outputs, except those that are read later, and updates."""
+        names = [o for o in self.outputs if isinstance(o, str) and o not in self.read_later]
+        return [*names, *(value for _, value in self.updates)]
 
     def __str__(self) -> str:
         lines = [f"{i.value}: {i.kind} {i.target} {list(i.meta.shape)}" for i in self.inputs]

@@ -20,7 +20,8 @@ from shardwright.ir.rank_groups import RankGroups
 class LocalProgram:
     """A program that one rank runs.
 
-    ``outputs`` are names of values that every rank holds whole, or constants. ``places`` names the local value that holds
+    ``outputs`` are names of values that every rank holds whole, or constants; ``split`` are those among them of which a rank
+    holds a piece, or a pending sum. ``places`` names the local value that holds
     each value of the graph, as its operator returns it. ``kept`` names results of instructions with ``recompute`` that are
     kept nevertheless: the results of a whole group that is recomputed. ``copies`` gives the copy that the calls of a node
     belong to, if operators run in copies.
@@ -36,6 +37,7 @@ class LocalProgram:
     places: dict[str, str] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
     copies: dict[str, int] = field(default_factory=dict)
+    split: frozenset[str] = frozenset()
 
     def text(self, rank: int = 0) -> str:
         """Returns the program of one rank as readable code."""

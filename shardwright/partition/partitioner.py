@@ -34,7 +34,7 @@ def partition(
         schedule_options: which moves share collectives.
 
     Returns:
-        A :class:`LocalProgram` whose outputs are whole on every rank.
+        A :class:`LocalProgram` whose outputs are whole on every rank, but for those that are read later.
     """
     return scheduled(unscheduled(graph, plan, options or Options()), schedule_options or MoveBuckets())
 
@@ -76,9 +76,8 @@ class _Partitioner:
             choice = plan.choices[node.name]
             for value, layout, gradient in zip(node.inputs, choice.inputs, choice.partial_gradient, strict=True):
                 self._add_need(value, layout, gradient)
-        for name in [*graph.outputs, *(value for _, value in graph.updates)]:
-            if isinstance(name, str):
-                self._add_need(name, Layout.replicated(plan.mesh, len(graph.metas[name].shape)), ())
+        for name in graph.made_whole:
+            self._add_need(name, Layout.replicated(plan.mesh, len(graph.metas[name].shape)), ())
 
     def _add_need(self, value: str, layout: Layout, gradient: tuple[str, ...]) -> None:
         self.needs.setdefault(value, {})[layout.normal(self.graph.metas[value].shape), gradient] = None
@@ -88,7 +87,7 @@ class _Partitioner:
         for node in self.graph.nodes:
             self._node(node)
         self.node = None
-        outputs = tuple(self._whole(o, "output") if isinstance(o, str) else o for o in self.graph.outputs)
+        outputs = tuple(self._output(o) for o in self.graph.outputs)
         updates = tuple((name, self._whole(value, name)) for name, value in self.graph.updates)
         return LocalProgram(
             self.builder.size,
@@ -99,7 +98,14 @@ class _Partitioner:
             self.rank_groups,
             self.layouts,
             self.place,
+            split=frozenset(o for o in outputs if isinstance(o, str) and not self.layouts[o].is_replicated),
         )
+
+    def _output(self, output: Any) -> Any:
+        """Returns what a program returns for an output of the graph: a local value, or the constant."""
+        if not isinstance(output, str):
+            return output
+        return self.place[output] if output in self.graph.read_later else self._whole(output, "output")
 
     def _input(self, graph_input: Any) -> ProgramInput:
         layout = self.plan.input_layouts[graph_input.value].normal(graph_input.meta.shape)

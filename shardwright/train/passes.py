@@ -32,6 +32,7 @@ from shardwright.train.copies.turns import interleave
 from shardwright.train.copies.virtual_axis import in_copies, is_interleaved
 from shardwright.train.fusion.settings import buckets_of
 from shardwright.train.optimizer_parallel.stored import OptimizerParallel, split_parameters
+from shardwright.train.outputs.read_later import with_outputs_read_later
 from shardwright.train.precision.wires import Precision, may_have_wires, with_wires
 from shardwright.train.recompute.marked import recompute_marked, recompute_parameter_gathers
 from shardwright.train.recompute.request import RecomputeRequest
@@ -55,6 +56,7 @@ class Asked:
         recompute: by module path, what is computed again in the backward pass.
         accumulates: whether gradients add up over micro-batches before they move.
         adds_wide: whether the world adds half precision in float32, as all but NCCL do.
+        output: which outputs are made whole; see :func:`~shardwright.train.outputs.read_later.with_outputs_read_later`.
     """
 
     devices: int
@@ -68,6 +70,7 @@ class Asked:
     recompute: Mapping[str, RecomputeRequest] = field(default_factory=dict)
     accumulates: bool = False
     adds_wide: bool = True
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,11 @@ GRAPH: tuple[Pass[Graph], ...] = (
     Pass("attributes", _follows_marks, lambda graph, asked: with_attributes(graph, asked.devices, dict(asked.parameter_plan))),
     Pass("copies", _follows_marks, lambda graph, asked: in_copies(graph, asked.parameter_plan)),
     Pass("shared by copies", _always, lambda graph, asked: share_between_copies(graph)),
+    Pass(
+        "outputs read later",
+        lambda asked, graph: not asked.accumulates,
+        lambda graph, asked: with_outputs_read_later(graph, asked.output),
+    ),
 )
 
 PLAN: tuple[Pass[Plan], ...] = (

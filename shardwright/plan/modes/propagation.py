@@ -256,7 +256,7 @@ class PropagationPlanner(Planner):
 
     def keep_sums_pending(self) -> None:
         """Keeps sums pending whose only reader is linear in them, so that one reduction does."""
-        kept = {v for v in self.graph.outputs if isinstance(v, str)} | {v for _, v in self.graph.updates}
+        kept = set(self.graph.made_whole)
         for node in self.graph.nodes:
             if not self.level.get(node.name):
                 continue

@@ -59,8 +59,7 @@ class Repricer:
                 for slot, value in enumerate(node.inputs):
                     self.uses.setdefault(value, []).append((node, slot))
         self.parameters = {i.value for i in plan.graph.inputs if i.kind == "parameter"}
-        names = [*plan.graph.outputs, *(v for _, v in plan.graph.updates)]
-        self.returned = {n for n in names if isinstance(n, str)}
+        self.returned = set(plan.graph.made_whole)
 
     def is_priced(self, node: Node) -> bool:
         """Tells whether an operator costs anything. Those whose pieces every rank makes itself do not."""

@@ -111,7 +111,7 @@ class _Orders:
     def moves(self) -> Iterator[MovePrice]:
         """Yields the redistributions of all values with another order, one per way of reading."""
         parameters = {i.value for i in self.graph.inputs if i.kind == "parameter"}
-        whole = {o for o in self.graph.outputs if isinstance(o, str)} | {v for _, v in self.graph.updates}
+        whole = set(self.graph.made_whole)
         read: dict[str, dict[tuple[Layout, tuple[str, ...]], list[str]]] = {}
         for node in self.graph.nodes:
             choice = self.plan.choices[node.name]

@@ -157,9 +157,7 @@ class Formulation:
     def __post_init__(self) -> None:
         self.graph = self.folded.graph
         self.parameters = {i.value: i for i in self.graph.inputs if i.kind == "parameter" or i.value in self.stored}
-        names = [*self.graph.outputs, *(v for _, v in self.graph.updates)]
-        # values that the program returns, or writes back: whole on every rank
-        self.kept_whole = {self.folded.alias.get(n, n) for n in names if isinstance(n, str)}
+        self.kept_whole = {self.folded.alias.get(n, n) for n in self.graph.made_whole}
         self.problem = self._build()
 
     # -- variables --------------------------------------------------------------------------------------------------

@@ -33,4 +33,5 @@ def share_between_copies(graph: Graph) -> Graph:
         nodes.append(node)
     outputs = tuple(same.get(o, o) if isinstance(o, str) else o for o in graph.outputs)
     updates = tuple((name, same.get(value, value)) for name, value in graph.updates)
-    return replace(graph, nodes=tuple(nodes), outputs=outputs, updates=updates) if same else graph
+    later = frozenset(same.get(value, value) for value in graph.read_later)
+    return replace(graph, nodes=tuple(nodes), outputs=outputs, updates=updates, read_later=later) if same else graph

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from shardwright.base.operators import AS_NO_VIEW
 from shardwright.errors import WorldError
 from shardwright.ir.instructions import Call, FusedMoves, Instruction, KeepSliceForBackward, Move, PerRank, StartMoves, is_call
 from shardwright.ir.program import LocalProgram
@@ -49,9 +52,26 @@ def _bind(
     writer.context(None, True)
     if keep is not None:
         return writer.function(f"[{', '.join(keep)}]")
-    outputs = [o if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
+    outputs = [
+        _output(writer, o, program) if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs
+    ]
     updates = [name for _, name in program.updates]
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _output(writer: SourceWriter, name: str, program: LocalProgram) -> str:
+    """Writes the value of an output. Callers may change it in place, if no one else has it."""
+    move = next((move for move in program.moves if move.output == name), None)
+    is_returned_once = [*program.outputs, *(value for _, value in program.updates)].count(name) == 1
+    if move is None or not move.communicates or not is_returned_once or any(name in i.reads for i in program.instructions):
+        return name
+    # what an autograd function returns is often a view, which autograd would not let them change
+    return f"{writer.constant('own', _as_own)}({name})"
+
+
+def _as_own(value: Tensor) -> Tensor:
+    """Returns a tensor with the same memory that is no view, as far as autograd knows."""
+    return AS_NO_VIEW(value, value.shape) if value.requires_grad and value._is_view() else value  # type: ignore[no-any-return]
 
 
 class _Binder(InstructionVisitor[None]):

@@ -99,9 +99,14 @@ def _bind(program: LocalProgram, keep: tuple[str, ...] | None, records: bool = F
     writer.context(None, True)
     if keep is not None:
         return writer.function(f"[{', '.join(keep)}]")
-    outputs = [f"{o}[0]" if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
+    outputs = [_output(o, program) if isinstance(o, str) else writer.constant("value", o.value) for o in program.outputs]
     updates = [f"{name}[0]" for _, name in program.updates]
     return writer.function(f"[{', '.join(outputs)}], [{', '.join(updates)}]")
+
+
+def _output(name: str, program: LocalProgram) -> str:
+    """Writes the value of an output: the whole one, or those of all rank groups."""
+    return name if name in program.split else f"{name}[0]"
 
 
 class _Binder(InstructionVisitor[None]):
