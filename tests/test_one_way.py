@@ -63,6 +63,7 @@ def program_of_the_run(script: str, monkeypatch: pytest.MonkeyPatch) -> LocalPro
     return found[0]
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # Lightning asks so
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in WITHOUT_A_PLAN])
 def test_a_plan_is_that_of_the_run(name, monkeypatch):
     script = str(EXAMPLES / f"{name}.py")
