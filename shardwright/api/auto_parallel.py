@@ -27,6 +27,7 @@ from shardwright.api.bound import BoundCall
 from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, why_planned_again
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
+from shardwright.api.pipeline import PipelineBoundCall
 from shardwright.api.settings import MODES, Settings
 from shardwright.api.settings_methods import SettingsMethods
 from shardwright.api.target_as_module import TargetAsModule
@@ -329,6 +330,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         if self.settings.mode == "hybrid_parallel":
             with train_step.backward_is_a_step(may_be_a_step):
                 return HybridBoundCall(self._root, args, kwargs, current_world(), self.settings)
+        if self.settings.pipeline is not None:
+            return PipelineBoundCall(self._root, args, kwargs, current_world(), self.settings)
         changing = self._state.changing if self._state is not None else ()
         return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step, changing)
 

@@ -9,6 +9,7 @@ from typing import Any
 from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan
+from shardwright.pipeline.cell import PipelineRequest
 from shardwright.plan.request import PlanRequest
 from shardwright.train.compile.compiler import SegmentCompiler
 from shardwright.train.optimizer_parallel.stored import OptimizerParallel
@@ -39,6 +40,7 @@ class Settings:
     gradients_mean: bool = True  # of hybrid_parallel: whether losses are averaged over the data axes
     compiler: SegmentCompiler | None = None  # compiles what runs between moves
     precision: Precision = field(default_factory=Precision)
+    pipeline: PipelineRequest | None = None
     output: str | None = None  # "whole" or "sharded"
 
 

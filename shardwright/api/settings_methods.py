@@ -15,6 +15,8 @@ from shardwright.data.strategy import check_dataset_strategy
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
 from shardwright.plan.file.read import load_plan_file
+from shardwright.pipeline.cell import read_pipeline
+from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.train.fusion.settings import read_fusion
 from shardwright.train.optimizer_parallel.stored import read_hsdp
 from shardwright.train.recompute.request import request_for
@@ -151,6 +153,26 @@ class SettingsMethods:
             ShardwrightError: a value out of range.
         """
         self.settings.hsdp = read_hsdp(shard_size, threshold, optimizer_level)
+        self._forget()
+        return self
+
+    def pipeline(
+        self, stages: int | tuple[int, ...] = 1, output_broadcast: bool = False, interleave: bool = False,
+        scheduler: str | Schedule = "1f1b",
+    ) -> Self:  # fmt: skip
+        """Runs the target, a :class:`~shardwright.PipelineCell`, in stages on ranks of their own.
+
+        Args:
+            stages: how many parts of equal size the ranks are divided into, in their order; or the ranks of each part.
+            output_broadcast: whether every rank gets the results; else those of the last stage, and all of them the loss.
+            interleave: whether each part of the ranks has two stages, one after the other along the model.
+            scheduler: the name of a schedule, or a schedule: ``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``.
+
+        Raises:
+            TypeError: a number of stages that is no int.
+            PipelineError: a value out of range.
+        """
+        self.settings.pipeline = read_pipeline(stages, output_broadcast, interleave, scheduler)
         self._forget()
         return self
 

@@ -126,6 +126,12 @@ def _classification(op: Operator) -> Signature:
     return replace(signature, pairs=signature.inner - {"c"})
 
 
+def count_depends_on_data(op: Operator) -> bool:
+    """Tells whether an operator is a loss whose mean divides by a number that its targets decide."""
+    names = ("aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss2d", "aten.nll_loss_nd")
+    return op.name in names and _terms(op).kind != "probabilities"
+
+
 def _count_is_known(terms: Terms) -> bool:
     return terms.reduction == SUM or terms.kind == "probabilities"
 

@@ -69,6 +69,21 @@ def _linear(op: Operator) -> tuple[tuple[int, ...], ...]:
     return ((0,),) if scales or op.name in KEEPS_VALUES else ()
 
 
+def is_linear_alone(op: Operator, index: int) -> bool:
+    """Tells whether an operator is linear in one input while the others stay as they are: a product, a quotient, a cast."""
+    if op.name in SCALES and op.argument("rounding_mode") is None:
+        slots = [argument.index for argument in op.args if isinstance(argument, Slot)]
+        return index in (slots if op.name in ("aten.mul", "aten.multiply") else slots[:1] if isinstance(op.args[0], Slot) else ())
+    return op.name in ("aten.to", "aten._to_copy") and op.inputs[0].differentiable and op.outputs[0].differentiable
+
+
+def adds_constant(op: Operator) -> int | None:
+    """Returns the position of the number that an operator adds to its only tensor input; ``None`` if it adds none."""
+    if op.name not in ADDS or len(op.inputs) != 1:
+        return None
+    return next((at for at, argument in enumerate(op.args[:2]) if isinstance(argument, (int, float))), None)
+
+
 @rule_for("aten.to", "aten.type_as")
 def _cast(op: Operator) -> Signature | None:
     """Splits the first input. The second, of which only the dtype matters, follows if it has the same dims, else is whole."""

@@ -1,0 +1,300 @@
+"""Takes the program of a stage, for all micro-batches, apart into what runs when.
+
+- *once*: what is the same for all micro-batches, such as gathers of parameters and the random numbers of the whole batch;
+- *slices*: cuts of such values, which only depend on the micro-batch's place;
+- *each*: the rest, which runs forward and backward for every micro-batch. Micro-batches of one size share a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from shardwright.base.torch_private import pytree
+from shardwright.ir import rank_groups
+from shardwright.ir.instructions import (
+    Call,
+    FusedMoves,
+    Instruction,
+    KeepSliceForBackward,
+    Move,
+    PerRank,
+    ProgramInput,
+    Ref,
+    StartMoves,
+)
+from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
+from shardwright.ir.operator import TensorMeta
+from shardwright.ir.program import LocalProgram
+from shardwright.pipeline.micro import MICRO
+from shardwright.redistribute.planner import Options
+from shardwright.redistribute.steps import redistribution
+from shardwright.rules.pieces import piece
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A stage's program in parts.
+
+    Args:
+        once: runs once per step; returns the values of ``held``.
+        held: local values that ``slices`` and ``each`` read.
+        slices: for every micro-batch, the program that cuts its pieces out of held values; returns those of ``cut``.
+        cut: local values that ``each`` reads of them.
+        each: for every micro-batch its program, the same object where they are alike.
+    """
+
+    once: LocalProgram
+    held: tuple[str, ...]
+    slices: tuple[LocalProgram, ...]
+    cut: tuple[str, ...]
+    each: tuple[LocalProgram, ...]
+
+
+def parts_of(program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int = 0) -> Parts:
+    """Takes a program apart.
+
+    Args:
+        program: of ``micro x ranks``, without moves that are fused or started early.
+        count: number of micro-batches.
+        options: which steps redistributions may use and their costs.
+        received: inputs that come from other stages, per micro-batch.
+        first_rank: the number of the first of the stage's ranks in the programs that are made.
+    """
+    return _Taker(program, count, options, received, first_rank).run()
+
+
+class _Taker:
+    def __init__(self, program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int):
+        self.program, self.count, self.options, self.received = program, count, options, set(received)
+        self.first_rank, self.ranks = first_rank, program.world_size // count
+        self.metas: dict[str, TensorMeta] = {i.name: i.meta for i in program.inputs}
+
+    def run(self) -> Parts:
+        once, slices, each = self.sorted()
+        read = {name for i in (*slices, *each) for name in i.reads} | self.returned()
+        made = [name for i in once for name in i.outputs]
+        given = [i.name for i in self.program.inputs if i.name not in self.received]
+        held = tuple(name for name in (*given, *made) if name in read)
+        cut = tuple(n for i in slices for n in i.outputs if n in {r for e in each for r in e.reads} | self.returned())
+        received = tuple(replace(i, kind="local") for i in self.program.inputs if i.name in self.received)
+        first = _InPlace(self, 0)
+        inputs = tuple(first.input(i) for i in self.program.inputs if i.name not in self.received)
+        whole = first.program(inputs, once, ())
+        of_held = tuple(self.as_input(name) for name in held)
+        cuts, programs = [], []
+        known: dict[Any, LocalProgram] = {}
+        for place in range(self.count):
+            at = _InPlace(self, place)
+            cuts.append(at.program(tuple(at.input(i) for i in of_held), slices, ()))
+            key = at.key(each)
+            if key not in known:
+                own = tuple(at.input(i) for i in (*of_held, *(self.as_input(name) for name in cut), *received))
+                known[key] = at.program(own, each, self.program.outputs)
+            programs.append(known[key])
+        return Parts(whole, held, tuple(cuts), cut, tuple(programs))
+
+    def returned(self) -> set[str]:
+        return {o for o in self.program.outputs if isinstance(o, str)} | {value for _, value in self.program.updates}
+
+    def as_input(self, name: str) -> ProgramInput:
+        layout = self.program.layouts.get(name) or Layout.replicated(Mesh((), ()), 0)
+        return ProgramInput(name, "local", name, self.meta(name), layout)
+
+    def meta(self, name: str) -> TensorMeta:
+        """Returns the meta of a value; of those that moves and cuts make only the shape matters."""
+        return self.metas[name]
+
+    # -- sorting ----------------------------------------------------------------------------------------------------
+
+    def is_same(self, name: str) -> bool:
+        """Tells whether a value is the same for all micro-batches."""
+        if name in self.received:
+            return False
+        groups, n = self.program.rank_groups[name], self.ranks
+        if self.count == 1:
+            return name in self.same
+        return all(groups[place * n : (place + 1) * n] == groups[:n] for place in range(1, self.count))
+
+    def sorted(self) -> tuple[list[Instruction], list[Instruction], list[Instruction]]:
+        """Sorts the instructions into once, slices and each."""
+        inputs = {i.name for i in self.program.inputs if i.kind != "input"}
+        self.same = set(inputs)  # with one micro-batch: what no input reaches
+        once: list[Instruction] = []
+        slices: list[Instruction] = []
+        each: list[Instruction] = []
+        ready = {i.name for i in self.program.inputs if i.name not in self.received}
+        cut: set[str] = set()
+        for instruction in self.program.instructions:
+            assert not isinstance(instruction, (StartMoves, FusedMoves))
+            outputs, reads = instruction.outputs, instruction.reads
+            if self.count == 1 and all(name in self.same for name in reads):
+                self.same.update(outputs)
+            if outputs and ready.issuperset(reads) and all(self.is_same(name) for name in outputs):
+                once.append(instruction)
+                ready.update(outputs)
+            elif outputs and (ready | cut).issuperset(reads) and _only_cuts(instruction):
+                slices.append(instruction)
+                cut.update(outputs)
+            else:
+                each.append(instruction)
+            for name in outputs:
+                self.metas.setdefault(name, self.made_meta(instruction, name))
+        return once, slices, each
+
+    def made_meta(self, instruction: Instruction, name: str) -> TensorMeta:
+        if isinstance(instruction, Move):
+            return TensorMeta(instruction.redistribution.shape, instruction.dtypes("forward")[2])
+        layout = self.program.layouts.get(name)
+        known = next((self.metas[v] for v, place in self.program.places.items() if place == name and v in self.metas), None)
+        if known is not None:
+            return known
+        shape = () if layout is None else (0,) * layout.ndim
+        return TensorMeta(shape, next((self.metas[n].dtype for n in instruction.reads), None))  # type: ignore[arg-type]
+
+
+def _only_cuts(instruction: Instruction) -> bool:
+    if isinstance(instruction, Move):
+        return not instruction.communicates
+    return isinstance(instruction, Call) and instruction.function is piece
+
+
+class _InPlace:
+    """Writes instructions as one micro-batch runs them."""
+
+    def __init__(self, taker: _Taker, place: int):
+        self.taker, self.place, self.n = taker, place, taker.ranks
+        self.layouts = {name: self.layout(layout) for name, layout in taker.program.layouts.items()}
+        self.groups = {name: self.rank_groups(groups) for name, groups in taker.program.rank_groups.items()}
+
+    def program(
+        self, inputs: tuple[ProgramInput, ...], instructions: Sequence[Instruction], outputs: tuple[Any, ...]
+    ) -> LocalProgram:
+        program = self.taker.program
+        names = {o for o in outputs if isinstance(o, str)}
+        return replace(
+            program, world_size=self.n, inputs=inputs, instructions=tuple(map(self.instruction, instructions)), outputs=outputs,
+            updates=program.updates if outputs else (), rank_groups=self.groups, layouts=self.layouts, places={},
+            split=frozenset(names),
+        )  # fmt: skip
+
+    def key(self, instructions: Sequence[Instruction]) -> Any:
+        """Returns what tells this micro-batch's instructions from those of another one."""
+        found: list[Any] = []
+        for instruction in instructions:
+            if isinstance(instruction, Call):
+                for leaf in pytree.tree_leaves((instruction.args, instruction.kwargs)):
+                    if isinstance(leaf, PerRank):
+                        found.append([_hashable(leaf.of(self.rank(r))) for r in range(self.n)])
+            for move in instruction.ends:
+                found.append(self.shape(move.redistribution.source, move.redistribution.shape))
+        return str(found)
+
+    def rank(self, rank: int) -> int:
+        """Returns the place on ``micro x ranks`` of one of the stage's ranks."""
+        return self.place * self.n + rank
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    def rank_groups(self, groups: rank_groups.RankGroups) -> rank_groups.RankGroups:
+        return rank_groups.number(groups[self.place * self.n : (self.place + 1) * self.n])
+
+    def layout(self, layout: Layout) -> Layout:
+        """Returns the layout over the ranks of what this micro-batch has."""
+        mesh = layout.mesh
+        if mesh.axes[:1] != (MICRO,):
+            return layout
+        own = Mesh(mesh.axes[1:], mesh.sizes[1:], tuple(r % self.n + self.taker.first_rank for r in mesh.ranks[: self.n]))
+        dims, sizes = [], []
+        for axes, pieces in zip(layout.bound, layout.sizes, strict=True):
+            rest = tuple(a for a in axes if a != MICRO)
+            if pieces is not None and MICRO in axes:
+                each = len(pieces) // self.taker.count
+                pieces = pieces[self.place * each : (self.place + 1) * each]
+            dims.append(rest)
+            sizes.append(pieces if rest else None)
+        return Layout.of(own, dims, [(a, op) for a, op in layout.partial if a != MICRO], sizes)
+
+    def shape(self, layout: Layout, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape, over the ranks, of what this micro-batch has of a value."""
+        found = []
+        for dim, size in enumerate(shape):
+            if layout.mesh.axes[:1] == (MICRO,) and MICRO in layout.bound[dim]:
+                pieces = layout.pieces(dim, size)
+                each = len(pieces) // self.taker.count
+                size = sum(pieces[self.place * each : (self.place + 1) * each])
+            found.append(size)
+        return tuple(found)
+
+    def input(self, given: ProgramInput) -> ProgramInput:
+        shape = self.shape(given.layout, given.meta.shape) if len(given.meta.shape) == given.layout.ndim else given.meta.shape
+        return replace(given, meta=replace(given.meta, shape=shape, stride=()), layout=self.layout(given.layout))
+
+    # -- instructions -----------------------------------------------------------------------------------------------
+
+    def instruction(self, instruction: Instruction) -> Instruction:
+        if isinstance(instruction, Move):
+            return self.move(instruction)
+        if isinstance(instruction, KeepSliceForBackward):
+            return replace(instruction, cut=self.move(instruction.cut), gather=self.move(instruction.gather))
+        assert isinstance(instruction, Call)
+        args, kwargs = pytree.tree_map(self.argument, (instruction.args, instruction.kwargs))
+        groups = self.rank_groups(instruction.rank_groups)
+        return replace(instruction, args=args, kwargs=kwargs, rank_groups=groups)
+
+    def argument(self, leaf: Any) -> Any:
+        return PerRank(partial(_of, leaf.of, self.place * self.n - self.taker.first_rank)) if isinstance(leaf, PerRank) else leaf
+
+    def move(self, move: Move) -> Move:
+        plan = move.redistribution
+        before, after = _cut_dim(plan.source), _cut_dim(plan.target)
+        assert (MICRO in plan.source.partial_axes) == (MICRO in plan.target.partial_axes), f"{move.edge}: micro-batches would meet"
+        options = replace(self.taker.options, itemsize=move.dtype.itemsize)
+        gradient = tuple(a for a in plan.partial_gradient if a != MICRO)
+        if before == after or (before is None and after is not None):
+            shape = self.shape(plan.target, plan.shape)
+            source, target = self.layout(plan.source), self.layout(plan.target)
+            if before is None and after is not None:  # a slice of what is there whole
+                return self.slice(move, options)
+            return replace(
+                move, redistribution=redistribution(source, target, shape, gradient, options),
+                rank_groups=self.rank_groups(move.rank_groups),
+            )  # fmt: skip
+        raise AssertionError(f"{move.edge}: micro-batches would have to meet")
+
+    def slice(self, move: Move, options: Options) -> Any:
+        """Returns the call that cuts this micro-batch's piece of a value that is whole on every rank."""
+        plan = move.redistribution
+        bounds = plan.target.bounds(plan.shape)
+        source = plan.source.bounds(plan.shape)
+
+        def there(rank: int) -> int:
+            return self.rank(rank - self.taker.first_rank)
+
+        def start(dim: int) -> PerRank:
+            return PerRank(lambda rank: bounds[there(rank)][dim][0] - source[there(rank)][dim][0])
+
+        def length(dim: int) -> PerRank:
+            return PerRank(lambda rank: bounds[there(rank)][dim][1] - bounds[there(rank)][dim][0])
+
+        dims = range(len(plan.shape))
+        groups = self.rank_groups(move.rank_groups)
+        return Call(
+            piece, (Ref(move.source), [start(d) for d in dims], [length(d) for d in dims]), {}, (move.output,), False,
+            move.cause, groups, move.autocast, move.grad, move.recompute,
+        )  # fmt: skip
+
+
+def _of(of: Callable[[int], Any], offset: int, rank: int) -> Any:
+    return of(rank + offset)
+
+
+def _cut_dim(layout: Layout) -> int | None:
+    return next((d for d, axes in enumerate(layout.bound) if MICRO in axes), None)
+
+
+def _hashable(value: Any) -> str:
+    return repr(value)
