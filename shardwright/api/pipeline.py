@@ -26,8 +26,8 @@ from shardwright.partition.local_program import options_of, program_before_overl
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
 from shardwright.pipeline.cut import Stage, cut_graph
 from shardwright.pipeline.means import with_counted_means
-from shardwright.pipeline.micro import Cut, batch_cuts, cut_plan
-from shardwright.pipeline.parts import Parts, parts_of
+from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan
+from shardwright.pipeline.parts import MicroBatchesMeet, Parts, parts_of
 from shardwright.pipeline.run import PipelineRun
 from shardwright.pipeline.schedules.named import make_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
@@ -216,14 +216,26 @@ def plan_stages(
         ranks = rows[placement.row_of_stage[stage.index]]
         plan = _plan_stage(target, stage, ranks, cut, micro)
         plans.append(cut_plan(plan, micro, cut, problems) if micro > 1 else plan)
-    problems.raise_if_any(f"the batch cannot pass in {micro} micro-batches")
+    problems.raise_if_any(_CANNOT.format(micro))
     first = [sum(rows[:row]) for row in placement.row_of_stage]
     planned = []
     for stage, plan, start in zip(stages, plans, first, strict=True):
         program = program_before_overlap(plan)
-        parts = parts_of(program, micro, options_of(replace(plan, machine=None)), tuple(stage.received))
+        try:
+            parts = parts_of(program, micro, options_of(replace(plan, machine=None)), tuple(stage.received))
+        except MicroBatchesMeet as met:
+            node = next(n for n in plan.graph.nodes if n.name == str(met))
+            problems.add(f"{node.where} computes with the whole batch, such as its mean and variance; {NEVER_MEET}")
+            continue
         planned.append(PlannedStage(stage, plan, parts, start, rows[placement.row_of_stage[stage.index]]))
+    problems.raise_if_any(_CANNOT.format(micro))
     return PlannedPipeline(planned, cut)
+
+
+_CANNOT = (
+    "the batch cannot pass in {} micro-batches (exact are: micro_size=1; eval() of a batch norm; an operator over samples or "
+    "channels in its place, such as a group norm)"
+)
 
 
 def _plan_stage(target: Target, stage: Stage, ranks: int, cut: Cut, micro: int) -> Plan:

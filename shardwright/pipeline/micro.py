@@ -11,23 +11,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
+from functools import partial
+
+from torch import Tensor
 
 from shardwright.errors import Problems
 from shardwright.ir.choice import Choice, make_choice
 from shardwright.ir.graph import Node
+from shardwright.ir.instructions import PerRank, Ref
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.pieces import chunk_pieces
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
-from shardwright.pipeline.stages import free_nodes
+from shardwright.pipeline.stages import free_nodes, is_received
 from shardwright.plan.choose.follow import propose
+from shardwright.rules.lowering import Local
 from shardwright.rules.pointwise import ADDS, adds_constant, is_linear_alone
-from shardwright.rules.registry import signature_of
 
 MICRO = "micro"
+NEVER_MEET = "micro-batches pass one after the other and never meet"
 
 
 def micro_mesh(mesh: Mesh, count: int) -> Mesh:
@@ -80,6 +84,7 @@ class _Cutter:
         self.given = {i.value for i in plan.graph.inputs}
         self.choices: dict[str, Choice] = {}
         self.nodes: list[Node] = []
+        self.of_parameters = {i.value for i in self.graph.inputs if i.kind == "parameter"}
         self.signatures = dict(plan.signatures)
         self.where: dict[str, Layout] = {}  # settled layouts of values, on meshes with micro-batches
 
@@ -88,8 +93,7 @@ class _Cutter:
         for graph_input in self.graph.inputs:
             value = graph_input.value
             layout = self.lifted(self.plan.input_layouts[value], graph_input.meta.shape)
-            is_received = graph_input.kind == "input" and isinstance(graph_input.target, str)
-            inputs[value] = self.where[value] = self.split_like(layout, value) if is_received else layout
+            inputs[value] = self.where[value] = self.split_like(layout, value) if is_received(graph_input) else layout
         for node in self.graph.nodes:
             node = self.with_shares(node)
             self.choices[node.name] = self.choice(node)
@@ -160,7 +164,10 @@ class _Cutter:
             mesh: of micro-batches and ranks.
         """
         self.note_cut(node, signature, factors)
-        split: dict[str, Split] = {f: own for f, own in choice.split.items() if f not in factors}
+        split: dict[str, Split] = {}
+        if self.of_parameters.intersection(node.inputs):  # others may be as long as the batch, and are cheap
+            split = {f: own for f, own in choice.split.items() if f not in factors}
+            self.of_parameters.update(node.outputs)
         needs = [v in self.graph.needs_grad for v in node.inputs]
         made = make_choice(node.op, signature, mesh, split, needs)
         if made.outputs != made.computed or any(layout.partial for layout in made.computed):
@@ -243,20 +250,19 @@ class _Cutter:
         name = f"{value}_share"
         if name in self.choices:
             return name
-        op = Operator(torch.ops.aten.div.Scalar, (Slot(0), self.count), {}, (meta,), (meta,))
-        node = Node(name, op, (value,), (name,), reader.module, reader.source, grad=reader.grad)
-        signature = signature_of(op)
-        assert signature is not None
-        layout = self.where[value].without_partial()
-        mesh = layout.mesh
+        op = Operator(share, (Slot(0),), {}, (meta,), (meta,))
+        dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
+        sizes = {f"d{i}": size for i, size in enumerate(meta.shape)}
+        signature = Signature((dims,), (dims,), sizes, lowering=partial(_share, self.plan.mesh.size, self.count))
         split: dict[str, Split] = {}
-        propose(split, signature, signature.inputs[0], layout, meta.shape)
-        made = make_choice(op, signature, mesh, split, [value in self.graph.needs_grad])
-        share = made.outputs[0].with_partial((MICRO,))
-        self.choices[name] = replace(made, computed=(share,), outputs=(share,))
+        propose(split, signature, signature.inputs[0], self.where[value].without_partial(), meta.shape)
+        made = make_choice(op, signature, self.where[value].mesh, split, [False])
+        part = made.outputs[0].with_partial((MICRO,))
+        gradient = ((MICRO,) if value in self.graph.needs_grad else (),)
+        self.choices[name] = replace(made, computed=(part,), outputs=(part,), partial_gradient=gradient)
         self.signatures[name] = signature
-        self.cut.layouts[name] = self.where[name] = share
-        self.nodes.append(node)
+        self.cut.layouts[name] = self.where[name] = part
+        self.nodes.append(Node(name, op, (value,), (name,), reader.module, reader.source, grad=reader.grad))
         return name
 
     def settled(self, before: Layout, after: Layout, computed: Layout) -> Layout:
@@ -293,7 +299,22 @@ class _Cutter:
             self.refuse(node, "computes with the whole batch, such as its mean")
 
     def refuse(self, node: Node, why: str) -> None:
-        self.problems.add(f"{node.where} {why}; micro-batches that pass one after the other never meet")
+        self.problems.add(f"{node.where} {why}; {NEVER_MEET}")
+
+
+def share(value: Tensor, place: int, count: int) -> Tensor:
+    """Computes a micro-batch's share of a value that is the same for all of them; the shares add up to it.
+
+    Args:
+        value: the value.
+        place: of the micro-batch, which makes its share another value than theirs.
+        count: number of micro-batches.
+    """
+    return value / count
+
+
+def _share(ranks: int, count: int, local: Local) -> tuple[Ref, ...]:
+    return (local.call(share, local.inputs[0], PerRank(lambda rank: rank // ranks), count),)
 
 
 def _linear_group(node: Node, signature: Signature, sums: set[int]) -> frozenset[int] | None:

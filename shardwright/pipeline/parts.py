@@ -29,10 +29,14 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
-from shardwright.pipeline.micro import MICRO
+from shardwright.pipeline.micro import MICRO, share
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.pieces import piece
+
+
+class MicroBatchesMeet(Exception):
+    """A move that would need all micro-batches; carries the name of the operator that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class _InPlace:
         """Returns what tells this micro-batch's instructions from those of another one."""
         found: list[Any] = []
         for instruction in instructions:
-            if isinstance(instruction, Call):
+            if isinstance(instruction, Call) and instruction.function is not share:
                 for leaf in pytree.tree_leaves((instruction.args, instruction.kwargs)):
                     if isinstance(leaf, PerRank):
                         found.append([_hashable(leaf.of(self.rank(r))) for r in range(self.n)])
@@ -251,21 +255,20 @@ class _InPlace:
     def move(self, move: Move) -> Move:
         plan = move.redistribution
         before, after = _cut_dim(plan.source), _cut_dim(plan.target)
-        assert (MICRO in plan.source.partial_axes) == (MICRO in plan.target.partial_axes), f"{move.edge}: micro-batches would meet"
+        if before is not None and before != after or (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes):
+            raise MicroBatchesMeet(move.cause)
         options = replace(self.taker.options, itemsize=move.dtype.itemsize)
         gradient = tuple(a for a in plan.partial_gradient if a != MICRO)
-        if before == after or (before is None and after is not None):
-            shape = self.shape(plan.target, plan.shape)
-            source, target = self.layout(plan.source), self.layout(plan.target)
-            if before is None and after is not None:  # a slice of what is there whole
-                return self.slice(move, options)
-            return replace(
-                move, redistribution=redistribution(source, target, shape, gradient, options),
-                rank_groups=self.rank_groups(move.rank_groups),
-            )  # fmt: skip
-        raise AssertionError(f"{move.edge}: micro-batches would have to meet")
+        if before is None and after is not None:  # a slice of what is there whole
+            return self.slice(move)
+        shape = self.shape(plan.target, plan.shape)
+        source, target = self.layout(plan.source), self.layout(plan.target)
+        return replace(
+            move, redistribution=redistribution(source, target, shape, gradient, options),
+            rank_groups=self.rank_groups(move.rank_groups),
+        )  # fmt: skip
 
-    def slice(self, move: Move, options: Options) -> Any:
+    def slice(self, move: Move) -> Call:
         """Returns the call that cuts this micro-batch's piece of a value that is whole on every rank."""
         plan = move.redistribution
         bounds = plan.target.bounds(plan.shape)

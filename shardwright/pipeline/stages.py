@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shardwright.base.operators import may_draw
 from shardwright.errors import Problems
-from shardwright.ir.graph import Graph, Node
+from shardwright.ir.graph import Graph, GraphInput, Node
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,17 @@ class Placement:
         return Placement(rows, tuple(row for turn in turns for row in turn))
 
 
+def is_received(graph_input: GraphInput) -> bool:
+    """Tells whether an input of a stage's graph comes from another stage, rather than from the caller."""
+    return graph_input.kind == "input" and isinstance(graph_input.target, str)
+
+
 def free_nodes(graph: Graph) -> frozenset[str]:
     """Returns the operators that every stage can run for itself: what they compute depends on no batch that has passed others.
 
     They are made of inputs alone, or of parameters alone, and draw no random numbers.
     """
-    kinds = {i.value: "data" if i.kind == "input" else "state" for i in graph.inputs}
+    kinds = {i.value: "data" if i.kind == "input" else "state" for i in graph.inputs if not is_received(i)}
     found = set()
     for node in graph.nodes:
         of_inputs = {kinds.get(value) for value in node.inputs}

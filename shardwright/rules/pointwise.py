@@ -73,7 +73,9 @@ def is_linear_alone(op: Operator, index: int) -> bool:
     """Tells whether an operator is linear in one input while the others stay as they are: a product, a quotient, a cast."""
     if op.name in SCALES and op.argument("rounding_mode") is None:
         slots = [argument.index for argument in op.args if isinstance(argument, Slot)]
-        return index in (slots if op.name in ("aten.mul", "aten.multiply") else slots[:1] if isinstance(op.args[0], Slot) else ())
+        return index in (
+            slots if op.name in ("aten.mul", "aten.multiply") else slots[:1] if isinstance(op.args[0], Slot) else ()
+        )
     return op.name in ("aten.to", "aten._to_copy") and op.inputs[0].differentiable and op.outputs[0].differentiable
 
 
