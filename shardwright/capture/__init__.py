@@ -17,6 +17,7 @@
 ``names``            readable, unique names for the values and nodes of a graph
 ``numbers``          numbers that change in every step, as inputs of the program
 ``own_backward``     records the user's functions and hooks with their own backward as opaque operators
+``padded_encoder``   what ``nn.TransformerEncoder`` and its layers compute of masked batches in evaluation
 ``python_state``     everything besides its arguments that a captured callable reads
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
 ``recorded``         what an export has recorded so far, and which of its nodes a tensor stands for

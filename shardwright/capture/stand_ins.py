@@ -16,8 +16,10 @@ from shardwright.base.torch_private import (
     batch_norm_forward,
     checkpoint_module,
     module_calls,
+    transformer_module,
 )
 from shardwright.capture.own_backward import RecordedBackwardHook
+from shardwright.capture.padded_encoder import encoder_forward, layer_forward
 from shardwright.capture.refusals import refuse
 from shardwright.capture.session import RECOMPUTE
 from shardwright.capture.torch_functions import Watch
@@ -81,6 +83,10 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         (module_calls, "BackwardHook", module_hooks),
         # a batch norm of the whole batch is one already, whose group and device torch would ask for
         (nn.SyncBatchNorm, "forward", batch_norm_forward),
+        (nn.TransformerEncoder, "forward", encoder_forward),
+        # whether a mask that is used is the causal one, which torch would read off its values
+        (transformer_module, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+        (nn.TransformerEncoderLayer, "forward", layer_forward),
     ]
 
 
