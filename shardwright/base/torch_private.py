@@ -23,6 +23,7 @@ from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_calls
 from torch.nn.modules import transformer as transformer_module
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -128,7 +129,7 @@ def is_captured_alone(node: Any) -> bool:
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 # Forward of batch norms that know of one device only.
-batch_norm_forward = torch.nn.modules.batchnorm._BatchNorm.forward
+batch_norm_forward = BatchNorm.forward
 # Tells whether a transformation of ``torch.func`` is running.
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # What ``torch.no_grad`` calls, as an export records it.
@@ -227,6 +228,7 @@ __all__ = [
     "TorchDispatchMode",
     "add_dtensor_handlers",
     "annotate",
+    "BatchNorm",
     "batch_norm_forward",
     "checkpoint_module",
     "cloned_store",

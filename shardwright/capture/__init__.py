@@ -7,6 +7,8 @@
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
+``covariance``       ``torch.cov`` and ``torch.corrcoef`` as the operators that they are made of
+``cumulative_norm``  batch norms without a momentum, whose statistics are the means over all batches
 ``data``             assignments to ``tensor.data``
 ``derivatives``      derivatives that the callable takes itself, by ``torch.autograd.grad``, as operators
 ``emitter``          appends operators to the graph that is being made, and keeps the current value of each tensor
