@@ -1,7 +1,7 @@
 """Public API: an ``AutoParallel`` and what a user says to it.
 
 ====================  ===========================================================================================
-``ambiguous``         names that a net and its model both have, and models that split batches themselves
+``ambiguous``         names that a net and its model both have, and what splits batches or scales losses besides
 ``auto_parallel``     captures, plans, partitions and runs a callable
 ``bound``             a callable, captured, planned, partitioned and bound for one signature of inputs
 ``call_key``          the part of a call's signature that its inputs make, and what differs from an earlier one
