@@ -41,7 +41,7 @@ def watch_gradients(outputs: Sequence[Any], outer: Sequence[int], inner: Sequenc
         outer, inner: places of :func:`inner_results`.
         retained: places of results whose gradients the callable itself retains, which are whole.
     """
-    checks = _Checks([(weakref.ref(outputs[n]), n in retained) for n in inner])
+    checks = _Checks([(weakref.ref(outputs[n]), n in retained, frozenset(_hooks(outputs[n]))) for n in inner])
     for n in outer:
         if outputs[n].requires_grad and not outputs[n].is_leaf:
             outputs[n].register_hook(checks)
@@ -57,7 +57,7 @@ class _Check:
 class _Checks(_Check):
     """A hook on gradients that checks all inner results of a call, once in each backward pass."""
 
-    def __init__(self, inner: Sequence[tuple[weakref.ref[Tensor], bool]]):
+    def __init__(self, inner: Sequence[tuple[weakref.ref[Tensor], bool, frozenset[int]]]):
         self.inner, self.task = inner, -1
 
     def __call__(self, gradient: Tensor) -> None:
@@ -65,13 +65,13 @@ class _Checks(_Check):
         if task == self.task:
             return
         self.task = task
-        for reference, is_retained in self.inner:
+        for reference, is_retained, known in self.inner:
             found = reference()
             if found is None or found.grad_fn is None:
                 continue
             if found.retains_grad and not is_retained:
                 raise _refused(found, "retain_grad() of", "Call retain_grad() on it in forward")
-            if any(not _is_ours(hook) for hook in (getattr(found, "_backward_hooks", None) or {}).values()):
+            if any(number not in known and not isinstance(hook, _Check) for number, hook in _hooks(found).items()):
                 raise _refused(found, "a hook on", "Register the hook in forward")
 
 
@@ -87,8 +87,9 @@ class _AloneCheck(_Check):
             raise _refused(found, "the gradient of", "Take the derivative in forward, by torch.autograd.grad")
 
 
-def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, _Check) or (getattr(hook, "__module__", None) or "").startswith("shardwright.")
+def _hooks(tensor: Tensor) -> dict[int, Any]:
+    """Returns the hooks of a tensor by their numbers; those that the callable registered are there when a call returns."""
+    return getattr(tensor, "_backward_hooks", None) or {}
 
 
 def _refused(tensor: Tensor, what: str, instead: str) -> CaptureError:
