@@ -22,7 +22,7 @@ from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
 from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
-from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_wrapped
+from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_scaled_losses, refuse_wrapped
 from shardwright.api.bound import BoundCall
 from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, why_planned_again
 from shardwright.api.hybrid import HybridBoundCall
@@ -257,6 +257,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             bound = self._known(key)
         if bound is None:
             self._log_why_planned_again(key, leaves)
+            if given is not None and current_world().processes > 1:
+                refuse_scaled_losses(kwargs)
             with self._compare_planning(leaves, spec, given) as signatures, _out_of_inference():
                 bound = self._compile(args, kwargs, leaves, given)
             bound.signatures = signatures

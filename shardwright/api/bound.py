@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.agreement.job_watch import explain, note
 from shardwright.agreement.signature import Signature, lines_of, value_summaries
+from shardwright.api.inner_results import inner_results, watch_gradients
 from shardwright.api.settings import Settings
 from shardwright.api.stages import (
     Target,
@@ -111,6 +112,7 @@ class BoundCall:
     def _count_inputs(self) -> None:
         """Sorts the graph's inputs into parameters, arguments and others, and records which are written to."""
         self._retained = retained_outputs(self.graph)
+        self._inner = inner_results(self.graph)
         kinds = [i.kind for i in self.graph.inputs]
         self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
         self._arguments = [n for n, kind in enumerate(kinds) if kind == "input"]
@@ -233,6 +235,8 @@ class BoundCall:
             outputs[index] = wrap(outputs[index])
         for index, gradient in self._retained:
             gradient.hand_to(outputs[index])
+        if self._inner[1] and torch.is_grad_enabled():
+            watch_gradients(outputs, *self._inner, frozenset(index for index, _ in self._retained))
         result = pytree.tree_unflatten(outputs, self.graph.out_spec)
         return self._assigned(result) if self.graph.assignments else result
 

@@ -7,6 +7,8 @@
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
+``covariance``       ``torch.cov`` and ``torch.corrcoef`` as the operators that they are made of
+``cumulative_norm``  batch norms without a momentum, whose statistics are the means over all batches
 ``data``             assignments to ``tensor.data``
 ``derivatives``      derivatives that the callable takes itself, by ``torch.autograd.grad``, as operators
 ``emitter``          appends operators to the graph that is being made, and keeps the current value of each tensor
@@ -17,6 +19,7 @@
 ``names``            readable, unique names for the values and nodes of a graph
 ``numbers``          numbers that change in every step, as inputs of the program
 ``own_backward``     records the user's functions and hooks with their own backward as opaque operators
+``padded_encoder``   what ``nn.TransformerEncoder`` and its layers compute of masked batches in evaluation
 ``python_state``     everything besides its arguments that a captured callable reads
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
 ``recorded``         what an export has recorded so far, and which of its nodes a tensor stands for

@@ -115,10 +115,11 @@ class SavedState:
 
         for path, module, before in self.modules:
             own = vars(module)
-            if type(module).__module__.startswith("torch.nn.modules."):
-                continue  # what torch's own modules remember of their parameters
+            is_torchs = type(module).__module__.startswith("torch.nn.modules.")
             for name in [*own, *(n for n in before if n not in own)]:
                 new = own.get(name, _missing)
+                if is_torchs and not (isinstance(new, Tensor) and isinstance(before.get(name), Tensor)):
+                    continue  # what torch's own modules remember of their parameters; hooks compute weights for them
                 if name in STANDARD or name == "forward" or new is before.get(name, _missing):
                     continue
                 changed(f"{path}.{name}" if path else name, new, partial(_put, own, name))
