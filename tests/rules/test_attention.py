@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import shardwright as sw
 from shardwright.capture.capture import capture
 from shardwright.capture.closure import FunctionModule
 from shardwright.ir.signature import Signature
@@ -77,5 +78,38 @@ def test_what_stays_whole() -> None:
     assert causal.whole == {"l", "s", "e"}
 
 
-def test_dropout_has_no_rule() -> None:
-    assert signature(*tensors(), dropout_p=0.1) is None
+DROPOUTS = [
+    (kind, mask, grouped, dtype)
+    for kind in ("plain", "causal")
+    for mask in (None, torch.bool, torch.float64)
+    for grouped in (False, True)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    if not (kind == "causal" and mask)
+]
+
+
+@pytest.mark.parametrize(("kind", "mask", "grouped", "dtype"), DROPOUTS)
+def test_dropout_draws_what_one_device_draws(kind: str, mask: torch.dtype | None, grouped: bool, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(6, 2 if grouped and i else 4, (5, 7, 7)[i], 8, dtype=dtype) for i in range(3))
+    given = None if mask is None else (torch.rand(6, 1, 5, 7) > 0.2 if mask == torch.bool else torch.randn(5, 7, dtype=dtype))
+
+    def attend(*tensors: Tensor) -> Tensor:
+        causal = kind == "causal"
+        return F.scaled_dot_product_attention(*tensors, given, 0.3, causal, enable_gqa=grouped)
+
+    by_heads = sw.shard(F.scaled_dot_product_attention, in_strategy=((1, 2, 1, 1),) * 3)
+    nets = [sw.AutoParallel(attend, "data_parallel")]
+    if mask is None:
+        nets.append(sw.AutoParallel(lambda q, k, v: by_heads(q, k, v, None, 0.3, kind == "causal", enable_gqa=grouped)))
+    for net in nets:
+        sw.init(devices=4)
+        results = []
+        for called in (net, attend):
+            tensors = [t.clone().requires_grad_() for t in (query, key, value)]
+            torch.manual_seed(3)
+            out = called(*tensors)
+            out.float().square().sum().backward()
+            results.append([out, torch.rand(1), *(t.grad for t in tensors)])
+        assert all(choice.axes for choice in net.latest.plan.choices.values())
+        close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(results[0], results[1], **close)
