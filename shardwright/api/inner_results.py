@@ -7,7 +7,8 @@ beside the way that gradients take, and would get only what comes through itself
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from shardwright.base.torch_private import current_graph_task, is_captured_alone
 from shardwright.errors import CaptureError
 from shardwright.ir.graph import Graph
+from shardwright.train.outputs.split_output import SplitOutput
 
 
 def inner_results(graph: Graph) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -41,24 +43,51 @@ def watch_gradients(outputs: Sequence[Any], outer: Sequence[int], inner: Sequenc
         outer, inner: places of :func:`inner_results`.
         retained: places of results whose gradients the callable itself retains, which are whole.
     """
-    checks = _Checks([(weakref.ref(outputs[n]), n in retained, frozenset(_hooks(outputs[n]))) for n in inner])
+    checks = _Checks()
     for n in outer:
-        if outputs[n].requires_grad and not outputs[n].is_leaf:
-            outputs[n].register_hook(checks)
+        _when_whole(outputs[n], partial(_hook, checks))
     for n in inner:
-        if outputs[n].requires_grad and not outputs[n].is_leaf:
-            outputs[n].register_hook(_AloneCheck(weakref.ref(outputs[n])))
+        _when_whole(outputs[n], partial(checks.watch, n in retained))
+
+
+def _when_whole(output: Tensor, act: Callable[[Tensor], None]) -> None:
+    """Calls ``act`` with a result now, or as soon as it is made whole."""
+    if isinstance(output, SplitOutput):
+        output.when_whole.append(act)
+    else:
+        act(output)
+
+
+def _hook(hook: _Check, output: Tensor) -> None:
+    if output.requires_grad and not output.is_leaf:
+        output.register_hook(hook)
 
 
 class _Check:
+    """A hook on gradients that only looks at them."""
+
+    def __call__(self, gradient: Tensor) -> None:
+        raise NotImplementedError
+
     __torch_unserializable__ = True  # saving the tensor leaves the hook out without a word
 
 
 class _Checks(_Check):
     """A hook on gradients that checks all inner results of a call, once in each backward pass."""
 
-    def __init__(self, inner: Sequence[tuple[weakref.ref[Tensor], bool, frozenset[int]]]):
-        self.inner, self.task = inner, -1
+    def __init__(self) -> None:
+        self.inner: list[tuple[weakref.ref[Tensor], bool, frozenset[int]]] = []
+        self.task = -1
+
+    def watch(self, is_retained: bool, output: Tensor) -> None:
+        """Adds an inner result to those that are checked.
+
+        Args:
+            is_retained: whether the callable itself retains its gradient, which is whole.
+            output: the result.
+        """
+        self.inner.append((weakref.ref(output), is_retained, frozenset(_hooks(output))))
+        _hook(_AloneCheck(weakref.ref(output)), output)
 
     def __call__(self, gradient: Tensor) -> None:
         task = current_graph_task()
