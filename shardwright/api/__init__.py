@@ -1,10 +1,11 @@
 """Public API: an ``AutoParallel`` and what a user says to it.
 
 ====================  ===========================================================================================
-``ambiguous``         names that a net and its model both have, and models that split batches themselves
+``ambiguous``         names that a net and its model both have, models that split batches, nets within nets
 ``auto_parallel``     captures, plans, partitions and runs a callable
 ``bound``             a callable, captured, planned, partitioned and bound for one signature of inputs
 ``call_key``          the part of a call's signature that its inputs make, and what differs from an earlier one
+``decided``           calls whose Python decides by values of tensors: undone and repeated where it decides otherwise
 ``target_as_module``  the parameters, buffers and submodules that an ``AutoParallel`` has of its target
 ``hybrid``            the mode "hybrid_parallel": a per-rank program, bound to run on all ranks
 ``marking``           strategies, recompute marks and layouts that a user puts on functions, modules and tensors

@@ -1,4 +1,4 @@
-"""Ambiguous targets: names that an ``AutoParallel`` and its target both have, and models that split batches themselves."""
+"""Ambiguous targets: names that an ``AutoParallel`` and its target both have, models that split batches, nets within nets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from shardwright.base.torch_private import FakeTensor
 from shardwright.base.user_code import user_line
-from shardwright.errors import ShardwrightError
+from shardwright.errors import CaptureError, ShardwrightError
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -67,3 +68,21 @@ def _ambiguous(name: str, kind: type, target: str) -> Any:
             vars(self)[name] = value
 
     return property(read, write)
+
+
+def check_nested(net: Any) -> None:
+    """Refuses a call of a net within a capture that lacks its parameters, as they would get no gradient.
+
+    Args:
+        net: the ``AutoParallel`` that is called.
+
+    Raises:
+        CaptureError: there are such parameters.
+    """
+    owns = isinstance(net.target, nn.Module)  # tensors that a function reads itself have other names here
+    outside = [n for n, p in net.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
+    if outside:
+        raise CaptureError(
+            f"{net!r} is called within another AutoParallel that does not have its parameters ({', '.join(outside[:3])}): "
+            f"they would get no gradient, at {user_line()}\n  Hold the model itself in the outer module and call that"
+        )

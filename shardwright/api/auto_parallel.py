@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,23 +24,24 @@ from shardwright.agreement.job_watch import watch_of
 from shardwright.agreement.signature import Signature, signature_of, value_summaries
 from shardwright.agreement.watch import Summarize
 from shardwright.api import train_step
-from shardwright.api.ambiguous import refuse_ambiguous_names, refuse_wrapped
+from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_wrapped
 from shardwright.api.bound import BoundCall
 from shardwright.api.call_key import _leaf_key, _out_of_inference, why_planned_again
+from shardwright.api.decided import run_as_decided
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
 from shardwright.api.settings import MODES, Settings
 from shardwright.api.settings_methods import SettingsMethods
 from shardwright.api.target_as_module import TargetAsModule
-from shardwright.base.torch_private import FakeTensor, pytree, transforms_are_active
-from shardwright.base.user_code import user_line, user_source
+from shardwright.base.torch_private import pytree, transforms_are_active
+from shardwright.base.user_code import user_source
 from shardwright.capture.caches import register_caches
 from shardwright.capture.capture import StepFound
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.python_state import PythonState
 from shardwright.capture.session import current_session
 from shardwright.data.rank_inputs import GlobalInputs, global_inputs, step_inputs, whole_samples
-from shardwright.errors import ArgumentTypeError, CaptureError, ShardwrightError, WorldError
+from shardwright.errors import ArgumentTypeError, ShardwrightError, WorldError
 from shardwright.hybrid.mesh import chosen_mesh
 from shardwright.ir.program import LocalProgram
 from shardwright.parameters.whole_module import whole_parameters
@@ -127,7 +129,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             )
         if current_session() is not None or self.settings.mode == "stand_alone":
             if current_session() is not None:
-                self._check_nested()
+                check_nested(self)
             if self.settings.precision.dtype is None:
                 return self.target(*args, **kwargs)
             with self.settings.precision.computing(next((p.device.type for p in self.parameters()), "cpu")):
@@ -146,7 +148,9 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             except StepFound:
                 self._is_step = True
             else:
-                return bound(leaves)
+                if bound.decisions is None:
+                    return bound(leaves)
+                return run_as_decided(bound, leaves, partial(self._bound_call_for, args, kwargs))
         return self._run_step(args, kwargs)
 
     @contextmanager
@@ -195,16 +199,6 @@ class AutoParallel(SettingsMethods, TargetAsModule):
 
         return on_whole_parameters
 
-    def _check_nested(self) -> None:
-        """Raises an error within a capture that lacks this object's parameters: they would get no gradient."""
-        owns = isinstance(self.target, nn.Module)  # tensors that a function reads itself have other names here
-        outside = [n for n, p in self.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
-        if outside:
-            raise CaptureError(
-                f"{self!r} is called within another AutoParallel that does not have its parameters ({', '.join(outside[:3])}): "
-                f"they would get no gradient, at {user_line()}\n  Hold the model itself in the outer module and call that"
-            )
-
     def _run_step(self, args: Any, kwargs: Any) -> Any:
         if self._step is None:
             check_patterns(FunctionModule(self.target), self.settings)
@@ -234,7 +228,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self._bound_call_for(args, kwargs)
         return self
 
-    def _bound_call_for(self, args: Any, kwargs: Any) -> tuple[list[Any], BoundCall]:
+    def _bound_call_for(self, args: Any, kwargs: Any, decided: tuple[bool, ...] = ()) -> tuple[list[Any], BoundCall]:
         leaves: list[Any]
         spec: Any
         watch = watch_of(current_world())
@@ -253,14 +247,14 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             if isinstance(self._root, GradAccumulation):
                 leaves, given = whole_samples(leaves, given, current_world())
         key = (spec, tuple(map(_leaf_key, leaves)), given, self._state_key())
-        bound = self._known(key)
+        bound = self._known(key, decided)
         if bound is None and self._found_changing():
             key = (*key[:3], self._state_key())
-            bound = self._known(key)
+            bound = self._known(key, decided)
         if bound is None:
-            self._log_why_planned_again(key, leaves)
+            self._log_why_planned_again(key, leaves, decided)
             with self._compare_planning(leaves, spec, given) as signatures, _out_of_inference():
-                bound = self._compile(args, kwargs, leaves, given)
+                bound = self._compile(args, kwargs, given, decided)
             bound.signatures = signatures
             while len(self._bound_calls) >= MOST_PLANS:
                 del self._bound_calls[next(iter(self._bound_calls))]
@@ -271,7 +265,9 @@ class AutoParallel(SettingsMethods, TargetAsModule):
                 self._state.changing -= self._constant
                 self._state.refresh()
             self._described = key, dict(self._state.described)
-            self._bound_calls.setdefault((spec, key[1], given, self._state_key()), []).insert(0, bound)
+            kept = self._bound_calls.setdefault((spec, key[1], given, self._state_key()), [])
+            kept.insert(len(kept) if bound.raises else 0, bound)
+            del kept[MOST_PLANS:]
         elif watch is not None:
             watch.known_call(bound, self._input_summary(leaves, given, bound.changing_values))
         self._latest = bound
@@ -289,9 +285,13 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         with watch.new_call(sign, self._input_summary(leaves, given)):
             yield {torch.is_grad_enabled(): sign}
 
-    def _known(self, key: Any) -> BoundCall | None:
-        """Returns the program of a signature, for the decisions that Python would take by changing numbers."""
-        return next((bound for bound in self._bound_calls.get(key, ()) if bound.fits()), None)
+    def _known(self, key: Any, decided: tuple[bool, ...]) -> BoundCall | None:
+        """Returns the program of a signature, for the decisions that Python would take. That of the latest call is first."""
+        kept = self._bound_calls.get(key, [])
+        bound = next((bound for bound in kept if bound.fits(decided)), None)
+        if bound is not None and decided and not bound.raises:
+            kept.insert(0, kept.pop(kept.index(bound)))
+        return bound
 
     def _found_changing(self) -> bool:
         """Tells whether numbers of modules have changed for the second time, which makes them inputs of the next program."""
@@ -315,16 +315,16 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             return None
         return lambda sketched: value_summaries([*leaves, *numbers()], sketched)
 
-    def _log_why_planned_again(self, key: Any, leaves: list[Any]) -> None:
+    def _log_why_planned_again(self, key: Any, leaves: list[Any], decided: tuple[bool, ...]) -> None:
         """Logs, from the second planning on, what has changed since the one before."""
         assert self._state is not None
         before, described = self._described
         self._described = key, dict(self._state.described)
-        if before is None:
+        if before is None or decided:  # what was decided is logged already
             return
         logger.warning("planning again: %s", why_planned_again(key, before, self._state.changed(described), leaves))
 
-    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], given: GlobalInputs | None) -> BoundCall:
+    def _compile(self, args: Any, kwargs: Any, given: GlobalInputs | None, decided: tuple[bool, ...]) -> BoundCall:
         if self._root is None:
             self._root = FunctionModule(self.target)
         may_be_a_step = self._is_step is None or self._root is not self.target
@@ -332,7 +332,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             with train_step.backward_is_a_step(may_be_a_step):
                 return HybridBoundCall(self._root, args, kwargs, current_world(), self.settings)
         changing = self._state.changing if self._state is not None else ()
-        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step, changing)
+        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step, changing, decided)
 
     def _state_key(self) -> Any:
         """Builds the key of all other state that the graph depends on: Python values, grad mode, autocast, the world."""

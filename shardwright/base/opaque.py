@@ -46,6 +46,7 @@ class OpaqueFunction:
         tags: as for torch's operators: whether its forward was seen to draw random numbers.
         may_be_split: whether its forward and backward may be run on tensors without values, to see if pieces of the tensors
             would give pieces of the result; those with effects besides may not.
+        has_effects: whether its forward may read or change objects outside.
         traces: the results of these runs.
         result: the structure of what it returned when it was captured, with its constants.
 
@@ -62,7 +63,7 @@ class OpaqueFunction:
         self.call = call
         self.tags: set[torch.Tag] = set()
         self.result: tuple[Any, list[Any]] | None = None
-        self.may_be_split = False
+        self.may_be_split = self.has_effects = False
         self.traces: dict[Any, Any] = {}
         self.results_like: dict[Any, list[tuple[tuple[int, ...], torch.dtype]]] = {}  # by the shapes of the tensors
         self.number = next(_numbers)

@@ -8,6 +8,7 @@
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
 ``data``             assignments to ``tensor.data``
+``decisions``        what Python decides by values of tensors, assumed and compared in every call
 ``derivatives``      derivatives that the callable takes itself, by ``torch.autograd.grad``, as operators
 ``emitter``          appends operators to the graph that is being made, and keeps the current value of each tensor
 ``fakes``            shapes of a module's state and inputs, without their values, for the capture

@@ -294,13 +294,16 @@ def state_restored(root: nn.Module) -> Iterator[SavedState]:
 
 
 @contextmanager
-def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any]) -> Iterator[None]:
+def ended_by(
+    root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any], fail: Callable[[Exception], Any]
+) -> Iterator[None]:
     """Makes ``root.forward``, within the block, call ``begin`` before and return ``end(result)`` after.
 
     Args:
         root: the module.
         begin: is called with the arguments.
         end: is called with the result, and returns the one to use.
+        fail: is called with an error that is raised; returns the result in its place, or raises it.
     """
     had, plain = vars(root).get("forward", _missing), root.forward
     hooks = [(vars(root), name) for name in HOOK_TABLES] + [(vars(module_calls), f"_global{name}") for name in HOOK_TABLES]
@@ -313,7 +316,11 @@ def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[
         _put(vars(root), "forward", had)
         try:
             begin(args, kwargs)
-            return end(call_with_hooks(root, *args, **kwargs))
+            try:
+                result = call_with_hooks(root, *args, **kwargs)
+            except Exception as error:
+                result = fail(error)
+            return end(result)
         finally:
             replace()
 
