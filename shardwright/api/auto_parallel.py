@@ -148,9 +148,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             except StepFound:
                 self._is_step = True
             else:
-                if bound.decisions is None:
-                    return bound(leaves)
-                return run_as_decided(bound, leaves, partial(self._bound_call_for, args, kwargs))
+                again = partial(self._bound_call_for, args, kwargs)
+                return bound(leaves) if bound.decisions is None else run_as_decided(bound, leaves, again)
         return self._run_step(args, kwargs)
 
     @contextmanager
@@ -228,7 +227,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self._bound_call_for(args, kwargs)
         return self
 
-    def _bound_call_for(self, args: Any, kwargs: Any, decided: tuple[bool, ...] = ()) -> tuple[list[Any], BoundCall]:
+    def _bound_call_for(self, args: Any, kwargs: Any, decided: tuple[Any, ...] = ()) -> tuple[list[Any], BoundCall]:
         leaves: list[Any]
         spec: Any
         watch = watch_of(current_world())
@@ -285,7 +284,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         with watch.new_call(sign, self._input_summary(leaves, given)):
             yield {torch.is_grad_enabled(): sign}
 
-    def _known(self, key: Any, decided: tuple[bool, ...]) -> BoundCall | None:
+    def _known(self, key: Any, decided: tuple[Any, ...]) -> BoundCall | None:
         """Returns the program of a signature, for the decisions that Python would take. That of the latest call is first."""
         kept = self._bound_calls.get(key, [])
         bound = next((bound for bound in kept if bound.fits(decided)), None)
@@ -315,16 +314,20 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             return None
         return lambda sketched: value_summaries([*leaves, *numbers()], sketched)
 
-    def _log_why_planned_again(self, key: Any, leaves: list[Any], decided: tuple[bool, ...]) -> None:
+    def _log_why_planned_again(self, key: Any, leaves: list[Any], decided: tuple[Any, ...]) -> None:
         """Logs, from the second planning on, what has changed since the one before."""
         assert self._state is not None
         before, described = self._described
         self._described = key, dict(self._state.described)
-        if before is None or decided:  # what was decided is logged already
+        if before is None:
+            return
+        if decided:
+            made: Any = self.latest.decisions
+            logger.warning("planning again: decided %s at %s", decided[-1], made.sources[len(decided) - 1])
             return
         logger.warning("planning again: %s", why_planned_again(key, before, self._state.changed(described), leaves))
 
-    def _compile(self, args: Any, kwargs: Any, given: GlobalInputs | None, decided: tuple[bool, ...]) -> BoundCall:
+    def _compile(self, args: Any, kwargs: Any, given: GlobalInputs | None, decided: tuple[Any, ...]) -> BoundCall:
         if self._root is None:
             self._root = FunctionModule(self.target)
         may_be_a_step = self._is_step is None or self._root is not self.target

@@ -63,7 +63,7 @@ class BoundCall:
 
     def __init__(
         self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, given: GlobalInputs | None = None,
-        may_be_a_step: bool = False, changing: Collection[str] = (), assumed: Sequence[bool] = (),
+        may_be_a_step: bool = False, changing: Collection[str] = (), assumed: Sequence[Any] = (),
     ):  # fmt: skip
         if given is not None:
             args, kwargs = self._global_inputs(args, kwargs, given.shapes)
@@ -285,7 +285,7 @@ class BoundCall:
             assignment.carry_out(rest, self._now)
         return result
 
-    def fits(self, decided: Sequence[bool] = ()) -> bool:
+    def fits(self, decided: Sequence[Any] = ()) -> bool:
         """Tells whether Python would decide by the changing numbers as it did in the capture.
 
         Args:

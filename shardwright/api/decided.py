@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -16,8 +15,6 @@ from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.ir.graph import Graph
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.world.execute.ambient import RandomState
-
-logger = logging.getLogger("shardwright")
 
 
 class UndoneOtherwise:
@@ -51,7 +48,7 @@ class UndoneOtherwise:
             leaf.requires_grad_(False)
 
 
-def run_as_decided(bound: Any, leaves: list[Any], other: Callable[[tuple[bool, ...]], tuple[list[Any], Any]]) -> Any:
+def run_as_decided(bound: Any, leaves: list[Any], other: Callable[[tuple[Any, ...]], tuple[list[Any], Any]]) -> Any:
     """Runs a program, and where it assumes decisions that differ from the call's, those of other decisions.
 
     Args:
@@ -59,19 +56,17 @@ def run_as_decided(bound: Any, leaves: list[Any], other: Callable[[tuple[bool, .
         leaves: the flat inputs.
         other: returns, for the first decisions, the inputs and a program.
     """
-    decided: tuple[bool, ...] = ()
+    decided: tuple[Any, ...] = ()
     while True:
         try:
             return bound(leaves, len(decided))
         except OtherWay as found:
             decided = found.decided
-        source = bound.decisions.sources[len(decided) - 1]
         leaves, bound = other(decided)
-        logger.info("decided %s at %s", decided[-1], source)
 
 
 def captured_way(
-    target: Target, changing: Collection[str], assumed: Sequence[bool]
+    target: Target, changing: Collection[str], assumed: Sequence[Any]
 ) -> tuple[Graph, Numbers | None, Decisions | None]:
     """Captures one way of a target, with changing numbers as inputs if that is possible.
 

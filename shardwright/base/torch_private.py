@@ -123,6 +123,8 @@ batch_norm_forward = torch.nn.modules.batchnorm._BatchNorm.forward
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # What ``torch.no_grad`` calls, as an export records it.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+# Torch functions that have a name here only, such as those of packed sequences.
+variable_functions: Any = torch._C._VariableFunctions
 # Tells which kernel attention on these tensors would run.
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.

@@ -25,6 +25,7 @@
 ``repeated``         captures a few of many equal layers, and makes the graph of all from these
 ``resolve_marks``    puts marks onto the operators of the captured graph
 ``runs``             rows of equal modules in the lists of a model, and the model with fewer of each
+``sequences``        packed sequences, recurrent networks on them and the CTC loss, each as one opaque operator
 ``session``          puts marks onto the operators that run while a callable is captured
 ``stand_ins``        replacements for parts of torch that are not torch functions
 ``state_keys``       how values of a Python state are compared

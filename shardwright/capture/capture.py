@@ -134,7 +134,7 @@ def _exported(
         result = (result, tuple(found[1])) if found[1] else result
         return result if decisions is None else decisions.with_result(result)
 
-    def fail(error: Exception) -> None:
+    def fail(error: BaseException) -> None:
         if decisions is None:
             raise error
         decisions.fail(error)

@@ -42,16 +42,20 @@ class OtherWay(Exception):
         decided: the decisions, up to the first one that differs.
     """
 
-    def __init__(self, decided: tuple[bool, ...]):
+    def __init__(self, decided: tuple[Any, ...]):
         super().__init__(decided)
         self.decided = decided
+
+
+class UnknownError(BaseException):
+    """Ends a way of the callable at an integer that it reads and that no call has told yet."""
 
 
 class Decisions:
     """The decisions of one capture.
 
     Args:
-        assumed: how the first of them go; the rest is guessed.
+        assumed: how the first of them go; the rest is guessed. Booleans, and integers that the callable reads.
 
     Attributes:
         taken: how each of them went.
@@ -60,29 +64,43 @@ class Decisions:
         error: what the callable raised on this way.
     """
 
-    def __init__(self, assumed: Sequence[bool] = ()):
+    def __init__(self, assumed: Sequence[Any] = ()):
         self.assumed = tuple(assumed)
         self.begin()
 
     def begin(self) -> None:
         """Forgets what an earlier run of the callable decided."""
-        self.taken: list[bool] = []
+        self.taken: list[Any] = []  # ``None`` for an integer that ends the way
         self.sources: list[str] = []
         self.texts: dict[str, Callable[[Tensor], str]] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._first = MOST
         self._functions: list[OpaqueFunction] = []  # recorded calls name them by number, which keeps nothing alive
         self._tensors: list[Tensor] = []
         self._printed: list[Tensor] = []
-        self._known: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+        self._known: dict[tuple[int, int, bool], tuple[Tensor, Any]] = {}
 
     def decide(self, tensor: Tensor) -> bool:
-        """Decides by a tensor of one element, as assumed or as is likely. The same tensor decides the same again.
+        """Decides by a tensor of one element, as assumed or as is likely. The same tensor decides the same again."""
+        return bool(self._decided(tensor, True, _likely))
+
+    def integer(self, tensor: Tensor, guess: int | None = None) -> int:
+        """Reads an integer, which is a decision, too: there is a program for each value.
+
+        Args:
+            tensor: of one element.
+            guess: what it is if no call has told; without one, the way ends here and the first call tells.
 
         Raises:
-            CaptureError: there are too many decisions.
+            UnknownError: it is not known yet.
         """
-        key = (id(tensor), tensor._version)
+        found = self._decided(tensor, False, lambda tensor: guess)
+        if found is None:
+            raise UnknownError
+        return int(found)
+
+    def _decided(self, tensor: Tensor, as_truth: bool, guess: Callable[[Tensor], Any]) -> Any:
+        key = (id(tensor), tensor._version, as_truth)
         if key in self._known:
             return self._known[key][1]
         if len(self.taken) >= MOST:
@@ -91,10 +109,11 @@ class Decisions:
                 "Compute both ways and select by torch.where, or move the loop out of the callable",
             )
         at = len(self.taken)
-        decided = self.assumed[at] if at < len(self.assumed) else _likely(tensor)
+        decided = self.assumed[at] if at < len(self.assumed) else guess(tensor)
+        value = tensor.detach().reshape(())
+        value = torch.ne(value, 0) if as_truth else value.clone()
         self._functions.append(self._comparison(at))
-        truth = torch.ne(tensor.detach().reshape(()), 0)
-        self._tensors += FUNCTION([truth], self._functions[-1].number)
+        self._tensors += FUNCTION([value], self._functions[-1].number)
         self.taken.append(decided)
         self.sources.append(user_source())
         self._known[key] = (tensor, decided)
@@ -107,8 +126,11 @@ class Decisions:
         self._printed.append(tensor.detach().clone())
         return name
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Takes notice of an error that ends the callable; raises it if it is not one of this way of the callable."""
+        if isinstance(error, UnknownError):
+            self.error = error.with_traceback(None)
+            return
         if not self.taken or not _is_raised(error):
             raise error
         getattr(error, "add_note", str)(f"raised at {_line(error)}")  # from Python 3.11 on
@@ -139,15 +161,15 @@ class Decisions:
     def _comparison(self, at: int) -> OpaqueFunction:
         """Returns the operator that compares a decision with the assumption, before anything runs that relies on it."""
 
-        def compare(truth: Tensor) -> Tensor:
-            has_value = not isinstance(truth, FakeTensor) and not truth.is_meta
-            if has_value and at >= self._first and bool(truth) != self.taken[at]:
-                raise OtherWay((*self.taken[:at], not self.taken[at]))
-            return truth.clone()
+        def compare(value: Tensor) -> Tensor:
+            has_value = not isinstance(value, FakeTensor) and not value.is_meta
+            if has_value and (at >= self._first or self.taken[at] is None) and (found := value.item()) != self.taken[at]:
+                raise OtherWay((*self.taken[:at], found))
+            return value.clone()
 
         return OpaqueFunction(f"decision_{at}", compare)
 
-    def raised(self, outputs: Sequence[Any]) -> Exception | None:
+    def raised(self, outputs: Sequence[Any]) -> BaseException | None:
         """Returns the error that the callable raises on this way, with the values of this call in its message."""
         if self.error is None:
             return None
@@ -169,7 +191,7 @@ class Decisions:
         return error
 
 
-def explored(captured: Callable[[Decisions], Any], assumed: Sequence[bool] = ()) -> tuple[Any, Decisions]:
+def explored(captured: Callable[[Decisions], Any], assumed: Sequence[Any] = ()) -> tuple[Any, Decisions]:
     """Captures one way of a callable. A guess that leads to an error, or to what cannot be captured, is taken back.
 
     Args:
@@ -193,10 +215,11 @@ def explored(captured: Callable[[Decisions], Any], assumed: Sequence[bool] = ())
         except CaptureError as error:
             failed = failed or error
         else:
-            if decisions.error is None:
+            if decisions.error is None or isinstance(decisions.error, UnknownError):
                 return found
             raising = raising or found
-        guesses += range(max(len(first), len(assumed)), len(decisions.taken))  # those that were not taken back yet
+        ahead = range(max(len(first), len(assumed)), len(decisions.taken))
+        guesses += [at for at in ahead if isinstance(decisions.taken[at], bool)]  # those that were not taken back yet
         if not guesses:
             break
         last = guesses.pop()
@@ -215,7 +238,7 @@ def _likely(tensor: Tensor) -> bool:
     return (node is not None and getattr(node.target, "overloadpacket", None) in USUALLY_HOLDS) != negated
 
 
-def _frame(error: Exception) -> Any:
+def _frame(error: BaseException) -> Any:
     """Returns the entry of the traceback at which an error was raised."""
     entry: Any = error.__traceback__
     while entry is not None and entry.tb_next is not None:
@@ -223,7 +246,7 @@ def _frame(error: Exception) -> Any:
     return entry
 
 
-def _is_raised(error: Exception) -> bool:
+def _is_raised(error: BaseException) -> bool:
     """Tells whether a statement of the callable raises the error, as it would on a single device."""
     entry = _frame(error)
     if entry is None:
@@ -233,6 +256,6 @@ def _is_raised(error: Exception) -> bool:
     return statement and (is_users(code.co_filename) or code.co_filename.startswith(_CHECKING))
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     entry = _frame(error)
     return f"{os.path.basename(entry.tb_frame.f_code.co_filename)}:{entry.tb_lineno}"

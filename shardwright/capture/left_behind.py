@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.base.torch_private import FakeTensor, call_with_hooks, module_calls, pytree
+from shardwright.capture.decisions import UnknownError
 from shardwright.capture.numbers import Formula, Number
 from shardwright.capture.python_state import CONTAINERS, HOOK_TABLES, STANDARD, PythonState
 from shardwright.errors import CaptureError
@@ -295,7 +296,7 @@ def state_restored(root: nn.Module) -> Iterator[SavedState]:
 
 @contextmanager
 def ended_by(
-    root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any], fail: Callable[[Exception], Any]
+    root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any], fail: Callable[[BaseException], Any]
 ) -> Iterator[None]:
     """Makes ``root.forward``, within the block, call ``begin`` before and return ``end(result)`` after.
 
@@ -318,7 +319,7 @@ def ended_by(
             begin(args, kwargs)
             try:
                 result = call_with_hooks(root, *args, **kwargs)
-            except Exception as error:
+            except (Exception, UnknownError) as error:
                 result = fail(error)
             return end(result)
         finally:

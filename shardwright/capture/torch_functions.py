@@ -23,6 +23,7 @@ from shardwright.capture.fx_nodes import storage_of
 from shardwright.capture.own_backward import OwnBackwards
 from shardwright.capture.recorded import Recorded
 from shardwright.capture.refusals import refuse, refused
+from shardwright.capture.sequences import OF_SEQUENCES, Sequences, handled
 from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
 
@@ -46,6 +47,7 @@ class Watch(TorchFunctionMode):
         self.has_pushed = False  # whether such a one took a forward-mode derivative
         self.running = False  # whether the callable runs, and not what torch does before and after
         self.own_backwards = OwnBackwards(refuse)
+        self.sequences = None if decisions is None else Sequences(decisions)
         self.clock = 0  # counts the torch functions that the callable calls
         self.made_to_require: set[int] = set()  # positions of inputs that the callable itself makes require a gradient
         self.saved: dict[Any, int] = {}  # storage that autograd saved for the backward pass -> when on the clock
@@ -181,13 +183,21 @@ class Watch(TorchFunctionMode):
                 return args[0].shape == args[1].shape and self.decisions.decide((args[0] == args[1]).all())
             elif function in (torch.allclose, Tensor.allclose):
                 tensor = torch.isclose(*args, **kwargs).all()
-            elif (
-                (function is Tensor.item and tensor.dtype is not torch.bool)
-                or function not in _READ_TRUTH
-                or tensor.numel() != 1
-            ):
+            elif tensor.numel() != 1:
+                return None
+            elif _is_integer(tensor) and function in (Tensor.item, Tensor.__int__, Tensor.__index__):
+                return self.decisions.integer(tensor)
+            elif function not in _READ_TRUTH or (function is Tensor.item and tensor.dtype is not torch.bool):
                 return None
             return self.decisions.decide(tensor)
+
+    def of_sequences(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records a function of packed sequences, or of elements that a mask selects."""
+        method = handled(function, args) if self.sequences is not None else None
+        if method is None:
+            return None
+        with self.at_user_line():
+            return getattr(self.sequences, method)(function, *args, **kwargs)
 
     def _of_values(self, function: Any, error: Exception | None) -> CaptureError:
         known = error is None or "DataDependent" in type(error).__name__ or not str(error)
@@ -326,6 +336,10 @@ _NOTHING = torch.zeros(())
 _READ_TRUTH = (Tensor.__bool__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero)
 
 
+def _is_integer(tensor: Tensor) -> bool:
+    return tensor.dtype is not torch.bool and not tensor.is_floating_point() and not tensor.is_complex()
+
+
 def _is_computed(args: Any) -> bool:
     """Tells whether there are tensors without values among the arguments. Those made of Python's numbers have some."""
     return any(isinstance(a, FakeTensor) and a.constant is None for a in args)
@@ -368,6 +382,7 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     torch.equal: Watch.read_number,
     Tensor.allclose: Watch.read_number,
     torch.allclose: Watch.read_number,
+    **dict.fromkeys(OF_SEQUENCES, Watch.of_sequences),
     Tensor.set_: Watch.refuse_new_memory,
     Tensor.resize_: Watch.refuse_new_memory,
     Tensor.resize_as_: Watch.refuse_new_memory,
