@@ -77,7 +77,7 @@ class OpaqueFunction:
 
     def capture(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Calls the function on tensors without values, as it is captured; what its results are like is kept."""
-        with _Draws() as draws:
+        with draws_within() as draws:
             made = list(self._called(tensors))
         if draws.found:
             self.tags.add(torch.Tag.nondeterministic_seeded)
@@ -166,7 +166,7 @@ class RetainedGradient(OpaqueFunction):
         self._handed[0] = weakref.ref(tensor)
 
 
-class _Draws(TorchDispatchMode):
+class draws_within(TorchDispatchMode):  # noqa: N801 - it is used as a function
     """Finds out whether operators within the block draw random numbers."""
 
     def __init__(self) -> None:

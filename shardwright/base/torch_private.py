@@ -190,6 +190,11 @@ def tracer_of_export() -> Any:
     return None if mode is None else mode.tracer
 
 
+def modules_in_export() -> dict[Any, Any]:
+    """Returns the modules that run in the export in progress, the innermost last. One that raises is not taken off."""
+    return getattr(tracer_of_export(), "module_stack", {})
+
+
 def recorded_node(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
     """Returns the node that a tracer has recorded for a tensor."""
     slot: Any = proxy_tensor.get_proxy_slot(tensor, tracer, None)
@@ -237,6 +242,7 @@ __all__ = [
     "make_fx",
     "module_call_code",
     "module_calls",
+    "modules_in_export",
     "job_timeout",
     "no_function_modes",
     "no_saved_tensors_hooks",

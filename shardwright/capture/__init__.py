@@ -19,6 +19,7 @@
 ``numbers``          numbers that change in every step, as inputs of the program
 ``own_backward``     records the user's functions and hooks with their own backward as opaque operators
 ``python_state``     everything besides its arguments that a captured callable reads
+``ragged``           tensors whose size depends on values, and what is computed of them, as opaque operators
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
 ``recorded``         what an export has recorded so far, and which of its nodes a tensor stands for
 ``refusals``         errors for what a captured callable does and a graph cannot hold, at the user's line
@@ -27,6 +28,7 @@
 ``runs``             rows of equal modules in the lists of a model, and the model with fewer of each
 ``sequences``        packed sequences, recurrent networks on them and the CTC loss, each as one opaque operator
 ``session``          puts marks onto the operators that run while a callable is captured
+``size_stand_ins``   what stands for tensors whose size depends on values, and refuses what it cannot do
 ``stand_ins``        replacements for parts of torch that are not torch functions
 ``state_keys``       how values of a Python state are compared
 ``strides``          the strides of operators' outputs where torch's shape functions are wrong about them

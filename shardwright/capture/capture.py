@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.torch_private import FakeTensorMode, preserve_node_meta, pytree
+from shardwright.base.torch_private import FakeTensorMode, modules_in_export, preserve_node_meta, pytree
 from shardwright.base.user_code import _source, is_users
 from shardwright.capture.backward_hooks import check_backward_hooks
 from shardwright.capture.caches import caches_in, register_caches
@@ -118,9 +118,11 @@ def _exported(
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
     before: SavedState | None = None
+    depth = 0
 
     def begin(args: Any, kwargs: Any) -> None:
-        nonlocal before
+        nonlocal before, depth
+        depth = len(modules_in_export())
         before = SavedState(module)  # now, for torch too has changed what modules hold
         watch.begin(args, kwargs)
 
@@ -138,6 +140,8 @@ def _exported(
         if decisions is None:
             raise error
         decisions.fail(error)
+        while len(modules_in_export()) > depth:  # those that the error has left
+            modules_in_export().popitem()
 
     with watched(module, decisions) as watch, ended_by(module, begin, end, fail):
         exported = torch.export.export(module, tuple(args), kwargs, strict=False)

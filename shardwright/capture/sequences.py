@@ -1,8 +1,7 @@
 """Sequences of several lengths: packed ones and recurrent networks on them, and the CTC loss, each as one opaque operator.
 
 Sizes that depend on values have no place in a graph. A packed sequence is therefore the padded tensor and the lengths, while
-the callable is captured: what reads it packs it, on every rank as on a single device, and pads what it returns. So the elements
-selected by a mask are the tensor and the mask; only the CTC loss reads such.
+the callable is captured: what reads it packs it, on every rank as on a single device, and pads what it returns.
 """
 
 from __future__ import annotations
@@ -16,64 +15,11 @@ from torch import Tensor
 from shardwright.base.opaque import FUNCTION, OpaqueFunction
 from shardwright.base.torch_private import FakeTensor, variable_functions
 from shardwright.capture.decisions import Decisions
-from shardwright.capture.refusals import refuse
+from shardwright.capture.ragged import Call, RaggedFunctions, like
+from shardwright.capture.size_stand_ins import SizeStandIn
 
 
-class _StandIn:
-    """A stand-in for a tensor whose size depends on values; most of what a tensor can do is refused.
-
-    Args:
-        what: its name, for messages.
-        instead: what to write where it is refused.
-    """
-
-    what, instead = "", ""
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise cls._refused(getattr(function, "__name__", str(function)))
-
-    @classmethod
-    def _refused(cls, name: str) -> Exception:
-        return refuse(f"{name} of {cls.what} cannot be captured: its size depends on values", cls.instead)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise self._refused(name)
-
-
-def _refusing(name: str) -> Any:
-    def refusing(self: _StandIn, *args: Any) -> Any:
-        raise self._refused(name)
-
-    return refusing
-
-
-_OPERATORS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"]
-_BESIDES = [
-    "neg",
-    "invert",
-    "abs",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-    "bool",
-    "int",
-    "float",
-    "len",
-    "iter",
-    "getitem",
-    "setitem",
-]
-for _name in (*_OPERATORS, *(f"r{name}" for name in _OPERATORS), *(f"i{name}" for name in _OPERATORS), *_BESIDES):
-    setattr(_StandIn, f"__{_name}__", _refusing(_name))
-
-
-class Packed(_StandIn):
+class Packed(SizeStandIn):
     """A stand-in for the data of a packed sequence.
 
     Args:
@@ -104,7 +50,7 @@ class Packed(_StandIn):
         return int(self.padded.shape[dim % self.dim() + 1])
 
 
-class BatchSizes(_StandIn):
+class BatchSizes(SizeStandIn):
     """A stand-in for the batch sizes of a packed sequence.
 
     Args:
@@ -149,21 +95,6 @@ class _Longest(int):
         return format(self.read(), form)
 
 
-class Selected(_StandIn):
-    """A stand-in for the elements of a tensor that a mask selects.
-
-    Args:
-        tensors: the tensor and the mask.
-    """
-
-    what = "the elements that a mask selects"
-    instead = "Compute all elements and select by torch.where"
-
-    def __init__(self, tensors: tuple[Tensor, Tensor]):
-        self.tensors = tensors
-        self.dtype, self.device = tensors[0].dtype, tensors[0].device
-
-
 class Sequences:
     """Records the functions of sequences that a captured callable calls.
 
@@ -173,6 +104,7 @@ class Sequences:
 
     def __init__(self, decisions: Decisions):
         self.decisions = decisions
+        self.ragged = RaggedFunctions(decisions)
         self.kept: list[OpaqueFunction] = []  # recorded calls name them by number, which keeps nothing alive
 
     def pack(self, function: Any, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Packed, BatchSizes]:
@@ -215,10 +147,6 @@ class Sequences:
             padded = torch.where(there.reshape(*there.shape, *(1,) * (padded.dim() - 2)), padded, value)
         return padded.transpose(0, 1) if batch_first else padded, data.lengths.clone()
 
-    def select(self, function: Any, tensor: Tensor, mask: Tensor) -> Selected:
-        """Stands for ``torch.masked_select``."""
-        return Selected((tensor, mask))
-
     def recurrent(self, function: Any, data: Packed, sizes: BatchSizes, hidden: Any, weights: Any, *options: Any) -> Any:
         """Stands for one of torch's recurrent networks on a packed sequence.
 
@@ -236,7 +164,7 @@ class Sequences:
 
         def call(padded: Tensor, lengths: Tensor, *rest: Tensor) -> list[Tensor]:
             if isinstance(padded, FakeTensor):
-                return [_like(padded, (steps, count, width), rest), *(_like(state, state.shape, rest) for state in states)]
+                return [like(padded, (steps, count, width), rest), *(like(state, state.shape, rest) for state in states)]
             packed, sizes = variable_functions._pack_padded_sequence(padded, lengths.cpu(), False)
             before = rest[: len(states)] if isinstance(hidden, (tuple, list)) else rest[0]
             made, *after = function(packed, sizes, before, list(rest[len(states) :]), *options)
@@ -245,36 +173,28 @@ class Sequences:
         made = self._recorded(function.__name__, call, [data.padded, data.lengths, *states, *weights], dropout and training)
         return Packed(made[0], data.lengths, True), *made[1:]
 
-    def ctc_loss(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def covariance(self, function: Any, tensor: Tensor, **options: Any) -> Any:
+        """Stands for ``torch.cov`` and ``torch.corrcoef``, which look at the values of their weights.
+
+        Args:
+            function: the one of them.
+            tensor, options: its arguments.
+        """
+        shape = (tensor.shape[0],) * 2 if tensor.dim() == 2 else ()
+        dtype = tensor.dtype if tensor.is_floating_point() or tensor.is_complex() else torch.get_default_dtype()
+        return self.ragged.ended(Call(function, (tensor,), options), (shape, dtype))
+
+    def ctc_loss(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands for the CTC loss, whose graph depends on the lengths.
 
         Args:
             function: the loss: that of ``torch.nn.functional``, or of ``torch``.
             args, kwargs: its arguments.
         """
-        names = ("log_probs", "targets", "input_lengths", "target_lengths", "blank", "reduction", "zero_infinity")
-        given = {**dict(zip(names, args)), **kwargs}
-        reduction = given.get("reduction", "mean")
-        plain = {name: value for name, value in given.items() if not isinstance(value, (Tensor, Selected))}
-        tensors: list[Tensor] = []
-        for name in given.keys() - plain.keys():
-            tensors += given[name].tensors if isinstance(given[name], Selected) else [given[name]]
-        held = [(name, isinstance(given[name], Selected)) for name in given.keys() - plain.keys()]
-
-        def call(*values: Tensor) -> Tensor:
-            found, rest = dict(plain), iter(values)
-            for name, is_selected in held:
-                value = next(rest)
-                found[name] = value.masked_select(next(rest)) if is_selected and not isinstance(value, FakeTensor) else value
-                if is_selected and isinstance(value, FakeTensor):
-                    next(rest)
-            log_probs = found["log_probs"]
-            if isinstance(log_probs, FakeTensor):
-                total = log_probs.sum((0, -1))
-                return total if reduction in ("none", 0) and log_probs.dim() == 3 else total.sum()
-            return function(**found)  # type: ignore[no-any-return]
-
-        return self._recorded("ctc_loss", call, tensors)  # type: ignore[no-any-return]
+        log_probs = args[0] if args else kwargs["log_probs"]
+        reduction = args[5] if len(args) > 5 else kwargs.get("reduction", "mean")
+        shape = tuple(log_probs.shape[1:-1]) if reduction in ("none", 0) else ()
+        return self.ragged.ended(Call(function, args, kwargs), (shape, log_probs.dtype))
 
     def _recorded(self, name: str, call: Callable[..., Any], tensors: Sequence[Tensor], draws: Any = False) -> Any:
         function = OpaqueFunction(name, call)
@@ -284,23 +204,17 @@ class Sequences:
         return function.with_result(FUNCTION(list(tensors), function.number))
 
 
-def _like(tensor: Tensor, shape: Sequence[int], others: Sequence[Tensor]) -> Tensor:
-    """Makes a tensor without values that depends on a tensor and on others."""
-    total = sum([other.sum() for other in others if other.is_floating_point()], tensor.sum())
-    return torch.as_tensor(total).to(tensor.dtype).expand(tuple(shape)).clone()
-
-
 _PACK, _PAD = variable_functions._pack_padded_sequence, variable_functions._pad_packed_sequence
-_SELECT = (torch.masked_select, Tensor.masked_select)
 _LOSS = (torch.nn.functional.ctc_loss, torch.ctc_loss)
 _RECURRENT = tuple(getattr(variable_functions, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
-OF_SEQUENCES = (_PACK, _PAD, *_SELECT, *_LOSS, *_RECURRENT)
+_COVARIANCE = (torch.cov, Tensor.cov, torch.corrcoef, Tensor.corrcoef)
+OF_SEQUENCES = (*_COVARIANCE, _PACK, _PAD, *_LOSS, *_RECURRENT)
 
 
 def handled(function: Any, args: Any) -> str | None:
     """Tells which method of :class:`Sequences` stands for a torch function on these arguments; ``None`` for no one."""
     if function in _RECURRENT:
         return "recurrent" if isinstance(args[0], Packed) else None
-    if function in _SELECT:
-        return "select" if all(isinstance(a, Tensor) for a in args) and len(args) == 2 else None
+    if function in _COVARIANCE:
+        return "covariance" if isinstance(args[0], Tensor) else None
     return {_PACK: "pack", _PAD: "pad"}.get(function, "ctc_loss")

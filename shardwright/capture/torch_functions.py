@@ -21,6 +21,7 @@ from shardwright.capture.decisions import Decisions
 from shardwright.capture.derivatives import Modes, derivative
 from shardwright.capture.fx_nodes import storage_of
 from shardwright.capture.own_backward import OwnBackwards
+from shardwright.capture.ragged import OF_RAGGED
 from shardwright.capture.recorded import Recorded
 from shardwright.capture.refusals import refuse, refused
 from shardwright.capture.sequences import OF_SEQUENCES, Sequences, handled
@@ -198,6 +199,13 @@ class Watch(TorchFunctionMode):
             return None
         with self.at_user_line():
             return getattr(self.sequences, method)(function, *args, **kwargs)
+
+    def of_ragged(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records what selects by values, and what reads that."""
+        if self.sequences is None or self.is_transforming:
+            return None
+        with self.at_user_line():
+            return self.sequences.ragged.begun(function, args, kwargs)
 
     def _of_values(self, function: Any, error: Exception | None) -> CaptureError:
         known = error is None or "DataDependent" in type(error).__name__ or not str(error)
@@ -382,6 +390,7 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     torch.equal: Watch.read_number,
     Tensor.allclose: Watch.read_number,
     torch.allclose: Watch.read_number,
+    **dict.fromkeys(OF_RAGGED, Watch.of_ragged),
     **dict.fromkeys(OF_SEQUENCES, Watch.of_sequences),
     Tensor.set_: Watch.refuse_new_memory,
     Tensor.resize_: Watch.refuse_new_memory,
