@@ -23,13 +23,14 @@ from torch import Tensor
 
 from shardwright.base.opaque import FUNCTION, OpaqueFunction
 from shardwright.base.operators import NEGATES, USUALLY_HOLDS
-from shardwright.base.torch_private import FakeTensor
+from shardwright.base.torch_private import FakeTensor, pytree
 from shardwright.base.user_code import is_users, user_source
 from shardwright.capture.recorded import Recorded
 from shardwright.capture.refusals import refuse
+from shardwright.capture.size_stand_ins import SizeStandIn
 from shardwright.errors import CaptureError
 
-MOST = 32  # decisions of one capture
+MOST = 128  # decisions of one capture
 _TRIES = 4  # captures that look for a way that can be captured
 _TORCH = os.path.dirname(torch.__file__)
 _CHECKING = tuple(os.path.join(_TORCH, path) for path in (f"distributions{os.sep}", f"nn{os.sep}", "__init__.py"))
@@ -74,6 +75,7 @@ class Decisions:
         self.sources: list[str] = []
         self.texts: dict[str, Callable[[Tensor], str]] = {}
         self.error: BaseException | None = None
+        self.likely: dict[int, tuple[Tensor, int]] = {}  # guesses of integers, by the id of the tensor that has one
         self._first = MOST
         self._functions: list[OpaqueFunction] = []  # recorded calls name them by number, which keeps nothing alive
         self._tensors: list[Tensor] = []
@@ -94,6 +96,8 @@ class Decisions:
         Raises:
             UnknownError: it is not known yet.
         """
+        if guess is None:
+            guess = next((self.likely[id(t)][1] for t in (tensor, tensor._base) if id(t) in self.likely), None)
         found = self._decided(tensor, False, lambda tensor: guess)
         if found is None:
             raise UnknownError
@@ -106,7 +110,8 @@ class Decisions:
         if len(self.taken) >= MOST:
             raise refuse(
                 f"a captured callable decides more than {MOST} times by values of tensors",
-                "Compute both ways and select by torch.where, or move the loop out of the callable",
+                "Compute both ways and select by torch.where, or move the loop out of the callable; for experts of "
+                'transformers\' models, call model.set_experts_implementation("batched_mm")',
             )
         at = len(self.taken)
         decided = self.assumed[at] if at < len(self.assumed) else guess(tensor)
@@ -141,14 +146,17 @@ class Decisions:
         """Adds the tensors that were decided by to a result, behind what the callable returns.
 
         Raises:
-            CaptureError: a text with the values of a tensor went elsewhere than into an error.
+            CaptureError: the size of a result depends on values, or a text with such went elsewhere than into an error.
         """
+        ragged = next((leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, SizeStandIn)), None)
+        if ragged is not None:
+            raise ragged._refused("a result")
         if self._printed and self.error is None:
             raise refuse(
                 "a captured callable makes a text of the values of a tensor that is computed",
                 "Return the tensor and print it outside",
             )
-        made, self._known = (*self._tensors, *self._printed), {}
+        made, self._known, self.likely = (*self._tensors, *self._printed), {}, {}
         self._tensors, self._printed = [], []
         return (result, made) if made else result
 

@@ -28,6 +28,7 @@ from shardwright.base.torch_private import FakeTensor, call_with_hooks, module_c
 from shardwright.capture.decisions import UnknownError
 from shardwright.capture.numbers import Formula, Number
 from shardwright.capture.python_state import CONTAINERS, HOOK_TABLES, STANDARD, PythonState
+from shardwright.capture.size_stand_ins import SizeStandIn
 from shardwright.errors import CaptureError
 
 _TABLES = ("_buffers", "_modules", "_parameters")
@@ -110,6 +111,8 @@ class SavedState:
             positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
             if any(isinstance(v, Tensor) for leaf in leaves if hasattr(leaf, "__dict__") for v in vars(leaf).values()):
                 problems.append(f"{where} is given a {type(new).__name__} with tensors in it")
+            if any(isinstance(leaf, SizeStandIn) for leaf in leaves):
+                problems.append(f"{where} is given a tensor whose size depends on values")
             tensors.extend(leaves[i] for i in positions)
             held = tuple(None if i in positions else _formula_of(leaf) for i, leaf in enumerate(leaves))
             found.append(Assignment(where, put, held, spec, positions))

@@ -24,8 +24,9 @@ from shardwright.base.opaque import FUNCTION, OpaqueFunction, draws_within
 from shardwright.base.torch_private import FakeTensor, FakeTensorMode, disable_current_modes, no_function_modes, pytree
 from shardwright.capture.decisions import Decisions
 from shardwright.capture.refusals import refuse
-from shardwright.capture.size_stand_ins import SizeStandIn
+from shardwright.capture.size_stand_ins import SizeStandIn, like
 
+_PLACES = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
 _SIZES = (1, 7)  # that are tried out
 _FRESH = (Tensor.__getitem__, Tensor.masked_select, torch.masked_select)  # of which no other tensor is a view
 
@@ -154,9 +155,14 @@ class Ragged(SizeStandIn):
             row = self.samples[0].shape[1:]
             if row != self.samples[1].shape[1:]:
                 raise self._refused("an iteration")
-            yield self.functions.ended(Call(Tensor.__getitem__, (self, at), {}), (row, self.dtype))
+            made = self.functions.ended(Call(Tensor.__getitem__, (self, at), {}), (row, self.dtype))
+            if self.call.function in _PLACES:  # all of them, as a rule
+                self.functions.decisions.likely[id(made)] = made, at
+            yield made
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("T", "mT", "H", "mH"):
+            return self.functions.called(_turned, (self, name), {})
         method = getattr(Tensor, name, None)
         if not callable(method) or name.startswith("__"):
             return super().__getattr__(name)
@@ -176,6 +182,11 @@ class Length(SizeStandIn):
     def __init__(self, of: Ragged, dim: int | None):
         self.of, self.along = of, dim
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        one = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Length))
+        return one.of.functions.called(function, args, kwargs or {})
+
     def value(self, given: dict[int, Tensor], made: dict[int, Any]) -> int:
         """Computes it, as :meth:`Call.value`."""
         return self.size_of(self.of.value(given, made))
@@ -187,7 +198,8 @@ class Length(SizeStandIn):
         """Reads it as an integer, which is a decision."""
         functions = self.of.functions
         call = Call(lambda tensor: torch.tensor(self.size_of(tensor), device=tensor.device), (self.of,), {})
-        return functions.decisions.integer(functions.ended(call, ((), torch.int64)))
+        guess = self.of.call.args[0].numel() if self.of.call.function in _PLACES and not self.along else None
+        return functions.decisions.integer(functions.ended(call, ((), torch.int64)), guess)
 
     __int__ = __index__ = read
 
@@ -339,6 +351,10 @@ class RaggedFunctions:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
 
+def _turned(tensor: Tensor, name: str) -> Tensor:
+    return getattr(tensor, name)  # type: ignore[no-any-return]
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -364,22 +380,6 @@ def _selected(function: Any, args: Any, kwargs: Any, size: int) -> Any:
             places += [one.new_empty(size, dtype=torch.int64) for _ in range(one.dim())] if is_mask else [one]
         return args[0][tuple(places)]
     return function(*args, **kwargs)
-
-
-def like(tensor: Tensor, shape: Sequence[int], others: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """Makes a tensor without values that depends on others.
-
-    Args:
-        tensor: has its dtype and device, unless another dtype is given.
-        shape: its shape.
-        others: what it depends on.
-        dtype: its dtype.
-    """
-    dtype = dtype or tensor.dtype
-    total: Any = torch.zeros((), dtype=dtype, device=tensor.device)
-    if dtype.is_floating_point or dtype.is_complex:
-        total = sum([other.sum().to(dtype) for other in others if other.is_floating_point() or other.is_complex()], total)
-    return total.expand(tuple(shape)).clone()  # type: ignore[no-any-return]
 
 
 # Functions that select by values, or read what was selected.

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from shardwright.base.opaque import FUNCTION, OpaqueFunction
+from shardwright.base.operators import RECURRENT
 from shardwright.base.torch_private import FakeTensor, variable_functions
 from shardwright.capture.decisions import Decisions
-from shardwright.capture.ragged import Call, RaggedFunctions, like
-from shardwright.capture.size_stand_ins import SizeStandIn
+from shardwright.capture.ragged import Call, RaggedFunctions
+from shardwright.capture.size_stand_ins import SizeStandIn, like
 
 
 class Packed(SizeStandIn):
@@ -206,7 +207,7 @@ class Sequences:
 
 _PACK, _PAD = variable_functions._pack_padded_sequence, variable_functions._pad_packed_sequence
 _LOSS = (torch.nn.functional.ctc_loss, torch.ctc_loss)
-_RECURRENT = tuple(getattr(variable_functions, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+_RECURRENT = tuple(getattr(variable_functions, name) for name in RECURRENT)
 _COVARIANCE = (torch.cov, Tensor.cov, torch.corrcoef, Tensor.corrcoef)
 OF_SEQUENCES = (*_COVARIANCE, _PACK, _PAD, *_LOSS, *_RECURRENT)
 

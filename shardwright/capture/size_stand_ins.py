@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from shardwright.capture.refusals import refuse
 
@@ -59,3 +63,19 @@ _BESIDES = [
 ]
 for _name in (*_OPERATORS, *(f"r{name}" for name in _OPERATORS), *(f"i{name}" for name in _OPERATORS), *_BESIDES):
     setattr(SizeStandIn, f"__{_name}__", _refusing(_name))
+
+
+def like(tensor: Tensor, shape: Sequence[int], others: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Makes a tensor without values that depends on others.
+
+    Args:
+        tensor: has its dtype and device, unless another dtype is given.
+        shape: its shape.
+        others: what it depends on.
+        dtype: its dtype.
+    """
+    dtype = dtype or tensor.dtype
+    total: Any = torch.zeros((), dtype=dtype, device=tensor.device)
+    if dtype.is_floating_point or dtype.is_complex:
+        total = sum([other.sum().to(dtype) for other in others if other.is_floating_point() or other.is_complex()], total)
+    return total.expand(tuple(shape)).clone()  # type: ignore[no-any-return]
