@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.operators import may_draw
+from shardwright.base.operators import may_draw, statistics_flag
 from shardwright.base.torch_private import FakeTensor, TorchDispatchMode, has_side_effect, pytree
 from shardwright.base.user_code import globals_read
 
@@ -167,14 +167,19 @@ class RetainedGradient(OpaqueFunction):
 
 
 class draws_within(TorchDispatchMode):  # noqa: N801 - it is used as a function
-    """Finds out whether operators within the block draw random numbers."""
+    """Finds out whether operators within the block draw random numbers, and which tensors they write to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found = False
+        self.written: list[Any] = []
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found = self.found or may_draw(function)
+        written = [at for at, a in enumerate(function._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        if statistics_flag(function) is not None and len(args) > 5 and args[5]:  # whose schema does not say so
+            written += [3, 4]
+        self.written += [args[at] for at in written if at < len(args)]
         return function(*args, **(kwargs or {}))
 
 

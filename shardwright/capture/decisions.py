@@ -150,7 +150,7 @@ class Decisions:
         """
         ragged = next((leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, SizeStandIn)), None)
         if ragged is not None:
-            raise ragged._refused("a result")
+            raise refuse(f"a result has a size that depends on values: it is made at {ragged.source}", ragged.instead)
         if self._printed and self.error is None:
             raise refuse(
                 "a captured callable makes a text of the values of a tensor that is computed",

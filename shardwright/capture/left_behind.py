@@ -111,8 +111,9 @@ class SavedState:
             positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
             if any(isinstance(v, Tensor) for leaf in leaves if hasattr(leaf, "__dict__") for v in vars(leaf).values()):
                 problems.append(f"{where} is given a {type(new).__name__} with tensors in it")
-            if any(isinstance(leaf, SizeStandIn) for leaf in leaves):
-                problems.append(f"{where} is given a tensor whose size depends on values")
+            ragged = next((leaf for leaf in leaves if isinstance(leaf, SizeStandIn)), None)
+            if ragged is not None:
+                problems.append(f"{where} is given a tensor whose size depends on values, at {ragged.source}")
             tensors.extend(leaves[i] for i in positions)
             held = tuple(None if i in positions else _formula_of(leaf) for i, leaf in enumerate(leaves))
             found.append(Assignment(where, put, held, spec, positions))

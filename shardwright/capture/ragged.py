@@ -22,12 +22,13 @@ from torch import Tensor
 
 from shardwright.base.opaque import FUNCTION, OpaqueFunction, draws_within
 from shardwright.base.torch_private import FakeTensor, FakeTensorMode, disable_current_modes, no_function_modes, pytree
+from shardwright.base.user_code import user_source
 from shardwright.capture.decisions import Decisions
 from shardwright.capture.refusals import refuse
 from shardwright.capture.size_stand_ins import SizeStandIn, like
 
 _PLACES = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
-_SIZES = (1, 7)  # that are tried out
+_SIZES = (3, 7)  # that are tried out
 _FRESH = (Tensor.__getitem__, Tensor.masked_select, torch.masked_select)  # of which no other tensor is a view
 
 
@@ -121,7 +122,7 @@ class Ragged(SizeStandIn):
         first = samples[0]
         self.dtype, self.device, self.ndim = first.dtype, first.device, first.dim()
         self.is_cuda = first.is_cuda
-        self.requires_grad = False
+        self.requires_grad, self.source = False, user_source()
 
     def value(self, given: dict[int, Tensor], made: dict[int, Any]) -> Tensor:
         """Computes it, as :meth:`Call.value`."""
@@ -338,9 +339,12 @@ class RaggedFunctions:
         """Calls a function on tensors without values, with one of the sizes that are tried out."""
         with disable_current_modes(), no_function_modes(), self.mode, draws_within() as draws:
             args, kwargs = pytree.tree_map(lambda leaf: self._sample_of(leaf, at), (args, kwargs))
+            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             result = _selected(function, args, kwargs, _SIZES[at])
         if draws.found:
             raise Ragged._refused("a function that draws random numbers")
+        if any(written is tensor or getattr(written, "_base", None) is tensor for written in draws.written for tensor in given):
+            raise Ragged._refused("a function that moves running statistics, or writes to another tensor,")
         return result
 
     def _sample_of(self, leaf: Any, at: int) -> Any:

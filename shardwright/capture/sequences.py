@@ -15,6 +15,7 @@ from torch import Tensor
 from shardwright.base.opaque import FUNCTION, OpaqueFunction
 from shardwright.base.operators import RECURRENT
 from shardwright.base.torch_private import FakeTensor, variable_functions
+from shardwright.base.user_code import user_source
 from shardwright.capture.decisions import Decisions
 from shardwright.capture.ragged import Call, RaggedFunctions
 from shardwright.capture.size_stand_ins import SizeStandIn, like
@@ -35,7 +36,7 @@ class Packed(SizeStandIn):
     def __init__(self, padded: Tensor, lengths: Tensor, is_zero: bool = False):
         self.padded, self.lengths, self.is_zero = padded, lengths, is_zero
         self.dtype, self.device, self.requires_grad = padded.dtype, padded.device, padded.requires_grad
-        self.is_cuda = padded.is_cuda
+        self.is_cuda, self.source = padded.is_cuda, user_source()
 
     def dim(self) -> int:
         return self.padded.dim() - 1

@@ -20,6 +20,7 @@ class SizeStandIn:
     """
 
     what, instead = "", ""
+    source = ""  # the user's line that made it
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

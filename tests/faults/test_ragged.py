@@ -17,6 +17,7 @@ class Net(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.layer, self.function, self.kept = nn.Linear(4, 5), function, None
+        self.norm = nn.BatchNorm1d(5)
         self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
 
     def forward(self, x, labels):
@@ -128,9 +129,13 @@ def _changed(self, h, labels):
 
 
 REFUSED = {
-    "a result": (lambda s, h, n: h[n > 0], "a result of a tensor cannot be captured: its size depends on values"),
-    "an attribute": (lambda s, h, n: setattr(s, "kept", h[n > 0]) or h, "kept is given a tensor whose size depends on values"),
+    "a result": (lambda s, h, n: h[n > 0], "a result has a size that depends on values: it is made at test_ragged"),
+    "an attribute": (
+        lambda s, h, n: setattr(s, "kept", h[n > 0]) or h,
+        "kept is given a tensor whose size depends on",
+    ),
     "dropout": (lambda s, h, n: F.dropout(h[n > 0]).sum(), "draws random numbers"),
+    "statistics": (lambda s, h, n: s.norm(h[n > 0]).sum(), "moves running statistics"),
     "in place": (lambda s, h, n: h[n > 0].mul_(2).sum(), "mul_ of a tensor cannot be captured"),
     "a number": (lambda s, h, n: h * h[n > 0].sum().item(), "reads a number"),
     "another size": (lambda s, h, n: h[n > 0].item(), "item of a tensor cannot be captured"),

@@ -161,7 +161,6 @@ def test_errors_are_those_of_one_device(name):
 REFUSED = {
     "data": lambda p, x: pad_packed_sequence(nn.utils.rnn.PackedSequence(p.data * 2, p.batch_sizes))[0],
     "batch sizes": lambda p, x: x * p.batch_sizes.sum(),
-    "selected": lambda p, x: x.masked_select(x > 0).sum(),
 }
 
 
