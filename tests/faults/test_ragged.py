@@ -114,7 +114,6 @@ def both(function, steps=4):
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("function", FORMS)
 def test_each_step_is_that_of_one_device(function):
     sw.init(devices=3)
@@ -168,5 +167,6 @@ def _job(rank, folder):
         print(f"case {function.__name__}: as one device", flush=True)
 
 
+@pytest.mark.long
 def test_ranks_of_a_job(tmp_path):
     assert len(jobs.cases(tmp_path, _job)) == 3

@@ -180,5 +180,6 @@ def _job(rank, folder):
         print(f"case {name}: as one device", flush=True)
 
 
+@pytest.mark.long
 def test_ranks_of_a_job(tmp_path):
     assert len(jobs.cases(tmp_path, _job)) == 2
