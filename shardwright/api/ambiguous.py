@@ -90,17 +90,16 @@ def _ambiguous(name: str, kind: type, target: str) -> Any:
     return property(read, write)
 
 
-def check_nested(net: nn.Module, target: Any) -> None:
-    """Refuses a call within a capture that lacks the parameters of the net that is called: they would get no gradient.
+def check_nested(net: Any) -> None:
+    """Refuses a call of a net within a capture that lacks its parameters, as they would get no gradient.
 
     Args:
-        net: the net that is called.
-        target: what it runs.
+        net: the ``AutoParallel`` that is called.
 
     Raises:
-        CaptureError: the capture lacks parameters of it.
+        CaptureError: there are such parameters.
     """
-    owns = isinstance(target, nn.Module)  # tensors that a function reads itself have other names here
+    owns = isinstance(net.target, nn.Module)  # tensors that a function reads itself have other names here
     outside = [n for n, p in net.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
     if outside:
         raise CaptureError(

@@ -137,6 +137,8 @@ batch_norm_forward = BatchNorm.forward
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # What ``torch.no_grad`` calls, as an export records it.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+# Torch functions that have a name here only, such as those of packed sequences.
+variable_functions: Any = torch._C._VariableFunctions
 # Tells which kernel attention on these tensors would run.
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
@@ -202,6 +204,11 @@ def tracer_of_export() -> Any:
     return None if mode is None else mode.tracer
 
 
+def modules_in_export() -> dict[Any, Any]:
+    """Returns the modules that run in the export in progress, the innermost last. One that raises is not taken off."""
+    return getattr(tracer_of_export(), "module_stack", {})
+
+
 def recorded_node(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
     """Returns the node that a tracer has recorded for a tensor."""
     slot: Any = proxy_tensor.get_proxy_slot(tensor, tracer, None)
@@ -252,6 +259,7 @@ __all__ = [
     "module_call_code",
     "module_calls",
     "is_captured_alone",
+    "modules_in_export",
     "job_timeout",
     "no_function_modes",
     "no_saved_tensors_hooks",

@@ -23,6 +23,7 @@ from shardwright.capture.own_backward import RecordedBackwardHook
 from shardwright.capture.padded_encoder import encoder_forward, layer_forward
 from shardwright.capture.refusals import refuse
 from shardwright.capture.session import RECOMPUTE
+from shardwright.capture.size_stand_ins import SizeStandIn
 from shardwright.capture.torch_functions import Watch
 from shardwright.errors import CaptureError
 
@@ -40,6 +41,8 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
                 return _call_reentrant(*args)
         if watch.is_transforming and not cls.__module__.startswith("torch."):
             raise _within_a_transformation(cls)
+        for ragged in (a for a in args if isinstance(a, SizeStandIn)):
+            raise ragged._refused(cls.__name__)
         if watch.is_in_callable and _has_own_backward(cls, args):
             with watch.paused():
                 return watch.own_backwards.call(cls, plain, args)
