@@ -292,6 +292,7 @@ def _job(rank, folder):
         print(f"case {at}: as one device{', with errors' if raised else ''}", flush=True)
 
 
+@pytest.mark.long
 def test_ranks_of_a_job_decide_alike(tmp_path):
     found = jobs.cases(tmp_path, _job)
     assert len(found) == len(JOBS)
