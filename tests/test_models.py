@@ -161,11 +161,32 @@ def as_it_comes(name):
         config = t.BartConfig(d_model=16, max_position_embeddings=32, decoder_start_token_id=0, **sides, **SPECIAL)
         return t.BartForConditionalGeneration(config)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if name == "wav2vec2":  # checks its labels, drops layers at random, aligns by a CTC loss
+        layers = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+        layers |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.5}
+        return t.Wav2Vec2ForCTC(t.Wav2Vec2Config(vocab_size=12, apply_spec_augment=False, pad_token_id=0, **layers, **sizes))
+    if name == "detr":  # clamps what is not finite
+        backbone = t.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+        )
+        sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDE.items()}
+        return t.DetrForObjectDetection(
+            t.DetrConfig(
+                use_timm_backbone=False,
+                backbone=None,
+                backbone_config=backbone,
+                d_model=16,
+                num_queries=5,
+                num_labels=3,
+                **sides,
+            )
+        )
     return t.ViTForImageClassification(t.ViTConfig(image_size=8, patch_size=4, num_labels=5, **sizes))
 
 
 SIDE = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
 AS_THEY_COME = ("gpt2", "llama", "mixtral", "t5", "bart", "vit")
+DECIDE = ("wav2vec2", "detr")  # by values of tensors
 CHECKPOINTS = {"kept": None, "reentrant": True, "checkpointed": False}
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
 
@@ -179,6 +200,11 @@ def some(world):
 def inputs_of(name):
     if name == "vit":
         return {"pixel_values": torch.randn(BATCH, 3, 8, 8).double(), "labels": torch.randint(5, (BATCH,))}
+    if name == "wav2vec2":
+        labels = torch.randint(1, 12, (BATCH, 6)).masked_fill(torch.arange(6) > torch.arange(BATCH)[:, None] + 1, -100)
+        return {"input_values": torch.randn(BATCH, 300).double(), "labels": labels}
+    if name == "detr":
+        return {"pixel_values": torch.randn(BATCH, 3, 32, 32).double()}
     ids = torch.randint(2, WORDS, (BATCH, 6))
     return {"input_ids": ids, "labels": torch.randint(2, WORDS, (BATCH, 5)) if name in ("t5", "bart") else ids}
 
@@ -193,6 +219,8 @@ def check_as_it_comes(name, way):
     for call in (single, sw.AutoParallel(model, "data_parallel")):
         torch.manual_seed(1)  # the same dropout
         found.append(call(**inputs))
+        if found[-1].get("loss") is None:
+            found[-1].loss = found[-1].logits.square().mean() + found[-1].pred_boxes.sum()
         found[-1].loss.backward()
     expected, got = found
     assert type(got) is type(expected)
@@ -244,6 +272,15 @@ def test_as_it_comes(name, way, monkeypatch):
 
 
 @pytest.mark.whole
+@pytest.mark.usefixtures("_quiet")
+@pytest.mark.parametrize("name", DECIDE)
+def test_what_decides_by_values(name, monkeypatch):
+    monkeypatch.setattr("shardwright.world.current._current", [])
+    sw.init(devices=3)
+    check_as_it_comes(name, "kept")
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_caches(name, monkeypatch):
     monkeypatch.setattr("shardwright.world.current._current", [])
@@ -255,6 +292,9 @@ def everything(rank):
     sw.init()
     for name, way in some(1) if ALL else some(1)[1::2]:
         check_as_it_comes(name, way)
+    if ALL:
+        for name in DECIDE:
+            check_as_it_comes(name, "kept")
     check_caches("gpt2")
     print("reached the end")
 

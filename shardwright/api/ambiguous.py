@@ -1,4 +1,4 @@
-"""Targets that are refused: ambiguous names, models that split batches themselves, nets without their parameters."""
+"""Targets that are refused: ambiguous names, what splits batches or scales losses besides, nets without parameters."""
 
 from __future__ import annotations
 
@@ -26,6 +26,26 @@ def refuse_wrapped(target: Any) -> None:
             f"{type(wrapped[0]).__name__} is in what AutoParallel is given, at {user_line()}: both reduce gradients\n"
             "  Give the module that it wraps, model.module"
         )
+
+
+def refuse_scaled_losses(kwargs: dict[str, Any]) -> None:
+    """Refuses a trainer that multiplies losses by the number of ranks, where the batch is that of all ranks together.
+
+    Args:
+        kwargs: of a call, whose batch each rank gives a part of.
+
+    Raises:
+        ShardwrightError: it is called by the Trainer of Hugging Face, with the number of tokens of all ranks.
+    """
+    frame = sys._getframe() if kwargs.get("num_items_in_batch") is not None else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            raise ShardwrightError(
+                "the Trainer of Hugging Face multiplies the loss by the number of ranks, but with "
+                'dataset_strategy("data_parallel") it is the loss of all ranks already\n'
+                "  Write trainer.model_accepts_loss_kwargs = False before trainer.train()"
+            )
+        frame = frame.f_back
 
 
 def refuse_ambiguous_names(net: Any, target: nn.Module) -> None:
@@ -70,17 +90,16 @@ def _ambiguous(name: str, kind: type, target: str) -> Any:
     return property(read, write)
 
 
-def check_nested(net: nn.Module, target: Any) -> None:
-    """Refuses a call within a capture that lacks the parameters of the net that is called: they would get no gradient.
+def check_nested(net: Any) -> None:
+    """Refuses a call of a net within a capture that lacks its parameters, as they would get no gradient.
 
     Args:
-        net: the net that is called.
-        target: what it runs.
+        net: the ``AutoParallel`` that is called.
 
     Raises:
-        CaptureError: the capture lacks parameters of it.
+        CaptureError: there are such parameters.
     """
-    owns = isinstance(target, nn.Module)  # tensors that a function reads itself have other names here
+    owns = isinstance(net.target, nn.Module)  # tensors that a function reads itself have other names here
     outside = [n for n, p in net.named_parameters() if not isinstance(p, FakeTensor) and (owns or "." in n)]
     if outside:
         raise CaptureError(

@@ -13,18 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwright.agreement.job_watch import watch_of
-from shardwright.agreement.signature import Signature, signature_of, value_summaries
-from shardwright.agreement.watch import Summarize
+from shardwright.agreement.signature import Signature, signature_of
 from shardwright.api import train_step
-from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_wrapped
+from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_scaled_losses, refuse_wrapped
 from shardwright.api.bound import BoundCall
-from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, why_planned_again
+from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, input_summary, why_planned_again
+from shardwright.api.decided import run_as_decided
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
 from shardwright.api.pipeline import PipelineBoundCall
@@ -72,9 +73,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             ``"hybrid_parallel"``: the target is the program of one rank, with
             :mod:`collectives <shardwright.hybrid.collectives>` of its own. ``"stand_alone"``: the target as it is.
         compile: ``True`` compiles what runs between collectives with ``torch.compile``; a string names its backend.
-        output: ``"whole"``: every output is whole on every rank. ``"sharded"``: outputs are
-            :class:`~shardwright.train.outputs.split_output.SplitOutput`, whole when they are read. Default: the large ones
-            are, where there is a loss beside them.
+        output: ``"whole"``: every output is whole on every rank. ``"sharded"``: it is whole when it is read. Default: so are
+            large ones beside a loss.
 
     Raises:
         ShardwrightError: an unknown mode or backend, or a target that is not callable.
@@ -136,7 +136,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             )
         if current_session() is not None or self.settings.mode == "stand_alone":
             if current_session() is not None:
-                check_nested(self, self.target)
+                check_nested(self)
             if self.settings.precision.dtype is None:
                 return self.target(*args, **kwargs)
             with self.settings.precision.computing(next((p.device.type for p in self.parameters()), "cpu")):
@@ -155,7 +155,8 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             except StepFound:
                 self._is_step = True
             else:
-                return bound(leaves)
+                again = partial(self._bound_call_for, args, kwargs)
+                return bound(leaves) if bound.decisions is None else run_as_decided(bound, leaves, again)
         return self._run_step(args, kwargs)
 
     @contextmanager
@@ -233,7 +234,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         self._bound_call_for(args, kwargs)
         return self
 
-    def _bound_call_for(self, args: Any, kwargs: Any) -> tuple[list[Any], BoundCall]:
+    def _bound_call_for(self, args: Any, kwargs: Any, decided: tuple[Any, ...] = ()) -> tuple[list[Any], BoundCall]:
         leaves: list[Any]
         spec: Any
         watch = watch_of(current_world())
@@ -252,14 +253,16 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             if isinstance(self._root, GradAccumulation):
                 leaves, given = whole_samples(leaves, given, current_world())
         key = (spec, tuple(map(_leaf_key, leaves)), given, self._state_key())
-        bound = self._known(key)
+        bound = self._known(key, decided)
         if bound is None and self._found_changing():
             key = (*key[:3], self._state_key())
-            bound = self._known(key)
+            bound = self._known(key, decided)
         if bound is None:
-            self._log_why_planned_again(key, leaves)
+            self._log_why_planned_again(key, leaves, decided)
+            if given is not None and current_world().processes > 1:
+                refuse_scaled_losses(kwargs)
             with self._compare_planning(leaves, spec, given) as signatures, _out_of_inference():
-                bound = self._compile(args, kwargs, leaves, given)
+                bound = self._compile(args, kwargs, given, decided)
             bound.signatures = signatures
             while len(self._bound_calls) >= MOST_PLANS:
                 del self._bound_calls[next(iter(self._bound_calls))]
@@ -270,9 +273,11 @@ class AutoParallel(SettingsMethods, TargetAsModule):
                 self._state.changing -= self._constant
                 self._state.refresh()
             self._described = key, dict(self._state.described)
-            self._bound_calls.setdefault((spec, key[1], given, self._state_key()), []).insert(0, bound)
+            kept = self._bound_calls.setdefault((spec, key[1], given, self._state_key()), [])
+            kept.insert(len(kept) if bound.raises else 0, bound)
+            del kept[MOST_PLANS:]
         elif watch is not None:
-            watch.known_call(bound, self._input_summary(leaves, given, bound.changing_values))
+            watch.known_call(bound, input_summary(leaves, given is None and not is_hybrid, bound.changing_values))
         self._latest = bound
         return leaves, bound
 
@@ -285,12 +290,16 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             return
         shapes = None if given is None else given.shapes
         sign = signature_of(self.module, leaves, spec, watch.name_of(self), shapes)
-        with watch.new_call(sign, self._input_summary(leaves, given)):
+        with watch.new_call(sign, input_summary(leaves, given is None and self.settings.mode != "hybrid_parallel")):
             yield {torch.is_grad_enabled(): sign}
 
-    def _known(self, key: Any) -> BoundCall | None:
-        """Returns the program of a signature, for the decisions that Python would take by changing numbers."""
-        return next((bound for bound in self._bound_calls.get(key, ()) if bound.fits()), None)
+    def _known(self, key: Any, decided: tuple[Any, ...]) -> BoundCall | None:
+        """Returns the program of a signature, for the decisions that Python would take. That of the latest call is first."""
+        kept = self._bound_calls.get(key, [])
+        bound = next((bound for bound in kept if bound.fits(decided)), None)
+        if bound is not None and decided and not bound.raises:
+            kept.insert(0, kept.pop(kept.index(bound)))
+        return bound
 
     def _found_changing(self) -> bool:
         """Tells whether numbers of modules have changed for the second time, which makes them inputs of the next program."""
@@ -306,24 +315,20 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             self._state.refresh()
         return bool(found)
 
-    def _input_summary(
-        self, leaves: list[Any], given: GlobalInputs | None, numbers: Callable[[], list[Tensor]] = list
-    ) -> Summarize | None:
-        """Returns the function that summarizes the inputs' values for comparison; ``None`` where ranks may differ in them."""
-        if given is not None or self.settings.mode == "hybrid_parallel":
-            return None
-        return lambda sketched: value_summaries([*leaves, *numbers()], sketched)
-
-    def _log_why_planned_again(self, key: Any, leaves: list[Any]) -> None:
+    def _log_why_planned_again(self, key: Any, leaves: list[Any], decided: tuple[Any, ...]) -> None:
         """Logs, from the second planning on, what has changed since the one before."""
         assert self._state is not None
         before, described = self._described
         self._described = key, dict(self._state.described)
         if before is None:
             return
+        if decided:
+            made: Any = self.latest.decisions
+            logger.warning("planning again: decided %s at %s", decided[-1], made.sources[len(decided) - 1])
+            return
         logger.warning("planning again: %s", why_planned_again(key, before, self._state.changed(described), leaves))
 
-    def _compile(self, args: Any, kwargs: Any, leaves: list[Any], given: GlobalInputs | None) -> BoundCall:
+    def _compile(self, args: Any, kwargs: Any, given: GlobalInputs | None, decided: tuple[Any, ...]) -> BoundCall:
         if self._root is None:
             self._root = FunctionModule(self.target)
         may_be_a_step = self._is_step is None or self._root is not self.target
@@ -333,7 +338,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         if self.settings.pipeline is not None:
             return PipelineBoundCall(self._root, args, kwargs, current_world(), self.settings)
         changing = self._state.changing if self._state is not None else ()
-        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step, changing)
+        return BoundCall(self._root, args, kwargs, current_world(), self.settings, given, may_be_a_step, changing, decided)
 
     def _state_key(self) -> Any:
         """Builds the key of all other state that the graph depends on: Python values, grad mode, autocast, the world."""

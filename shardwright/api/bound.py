@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,25 +14,25 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.agreement.job_watch import explain, note
 from shardwright.agreement.signature import Signature, lines_of, value_summaries
+from shardwright.api.decided import UndoneOtherwise, captured_way
+from shardwright.api.inner_results import inner_results, watch_gradients
 from shardwright.api.settings import Settings
 from shardwright.api.stages import (
-    Target,
     before_compiling,
-    capture_target,
     make_target,
     plan_target,
 )
 from shardwright.base.derivatives import with_first_derivatives_only
 from shardwright.base.dump import dump_of
 from shardwright.base.torch_private import pytree
-from shardwright.capture.capture import capture
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.decisions import Decisions
 from shardwright.capture.numbers import Numbers
 from shardwright.capture.own_backward import retained_outputs
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.rank_inputs import GlobalInputs
-from shardwright.errors import CaptureError, ShardwrightError, WorldError
-from shardwright.ir.graph import Graph, GraphInput
+from shardwright.errors import CaptureError, WorldError
+from shardwright.ir.graph import GraphInput
 from shardwright.ir.layout import Layout
 from shardwright.ir.machine import Machine
 from shardwright.ir.mesh import Mesh
@@ -60,12 +59,13 @@ class BoundCall:
 
     compiler: SegmentCompiler | None = None
     numbers: Numbers | None = None  # attributes that are numbers of each call
+    decisions: Decisions | None = None  # by values of tensors, which the program assumes
     _now: Sequence[Any] = ()  # their values in this call
     signatures: dict[bool, Signature]  # its descriptions for other ranks, by gradient mode
 
     def __init__(
         self, root: nn.Module, args: Any, kwargs: Any, world: World, settings: Settings, given: GlobalInputs | None = None,
-        may_be_a_step: bool = False, changing: Collection[str] = (),
+        may_be_a_step: bool = False, changing: Collection[str] = (), assumed: Sequence[Any] = (),
     ):  # fmt: skip
         if given is not None:
             args, kwargs = self._global_inputs(args, kwargs, given.shapes)
@@ -88,7 +88,7 @@ class BoundCall:
             root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device),
             dump=dump, may_be_a_step=may_be_a_step, on_first_rank=world.on_first_rank,
         )  # fmt: skip
-        graph, self.numbers = _captured(target, changing)
+        graph, self.numbers, self.decisions = captured_way(target, changing, assumed)
         constants = list(graph.constants.values())
         world.compare("graph", lambda: (lines_of(str(graph), root), value_summaries(constants, sketched=True)))
         plan = plan_target(target, graph)
@@ -105,17 +105,20 @@ class BoundCall:
         self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, settings)
         self._split = split_outputs(self.plan, program, world)
         self._read = [self._reader(i) for i in self.graph.inputs]
-        self._is_random = any(n.op.draws for n in self.graph.nodes)
+        self.is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
 
     def _count_inputs(self) -> None:
         """Sorts the graph's inputs into parameters, arguments and others, and records which are written to."""
         self._retained = retained_outputs(self.graph)
+        self._inner = inner_results(self.graph)
         kinds = [i.kind for i in self.graph.inputs]
         self._parameters = [n for n, kind in enumerate(kinds) if kind == "parameter"]
         self._arguments = [n for n, kind in enumerate(kinds) if kind == "input"]
-        self._made_to_require = [n for n, i in enumerate(self.graph.inputs) if i.is_made_to_require]
+        self.made_to_require = [n for n, i in enumerate(self.graph.inputs) if i.is_made_to_require]
         self._other_inputs = [n for n, kind in enumerate(kinds) if kind in ("buffer", "constant")]
+        moving = {value for node in self.graph.nodes if node.op.moves_statistics for value in node.inputs}
+        self.moved_inputs = [n for n in self._other_inputs if self.graph.inputs[n].value in moving]
         self._written = {name for name, _ in self.graph.updates}
         self._checked: list[Any] = []
         self._memory: dict[int, GraphInput] = {}  # of buffers and constants, by address
@@ -201,15 +204,24 @@ class BoundCall:
         table = owner._parameters if graph_input.kind == "parameter" else owner._buffers
         return lambda leaves: table[name]
 
-    def __call__(self, leaves: list[Any]) -> Any:
-        """Runs the program on the flat inputs; returns the callable's result, with global tensors."""
+    def __call__(self, leaves: list[Any], settled: int = 0) -> Any:
+        """Runs the program on the flat inputs; returns the callable's result, with global tensors.
+
+        Args:
+            leaves: the flat inputs.
+            settled: how many of its decisions hold in any case.
+
+        Raises:
+            OtherWay: Python decides otherwise by values of tensors; nothing is changed then.
+        """
         if self.numbers is not None:
             self._now = self.numbers.read()
         values = [read(leaves) for read in self._read]
         if self.world.keeps_pieces and any(type(values[n]) is DTensor for n in self._other_inputs):
             whole_buffers(self.root)
             values = [read(leaves) for read in self._read]
-        for n in self._made_to_require:
+        undone = UndoneOtherwise(self, values, settled) if self.decisions is not None else nullcontext()
+        for n in self.made_to_require:
             values[n].requires_grad_()
         if self.graph.updates:
             self._check_aliases(values)
@@ -220,11 +232,12 @@ class BoundCall:
             local = enter(stored)
             for n, value in zip(self._parameters, local, strict=True):
                 values[n] = value
-        if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
-            with torch.autocast(self.device_type, enabled=False):
+        with undone:
+            if torch.is_autocast_enabled(self.device_type):  # the program turns it on itself, for operators only
+                with torch.autocast(self.device_type, enabled=False):
+                    outputs, updates = self._run(values)
+            else:
                 outputs, updates = self._run(values)
-        else:
-            outputs, updates = self._run(values)
         if updates:
             self._update(values, updates)
         if self.compiler is not None and torch.is_grad_enabled():  # compiled backward passes are constants to autograd
@@ -233,8 +246,16 @@ class BoundCall:
             outputs[index] = wrap(outputs[index])
         for index, gradient in self._retained:
             gradient.hand_to(outputs[index])
+        if self._inner[1] and torch.is_grad_enabled():
+            watch_gradients(outputs, *self._inner, frozenset(index for index, _ in self._retained))
         result = pytree.tree_unflatten(outputs, self.graph.out_spec)
-        return self._assigned(result) if self.graph.assignments else result
+        if self.decisions is not None:
+            result = result[0]
+        if self.graph.assignments:
+            result = self._assigned(result)
+        if self.decisions is not None and (error := self.decisions.raised(outputs)) is not None:
+            raise error
+        return result
 
     def _check_aliases(self, values: list[Any]) -> None:
         """Refuses writes to an input or buffer that shares its memory. A program treats each as separate."""
@@ -272,9 +293,20 @@ class BoundCall:
             assignment.carry_out(rest, self._now)
         return result
 
-    def fits(self) -> bool:
-        """Tells whether Python would decide by the changing numbers as it did in the capture."""
-        return self.numbers is None or self.numbers.hold(self.numbers.read())
+    def fits(self, decided: Sequence[Any] = ()) -> bool:
+        """Tells whether Python would decide by the changing numbers as it did in the capture.
+
+        Args:
+            decided: how it decides by values of tensors at first.
+        """
+        taken = self.decisions.taken if self.decisions is not None else []
+        holds = self.numbers is None or self.numbers.hold(self.numbers.read())
+        return holds and tuple(taken[: len(decided)]) == tuple(decided)
+
+    @property
+    def raises(self) -> bool:
+        """True if the callable raises an error, for the decisions that the program assumes."""
+        return self.decisions is not None and self.decisions.error is not None
 
     def changing_values(self) -> list[Tensor]:
         """Returns the changing numbers as they are now, for a comparison between ranks."""
@@ -313,7 +345,7 @@ class BoundCall:
 
     def _run(self, values: list[Any]) -> Any:
         try:
-            if self._is_random:
+            if self.is_random:
                 self.world.agree_on_random_state()
             return self.run(*values)
         except RuntimeError as error:  # of communication, it may be, because of what another rank did
@@ -335,21 +367,6 @@ class BoundCall:
                 if new.shape != values[n].shape:  # a frozen parameter of which this rank keeps a piece
                     new = new[self.plan.input_layouts[name].slices(new.shape)[self.world.rank]]
                 values[n].copy_(new)
-
-
-def _captured(target: Target, changing: Collection[str]) -> tuple[Graph, Numbers | None]:
-    """Captures a target, with changing numbers as inputs if that is possible."""
-    if changing:
-        numbers = Numbers(target.root, tuple(sorted(changing)))
-        try:
-            graph = capture_target(target, partial(capture, numbers=numbers))
-        except ShardwrightError:
-            numbers.escaped = numbers.escaped or set(range(len(numbers.names)))
-        if not numbers.escaped:
-            return graph, numbers
-        rest = [name for at, name in enumerate(numbers.names) if at not in numbers.escaped]
-        return _captured(target, rest)
-    return capture_target(target, capture), None
 
 
 def device_of(root: nn.Module, world: World) -> torch.device:

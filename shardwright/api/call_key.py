@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shardwright.agreement.signature import value_summaries
+from shardwright.agreement.watch import Summarize
 from shardwright.errors import WorldError
 
 
@@ -41,6 +43,17 @@ def check_leaves(leaves: Sequence[Any]) -> None:
     """
     if any(isinstance(leaf, DTensor) for leaf in leaves):
         raise WorldError("net(...) got a distributed tensor, computed from parameters: give sw.full_value(tensor)")
+
+
+def input_summary(leaves: list[Any], are_alike: bool, numbers: Callable[[], list[Tensor]] = list) -> Summarize | None:
+    """Returns what summarizes the values of a call's inputs for a comparison between ranks.
+
+    Args:
+        leaves: the flat inputs.
+        are_alike: whether all ranks are to be given the same; otherwise nothing is compared.
+        numbers: returns the changing numbers that the call reads.
+    """
+    return (lambda sketched: value_summaries([*leaves, *numbers()], sketched)) if are_alike else None
 
 
 def why_planned_again(key: Any, before: Any, changed: Sequence[str], leaves: Sequence[Any]) -> str:

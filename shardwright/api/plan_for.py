@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shardwright.api.settings import SearchSettings, Settings
 from shardwright.api.stages import before_compiling, capture_target, make_target, plan_target
 from shardwright.base.dump import dump_of
 from shardwright.capture.closure import FunctionModule
+from shardwright.capture.decisions import explored
 from shardwright.capture.repeated import capture_repeated
 from shardwright.cost.machine_files import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
@@ -130,7 +132,7 @@ def _planned(
         dump=dump_of(type(root).__name__, None), may_be_a_step=may_be_a_step, tell=tell,
     )  # fmt: skip
     with torch.enable_grad():
-        graph = capture_target(target, capture_repeated)
+        graph, _ = explored(lambda decisions: capture_target(target, partial(capture_repeated, decisions=decisions)))
     return PlanView(plan_target(target, graph))
 
 

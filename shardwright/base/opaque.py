@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.base.operators import may_draw
+from shardwright.base.operators import may_draw, statistics_flag
 from shardwright.base.torch_private import FakeTensor, TorchDispatchMode, has_side_effect, pytree
 from shardwright.base.user_code import globals_read
 
@@ -46,6 +46,7 @@ class OpaqueFunction:
         tags: as for torch's operators: whether its forward was seen to draw random numbers.
         may_be_split: whether its forward and backward may be run on tensors without values, to see if pieces of the tensors
             would give pieces of the result; those with effects besides may not.
+        has_effects: whether its forward may read or change objects outside.
         traces: the results of these runs.
         result: the structure of what it returned when it was captured, with its constants.
 
@@ -62,7 +63,7 @@ class OpaqueFunction:
         self.call = call
         self.tags: set[torch.Tag] = set()
         self.result: tuple[Any, list[Any]] | None = None
-        self.may_be_split = False
+        self.may_be_split = self.has_effects = False
         self.traces: dict[Any, Any] = {}
         self.results_like: dict[Any, list[tuple[tuple[int, ...], torch.dtype]]] = {}  # by the shapes of the tensors
         self.number = next(_numbers)
@@ -76,7 +77,7 @@ class OpaqueFunction:
 
     def capture(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Calls the function on tensors without values, as it is captured; what its results are like is kept."""
-        with _Draws() as draws:
+        with draws_within() as draws:
             made = list(self._called(tensors))
         if draws.found:
             self.tags.add(torch.Tag.nondeterministic_seeded)
@@ -165,15 +166,20 @@ class RetainedGradient(OpaqueFunction):
         self._handed[0] = weakref.ref(tensor)
 
 
-class _Draws(TorchDispatchMode):
-    """Finds out whether operators within the block draw random numbers."""
+class draws_within(TorchDispatchMode):  # noqa: N801 - it is used as a function
+    """Finds out whether operators within the block draw random numbers, and which tensors they write to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found = False
+        self.written: list[Any] = []
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found = self.found or may_draw(function)
+        written = [at for at, a in enumerate(function._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        if statistics_flag(function) is not None and len(args) > 5 and args[5]:  # whose schema does not say so
+            written += [3, 4]
+        self.written += [args[at] for at in written if at < len(args)]
         return function(*args, **(kwargs or {}))
 
 

@@ -132,6 +132,9 @@ WRITES_TRUTH = _packets("""
 CHANGES_MEMORY = _packets("set_ resize_ resize_as_ sparse_resize_")
 # Operators that compute nothing: they check what the trace assumed.
 CHECKS = _packets("_assert_tensor_metadata _assert_scalar sym_constrain_range _assert_async")
+# What programs decide by: these hold as a rule, and what is made of them by these does not.
+USUALLY_HOLDS, NEGATES = _packets("all _is_all_true equal allclose isfinite"), _packets("logical_not bitwise_not")
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # networks that read packed sequences, too
 RENORMALISES_TABLE = _packets("embedding_renorm embedding_renorm_")
 LIFTS_COPY = _aten.lift_fresh_copy.default  # not a view of its input, though they share memory in an exported program
 

@@ -23,6 +23,8 @@ from torch.fx.node import has_side_effect
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as module_calls
+from torch.nn.modules import transformer as transformer_module
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -117,15 +119,26 @@ def set_group_timeout(timeout: timedelta, group: Any = None) -> None:
 # Tells whether the running backward pass will execute a node, as torch's register_multi_grad_hook does.
 will_execute_node = torch._C._will_engine_execute_node
 
+
+def is_captured_alone(node: Any) -> bool:
+    """Tells, in a backward pass, whether it ends at a node of the graph, whose gradient was asked for."""
+    before = [function for function, _ in node.next_functions if function is not None]
+    if not before or any(not function.next_functions for function in before):  # which torch does not answer for leaves
+        return False
+    return not any(will_execute_node(function) for function in before)
+
+
 # The number of the backward pass in progress, below 0 outside of any; and what has it call a function when it ends.
 current_graph_task = torch._C._current_graph_task_id
 queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 # Forward of batch norms that know of one device only.
-batch_norm_forward = torch.nn.modules.batchnorm._BatchNorm.forward
+batch_norm_forward = BatchNorm.forward
 # Tells whether a transformation of ``torch.func`` is running.
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # What ``torch.no_grad`` calls, as an export records it.
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+# Torch functions that have a name here only, such as those of packed sequences.
+variable_functions: Any = torch._C._VariableFunctions
 # Tells which kernel attention on these tensors would run.
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
@@ -191,6 +204,11 @@ def tracer_of_export() -> Any:
     return None if mode is None else mode.tracer
 
 
+def modules_in_export() -> dict[Any, Any]:
+    """Returns the modules that run in the export in progress, the innermost last. One that raises is not taken off."""
+    return getattr(tracer_of_export(), "module_stack", {})
+
+
 def recorded_node(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
     """Returns the node that a tracer has recorded for a tensor."""
     slot: Any = proxy_tensor.get_proxy_slot(tensor, tracer, None)
@@ -221,6 +239,7 @@ __all__ = [
     "TorchDispatchMode",
     "add_dtensor_handlers",
     "annotate",
+    "BatchNorm",
     "batch_norm_forward",
     "checkpoint_module",
     "cloned_store",
@@ -239,6 +258,8 @@ __all__ = [
     "make_fx",
     "module_call_code",
     "module_calls",
+    "is_captured_alone",
+    "modules_in_export",
     "job_timeout",
     "no_function_modes",
     "no_saved_tensors_hooks",
@@ -252,6 +273,7 @@ __all__ = [
     "return_and_correct_aliasing",
     "set_group_timeout",
     "tracer_of_export",
+    "transformer_module",
     "transforms_are_active",
     "track_as",
     "untraceable",

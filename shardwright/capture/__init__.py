@@ -7,7 +7,10 @@
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
+``covariance``       ``torch.cov`` and ``torch.corrcoef`` as the operators that they are made of
+``cumulative_norm``  batch norms without a momentum, whose statistics are the means over all batches
 ``data``             assignments to ``tensor.data``
+``decisions``        what Python decides by values of tensors, assumed and compared in every call
 ``derivatives``      derivatives that the callable takes itself, by ``torch.autograd.grad``, as operators
 ``emitter``          appends operators to the graph that is being made, and keeps the current value of each tensor
 ``fakes``            shapes of a module's state and inputs, without their values, for the capture
@@ -17,14 +20,18 @@
 ``names``            readable, unique names for the values and nodes of a graph
 ``numbers``          numbers that change in every step, as inputs of the program
 ``own_backward``     records the user's functions and hooks with their own backward as opaque operators
+``padded_encoder``   what ``nn.TransformerEncoder`` and its layers compute of masked batches in evaluation
 ``python_state``     everything besides its arguments that a captured callable reads
+``ragged``           tensors whose size depends on values, and what is computed of them, as opaque operators
 ``random_states``    numbers that a captured callable draws beside torch's operators, found and refused
 ``recorded``         what an export has recorded so far, and which of its nodes a tensor stands for
 ``refusals``         errors for what a captured callable does and a graph cannot hold, at the user's line
 ``repeated``         captures a few of many equal layers, and makes the graph of all from these
 ``resolve_marks``    puts marks onto the operators of the captured graph
 ``runs``             rows of equal modules in the lists of a model, and the model with fewer of each
+``sequences``        packed sequences, recurrent networks on them and the CTC loss, each as one opaque operator
 ``session``          puts marks onto the operators that run while a callable is captured
+``size_stand_ins``   what stands for tensors whose size depends on values, and refuses what it cannot do
 ``stand_ins``        replacements for parts of torch that are not torch functions
 ``state_keys``       how values of a Python state are compared
 ``strides``          the strides of operators' outputs where torch's shape functions are wrong about them

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.base.torch_private import FakeTensorMode, preserve_node_meta, pytree
+from shardwright.base.torch_private import FakeTensorMode, modules_in_export, preserve_node_meta, pytree
 from shardwright.base.user_code import _source, is_users
 from shardwright.capture.backward_hooks import check_backward_hooks
 from shardwright.capture.caches import caches_in, register_caches
 from shardwright.capture.closure import FunctionModule
 from shardwright.capture.converter import Converter
+from shardwright.capture.decisions import Decisions
 from shardwright.capture.fakes import autocast_around, fake_of, fake_state
 from shardwright.capture.left_behind import Assignment, SavedState, check_values, ended_by, state_restored
 from shardwright.capture.numbers import Numbers
@@ -46,6 +47,7 @@ def capture(
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
     numbers: Numbers | None = None,
+    decisions: Decisions | None = None,
 ) -> Graph:
     """Captures ``module(*args, **kwargs)`` as a graph. Nothing is computed, and the module is left as it was.
 
@@ -55,6 +57,7 @@ def capture(
         device: device the program will run on.
         marks: modules whose calls carry a strategy.
         numbers: attributes that are numbers of the call, not constants.
+        decisions: how Python decides by values of tensors; without it such decisions are refused.
 
     Raises:
         CaptureError: the callable does something that a graph cannot hold.
@@ -69,11 +72,13 @@ def capture(
     flat, spec = pytree.tree_flatten((args, kwargs))
 
     def export() -> tuple[Any, list[Assignment], Watch]:
+        if decisions is not None:
+            decisions.begin()
         fakes = [fake_of(mode, leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in flat]
         fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
         stand_ins = numbers.installed() if numbers is not None else contextlib.nullcontext()
         with fake_state(module, mode, device), state_restored(module), stand_ins, marked_modules(module, marks or {}):
-            return _exported(module, fake_args, fake_kwargs)
+            return _exported(module, fake_args, fake_kwargs, decisions)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
@@ -98,20 +103,26 @@ def capture(
     return replace(graph, assignments=tuple(assigned))
 
 
-def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Assignment], Watch]:
+def _exported(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], decisions: Decisions | None
+) -> tuple[Any, list[Assignment], Watch]:
     """Exports a module on fake tensors, watched for what a graph cannot keep.
 
     Args:
+        module: the module.
         args, kwargs: fake tensors, with the module's state faked in the same mode.
+        decisions: as for :func:`capture`.
 
     Returns:
         The exported program, the attributes that the callable assigned, and what was seen besides.
     """
     found: tuple[list[Assignment], list[Tensor]] = ([], [])
     before: SavedState | None = None
+    depth = 0
 
     def begin(args: Any, kwargs: Any) -> None:
-        nonlocal before
+        nonlocal before, depth
+        depth = len(modules_in_export())
         before = SavedState(module)  # now, for torch too has changed what modules hold
         watch.begin(args, kwargs)
 
@@ -122,9 +133,17 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         result = before.buffers_written(result, watch.assigned)
         found = before.assignments(watch.assigned)
         check_backward_hooks(module)
-        return (result, tuple(found[1])) if found[1] else result
+        result = (result, tuple(found[1])) if found[1] else result
+        return result if decisions is None else decisions.with_result(result)
 
-    with watched(module) as watch, ended_by(module, begin, end):
+    def fail(error: BaseException) -> None:
+        if decisions is None:
+            raise error
+        decisions.fail(error)
+        while len(modules_in_export()) > depth:  # those that the error has left
+            modules_in_export().popitem()
+
+    with watched(module, decisions) as watch, ended_by(module, begin, end, fail):
         exported = torch.export.export(module, tuple(args), kwargs, strict=False)
     return exported, found[0], watch
 
@@ -159,7 +178,7 @@ def _capture_message(module: nn.Module, error: Exception, converter: Converter |
     text += lines[0] if lines else "(no message)"
     if any(word in f"{type(error).__name__} {error}" for word in _OF_VALUES):
         text += (
-            "\n  A captured callable may not branch on the values of tensors or call .item(), and no size may depend on them "
+            "\n  A captured callable may not make a number of the values of tensors (.item()), and no size may depend on them "
             "(nonzero, x[mask], unique); move that out of the callable, or write it with torch.where"
         )
     return text

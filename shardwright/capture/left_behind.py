@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.base.torch_private import FakeTensor, call_with_hooks, module_calls, pytree
+from shardwright.capture.decisions import UnknownError
 from shardwright.capture.numbers import Formula, Number
 from shardwright.capture.python_state import CONTAINERS, HOOK_TABLES, STANDARD, PythonState
+from shardwright.capture.size_stand_ins import SizeStandIn
 from shardwright.errors import CaptureError
 
 _TABLES = ("_buffers", "_modules", "_parameters")
@@ -109,16 +111,20 @@ class SavedState:
             positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
             if any(isinstance(v, Tensor) for leaf in leaves if hasattr(leaf, "__dict__") for v in vars(leaf).values()):
                 problems.append(f"{where} is given a {type(new).__name__} with tensors in it")
+            ragged = next((leaf for leaf in leaves if isinstance(leaf, SizeStandIn)), None)
+            if ragged is not None:
+                problems.append(f"{where} is given a tensor whose size depends on values, at {ragged.source}")
             tensors.extend(leaves[i] for i in positions)
             held = tuple(None if i in positions else _formula_of(leaf) for i, leaf in enumerate(leaves))
             found.append(Assignment(where, put, held, spec, positions))
 
         for path, module, before in self.modules:
             own = vars(module)
-            if type(module).__module__.startswith("torch.nn.modules."):
-                continue  # what torch's own modules remember of their parameters
+            is_torchs = type(module).__module__.startswith("torch.nn.modules.")
             for name in [*own, *(n for n in before if n not in own)]:
                 new = own.get(name, _missing)
+                if is_torchs and not (isinstance(new, Tensor) and isinstance(before.get(name), Tensor)):
+                    continue  # what torch's own modules remember of their parameters; hooks compute weights for them
                 if name in STANDARD or name == "forward" or new is before.get(name, _missing):
                     continue
                 changed(f"{path}.{name}" if path else name, new, partial(_put, own, name))
@@ -294,13 +300,16 @@ def state_restored(root: nn.Module) -> Iterator[SavedState]:
 
 
 @contextmanager
-def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any]) -> Iterator[None]:
+def ended_by(
+    root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[Any], Any], fail: Callable[[BaseException], Any]
+) -> Iterator[None]:
     """Makes ``root.forward``, within the block, call ``begin`` before and return ``end(result)`` after.
 
     Args:
         root: the module.
         begin: is called with the arguments.
         end: is called with the result, and returns the one to use.
+        fail: is called with an error that is raised; returns the result in its place, or raises it.
     """
     had, plain = vars(root).get("forward", _missing), root.forward
     hooks = [(vars(root), name) for name in HOOK_TABLES] + [(vars(module_calls), f"_global{name}") for name in HOOK_TABLES]
@@ -313,7 +322,11 @@ def ended_by(root: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[
         _put(vars(root), "forward", had)
         try:
             begin(args, kwargs)
-            return end(call_with_hooks(root, *args, **kwargs))
+            try:
+                result = call_with_hooks(root, *args, **kwargs)
+            except (Exception, UnknownError) as error:
+                result = fail(error)
+            return end(result)
         finally:
             replace()
 

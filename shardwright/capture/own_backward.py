@@ -56,7 +56,8 @@ class OwnBackwards:
                 return apply(*pytree.tree_unflatten(whole, spec))
 
             found = self.by_call[key] = OpaqueFunction(function.__name__, call)
-            found.may_be_split = not any(reads_outside(getattr(function, name, None)) for name in _METHODS)
+            found.has_effects = any(reads_outside(getattr(function, name, None)) for name in _METHODS)
+            found.may_be_split = not found.has_effects
         return self.record(found, tensors)
 
     def record(self, function: OpaqueFunction, tensors: list[Tensor]) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from shardwright.capture.capture import capture
+from shardwright.capture.decisions import Decisions
 from shardwright.capture.names import Names, numbered
 from shardwright.capture.runs import Run, find_runs, is_within, shortened
 from shardwright.ir.graph import Graph, GraphInput, Node
@@ -34,6 +35,7 @@ def capture_repeated(
     kwargs: dict[str, Any],
     device: torch.device,
     marks: dict[nn.Module, Mark] | None = None,
+    decisions: Decisions | None = None,
 ) -> Graph:
     """Captures like :func:`capture`, in a time that hardly depends on the number of equal layers.
 
@@ -42,7 +44,7 @@ def capture_repeated(
     code that none of the modules around it holds.
 
     Args:
-        root, args, kwargs, device, marks: see :func:`capture`.
+        root, args, kwargs, device, marks, decisions: see :func:`capture`.
 
     >>> net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
     >>> len(capture_repeated(net, (torch.ones(2, 4),), {}, torch.device("cpu")).nodes)
@@ -51,7 +53,7 @@ def capture_repeated(
     marks = marks or {}
     runs = find_runs(root, marks, LEAST)
     graph = _from_few(root, args, kwargs, device, marks, runs) if runs else None
-    return capture(root, args, kwargs, device, marks) if graph is None else graph
+    return capture(root, args, kwargs, device, marks, decisions=decisions) if graph is None else graph
 
 
 def _from_few(root: nn.Module, args: Any, kwargs: Any, device: Any, marks: Any, runs: Sequence[Run]) -> Graph | None:

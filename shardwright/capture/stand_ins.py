@@ -10,16 +10,20 @@ from torch import Tensor, nn
 
 from shardwright.base.torch_private import (
     BackwardHook,
+    BatchNorm,
     CheckpointFunction,
     SingleLevelFunction,
     annotate,
-    batch_norm_forward,
     checkpoint_module,
     module_calls,
+    transformer_module,
 )
+from shardwright.capture.cumulative_norm import norm_forward
 from shardwright.capture.own_backward import RecordedBackwardHook
+from shardwright.capture.padded_encoder import encoder_forward, layer_forward
 from shardwright.capture.refusals import refuse
 from shardwright.capture.session import RECOMPUTE
+from shardwright.capture.size_stand_ins import SizeStandIn
 from shardwright.capture.torch_functions import Watch
 from shardwright.errors import CaptureError
 
@@ -37,6 +41,8 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
                 return _call_reentrant(*args)
         if watch.is_transforming and not cls.__module__.startswith("torch."):
             raise _within_a_transformation(cls)
+        for ragged in (a for a in args if isinstance(a, SizeStandIn)):
+            raise ragged._refused(cls.__name__)
         if watch.is_in_callable and _has_own_backward(cls, args):
             with watch.paused():
                 return watch.own_backwards.call(cls, plain, args)
@@ -80,7 +86,12 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         (torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
         (module_calls, "BackwardHook", module_hooks),
         # a batch norm of the whole batch is one already, whose group and device torch would ask for
-        (nn.SyncBatchNorm, "forward", batch_norm_forward),
+        (nn.SyncBatchNorm, "forward", norm_forward),
+        (BatchNorm, "forward", norm_forward),
+        (nn.TransformerEncoder, "forward", encoder_forward),
+        # whether a mask that is used is the causal one, which torch would read off its values
+        (transformer_module, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+        (nn.TransformerEncoderLayer, "forward", layer_forward),
     ]
 
 

@@ -16,12 +16,16 @@ from torch.overrides import TorchFunctionMode
 from shardwright.base.torch_private import FakeTensor, annotate, function_modes, pytree, within_function_modes
 from shardwright.base.user_code import SOURCE, user_frame, user_source
 from shardwright.capture.closure import attribute_of
+from shardwright.capture.covariance import correlation, covariance
 from shardwright.capture.data import check_aliases, give_data
+from shardwright.capture.decisions import Decisions
 from shardwright.capture.derivatives import Modes, derivative
 from shardwright.capture.fx_nodes import storage_of
 from shardwright.capture.own_backward import OwnBackwards
+from shardwright.capture.ragged import OF_RAGGED
 from shardwright.capture.recorded import Recorded
 from shardwright.capture.refusals import refuse, refused
+from shardwright.capture.sequences import OF_SEQUENCES, Sequences, handled
 from shardwright.capture.session import CLOCK
 from shardwright.errors import CaptureError
 
@@ -31,11 +35,12 @@ class Watch(TorchFunctionMode):
 
     Args:
         module: what is captured.
+        decisions: those by values of tensors, where they can be kept.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, decisions: Decisions | None = None):
         super().__init__()
-        self.module, self.thread = module, threading.get_ident()
+        self.module, self.decisions, self.thread = module, decisions, threading.get_ident()
         self.given: set[int] = set()  # ids of the tensors that stand for inputs, parameters and buffers
         self.assigned: dict[tuple[int, str], str] = {}  # by id of a module and name of a buffer, the line that assigned it
         self.known: set[int] = set()  # ids of tensors with gradients that belong to the module
@@ -44,6 +49,7 @@ class Watch(TorchFunctionMode):
         self.has_pushed = False  # whether such a one took a forward-mode derivative
         self.running = False  # whether the callable runs, and not what torch does before and after
         self.own_backwards = OwnBackwards(refuse)
+        self.sequences = None if decisions is None else Sequences(decisions)
         self.clock = 0  # counts the torch functions that the callable calls
         self.made_to_require: set[int] = set()  # positions of inputs that the callable itself makes require a gradient
         self.saved: dict[Any, int] = {}  # storage that autograd saved for the backward pass -> when on the clock
@@ -152,6 +158,10 @@ class Watch(TorchFunctionMode):
 
         It is refused even if the user's code catches what torch raises.
         """
+        if self.decisions is not None and not self.is_transforming and _is_computed(args):
+            found = self._decided(function, args, kwargs)
+            if found is not None:
+                return found
         try:
             found = function(*args, **kwargs)
         except Exception as error:
@@ -160,14 +170,52 @@ class Watch(TorchFunctionMode):
             raise self._of_values(function, None)
         return found
 
+    def _decided(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Returns what Python decides by, or the text that stands for values; ``None`` where a number itself is read."""
+        assert self.decisions is not None
+        tensor = args[0]
+        with self.at_user_line():
+            if function is Tensor.__format__ or function is Tensor.__repr__:
+                return self.decisions.text(tensor, lambda value: function(value, *args[1:], **kwargs))
+            if function is Tensor.__contains__:
+                tensor = (args[1] == tensor).any()
+            elif function in (torch.equal, Tensor.equal):
+                if args[0].dtype != args[1].dtype:
+                    return None
+                return args[0].shape == args[1].shape and self.decisions.decide((args[0] == args[1]).all())
+            elif function in (torch.allclose, Tensor.allclose):
+                tensor = torch.isclose(*args, **kwargs).all()
+            elif tensor.numel() != 1:
+                return None
+            elif _is_integer(tensor) and function in (Tensor.item, Tensor.__int__, Tensor.__index__):
+                return self.decisions.integer(tensor)
+            elif function not in _READ_TRUTH or (function is Tensor.item and tensor.dtype is not torch.bool):
+                return None
+            return self.decisions.decide(tensor)
+
+    def of_sequences(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records a function of packed sequences, or of elements that a mask selects."""
+        method = handled(function, args) if self.sequences is not None else None
+        if method is None:
+            return None
+        with self.at_user_line():
+            return getattr(self.sequences, method)(function, *args, **kwargs)
+
+    def of_ragged(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records what selects by values, and what reads that."""
+        if self.sequences is None or self.is_transforming:
+            return None
+        with self.at_user_line():
+            return self.sequences.ragged.begun(function, args, kwargs)
+
     def _of_values(self, function: Any, error: Exception | None) -> CaptureError:
         known = error is None or "DataDependent" in type(error).__name__ or not str(error)
         said = "" if known else f" ({type(error).__name__}: {str(error).splitlines()[0]})"
         return refuse(
             f"{getattr(self.module, 'name', type(self.module).__name__)} cannot be captured as a graph: "
             f"Tensor.{function.__name__} reads a number of a tensor that is computed{said}",
-            "A captured callable may not branch on the values of tensors or call .item(), and no size may depend on them; "
-            "return the tensor and read it outside, or write it with torch.where",
+            "A captured callable may not call .item() or make a number of values of tensors, and no size may depend on them; "
+            "compute with the tensor itself, return it and read it outside, or write it with torch.where",
         )
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -205,6 +253,11 @@ class Watch(TorchFunctionMode):
             )
         with self.paused():
             return self.own_backwards.hook(tensor, hook)
+
+    @staticmethod
+    def write_out(instead: Any) -> Any:
+        """Returns a handler that calls another function in the place of torch's."""
+        return lambda self, function, args, kwargs: instead(*args, **{"x" if k == "input" else k: v for k, v in kwargs.items()})
 
     def record_retain_grad(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Records that an activation keeps its gradient; leaves do in any case."""
@@ -294,6 +347,16 @@ class Watch(TorchFunctionMode):
 
 
 _NOTHING = torch.zeros(())
+_READ_TRUTH = (Tensor.__bool__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero)
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return tensor.dtype is not torch.bool and not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def _is_computed(args: Any) -> bool:
+    """Tells whether there are tensors without values among the arguments. Those made of Python's numbers have some."""
+    return any(isinstance(a, FakeTensor) and a.constant is None for a in args)
 
 
 def _key(function: Any) -> Any:
@@ -306,6 +369,8 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.register_hook: Watch.record_hook,
     Tensor.register_post_accumulate_grad_hook: Watch.record_hook,
     Tensor.retain_grad: Watch.record_retain_grad,
+    **{f: Watch.write_out(covariance) for f in (torch.cov, Tensor.cov)},
+    **{f: Watch.write_out(correlation) for f in (torch.corrcoef, Tensor.corrcoef)},
     ("grad_fn", "__get__"): Watch.refuse_grad_fn,
     ("grad", "__get__"): Watch.refuse_reading_grad,
     ("grad", "__set__"): Watch.refuse_setting_grad,
@@ -326,6 +391,15 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.__index__: Watch.read_number,
     Tensor.__complex__: Watch.read_number,
     Tensor.__format__: Watch.read_number,
+    Tensor.__contains__: Watch.read_number,
+    Tensor.is_nonzero: Watch.read_number,
+    torch.is_nonzero: Watch.read_number,
+    Tensor.equal: Watch.read_number,
+    torch.equal: Watch.read_number,
+    Tensor.allclose: Watch.read_number,
+    torch.allclose: Watch.read_number,
+    **dict.fromkeys(OF_RAGGED, Watch.of_ragged),
+    **dict.fromkeys(OF_SEQUENCES, Watch.of_sequences),
     Tensor.set_: Watch.refuse_new_memory,
     Tensor.resize_: Watch.refuse_new_memory,
     Tensor.resize_as_: Watch.refuse_new_memory,

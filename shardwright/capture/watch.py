@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 )
 
 from shardwright.capture.backward_hooks import check_backward_hooks
+from shardwright.capture.decisions import Decisions
 from shardwright.capture.refusals import refused
 from shardwright.capture.stand_ins import replacements
 from shardwright.capture.torch_functions import Watch
@@ -27,14 +28,15 @@ from shardwright.capture.transformations import transformations
 
 
 @contextmanager
-def watched(module: nn.Module) -> Iterator[Watch]:
+def watched(module: nn.Module, decisions: Decisions | None) -> Iterator[Watch]:
     """Raises, within the block, a :class:`CaptureError` for what a graph cannot keep.
 
     Args:
         module: what is captured.
+        decisions: those by values of tensors, where they can be kept.
     """
     check_backward_hooks(module)
-    watch = Watch(module)
+    watch = Watch(module, decisions)
     with ExitStack() as stack:
         stack.enter_context(watch)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.save, lambda tensor: tensor))

@@ -118,7 +118,11 @@ def _teach_copies() -> None:
     def deepcopy(self: DTensor, memo: dict[int, Any]) -> Any:
         # torch tells wrappers by their address, 0; of a gradient that shares its memory it is the place there
         if id(self) in memo or self.data_ptr() == 0 or not (is_ours(self) and self.is_leaf):
-            return plain_copy(self, memo)
+            known = id(self) in memo
+            made = plain_copy(self, memo)
+            if isinstance(self, nn.Parameter) and is_ours(self) and not known:
+                made.grad = None  # torch copies the gradients of tensors, and not those of parameters
+            return made
         alone = DTensor(self.to_local().detach().clone(), self._spec, requires_grad=self.requires_grad)
         memo[id(self)] = alone
         return alone

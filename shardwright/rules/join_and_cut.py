@@ -7,8 +7,10 @@ only padding with a value other than zero is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwright.ir.instructions import Ref
 from shardwright.ir.operator import Operator
@@ -192,7 +194,29 @@ def _scatter_rule(op: Operator) -> Signature | None:
         keep = ["part!"] if op.name == "aten.slice_scatter" else []
         part = [*dims[: written[0]], *keep, *dims[written[0] + 1 :]]
     whole = with_dims(dims, {d: f"d{d}!" for d in written})
-    return parse(notation([whole, part], [whole]), op, None, _all_inputs(op))
+    is_complex = op.outputs[0].dtype.is_complex and op.name != "aten.diagonal_scatter"
+    lower = _scatter_of_reals if is_complex else None
+    return parse(notation([whole, part], [whole]), op, None, _all_inputs(op), lower)
+
+
+def _scatter_of_reals(local: Local) -> tuple[Ref, ...]:
+    """Emits a scatter of complex numbers as one of pairs, as torch cannot differentiate the first."""
+    op = local.op
+    rest = [op.argument("dim", 0) % len(op.inputs[0].shape)]
+    for name, default in (("start", None), ("end", None), ("step", 1)) if op.name == "aten.slice_scatter" else (("index", 0),):
+        rest.append(op.argument(name, default))
+    return (local.call(scatter_pairs, op.target, *local.inputs, *rest),)
+
+
+def scatter_pairs(function: Callable[..., Tensor], whole: Tensor, part: Tensor, *where: Any) -> Tensor:
+    """Runs a scatter along one dim on complex tensors, by their real and imaginary parts.
+
+    >>> whole, part = torch.zeros(3, dtype=torch.complex64), torch.ones(1, dtype=torch.complex64)
+    >>> scatter_pairs(torch.slice_scatter, whole, part, 0, 1, 2, 1)
+    tensor([0.+0.j, 1.+0.j, 0.+0.j])
+    """
+    real = [torch.view_as_real(x.to(whole.dtype).resolve_conj()) for x in (whole, part)]
+    return torch.view_as_complex(function(*real, *where))
 
 
 # -- the same shape, elements moved or dropped ------------------------------------------------------------------------

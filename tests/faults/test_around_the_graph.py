@@ -130,7 +130,6 @@ def _swallowing(attempt: Callable[[Tensor], Any]) -> Forward:
 
 SWALLOWED = {
     "item": lambda h: h.sum().item() > 0 or None,
-    "branch": lambda h: 1 if h.sum() > 0 else 2,
     "float": lambda h: float(h.sum()),
     "numpy": lambda h: h.detach().numpy(),
     "tolist": lambda h: h.tolist(),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.api import bound
+from shardwright.api import decided
 
 STEPS = 8
 
@@ -91,8 +91,8 @@ def test_each_step_is_that_of_one_device(monkeypatch, name, function, captures):
     model = Net(function).double()
     single, net = copy.deepcopy(model), sw.AutoParallel(model, "data_parallel")
     made = []
-    plain = bound.capture_target
-    monkeypatch.setattr(bound, "capture_target", lambda *args: made.append(1) or plain(*args))
+    plain = decided.capture_target
+    monkeypatch.setattr(decided, "capture_target", lambda *args: made.append(1) or plain(*args))
     for step in range(STEPS):
         x = torch.randn(6, 4, dtype=torch.float64)
         results = []

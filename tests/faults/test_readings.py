@@ -187,7 +187,11 @@ def draws(mode, case, rank):
 
 def copies(mode, case, folder):
     model, net, plain = made(mode)
-    best = copy.deepcopy(model)  # with gradients
+    best = copy.deepcopy(model)  # without gradients, as torch copies parameters
+    gradients = copy.deepcopy([p.grad for p in model.parameters()])
+    assert all(p.grad is None for p in best.parameters())
+    for p, gradient in zip(best.parameters(), gradients, strict=True):
+        p.grad = gradient
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)

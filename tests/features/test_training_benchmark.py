@@ -29,6 +29,7 @@ def all_reduced(nbytes):
     return 2 * (RANKS - 1) * nbytes // RANKS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES_HERE)
 def test_every_variant_has_the_losses_of_the_single_device(found, case):
     expected = found[case][SINGLE]["losses"]
@@ -40,6 +41,7 @@ def test_every_variant_has_the_losses_of_the_single_device(found, case):
             assert abs(got - wanted) <= 1e-10 * wanted, (name, each["losses"], expected)
 
 
+@pytest.mark.long
 def test_tensor_parallel_gpt_makes_megatrons_all_reduces(found):
     gpt = found["tiny gpt"]
     rows, d, layers = 4 * 16, 32, 2
@@ -48,6 +50,7 @@ def test_tensor_parallel_gpt_makes_megatrons_all_reduces(found):
     assert gpt["DTensor"]["counts"]["all_reduce"] == 6 * layers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES_HERE)
 def test_data_parallel_moves_every_gradient_once(found, case):
     each, whole = found[case], weights(case)
@@ -61,6 +64,7 @@ def test_data_parallel_moves_every_gradient_once(found, case):
     assert 0.9 * whole < size <= whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES_HERE)
 def test_fsdp2_gathers_and_scatters_every_parameter(found, case):
     kept, again = found[case]["FSDP2, kept"], found[case]["FSDP2"]

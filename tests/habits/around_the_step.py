@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from common import batches, classes, habit, mlp, refused, step
+from common import batches, classes, habit, mlp, step
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def swa(parallel):
     yield from average.module.buffers()
 
 
-@refused("reads a number of a tensor")
+@habit
 def swa_with_statistics_anew(parallel):
     """``update_bn`` sets a momentum of ``None``, with which torch's module reads how many batches it has seen."""
     net = parallel(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)).double())

@@ -114,7 +114,7 @@ def big_gpt(layers=6):
 
 
 def test_a_memory_limit_holds_and_what_does_not_fit_says_so():
-    model, inputs = big_gpt()
+    model, inputs = big_gpt(layers=3)
     free = plan(model, inputs, memory=1e15, mesh=(2, 4))
     with pytest.raises(MemoryLimitError, match=r"(?s)no plan for 8 devices fits into 1\.0 MB.*use more devices") as caught:
         plan(model, inputs, memory="1MB", mesh=(2, 4))

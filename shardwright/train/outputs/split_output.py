@@ -35,10 +35,12 @@ class SplitOutput(Tensor):
         split: the layout of its pieces.
         pieces: by rank, the piece of each rank that this process runs; with the gradients' graph. Pieces of a split with
             pending sums are summands.
+        when_whole: called with the whole tensor when it is made.
     """
 
     split: Layout
     pieces: Mapping[int, Tensor]
+    when_whole: list[Callable[[Tensor], None]]
     _make_whole: Callable[[], Tensor]
     _whole: Tensor | None
     _is_in_graph: bool
@@ -58,7 +60,7 @@ class SplitOutput(Tensor):
         one = next(iter(pieces.values()))
         made: SplitOutput = wrapper_tensor(cls, meta.shape, dtype=one.dtype, device=one.device)
         made.split, made.pieces, made._make_whole, made._whole = split, pieces, make_whole, None
-        made._is_in_graph = one.requires_grad
+        made._is_in_graph, made.when_whole = one.requires_grad, []
         return made
 
     def full_tensor(self) -> Tensor:
@@ -68,6 +70,8 @@ class SplitOutput(Tensor):
             # as if the call had returned it, whatever modes it is read under
             with torch.inference_mode(False), torch.set_grad_enabled(self._is_in_graph):
                 self._whole = self._make_whole()
+            for act in self.when_whole:
+                act(self._whole)
         return self._whole
 
     def to_local(self, rank: int | None = None) -> Tensor:

@@ -51,6 +51,10 @@ class RandomState:
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1])
 
+    def restore(self) -> None:
+        """Restores the state."""
+        self._set(self.states)
+
     def is_past(self) -> bool:
         """Tells whether random numbers have been drawn since."""
         return any(not torch.equal(a, b) for a, b in zip(self.states, self._now(), strict=False))
