@@ -11,8 +11,8 @@ from shardwright.ir.mesh import Mesh
 from shardwright.parameters.delayed.recorder import no_init_parameters
 from shardwright.parameters.norm import clip_grad_norm_, get_total_norm
 from shardwright.parameters.whole import full_value
-from shardwright.testing.verify import verify
 from shardwright.pipeline.cell import PipelineCell
+from shardwright.testing.verify import verify
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.copies.module import MicroBatchInterleaved
 from shardwright.train.fusion.settings import set_comm_fusion

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shardwright.api.bound import BoundCall, device_of
@@ -91,15 +90,13 @@ class PipelineBoundCall(BoundCall):
         schedule, placement = schedule_of(request, len(rows), micro)
         self.pipeline = plan_stages(target, graph, rows, placement, micro, stage_marks(root))
         self.view = PipelinePlan(self.pipeline.planned, schedule)  # type: ignore[assignment]
-        runs = [
-            StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for p in self.pipeline.planned
-        ]
+        runs = [StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for p in self.pipeline.planned]
         first_ranks = [p.first_rank for p in self.pipeline.planned]
         self.pipeline_run = PipelineRun(graph, runs, first_ranks, self.pipeline.cut, schedule, loss_of(graph))
         self.run = self._step
         self._split = []
         self._read = [self._reader(i) for i in graph.inputs]
-        self._is_random = any(n.op.draws for n in graph.nodes)
+        self.is_random = any(n.op.draws for n in graph.nodes)
         self._count_inputs()
         names = {i.value: n for n, i in enumerate(graph.inputs)}
         self._own = [[names[i.name] for i in p.parts.once.inputs] for p in self.pipeline.planned]
@@ -143,7 +140,9 @@ def rank_counts(stages: int | tuple[int, ...], size: int) -> tuple[int, ...]:
     counts = stages if isinstance(stages, tuple) else None
     if counts is not None:
         if sum(counts) != size or min(counts) < 1:
-            raise PipelineError(f"pipeline(stages={counts}): {sum(counts)} ranks in all, the world has {size}; give counts that add up")
+            raise PipelineError(
+                f"pipeline(stages={counts}): {sum(counts)} ranks in all, the world has {size}; give counts that add up"
+            )
         return counts
     assert isinstance(stages, int)
     if size % stages:
@@ -209,7 +208,11 @@ def plan_stages(
     costs = {node.name: flops(node.op) + sum(m.bytes for m in (*node.op.inputs, *node.op.outputs)) for node in graph.nodes}
     count = len(placement.row_of_stage)
     stages = cut_graph(graph, assign_stages(graph, marks, placement, costs), count)
-    cut = Cut() if micro == 1 else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
+    cut = (
+        Cut()
+        if micro == 1
+        else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
+    )
     problems = Problems()
     plans = []
     for stage in stages:
@@ -245,7 +248,9 @@ def _plan_stage(target: Target, stage: Stage, ranks: int, cut: Cut, micro: int) 
     asked = replace(target.asked, devices=ranks, parameter_plan=given, output="whole")
     strategy = target.settings.dataset_strategy
     if stage.received:
-        strategy = tuple(_entry(i.value, i.meta.shape, stage, ranks, cut, micro) for i in stage.graph.inputs if i.kind == "input")
+        strategy = tuple(
+            _entry(i.value, i.meta.shape, stage, ranks, cut, micro) for i in stage.graph.inputs if i.kind == "input"
+        )
     settings = replace(target.settings, dataset_strategy=strategy)
     plan = plan_target(replace(target, asked=asked, settings=settings), stage.graph)
     wanted: dict[str, Layout] = {}

@@ -13,10 +13,10 @@ from shardwright.base.user_code import user_line
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.strategy import check_dataset_strategy
 from shardwright.errors import ArgumentTypeError, ShardwrightError
-from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
-from shardwright.plan.file.read import load_plan_file
 from shardwright.pipeline.cell import read_pipeline
 from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
+from shardwright.plan.file.read import load_plan_file
 from shardwright.train.fusion.settings import read_fusion
 from shardwright.train.optimizer_parallel.stored import read_hsdp
 from shardwright.train.recompute.request import request_for

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
 from functools import partial
 
 from torch import Tensor
@@ -214,9 +213,7 @@ class _Cutter:
             return (MICRO, *axes), found
         return (MICRO, *axes), pieces
 
-    def pending(
-        self, node: Node, choice: Choice, signature: Signature, sums: set[int], mesh: Mesh
-    ) -> dict[int, Layout] | None:
+    def pending(self, node: Node, choice: Choice, signature: Signature, sums: set[int], mesh: Mesh) -> dict[int, Layout] | None:
         """Returns the inputs that are read with sums pending, over ranks or over micro-batches."""
         over_ranks = {i: layout for i, layout in enumerate(choice.inputs) if layout.partial}
         if not sums:
@@ -339,9 +336,7 @@ def _micro_pieces(layout: Layout, dim: int, size: int) -> tuple[int, ...]:
     return tuple(sum(pieces[at : at + each]) for at in range(0, len(pieces), each))
 
 
-def _combined(
-    layout: Layout, dim: int, micro: tuple[int, ...], size: int
-) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+def _combined(layout: Layout, dim: int, micro: tuple[int, ...], size: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Returns axes and pieces of a dim that micro-batches cut first, and the ranks of a layout then."""
     axes = layout.bound[dim]
     ways = tuple(layout.mesh.axis_size(a) for a in axes)

@@ -250,12 +250,14 @@ class _InPlace:
         return replace(instruction, args=args, kwargs=kwargs, rank_groups=groups)
 
     def argument(self, leaf: Any) -> Any:
-        return PerRank(partial(_of, leaf.of, self.place * self.n - self.taker.first_rank)) if isinstance(leaf, PerRank) else leaf
+        return (
+            PerRank(partial(_of, leaf.of, self.place * self.n - self.taker.first_rank)) if isinstance(leaf, PerRank) else leaf
+        )
 
     def move(self, move: Move) -> Move:
         plan = move.redistribution
         before, after = _cut_dim(plan.source), _cut_dim(plan.target)
-        if before is not None and before != after or (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes):
+        if (before is not None and before != after) or (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes):
             raise MicroBatchesMeet(move.cause)
         options = replace(self.taker.options, itemsize=move.dtype.itemsize)
         gradient = tuple(a for a in plan.partial_gradient if a != MICRO)

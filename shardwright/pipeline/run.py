@@ -104,7 +104,9 @@ class PipelineRun:
                     step.done.add(action)
                     moved = True
             if not moved:
-                raise ShardwrightError(f"the schedule {self.schedule.name} never ends: {', '.join(str(r[0]) for r in waiting if r)} wait")
+                raise ShardwrightError(
+                    f"the schedule {self.schedule.name} never ends: {', '.join(str(r[0]) for r in waiting if r)} wait"
+                )
         return step
 
     def _is_ready(self, action: Action, step: _Step) -> bool:
@@ -114,7 +116,10 @@ class PipelineRun:
             return all((name, micro) in step.sent for name in self.stages[stage].received)
         if action.kind in ("B", "I"):
             sent = self.stages[stage].stage.sent
-            return all(len(step.given.get((n, micro), ())) == self._gradients_of(n) for n in sent) and Action(stage, "F", micro) in step.done
+            return (
+                all(len(step.given.get((n, micro), ())) == self._gradients_of(n) for n in sent)
+                and Action(stage, "F", micro) in step.done
+            )
         return Action(stage, "I", micro) in step.done
 
     def _gradients_of(self, name: str) -> int:
@@ -124,7 +129,9 @@ class PipelineRun:
         run, micro = self.stages[action.stage], action.micro
         assert micro is not None
         if action.kind == "F":
-            received = {name: self._cross(name, micro, self.maker[name], action.stage, step.sent[name, micro]) for name in run.received}
+            received = {
+                name: self._cross(name, micro, self.maker[name], action.stage, step.sent[name, micro]) for name in run.received
+            }
             found = run.forward(micro, received, grad)
             step.sent.update(((name, micro), [p.detach() for p in found[name]]) for name in run.stage.sent)
             for position, name in run.stage.returned.items():
@@ -282,4 +289,8 @@ class _Pipeline(torch.autograd.Function):
             return None, None, *[None] * len(leaves)
         run.seed = float(gradient)
         scale = run.seed / ctx.seed
-        return None, None, *[None if leaf.grad is None else leaf.grad.mul_(scale) if scale != 1 else leaf.grad for leaf in leaves]
+        return (
+            None,
+            None,
+            *[None if leaf.grad is None else leaf.grad.mul_(scale) if scale != 1 else leaf.grad for leaf in leaves],
+        )

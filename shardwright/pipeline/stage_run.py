@@ -43,8 +43,8 @@ class StageRun:
         self.stage, self.parts, self.is_split = stage, parts, is_split
         self.once = bind(parts.once, keep=parts.held)
         self.slices = [bind(program, keep=parts.cut) if parts.cut else None for program in parts.slices]
-        bound: dict[int, Callable[..., Any]] = {}
-        self.each = [bound.setdefault(id(p), None) or bound.__setitem__(id(p), bind(p)) or bound[id(p)] for p in parts.each]
+        bound = {id(program): bind(program) for program in {id(p): p for p in parts.each}.values()}
+        self.each = [bound[id(program)] for program in parts.each]
         self.received = tuple(stage.received)
         names = (*stage.sent, *stage.returned.values())
         self.outputs = list(zip(names, parts.each[0].outputs, strict=True)) if parts.each else []
