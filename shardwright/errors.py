@@ -29,6 +29,14 @@ class CaptureError(ShardwrightError):
     """A callable that cannot be captured as a graph."""
 
 
+class PipelineError(ShardwrightError):
+    """A pipeline that cannot be cut or scheduled as asked. Carries one line per problem in ``problems``."""
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.problems = problems or (message,)
+
+
 class WorldError(ShardwrightError):
     """A set of ranks that cannot do what is asked."""
 
