@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from shardwright.errors import PipelineError
 from shardwright.pipeline.schedules.clock import StageTimes, Timeline
 
+ROUNDING = 1e-12
+
 Table = list[list[float]]  # by stage and micro-batch
 
 
@@ -71,10 +73,19 @@ def relax(times: StageTimes, micro_count: int, row_of_stage: Sequence[int]) -> R
     return Relaxation(start_f, start_i, end_i, *cut)
 
 
-def lower_bound(times: StageTimes, micro_count: int, row_of_stage: Sequence[int]) -> float:
+def lower_bound(
+    times: StageTimes, micro_count: int, row_of_stage: Sequence[int], most_in_flight: int | Sequence[int] | None = None
+) -> float:
     """Returns seconds that no schedule of these stages on these ranks can beat, whether or not it splits backwards.
 
-    It is at least the work of each rank with the forwards before its first stage.
+    It is at least the work of each rank with the forwards before its first stage. Under a limit it is also at least the time for
+    which each rank has to hold all its activations, so many at once.
+
+    Args:
+        times: the seconds of the stages.
+        micro_count: how many micro-batches.
+        row_of_stage: the rank of each stage.
+        most_in_flight: the most activations that each rank may hold, one number for all or one for each.
 
     Raises:
         PipelineError: the ranks are those of another number of stages.
@@ -88,7 +99,7 @@ def lower_bound(times: StageTimes, micro_count: int, row_of_stage: Sequence[int]
     factors = [times.factor(micro) for micro in range(micro_count)]
     least = min(factors, default=1.0)
     bound = 0.0
-    for rank in sorted(set(row_of_stage)):
+    for at, rank in enumerate(sorted(set(row_of_stage))):
         stages = [s for s, row in enumerate(row_of_stage) if row == rank]
         jobs = []
         for s in stages:
@@ -99,13 +110,36 @@ def lower_bound(times: StageTimes, micro_count: int, row_of_stage: Sequence[int]
                 jobs.append((relaxed.start_i[s][k], i, relaxed.remaining_i[s][j] - i))
                 jobs.append((relaxed.start_w[s][k], w, 0.0))
         whole = sum(times.forward[s] + times.backward[s] + times.weight[s] for s in stages) * sum(factors)
-        bound = max(bound, _interruptible(jobs), min(relaxed.start_f[s][0] for s in stages) + whole)
+        head = min(relaxed.start_f[s][0] for s in stages)
+        bound = max(bound, _interruptible(jobs), head + whole)
+        if most_in_flight is not None:
+            limit = most_in_flight if isinstance(most_in_flight, int) else most_in_flight[at]
+            bound = max(bound, head + _holding(times, factors, row_of_stage, stages, limit))
     return bound
 
 
 def gap(timeline: Timeline, bound: float) -> float:
     """Returns by which share a timeline is longer than a bound: 0.01 is one percent."""
-    return timeline.seconds / bound - 1 if bound else 0.0
+    share = timeline.seconds / bound - 1 if bound else 0.0
+    return share if abs(share) > ROUNDING else 0.0
+
+
+def _holding(
+    times: StageTimes, factors: Sequence[float], row_of_stage: Sequence[int], stages: Sequence[int], limit: int
+) -> float:
+    """Returns the least time in which a rank holds each activation from its F to its W, no more than a limit at once.
+
+    At first and at last it holds fewer: forwards follow each other, and so do the works that free an activation.
+    """
+    if len(factors) * len(stages) < limit or limit < 1:
+        return 0.0
+    delays = times.delays(row_of_stage)
+    held = 0.0
+    for s in stages:
+        there = sum(times.forward[s:]) + sum(times.backward[s:]) + times.weight[s]
+        held += sum(factors) * there + len(factors) * 2 * sum(delays[s:])
+    apart = min(times.forward[s] for s in stages) + min(times.weight[s] for s in stages)
+    return (held + min(factors) * apart * limit * (limit - 1) / 2) / limit
 
 
 def _interruptible(jobs: list[tuple[float, float, float]]) -> float:

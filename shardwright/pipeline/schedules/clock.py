@@ -87,7 +87,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When everything of a schedule happens.
+    """The times of everything in a schedule.
 
     ``bubbles`` is the share of the whole time that each rank idles, ``bubble`` that of all ranks. ``stalls`` is the share of
     the time between a rank's own first and last action; published rates of bubbles are the largest of these. ``peak_memory`` is

@@ -13,7 +13,7 @@ from shardwright.pipeline.schedules.clock import StageTimes
 
 @dataclass(frozen=True)
 class Policy:
-    """What is urgent.
+    """A rule for what is urgent.
 
     Args:
         first: the kinds in the order of their urgency, such as "IFW"; or "", by what remains after an action.

@@ -75,7 +75,7 @@ def search_schedule(
     for schedule in _published(micro_count, row_of_stage):
         if all(peak <= limit for peak, limit in zip(peak_in_flight(schedule), limits)):
             best.offer(schedule.rows)
-    bound = lower_bound(times, micro_count, row_of_stage) * (1 + CLOSE)
+    bound = lower_bound(times, micro_count, row_of_stage, limits) * (1 + CLOSE)
     scheduler = ListScheduler(times, micro_count, row_of_stage, relax(times, micro_count, row_of_stage))
     spent = 0
     for policy in _policies(times, row_of_stage, limits):
