@@ -23,6 +23,7 @@ FLOORS = (
     ("__init__",),
     ("calibrate", "testing"),
     ("api",),
+    ("pipeline",),
     ("train",),
     ("data", "hybrid", "report"),
     ("plan", "world"),

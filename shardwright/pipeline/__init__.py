@@ -1,1 +1,6 @@
-"""Pipelines: a model in stages on ranks of their own, through which micro-batches pass."""
+"""Pipelines: a model becomes stages on disjoint sets of devices, and micro-batches stream through them.
+
+==============  ==================================================================================
+``schedules/``  in which order each rank runs its stages' work: named, searched, checked, and timed
+==============  ==================================================================================
+"""

@@ -20,7 +20,7 @@ _TEXT = re.compile(rf"(\d+)({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d
 
 
 class Action(NamedTuple):
-    """What a rank does once: a kind of work, of a stage, for a micro-batch.
+    """One thing that a rank does: a kind of work, of a stage, for a micro-batch.
 
     >>> print(Action(0, "F", 3), Action(1, "UNSHARD"), Action.parse("2SEND_B1"))
     0F3 1UNSHARD 2SEND_B1
@@ -35,7 +35,7 @@ class Action(NamedTuple):
 
     @property
     def is_compute(self) -> bool:
-        """Whether it is work proper: F, B, I or W."""
+        """True for work proper: F, B, I or W."""
         return self.kind in COMPUTE
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -64,7 +65,7 @@ class StageTimes:
 
     def delays(self, row_of_stage: Sequence[int]) -> tuple[float, ...]:
         """Returns the seconds from each stage to the next, none where both are on the same rank."""
-        pairs = zip(row_of_stage, row_of_stage[1:])
+        pairs = itertools.pairwise(row_of_stage)
         spread: Sequence[float] = self.transfer  # type: ignore[assignment]
         return tuple(seconds if a != b else 0.0 for seconds, (a, b) in zip(spread, pairs))
 
@@ -86,7 +87,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When everything of a schedule happens.
+    """The times of everything in a schedule.
 
     ``bubbles`` is the share of the whole time that each rank idles, ``bubble`` that of all ranks. ``stalls`` is the share of
     the time between a rank's own first and last action; published rates of bubbles are the largest of these. ``peak_memory`` is

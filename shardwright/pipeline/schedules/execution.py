@@ -56,7 +56,7 @@ class Durations:
 
 
 class Execution(NamedTuple):
-    """When the actions of each row start and end, and what the first action waits for that never does, by row."""
+    """Starts and ends of the actions of each row, and what a row that does not get through waits for."""
 
     starts: list[list[float]]
     ends: list[list[float]]

@@ -127,7 +127,7 @@ def _zero_bubble_h1(rank: int, ranks: int, micro_count: int, stages: int) -> Row
 
 @_named("zero_bubble_v", least_stages=2, most_stages=2, micro_per_rank=2)
 def _zero_bubble_v(rank: int, ranks: int, micro_count: int, stages: int) -> Row:
-    """Has stages that go down the ranks and up again, so that the last stage's gradients start where the first stage is.
+    """Has stages that go down the ranks and up again: the last gradients start where the first stage is.
 
     Between warming up and cooling down each rank does F, I and W of its outer stage, then those of its inner one.
     """

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 
 from shardwright.errors import PipelineError
-from shardwright.pipeline.schedules.actions import TRANSFERS, Action
+from shardwright.pipeline.schedules.actions import COMPUTE, FORWARD, TRANSFERS, Action
 from shardwright.pipeline.schedules.execution import Durations, execute
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What each rank of a pipeline does, in order. A rank is the set of devices that a row's stages are on.
+    """The actions of each rank of a pipeline, in order. A rank is the set of devices that a row's stages are on.
 
     >>> print(Schedule("one by one", ((Action(0, "F", 0), Action(0, "B", 0)), (Action(1, "F", 0), Action(1, "B", 0))), 2, 1))
     one by one: 2 stages on 2 ranks, 1 micro-batch
@@ -50,7 +50,14 @@ class Schedule:
 
     def compute_only(self) -> Schedule:
         """Drops what is not F, B, I or W."""
-        rows = tuple(tuple(action for action in row if action.is_compute) for row in self.rows)
+        return self._only(COMPUTE)
+
+    def forward_only(self) -> Schedule:
+        """Drops what is not F: a schedule of inference, in the same order."""
+        return self._only((FORWARD,))
+
+    def _only(self, kinds: Sequence[str]) -> Schedule:
+        rows = tuple(tuple(action for action in row if action.kind in kinds) for row in self.rows)
         return Schedule(self.name, rows, self.stage_count, self.micro_count)
 
     def to_csv(self, path: str | Path) -> None:
