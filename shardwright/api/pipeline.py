@@ -27,7 +27,7 @@ from shardwright.pipeline.cut import Stage, cut_graph
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan
 from shardwright.pipeline.parts import MicroBatchesMeet, Parts, parts_of
-from shardwright.pipeline.run import PipelineRun
+from shardwright.pipeline.run import SimulatedPipelineRun, StagePlace
 from shardwright.pipeline.schedules.named import make_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import StageRun
@@ -90,16 +90,17 @@ class PipelineBoundCall(BoundCall):
         schedule, placement = schedule_of(request, len(rows), micro)
         self.pipeline = plan_stages(target, graph, rows, placement, micro, stage_marks(root))
         self.view = PipelinePlan(self.pipeline.planned, schedule)  # type: ignore[assignment]
-        runs = [StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for p in self.pipeline.planned]
-        first_ranks = [p.first_rank for p in self.pipeline.planned]
-        self.pipeline_run = PipelineRun(graph, runs, first_ranks, self.pipeline.cut, schedule, loss_of(graph))
+        planned = self.pipeline.planned
+        places = [StagePlace(p.stage, p.parts, p.first_rank) for p in planned]
+        runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for n, p in enumerate(planned)}
+        self.pipeline_run = SimulatedPipelineRun(graph, places, runs, self.pipeline.cut, schedule, loss_of(graph))
         self.run = self._step
         self._split = []
         self._read = [self._reader(i) for i in graph.inputs]
         self.is_random = any(n.op.draws for n in graph.nodes)
         self._count_inputs()
         names = {i.value: n for n, i in enumerate(graph.inputs)}
-        self._own = [[names[i.name] for i in p.parts.once.inputs] for p in self.pipeline.planned]
+        self._own = {n: [names[i.name] for i in p.parts.once.inputs] for n, p in enumerate(planned)}
 
     @property
     def program(self) -> LocalProgram:  # type: ignore[override]
@@ -107,11 +108,12 @@ class PipelineBoundCall(BoundCall):
         return self.pipeline.planned[0].parts.each[0]
 
     def _step(self, *values: Any) -> tuple[list[Any], list[Tensor]]:
-        outputs, updates = self.pipeline_run([[values[n] for n in own] for own in self._own])
+        planned = self.pipeline.planned
+        outputs, updates = self.pipeline_run({n: [values[at] for at in own] for n, own in self._own.items()})
         found = {
             name: new
-            for p, own in zip(self.pipeline.planned, updates, strict=True)
-            for (name, _), new in zip(p.stage.graph.updates, own, strict=True)
+            for n, own in updates.items()
+            for (name, _), new in zip(planned[n].stage.graph.updates, own, strict=True)
         }
         return outputs, [found[name] for name, _ in self.graph.updates]
 

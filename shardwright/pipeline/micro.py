@@ -119,7 +119,7 @@ class _Cutter:
         if dim is None:
             return layout
         cut, shape = self.cut.layouts[value], self.graph.metas[value].shape
-        own, pieces = _combined(layout, dim, _micro_pieces(cut, dim, shape[dim]), shape[dim])
+        own, pieces = _combined(layout, dim, pieces_of_micro_batches(cut, dim, shape[dim]), shape[dim])
         dims = [own if d == dim else axes for d, axes in enumerate(layout.bound)]
         sizes = [pieces if d == dim else s for d, s in enumerate(layout.sizes)]
         return Layout.of(layout.mesh, dims, layout.partial, sizes).normal(shape)
@@ -181,7 +181,7 @@ class _Cutter:
             shape = node.op.inputs[index].shape
             mesh = Mesh((MICRO,), (self.count,))
             dim = next(d for d, axes in enumerate(layout.bound) if MICRO in axes)
-            pieces = _micro_pieces(layout, dim, shape[dim])
+            pieces = pieces_of_micro_batches(layout, dim, shape[dim])
             alone = Layout.of(
                 mesh, [(MICRO,) if d == dim else () for d in range(len(shape))], (),
                 [pieces if d == dim else None for d in range(len(shape))],
@@ -329,7 +329,7 @@ def _knows_micro(layout: Layout) -> bool:
     return MICRO in layout.partial_axes or any(MICRO in axes for axes in layout.bound)
 
 
-def _micro_pieces(layout: Layout, dim: int, size: int) -> tuple[int, ...]:
+def pieces_of_micro_batches(layout: Layout, dim: int, size: int) -> tuple[int, ...]:
     """Returns how many of a dim's entries each micro-batch has."""
     pieces = layout.pieces(dim, size)
     each = len(pieces) // layout.mesh.axis_size(MICRO)

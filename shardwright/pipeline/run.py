@@ -1,7 +1,9 @@
-"""Runs the stages of a pipeline on simulated ranks: every row in one process, each action as soon as it can run."""
+"""Runs the stages of a pipeline: what both worlds share, and simulated ranks, where one process runs every row."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 
 from shardwright.base.derivatives import first_derivative_only
-from shardwright.errors import ShardwrightError
+from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held, cross
-from shardwright.pipeline.micro import MICRO, Cut
+from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.micro import Cut, pieces_of_micro_batches
+from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun
@@ -23,114 +27,197 @@ from shardwright.world.simulated.steps import run_steps
 
 
 @dataclass
-class _Step:
-    """What one step of training or inference holds."""
+class Step:
+    """What one step of training or inference holds.
 
-    sent: dict[tuple[str, int], Pieces] = field(default_factory=dict)  # by value and micro-batch
-    given: dict[tuple[str, int], list[tuple[int, Pieces]]] = field(default_factory=dict)  # gradients, by reading stage
-    returned: dict[int, list[Pieces]] = field(default_factory=dict)  # by position of the output
+    Attributes:
+        sent: pieces of values, by value and micro-batch.
+        given: gradients that reading stages sent back, by value and micro-batch, each with the stage.
+        returned: pieces of results of each micro-batch, by position of the output.
+        done: the actions that have run.
+    """
+
+    sent: dict[tuple[str, int], Pieces] = field(default_factory=dict)
+    given: dict[tuple[str, int], list[tuple[int, Pieces]]] = field(default_factory=dict)
+    returned: dict[int, list[Pieces]] = field(default_factory=dict)
     done: set[Action] = field(default_factory=set)
 
 
-class PipelineRun:
-    """Stages bound on simulated ranks, and the schedule that they follow.
+@dataclass(frozen=True)
+class StagePlace:
+    """A stage, its program in parts, and its first rank."""
+
+    stage: Stage
+    parts: Parts
+    first_rank: int
+
+
+class PipelineRun(ABC):
+    """Stages and the schedule that they follow.
 
     Args:
         graph: the whole graph.
-        stages: the stages.
-        first_ranks: of every stage, the number of its first rank.
+        places: the stages.
+        runs: by number, the stages that this process runs, bound.
         cut: where micro-batches cut the values.
         schedule: in which order each row runs its actions.
         loss: the position of the output that gradients come from; ``None``: they come from the outputs, in the backward.
     """
 
     def __init__(
-        self, graph: Graph, stages: Sequence[StageRun], first_ranks: Sequence[int], cut: Cut, schedule: Schedule,
+        self, graph: Graph, places: Sequence[StagePlace], runs: Mapping[int, StageRun], cut: Cut, schedule: Schedule,
         loss: int | None,
     ):  # fmt: skip
-        self.graph, self.stages, self.first_ranks, self.cut = graph, stages, first_ranks, cut
+        self.graph, self.places, self.runs, self.cut = graph, places, runs, cut
         self.schedule, self.loss = schedule, loss
         self.readers: dict[str, list[int]] = {}
-        for run in stages:
-            for name in run.received:
-                self.readers.setdefault(name, []).append(run.stage.index)
-        self.maker = {name: source for run in stages for name, source in run.stage.received.items()}
-        self.home = {position: run.stage.index for run in stages for position in run.stage.returned}
+        for place in places:
+            for name in place.stage.received:
+                self.readers.setdefault(name, []).append(place.stage.index)
+        self.maker = {name: source for place in places for name, source in place.stage.received.items()}
+        self.home = {position: place.stage.index for place in places for position in place.stage.returned}
+        self.names = {position: output for position, output in enumerate(graph.outputs) if isinstance(output, str)}
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
+        self.seeds: dict[int, Tensor] = {}  # by position, the gradients of results
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, values: Sequence[Sequence[Any]]) -> tuple[list[Any], list[list[Tensor]]]:
+    def __call__(self, values: Mapping[int, Sequence[Any]]) -> tuple[list[Any], dict[int, list[Tensor]]]:
         """Runs a step.
 
         Args:
-            values: for each stage the values of its program's inputs, without those that other stages send.
+            values: for each stage of this process the values of its program's inputs, without those that stages send.
 
         Returns:
-            The outputs, global tensors, and each stage's updates.
+            The outputs, and each stage's updates.
         """
-        held = [run.begin(own) for run, own in zip(self.stages, values, strict=True)]
+        held = self.begin(values)
         flat = [tensor for stage in held for pieces in stage for tensor in pieces]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
-            outputs = list(_Pipeline.apply(self, held, *flat))
+        if torch.is_grad_enabled() and self.graph.needs_grad.intersection(self.names.values()):
+            anchor = torch.zeros((), requires_grad=True)  # a process whose stages have no parameters takes part too
+            outputs = list(_Pipeline.apply(self, held, anchor, *flat))
         else:
-            self._hold(held, flat)
-            step = self._run(forward_only(self.schedule), False)
-            outputs = self._outputs(step)
-        return self._with_constants(outputs), [run.updates for run in self.stages]
-
-    def _with_constants(self, outputs: Sequence[Any]) -> list[Any]:
+            self.hold(held, flat)
+            outputs = self.outputs(self.run(forward_only(self.schedule), False))
         found = iter(outputs)
-        return [next(found) if isinstance(o, str) else o.value for o in self.graph.outputs]
+        results = [next(found) if isinstance(o, str) else o.value for o in self.graph.outputs]
+        return results, {index: run.updates for index, run in self.runs.items()}
 
-    def _hold(self, held: Sequence[Sequence[Pieces]], flat: Sequence[Tensor]) -> list[Tensor]:
+    def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
+        """Runs what each stage does once per step."""
+        return [run.begin(values[index]) for index, run in self.runs.items()]
+
+    def hold(self, held: Sequence[Sequence[Pieces]], flat: Sequence[Tensor]) -> list[Tensor]:
         """Gives every stage its held values as leaves of their own; returns these."""
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in flat]
         rest = iter(leaves)
-        for run, own in zip(self.stages, held, strict=True):
+        for run, own in zip(self.runs.values(), held, strict=True):
             run.hold([[next(rest) for _ in pieces] for pieces in own])
         return leaves
 
-    def _run(self, rows: Sequence[Sequence[Action]], grad: bool, step: _Step | None = None) -> _Step:
-        """Runs the actions of all rows, each as soon as what it needs is there."""
-        step = step or _Step()
+    @abstractmethod
+    def run(self, rows: Sequence[Sequence[Action]], grad: bool, step: Step | None = None) -> Step:
+        """Runs actions.
+
+        Args:
+            rows: those of every row.
+            grad: whether a backward will follow a forward.
+            step: what has run before.
+        """
+
+    @abstractmethod
+    def outputs(self, step: Step) -> list[Any]:
+        """Returns the results of a step, in the order of the graph's outputs, without constants."""
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    def held_of(self, stage: int, name: str, micro: int) -> Held:
+        """Returns how the ranks of a stage hold a value of a micro-batch."""
+        place = self.places[stage]
+        program = place.parts.each[micro]
+        outputs = (*place.stage.sent, *place.stage.returned.values())
+        local = dict(zip(outputs, program.outputs, strict=True)).get(name, name)
+        return Held(program.layouts[local], program.rank_groups[local], place.first_rank)
+
+    def shape_of(self, name: str, micro: int) -> tuple[int, ...]:
+        """Returns the shape of a value of a micro-batch, over all ranks of its stage."""
+        shape = list(self.graph.metas[name].shape)
+        dim = self.cut.dim(name)
+        if dim is not None:
+            shape[dim] = self.sizes_of(name)[micro]
+        return tuple(shape)
+
+    def sizes_of(self, name: str) -> tuple[int, ...]:
+        """Returns the sizes into which micro-batches cut a value."""
+        dim = self.cut.dim(name)
+        assert dim is not None
+        return pieces_of_micro_batches(self.cut.layouts[name], dim, self.graph.metas[name].shape[dim])
+
+    def seed_of(self, name: str, micro: int, seed: Tensor) -> Tensor:
+        """Returns the part of a result's gradient that belongs to a micro-batch."""
+        dim = self.cut.dim(name)
+        if dim is not None:
+            sizes = self.sizes_of(name)
+            return seed.narrow(dim, sum(sizes[:micro]), sizes[micro])
+        return seed if self.cut.is_sum(name) or not micro else torch.zeros_like(seed)
+
+    def joined(self, name: str, each: Sequence[Tensor]) -> Tensor:
+        """Joins what micro-batches give of a result."""
+        dim = self.cut.dim(name)
+        if dim is not None:
+            return torch.cat(list(each), dim)
+        total = each[0].clone()
+        for other in each[1:] if self.cut.is_sum(name) else ():
+            total += other
+        return total
+
+
+class SimulatedPipelineRun(PipelineRun):
+    """All rows in one process, each action as soon as it can run."""
+
+    def run(self, rows: Sequence[Sequence[Action]], grad: bool, step: Step | None = None) -> Step:
+        """Runs actions.
+
+        Args:
+            rows, grad, step: see :meth:`PipelineRun.run`.
+
+        Raises:
+            PipelineError: the rows wait for each other.
+        """
+        step = step or Step()
         waiting = [list(row) for row in rows]
         while any(waiting):
-            moved = False
-            for row in waiting:
+            ready = [row for row in waiting if row and self._is_ready(row[0], step)]
+            if not ready:
+                stuck = ", ".join(str(row[0]) for row in waiting if row)
+                raise PipelineError(f"the schedule {self.schedule.name} never ends: {stuck} wait")
+            for row in ready:
                 while row and self._is_ready(row[0], step):
                     action = row.pop(0)
                     self._act(action, step, grad)
                     step.done.add(action)
-                    moved = True
-            if not moved:
-                raise ShardwrightError(
-                    f"the schedule {self.schedule.name} never ends: {', '.join(str(r[0]) for r in waiting if r)} wait"
-                )
         return step
 
-    def _is_ready(self, action: Action, step: _Step) -> bool:
+    def _is_ready(self, action: Action, step: Step) -> bool:
         stage, micro = action.stage, action.micro
         assert micro is not None
         if action.kind == "F":
-            return all((name, micro) in step.sent for name in self.stages[stage].received)
-        if action.kind in ("B", "I"):
-            sent = self.stages[stage].stage.sent
-            return (
-                all(len(step.given.get((n, micro), ())) == self._gradients_of(n) for n in sent)
-                and Action(stage, "F", micro) in step.done
-            )
-        return Action(stage, "I", micro) in step.done
+            return all((name, micro) in step.sent for name in self.places[stage].stage.received)
+        if action.kind == "W":
+            return Action(stage, "I", micro) in step.done
+        sent = self.places[stage].stage.sent
+        are_there = all(len(step.given.get((name, micro), ())) == self._gradients_of(name) for name in sent)
+        return are_there and Action(stage, "F", micro) in step.done
 
     def _gradients_of(self, name: str) -> int:
         return len(self.readers[name]) if name in self.graph.needs_grad else 0
 
-    def _act(self, action: Action, step: _Step, grad: bool) -> None:
-        run, micro = self.stages[action.stage], action.micro
+    def _act(self, action: Action, step: Step, grad: bool) -> None:
+        run, micro, index = self.runs[action.stage], action.micro, action.stage
         assert micro is not None
         if action.kind == "F":
             received = {
-                name: self._cross(name, micro, self.maker[name], action.stage, step.sent[name, micro]) for name in run.received
+                name: self._cross(name, micro, self.maker[name], index, step.sent[name, micro]) for name in run.received
             }
             found = run.forward(micro, received, grad)
             step.sent.update(((name, micro), [p.detach() for p in found[name]]) for name in run.stage.sent)
@@ -142,92 +229,48 @@ class PipelineRun:
             gradients = self._gradients(run, micro, step)
             back = run.backward(micro, gradients) if action.kind == "B" else run.backward_input(micro, gradients)
             for name, pieces in back.items():
-                step.given.setdefault((name, micro), []).append((action.stage, pieces))
+                step.given.setdefault((name, micro), []).append((index, pieces))
 
-    def _gradients(self, run: StageRun, micro: int, step: _Step) -> dict[str, Pieces]:
+    def _gradients(self, run: StageRun, micro: int, step: Step) -> dict[str, Pieces]:
         """Returns the gradients of a stage's outputs: those that readers sent back, and of the loss or of the results."""
         found: dict[str, Pieces] = {}
         index = run.stage.index
         for name in run.stage.sent:
-            for reader, pieces in step.given.pop((name, micro), ()):
-                _add(found, name, self._cross(name, micro, reader, index, pieces, gradient=True))
+            for reader, pieces in sorted(step.given.pop((name, micro), ()), key=lambda each: each[0]):
+                add_pieces(found, name, self._cross(name, micro, reader, index, pieces, gradient=True))
         for position, name in run.stage.returned.items():
-            if name in self.graph.needs_grad and (seed := self.seeds.get(position)) is not None:
-                _add(found, name, self._seed_pieces(run, name, micro, seed))
+            seed = self.seeds.get(position)
+            if seed is not None and name in self.graph.needs_grad:
+                add_pieces(found, name, self._seed_pieces(index, name, micro, seed))
         return found
-
-    # -- values -----------------------------------------------------------------------------------------------------
-
-    def held_of(self, stage: int, name: str, micro: int) -> Held:
-        """Returns how the ranks of a stage hold a value of a micro-batch."""
-        run = self.stages[stage]
-        program = run.parts.each[micro]
-        local = dict(run.outputs).get(name, name)
-        return Held(program.layouts[local], program.rank_groups[local], self.first_ranks[stage])
-
-    def shape_of(self, name: str, micro: int) -> tuple[int, ...]:
-        """Returns the shape of a value of a micro-batch, over all ranks of its stage."""
-        shape = list(self.graph.metas[name].shape)
-        dim = self.cut.dim(name)
-        if dim is not None:
-            shape[dim] = self.pieces_of(name)[micro]
-        return tuple(shape)
-
-    def pieces_of(self, name: str) -> tuple[int, ...]:
-        """Returns the sizes into which micro-batches cut a value."""
-        layout, dim, shape = self.cut.layouts[name], self.cut.dim(name), self.graph.metas[name].shape
-        assert dim is not None
-        pieces = layout.pieces(dim, shape[dim])
-        each = len(pieces) // layout.mesh.axis_size(MICRO)
-        return tuple(sum(pieces[at : at + each]) for at in range(0, len(pieces), each))
 
     def _cross(self, name: str, micro: int, source: int, target: int, pieces: Pieces, gradient: bool = False) -> Pieces:
         before, after = self.held_of(source, name, micro), self.held_of(target, name, micro)
         return cross(pieces, before, after, self.shape_of(name, micro), gradient)
 
-    def _seed_pieces(self, run: StageRun, name: str, micro: int, seed: Tensor) -> Pieces:
-        """Returns the pieces of a result's gradient that belong to a micro-batch."""
-        held = self.held_of(run.stage.index, name, micro)
-        dim = self.cut.dim(name)
-        if dim is not None:
-            pieces = self.pieces_of(name)
-            seed = seed.narrow(dim, sum(pieces[:micro]), pieces[micro])
-        elif not self.cut.is_sum(name) and micro:
-            seed = torch.zeros_like(seed)
+    def _seed_pieces(self, stage: int, name: str, micro: int, seed: Tensor) -> Pieces:
+        held, seed = self.held_of(stage, name, micro), self.seed_of(name, micro, seed)
         slices = held.layout.slices(tuple(seed.shape))
-        found = {}
+        found: dict[int, Tensor] = {}
         for rank, group in enumerate(held.groups):
             found.setdefault(group, seed[slices[rank]])
         return [found[group] for group in range(len(found))]
 
-    seeds: Mapping[int, Tensor] = {}
-
-    def _outputs(self, step: _Step) -> list[Tensor]:
+    def outputs(self, step: Step) -> list[Any]:
         """Joins the results of all micro-batches to global tensors."""
         found = []
-        for position, name in enumerate(self.graph.outputs):
-            if not isinstance(name, str):
-                continue
-            stage = self.home[position]
+        for position, name in self.names.items():
             each = []
             for micro, pieces in enumerate(step.returned[position]):
-                held, shape = self.held_of(stage, name, micro), self.shape_of(name, micro)
+                held, shape = self.held_of(self.home[position], name, micro), self.shape_of(name, micro)
                 steps = steps_between(held.layout, Layout.replicated(held.layout.mesh, held.layout.ndim), shape)
                 each.append(run_steps([pieces[group] for group in held.groups], steps, shape)[0])
-            dim = self.cut.dim(name)
-            if dim is not None:
-                found.append(torch.cat(each, dim))
-            elif self.cut.is_sum(name):
-                total = each[0].clone()
-                for other in each[1:]:
-                    total += other
-                found.append(total)
-            else:
-                found.append(each[0].clone())
+            found.append(self.joined(name, each))
         return found
 
 
-def _add(found: dict[str, Pieces], name: str, pieces: Pieces) -> None:
+def add_pieces(found: dict[str, Pieces], name: str, pieces: Pieces) -> None:
+    """Adds the pieces of one more gradient of a value."""
     found[name] = [a + b for a, b in zip(found[name], pieces, strict=True)] if name in found else pieces
 
 
@@ -249,26 +292,24 @@ def computing(schedule: Schedule) -> list[list[Action]]:
 class _Pipeline(torch.autograd.Function):
     """Autograd function from the held values of all stages to the results.
 
-    With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all forwards,
-    and the backward all backwards.
+    With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all
+    forwards, and the backward all backwards.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.leaves = run, run._hold(held, flat)
+    def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.leaves = run, run.hold(held, flat)
         ctx.set_materialize_grads(False)
         ctx.step = None
         if run.loss is None:
-            ctx.step = run._run(forward_only(run.schedule), True)
-            return tuple(run._outputs(ctx.step))
-        name = run.graph.outputs[run.loss]
-        meta = run.graph.metas[name]
-        device = next((t.device for t in flat), None)
-        run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
-        step = run._run(computing(run.schedule), True)
-        outputs = run._outputs(step)
-        positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
-        ctx.at, ctx.seed = positions.index(run.loss), run.seed
+            ctx.step = run.run(forward_only(run.schedule), True)
+            outputs = run.outputs(ctx.step)
+            ctx.mark_non_differentiable(*[o for o in outputs if not o.dtype.is_floating_point and not o.dtype.is_complex])
+            return tuple(outputs)
+        meta = run.graph.metas[run.names[run.loss]]
+        run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=flat[0].device if flat else None)}
+        outputs = run.outputs(run.run(computing(run.schedule), True))
+        ctx.at, ctx.seed = list(run.names).index(run.loss), run.seed
         ctx.mark_non_differentiable(*[o for i, o in enumerate(outputs) if i != ctx.at])
         return tuple(outputs)
 
@@ -280,17 +321,15 @@ class _Pipeline(torch.autograd.Function):
             raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
         leaves, ctx.leaves = ctx.leaves, None
         if ctx.step is not None:
-            positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
-            run.seeds = {p: g for p, g in zip(positions, gradients, strict=True) if g is not None}
-            run._run(backward_only(run.schedule), True, ctx.step)
-            return None, None, *[leaf.grad for leaf in leaves]
+            run.seeds = {p: g for p, g in zip(run.names, gradients, strict=True) if g is not None}
+            run.run(backward_only(run.schedule), True, ctx.step)
+            return None, None, None, *[leaf.grad for leaf in leaves]
         gradient = gradients[ctx.at]
         if gradient is None:
-            return None, None, *[None] * len(leaves)
-        run.seed = float(gradient)
-        scale = run.seed / ctx.seed
-        return (
-            None,
-            None,
-            *[None if leaf.grad is None else leaf.grad.mul_(scale) if scale != 1 else leaf.grad for leaf in leaves],
-        )
+            return None, None, None, *[None] * len(leaves)
+        given = float(gradient)
+        if given and math.isfinite(given):
+            run.seed = given  # the next step begins with it, so that a loss scale reaches the first of its gradients
+        scale = given / ctx.seed
+        scaled = [leaf.grad if leaf.grad is None or scale == 1.0 else leaf.grad.mul_(scale) for leaf in leaves]
+        return None, None, None, *scaled
