@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardwright.api.bound import BoundCall, device_of
+from shardwright.api.pipeline_job import place_parameters, run_in_job
 from shardwright.api.settings import Settings
 from shardwright.api.stages import Target, capture_target, make_target, plan_target
 from shardwright.base.dump import dump_of
@@ -17,6 +18,7 @@ from shardwright.capture.capture import capture
 from shardwright.cost.machine_files import load_machine
 from shardwright.cost.operations import flops
 from shardwright.errors import PipelineError, Problems
+from shardwright.ir.choice import Choice
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
@@ -24,16 +26,18 @@ from shardwright.ir.program import LocalProgram
 from shardwright.partition.local_program import options_of, program_before_overlap
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
 from shardwright.pipeline.cut import Stage, cut_graph
+from shardwright.pipeline.distributed_run import TiedGradients
 from shardwright.pipeline.means import with_counted_means
-from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan
+from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan, micro_mesh
 from shardwright.pipeline.parts import MicroBatchesMeet, Parts, parts_of
-from shardwright.pipeline.run import SimulatedPipelineRun, StagePlace
+from shardwright.pipeline.run import PipelineRun, SimulatedPipelineRun, StagePlace
 from shardwright.pipeline.schedules.named import make_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import StageRun
 from shardwright.pipeline.stages import Placement, assign_stages
 from shardwright.report.plan_view import PlanView
 from shardwright.world.current import World
+from shardwright.world.distributed.world import DistributedWorld
 from shardwright.world.simulated.world import SimulatedWorld
 
 
@@ -88,19 +92,29 @@ class PipelineBoundCall(BoundCall):
         self.graph = graph
         micro = micro_count(root, graph)
         schedule, placement = schedule_of(request, len(rows), micro)
-        self.pipeline = plan_stages(target, graph, rows, placement, micro, stage_marks(root))
+        self.pipeline = plan_stages(target, graph, rows, placement, micro, stage_marks(root), world.keeps_pieces)
         self.view = PipelinePlan(self.pipeline.planned, schedule)  # type: ignore[assignment]
         planned = self.pipeline.planned
         places = [StagePlace(p.stage, p.parts, p.first_rank) for p in planned]
-        runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for n, p in enumerate(planned)}
-        self.pipeline_run = SimulatedPipelineRun(graph, places, runs, self.pipeline.cut, schedule, loss_of(graph))
+        cut, loss = self.pipeline.cut, loss_of(graph)
+        self.tied: TiedGradients | None = None
+        self.pipeline_run: PipelineRun
+        if isinstance(world, DistributedWorld):
+            stages = [(p.stage, p.parts, p.first_rank, p.ranks) for p in planned]
+            self.pipeline_run, self.tied = run_in_job(
+                world, graph, stages, cut, schedule, loss, request.output_broadcast, device
+            )
+        else:
+            runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for n, p in enumerate(planned)}
+            self.pipeline_run = SimulatedPipelineRun(graph, places, runs, cut, schedule, loss)
         self.run = self._step
         self._split = []
         self._read = [self._reader(i) for i in graph.inputs]
         self.is_random = any(n.op.draws for n in graph.nodes)
         self._count_inputs()
         names = {i.value: n for n, i in enumerate(graph.inputs)}
-        self._own = {n: [names[i.name] for i in p.parts.once.inputs] for n, p in enumerate(planned)}
+        self._places = names
+        self._own = {n: [names[i.name] for i in planned[n].parts.once.inputs] for n in self.pipeline_run.runs}
 
     @property
     def program(self) -> LocalProgram:  # type: ignore[override]
@@ -108,8 +122,10 @@ class PipelineBoundCall(BoundCall):
         return self.pipeline.planned[0].parts.each[0]
 
     def _step(self, *values: Any) -> tuple[list[Any], list[Tensor]]:
-        planned = self.pipeline.planned
-        outputs, updates = self.pipeline_run({n: [values[at] for at in own] for n, own in self._own.items()})
+        planned, given = self.pipeline.planned, list(values)
+        if self.tied is not None:
+            self.tied(given, self._places)
+        outputs, updates = self.pipeline_run({n: [given[at] for at in own] for n, own in self._own.items()})
         found = {
             name: new
             for n, own in updates.items()
@@ -192,7 +208,7 @@ def loss_of(graph: Graph) -> int | None:
 
 
 def plan_stages(
-    target: Target, graph: Graph, rows: Sequence[int], placement: Placement, micro: int, marks: Any
+    target: Target, graph: Graph, rows: Sequence[int], placement: Placement, micro: int, marks: Any, keeps_pieces: bool = False
 ) -> PlannedPipeline:
     """Cuts a graph into stages, plans each, and takes their programs apart.
 
@@ -203,6 +219,7 @@ def plan_stages(
         placement: which row runs which stage.
         micro: number of micro-batches.
         marks: rows of modules.
+        keeps_pieces: whether this process keeps its rank's pieces of parameters, which are distributed then.
 
     Raises:
         StrategyError: strategies or stages that cannot be followed, operators that need the whole batch.
@@ -216,18 +233,23 @@ def plan_stages(
         else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
     )
     problems = Problems()
-    plans = []
+    plans, whole = [], []
     for stage in stages:
         ranks = rows[placement.row_of_stage[stage.index]]
         plan = _plan_stage(target, stage, ranks, cut, micro)
+        whole.append(plan)
         plans.append(cut_plan(plan, micro, cut, problems) if micro > 1 else plan)
     problems.raise_if_any(_CANNOT.format(micro))
     first = [sum(rows[:row]) for row in placement.row_of_stage]
+    if keeps_pieces:
+        stored = place_parameters(target.root, list(zip(stages, whole, first, strict=True)), target.device)
+        plans = [_with_stored(plan, own, micro) for plan, own in zip(plans, stored, strict=True)]
     planned = []
     for stage, plan, start in zip(stages, plans, first, strict=True):
         program = program_before_overlap(plan)
         try:
-            parts = parts_of(program, micro, options_of(replace(plan, machine=None)), tuple(stage.received))
+            options = options_of(replace(plan, machine=None))
+            parts = parts_of(program, micro, options, tuple(stage.received), start if keeps_pieces else 0)
         except MicroBatchesMeet as met:
             node = next(n for n in plan.graph.nodes if n.name == str(met))
             problems.add(f"{node.where} computes with the whole batch, such as its mean and variance; {NEVER_MEET}")
@@ -241,6 +263,15 @@ _CANNOT = (
     "the batch cannot pass in {} micro-batches (exact are: micro_size=1; eval() of a batch norm; an operator over samples or "
     "channels in its place, such as a group norm)"
 )
+
+
+def _with_stored(plan: Plan, stored: dict[str, Layout], micro: int) -> Plan:
+    """Returns a plan whose parameters are stored in these layouts over the stage's ranks."""
+    if micro > 1:
+        stored = {
+            value: Layout.of(micro_mesh(layout.mesh, micro), layout.bound, (), layout.sizes) for value, layout in stored.items()
+        }
+    return replace(plan, input_layouts={**plan.input_layouts, **stored})
 
 
 def _plan_stage(target: Target, stage: Stage, ranks: int, cut: Cut, micro: int) -> Plan:
@@ -260,7 +291,17 @@ def _plan_stage(target: Target, stage: Stage, ranks: int, cut: Cut, micro: int) 
         for value, layout in zip(node.inputs, plan.choices[node.name].inputs, strict=True):
             if value in stage.received:
                 wanted.setdefault(value, layout.without_partial())
-    return replace(plan, input_layouts={**plan.input_layouts, **wanted})
+    return replace(plan, choices=_settled(plan, stage.sent), input_layouts={**plan.input_layouts, **wanted})
+
+
+def _settled(plan: Plan, sent: Sequence[str]) -> dict[str, Choice]:
+    """Returns the choices of a plan with the pending sums of what is sent done: other stages would have to add them."""
+    choices = dict(plan.choices)
+    for node in plan.graph.nodes:
+        choice = choices[node.name]
+        outputs = [la.without_partial() if v in sent else la for v, la in zip(node.outputs, choice.outputs, strict=True)]
+        choices[node.name] = replace(choice, outputs=tuple(outputs))
+    return choices
 
 
 def _entry(value: str, shape: tuple[int, ...], stage: Stage, ranks: int, cut: Cut, micro: int) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwright.base.operators import LIST_NORM, is_elementwise, is_elementwise_on_lists
-from shardwright.parameters.ours import view_of
+from shardwright.errors import WorldError
+from shardwright.parameters.ours import is_over_a_stage, view_of
 from shardwright.parameters.placements import _alike
 from shardwright.parameters.places import is_number, place_of, place_of_spec
 
@@ -213,6 +214,11 @@ def remember_norms(tensors: Sequence[Any], rest: tuple[Any, ...], norms: Sequenc
 def _norms(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or not all(isinstance(t, DTensor) for t in args[0]):
         return NOT_ALIKE
+    if any(is_over_a_stage(t) for t in args[0]):
+        raise WorldError(
+            "torch's norm of many tensors, which clip_grad_norm_ takes, sees the parameters of this rank's stage only\n"
+            "  Call sw.clip_grad_norm_ or sw.get_total_norm, on every rank"
+        )
     known = _norms_made.get((tuple([id(t._spec) for t in args[0]]), args[1:]))
     if known is None or any(view_of(t) is not None for t in args[0]):
         return NOT_ALIKE

@@ -20,6 +20,7 @@ from torch.nn import utils
 from shardwright.base.torch_private import foreach_norm
 from shardwright.errors import ShardwrightError
 from shardwright.parameters.handles import current
+from shardwright.parameters.ours import home_of, is_over_a_stage
 
 
 class _Piece(NamedTuple):
@@ -162,6 +163,6 @@ def _counts_here(tensor: Tensor) -> bool:
             f"a gradient of shape {list(tensor.shape)} is {tensor.placements}: its sum over ranks is pending; reduce it first"
         )
     places = mesh.get_coordinate()
-    if places is None:
+    if places is None or (is_over_a_stage(tensor) and home_of(tensor).is_copy):
         return False
     return all(place == 0 for place, placement in zip(places, tensor.placements, strict=True) if placement.is_replicate())

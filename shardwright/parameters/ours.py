@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -22,6 +23,32 @@ class View(NamedTuple):
 
     base: DTensor
     of_whole: Callable[[Tensor], Tensor]
+
+
+class StageHome(NamedTuple):
+    """The first rank of the stage that a parameter is at home in, and whether this rank's stage only has a copy of it."""
+
+    rank: int
+    is_copy: bool
+
+
+_homes: dict[int, tuple[Any, StageHome]] = {}  # by id of the spec, which is held
+
+
+def remember_home(value: DTensor, home: StageHome) -> None:
+    """Records where a parameter is at home, for it and for what has its spec, such as its gradient."""
+    _homes[id(value._spec)] = (value._spec, home)
+
+
+def home_of(value: DTensor) -> StageHome:
+    """Returns where a tensor over the ranks of a stage is at home."""
+    found = _homes.get(id(value._spec))
+    return found[1] if found is not None else StageHome(int(value.device_mesh.mesh.flatten()[0]), False)
+
+
+def is_over_a_stage(value: DTensor) -> bool:
+    """Tells whether a tensor is over one of our meshes that has not all ranks of the job: a stage of a pipeline."""
+    return value.device_mesh in _meshes and value.device_mesh.size() != dist.get_world_size()
 
 
 def watch_over(mesh: DeviceMesh) -> None:

@@ -153,7 +153,10 @@ def _layout_of(mesh: DeviceMesh, split: tuple[Placement, ...], ndim: int) -> Lay
 
 def _slice(value: torch.Tensor, layout: Layout, device: torch.device) -> torch.Tensor:
     """Copies this rank's piece of a whole value."""
-    piece = value.detach()[tuple(slice(*ends) for ends in layout.bounds(value.shape)[dist.get_rank()])]
+    bounds = layout.bounds(value.shape).get(dist.get_rank())
+    if bounds is None:  # another stage's
+        return value.new_empty(0, device=device)
+    piece = value.detach()[tuple(slice(*ends) for ends in bounds)]
     return piece.to(device, copy=True, memory_format=torch.contiguous_format)
 
 

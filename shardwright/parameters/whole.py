@@ -18,7 +18,7 @@ from shardwright.ir.layout import Layout
 from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.delayed.replay import materialise
 from shardwright.parameters.handles import current
-from shardwright.parameters.ours import is_ours, is_part, view_of
+from shardwright.parameters.ours import home_of, is_ours, is_over_a_stage, is_part, view_of
 from shardwright.parameters.placements import layout_of
 from shardwright.parameters.places import place_of_spec
 
@@ -80,6 +80,8 @@ def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
     view = view_of(value)
     if view is not None:
         return view.of_whole(whole_value(view.base, what))
+    if is_over_a_stage(value):
+        return _whole_of_stage(value, what)
     local = value._local_tensor.detach()
     if not is_part(value):
         return local
@@ -95,6 +97,19 @@ def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
         if not said:
             raise
         raise WorldError(f"{what} of a distributed tensor {list(value.shape)} needs every rank: {said}") from error
+
+
+def _whole_of_stage(value: DTensor, what: str) -> torch.Tensor:
+    """Gathers a tensor on the ranks of its stage, and sends it to all others."""
+    note(f"{what} of a distributed tensor {list(value.shape)}")
+    layout, shape = layout_of(value), tuple(value.shape)
+    whole = torch.empty(shape, dtype=value.dtype, device=value._local_tensor.device)
+    if value.device_mesh.get_coordinate() is not None:
+        assert layout is not None
+        local = value._local_tensor.detach()
+        whole.copy_(_gathered(local, layout, shape, value.device_mesh) if is_part(value) else local)
+    dist.broadcast(whole.view(-1).view(torch.uint8), home_of(value).rank)
+    return whole
 
 
 def _gathered(piece: torch.Tensor, layout: Layout, shape: tuple[int, ...], mesh: DeviceMesh) -> torch.Tensor:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.base.operators import may_draw
+from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
 from shardwright.pipeline.cut import Stage
 from shardwright.pipeline.parts import Parts
+from shardwright.rules.random_draw import DRAWS
 
 Pieces = list[Tensor]
 Bind = Callable[..., Callable[..., Any]]
@@ -159,6 +162,14 @@ class StageRun:
 def _accumulate(tensors: list[Tensor], given: list[Tensor], held: list[Tensor]) -> None:
     if tensors and held:
         torch.autograd.backward(tensors, given, inputs=held)
+
+
+def draw_only(program: LocalProgram) -> None:
+    """Draws the random numbers that a program draws, and drops them, so that this rank's generator stays as that of others."""
+    for call in program.calls:
+        is_draw = isinstance(call.function, OpOverload) and may_draw(call.function)
+        if (call.function in DRAWS or is_draw) and not call.reads:
+            call.function(*call.args, **call.kwargs)
 
 
 def programs_of(parts: Parts) -> list[LocalProgram]:

@@ -148,3 +148,7 @@ def in_order(x: Tensor, stride: Sequence[int]) -> Tensor:
     if x.stride() == tuple(stride):
         return x
     return torch.empty_strided(x.shape, tuple(stride), dtype=x.dtype, device=x.device).copy_(x)
+
+
+# The functions here that draw and read no tensor.
+DRAWS = frozenset({filled, dropout_noise, feature_noise, native_mask, alpha_noise})

@@ -214,14 +214,15 @@ class _InputCheck:
     def __init__(self, program: LocalProgram, rank: int):
         self.pending = True
         self.rank = rank
-        self.expected = [(i, i.layout.local_shape(i.meta.shape, rank)) for i in program.inputs]
+        given = [(at, i) for at, i in enumerate(program.inputs) if i.kind != "local"]  # other programs make those
+        self.expected = [(at, i, i.layout.local_shape(i.meta.shape, rank)) for at, i in given]
 
     def __call__(self, values: list[Any]) -> None:
         wrong = [
-            f"{item.kind} {item.target!r} is {list(value.shape)}, expected {list(shape)}: {list(item.meta.shape)} laid "
+            f"{item.kind} {item.target!r} is {list(values[at].shape)}, expected {list(shape)}: {list(item.meta.shape)} laid "
             f"out as {item.layout.short()}"
-            for (item, shape), value in zip(self.expected, values, strict=True)
-            if tuple(value.shape) != shape
+            for at, item, shape in self.expected
+            if tuple(values[at].shape) != shape
         ]
         if wrong:
             raise WorldError(f"rank {self.rank} was given tensors that are not its pieces: {'; '.join(wrong)}")

@@ -37,10 +37,13 @@ class Transfer:
         routes: ``(from rank, to rank, region)`` of all ranks, or at least of those that involve this rank.
         have: bounds of what it holds, ``None`` for nothing: then its argument is an empty tensor.
         want: bounds of what it is to hold, ``None`` for nothing: then its result is an empty tensor.
+        tag: of its messages; those with the same tag arrive in the order in which they are sent.
     """
 
-    def __init__(self, link: Link, routes: Sequence[Route], have: Bounds | None, want: Bounds | None):
-        self.link, rank = link, link.position
+    def __init__(
+        self, link: Link, routes: Sequence[Route], have: Bounds | None, want: Bounds | None, tag: int = _TAG
+    ):
+        self.link, self.tag, rank = link, tag, link.position
         self.shape: Shape = (0,) if want is None else tuple(b - a for a, b in want)
         sends: dict[Bounds, list[int]] = {}
         self.kept: list[tuple[Cut, Cut]] = []
@@ -69,11 +72,11 @@ class Transfer:
         sending: list[tuple[Any, Tensor]] = []
         for cut, targets in self.sends:
             region = plain(cut(x))
-            sending += [(send([region], target, _TAG), region) for target in targets]
+            sending += [(send([region], target, self.tag), region) for target in targets]
         receiving: list[tuple[Any, Cut, Tensor | None]] = []
         for source, place, extent, direct in self.receives:
             buffer = place(out) if direct else x.new_empty(extent)
-            receiving.append((receive([buffer], source, _TAG), place, None if direct else buffer))
+            receiving.append((receive([buffer], source, self.tag), place, None if direct else buffer))
         for cut, place in self.kept:
             place(out).copy_(cut(x))
         return out, receiving, sending

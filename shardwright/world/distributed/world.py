@@ -32,12 +32,14 @@ from shardwright.base.process_groups import backend_of
 from shardwright.base.torch_private import set_group_timeout
 from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
 from shardwright.parameters.distribute import adopt_slices, distribute_parameters
 from shardwright.redistribute.steps import redistribution
 from shardwright.world.distributed.bind import _bind, _steps_of
 from shardwright.world.distributed.groups import Groups
+from shardwright.world.distributed.links import Link
 from shardwright.world.distributed.moves import PieceMove
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
@@ -215,6 +217,31 @@ class DistributedWorld(World):
         if keep is not None or not needs_recording(program):
             return plain
         return recorded(_bind(program, self.rank, self._groups, None, records=True), plain)
+
+    def bind_on_stage(
+        self, program: LocalProgram, ranks: Sequence[int], keep: tuple[str, ...] | None = None
+    ) -> Callable[..., Any] | None:
+        """Makes a function of a program that only some ranks run. All ranks of the job call it.
+
+        Args:
+            program: of these ranks, by their numbers in the job.
+            ranks: those that run it; others get ``None``.
+            keep: see :meth:`bind`.
+        """
+        self._groups.make(_steps_of(program))
+        if self.rank not in ranks:
+            return None
+        plain = _bind(program, self.rank, self._groups, keep)
+        if keep is not None or not needs_recording(program):
+            return plain
+        return recorded(_bind(program, self.rank, self._groups, None, records=True), plain)
+
+    def everyone(self) -> Link:
+        """Returns the link over all ranks of the job, for direct messages. All ranks call it."""
+        whole = Mesh(("all",), (self.size,))
+        rows, columns = (Layout.of(whole, dims) for dims in ((("all",), ()), ((), ("all",))))
+        self._groups.make(redistribution(rows, columns, (self.size, self.size)).forward)
+        return self._groups.link(range(self.size))
 
     def redistribute(
         self,
