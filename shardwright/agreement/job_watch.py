@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +28,19 @@ def in_backward() -> None:
     """Records that a backward pass communicates."""
     if _active:
         _active[0].in_backward()
+
+
+@contextmanager
+def within_pipeline() -> Iterator[None]:
+    """Leaves backward passes within the block unrecorded: the stages of a pipeline have different ones."""
+    watch = _active[0] if _active else None
+    if watch is not None:
+        watch.is_in_pipeline = True
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.is_in_pipeline = False
 
 
 def compare_on_ranks(world: Any, stage: str, lines: Sequence[str], values: Sequence[Any] = ()) -> None:

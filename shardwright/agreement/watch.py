@@ -59,6 +59,7 @@ class Watch:
         self.calls = self.nets = 0
         self._checked = 0  # the latest call at which all weights were compared
         self._is_planning = False
+        self.is_in_pipeline = False  # whose stages have backward passes of their own
         self._backward = -1
         self._log = EventLog(rank)
         self._messages = Messages(rank, size)
@@ -109,7 +110,7 @@ class Watch:
     def in_backward(self) -> None:
         """Records that a backward pass communicates; the first time of each pass is an event."""
         task = current_graph_task()
-        if task != self._backward:
+        if task != self._backward and not self.is_in_pipeline:
             self._backward = task
             self.note("a backward pass")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.agreement.job_watch import in_backward, within_pipeline
 from shardwright.base.derivatives import first_derivative_only
 from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
@@ -302,13 +303,15 @@ class _Pipeline(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.step = None
         if run.loss is None:
-            ctx.step = run.run(forward_only(run.schedule), True)
+            with within_pipeline():
+                ctx.step = run.run(forward_only(run.schedule), True)
             outputs = run.outputs(ctx.step)
             ctx.mark_non_differentiable(*[o for o in outputs if not o.dtype.is_floating_point and not o.dtype.is_complex])
             return tuple(outputs)
         meta = run.graph.metas[run.names[run.loss]]
         run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=flat[0].device if flat else None)}
-        outputs = run.outputs(run.run(computing(run.schedule), True))
+        with within_pipeline():
+            outputs = run.outputs(run.run(computing(run.schedule), True))
         ctx.at, ctx.seed = list(run.names).index(run.loss), run.seed
         ctx.mark_non_differentiable(*[o for i, o in enumerate(outputs) if i != ctx.at])
         return tuple(outputs)
@@ -320,9 +323,11 @@ class _Pipeline(torch.autograd.Function):
         if ctx.leaves is None:
             raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
         leaves, ctx.leaves = ctx.leaves, None
+        in_backward()  # on every rank, whether its stages communicate or not
         if ctx.step is not None:
             run.seeds = {p: g for p, g in zip(run.names, gradients, strict=True) if g is not None}
-            run.run(backward_only(run.schedule), True, ctx.step)
+            with within_pipeline():
+                run.run(backward_only(run.schedule), True, ctx.step)
             return None, None, None, *[leaf.grad for leaf in leaves]
         gradient = gradients[ctx.at]
         if gradient is None:
