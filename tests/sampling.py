@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 IS_ON = os.environ.get("SHARDWRIGHT_TEST_SAMPLE") == "1"
-SHARE = 0.1
+SHARE = 0.07
 LEAST = 3  # cases of a test function that run in any case
 
 

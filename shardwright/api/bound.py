@@ -60,6 +60,7 @@ class BoundCall:
     compiler: SegmentCompiler | None = None
     numbers: Numbers | None = None  # attributes that are numbers of each call
     decisions: Decisions | None = None  # by values of tensors, which the program assumes
+    _split: Sequence[tuple[int, Callable[[Any], Any]]] = ()  # positions of outputs that stay split, and what wraps them
     _now: Sequence[Any] = ()  # their values in this call
     signatures: dict[bool, Signature]  # its descriptions for other ranks, by gradient mode
 

@@ -41,8 +41,7 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
                 return _call_reentrant(*args)
         if watch.is_transforming and not cls.__module__.startswith("torch."):
             raise _within_a_transformation(cls)
-        for ragged in (a for a in args if isinstance(a, SizeStandIn)):
-            raise ragged._refused(cls.__name__)
+        _refuse_ragged(cls, args)
         if watch.is_in_callable and _has_own_backward(cls, args):
             with watch.paused():
                 return watch.own_backwards.call(cls, plain, args)
@@ -93,6 +92,11 @@ def replacements(watch: Watch) -> list[tuple[Any, str, Any]]:
         (transformer_module, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
         (nn.TransformerEncoderLayer, "forward", layer_forward),
     ]
+
+
+def _refuse_ragged(cls: Any, args: Any) -> None:
+    for ragged in (a for a in args if isinstance(a, SizeStandIn)):
+        raise ragged._refused(cls.__name__)
 
 
 def _within_a_transformation(cls: Any) -> CaptureError:

@@ -347,6 +347,11 @@ class Watch(TorchFunctionMode):
 
 
 _NOTHING = torch.zeros(())
+_READ_NUMBERS = (
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__float__, Tensor.__int__,
+    Tensor.__index__, Tensor.__complex__, Tensor.__format__, Tensor.__contains__, Tensor.is_nonzero, torch.is_nonzero,
+    Tensor.equal, torch.equal, Tensor.allclose, torch.allclose,
+)  # fmt: skip
 _READ_TRUTH = (Tensor.__bool__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero)
 
 
@@ -381,23 +386,7 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.backward: Watch.refuse_derivative,
     torch.autograd.backward: Watch.refuse_derivative,
     torch.autograd.grad: Watch.derive,
-    Tensor.item: Watch.read_number,
-    Tensor.tolist: Watch.read_number,
-    Tensor.numpy: Watch.read_number,
-    Tensor.__array__: Watch.read_number,
-    Tensor.__bool__: Watch.read_number,
-    Tensor.__float__: Watch.read_number,
-    Tensor.__int__: Watch.read_number,
-    Tensor.__index__: Watch.read_number,
-    Tensor.__complex__: Watch.read_number,
-    Tensor.__format__: Watch.read_number,
-    Tensor.__contains__: Watch.read_number,
-    Tensor.is_nonzero: Watch.read_number,
-    torch.is_nonzero: Watch.read_number,
-    Tensor.equal: Watch.read_number,
-    torch.equal: Watch.read_number,
-    Tensor.allclose: Watch.read_number,
-    torch.allclose: Watch.read_number,
+    **dict.fromkeys(_READ_NUMBERS, Watch.read_number),
     **dict.fromkeys(OF_RAGGED, Watch.of_ragged),
     **dict.fromkeys(OF_SEQUENCES, Watch.of_sequences),
     Tensor.set_: Watch.refuse_new_memory,
