@@ -166,7 +166,8 @@ class SettingsMethods:
             stages: how many parts of equal size the ranks are divided into, in their order; or the ranks of each part.
             output_broadcast: whether every rank gets the results; else those of the last stage, and all of them the loss.
             interleave: whether each part of the ranks has two stages, one after the other along the model.
-            scheduler: the name of a schedule, or a schedule: ``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``.
+            scheduler: the name of a schedule (``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``), or
+                a schedule.
 
         Raises:
             TypeError: a number of stages that is no int.

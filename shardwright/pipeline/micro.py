@@ -45,10 +45,10 @@ def micro_mesh(mesh: Mesh, count: int) -> Mesh:
 
 @dataclass
 class Cut:
-    """Where micro-batches cut the values of a graph, as far as it is known.
+    """Layouts that say where micro-batches cut the values of a graph, as far as it is known.
 
     Args:
-        dims: by value, the layout on ``micro x ranks`` that has its pieces, of which only the micro axis counts.
+        layouts: by value, the layout on ``micro x ranks`` that has its pieces, of which only the micro axis counts.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -203,7 +203,13 @@ class _Cutter:
         )
 
     def with_micro(self, choice: Choice, signature: Signature, factor: str, pieces: tuple[int, ...] | None) -> Split:
-        """Returns the split of a factor by micro-batches first, then as the plan splits it."""
+        """Returns the split of a factor by micro-batches first, then as the plan splits it.
+
+        Args:
+            choice, signature: of the operator.
+            factor: the factor.
+            pieces: the sizes of micro-batches, where they are uneven.
+        """
         axes, explicit = choice.split.get(factor, ((), None))
         size = signature.sizes[factor]
         if explicit is not None or (pieces is not None and axes):
@@ -214,7 +220,13 @@ class _Cutter:
         return (MICRO, *axes), pieces
 
     def pending(self, node: Node, choice: Choice, signature: Signature, sums: set[int], mesh: Mesh) -> dict[int, Layout] | None:
-        """Returns the inputs that are read with sums pending, over ranks or over micro-batches."""
+        """Returns the inputs that are read with sums pending, over ranks or over micro-batches.
+
+        Args:
+            node, choice, signature: the operator, the plan's choice, and its rule.
+            sums: the inputs of which micro-batches hold summands.
+            mesh: of micro-batches and ranks.
+        """
         over_ranks = {i: layout for i, layout in enumerate(choice.inputs) if layout.partial}
         if not sums:
             return {i: Layout.of(mesh, la.bound, la.partial, la.sizes) for i, la in over_ranks.items()} or None
@@ -227,7 +239,7 @@ class _Cutter:
         return {i: Layout.of(mesh, la.bound, la.partial, la.sizes).with_partial((MICRO,)) for i, la in partial.items()}
 
     def with_shares(self, node: Node) -> Node:
-        """Returns the operator with values that are the same for all micro-batches shared out, where they are added to a sum."""
+        """Returns the operator with values that all micro-batches have shared out, where they are added to a sum."""
         sums = {i for i, v in enumerate(node.inputs) if self.cut.is_sum(v)}
         if not sums:
             return node
@@ -263,7 +275,7 @@ class _Cutter:
         return name
 
     def settled(self, before: Layout, after: Layout, computed: Layout) -> Layout:
-        """Returns the layout in which an output leaves its operator: the plan's, cut into micro-batches as it is computed."""
+        """Returns the layout in which an output leaves its operator: the plan's, cut as it is computed."""
         if before == after:
             return computed
         if before.without_partial() == after:

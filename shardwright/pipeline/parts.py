@@ -243,7 +243,9 @@ class _InPlace:
         if isinstance(instruction, Move):
             return self.move(instruction)
         if isinstance(instruction, KeepSliceForBackward):
-            return replace(instruction, cut=self.move(instruction.cut), gather=self.move(instruction.gather))
+            cut, gather = self.move(instruction.cut), self.move(instruction.gather)
+            assert isinstance(cut, Move) and isinstance(gather, Move)
+            return replace(instruction, cut=cut, gather=gather)
         assert isinstance(instruction, Call)
         args, kwargs = pytree.tree_map(self.argument, (instruction.args, instruction.kwargs))
         groups = self.rank_groups(instruction.rank_groups)
@@ -254,10 +256,11 @@ class _InPlace:
             PerRank(partial(_of, leaf.of, self.place * self.n - self.taker.first_rank)) if isinstance(leaf, PerRank) else leaf
         )
 
-    def move(self, move: Move) -> Move:
+    def move(self, move: Move) -> Move | Call:
         plan = move.redistribution
         before, after = _cut_dim(plan.source), _cut_dim(plan.target)
-        if (before is not None and before != after) or (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes):
+        settles = (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes)
+        if settles or (before is not None and before != after):
             raise MicroBatchesMeet(move.cause)
         options = replace(self.taker.options, itemsize=move.dtype.itemsize)
         gradient = tuple(a for a in plan.partial_gradient if a != MICRO)

@@ -22,7 +22,7 @@ Bind = Callable[..., Callable[..., Any]]
 
 @dataclass
 class _Running:
-    """What a micro-batch keeps between its forward and its backward."""
+    """A micro-batch between its forward and its backward."""
 
     received: dict[str, Pieces]
     outputs: dict[str, Pieces]

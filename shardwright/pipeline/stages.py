@@ -25,7 +25,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which row runs which stage."""
+    """Rows of ranks, and the one that runs each stage."""
 
     rows: int
     row_of_stage: tuple[int, ...]
@@ -51,7 +51,9 @@ def free_nodes(graph: Graph) -> frozenset[str]:
 
     They are made of inputs alone, or of parameters alone, and draw no random numbers.
     """
-    kinds = {i.value: "data" if i.kind == "input" else "state" for i in graph.inputs if not is_received(i)}
+    kinds: dict[str, str | None] = {
+        i.value: "data" if i.kind == "input" else "state" for i in graph.inputs if not is_received(i)
+    }
     found = set()
     for node in graph.nodes:
         of_inputs = {kinds.get(value) for value in node.inputs}
@@ -97,8 +99,8 @@ def _check_marks(marks: Mapping[str, Mark], placement: Placement, problems: Prob
         outer = next((marks[p] for p in _paths_around(path) if p in marks), None)
         if outer is not None and outer.row != mark.row and not any(o != path and o.startswith(path) for o in marks):
             problems.add(
-                f"{mark.source} puts {path} on stage {mark.row}, within a module that is on stage {outer.row} ({outer.source}): "
-                "mark one of them"
+                f"{mark.source} puts {path} on stage {mark.row}, within a module that is on stage {outer.row} "
+                f"({outer.source}): mark one of them"
             )
 
 
