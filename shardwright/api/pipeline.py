@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,56 +14,26 @@ from shardwright.api.stages import Target, capture_target, make_target, plan_tar
 from shardwright.base.dump import dump_of
 from shardwright.capture.capture import capture
 from shardwright.cost.machine_files import load_machine
-from shardwright.cost.operations import flops
 from shardwright.errors import PipelineError, Problems
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
 from shardwright.partition.local_program import options_of, program_before_overlap
-from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
+from shardwright.pipeline.cell import PipelineCell, stage_marks
 from shardwright.pipeline.cut import Stage, cut_graph
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan
-from shardwright.pipeline.parts import MicroBatchesMeet, Parts, parts_of
+from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
+from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.run import PipelineRun
-from shardwright.pipeline.schedules.named import make_schedule
-from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.pipeline.schedules.check import check_schedule
+from shardwright.pipeline.scheduling import micro_batches, placement_of, schedule_of
 from shardwright.pipeline.stage_run import StageRun
+from shardwright.pipeline.stage_times import cost_of, operator_seconds, times_of
 from shardwright.pipeline.stages import Placement, assign_stages
-from shardwright.report.plan_view import PlanView
 from shardwright.world.current import World
 from shardwright.world.simulated.world import SimulatedWorld
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage, its plan, and its program in parts."""
-
-    stage: Stage
-    plan: Plan
-    parts: Parts
-    first_rank: int
-    ranks: int
-
-
-class PipelinePlan:
-    """The plans of all stages, and the schedule that runs them.
-
-    Attributes:
-        stages: the plan of each stage, which prints as a table.
-        schedule: what each rank does, in order.
-    """
-
-    def __init__(self, planned: Sequence[PlannedStage], schedule: Schedule):
-        self.planned, self.schedule = planned, schedule
-        self.stages = [PlanView(p.plan, p.parts.each[0]) for p in planned]
-
-    def __str__(self) -> str:
-        texts = [str(self.schedule)]
-        for own, view in zip(self.planned, self.stages, strict=True):
-            texts.append(f"stage {own.stage.index} on ranks {own.first_rank} to {own.first_rank + own.ranks - 1}\n{view}")
-        return "\n\n".join(texts)
 
 
 class PipelineBoundCall(BoundCall):
@@ -81,15 +50,25 @@ class PipelineBoundCall(BoundCall):
         machine = world.on_first_rank(lambda: load_machine(named))
         rows = rank_counts(request.stages, world.size)
         target = make_target(
-            root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device), dump=dump_of(type(root).__name__, world.rank if world.processes > 1 else None),
-            on_first_rank=world.on_first_rank,
+            root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device),
+            dump=dump_of(type(root).__name__, world.rank if world.processes > 1 else None), on_first_rank=world.on_first_rank,
         )  # fmt: skip
+        if not isinstance(root, PipelineCell):
+            raise PipelineError(
+                "pipeline(stages=...): the target has no number of micro-batches; give "
+                "sw.AutoParallel(sw.PipelineCell(model, micro_size=4))"
+            )
+        placement = placement_of(request, len(rows), root.micro_size)
+        marks = stage_marks(root)
         graph = with_counted_means(capture_target(target, capture))
         self.graph = graph
-        micro = micro_count(root, graph)
-        schedule, placement = schedule_of(request, len(rows), micro)
-        self.pipeline = plan_stages(target, graph, rows, placement, micro, stage_marks(root))
-        self.view = PipelinePlan(self.pipeline.planned, schedule)  # type: ignore[assignment]
+        sizes = micro_batches(graph, root.micro_size)
+        self.pipeline = plan_stages(target, graph, rows, placement, len(sizes), marks)
+        planned = self.pipeline.planned
+        times = times_of([cost_of(p.whole) for p in planned], [p.stage for p in planned], graph, machine, sizes)
+        schedule = schedule_of(request, placement, len(sizes), times)
+        check_schedule(schedule)
+        self.view = PipelinePlan(planned, schedule, times, sizes)  # type: ignore[assignment]
         runs = [StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for p in self.pipeline.planned]
         first_ranks = [p.first_rank for p in self.pipeline.planned]
         self.pipeline_run = PipelineRun(graph, runs, first_ranks, self.pipeline.cut, schedule, loss_of(graph))
@@ -153,34 +132,6 @@ def rank_counts(stages: int | tuple[int, ...], size: int) -> tuple[int, ...]:
     return (size // stages,) * stages
 
 
-def micro_count(root: nn.Module, graph: Graph) -> int:
-    """Returns the number of micro-batches: that of the cell, or as many as the batch has samples.
-
-    Raises:
-        PipelineError: the root is no cell, or nothing carries a batch.
-    """
-    if not isinstance(root, PipelineCell):
-        raise PipelineError(
-            "pipeline(stages=...): the target has no number of micro-batches; give sw.AutoParallel(sw.PipelineCell(model, micro_size=4))"
-        )
-    batch = next((i.meta.shape[0] for i in graph.inputs if i.kind == "input" and i.meta.shape), 0)
-    if not batch:
-        raise PipelineError("a pipeline needs a tensor input whose dim 0 is the batch; the call has none")
-    step = math.ceil(batch / min(root.micro_size, batch))
-    return math.ceil(batch / step)  # as torch.chunk: a batch of 5 in 4 gives 2, 2, 1
-
-
-def schedule_of(request: PipelineRequest, rows: int, micro: int) -> tuple[Schedule, Placement]:
-    """Returns the schedule that was asked for, and where its stages are."""
-    asked = request.scheduler
-    if isinstance(asked, Schedule):
-        return asked, Placement(rows, asked.row_of_stage)
-    name = {"1f1b": "interleaved_1f1b", "zero_bubble": "zero_bubble_h1"}.get(asked, asked) if request.interleave else asked
-    per_row = 2 if request.interleave or name == "zero_bubble_v" else 1
-    schedule = make_schedule(name, rows, micro, per_row)
-    return schedule, Placement(rows, schedule.row_of_stage)
-
-
 def loss_of(graph: Graph) -> int | None:
     """Returns the position of the output that gradients come from: the first, if it is a scalar that needs one."""
     first = graph.outputs[0] if graph.outputs else None
@@ -205,7 +156,7 @@ def plan_stages(
     Raises:
         StrategyError: strategies or stages that cannot be followed, operators that need the whole batch.
     """
-    costs = {node.name: flops(node.op) + sum(m.bytes for m in (*node.op.inputs, *node.op.outputs)) for node in graph.nodes}
+    costs = {} if marks else operator_seconds(_on_one_rank(target, graph))
     count = len(placement.row_of_stage)
     stages = cut_graph(graph, assign_stages(graph, marks, placement, costs), count)
     cut = (
@@ -214,15 +165,16 @@ def plan_stages(
         else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
     )
     problems = Problems()
-    plans = []
+    wholes: list[Plan] = []
+    plans: list[Plan] = []
     for stage in stages:
         ranks = rows[placement.row_of_stage[stage.index]]
-        plan = _plan_stage(target, stage, ranks, cut, micro)
-        plans.append(cut_plan(plan, micro, cut, problems) if micro > 1 else plan)
+        wholes.append(_plan_stage(target, stage, ranks, cut, micro))
+        plans.append(cut_plan(wholes[-1], micro, cut, problems) if micro > 1 else wholes[-1])
     problems.raise_if_any(_CANNOT.format(micro))
     first = [sum(rows[:row]) for row in placement.row_of_stage]
     planned = []
-    for stage, plan, start in zip(stages, plans, first, strict=True):
+    for stage, whole, plan, start in zip(stages, wholes, plans, first, strict=True):
         program = program_before_overlap(plan)
         try:
             parts = parts_of(program, micro, options_of(replace(plan, machine=None)), tuple(stage.received))
@@ -230,7 +182,7 @@ def plan_stages(
             node = next(n for n in plan.graph.nodes if n.name == str(met))
             problems.add(f"{node.where} computes with the whole batch, such as its mean and variance; {NEVER_MEET}")
             continue
-        planned.append(PlannedStage(stage, plan, parts, start, rows[placement.row_of_stage[stage.index]]))
+        planned.append(PlannedStage(stage, whole, plan, parts, start, rows[placement.row_of_stage[stage.index]]))
     problems.raise_if_any(_CANNOT.format(micro))
     return PlannedPipeline(planned, cut)
 
@@ -239,6 +191,13 @@ _CANNOT = (
     "the batch cannot pass in {} micro-batches (exact are: micro_size=1; eval() of a batch norm; an operator over samples or "
     "channels in its place, such as a group norm)"
 )
+
+
+def _on_one_rank(target: Target, graph: Graph) -> Plan:
+    """Plans the whole graph for one rank, whose prices balance the stages."""
+    asked = replace(target.asked, devices=1, parameter_plan={}, follows_marks=False, hsdp=None, output="whole")
+    settings = replace(target.settings, mode="data_parallel", dataset_strategy="full_batch", file=None, planner=None)
+    return plan_target(replace(target, asked=asked, settings=settings), graph)
 
 
 def _plan_stage(target: Target, stage: Stage, ranks: int, cut: Cut, micro: int) -> Plan:

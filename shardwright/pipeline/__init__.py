@@ -9,6 +9,9 @@
 ``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs
 ``stage_run``   runs forward and backward of one stage for one micro-batch
 ``crossing``    moves pieces of values between the ranks of two stages
+``scheduling``  chooses the schedule that a batch runs with
+``stage_times``  seconds of the stages, from the prices of their plans
+``pipeline_plan``  the plan as it is shown
 ``run``         runs all stages on simulated ranks, each action as soon as it can
 ``schedules/``  in which order each rank runs its stages' work: named, searched, checked, and timed
 ==============  ==================================================================================

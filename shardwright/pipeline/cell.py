@@ -15,6 +15,7 @@ from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stages import Mark
 
 STAGE = "pipeline_stage"
+SEARCHED = "searched"
 
 
 class PipelineCell(nn.Module):
@@ -129,8 +130,9 @@ def read_pipeline(stages: Any, output_broadcast: Any, interleave: Any, scheduler
     for name, value in (("output_broadcast", output_broadcast), ("interleave", interleave)):
         if not isinstance(value, bool):
             raise ArgumentTypeError(f"pipeline({name}={value!r}): give True or False")
-    if not isinstance(scheduler, Schedule) and scheduler not in schedule_names():
-        raise PipelineError(f"pipeline(scheduler={scheduler!r}): use one of {', '.join(schedule_names())}, or a Schedule")
+    names = (*schedule_names(), SEARCHED)
+    if not isinstance(scheduler, Schedule) and scheduler not in names:
+        raise PipelineError(f"pipeline(scheduler={scheduler!r}): use one of {', '.join(names)}, or a Schedule")
     return PipelineRequest(stages, output_broadcast, interleave, scheduler)
 
 
