@@ -27,6 +27,7 @@ from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan
 from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.run import PipelineRun
+from shardwright.pipeline.schedules.actions import WEIGHT
 from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.scheduling import micro_batches, placement_of, schedule_of
 from shardwright.pipeline.stage_run import StageRun
@@ -69,7 +70,8 @@ class PipelineBoundCall(BoundCall):
         schedule = schedule_of(request, placement, len(sizes), times)
         check_schedule(schedule)
         self.view = PipelinePlan(planned, schedule, times, sizes)  # type: ignore[assignment]
-        runs = [StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for p in self.pipeline.planned]
+        puts_off = any(action.kind == WEIGHT for row in schedule.rows for action in row)
+        runs = [StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, True, puts_off) for p in self.pipeline.planned]
         first_ranks = [p.first_rank for p in self.pipeline.planned]
         self.pipeline_run = PipelineRun(graph, runs, first_ranks, self.pipeline.cut, schedule, loss_of(graph))
         self.run = self._step

@@ -8,6 +8,7 @@
 ``micro``       puts an axis of micro-batches into the plan of a stage
 ``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs
 ``stage_run``   runs forward and backward of one stage for one micro-batch
+``split_backward``  splits a backward: gradients of inputs at once, those of weights later
 ``crossing``    moves pieces of values between the ranks of two stages
 ``scheduling``  chooses the schedule that a batch runs with
 ``stage_times``  seconds of the stages, from the prices of their plans

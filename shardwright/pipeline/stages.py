@@ -49,19 +49,19 @@ def is_received(graph_input: GraphInput) -> bool:
 def free_nodes(graph: Graph) -> frozenset[str]:
     """Returns the operators that every stage can run for itself: what they compute depends on no batch that has passed others.
 
-    They are made of inputs alone, or of parameters alone, and draw no random numbers.
+    They are made of inputs alone, or of parameters alone, or of either with buffers and constants, and draw no random numbers.
     """
-    kinds: dict[str, str | None] = {
-        i.value: "data" if i.kind == "input" else "state" for i in graph.inputs if not is_received(i)
-    }
+    kinds = {i.value: _KINDS.get(i.kind, "constant") for i in graph.inputs if not is_received(i)}
     found = set()
     for node in graph.nodes:
-        of_inputs = {kinds.get(value) for value in node.inputs}
-        fine = not may_draw(node.op.target) and None not in of_inputs and len(of_inputs) < 2
-        if fine:
-            kinds.update(dict.fromkeys(node.outputs, next(iter(of_inputs), "state")))
+        of_inputs = {kinds.get(value, "computed") for value in node.inputs} - {"constant"}
+        if not may_draw(node.op.target) and "computed" not in of_inputs and len(of_inputs) < 2:
+            kinds.update(dict.fromkeys(node.outputs, next(iter(of_inputs), "constant")))
             found.add(node.name)
     return frozenset(found)
+
+
+_KINDS = {"input": "data", "parameter": "state"}
 
 
 def assign_stages(graph: Graph, marks: Mapping[str, Mark], placement: Placement, costs: Mapping[str, float]) -> dict[str, int]:

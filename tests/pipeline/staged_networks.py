@@ -139,6 +139,7 @@ class Conv(nn.Module):
         super().__init__()
         self.conv, self.norm, self.pool = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(2)
         self.head = nn.Linear(16, 5)
+        self.norm.eval()
 
     def train(self, mode=True):
         super().train(mode)
