@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardwright.api.bound import BoundCall, device_of
-from shardwright.api.settings import Settings
+from shardwright.api.settings import Settings, refuse_with_pipeline
 from shardwright.api.stages import Target, capture_target, make_target, plan_target
 from shardwright.base.dump import dump_of
 from shardwright.capture.capture import capture
@@ -17,6 +17,7 @@ from shardwright.cost.machine_files import load_machine
 from shardwright.errors import PipelineError, Problems
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
 from shardwright.partition.local_program import options_of, program_before_overlap
@@ -33,6 +34,7 @@ from shardwright.pipeline.scheduling import micro_batches, placement_of, schedul
 from shardwright.pipeline.stage_run import StageRun
 from shardwright.pipeline.stage_times import cost_of, operator_seconds, times_of
 from shardwright.pipeline.stages import Placement, assign_stages
+from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.world.current import World
 from shardwright.world.simulated.world import SimulatedWorld
 
@@ -54,6 +56,8 @@ class PipelineBoundCall(BoundCall):
             root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device),
             dump=dump_of(type(root).__name__, world.rank if world.processes > 1 else None), on_first_rank=world.on_first_rank,
         )  # fmt: skip
+        refuse_with_pipeline(settings)
+        refuse_accumulation(root)
         if not isinstance(root, PipelineCell):
             raise PipelineError(
                 "pipeline(stages=...): the target has no number of micro-batches; give "
@@ -63,12 +67,14 @@ class PipelineBoundCall(BoundCall):
         marks = stage_marks(root)
         graph = with_counted_means(capture_target(target, capture))
         self.graph = graph
+        layouts = {name: Layout.replicated(Mesh(("rank",), (world.size,)), p.ndim) for name, p in root.named_parameters()}
         sizes = micro_batches(graph, root.micro_size)
         self.pipeline = plan_stages(target, graph, rows, placement, len(sizes), marks)
         planned = self.pipeline.planned
         times = times_of([cost_of(p.whole) for p in planned], [p.stage for p in planned], graph, machine, sizes)
         schedule = schedule_of(request, placement, len(sizes), times)
         check_schedule(schedule)
+        world.place_parameters(root, layouts, device)
         self.view = PipelinePlan(planned, schedule, times, sizes)  # type: ignore[assignment]
         puts_off = any(action.kind == WEIGHT for row in schedule.rows for action in row)
         runs = [StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, True, puts_off) for p in self.pipeline.planned]
@@ -95,6 +101,20 @@ class PipelineBoundCall(BoundCall):
             for (name, _), new in zip(p.stage.graph.updates, own, strict=True)
         }
         return outputs, [found[name] for name, _ in self.graph.updates]
+
+
+def refuse_accumulation(root: nn.Module) -> None:
+    """Refuses gradient accumulation around or within a pipeline.
+
+    Raises:
+        PipelineError: there is some.
+    """
+    found = next((path for path, module in root.named_modules() if isinstance(module, GradAccumulation)), None)
+    if found is not None:
+        raise PipelineError(
+            f"sw.GradAccumulation ({found or 'the target'}) in a pipeline, whose micro-batches accumulate gradients already; "
+            "leave it out, and multiply the micro_size of the PipelineCell by its number of parts"
+        )
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------------

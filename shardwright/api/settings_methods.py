@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardwright.api.settings import SearchSettings, Settings
+from shardwright.api.settings import SearchSettings, Settings, refuse_with_pipeline
 from shardwright.base.user_code import user_line
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.strategy import check_dataset_strategy
@@ -171,8 +171,9 @@ class SettingsMethods:
 
         Raises:
             TypeError: a number of stages that is no int.
-            PipelineError: a value out of range.
+            PipelineError: a value out of range, or a mode or setting that does not go with a pipeline.
         """
+        refuse_with_pipeline(self.settings)
         self.settings.pipeline = read_pipeline(stages, output_broadcast, interleave, scheduler)
         self._forget()
         return self

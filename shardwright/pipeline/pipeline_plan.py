@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from shardwright.ir.plan import Plan
 from shardwright.pipeline.cut import Stage
@@ -40,7 +39,7 @@ class PlannedStage:
 
 
 class PipelinePlan:
-    """The plans of all stages, and the schedule that runs them. Other attributes are those of the first stage's plan.
+    """The plans of all stages, and the schedule that runs them.
 
     Attributes:
         stages: the plan of each stage, which prints as a table.
@@ -56,11 +55,6 @@ class PipelinePlan:
     ):  # fmt: skip
         self.planned, self.schedule, self.times, self.sizes, self.notes = planned, schedule, times, tuple(sizes), tuple(notes)
         self.stages = [PlanView(p.whole, p.parts.each[0]) for p in planned]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("stages", "planned") or name.startswith("__"):  # not set yet, as in a copy
-            raise AttributeError(name)
-        return getattr(self.stages[0], name)
 
     @cached_property
     def timeline(self) -> Timeline:

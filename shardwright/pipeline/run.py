@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,7 +196,7 @@ class PipelineRun:
         elif not self.cut.is_sum(name) and micro:
             seed = torch.zeros_like(seed)
         slices = held.layout.slices(tuple(seed.shape))
-        found = {}
+        found: dict[int, Tensor] = {}
         for rank, group in enumerate(held.groups):
             found.setdefault(group, seed[slices[rank]])
         return [found[group] for group in range(len(found))]
@@ -249,27 +250,28 @@ def computing(schedule: Schedule) -> list[list[Action]]:
 class _Pipeline(torch.autograd.Function):
     """Autograd function from the held values of all stages to the results.
 
-    With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all forwards,
-    and the backward all backwards.
+    With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all
+    forwards, and the backward all backwards.
     """
 
     @staticmethod
     def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.leaves = run, run._hold(held, flat)
+        ctx.run, ctx.held, ctx.leaves = run, held, run._hold(held, flat)
         ctx.set_materialize_grads(False)
+        names = [o for o in run.graph.outputs if isinstance(o, str)]
+        ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
         ctx.step = None
         if run.loss is None:
             ctx.step = run._run(forward_only(run.schedule), True)
-            return tuple(run._outputs(ctx.step))
-        name = run.graph.outputs[run.loss]
-        meta = run.graph.metas[name]
-        device = next((t.device for t in flat), None)
-        run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
-        step = run._run(computing(run.schedule), True)
-        outputs = run._outputs(step)
-        positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
-        ctx.at, ctx.seed = positions.index(run.loss), run.seed
-        ctx.mark_non_differentiable(*[o for i, o in enumerate(outputs) if i != ctx.at])
+            outputs = run._outputs(ctx.step)
+        else:
+            meta = run.graph.metas[run.graph.outputs[run.loss]]
+            device = next((t.device for t in flat), None)
+            run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
+            outputs = run._outputs(run._run(computing(run.schedule), True))
+            ctx.at, ctx.seed = ctx.positions.index(run.loss), run.seed
+        ctx.states = [stage.state for stage in run.stages]
+        ctx.mark_non_differentiable(*[o for o, name in zip(outputs, names, strict=True) if name not in run.graph.needs_grad])
         return tuple(outputs)
 
     @staticmethod
@@ -279,18 +281,21 @@ class _Pipeline(torch.autograd.Function):
         if ctx.leaves is None:
             raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
         leaves, ctx.leaves = ctx.leaves, None
-        if ctx.step is not None:
-            positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
-            run.seeds = {p: g for p, g in zip(positions, gradients, strict=True) if g is not None}
-            run._run(backward_only(run.schedule), True, ctx.step)
-            return None, None, *[leaf.grad for leaf in leaves]
-        gradient = gradients[ctx.at]
-        if gradient is None:
+        seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
+        if not seeds:
             return None, None, *[None] * len(leaves)
-        run.seed = float(gradient)
-        scale = run.seed / ctx.seed
-        return (
-            None,
-            None,
-            *[None if leaf.grad is None else leaf.grad.mul_(scale) if scale != 1 else leaf.grad for leaf in leaves],
-        )
+        if ctx.step is None and set(seeds) == {run.loss}:
+            seed = float(gradients[ctx.at])  # type: ignore[arg-type]
+            if seed and math.isfinite(seed):
+                run.seed = seed
+            scale = seed / ctx.seed
+            return (None, None, *[None if x.grad is None else x.grad.mul_(scale) if scale != 1 else x.grad for x in leaves])
+        if ctx.step is None:  # of other results too, so that both passes run once more
+            leaves = run._hold(ctx.held, leaves)
+            ctx.step = run._run(forward_only(run.schedule), True)
+            ctx.states = [stage.state for stage in run.stages]
+        for stage, state in zip(run.stages, ctx.states, strict=True):
+            stage.state = state
+        run.seeds = seeds
+        run._run(backward_only(run.schedule), True, ctx.step)
+        return None, None, *[leaf.grad for leaf in leaves]

@@ -48,8 +48,8 @@ def placement_of(request: PipelineRequest, rows: int, micro_size: int) -> Placem
         if len(asked.rows) != rows or asked.micro_count != micro_size:
             raise PipelineError(
                 f"pipeline(scheduler=...): the schedule {asked.name!r} is of {len(asked.rows)} ranks and "
-                f"{asked.micro_count} micro-batches, the pipeline of {rows} and {micro_size}; give PipelineCell(micro_size={asked.micro_count}) and "
-                f"stages={len(asked.rows)}, or a schedule of theirs"
+                f"{asked.micro_count} micro-batches, the pipeline of {rows} and {micro_size}; give "
+                f"PipelineCell(micro_size={asked.micro_count}) and stages={len(asked.rows)}, or a schedule of theirs"
             )
         check_schedule(asked)
         return Placement(rows, asked.row_of_stage)

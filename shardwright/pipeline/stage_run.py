@@ -31,6 +31,14 @@ class _Running:
     split: SplitBackward | None = None
 
 
+@dataclass
+class StepState:
+    """A stage's part of a step: its held values, and the micro-batches between their forward and their backward."""
+
+    held: list[Pieces]
+    running: dict[int, _Running]
+
+
 class StageRun:
     """One stage's programs, bound.
 
@@ -55,8 +63,7 @@ class StageRun:
         self.received = tuple(stage.received)
         names = (*stage.sent, *stage.returned.values())
         self.outputs = list(zip(names, parts.each[0].outputs, strict=True)) if parts.each else []
-        self.running: dict[int, _Running] = {}
-        self.held: list[Pieces] = []
+        self.state = StepState([], {})
         self.updates: list[Tensor] = []
 
     # -- once per step ------------------------------------------------------------------------------------------------
@@ -67,7 +74,7 @@ class StageRun:
 
     def hold(self, held: list[Pieces]) -> None:
         """Gives the stage the values of :meth:`begin`, as leaves in which gradients add up."""
-        self.held, self.running = held, {}
+        self.state = StepState(held, {})
 
     # -- per micro-batch --------------------------------------------------------------------------------------------
 
@@ -81,16 +88,16 @@ class StageRun:
         """
         cut_of = self.slices[micro]
         with torch.set_grad_enabled(grad):
-            held = [self._given(pieces) for pieces in self.held]
+            held = [self._given(pieces) for pieces in self.state.held]
             cut = list(cut_of(*held)) if cut_of is not None else []
             leaves = {name: [self._leaf(p, name, grad) for p in received[name]] for name in self.received}
-            own = [self._own(self.held[at]) for at in self.readings[id(self.parts.each[micro])]]
+            own = [self._own(self.state.held[at]) for at in self.readings[id(self.parts.each[micro])]]
             given = [self._given(leaves[name]) for name in self.received] + [self._given([r for r, _ in o]) for o in own]
             outputs, updates = self.each[micro](*held, *cut, *given)
         found = {name: self._pieces(value) for (name, _), value in zip(self.outputs, outputs, strict=True)}
         self.updates = updates
         if grad:
-            self.running[micro] = _Running(leaves, found, [pair for pairs in own for pair in pairs])
+            self.state.running[micro] = _Running(leaves, found, [pair for pairs in own for pair in pairs])
         return found
 
     def backward(self, micro: int, gradients: Mapping[str, Pieces]) -> dict[str, Pieces]:
@@ -103,7 +110,7 @@ class StageRun:
         Returns:
             The gradients of what was received, by value.
         """
-        run = self.running.pop(micro)
+        run = self.state.running.pop(micro)
         tensors, given = self._roots(run, gradients)
         leaves = [leaf for leaf in self._leaves(run) if leaf.requires_grad]
         if tensors and leaves:
@@ -117,10 +124,10 @@ class StageRun:
         Args:
             micro, gradients: see :meth:`backward`.
         """
-        run = self.running[micro]
+        run = self.state.running[micro]
         tensors, given = self._roots(run, gradients)
         wanted = [leaf for pieces in run.received.values() for leaf in pieces if leaf.requires_grad]
-        held = [leaf for pieces in self.held for leaf in pieces if leaf.requires_grad]
+        held = [leaf for pieces in self.state.held for leaf in pieces if leaf.requires_grad]
         weights = [leaf for leaf, _ in run.weights if leaf.requires_grad]
         run.split = SplitBackward(tensors, given, wanted, [*held, *weights])
         _hand_on(run.split.first(), run)
@@ -128,7 +135,7 @@ class StageRun:
 
     def backward_weight(self, micro: int) -> None:
         """Runs the rest of a backward: the gradients of weights."""
-        run = self.running.pop(micro)
+        run = self.state.running.pop(micro)
         assert run.split is not None
         _hand_on(run.split.second(), run)
 
@@ -142,7 +149,7 @@ class StageRun:
         return tensors, given
 
     def _leaves(self, run: _Running) -> list[Tensor]:
-        leaves = [leaf for pieces in (*self.held, *run.received.values()) for leaf in pieces]
+        leaves = [leaf for pieces in (*self.state.held, *run.received.values()) for leaf in pieces]
         return leaves + [leaf for leaf, _ in run.weights]
 
     def _handed_back(self, run: _Running) -> dict[str, Pieces]:

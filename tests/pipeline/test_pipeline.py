@@ -27,7 +27,7 @@ def loss_of(result: Any) -> Tensor:
 
 def same(found: Any, expected: Any) -> None:
     for ours, theirs in zip(tensors(found), tensors(expected), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def train(target, model, args, kwargs, steps=2, seed=0) -> list[Any]:
@@ -60,7 +60,7 @@ def check(name, devices, stages, micro, batch, mode="semi_auto", setup=lambda ne
     args, kwargs = CASES[name].batch(batch)
     same(train(net, model, args, kwargs, steps), train(single, single, args, kwargs, steps))
     for (path, ours), theirs in zip(model.named_parameters(), single.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=lambda text, path=path: f"{path}: {text}")
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=lambda text, path=path: f"{path}: {text}")
     for ours, theirs in zip(model.buffers(), single.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
     return net
