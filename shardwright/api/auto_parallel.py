@@ -24,7 +24,7 @@ from shardwright.agreement.signature import Signature, signature_of
 from shardwright.api import train_step
 from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_scaled_losses, refuse_wrapped
 from shardwright.api.bound import BoundCall
-from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, input_summary, why_planned_again
+from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, input_summary, torch_modes, why_planned_again
 from shardwright.api.decided import run_as_decided
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
@@ -346,15 +346,12 @@ class AutoParallel(SettingsMethods, TargetAsModule):
             if self._root is None:
                 self._root = FunctionModule(self.target)
             self._state = PythonState(self._root)
-        autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-        dtype = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else None
         version = self._state.version()
         if self._state.outdated:  # the function reaches other modules or tensors than those its root holds
             self._root = self._state = None
             self._bound_calls.clear()
             return self._state_key()
-        modes = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
-        return version, torch.is_grad_enabled(), autocast, dtype, modes, current_world()
+        return version, *torch_modes(), current_world()
 
     # -- looking ----------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,14 @@ def _leaf_key(leaf: Any) -> Any:
     return (type(leaf), leaf)
 
 
+def torch_modes() -> tuple[Any, ...]:
+    """Returns the modes of torch that a graph depends on: of gradients, of autocast, and of numbers."""
+    autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    dtype = (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")) if any(autocast) else None
+    modes = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+    return torch.is_grad_enabled(), autocast, dtype, modes
+
+
 def check_leaves(leaves: Sequence[Any]) -> None:
     """Checks the flat inputs of a call.
 

@@ -2,73 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from shardwright.api.bound import BoundCall, device_of
 from shardwright.api.pipeline_job import place_parameters, run_in_job
-from shardwright.api.settings import Settings
+from shardwright.api.settings import Settings, refuse_with_pipeline
 from shardwright.api.stages import Target, capture_target, make_target, plan_target
 from shardwright.base.dump import dump_of
 from shardwright.capture.capture import capture
 from shardwright.cost.machine_files import load_machine
-from shardwright.cost.operations import flops
 from shardwright.errors import PipelineError, Problems
 from shardwright.ir.choice import Choice
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
+from shardwright.ir.mesh import Mesh
 from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
 from shardwright.partition.local_program import options_of, program_before_overlap
-from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
+from shardwright.pipeline.cell import PipelineCell, stage_marks
 from shardwright.pipeline.cut import Stage, cut_graph
 from shardwright.pipeline.distributed_run import TiedGradients
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan, micro_mesh
-from shardwright.pipeline.parts import MicroBatchesMeet, Parts, parts_of
+from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
+from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.run import PipelineRun, SimulatedPipelineRun, StagePlace
-from shardwright.pipeline.schedules.named import make_schedule
-from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.pipeline.schedules.actions import WEIGHT
+from shardwright.pipeline.schedules.check import check_schedule
+from shardwright.pipeline.scheduling import micro_batches, placement_of, schedule_of
 from shardwright.pipeline.stage_run import StageRun
+from shardwright.pipeline.stage_times import cost_of, operator_seconds, times_of
 from shardwright.pipeline.stages import Placement, assign_stages
-from shardwright.report.plan_view import PlanView
+from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.world.current import World
 from shardwright.world.distributed.world import DistributedWorld
 from shardwright.world.simulated.world import SimulatedWorld
 
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage, its plan, and its program in parts."""
-
-    stage: Stage
-    plan: Plan
-    parts: Parts
-    first_rank: int
-    ranks: int
-
-
-class PipelinePlan:
-    """The plans of all stages, and the schedule that runs them.
-
-    Attributes:
-        stages: the plan of each stage, which prints as a table.
-        schedule: what each rank does, in order.
-    """
-
-    def __init__(self, planned: Sequence[PlannedStage], schedule: Schedule):
-        self.planned, self.schedule = planned, schedule
-        self.stages = [PlanView(p.plan, p.parts.each[0]) for p in planned]
-
-    def __str__(self) -> str:
-        texts = [str(self.schedule)]
-        for own, view in zip(self.planned, self.stages, strict=True):
-            texts.append(f"stage {own.stage.index} on ranks {own.first_rank} to {own.first_rank + own.ranks - 1}\n{view}")
-        return "\n\n".join(texts)
+# By module and placement, the stages that read each parameter. Other signatures are cut alike: parameters stay where they are.
+_cuts: WeakKeyDictionary[nn.Module, dict[Placement, dict[str, list[int]]]] = WeakKeyDictionary()
 
 
 class PipelineBoundCall(BoundCall):
@@ -85,27 +61,40 @@ class PipelineBoundCall(BoundCall):
         machine = world.on_first_rank(lambda: load_machine(named))
         rows = rank_counts(request.stages, world.size)
         target = make_target(
-            root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device), dump=dump_of(type(root).__name__, world.rank if world.processes > 1 else None),
-            on_first_rank=world.on_first_rank,
+            root, args, kwargs, settings, world.size, device, machine, world.adds_wide(device),
+            dump=dump_of(type(root).__name__, world.rank if world.processes > 1 else None), on_first_rank=world.on_first_rank,
         )  # fmt: skip
+        refuse_with_pipeline(settings)
+        refuse_accumulation(root)
+        if not isinstance(root, PipelineCell):
+            raise PipelineError(
+                "pipeline(stages=...): the target has no number of micro-batches; give "
+                "sw.AutoParallel(sw.PipelineCell(model, micro_size=4))"
+            )
+        placement = placement_of(request, len(rows), root.micro_size)
+        marks = stage_marks(root)
         graph = with_counted_means(capture_target(target, capture))
         self.graph = graph
-        micro = micro_count(root, graph)
-        schedule, placement = schedule_of(request, len(rows), micro)
-        self.pipeline = plan_stages(target, graph, rows, placement, micro, stage_marks(root), world.keeps_pieces)
-        self.view = PipelinePlan(self.pipeline.planned, schedule)  # type: ignore[assignment]
-        planned = self.pipeline.planned
+        layouts = {name: Layout.replicated(Mesh(("rank",), (world.size,)), p.ndim) for name, p in root.named_parameters()}
+        sizes = micro_batches(graph, root.micro_size)
+        self.pipeline = plan_stages(target, graph, rows, placement, len(sizes), marks, world.keeps_pieces)
+        planned, cut, loss = self.pipeline.planned, self.pipeline.cut, loss_of(graph)
+        times = times_of([cost_of(p.whole) for p in planned], [p.stage for p in planned], graph, machine, sizes)
+        schedule = world.on_first_rank(lambda: schedule_of(request, placement, len(sizes), times))
+        check_schedule(schedule)
+        self.view = PipelinePlan(planned, schedule, times, sizes)  # type: ignore[assignment]
+        puts_off = any(action.kind == WEIGHT for row in schedule.rows for action in row)
         places = [StagePlace(p.stage, p.parts, p.first_rank) for p in planned]
-        cut, loss = self.pipeline.cut, loss_of(graph)
         self.tied: TiedGradients | None = None
         self.pipeline_run: PipelineRun
         if isinstance(world, DistributedWorld):
             stages = [(p.stage, p.parts, p.first_rank, p.ranks) for p in planned]
             self.pipeline_run, self.tied = run_in_job(
-                world, graph, stages, cut, schedule, loss, request.output_broadcast, device
+                world, graph, stages, cut, schedule, loss, request.output_broadcast, device, puts_off
             )
         else:
-            runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, is_split=True) for n, p in enumerate(planned)}
+            world.place_parameters(root, layouts, device)
+            runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, True, puts_off) for n, p in enumerate(planned)}
             self.pipeline_run = SimulatedPipelineRun(graph, places, runs, cut, schedule, loss)
         self.run = self._step
         self._split = []
@@ -127,11 +116,23 @@ class PipelineBoundCall(BoundCall):
             self.tied(given, self._places)
         outputs, updates = self.pipeline_run({n: [given[at] for at in own] for n, own in self._own.items()})
         found = {
-            name: new
-            for n, own in updates.items()
-            for (name, _), new in zip(planned[n].stage.graph.updates, own, strict=True)
+            name: new for n, own in updates.items() for (name, _), new in zip(planned[n].stage.graph.updates, own, strict=True)
         }
         return outputs, [found[name] for name, _ in self.graph.updates]
+
+
+def refuse_accumulation(root: nn.Module) -> None:
+    """Refuses gradient accumulation around or within a pipeline.
+
+    Raises:
+        PipelineError: there is some.
+    """
+    found = next((path for path, module in root.named_modules() if isinstance(module, GradAccumulation)), None)
+    if found is not None:
+        raise PipelineError(
+            f"sw.GradAccumulation ({found or 'the target'}) in a pipeline, whose micro-batches accumulate gradients already; "
+            "leave it out, and multiply the micro_size of the PipelineCell by its number of parts"
+        )
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------------
@@ -171,34 +172,6 @@ def rank_counts(stages: int | tuple[int, ...], size: int) -> tuple[int, ...]:
     return (size // stages,) * stages
 
 
-def micro_count(root: nn.Module, graph: Graph) -> int:
-    """Returns the number of micro-batches: that of the cell, or as many as the batch has samples.
-
-    Raises:
-        PipelineError: the root is no cell, or nothing carries a batch.
-    """
-    if not isinstance(root, PipelineCell):
-        raise PipelineError(
-            "pipeline(stages=...): the target has no number of micro-batches; give sw.AutoParallel(sw.PipelineCell(model, micro_size=4))"
-        )
-    batch = next((i.meta.shape[0] for i in graph.inputs if i.kind == "input" and i.meta.shape), 0)
-    if not batch:
-        raise PipelineError("a pipeline needs a tensor input whose dim 0 is the batch; the call has none")
-    step = math.ceil(batch / min(root.micro_size, batch))
-    return math.ceil(batch / step)  # as torch.chunk: a batch of 5 in 4 gives 2, 2, 1
-
-
-def schedule_of(request: PipelineRequest, rows: int, micro: int) -> tuple[Schedule, Placement]:
-    """Returns the schedule that was asked for, and where its stages are."""
-    asked = request.scheduler
-    if isinstance(asked, Schedule):
-        return asked, Placement(rows, asked.row_of_stage)
-    name = {"1f1b": "interleaved_1f1b", "zero_bubble": "zero_bubble_h1"}.get(asked, asked) if request.interleave else asked
-    per_row = 2 if request.interleave or name == "zero_bubble_v" else 1
-    schedule = make_schedule(name, rows, micro, per_row)
-    return schedule, Placement(rows, schedule.row_of_stage)
-
-
 def loss_of(graph: Graph) -> int | None:
     """Returns the position of the output that gradients come from: the first, if it is a scalar that needs one."""
     first = graph.outputs[0] if graph.outputs else None
@@ -224,28 +197,34 @@ def plan_stages(
     Raises:
         StrategyError: strategies or stages that cannot be followed, operators that need the whole batch.
     """
-    costs = {node.name: flops(node.op) + sum(m.bytes for m in (*node.op.inputs, *node.op.outputs)) for node in graph.nodes}
+    known = _cuts.setdefault(target.root, {}).setdefault(placement, {})
+    costs = {} if marks or known else operator_seconds(_on_one_rank(target, graph))
     count = len(placement.row_of_stage)
-    stages = cut_graph(graph, assign_stages(graph, marks, placement, costs), count)
+    stages = cut_graph(graph, assign_stages(graph, marks, placement, costs, known), count)
+    if not marks and not known:
+        for stage in stages:
+            for i in stage.graph.inputs:
+                if i.kind == "parameter":
+                    known.setdefault(str(i.target), []).append(stage.index)
     cut = (
         Cut()
         if micro == 1
         else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
     )
     problems = Problems()
-    plans, whole = [], []
+    wholes: list[Plan] = []
+    plans: list[Plan] = []
     for stage in stages:
         ranks = rows[placement.row_of_stage[stage.index]]
-        plan = _plan_stage(target, stage, ranks, cut, micro)
-        whole.append(plan)
-        plans.append(cut_plan(plan, micro, cut, problems) if micro > 1 else plan)
+        wholes.append(_plan_stage(target, stage, ranks, cut, micro))
+        plans.append(cut_plan(wholes[-1], micro, cut, problems) if micro > 1 else wholes[-1])
     problems.raise_if_any(_CANNOT.format(micro))
     first = [sum(rows[:row]) for row in placement.row_of_stage]
     if keeps_pieces:
-        stored = place_parameters(target.root, list(zip(stages, whole, first, strict=True)), target.device)
+        stored = place_parameters(target.root, list(zip(stages, wholes, first, strict=True)), target.device)
         plans = [_with_stored(plan, own, micro) for plan, own in zip(plans, stored, strict=True)]
     planned = []
-    for stage, plan, start in zip(stages, plans, first, strict=True):
+    for stage, whole, plan, start in zip(stages, wholes, plans, first, strict=True):
         program = program_before_overlap(plan)
         try:
             options = options_of(replace(plan, machine=None))
@@ -254,7 +233,7 @@ def plan_stages(
             node = next(n for n in plan.graph.nodes if n.name == str(met))
             problems.add(f"{node.where} computes with the whole batch, such as its mean and variance; {NEVER_MEET}")
             continue
-        planned.append(PlannedStage(stage, plan, parts, start, rows[placement.row_of_stage[stage.index]]))
+        planned.append(PlannedStage(stage, whole, plan, parts, start, rows[placement.row_of_stage[stage.index]]))
     problems.raise_if_any(_CANNOT.format(micro))
     return PlannedPipeline(planned, cut)
 
@@ -272,6 +251,13 @@ def _with_stored(plan: Plan, stored: dict[str, Layout], micro: int) -> Plan:
             value: Layout.of(micro_mesh(layout.mesh, micro), layout.bound, (), layout.sizes) for value, layout in stored.items()
         }
     return replace(plan, input_layouts={**plan.input_layouts, **stored})
+
+
+def _on_one_rank(target: Target, graph: Graph) -> Plan:
+    """Plans the whole graph for one rank, whose prices balance the stages."""
+    asked = replace(target.asked, devices=1, parameter_plan={}, follows_marks=False, hsdp=None, output="whole")
+    settings = replace(target.settings, mode="data_parallel", dataset_strategy="full_batch", file=None, planner=None)
+    return plan_target(replace(target, asked=asked, settings=settings), graph)
 
 
 def _plan_stage(target: Target, stage: Stage, ranks: int, cut: Cut, micro: int) -> Plan:

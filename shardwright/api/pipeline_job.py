@@ -60,7 +60,7 @@ def place_parameters(
 
 def run_in_job(
     world: DistributedWorld, graph: Graph, stages: Sequence[tuple[Stage, Parts, int, int]], cut: Cut, schedule: Schedule,
-    loss: int | None, broadcasts: bool, device: torch.device,
+    loss: int | None, broadcasts: bool, device: torch.device, puts_off: bool = False,
 ) -> tuple[DistributedPipelineRun, TiedGradients]:  # fmt: skip
     """Binds the stages of this rank. All ranks of the job call it.
 
@@ -73,6 +73,7 @@ def run_in_job(
         loss: the position of the loss.
         broadcasts: whether every rank gets all results.
         device: where tensors are.
+        puts_off: whether backwards come in two halves.
 
     Raises:
         PipelineError: the job's backend cannot send messages in any order.
@@ -87,7 +88,7 @@ def run_in_job(
         def bind(program: Any, keep: Any = None, ranks: tuple[int, ...] = ranks) -> Any:
             return world.bind_on_stage(program, ranks, keep)
 
-        run = StageRun(stage, parts, bind, is_split=False)  # binds on all ranks, as process groups are made by all
+        run = StageRun(stage, parts, bind, False, puts_off)  # binds on all ranks, as process groups are made by all
         if world.rank in ranks:
             runs[stage.index] = run
     places = [StagePlace(stage, parts, start) for stage, parts, start, _ in stages]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardwright.errors import PipelineError
 from shardwright.ir.buckets import MoveBuckets
 from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan
@@ -42,6 +43,26 @@ class Settings:
     precision: Precision = field(default_factory=Precision)
     pipeline: PipelineRequest | None = None
     output: str | None = None  # "whole" or "sharded"
+
+
+def refuse_with_pipeline(settings: Settings) -> None:
+    """Refuses settings that a pipeline does not follow.
+
+    Raises:
+        PipelineError: there is one.
+    """
+    if settings.mode == "hybrid_parallel":
+        raise PipelineError(
+            'pipeline(...) of a net in mode "hybrid_parallel", whose target is the program of one rank; use another mode, or '
+            "send between ranks yourself with sw.collectives"
+        )
+    if settings.compiler is not None:
+        raise PipelineError("pipeline(...) of a net with compile=...: stages are not compiled; leave compile out")
+    if settings.dataset_strategy != "full_batch":
+        raise PipelineError(
+            f"pipeline(...) with dataset_strategy {settings.dataset_strategy!r}: every rank gives the whole batch, of which "
+            'micro-batches are cut; use dataset_strategy("full_batch")'
+        )
 
 
 @dataclass(frozen=True)

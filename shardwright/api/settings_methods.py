@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardwright.api.settings import SearchSettings, Settings
+from shardwright.api.settings import SearchSettings, Settings, refuse_with_pipeline
 from shardwright.base.user_code import user_line
 from shardwright.cost.machine_files import load_machine
 from shardwright.data.strategy import check_dataset_strategy
@@ -166,12 +166,14 @@ class SettingsMethods:
             stages: how many parts of equal size the ranks are divided into, in their order; or the ranks of each part.
             output_broadcast: whether every rank gets the results; else those of the last stage, and all of them the loss.
             interleave: whether each part of the ranks has two stages, one after the other along the model.
-            scheduler: the name of a schedule, or a schedule: ``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``.
+            scheduler: the name of a schedule (``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``), or
+                a schedule.
 
         Raises:
             TypeError: a number of stages that is no int.
-            PipelineError: a value out of range.
+            PipelineError: a value out of range, or a mode or setting that does not go with a pipeline.
         """
+        refuse_with_pipeline(self.settings)
         self.settings.pipeline = read_pipeline(stages, output_broadcast, interleave, scheduler)
         self._forget()
         return self

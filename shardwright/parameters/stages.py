@@ -1,7 +1,7 @@
 """Distributes parameters over the ranks of the stages that read them: no other rank allocates them.
 
-On ranks that do not read it, a parameter is a distributed tensor over the ranks that do, without elements here. One that several
-stages read, such as a tied embedding, is on the ranks of each; its home is the first of them.
+On ranks that do not read it, a parameter is a distributed tensor over the ranks that do, without elements here. One that
+several stages read, such as a tied embedding, is on the ranks of each; its home is the first of them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def distribute_over_stages(
     new = {name for name, p in found.parameters.items() if layout_of(p) is None}
     for name, parameter in found.parameters.items():
         if name not in new and layout_of(parameter).mesh not in [layout.mesh for layout in stored[name]]:  # type: ignore[union-attr]
-            raise WorldError(f"parameter {name} is distributed over other ranks than those of its stages already: make the model anew")
+            raise WorldError(
+                f"parameter {name} is distributed over other ranks than those of its stages already: make the model anew"
+            )
     if new or found.buffers:
         _StageDistribution(found, {name: stored[name] for name in stored if name in new}, device).run()
     found.adopt()

@@ -1,6 +1,19 @@
 """Pipelines: a model becomes stages on disjoint sets of devices, and micro-batches stream through them.
 
 ==============  ==================================================================================
+``cell``        the network of a pipeline, its marks, and what is asked of it
+``stages``      assigns the operators of a graph to stages
+``cut``         cuts the graph into one graph per stage
+``means``       rewrites means whose count depends on the data, so that micro-batches can add up
+``micro``       puts an axis of micro-batches into the plan of a stage
+``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs
+``stage_run``   runs forward and backward of one stage for one micro-batch
+``split_backward``  splits a backward: gradients of inputs at once, those of weights later
+``crossing``    moves pieces of values between the ranks of two stages
+``scheduling``  chooses the schedule that a batch runs with
+``stage_times``  seconds of the stages, from the prices of their plans
+``pipeline_plan``  the plan as it is shown
+``run``         runs all stages on simulated ranks, each action as soon as it can
 ``schedules/``  in which order each rank runs its stages' work: named, searched, checked, and timed
 ==============  ==================================================================================
 """

@@ -15,13 +15,14 @@ from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stages import Mark
 
 STAGE = "pipeline_stage"
+SEARCHED = "searched"
 
 
 class PipelineCell(nn.Module):
     """A network whose batch passes in micro-batches through stages.
 
-    Within ``AutoParallel(cell).pipeline(stages=...)`` each stage runs on ranks of its own. Elsewhere it is the network as it is: the
-    result is that of the whole batch, a mean is the mean over all samples.
+    Within ``AutoParallel(cell).pipeline(stages=...)`` each stage runs on ranks of its own. Elsewhere it is the network as it
+    is. In both the result is that of the whole batch: a mean is the mean over all samples.
 
     Args:
         module: the network.
@@ -64,8 +65,8 @@ def _checked(module: nn.Module, config: Mapping[str, int]) -> dict[str, Mark]:
     if unknown:
         names = ", ".join(path for path in list(paths)[:12] if path)
         raise StrategyError(
-            f"PipelineCell(stage_config=...): {', '.join(map(repr, unknown))} is no module of {type(module).__name__}; its modules "
-            f"are {names}"
+            f"PipelineCell(stage_config=...): {', '.join(map(repr, unknown))} is no module of {type(module).__name__}; "
+            f"its modules are {names}"
         )
     where = user_source()
     return {f"network.{path}".rstrip("."): mark_for(stage, path, f"stage_config at {where}") for path, stage in config.items()}
@@ -104,7 +105,8 @@ def stage_marks(root: nn.Module) -> dict[str, Mark]:
         for path, mark in root.stage_config.items():
             if path in found and found[path].row != mark.row:
                 raise StrategyError(
-                    f"{path} is on stage {found[path].row} by its pipeline_stage and on {mark.row} by {mark.source}: give one of them"
+                    f"{path} is on stage {found[path].row} by its pipeline_stage and on {mark.row} by {mark.source}: "
+                    "give one of them"
                 )
             found[path] = mark
     return found
@@ -128,14 +130,15 @@ def read_pipeline(stages: Any, output_broadcast: Any, interleave: Any, scheduler
     for name, value in (("output_broadcast", output_broadcast), ("interleave", interleave)):
         if not isinstance(value, bool):
             raise ArgumentTypeError(f"pipeline({name}={value!r}): give True or False")
-    if not isinstance(scheduler, Schedule) and scheduler not in schedule_names():
-        raise PipelineError(f"pipeline(scheduler={scheduler!r}): use one of {', '.join(schedule_names())}, or a Schedule")
+    names = (*schedule_names(), SEARCHED)
+    if not isinstance(scheduler, Schedule) and scheduler not in names:
+        raise PipelineError(f"pipeline(scheduler={scheduler!r}): use one of {', '.join(names)}, or a Schedule")
     return PipelineRequest(stages, output_broadcast, interleave, scheduler)
 
 
 @dataclass(frozen=True)
 class PipelineRequest:
-    """What was asked of a pipeline; see :meth:`shardwright.AutoParallel.pipeline`."""
+    """A request for a pipeline; see :meth:`shardwright.AutoParallel.pipeline`."""
 
     stages: int | tuple[int, ...] = 1
     output_broadcast: bool = False

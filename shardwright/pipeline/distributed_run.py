@@ -1,7 +1,7 @@
 """Runs the stages of one rank of a real job. Pieces travel as direct messages, and nobody waits for what it does not need.
 
-A rank runs its row's actions in their order. What a stage sends leaves as soon as it is made, to the ranks that lack it; what it
-receives is awaited where it is read, and asked for one action ahead. Sends are awaited at the end of the step.
+A rank runs its row's actions in their order. What a stage sends leaves as soon as it is made, to the ranks that lack it; what
+it receives is awaited where it is read, and asked for one action ahead. Sends are awaited at the end of the step.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def with_counted_means(graph: Graph) -> Graph:
 def _in_two(node: Node) -> list[Node]:
     op = node.op
     summed = f"{node.outputs[0]}_sum"
-    names = [argument.name for argument in op.target._schema.arguments]
+    names = [argument.name for argument in op.target._schema.arguments]  # type: ignore[attr-defined]
     place = names.index("reduction")
     args = list(op.args)
     kwargs = dict(op.kwargs)
@@ -69,8 +69,8 @@ def _spliced(function: object, node: Node, values: Sequence[str], metas: Sequenc
     names |= {v: f"{node.name}_count_{v}" for n in part.nodes for v in n.outputs}
     found = [
         replace(
-            n, name=f"{node.name}_count_{n.name}", inputs=tuple(names[v] for v in n.inputs), outputs=tuple(names[v] for v in n.outputs),
-            module=node.module, source=node.source, grad=False,
+            n, name=f"{node.name}_count_{n.name}", inputs=tuple(names[v] for v in n.inputs),
+            outputs=tuple(names[v] for v in n.outputs), module=node.module, source=node.source, grad=False,
         )
         for n in part.nodes
     ]  # fmt: skip

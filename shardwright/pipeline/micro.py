@@ -8,6 +8,7 @@ wait for all micro-batches, such as the statistics of a batch norm, is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,10 +46,10 @@ def micro_mesh(mesh: Mesh, count: int) -> Mesh:
 
 @dataclass
 class Cut:
-    """Where micro-batches cut the values of a graph, as far as it is known.
+    """Layouts that say where micro-batches cut the values of a graph, as far as it is known.
 
     Args:
-        dims: by value, the layout on ``micro x ranks`` that has its pieces, of which only the micro axis counts.
+        layouts: by value, the layout on ``micro x ranks`` that has its pieces, of which only the micro axis counts.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -101,7 +102,8 @@ class _Cutter:
             if self.cut.dim(value) is not None or self.cut.is_sum(value):
                 maker = next(n for n in self.graph.nodes if value in n.outputs)
                 self.refuse(maker, f"changes the buffer {name} by the values of the whole batch")
-        graph = replace(self.graph, nodes=tuple(self.nodes), metas={})
+        outputs = tuple(self.returned(output) if isinstance(output, str) else output for output in self.graph.outputs)
+        graph = replace(self.graph, nodes=tuple(self.nodes), outputs=outputs, read_later=frozenset(outputs), metas={})
         mesh = micro_mesh(self.plan.mesh, self.count)
         return replace(
             self.plan, graph=graph, mesh=mesh, choices=self.choices, signatures=self.signatures, input_layouts=inputs
@@ -117,7 +119,7 @@ class _Cutter:
         """Returns a lifted layout, cut into micro-batches as the value is."""
         dim = self.cut.dim(value)
         if dim is None:
-            return layout
+            return layout.with_partial((MICRO,)) if self.cut.is_sum(value) else layout
         cut, shape = self.cut.layouts[value], self.graph.metas[value].shape
         own, pieces = _combined(layout, dim, pieces_of_micro_batches(cut, dim, shape[dim]), shape[dim])
         dims = [own if d == dim else axes for d, axes in enumerate(layout.bound)]
@@ -203,7 +205,13 @@ class _Cutter:
         )
 
     def with_micro(self, choice: Choice, signature: Signature, factor: str, pieces: tuple[int, ...] | None) -> Split:
-        """Returns the split of a factor by micro-batches first, then as the plan splits it."""
+        """Returns the split of a factor by micro-batches first, then as the plan splits it.
+
+        Args:
+            choice, signature: of the operator.
+            factor: the factor.
+            pieces: the sizes of micro-batches, where they are uneven.
+        """
         axes, explicit = choice.split.get(factor, ((), None))
         size = signature.sizes[factor]
         if explicit is not None or (pieces is not None and axes):
@@ -214,7 +222,13 @@ class _Cutter:
         return (MICRO, *axes), pieces
 
     def pending(self, node: Node, choice: Choice, signature: Signature, sums: set[int], mesh: Mesh) -> dict[int, Layout] | None:
-        """Returns the inputs that are read with sums pending, over ranks or over micro-batches."""
+        """Returns the inputs that are read with sums pending, over ranks or over micro-batches.
+
+        Args:
+            node, choice, signature: the operator, the plan's choice, and its rule.
+            sums: the inputs of which micro-batches hold summands.
+            mesh: of micro-batches and ranks.
+        """
         over_ranks = {i: layout for i, layout in enumerate(choice.inputs) if layout.partial}
         if not sums:
             return {i: Layout.of(mesh, la.bound, la.partial, la.sizes) for i, la in over_ranks.items()} or None
@@ -227,7 +241,7 @@ class _Cutter:
         return {i: Layout.of(mesh, la.bound, la.partial, la.sizes).with_partial((MICRO,)) for i, la in partial.items()}
 
     def with_shares(self, node: Node) -> Node:
-        """Returns the operator with values that are the same for all micro-batches shared out, where they are added to a sum."""
+        """Returns the operator with values that all micro-batches have shared out, where they are added to a sum."""
         sums = {i for i, v in enumerate(node.inputs) if self.cut.is_sum(v)}
         if not sums:
             return node
@@ -239,31 +253,61 @@ class _Cutter:
         inputs = list(node.inputs)
         for index in group - sums:
             if self.cut.dim(node.inputs[index]) is None:
-                inputs[index] = self.share(node, node.inputs[index], node.op.inputs[index])
+                ways = self.plan.choices[node.name].inputs[index].partial_axes
+                inputs[index] = self.share(node, node.inputs[index], node.op.inputs[index], ways)
         return replace(node, inputs=tuple(inputs))
 
-    def share(self, reader: Node, value: str, meta: TensorMeta) -> str:
-        """Adds the operator that divides a value among micro-batches, and returns what it makes."""
-        name = f"{value}_share"
+    def share(self, reader: Node, value: str, meta: TensorMeta, ways: Sequence[str]) -> str:
+        """Adds the operator that divides a value among micro-batches, and returns what it makes.
+
+        Args:
+            reader: the operator that adds it to a sum.
+            value, meta: the value.
+            ways: axes of ranks over which the sum is pending where it is read, so that they share the value too.
+        """
+        name = "_".join((value, "share", *ways))
         if name in self.choices:
             return name
         op = Operator(share, (Slot(0),), {}, (meta,), (meta,))
         dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
         sizes = {f"d{i}": size for i, size in enumerate(meta.shape)}
-        signature = Signature((dims,), (dims,), sizes, lowering=partial(_share, self.plan.mesh.size, self.count))
+        parts = self.count * math.prod(self.plan.mesh.axis_size(axis) for axis in ways)
+        signature = Signature((dims,), (dims,), sizes, lowering=partial(_share, self.plan.mesh.size, parts))
         split: dict[str, Split] = {}
         propose(split, signature, signature.inputs[0], self.where[value].without_partial(), meta.shape)
         made = make_choice(op, signature, self.where[value].mesh, split, [False])
-        part = made.outputs[0].with_partial((MICRO,))
-        gradient = ((MICRO,) if value in self.graph.needs_grad else (),)
+        part = made.outputs[0].with_partial((MICRO, *ways))
+        gradient = ((MICRO, *ways) if value in self.graph.needs_grad else (),)
         self.choices[name] = replace(made, computed=(part,), outputs=(part,), partial_gradient=gradient)
         self.signatures[name] = signature
         self.cut.layouts[name] = self.where[name] = part
         self.nodes.append(Node(name, op, (value,), (name,), reader.module, reader.source, grad=reader.grad))
         return name
 
+    def returned(self, value: str) -> str:
+        """Adds what cuts an output that is there for the whole batch, as others are made; returns its name."""
+        received = any(i.value == value and is_received(i) for i in self.graph.inputs)
+        maker = next((n for n in self.graph.nodes if value in n.outputs), None)
+        if received or self.cut.dim(value) is None or (maker is not None and maker.name not in self.free):
+            return value
+        name, meta = f"{value}_piece", self.graph.metas[value]
+        if name in self.choices:
+            return name
+        op = Operator(alias, (Slot(0),), {}, (meta,), (meta,))
+        dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
+        signature = Signature((dims,), (dims,), {f"d{i}": n for i, n in enumerate(meta.shape)}, lowering=_alias)
+        dim, layout = self.cut.dim(value), self.cut.layouts[value]
+        assert dim is not None
+        pieces = pieces_of_micro_batches(layout, dim, meta.shape[dim])
+        made = make_choice(op, signature, micro_mesh(self.plan.mesh, self.count), {f"d{dim}": ((MICRO,), pieces)}, [False])
+        self.choices[name], self.signatures[name] = made, signature
+        self.cut.layouts[name] = self.where[name] = made.outputs[0]
+        like = maker or self.graph.nodes[-1]
+        self.nodes.append(Node(name, op, (value,), (name,), like.module, like.source, grad=like.grad))
+        return name
+
     def settled(self, before: Layout, after: Layout, computed: Layout) -> Layout:
-        """Returns the layout in which an output leaves its operator: the plan's, cut into micro-batches as it is computed."""
+        """Returns the layout in which an output leaves its operator: the plan's, cut as it is computed."""
         if before == after:
             return computed
         if before.without_partial() == after:
@@ -299,19 +343,28 @@ class _Cutter:
         self.problems.add(f"{node.where} {why}; {NEVER_MEET}")
 
 
-def share(value: Tensor, place: int, count: int) -> Tensor:
+def share(value: Tensor, place: int, parts: int) -> Tensor:
     """Computes a micro-batch's share of a value that is the same for all of them; the shares add up to it.
 
     Args:
         value: the value.
         place: of the micro-batch, which makes its share another value than theirs.
-        count: number of micro-batches.
+        parts: number of shares.
     """
-    return value / count
+    return value / parts
 
 
-def _share(ranks: int, count: int, local: Local) -> tuple[Ref, ...]:
-    return (local.call(share, local.inputs[0], PerRank(lambda rank: rank // ranks), count),)
+def _share(ranks: int, parts: int, local: Local) -> tuple[Ref, ...]:
+    return (local.call(share, local.inputs[0], PerRank(lambda rank: rank // ranks), parts),)
+
+
+def alias(value: Tensor) -> Tensor:
+    """Returns the value."""
+    return value.view_as(value)
+
+
+def _alias(local: Local) -> tuple[Ref, ...]:
+    return (local.call(alias, local.inputs[0]),)
 
 
 def _linear_group(node: Node, signature: Signature, sums: set[int]) -> frozenset[int] | None:

@@ -29,6 +29,7 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
+from shardwright.ir.redistribution import Redistribution
 from shardwright.pipeline.micro import MICRO, share
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
@@ -76,6 +77,7 @@ class _Taker:
         self.program, self.count, self.options, self.received = program, count, options, set(received)
         self.first_rank, self.ranks = first_rank, program.world_size // count
         self.metas: dict[str, TensorMeta] = {i.name: i.meta for i in program.inputs}
+        self.layouts, self.groups = dict(program.layouts), dict(program.rank_groups)
 
     def run(self) -> Parts:
         once, slices, each = self.sorted()
@@ -105,7 +107,7 @@ class _Taker:
         return {o for o in self.program.outputs if isinstance(o, str)} | {value for _, value in self.program.updates}
 
     def as_input(self, name: str) -> ProgramInput:
-        layout = self.program.layouts.get(name) or Layout.replicated(Mesh((), ()), 0)
+        layout = self.layouts.get(name) or Layout.replicated(Mesh((), ()), 0)
         return ProgramInput(name, "local", name, self.meta(name), layout)
 
     def meta(self, name: str) -> TensorMeta:
@@ -118,7 +120,7 @@ class _Taker:
         """Tells whether a value is the same for all micro-batches."""
         if name in self.received:
             return False
-        groups, n = self.program.rank_groups[name], self.ranks
+        groups, n = self.groups[name], self.ranks
         if self.count == 1:
             return name in self.same
         return all(groups[place * n : (place + 1) * n] == groups[:n] for place in range(1, self.count))
@@ -132,7 +134,7 @@ class _Taker:
         each: list[Instruction] = []
         ready = {i.name for i in self.program.inputs if i.name not in self.received}
         cut: set[str] = set()
-        for instruction in self.program.instructions:
+        for instruction in self.with_whole_values():
             assert not isinstance(instruction, (StartMoves, FusedMoves))
             outputs, reads = instruction.outputs, instruction.reads
             if self.count == 1 and all(name in self.same for name in reads):
@@ -149,6 +151,36 @@ class _Taker:
                 self.metas.setdefault(name, self.made_meta(instruction, name))
         return once, slices, each
 
+    def with_whole_values(self) -> list[Instruction]:
+        """Makes values whole on every rank, once for all micro-batches, before these cut them where ranks do.
+
+        What ranks have of their gradients is added up in the same move, once, after all micro-batches.
+        """
+        found: list[Instruction] = []
+        for instruction in self.program.instructions:
+            if isinstance(instruction, Move) and _is_slice(instruction.redistribution):
+                plan = instruction.redistribution
+                whole, gradient = _whole_before(plan)
+                if whole != plan.source or (gradient and instruction.needs_grad):
+                    name = f"{instruction.output}_whole"
+                    options = replace(self.options, itemsize=instruction.dtype.itemsize)
+                    moved = redistribution(plan.source, whole, plan.shape, gradient, options)
+                    groups = rank_groups.of_layout(moved.target, gradient)
+                    found.append(replace(instruction, output=name, redistribution=moved, rank_groups=groups))
+                    self.layouts[name], self.groups[name] = moved.target, groups
+                    cut = redistribution(moved.target, plan.target, plan.shape, (), options)
+                    instruction = replace(instruction, source=name, redistribution=cut)
+            elif isinstance(instruction, Move) and _is_for_all(instruction.redistribution):
+                plan = instruction.redistribution  # gradients of micro-batches add up before ranks send each other any
+                gradient = tuple(axis for axis in plan.partial_gradient if axis != MICRO)
+                options = replace(self.options, itemsize=instruction.dtype.itemsize)
+                moved = redistribution(plan.source, plan.target, plan.shape, gradient, options)
+                groups = rank_groups.of_layout(moved.target, gradient)
+                instruction = replace(instruction, redistribution=moved, rank_groups=groups)
+                self.groups[instruction.output] = groups
+            found.append(instruction)
+        return found
+
     def made_meta(self, instruction: Instruction, name: str) -> TensorMeta:
         if isinstance(instruction, Move):
             return TensorMeta(instruction.redistribution.shape, instruction.dtypes("forward")[2])
@@ -158,6 +190,33 @@ class _Taker:
             return known
         shape = () if layout is None else (0,) * layout.ndim
         return TensorMeta(shape, next((self.metas[n].dtype for n in instruction.reads), None))  # type: ignore[arg-type]
+
+
+def _is_slice(plan: Redistribution) -> bool:
+    """Tells whether a move cuts a value that is the same for all micro-batches."""
+    return _cut_dim(plan.source) is None and _cut_dim(plan.target) is not None and not _mixes_sums(plan)
+
+
+def _is_for_all(plan: Redistribution) -> bool:
+    """Tells whether a move of a value that is the same for all micro-batches adds up the gradients of them all."""
+    layouts = (plan.source, plan.target)
+    knows = any(MICRO in layout.partial_axes or _cut_dim(layout) is not None for layout in layouts)
+    return MICRO in plan.partial_gradient and not knows
+
+
+def _mixes_sums(plan: Redistribution) -> bool:
+    return (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes)
+
+
+def _whole_before(plan: Redistribution) -> tuple[Layout, tuple[str, ...]]:
+    """Returns the layout from which a move only cuts, and the axes of ranks that have summands of its gradient then."""
+    source, target = plan.source, plan.target
+    bound = [axes if axes == to else () for axes, to in zip(source.bound, target.bound, strict=True)]
+    sizes = [own if axes else None for own, axes in zip(source.sizes, bound, strict=True)]
+    whole = Layout.of(source.mesh, bound, (), sizes)
+    pieces = [axis for axis in target.split_axes if axis != MICRO and axis not in whole.split_axes]
+    gradient = source.mesh.ordered({*pieces, *(axis for axis in plan.partial_gradient if axis != MICRO)})
+    return whole, gradient
 
 
 def _only_cuts(instruction: Instruction) -> bool:
@@ -171,8 +230,8 @@ class _InPlace:
 
     def __init__(self, taker: _Taker, place: int):
         self.taker, self.place, self.n = taker, place, taker.ranks
-        self.layouts = {name: self.layout(layout) for name, layout in taker.program.layouts.items()}
-        self.groups = {name: self.rank_groups(groups) for name, groups in taker.program.rank_groups.items()}
+        self.layouts = {name: self.layout(layout) for name, layout in taker.layouts.items()}
+        self.groups = {name: self.rank_groups(groups) for name, groups in taker.groups.items()}
 
     def program(
         self, inputs: tuple[ProgramInput, ...], instructions: Sequence[Instruction], outputs: tuple[Any, ...]
@@ -243,7 +302,10 @@ class _InPlace:
         if isinstance(instruction, Move):
             return self.move(instruction)
         if isinstance(instruction, KeepSliceForBackward):
-            return replace(instruction, cut=self.move(instruction.cut), gather=self.move(instruction.gather))
+            cut, gather = self.move(instruction.cut), self.move(instruction.gather)
+            assert isinstance(cut, Move)
+            assert isinstance(gather, Move)
+            return replace(instruction, cut=cut, gather=gather)
         assert isinstance(instruction, Call)
         args, kwargs = pytree.tree_map(self.argument, (instruction.args, instruction.kwargs))
         groups = self.rank_groups(instruction.rank_groups)
@@ -254,10 +316,10 @@ class _InPlace:
             PerRank(partial(_of, leaf.of, self.place * self.n - self.taker.first_rank)) if isinstance(leaf, PerRank) else leaf
         )
 
-    def move(self, move: Move) -> Move:
+    def move(self, move: Move) -> Move | Call:
         plan = move.redistribution
         before, after = _cut_dim(plan.source), _cut_dim(plan.target)
-        if (before is not None and before != after) or (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes):
+        if _mixes_sums(plan) or (before is not None and before != after):
             raise MicroBatchesMeet(move.cause)
         options = replace(self.taker.options, itemsize=move.dtype.itemsize)
         gradient = tuple(a for a in plan.partial_gradient if a != MICRO)

@@ -299,21 +299,24 @@ class _Pipeline(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.leaves = run, run.hold(held, flat)
+        ctx.run, ctx.held, ctx.leaves = run, held, run.hold(held, flat)
         ctx.set_materialize_grads(False)
+        names = [o for o in run.graph.outputs if isinstance(o, str)]
+        ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
         ctx.step = None
         if run.loss is None:
             with within_pipeline():
                 ctx.step = run.run(forward_only(run.schedule), True)
             outputs = run.outputs(ctx.step)
-            ctx.mark_non_differentiable(*[o for o in outputs if not o.dtype.is_floating_point and not o.dtype.is_complex])
-            return tuple(outputs)
-        meta = run.graph.metas[run.names[run.loss]]
-        run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=flat[0].device if flat else None)}
-        with within_pipeline():
-            outputs = run.outputs(run.run(computing(run.schedule), True))
-        ctx.at, ctx.seed = list(run.names).index(run.loss), run.seed
-        ctx.mark_non_differentiable(*[o for i, o in enumerate(outputs) if i != ctx.at])
+        else:
+            meta = run.graph.metas[run.names[run.loss]]
+            device = flat[0].device if flat else None
+            run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
+            with within_pipeline():
+                outputs = run.outputs(run.run(computing(run.schedule), True))
+            ctx.at, ctx.seed = ctx.positions.index(run.loss), run.seed
+        ctx.states = [stage.state for stage in run.runs.values()]
+        ctx.mark_non_differentiable(*[o for o, name in zip(outputs, names, strict=True) if name not in run.graph.needs_grad])
         return tuple(outputs)
 
     @staticmethod
@@ -324,17 +327,23 @@ class _Pipeline(torch.autograd.Function):
             raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
         leaves, ctx.leaves = ctx.leaves, None
         in_backward()  # on every rank, whether its stages communicate or not
-        if ctx.step is not None:
-            run.seeds = {p: g for p, g in zip(run.names, gradients, strict=True) if g is not None}
-            with within_pipeline():
-                run.run(backward_only(run.schedule), True, ctx.step)
-            return None, None, None, *[leaf.grad for leaf in leaves]
-        gradient = gradients[ctx.at]
-        if gradient is None:
+        seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
+        if not seeds:
             return None, None, None, *[None] * len(leaves)
-        given = float(gradient)
-        if given and math.isfinite(given):
-            run.seed = given  # the next step begins with it, so that a loss scale reaches the first of its gradients
-        scale = given / ctx.seed
-        scaled = [leaf.grad if leaf.grad is None or scale == 1.0 else leaf.grad.mul_(scale) for leaf in leaves]
-        return None, None, None, *scaled
+        if ctx.step is None and set(seeds) == {run.loss}:
+            seed = float(gradients[ctx.at])  # type: ignore[arg-type]
+            if seed and math.isfinite(seed):
+                run.seed = seed  # the next step begins with it, so that a loss scale reaches the first of its gradients
+            scale = seed / ctx.seed
+            scaled = [x.grad if x.grad is None or scale == 1.0 else x.grad.mul_(scale) for x in leaves]
+            return None, None, None, *scaled
+        with within_pipeline():
+            if ctx.step is None:  # of other results too, so that both passes run once more
+                leaves = run.hold(ctx.held, leaves)
+                ctx.step = run.run(forward_only(run.schedule), True)
+                ctx.states = [stage.state for stage in run.runs.values()]
+            for stage, state in zip(run.runs.values(), ctx.states, strict=True):
+                stage.state = state
+            run.seeds = seeds
+            run.run(backward_only(run.schedule), True, ctx.step)
+        return None, None, None, *[leaf.grad for leaf in leaves]

@@ -5,8 +5,8 @@ Tensors come and go as lists with one tensor per rank group that this process ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
 from shardwright.pipeline.cut import Stage
 from shardwright.pipeline.parts import Parts
+from shardwright.pipeline.split_backward import SplitBackward, with_own_readings
 from shardwright.rules.random_draw import DRAWS
 
 Pieces = list[Tensor]
@@ -25,11 +26,20 @@ Bind = Callable[..., Callable[..., Any]]
 
 @dataclass
 class _Running:
-    """What a micro-batch keeps between its forward and its backward."""
+    """A micro-batch between its forward and its backward."""
 
     received: dict[str, Pieces]
     outputs: dict[str, Pieces]
-    later: list[Callable[[], None]] = field(default_factory=list)  # gradients of weights that are put off
+    weights: list[tuple[Tensor, Tensor]]  # leaves that calls read held tensors through, with these; of split backwards
+    split: SplitBackward | None = None
+
+
+@dataclass
+class StepState:
+    """A stage's part of a step: its held values, and the micro-batches between their forward and their backward."""
+
+    held: list[Pieces]
+    running: dict[int, _Running]
 
 
 class StageRun:
@@ -40,19 +50,23 @@ class StageRun:
         parts: its program in parts.
         bind: binds a program to the world of the stage's ranks; with ``keep`` it returns local values.
         is_split: whether bound functions take and give lists of tensors, one per rank group.
+        puts_off: whether backwards come in two halves, the gradients of weights later.
     """
 
-    def __init__(self, stage: Stage, parts: Parts, bind: Bind, is_split: bool):
+    def __init__(self, stage: Stage, parts: Parts, bind: Bind, is_split: bool, puts_off: bool = False):
         self.stage, self.parts, self.is_split = stage, parts, is_split
         self.once = bind(parts.once, keep=parts.held)
         self.slices = [bind(program, keep=parts.cut) if parts.cut else None for program in parts.slices]
-        bound = {id(program): bind(program) for program in {id(p): p for p in parts.each}.values()}
+        bound, self.readings = {}, {}
+        for program in {id(p): p for p in parts.each}.values():
+            runs, readings = with_own_readings(program, parts.held) if puts_off else (program, [])
+            bound[id(program)] = bind(runs)
+            self.readings[id(program)] = [parts.held.index(name) for name in readings]
         self.each = [bound[id(program)] for program in parts.each]
         self.received = tuple(stage.received)
         names = (*stage.sent, *stage.returned.values())
         self.outputs = list(zip(names, parts.each[0].outputs, strict=True)) if parts.each else []
-        self.running: dict[int, _Running] = {}
-        self.held: list[Pieces] = []
+        self.state = StepState([], {})
         self.updates: list[Tensor] = []
 
     # -- once per step ------------------------------------------------------------------------------------------------
@@ -63,7 +77,7 @@ class StageRun:
 
     def hold(self, held: list[Pieces]) -> None:
         """Gives the stage the values of :meth:`begin`, as leaves in which gradients add up."""
-        self.held, self.running = held, {}
+        self.state = StepState(held, {})
 
     # -- per micro-batch --------------------------------------------------------------------------------------------
 
@@ -77,14 +91,16 @@ class StageRun:
         """
         cut_of = self.slices[micro]
         with torch.set_grad_enabled(grad):
-            held = [self._given(pieces) for pieces in self.held]
+            held = [self._given(pieces) for pieces in self.state.held]
             cut = list(cut_of(*held)) if cut_of is not None else []
             leaves = {name: [self._leaf(p, name, grad) for p in received[name]] for name in self.received}
-            outputs, updates = self.each[micro](*held, *cut, *[self._given(leaves[name]) for name in self.received])
+            own = [self._own(self.state.held[at]) for at in self.readings[id(self.parts.each[micro])]]
+            given = [self._given(leaves[name]) for name in self.received] + [self._given([r for r, _ in o]) for o in own]
+            outputs, updates = self.each[micro](*held, *cut, *given)
         found = {name: self._pieces(value) for (name, _), value in zip(self.outputs, outputs, strict=True)}
         self.updates = updates
         if grad:
-            self.running[micro] = _Running(leaves, found)
+            self.state.running[micro] = _Running(leaves, found, [pair for pairs in own for pair in pairs])
         return found
 
     def backward(self, micro: int, gradients: Mapping[str, Pieces]) -> dict[str, Pieces]:
@@ -97,11 +113,12 @@ class StageRun:
         Returns:
             The gradients of what was received, by value.
         """
-        run = self.running.pop(micro)
+        run = self.state.running.pop(micro)
         tensors, given = self._roots(run, gradients)
         leaves = [leaf for leaf in self._leaves(run) if leaf.requires_grad]
         if tensors and leaves:
             torch.autograd.backward(tensors, given, inputs=leaves)
+        _hand_on(((leaf, leaf.grad) for leaf, _ in run.weights), run)
         return self._handed_back(run)
 
     def backward_input(self, micro: int, gradients: Mapping[str, Pieces]) -> dict[str, Pieces]:
@@ -110,23 +127,20 @@ class StageRun:
         Args:
             micro, gradients: see :meth:`backward`.
         """
-        run = self.running[micro]
+        run = self.state.running[micro]
         tensors, given = self._roots(run, gradients)
         wanted = [leaf for pieces in run.received.values() for leaf in pieces if leaf.requires_grad]
-        held = [leaf for pieces in self.held for leaf in pieces if leaf.requires_grad]
-        if not wanted:
-            run.later.append(lambda: _accumulate(tensors, given, held))
-            return self._handed_back(run)
-        found = torch.autograd.grad(tensors, wanted, given, retain_graph=True, allow_unused=True)
-        for leaf, gradient in zip(wanted, found, strict=True):
-            leaf.grad = gradient
-        run.later.append(lambda: _accumulate(tensors, given, held))
+        held = [leaf for pieces in self.state.held for leaf in pieces if leaf.requires_grad]
+        weights = [leaf for leaf, _ in run.weights if leaf.requires_grad]
+        run.split = SplitBackward(tensors, given, wanted, [*held, *weights])
+        _hand_on(run.split.first(), run)
         return self._handed_back(run)
 
     def backward_weight(self, micro: int) -> None:
         """Runs the rest of a backward: the gradients of weights."""
-        for compute in self.running.pop(micro).later:
-            compute()
+        run = self.state.running.pop(micro)
+        assert run.split is not None
+        _hand_on(run.split.second(), run)
 
     def _roots(self, run: _Running, gradients: Mapping[str, Pieces]) -> tuple[list[Tensor], list[Tensor]]:
         tensors, given = [], []
@@ -138,7 +152,8 @@ class StageRun:
         return tensors, given
 
     def _leaves(self, run: _Running) -> list[Tensor]:
-        return [leaf for pieces in (*self.held, *run.received.values()) for leaf in pieces]
+        leaves = [leaf for pieces in (*self.state.held, *run.received.values()) for leaf in pieces]
+        return leaves + [leaf for leaf, _ in run.weights]
 
     def _handed_back(self, run: _Running) -> dict[str, Pieces]:
         return {
@@ -155,13 +170,21 @@ class StageRun:
     def _given(self, pieces: Pieces) -> Any:
         return pieces if self.is_split else pieces[0]
 
+    def _own(self, held: Pieces) -> list[tuple[Tensor, Tensor]]:
+        """Returns a leaf for each piece of a held value, for one call to read, with the piece."""
+        return [(piece.detach().requires_grad_(piece.requires_grad), piece) for piece in held]
+
     def _leaf(self, piece: Tensor, name: str, grad: bool) -> Tensor:
         return piece.detach().requires_grad_(grad and name in self.stage.graph.needs_grad)
 
 
-def _accumulate(tensors: list[Tensor], given: list[Tensor], held: list[Tensor]) -> None:
-    if tensors and held:
-        torch.autograd.backward(tensors, given, inputs=held)
+def _hand_on(found: Iterable[tuple[Tensor, Tensor | None]], run: _Running) -> None:
+    """Adds gradients to the leaves that they are of; those of leaves for one call to the held tensors."""
+    held = {id(leaf): piece for leaf, piece in run.weights}
+    for leaf, gradient in found:
+        if gradient is not None:
+            target = held.get(id(leaf), leaf)
+            target.grad = gradient if target.grad is None else target.grad + gradient
 
 
 def draw_only(program: LocalProgram) -> None:

@@ -25,7 +25,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which row runs which stage."""
+    """Rows of ranks, and the one that runs each stage."""
 
     rows: int
     row_of_stage: tuple[int, ...]
@@ -49,20 +49,25 @@ def is_received(graph_input: GraphInput) -> bool:
 def free_nodes(graph: Graph) -> frozenset[str]:
     """Returns the operators that every stage can run for itself: what they compute depends on no batch that has passed others.
 
-    They are made of inputs alone, or of parameters alone, and draw no random numbers.
+    They are made of inputs alone, or of parameters alone, or of either with buffers and constants, and draw no random numbers.
     """
-    kinds = {i.value: "data" if i.kind == "input" else "state" for i in graph.inputs if not is_received(i)}
+    kinds = {i.value: _KINDS.get(i.kind, "constant") for i in graph.inputs if not is_received(i)}
     found = set()
     for node in graph.nodes:
-        of_inputs = {kinds.get(value) for value in node.inputs}
-        fine = not may_draw(node.op.target) and None not in of_inputs and len(of_inputs) < 2
-        if fine:
-            kinds.update(dict.fromkeys(node.outputs, next(iter(of_inputs), "state")))
+        of_inputs = {kinds.get(value, "computed") for value in node.inputs} - {"constant"}
+        if not may_draw(node.op.target) and "computed" not in of_inputs and len(of_inputs) < 2:
+            kinds.update(dict.fromkeys(node.outputs, next(iter(of_inputs), "constant")))
             found.add(node.name)
     return frozenset(found)
 
 
-def assign_stages(graph: Graph, marks: Mapping[str, Mark], placement: Placement, costs: Mapping[str, float]) -> dict[str, int]:
+_KINDS = {"input": "data", "parameter": "state"}
+
+
+def assign_stages(
+    graph: Graph, marks: Mapping[str, Mark], placement: Placement, costs: Mapping[str, float],
+    known: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Returns the stage of every operator that is not free; see :func:`free_nodes`.
 
     Args:
@@ -71,6 +76,7 @@ def assign_stages(graph: Graph, marks: Mapping[str, Mark], placement: Placement,
             reads.
         placement: which row runs which stage.
         costs: seconds per operator, for a cut without marks.
+        known: the stages that read each parameter in an earlier cut without marks, which is followed.
 
     Raises:
         StrategyError: marks that contradict each other or the direction of the data, rows that do not exist, stages without
@@ -78,6 +84,8 @@ def assign_stages(graph: Graph, marks: Mapping[str, Mark], placement: Placement,
     """
     free = free_nodes(graph)
     nodes = [node for node in graph.nodes if node.name not in free]
+    if not marks and known:
+        return _as_before(graph, nodes, known)
     if not marks:
         return _balanced(nodes, len(placement.row_of_stage), costs)
     problems = Problems()
@@ -85,6 +93,30 @@ def assign_stages(graph: Graph, marks: Mapping[str, Mark], placement: Placement,
     stages = {} if problems.lines else _by_marks(nodes, marks, placement, problems)
     problems.raise_if_any("the stages cannot be followed")
     return stages
+
+
+def _as_before(graph: Graph, nodes: Sequence[Node], known: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Puts operators where their parameters are already."""
+    reads = {i.value: known.get(str(i.target), ()) for i in graph.inputs if i.kind == "parameter"}
+    stage_of_value: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for node in nodes:
+        least = max((stage_of_value[v] for v in node.inputs if v in stage_of_value), default=-1)
+        own = [min((s for s in reads[v] if s >= least), default=least) for v in node.inputs if reads.get(v)]
+        if own or least >= 0:
+            found[node.name] = max(least, *own) if own else least
+            stage_of_value.update(dict.fromkeys(node.outputs, found[node.name]))
+    _fill_in(nodes, found)
+    return found
+
+
+def _fill_in(nodes: Sequence[Node], found: dict[str, int]) -> None:
+    """Puts what is made before any operator that has a stage where it is read first."""
+    wanted: dict[str, int] = {}
+    for node in reversed(nodes):
+        stage = found.setdefault(node.name, min((wanted[v] for v in node.outputs if v in wanted), default=0))
+        for value in node.inputs:
+            wanted[value] = min(stage, wanted.get(value, stage))
 
 
 def _check_marks(marks: Mapping[str, Mark], placement: Placement, problems: Problems) -> None:
@@ -97,8 +129,8 @@ def _check_marks(marks: Mapping[str, Mark], placement: Placement, problems: Prob
         outer = next((marks[p] for p in _paths_around(path) if p in marks), None)
         if outer is not None and outer.row != mark.row and not any(o != path and o.startswith(path) for o in marks):
             problems.add(
-                f"{mark.source} puts {path} on stage {mark.row}, within a module that is on stage {outer.row} ({outer.source}): "
-                "mark one of them"
+                f"{mark.source} puts {path} on stage {mark.row}, within a module that is on stage {outer.row} "
+                f"({outer.source}): mark one of them"
             )
 
 
@@ -137,11 +169,7 @@ def _by_marks(nodes: Sequence[Node], marks: Mapping[str, Mark], placement: Place
         found[node.name] = stage
         stage_of_value.update(dict.fromkeys(node.outputs, stage))
         maker.update(dict.fromkeys(node.outputs, node))
-    wanted: dict[str, int] = {}
-    for node in reversed(nodes):  # what is made before any marked module goes where it is read first
-        stage = found.setdefault(node.name, min((wanted[v] for v in node.outputs if v in wanted), default=0))
-        for value in node.inputs:
-            wanted[value] = min(stage, wanted.get(value, stage))
+    _fill_in(nodes, found)
     empty = sorted(set(range(len(placement.row_of_stage))) - set(found.values()))
     if empty:
         names = ", ".join(f"{path or 'the model'}: {mark.row}" for path, mark in list(marks.items())[:8])

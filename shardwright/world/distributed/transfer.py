@@ -40,9 +40,7 @@ class Transfer:
         tag: of its messages; those with the same tag arrive in the order in which they are sent.
     """
 
-    def __init__(
-        self, link: Link, routes: Sequence[Route], have: Bounds | None, want: Bounds | None, tag: int = _TAG
-    ):
+    def __init__(self, link: Link, routes: Sequence[Route], have: Bounds | None, want: Bounds | None, tag: int = _TAG):
         self.link, self.tag, rank = link, tag, link.position
         self.shape: Shape = (0,) if want is None else tuple(b - a for a, b in want)
         sends: dict[Bounds, list[int]] = {}

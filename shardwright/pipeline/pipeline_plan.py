@@ -1,0 +1,115 @@
+"""The plan of a pipeline as it is shown: its schedule, the seconds of its stages, and the plan of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from shardwright.ir.plan import Plan
+from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.parts import Parts
+from shardwright.pipeline.schedules.bound import gap, lower_bound
+from shardwright.pipeline.schedules.check import peak_in_flight
+from shardwright.pipeline.schedules.clock import StageTimes, Timeline, run_clock
+from shardwright.pipeline.schedules.draw import draw_timeline, write_trace
+from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.report.plan_view import PlanView
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage, its plan, and its program in parts.
+
+    Args:
+        stage: the stage.
+        whole: its plan for the whole batch, which is priced.
+        plan: its plan with the axis of micro-batches.
+        parts: its program.
+        first_rank, ranks: those it runs on.
+    """
+
+    stage: Stage
+    whole: Plan
+    plan: Plan
+    parts: Parts
+    first_rank: int
+    ranks: int
+
+
+class PipelinePlan:
+    """The plans of all stages, and the schedule that runs them.
+
+    Attributes:
+        stages: the plan of each stage, which prints as a table.
+        schedule: what each part of the ranks does, in order.
+        times: predicted seconds of each stage for a micro-batch.
+        sizes: samples of each micro-batch.
+        notes: what differs from what was asked for.
+    """
+
+    def __init__(
+        self, planned: Sequence[PlannedStage], schedule: Schedule, times: StageTimes, sizes: Sequence[int],
+        notes: Sequence[str] = (),
+    ):  # fmt: skip
+        self.planned, self.schedule, self.times, self.sizes, self.notes = planned, schedule, times, tuple(sizes), tuple(notes)
+        self.stages = [PlanView(p.whole, p.parts.each[0]) for p in planned]
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The predicted times of all actions of a step."""
+        return run_clock(self.schedule, self.times)
+
+    @property
+    def bound(self) -> float:
+        """Seconds that no schedule of these stages can beat."""
+        return lower_bound(self.times, self.schedule.micro_count, self.schedule.row_of_stage)
+
+    def draw_timeline(self, path: str | os.PathLike[str]) -> None:
+        """Draws the predicted timeline of a step as a ``.png`` or ``.svg``."""
+        draw_timeline(self.timeline, os.fspath(path))
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the predicted timeline of a step for ``chrome://tracing`` or Perfetto."""
+        write_trace(self.timeline, os.fspath(path))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the schedule as ``torch.distributed.pipelining`` does."""
+        self.schedule.to_csv(os.fspath(path))
+
+    def __str__(self) -> str:
+        texts = [f"{self.schedule}\n{self._table()}"]
+        for own, view in zip(self.planned, self.stages, strict=True):
+            texts.append(f"stage {own.stage.index} on {_ranks(own)}\n{view}")
+        return "\n\n".join(texts)
+
+    def _table(self) -> str:
+        timeline, peaks = self.timeline, peak_in_flight(self.schedule)
+        rows: list[tuple[str, ...]] = [("stage", "ranks", "operators", "F", "I", "W", "bytes held of a micro-batch")]
+        for own, forward, backward, weight, memory in zip(
+            self.planned, self.times.forward, self.times.backward, self.times.weight, self.times.memory, strict=True
+        ):
+            span = _ranks(own).partition(" ")[2]
+            count = str(len(own.stage.graph.nodes))
+            rows.append((str(own.stage.index), span, count, *map(_seconds, (forward, backward, weight)), f"{memory:,.0f}"))
+        widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        sizes = ", ".join(map(str, self.sizes)) if len(set(self.sizes)) > 1 else f"{self.sizes[0]} each"
+        facts = (
+            f"micro-batches: {len(self.sizes)}, of {sizes} samples",
+            f"predicted: {_seconds(timeline.seconds)}, ranks idle {timeline.bubble:.0%}; no order is faster than "
+            f"{_seconds(self.bound)} (gap {gap(timeline, self.bound):.1%})",
+            f"activations in flight, at most: {', '.join(map(str, peaks))}",
+            *self.notes,
+        )
+        return "\n".join((*lines, *facts))
+
+
+def _ranks(own: PlannedStage) -> str:
+    last = own.first_rank + own.ranks - 1
+    return f"rank {last}" if own.ranks == 1 else f"ranks {own.first_rank} to {last}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.3g} ms"
