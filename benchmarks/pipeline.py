@@ -129,7 +129,7 @@ def referee(targets: Targets) -> None:
         transfer, limit = draw.choice((0, 0, 5)), None if case % 2 else draw.randint(2, 4)
         times = StageTimes(f, i, w, transfer)
         optimum = least_seconds(f, i, w, micro, row_of_stage, limit, transfer, limit_s=10.0)
-        bound = lower_bound(times, micro, row_of_stage)
+        bound = lower_bound(times, micro, row_of_stage, limit)
         found = run_clock(search_schedule(times, micro, row_of_stage, limit), times).seconds
         print(f"{case:>9}  {row_of_stage}, {micro}, {limit}, {transfer}: {bound:g}, {optimum}, {found:g}")
         if optimum is not None:

@@ -58,6 +58,7 @@ def test_no_rank_holds_more_than_it_may(row_of_stage):
         assert found.row_of_stage == row_of_stage
         assert all(peak <= limit for peak, limit in zip(peak_in_flight(found), limits))
         seconds = run_clock(found, times).seconds
+        assert seconds >= lower_bound(times, 6, row_of_stage, limits) * (1 - 1e-12)
         for other in published(ranks, 6, row_of_stage):
             if all(peak <= limit for peak, limit in zip(peak_in_flight(other), limits)):
                 assert seconds <= run_clock(other, times).seconds * (1 + 1e-9)
@@ -84,7 +85,7 @@ def test_a_referee_finds_nothing_below_the_bound_and_little_below_the_search():
         if optimum is None:
             continue
         proved += 1
-        assert lower_bound(times, micro, row_of_stage) <= optimum + 1e-6
+        assert lower_bound(times, micro, row_of_stage, cap) <= optimum + 1e-6
         seconds = run_clock(search_schedule(times, micro, row_of_stage, cap), times).seconds
         assert optimum - 1e-6 <= seconds <= optimum * (1.0 + 1e-9 if cap is None else 1.05)
     assert proved >= 6

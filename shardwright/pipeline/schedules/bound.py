@@ -78,8 +78,8 @@ def lower_bound(
 ) -> float:
     """Returns seconds that no schedule of these stages on these ranks can beat, whether or not it splits backwards.
 
-    It is at least the work of each rank with the forwards before its first stage. Under a limit it is also at least the time for
-    which each rank has to hold all its activations, so many at once.
+    It is at least the work of each rank with the forwards before its first stage. Under a limit it is also at least the time
+    in which each rank can hold every activation as long as it has to.
 
     Args:
         times: the seconds of the stages.
