@@ -127,7 +127,7 @@ def gap(timeline: Timeline, bound: float) -> float:
 def _holding(
     times: StageTimes, factors: Sequence[float], row_of_stage: Sequence[int], stages: Sequence[int], limit: int
 ) -> float:
-    """Returns the least time in which a rank holds each activation from its F to its W, no more than a limit at once.
+    """Returns the least time in which a rank holds each activation from its F to its W, within a limit.
 
     At first and at last it holds fewer: forwards follow each other, and so do the works that free an activation.
     """
