@@ -33,8 +33,8 @@ def published(ranks: int, micro: int, row_of_stage: tuple[int, ...]):
 def test_searched_schedules_are_near_the_bound_and_never_behind_published_ones():
     draw = random.Random(3)
     near = 0
-    for _ in range(16):
-        ranks, micro = draw.randint(2, 8), draw.randint(4, 24)
+    for _ in range(12):
+        ranks, micro = draw.randint(2, 8), draw.randint(4, 20)
         times = random_times(draw, ranks, transfer=draw.choice((0.0, 0.2)))
         found = search_schedule(times, micro, range(ranks))
         check_schedule(found)
@@ -42,7 +42,7 @@ def test_searched_schedules_are_near_the_bound_and_never_behind_published_ones()
         for other in published(ranks, micro, tuple(range(ranks))):
             assert timeline.seconds <= run_clock(other, times).seconds * (1 + 1e-9), other.name
         near += gap(timeline, lower_bound(times, micro, range(ranks))) < 0.01
-    assert near >= 14
+    assert near >= 10
 
 
 @pytest.mark.parametrize("row_of_stage", [(0, 1, 2), (0, 1, 2, 2, 1, 0), (0, 1, 0, 1), (0, 0, 1), (0,), (1, 0, 0, 1)], ids=str)
@@ -50,7 +50,7 @@ def test_no_rank_holds_more_than_it_may(row_of_stage):
     draw = random.Random(4)
     ranks = max(row_of_stage) + 1
     stages = [row_of_stage.count(rank) for rank in range(ranks)]
-    for extra in (0, 1, 3):
+    for extra in (0, 2):
         times = random_times(draw, len(row_of_stage), transfer=0.1)
         limits = [count + extra for count in stages]
         found = search_schedule(times, 6, row_of_stage, limits)
@@ -58,6 +58,7 @@ def test_no_rank_holds_more_than_it_may(row_of_stage):
         assert found.row_of_stage == row_of_stage
         assert all(peak <= limit for peak, limit in zip(peak_in_flight(found), limits))
         seconds = run_clock(found, times).seconds
+        assert seconds >= lower_bound(times, 6, row_of_stage, limits) * (1 - 1e-12)
         for other in published(ranks, 6, row_of_stage):
             if all(peak <= limit for peak, limit in zip(peak_in_flight(other), limits)):
                 assert seconds <= run_clock(other, times).seconds * (1 + 1e-9)
@@ -72,22 +73,18 @@ def test_the_same_times_give_the_same_schedule_and_whole_backwards_where_splitti
 
 def test_a_referee_finds_nothing_below_the_bound_and_little_below_the_search():
     draw = random.Random(5)
-    proved = 0
     for case in range(8):
         count = draw.randint(2, 3)
-        micro = draw.randint(count, 5)
+        micro = draw.randint(count, 4)
         row_of_stage = (0, 1, 0) if case % 4 == 3 and count == 3 else tuple(range(count))
         f, i, w = ([draw.randint(10, 30) for _ in range(count)] for _ in range(3))
         transfer, cap = draw.choice((0, 5)), draw.choice((None, None, 3))
         times = StageTimes(f, i, w, transfer)
-        optimum = least_seconds(f, i, w, micro, row_of_stage, cap, transfer, limit_s=1.0)
-        if optimum is None:
-            continue
-        proved += 1
-        assert lower_bound(times, micro, row_of_stage) <= optimum + 1e-6
+        optimum = least_seconds(f, i, w, micro, row_of_stage, cap, transfer, limit_s=60.0)
+        assert optimum is not None
+        assert lower_bound(times, micro, row_of_stage, cap) <= optimum + 1e-6
         seconds = run_clock(search_schedule(times, micro, row_of_stage, cap), times).seconds
         assert optimum - 1e-6 <= seconds <= optimum * (1.0 + 1e-9 if cap is None else 1.05)
-    assert proved >= 6
 
 
 def test_limits_that_cannot_be_kept_are_refused():

@@ -79,7 +79,7 @@ def lower_bound(
     """Returns seconds that no schedule of these stages on these ranks can beat, whether or not it splits backwards.
 
     It is at least the work of each rank with the forwards before its first stage. Under a limit it is also at least the time
-    for which each rank has to hold all its activations, so many at once.
+    in which each rank can hold every activation as long as it has to.
 
     Args:
         times: the seconds of the stages.
@@ -127,7 +127,7 @@ def gap(timeline: Timeline, bound: float) -> float:
 def _holding(
     times: StageTimes, factors: Sequence[float], row_of_stage: Sequence[int], stages: Sequence[int], limit: int
 ) -> float:
-    """Returns the least time in which a rank holds each activation from its F to its W, no more than a limit at once.
+    """Returns the least time in which a rank holds each activation from its F to its W, within a limit.
 
     At first and at last it holds fewer: forwards follow each other, and so do the works that free an activation.
     """

@@ -6,11 +6,12 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, WEIGHT, Action
+from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwright.pipeline.schedules.execution import Durations, Execution, Rows, execute, needs_of
 
 FARTHEST = 6  # places that an action moves at once
-WARMTH = 0.02  # of the time: how much worse a step may be at first
+ASIDE = 0.2  # share of moves that are of anything, not of the critical path: they make room
+WARMTH = 0.06  # of the time: how much worse a step may be at first
 
 
 def repair(
@@ -37,8 +38,11 @@ def repair(
         if least <= good_enough or not moves:
             break
         rank, at = draw.choice(moves)
-        row = _moved(current[rank], at, draw)
-        if row is None or _held(row) > limits[rank]:
+        if draw.random() < ASIDE:
+            rank = draw.randrange(len(current))
+            at = draw.randrange(1, len(current[rank]))
+        row = _within(_moved(current[rank], at, draw), limits[rank])
+        if row is None:
             continue
         old, current[rank] = current[rank], row
         tried = execute(current, count, durations)
@@ -101,9 +105,24 @@ def _moved(row: Sequence[Action], at: int, draw: random.Random) -> list[Action] 
     return [*rest[:end], moved, *rest[end:]]
 
 
-def _held(row: Sequence[Action]) -> int:
-    held = most = 0
-    for action in row:
-        held += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
-        most = max(most, held)
-    return most
+def _within(row: list[Action] | None, limit: int) -> list[Action] | None:
+    """Brings W forward to before an F that would hold too much; None where there is none to bring."""
+    if row is None:
+        return None
+    held = at = 0
+    ready: list[Action] = []  # W whose I has been
+    while at < len(row):
+        stage, kind, micro = row[at]
+        if kind == FORWARD and held == limit:
+            if not ready:
+                return None
+            row.remove(ready[0])
+            row.insert(at, ready[0])
+            continue
+        held += (kind == FORWARD) - (kind in (BACKWARD, WEIGHT))
+        if kind == INPUT:
+            ready.append(Action(stage, WEIGHT, micro))
+        elif kind == WEIGHT:
+            ready.remove(row[at])
+        at += 1
+    return row

@@ -18,7 +18,7 @@ from shardwright.pipeline.schedules.named import make_schedule, schedule_names
 from shardwright.pipeline.schedules.repair import repair
 from shardwright.pipeline.schedules.schedule import Schedule
 
-EFFORT = 30_000  # actions scheduled in trying changed policies, and as many in moving actions: a quarter of a second each
+EFFORT = 30_000  # actions scheduled in trying changed policies, a quarter of a second; three times as many in moving actions
 TRIED = 400_000  # actions scheduled under the policies that are tried first; only large pipelines have more
 NEAR = 1.02  # rows that are slower than this as they are scheduled are not run through the clock
 CLOSE = 1e-9  # of the time: what is no nearer to the bound is not looked for, and what differs less is the same
@@ -88,7 +88,7 @@ def search_schedule(
     if best.seconds > bound:
         _change(best, scheduler, limits, bound)
     if best.seconds > bound:
-        steps = EFFORT // sum(map(len, best.rows)) + 1
+        steps = 3 * EFFORT // sum(map(len, best.rows)) + 1
         best.offer(repair(best.rows, times.durations(row_of_stage), row_of_stage, limits, steps, bound))
     _join(best)
     return Schedule("searched", tuple(tuple(row) for row in best.rows), times.stage_count, micro_count)
