@@ -286,9 +286,10 @@ class _Cutter:
 
     def returned(self, value: str) -> str:
         """Adds what cuts an output that is there for the whole batch, as others are made; returns its name."""
+        dim = self.cut.dim(value)
         received = any(i.value == value and is_received(i) for i in self.graph.inputs)
         maker = next((n for n in self.graph.nodes if value in n.outputs), None)
-        if received or self.cut.dim(value) is None or (maker is not None and maker.name not in self.free):
+        if received or dim is None or (maker is not None and maker.name not in self.free):
             return value
         name, meta = f"{value}_piece", self.graph.metas[value]
         if name in self.choices:
@@ -296,8 +297,7 @@ class _Cutter:
         op = Operator(alias, (Slot(0),), {}, (meta,), (meta,))
         dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
         signature = Signature((dims,), (dims,), {f"d{i}": n for i, n in enumerate(meta.shape)}, lowering=_alias)
-        dim, layout = self.cut.dim(value), self.cut.layouts[value]
-        pieces = _micro_pieces(layout, dim, meta.shape[dim])  # type: ignore[arg-type]
+        pieces = _micro_pieces(self.cut.layouts[value], dim, meta.shape[dim])
         made = make_choice(op, signature, micro_mesh(self.plan.mesh, self.count), {f"d{dim}": ((MICRO,), pieces)}, [False])
         self.choices[name], self.signatures[name] = made, signature
         self.cut.layouts[name] = self.where[name] = made.outputs[0]

@@ -303,7 +303,8 @@ class _InPlace:
             return self.move(instruction)
         if isinstance(instruction, KeepSliceForBackward):
             cut, gather = self.move(instruction.cut), self.move(instruction.gather)
-            assert isinstance(cut, Move) and isinstance(gather, Move)
+            assert isinstance(cut, Move)
+            assert isinstance(gather, Move)
             return replace(instruction, cut=cut, gather=gather)
         assert isinstance(instruction, Call)
         args, kwargs = pytree.tree_map(self.argument, (instruction.args, instruction.kwargs))

@@ -86,7 +86,7 @@ class PipelinePlan:
 
     def _table(self) -> str:
         timeline, peaks = self.timeline, peak_in_flight(self.schedule)
-        rows = [("stage", "ranks", "operators", "F", "I", "W", "bytes held of a micro-batch")]
+        rows: list[tuple[str, ...]] = [("stage", "ranks", "operators", "F", "I", "W", "bytes held of a micro-batch")]
         for own, forward, backward, weight, memory in zip(
             self.planned, self.times.forward, self.times.backward, self.times.weight, self.times.memory, strict=True
         ):
