@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from shardwright.api.bound import BoundCall, device_of
+from shardwright.api.decided import captured_way
 from shardwright.api.pipeline_job import place_parameters, run_in_job
 from shardwright.api.settings import Settings, refuse_with_pipeline
-from shardwright.api.stages import Target, capture_target, make_target, plan_target
+from shardwright.api.stages import Target, make_target, plan_target
 from shardwright.base.dump import dump_of
-from shardwright.capture.capture import capture
 from shardwright.cost.machine_files import load_machine
 from shardwright.errors import PipelineError, Problems
 from shardwright.ir.choice import Choice
@@ -73,7 +73,7 @@ class PipelineBoundCall(BoundCall):
             )
         placement = placement_of(request, len(rows), root.micro_size)
         marks = stage_marks(root)
-        graph = with_counted_means(capture_target(target, capture))
+        graph = with_counted_means(captured_once(target))
         self.graph = graph
         layouts = {name: Layout.replicated(Mesh(("rank",), (world.size,)), p.ndim) for name, p in root.named_parameters()}
         sizes = micro_batches(graph, root.micro_size)
@@ -119,6 +119,21 @@ class PipelineBoundCall(BoundCall):
             name: new for n, own in updates.items() for (name, _), new in zip(planned[n].stage.graph.updates, own, strict=True)
         }
         return outputs, [found[name] for name, _ in self.graph.updates]
+
+
+def captured_once(target: Target) -> Graph:
+    """Captures a target that decides nothing by values of tensors.
+
+    Raises:
+        PipelineError: it does: a step that decides otherwise would have to be undone on every stage.
+    """
+    graph, _, decisions = captured_way(target, (), ())
+    if decisions is not None:
+        raise PipelineError(
+            f"the target decides by values of tensors, at {decisions.sources[0]}: in a pipeline no stage knows what another "
+            "one computes\n  Select with torch.where, or decide outside of the net"
+        )
+    return graph
 
 
 def refuse_accumulation(root: nn.Module) -> None:

@@ -16,6 +16,7 @@
 ``ours``         tells our distributed tensors from others, and what views of them were made of
 ``placements``   converts layouts to DTensor placements, and back
 ``places``       tells how distributed tensors lie, fast
+``stages``       distributes parameters over the ranks of the stages that read them
 ``whole``        gathers whole values of parameters, or materialises those that are delayed
 ``whole_module`` gives a module whole ordinary parameters for a while
 ===============  ====================================================================================================

@@ -17,7 +17,7 @@ from shardwright.world.simulated.steps import prepare
 
 @dataclass(frozen=True)
 class Held:
-    """How the ranks of a stage hold a value.
+    """Placement of a value on the ranks of a stage.
 
     Args:
         layout: over the stage's own ranks, which count from 0.

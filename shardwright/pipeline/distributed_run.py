@@ -158,7 +158,12 @@ class DistributedPipelineRun(PipelineRun):
         return Held(held.layout, held.groups, 0)
 
     def tag(self, name: str, micro: int, source: int, target: int) -> int:
-        """Returns the tag of a message: one for each value, micro-batch, sender and receiver."""
+        """Returns the tag of a message, which no other message has.
+
+        Args:
+            name, micro: the value of a micro-batch.
+            source, target: the stages that send and receive.
+        """
         at = (self.tags[name] * self.micro_count + micro) * len(self.places) ** 2
         return _FIRST_TAG + at + source * len(self.places) + target
 
@@ -253,13 +258,24 @@ class _Flight:
         self.sending: list[Handle] = []
 
     def send(self, name: str, micro: int, source: int, target: int, gradient: bool, piece: Tensor) -> None:
-        """Starts to send this rank's part of a value to another stage."""
+        """Starts to send this rank's part of a value to another stage.
+
+        Args:
+            name, micro, source, target: see :meth:`DistributedPipelineRun.tag`.
+            gradient: whether it is the gradient.
+            piece: the part.
+        """
         transfer = self.run.cross(name, micro, source, target, gradient)
         if transfer.sends:
             self.sending.append(transfer.start(piece.contiguous()))
 
     def receive(self, name: str, micro: int, source: int, target: int, gradient: bool) -> None:
-        """Starts to receive this rank's part of a value, unless it has been asked for."""
+        """Starts to receive this rank's part of a value, unless it has been asked for.
+
+        Args:
+            name, micro, source, target: see :meth:`DistributedPipelineRun.tag`.
+            gradient: whether it is the gradient.
+        """
         key = (name, micro, source, target, gradient)
         if key not in self.receiving:
             transfer = self.run.cross(*key)
@@ -267,7 +283,12 @@ class _Flight:
             self.receiving[key] = transfer.start(torch.empty(0, dtype=dtype, device=self.run.device))
 
     def received(self, name: str, micro: int, source: int, target: int, gradient: bool) -> Tensor:
-        """Waits for this rank's part of a value."""
+        """Waits for this rank's part of a value.
+
+        Args:
+            name, micro, source, target: see :meth:`DistributedPipelineRun.tag`.
+            gradient: whether it is the gradient.
+        """
         return self.receiving.pop((name, micro, source, target, gradient)).wait()
 
     def finish(self) -> None:

@@ -17,6 +17,7 @@ from shardwright.capture.closure import FunctionModule
 from shardwright.ir.graph import Graph, Node
 from shardwright.ir.operator import Operator, Slot
 from shardwright.rules.loss import MEAN, SUM, count_depends_on_data
+from shardwright.rules.pointwise import DIVIDE
 
 
 def with_counted_means(graph: Graph) -> Graph:
@@ -51,7 +52,7 @@ def _in_two(node: Node) -> list[Node]:
         return torch.where(counted, weights[0][torch.where(counted, target, 0)], 0).sum().to(dtype)
 
     made, total = _spliced(count, node, values, metas)
-    divide = Operator(torch.ops.aten.div.Tensor, (Slot(0), Slot(1)), {}, (op.outputs[0], op.outputs[0]), op.outputs)
+    divide = Operator(DIVIDE, (Slot(0), Slot(1)), {}, (op.outputs[0], op.outputs[0]), op.outputs)
     return [
         *made,
         replace(node, op=whole, outputs=(summed,)),

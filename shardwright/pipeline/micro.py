@@ -13,12 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch import Tensor
-
 from shardwright.errors import Problems
 from shardwright.ir.choice import Choice, make_choice
 from shardwright.ir.graph import Node
-from shardwright.ir.instructions import PerRank, Ref
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, Slot, TensorMeta
@@ -26,9 +23,9 @@ from shardwright.ir.pieces import chunk_pieces
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
 from shardwright.pipeline.stages import free_nodes, is_received
+from shardwright.pipeline.sums import alias, emit_alias, emit_share, linear_group, share
 from shardwright.plan.choose.follow import propose
-from shardwright.rules.lowering import Local
-from shardwright.rules.pointwise import ADDS, adds_constant, is_linear_alone
+from shardwright.rules.pointwise import adds_constant
 
 MICRO = "micro"
 NEVER_MEET = "micro-batches pass one after the other and never meet"
@@ -232,7 +229,7 @@ class _Cutter:
         over_ranks = {i: layout for i, layout in enumerate(choice.inputs) if layout.partial}
         if not sums:
             return {i: Layout.of(mesh, la.bound, la.partial, la.sizes) for i, la in over_ranks.items()} or None
-        group = _linear_group(node, signature, sums)
+        group = linear_group(node, signature, sums)
         if group is None or any(self.cut.dim(v) is not None for v in node.inputs):
             self.refuse(node, "is not linear in what it reads, which is a sum over the whole batch")
             return None
@@ -249,7 +246,7 @@ class _Cutter:
             args = [argument / self.count if i == at else argument for i, argument in enumerate(node.op.args)]
             op = Operator(node.op.target, tuple(args), node.op.kwargs, node.op.inputs, node.op.outputs)
             return replace(node, op=op)
-        group = _linear_group(node, self.plan.signatures[node.name], sums) or frozenset()
+        group = linear_group(node, self.plan.signatures[node.name], sums) or frozenset()
         inputs = list(node.inputs)
         for index in group - sums:
             if self.cut.dim(node.inputs[index]) is None:
@@ -272,7 +269,7 @@ class _Cutter:
         dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
         sizes = {f"d{i}": size for i, size in enumerate(meta.shape)}
         parts = self.count * math.prod(self.plan.mesh.axis_size(axis) for axis in ways)
-        signature = Signature((dims,), (dims,), sizes, lowering=partial(_share, self.plan.mesh.size, parts))
+        signature = Signature((dims,), (dims,), sizes, lowering=partial(emit_share, self.plan.mesh.size, parts))
         split: dict[str, Split] = {}
         propose(split, signature, signature.inputs[0], self.where[value].without_partial(), meta.shape)
         made = make_choice(op, signature, self.where[value].mesh, split, [False])
@@ -286,19 +283,18 @@ class _Cutter:
 
     def returned(self, value: str) -> str:
         """Adds what cuts an output that is there for the whole batch, as others are made; returns its name."""
+        dim = self.cut.dim(value)
         received = any(i.value == value and is_received(i) for i in self.graph.inputs)
         maker = next((n for n in self.graph.nodes if value in n.outputs), None)
-        if received or self.cut.dim(value) is None or (maker is not None and maker.name not in self.free):
+        if received or dim is None or (maker is not None and maker.name not in self.free):
             return value
         name, meta = f"{value}_piece", self.graph.metas[value]
         if name in self.choices:
             return name
         op = Operator(alias, (Slot(0),), {}, (meta,), (meta,))
         dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
-        signature = Signature((dims,), (dims,), {f"d{i}": n for i, n in enumerate(meta.shape)}, lowering=_alias)
-        dim, layout = self.cut.dim(value), self.cut.layouts[value]
-        assert dim is not None
-        pieces = pieces_of_micro_batches(layout, dim, meta.shape[dim])
+        signature = Signature((dims,), (dims,), {f"d{i}": n for i, n in enumerate(meta.shape)}, lowering=emit_alias)
+        pieces = pieces_of_micro_batches(self.cut.layouts[value], dim, meta.shape[dim])
         made = make_choice(op, signature, micro_mesh(self.plan.mesh, self.count), {f"d{dim}": ((MICRO,), pieces)}, [False])
         self.choices[name], self.signatures[name] = made, signature
         self.cut.layouts[name] = self.where[name] = made.outputs[0]
@@ -341,41 +337,6 @@ class _Cutter:
 
     def refuse(self, node: Node, why: str) -> None:
         self.problems.add(f"{node.where} {why}; {NEVER_MEET}")
-
-
-def share(value: Tensor, place: int, parts: int) -> Tensor:
-    """Computes a micro-batch's share of a value that is the same for all of them; the shares add up to it.
-
-    Args:
-        value: the value.
-        place: of the micro-batch, which makes its share another value than theirs.
-        parts: number of shares.
-    """
-    return value / parts
-
-
-def _share(ranks: int, parts: int, local: Local) -> tuple[Ref, ...]:
-    return (local.call(share, local.inputs[0], PerRank(lambda rank: rank // ranks), parts),)
-
-
-def alias(value: Tensor) -> Tensor:
-    """Returns the value."""
-    return value.view_as(value)
-
-
-def _alias(local: Local) -> tuple[Ref, ...]:
-    return (local.call(alias, local.inputs[0]),)
-
-
-def _linear_group(node: Node, signature: Signature, sums: set[int]) -> frozenset[int] | None:
-    """Returns the inputs in which an operator is linear together, if the sums are among them."""
-    if node.op.name in ADDS and len(node.op.inputs) == 2:
-        return frozenset((0, 1))
-    if adds_constant(node.op) is not None:
-        return frozenset((0,))
-    if len(sums) == 1 and is_linear_alone(node.op, next(iter(sums))):
-        return frozenset(sums)
-    return next((g for g in signature.linear if sums <= g), None)
 
 
 def _knows_micro(layout: Layout) -> bool:

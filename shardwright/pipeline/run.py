@@ -29,7 +29,7 @@ from shardwright.world.simulated.steps import run_steps
 
 @dataclass
 class Step:
-    """What one step of training or inference holds.
+    """One step of training or inference under way.
 
     Attributes:
         sent: pieces of values, by value and micro-batch.

@@ -188,7 +188,7 @@ def _hand_on(found: Iterable[tuple[Tensor, Tensor | None]], run: _Running) -> No
 
 
 def draw_only(program: LocalProgram) -> None:
-    """Draws the random numbers that a program draws, and drops them, so that this rank's generator stays as that of others."""
+    """Draws the random numbers of a program and drops them, so that all ranks' generators stay alike."""
     for call in program.calls:
         is_draw = isinstance(call.function, OpOverload) and may_draw(call.function)
         if (call.function in DRAWS or is_draw) and not call.reads:

@@ -6,6 +6,8 @@ is 1 and the output's is not, a dim that every rank holds whole.
 
 from __future__ import annotations
 
+import torch
+
 from shardwright.ir.operator import Operator, Slot
 from shardwright.ir.signature import Signature
 from shardwright.rules.notation import parse
@@ -40,6 +42,7 @@ BINARY = aten_names("""
     special_xlog1py special_xlogy sub subtract true_divide xlogy
 """)
 
+DIVIDE = torch.ops.aten.div.Tensor
 PAST_AUTOGRAD = ("shardwright_opaque.written_past_autograd",)
 TERNARY = aten_names("addcdiv addcmul clamp clamp_max clamp_min lerp where")
 
