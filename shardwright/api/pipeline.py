@@ -231,7 +231,7 @@ def plan_stages(
     plans: list[Plan] = []
     for stage in stages:
         ranks = rows[placement.row_of_stage[stage.index]]
-        wholes.append(_plan_stage(target, stage, ranks, cut, micro))
+        wholes.append(_plan_stage(_followed(target, stage, graph), stage, ranks, cut, micro))
         plans.append(cut_plan(wholes[-1], micro, cut, problems) if micro > 1 else wholes[-1])
     problems.raise_if_any(_CANNOT.format(micro))
     first = [sum(rows[:row]) for row in placement.row_of_stage]
@@ -266,6 +266,14 @@ def _with_stored(plan: Plan, stored: dict[str, Layout], micro: int) -> Plan:
             value: Layout.of(micro_mesh(layout.mesh, micro), layout.bound, (), layout.sizes) for value, layout in stored.items()
         }
     return replace(plan, input_layouts={**plan.input_layouts, **stored})
+
+
+def _followed(target: Target, stage: Stage, graph: Graph) -> Target:
+    """Returns the target with a mode that can plan a stage: propagation needs an operator to start from."""
+    starts = [any(node.mark is not None for node in nodes) for nodes in (graph.nodes, stage.graph.nodes)]
+    if target.settings.mode == "sharding_propagation" and starts == [True, False]:
+        return replace(target, settings=replace(target.settings, mode="semi_auto"))
+    return target
 
 
 def _on_one_rank(target: Target, graph: Graph) -> Plan:

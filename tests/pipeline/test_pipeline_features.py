@@ -13,7 +13,6 @@ from staged_networks import Layers as Plain
 from test_pipeline import check, loss_of, same, tensors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import shardwright as sw
 from shardwright.pipeline.schedules.clock import StageTimes
@@ -175,7 +174,7 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-HEAVY = ("aten.mm.default", "aten.bmm.default", "aten.native_layer_norm_backward.default", "aten.gelu_backward.default")
+HEAVY = ("aten.mm.default", "aten.bmm.default", "aten.gelu_backward.default")
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -188,10 +187,11 @@ def test_two_halves_do_the_work_of_one_backward(devices):
         net = sw.AutoParallel(sw.PipelineCell(model, 4)).pipeline(stages=2, scheduler=scheduler)
         ids = torch.randint(32, (8, 6))
         net(ids)
-        with FlopCounterMode(display=False) as flops, Counted() as counted:
+        with Counted() as counted:
             net(ids)
-        work.append((flops.get_total_flops(), counted.counts["aten.mm.default"], counted.counts["aten.gelu_backward.default"]))
+        work.append({name: counted.counts[name] for name in HEAVY})
     assert work[0] == work[1]
+    assert work[0][HEAVY[0]] > 30
 
 
 # -- refused -------------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def with_stage(value):
     return run(model)
 
 
-WHOLE = r"(?s)cannot pass in 4 micro-batches.*exact are.*network.*"
+WHOLE = r"(?s)cannot pass in 4 micro-batches.*exact are.*"
 REFUSED = {
     "needs at least 2 micro-batches and has 1": lambda: run(Plain(), 1),
     "needs at least 4 micro-batches and has 3": lambda: run(Plain(), 3, scheduler="zero_bubble_v"),
@@ -309,11 +309,11 @@ def test_a_stage_without_parameters_and_a_batch_smaller_than_the_micro_batches()
     with pytest.raises(sw.errors.StrategyError, match="no operator is on stage 1"):
         net(torch.randn(8, 8), torch.randn(8, 8))
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
-    net = sw.AutoParallel(sw.PipelineCell(model, 4, {"0": 0, "1": 1})).pipeline(stages=2, scheduler="zero_bubble_v")
+    net = sw.AutoParallel(sw.PipelineCell(model, 4, {"0": 0, "1": 1})).pipeline(stages=2, scheduler="zero_bubble_h1")
     for size in (8, 3, 1):
         x = torch.randn(size, 16)
         torch.testing.assert_close(net(x), model(x))
-        assert len(net.plan.sizes) == min(size, 4) or net.plan.sizes
+        assert len(net.plan.sizes) == min(size, 4)
 
 
 # -- shown -----------------------------------------------------------------------------------------------------------------

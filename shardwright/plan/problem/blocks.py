@@ -52,7 +52,7 @@ def blocks_of(
     spans = [(0, len(graph.nodes))]
     while spans:
         low, high = spans.pop()
-        block = _largest(wiring, low, high)
+        block = _largest(wiring, low, high) if low < high else None  # a block may stand at either end
         if block is not None:
             found.append(block)
             # a node between two blocks keeps the exit of one from being the entry of the other
