@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 _meshes: set[DeviceMesh] = set()
-_VIEW, _WHOLE = "_shardwright_view_of", "_shardwright_whole"
+_VIEW, _WHOLE, _HOME = "_shardwright_view_of", "_shardwright_whole", "_shardwright_home"
 
 
 class View(NamedTuple):
@@ -32,18 +32,15 @@ class StageHome(NamedTuple):
     is_copy: bool
 
 
-_homes: dict[int, tuple[Any, StageHome]] = {}  # by id of the spec, which is held
-
-
 def remember_home(value: DTensor, home: StageHome) -> None:
-    """Records where a parameter is at home, for it and for what has its spec, such as its gradient."""
-    _homes[id(value._spec)] = (value._spec, home)
+    """Records where a parameter, or its gradient, is at home."""
+    vars(value)[_HOME] = home
 
 
 def home_of(value: DTensor) -> StageHome:
     """Returns where a tensor over the ranks of a stage is at home."""
-    found = _homes.get(id(value._spec))
-    return found[1] if found is not None else StageHome(int(value.device_mesh.mesh.flatten()[0]), False)
+    found: StageHome | None = vars(value).get(_HOME)
+    return found or StageHome(int(value.device_mesh.mesh.flatten()[0]), False)
 
 
 def is_over_a_stage(value: DTensor) -> bool:

@@ -20,7 +20,7 @@ from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.device_mesh import device_mesh
 from shardwright.parameters.distribute import _Distribution, _Found, _replace
 from shardwright.parameters.handles import current
-from shardwright.parameters.ours import StageHome, remember_home
+from shardwright.parameters.ours import StageHome, home_of, remember_home
 from shardwright.parameters.placements import _as_dtensor, _like, layout_of, storable
 
 
@@ -94,4 +94,7 @@ class _StageDistribution(_Distribution):
         _replace(old, value, None if old.grad is None else _like(value, old.grad))
         home = self.all_layouts[name][0].mesh.ranks
         is_copy = self.rank in layout.mesh.ranks and layout.mesh.ranks != home
-        remember_home(current(old), StageHome(home[0], is_copy))
+        new = current(old)
+        remember_home(new, StageHome(home[0], is_copy))
+        if is_copy and new.requires_grad:  # so that norms count its gradient once
+            new.register_post_accumulate_grad_hook(lambda p: remember_home(p.grad, home_of(p)))

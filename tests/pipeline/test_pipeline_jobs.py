@@ -1,0 +1,104 @@
+"""Pipelines on real gloo ranks: the values, gradients and norms of one device, in every schedule."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
+import jobs
+
+
+class Gpt(nn.Module):
+    """Blocks with dropout and skips between a tied embedding and its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16)) for _ in range(4)
+        )
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for block in self.blocks:
+            h = h + block(h)
+        logits = self.head(h)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), ignore_index=3), logits
+
+
+def compare(stages, micro, batch, scheduler, interleave=False):
+    """Trains a model and its copy for three steps, clips, evaluates."""
+    torch.manual_seed(0)
+    model = Gpt().double()
+    single = copy.deepcopy(model)
+    steps = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, single)]
+    net = sw.AutoParallel(sw.PipelineCell(model, micro))
+    net.pipeline(stages=stages, scheduler=scheduler, interleave=interleave, output_broadcast=True)
+    ids = torch.randint(32, (batch, 6))
+    for number in range(3):
+        found = []
+        for called, clip, own in ((net, sw.clip_grad_norm_, model), (single, torch.nn.utils.clip_grad_norm_, single)):
+            torch.manual_seed(number)
+            loss, logits = called(ids)
+            loss.backward()
+            found.append((loss, logits, clip(own.parameters(), 1.0)))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+        for optimizer in steps:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, ours), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(sw.full_value(ours), expected.detach(), rtol=1e-9, atol=1e-11, msg=lambda m, n=name: n + m)
+    for each in (model, single):
+        each.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids), single(ids))
+    return model
+
+
+SCHEDULES = (("1f1b", False), ("gpipe", False), ("zero_bubble_h1", False), ("1f1b", True), ("zero_bubble_v", False))
+
+
+def job(rank, cases, folder):
+    sw.init()
+    for stages, micro, batch in cases:
+        for scheduler, interleave in SCHEDULES[: 5 if len(cases) > 1 else 2]:
+            count = (8, 16) if scheduler == "zero_bubble_v" else (micro, batch)
+            model = compare(stages, *count, scheduler, interleave)
+            print(f"case {stages} {scheduler} {interleave}: ok", flush=True)
+    held = sum(p.to_local().numel() for p in model.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    print(f"case part: {held < whole}")
+    for p in model.parameters():
+        p.grad = p.detach() if p.to_local().numel() else None
+    try:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    except sw.errors.WorldError as error:
+        print("case clip:", str(error).splitlines()[1])
+
+
+def ended(folder, size, cases):
+    found = jobs.run(folder, size, job, cases, str(folder), seconds=500)
+    assert [e.code for e in found] == [0] * size, found[0].text[-3000:] + found[-1].text[-3000:]
+    for each in found:
+        assert "case part: True" in each.text
+        assert "case clip:   Call sw.clip_grad_norm_" in each.text
+
+
+@pytest.mark.whole
+def test_two_ranks(tmp_path):
+    ended(tmp_path, 2, [(2, 3, 7)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("size", "cases"), [(3, [((1, 2), 4, 8), (3, 4, 9)]), (4, [(2, 4, 8), (4, 4, 10), ((1, 3), 4, 8)])])
+def test_more_ranks(tmp_path, size, cases):
+    ended(tmp_path, size, cases)
