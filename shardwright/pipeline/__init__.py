@@ -6,6 +6,7 @@
 ``cut``         cuts the graph into one graph per stage
 ``means``       rewrites means whose count depends on the data, so that micro-batches can add up
 ``micro``       puts an axis of micro-batches into the plan of a stage
+``shares``      operators that this adds: shares of values that all micro-batches have, pieces of whole results
 ``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs
 ``stage_run``   runs forward and backward of one stage for one micro-batch
 ``split_backward``  splits a backward: gradients of inputs at once, those of weights later

@@ -13,21 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch import Tensor
-
 from shardwright.errors import Problems
 from shardwright.ir.choice import Choice, make_choice
 from shardwright.ir.graph import Node
-from shardwright.ir.instructions import PerRank, Ref
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.pieces import chunk_pieces
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
+from shardwright.pipeline.shares import alias, lowered_alias, lowered_share, share
 from shardwright.pipeline.stages import free_nodes, is_received
 from shardwright.plan.choose.follow import propose
-from shardwright.rules.lowering import Local
 from shardwright.rules.pointwise import ADDS, adds_constant, is_linear_alone
 
 MICRO = "micro"
@@ -272,7 +269,7 @@ class _Cutter:
         dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
         sizes = {f"d{i}": size for i, size in enumerate(meta.shape)}
         parts = self.count * math.prod(self.plan.mesh.axis_size(axis) for axis in ways)
-        signature = Signature((dims,), (dims,), sizes, lowering=partial(_share, self.plan.mesh.size, parts))
+        signature = Signature((dims,), (dims,), sizes, lowering=partial(lowered_share, self.plan.mesh.size, parts))
         split: dict[str, Split] = {}
         propose(split, signature, signature.inputs[0], self.where[value].without_partial(), meta.shape)
         made = make_choice(op, signature, self.where[value].mesh, split, [False])
@@ -296,7 +293,7 @@ class _Cutter:
             return name
         op = Operator(alias, (Slot(0),), {}, (meta,), (meta,))
         dims = tuple((f"d{i}",) for i in range(len(meta.shape)))
-        signature = Signature((dims,), (dims,), {f"d{i}": n for i, n in enumerate(meta.shape)}, lowering=_alias)
+        signature = Signature((dims,), (dims,), {f"d{i}": n for i, n in enumerate(meta.shape)}, lowering=lowered_alias)
         pieces = _micro_pieces(self.cut.layouts[value], dim, meta.shape[dim])
         made = make_choice(op, signature, micro_mesh(self.plan.mesh, self.count), {f"d{dim}": ((MICRO,), pieces)}, [False])
         self.choices[name], self.signatures[name] = made, signature
@@ -340,30 +337,6 @@ class _Cutter:
 
     def refuse(self, node: Node, why: str) -> None:
         self.problems.add(f"{node.where} {why}; {NEVER_MEET}")
-
-
-def share(value: Tensor, place: int, parts: int) -> Tensor:
-    """Computes a micro-batch's share of a value that is the same for all of them; the shares add up to it.
-
-    Args:
-        value: the value.
-        place: of the micro-batch, which makes its share another value than theirs.
-        parts: number of shares.
-    """
-    return value / parts
-
-
-def _share(ranks: int, parts: int, local: Local) -> tuple[Ref, ...]:
-    return (local.call(share, local.inputs[0], PerRank(lambda rank: rank // ranks), parts),)
-
-
-def alias(value: Tensor) -> Tensor:
-    """Returns the value."""
-    return value.view_as(value)
-
-
-def _alias(local: Local) -> tuple[Ref, ...]:
-    return (local.call(alias, local.inputs[0]),)
 
 
 def _linear_group(node: Node, signature: Signature, sums: set[int]) -> frozenset[int] | None:

@@ -30,7 +30,8 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
-from shardwright.pipeline.micro import MICRO, share
+from shardwright.pipeline.micro import MICRO
+from shardwright.pipeline.shares import share
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.pieces import piece
@@ -198,7 +199,7 @@ def _is_slice(plan: Redistribution) -> bool:
 
 
 def _is_for_all(plan: Redistribution) -> bool:
-    """Tells whether a move of a value that is the same for all micro-batches adds up the gradients of them all."""
+    """Tells whether a move of what all micro-batches have adds up their gradients."""
     layouts = (plan.source, plan.target)
     knows = any(MICRO in layout.partial_axes or _cut_dim(layout) is not None for layout in layouts)
     return MICRO in plan.partial_gradient and not knows
@@ -209,7 +210,7 @@ def _mixes_sums(plan: Redistribution) -> bool:
 
 
 def _whole_before(plan: Redistribution) -> tuple[Layout, tuple[str, ...]]:
-    """Returns the layout from which a move only cuts, and the axes of ranks that have summands of its gradient then."""
+    """Returns the layout from which a move only cuts, and the axes over which its gradient is partial then."""
     source, target = plan.source, plan.target
     bound = [axes if axes == to else () for axes, to in zip(source.bound, target.bound, strict=True)]
     sizes = [own if axes else None for own, axes in zip(source.sizes, bound, strict=True)]

@@ -25,7 +25,7 @@ from shardwright.world.simulated.steps import run_steps
 
 @dataclass
 class _Step:
-    """What one step of training or inference holds."""
+    """Values and gradients of one step of training or inference."""
 
     sent: dict[tuple[str, int], Pieces] = field(default_factory=dict)  # by value and micro-batch
     given: dict[tuple[str, int], list[tuple[int, Pieces]]] = field(default_factory=dict)  # gradients, by reading stage

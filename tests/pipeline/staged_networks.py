@@ -203,7 +203,7 @@ def transformers_t5() -> nn.Module:
             use_cache=False,
             decoder_start_token_id=0,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     )
 
 

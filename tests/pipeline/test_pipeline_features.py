@@ -338,7 +338,8 @@ def test_plan_shows_the_schedule_and_the_seconds_of_its_stages(tmp_path):
     net.plan.write_trace(tmp_path / "a.json")
     net.plan.draw_timeline(tmp_path / "a.svg")
     assert type(net.plan.schedule).from_csv(tmp_path / "a.csv", "1f1b").rows == net.plan.schedule.rows
-    assert (tmp_path / "a.svg").stat().st_size > 1000 and "traceEvents" in (tmp_path / "a.json").read_text()
+    assert (tmp_path / "a.svg").stat().st_size > 1000
+    assert "traceEvents" in (tmp_path / "a.json").read_text()
 
 
 def test_automatic_cuts_are_balanced_by_price():
