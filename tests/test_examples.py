@@ -137,3 +137,11 @@ def test_tensor_parallel(dimensions, bytes_sent, monkeypatch, capsys):
 def test_an_example_is_short():
     for technique in PROPAGATION:
         assert len((EXAMPLES / f"propagation_{technique}.py").read_text("utf-8").splitlines()) < 60
+
+
+def test_pipelines(monkeypatch, capsys):
+    text = run("pipeline_gpt", monkeypatch, capsys)
+    losses = [re.findall(r"\d+\.\d{6}", line) for line in text.splitlines()[:4]]
+    assert len(losses[0]) == 3
+    assert losses.count(losses[0]) == 4
+    assert "step 3" in run("multiple_mixed", monkeypatch, capsys)

@@ -95,9 +95,10 @@ class PipelinePlan:
             rows.append((str(own.stage.index), span, count, *map(_seconds, (forward, backward, weight)), f"{memory:,.0f}"))
         widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        sizes = ", ".join(map(str, self.sizes)) if len(set(self.sizes)) > 1 else f"{self.sizes[0]} each"
+        alike = len(set(self.sizes)) == 1
+        sizes = f"{self.sizes[0]} samples each" if alike else f"{', '.join(map(str, self.sizes))} samples"
         facts = (
-            f"micro-batches: {len(self.sizes)}, of {sizes} samples",
+            f"micro-batches: {len(self.sizes)}, of {sizes}",
             f"predicted: {_seconds(timeline.seconds)}, ranks idle {timeline.bubble:.0%}; no order is faster than "
             f"{_seconds(self.bound)} (gap {gap(timeline, self.bound):.1%})",
             f"activations in flight, at most: {', '.join(map(str, peaks))}",

@@ -31,12 +31,17 @@ TIMES = StageTimes([1.0, 2.0], [1.0, 1.5], [1.0, 1.0])
 SPLIT: tuple[Any, ...] = ("1f1b", "zero_bubble_h1", "searched", search_schedule(TIMES, 4, (0, 1)))
 
 
-@pytest.mark.parametrize("scheduler", SPLIT, ids=lambda s: s if isinstance(s, str) else "given")
+@pytest.mark.parametrize(
+    "scheduler",
+    [s if s == "1f1b" else pytest.param(s, marks=pytest.mark.long) for s in SPLIT],
+    ids=lambda s: s if isinstance(s, str) else "given",
+)
 @pytest.mark.parametrize("name", SETUPS)
 def test_features(name, scheduler):
     check("gpt", 4, 2, 4, 8, setup=SETUPS[name], scheduler=scheduler)
 
 
+@pytest.mark.long
 def test_sharding_propagation():
     check("gpt", 4, 2, 4, 8, "sharding_propagation", setup=lambda net, _: net.shard({"network.blocks.1.down": ((1, 1, 2),)}))
 
@@ -154,9 +159,9 @@ def test_outputs(output):
 
 def test_first_derivatives_only():
     net, model, _ = pair("towers")
-    gradients = torch.autograd.grad(net(*CASES["towers"].batch(8)[0]), list(model.parameters()), create_graph=True)
+    loss = net(*CASES["towers"].batch(8)[0])
     with pytest.raises(sw.errors.ShardwrightError, match="create_graph"):
-        sum(g.sum() for g in gradients).backward()
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
 
 
 # -- split backwards ---------------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ class Counted(TorchDispatchMode):
 HEAVY = ("aten.mm.default", "aten.bmm.default", "aten.gelu_backward.default")
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_two_halves_do_the_work_of_one_backward(devices):
     work = []
     for scheduler in ("1f1b", "zero_bubble_h1"):
@@ -278,7 +283,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused_before_anything_runs(message):
     sw.init(devices=4)
