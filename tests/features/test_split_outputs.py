@@ -157,6 +157,12 @@ def test_only_outputs_beside_a_loss_are_split_and_only_large_ones():
         sw.AutoParallel(model, output="split")
     with torch.no_grad():
         assert type(net(ids)["logits"]) is SplitOutput
+    accumulating = sw.AutoParallel(sw.GradAccumulation(model, 2), output="sharded")
+    with pytest.raises(sw.errors.ShardwrightError, match="GradAccumulation joins the results of its parts to whole ones"):
+        accumulating(ids[:2])
+    hybrid = sw.AutoParallel(model, "hybrid_parallel", output="sharded")
+    with pytest.raises(sw.errors.StrategyError, match="a program of one rank has no plan; drop the argument"):
+        hybrid(ids)
     with pytest.raises(sw.errors.ShardwrightError, match="reads an output that is split over the ranks: give it output.full"):
         torch.func.vmap(torch.sum)(net(ids)["logits"])
 
