@@ -24,7 +24,7 @@ from shardwright.agreement.signature import Signature, signature_of
 from shardwright.api import train_step
 from shardwright.api.ambiguous import check_nested, refuse_ambiguous_names, refuse_scaled_losses, refuse_wrapped
 from shardwright.api.bound import BoundCall
-from shardwright.api.call_key import _leaf_key, _out_of_inference, check_leaves, input_summary, torch_modes, why_planned_again
+from shardwright.api.call_key import _leaf_key, _out_of_inference, flat_inputs, input_summary, torch_modes, why_planned_again
 from shardwright.api.decided import run_as_decided
 from shardwright.api.hybrid import HybridBoundCall
 from shardwright.api.marks import check_patterns
@@ -32,7 +32,7 @@ from shardwright.api.pipeline import PipelineBoundCall
 from shardwright.api.settings import MODES, Settings
 from shardwright.api.settings_methods import SettingsMethods
 from shardwright.api.target_as_module import TargetAsModule
-from shardwright.base.torch_private import pytree, transforms_are_active
+from shardwright.base.torch_private import transforms_are_active
 from shardwright.base.user_code import user_source
 from shardwright.capture.caches import register_caches
 from shardwright.capture.capture import StepFound
@@ -48,7 +48,6 @@ from shardwright.report.plan_view import PlanView
 from shardwright.train.accumulation.module import GradAccumulation
 from shardwright.train.compile.compiler import segment_compiler
 from shardwright.train.outputs.read_later import check_output
-from shardwright.train.outputs.split_output import whole_outputs
 from shardwright.world.current import current_world
 
 logger = logging.getLogger("shardwright")
@@ -243,9 +242,7 @@ class AutoParallel(SettingsMethods, TargetAsModule):
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, spec = list(args), len(args)  # the usual call, without walking trees
         else:
-            args, kwargs = whole_outputs((args, kwargs))
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            check_leaves(leaves)
+            args, kwargs, leaves, spec = flat_inputs(args, kwargs)
         given: GlobalInputs | None = None
         is_hybrid = self.settings.mode == "hybrid_parallel"  # reads the dataset strategy itself
         if self.settings.dataset_strategy != "full_batch" and not is_hybrid:

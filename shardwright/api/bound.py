@@ -60,8 +60,8 @@ class BoundCall:
     compiler: SegmentCompiler | None = None
     numbers: Numbers | None = None  # attributes that are numbers of each call
     decisions: Decisions | None = None  # by values of tensors, which the program assumes
+    _now: Sequence[Any] = ()  # values of the numbers in this call
     _split: Sequence[tuple[int, Callable[[Any], Any]]] = ()  # positions of outputs that stay split, and what wraps them
-    _now: Sequence[Any] = ()  # their values in this call
     signatures: dict[bool, Signature]  # its descriptions for other ranks, by gradient mode
 
     def __init__(

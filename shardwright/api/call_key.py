@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.agreement.signature import value_summaries
 from shardwright.agreement.watch import Summarize
+from shardwright.base.torch_private import pytree
 from shardwright.errors import WorldError
+from shardwright.train.outputs.split_output import SplitOutput, whole_outputs
 
 
 @contextmanager
@@ -43,14 +45,19 @@ def torch_modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast, dtype, modes
 
 
-def check_leaves(leaves: Sequence[Any]) -> None:
-    """Checks the flat inputs of a call.
+def flat_inputs(args: Any, kwargs: Any) -> tuple[Any, Any, list[Any], Any]:
+    """Returns the inputs of a call, split outputs of other calls made whole, and their leaves and structure.
 
     Raises:
         WorldError: one is distributed.
     """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    if any(isinstance(leaf, SplitOutput) for leaf in leaves):
+        leaves = whole_outputs(leaves)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
     if any(isinstance(leaf, DTensor) for leaf in leaves):
         raise WorldError("net(...) got a distributed tensor, computed from parameters: give sw.full_value(tensor)")
+    return args, kwargs, leaves, spec
 
 
 def input_summary(leaves: list[Any], are_alike: bool, numbers: Callable[[], list[Tensor]] = list) -> Summarize | None:

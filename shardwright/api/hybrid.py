@@ -111,6 +111,10 @@ def _check_settings(settings: Settings) -> None:
         problems.add("compiled segments are not there for a program of one rank: drop the call")
     if settings.precision != Precision(dtype=settings.precision.dtype):
         problems.add("what reduces in another dtype is not there for a program of one rank: cast in the program; drop the call")
+    if settings.output == "sharded":
+        problems.add(
+            "output='sharded' leaves results as plans split them: a program of one rank has no plan; drop the argument"
+        )
     problems.raise_if_any("hybrid_parallel runs what is written")
 
 

@@ -19,7 +19,7 @@ from shardwright.api.settings import Settings
 from shardwright.api.train_step import backward_is_a_step
 from shardwright.base.dump import Dump
 from shardwright.base.torch_private import pytree
-from shardwright.errors import CaptureError
+from shardwright.errors import CaptureError, ShardwrightError
 from shardwright.ir.graph import Graph
 from shardwright.ir.marks import Mark
 from shardwright.ir.plan import Plan
@@ -88,8 +88,13 @@ def make_target(
 
     Raises:
         StrategyError: strategies that fit no module or parameter.
+        ShardwrightError: results that are to stay split, of a ``GradAccumulation``.
     """
     accumulates = isinstance(root, GradAccumulation)
+    if accumulates and settings.output == "sharded":
+        raise ShardwrightError(
+            "output='sharded': GradAccumulation joins the results of its parts to whole ones; drop the argument"
+        )
     if isinstance(root, GradAccumulation):
         args, kwargs = first_part(root, args, kwargs)
     marks, parameter_plan = gather_marks(root, settings)

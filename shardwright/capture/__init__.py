@@ -7,7 +7,6 @@
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
-``covariance``       ``torch.cov`` and ``torch.corrcoef`` as the operators that they are made of
 ``cumulative_norm``  batch norms without a momentum, whose statistics are the means over all batches
 ``data``             assignments to ``tensor.data``
 ``decisions``        what Python decides by values of tensors, assumed and compared in every call

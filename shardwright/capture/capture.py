@@ -100,7 +100,8 @@ def capture(
                 raise
             raise CaptureError(_capture_message(module, error, converter)) from error
     check_values(graph.constants)
-    return replace(graph, assignments=tuple(assigned))
+    hidden = sum(len(assignment.tensors) for assignment in assigned) + (decisions.count if decisions is not None else 0)
+    return replace(graph, assignments=tuple(assigned), hidden=hidden)
 
 
 def _exported(

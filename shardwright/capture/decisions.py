@@ -63,6 +63,7 @@ class Decisions:
         sources: the user's lines that decided.
         texts: tensors whose values are in a text, by the text that stands for them: how the values are formatted.
         error: what the callable raised on this way.
+        count: how many tensors they add to the result.
     """
 
     def __init__(self, assumed: Sequence[Any] = ()):
@@ -75,6 +76,7 @@ class Decisions:
         self.sources: list[str] = []
         self.texts: dict[str, Callable[[Tensor], str]] = {}
         self.error: BaseException | None = None
+        self.count = 0
         self.likely: dict[int, tuple[Tensor, int]] = {}  # guesses of integers, by the id of the tensor that has one
         self._first = MOST
         self._functions: list[OpaqueFunction] = []  # recorded calls name them by number, which keeps nothing alive
@@ -158,6 +160,7 @@ class Decisions:
             )
         made, self._known, self.likely = (*self._tensors, *self._printed), {}, {}
         self._tensors, self._printed = [], []
+        self.count = len(made)
         return (result, made) if made else result
 
     # -- in a call --------------------------------------------------------------------------------------------------------

@@ -126,7 +126,16 @@ class _Expansion:
         named = tuple(replace(i, value=known[i.value]) for i in inputs)
         updates = tuple((known[name], known.get(value, value)) for name, value in updates)
         marks = self.few.impossible_marks
-        return Graph(named, tuple(nodes), outputs, updates, self.few.out_spec, self.few.constants, impossible_marks=marks)
+        return Graph(
+            named,
+            tuple(nodes),
+            outputs,
+            updates,
+            self.few.out_spec,
+            self.few.constants,
+            impossible_marks=marks,
+            hidden=self.few.hidden,
+        )
 
     # -- where things stand -----------------------------------------------------------------------------------------
 

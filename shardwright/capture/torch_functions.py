@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from shardwright.base.torch_private import FakeTensor, annotate, function_modes, pytree, within_function_modes
 from shardwright.base.user_code import SOURCE, user_frame, user_source
 from shardwright.capture.closure import attribute_of
-from shardwright.capture.covariance import correlation, covariance
 from shardwright.capture.data import check_aliases, give_data
 from shardwright.capture.decisions import Decisions
 from shardwright.capture.derivatives import Modes, derivative
@@ -254,11 +253,6 @@ class Watch(TorchFunctionMode):
         with self.paused():
             return self.own_backwards.hook(tensor, hook)
 
-    @staticmethod
-    def write_out(instead: Any) -> Any:
-        """Returns a handler that calls another function in the place of torch's."""
-        return lambda self, function, args, kwargs: instead(*args, **{"x" if k == "input" else k: v for k, v in kwargs.items()})
-
     def record_retain_grad(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Records that an activation keeps its gradient; leaves do in any case."""
         if id(args[0]) in self.given or not args[0].requires_grad or not torch.is_grad_enabled():
@@ -374,8 +368,6 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     Tensor.register_hook: Watch.record_hook,
     Tensor.register_post_accumulate_grad_hook: Watch.record_hook,
     Tensor.retain_grad: Watch.record_retain_grad,
-    **{f: Watch.write_out(covariance) for f in (torch.cov, Tensor.cov)},
-    **{f: Watch.write_out(correlation) for f in (torch.corrcoef, Tensor.corrcoef)},
     ("grad_fn", "__get__"): Watch.refuse_grad_fn,
     ("grad", "__get__"): Watch.refuse_reading_grad,
     ("grad", "__set__"): Watch.refuse_setting_grad,

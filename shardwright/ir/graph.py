@@ -82,6 +82,7 @@ class Graph:
             of the graph is a pair: what the callable returns, and those tensors in their order.
         numbers: constants that are computed anew in every call, of numbers that the callable reads: formula and dtype.
         impossible_marks: errors in strategies of modules and functions that do not depend on the devices.
+        hidden: how many of the last outputs callers do not get: tensors that attributes are assigned or Python decides by.
         read_later: outputs that a program returns as they are split, to be made whole when they are read.
     """
 
@@ -96,6 +97,7 @@ class Graph:
     assignments: tuple[Any, ...] = field(default=(), compare=False)
     impossible_marks: tuple[str, ...] = field(default=(), compare=False)
     numbers: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
+    hidden: int = 0
     read_later: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

@@ -21,10 +21,9 @@ class LocalProgram:
     """A program that one rank runs.
 
     ``outputs`` are names of values that every rank holds whole, or constants; ``split`` are those among them of which a rank
-    holds a piece, or a pending sum. ``places`` names the local value that holds
-    each value of the graph, as its operator returns it. ``kept`` names results of instructions with ``recompute`` that are
-    kept nevertheless: the results of a whole group that is recomputed. ``copies`` gives the copy that the calls of a node
-    belong to, if operators run in copies.
+    holds a piece, or a pending sum. ``places`` names the local value that holds each value of the graph, as its operator
+    returns it. ``kept`` names results of instructions with ``recompute`` that are kept nevertheless: the results of a whole
+    group that is recomputed. ``copies`` gives the copy that the calls of a node belong to, if operators run in copies.
     """
 
     world_size: int

@@ -120,7 +120,11 @@ def by_grad(out):
     assert hooked[0] == 7 * 73 * 512
 
 
-BACKWARDS = (through_loss, through_both, read_under_no_grad_first, twice, with_gradient, by_grad)
+def by_function(out):
+    torch.autograd.backward([out["logits"]], [torch.ones(7, 73, 512, dtype=torch.float64)])
+
+
+BACKWARDS = (by_function, through_loss, through_both, read_under_no_grad_first, twice, with_gradient, by_grad)
 
 
 @pytest.mark.parametrize("output", [None, "sharded", "whole"])
@@ -153,8 +157,42 @@ def test_only_outputs_beside_a_loss_are_split_and_only_large_ones():
         sw.AutoParallel(model, output="split")
     with torch.no_grad():
         assert type(net(ids)["logits"]) is SplitOutput
+    accumulating = sw.AutoParallel(sw.GradAccumulation(model, 2), output="sharded")
+    with pytest.raises(sw.errors.ShardwrightError, match="GradAccumulation joins the results of its parts to whole ones"):
+        accumulating(ids[:2])
+    hybrid = sw.AutoParallel(model, "hybrid_parallel", output="sharded")
+    with pytest.raises(sw.errors.StrategyError, match="a program of one rank has no plan; drop the argument"):
+        hybrid(ids)
     with pytest.raises(sw.errors.ShardwrightError, match="reads an output that is split over the ranks: give it output.full"):
         torch.func.vmap(torch.sum)(net(ids)["logits"])
+
+
+class Leaves(Model):
+    """Leaves an activation in an attribute, and may decide by a value."""
+
+    def __init__(self, decides):
+        super().__init__()
+        self.decides, self.left = decides, None
+
+    def forward(self, ids):
+        found = super().forward(ids)
+        if self.decides and not torch.isfinite(found["loss"]):
+            found["loss"] = found["loss"] * 0
+        self.left = found["logits"] * 2
+        return found
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("output", [None, "sharded"])
+@pytest.mark.parametrize("decides", [False, True])
+def test_what_attributes_are_assigned_is_whole(decides, output):
+    sw.init(devices=3)
+    model, ids = Leaves(decides).double(), torch.randint(512, (7, 73))
+    single = copy.deepcopy(model)
+    ours, plain = sw.AutoParallel(model, "data_parallel", output=output)(ids), single(ids)
+    assert type(ours["logits"]) is SplitOutput
+    assert type(model.left) is torch.Tensor
+    torch.testing.assert_close((ours["logits"], model.left), (plain["logits"], single.left))
 
 
 @pytest.mark.whole

@@ -314,15 +314,21 @@ def test_every_reached_operator_is_as_cheap_as_the_best_of_its_candidates():
 
 
 @pytest.mark.long
-def test_1600_operators_are_planned_in_two_seconds():
-    model = nn.Sequential(*(Block() for _ in range(75)))
-    with torch.enable_grad():
-        graph = capture(model, (torch.randn(8, 6, 32, dtype=DOUBLE),), {}, torch.device("cpu"), {})
-    assert len(graph.nodes) >= 1400
-    started = time.perf_counter()
-    plan = PropagationPlanner(graph, PlanRequest(8, mode="sharding_propagation")).plan()
-    assert time.perf_counter() - started < 2.0
-    assert all(node.name in plan.choices for node in graph.nodes)
+def test_the_time_to_propagate_grows_as_the_number_of_operators():
+    def seconds(blocks: int) -> float:
+        model = nn.Sequential(*(Block() for _ in range(blocks)))
+        with torch.enable_grad():
+            graph = capture(model, (torch.randn(8, 6, 32, dtype=DOUBLE),), {}, torch.device("cpu"), {})
+        assert len(graph.nodes) >= 18 * blocks
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            plan = PropagationPlanner(graph, PlanRequest(8, mode="sharding_propagation")).plan()
+            times.append(time.perf_counter() - started)
+        assert all(node.name in plan.choices for node in graph.nodes)
+        return min(times)
+
+    assert seconds(75) < 8 * seconds(15)  # five times the operators
 
 
 # -- random graphs ----------------------------------------------------------------------------------------------------------

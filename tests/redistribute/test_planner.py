@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-import time
 
 import pytest
 import torch
@@ -269,10 +268,11 @@ def test_the_same_plan_every_time():
         assert planner.cheapest(source, target, (12, 18), Options()) == first
 
 
-def test_planning_takes_milliseconds_even_on_five_axes():
-    """Not a time to boast of: a bound that only a search gone wild would miss."""
+def test_few_steps_are_priced_even_on_five_axes(monkeypatch):
+    priced = []
+    then = planner._Planner.then
+    monkeypatch.setattr(planner._Planner, "then", lambda *args, **kwargs: priced.append(1) or then(*args, **kwargs))
     mesh = Mesh(tuple("abcde"), (2, 2, 2, 2, 2))
     a, b = Layout.of(mesh, ("ab", "c", "d"), [("e", "sum")]), Layout.of(mesh, ("ba", "", "e"))
-    start = time.perf_counter()
     redistribution(a, b, (96, 96, 96), ("c",))
-    assert time.perf_counter() - start < 0.5
+    assert 0 < len(priced) < 2000

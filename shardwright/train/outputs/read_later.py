@@ -34,8 +34,7 @@ def with_outputs_read_later(graph: Graph, output: str | None) -> Graph:
     if output == "whole":
         return graph
     from_nodes = {value for node in graph.nodes for value in node.outputs}
-    left_behind = sum(len(assignment.tensors) for assignment in graph.assignments)
-    returned = graph.outputs[: len(graph.outputs) - left_behind]
+    returned = graph.outputs[: len(graph.outputs) - graph.hidden]
     kept = {o for o in graph.outputs[len(returned) :] if isinstance(o, str)} | {value for _, value in graph.updates}
     found = {o for o in returned if isinstance(o, str) and o in from_nodes and graph.metas[o].shape} - kept
     if output is None:
