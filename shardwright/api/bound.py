@@ -24,7 +24,7 @@ from shardwright.api.stages import (
 )
 from shardwright.base.derivatives import with_first_derivatives_only
 from shardwright.base.dump import dump_of
-from shardwright.base.torch_private import pytree
+from shardwright.base.torch_private import copy_each, pytree
 from shardwright.capture.closure import attribute_of
 from shardwright.capture.decisions import Decisions
 from shardwright.capture.numbers import Numbers
@@ -105,7 +105,7 @@ class BoundCall:
         self.run: Callable[..., Any]
         self.run = self._bound(self.program) if self.micro is None else self._accumulated(program, settings)
         self._split = split_outputs(self.plan, program, world)
-        self._read = [self._reader(i) for i in self.graph.inputs]
+        self._find_inputs()
         self.is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
 
@@ -186,24 +186,40 @@ class BoundCall:
             result.setdefault(name, Layout.replicated(mesh, parameter.ndim))
         return result
 
-    def _reader(self, graph_input: GraphInput) -> Callable[[list[Any]], Any]:
+    def _find_inputs(self) -> None:
+        """Finds where the graph's inputs are: what a call gives, and tables that have the others by keys."""
+        self._given: list[tuple[int, Callable[[list[Any]], Any]]] = []
+        self._tables: list[Any] = []
+        self._keys: list[Any] = []
+        for n, graph_input in enumerate(self.graph.inputs):
+            table, key = self._place_of(n, graph_input)
+            self._tables.append(table)
+            self._keys.append(key)
+        numbers = {i.value: n for n, i in enumerate(self.graph.inputs)}
+        self._updated = [numbers[name] for name, _ in self.graph.updates]
+
+    def _place_of(self, n: int, graph_input: GraphInput) -> tuple[Any, Any]:
         target = graph_input.target
         if graph_input.kind == "input":
-            return lambda leaves: leaves[target]  # type: ignore[index]
+            self._given.append((n, operator.itemgetter(target)))
+            return [None], 0
         if graph_input.kind == "constant" and str(target) in self.graph.numbers:
             formula, dtype = self.graph.numbers[str(target)]
-            return lambda leaves: torch.full((), formula.value(self._now), dtype=dtype)
+            self._given.append((n, lambda leaves: torch.full((), formula.value(self._now), dtype=dtype)))
+            return [None], 0
         if graph_input.kind == "constant":
             value = self.graph.constants[str(target)]
-            found = attribute_of(self.root, value)
-            if found is not None:
-                attributes, attribute = found
-                return lambda leaves: attributes[attribute]
-            return lambda leaves: value
+            return attribute_of(self.root, value) or ([value], 0)
         path, _, name = str(target).rpartition(".")
         owner = self.root.get_submodule(path)
-        table = owner._parameters if graph_input.kind == "parameter" else owner._buffers
-        return lambda leaves: table[name]
+        return owner._parameters if graph_input.kind == "parameter" else owner._buffers, name
+
+    def _values(self, leaves: list[Any]) -> list[Any]:
+        """Reads the graph's inputs, in their order."""
+        values = list(map(operator.getitem, self._tables, self._keys))
+        for n, read in self._given:
+            values[n] = read(leaves)
+        return values
 
     def __call__(self, leaves: list[Any], settled: int = 0) -> Any:
         """Runs the program on the flat inputs; returns the callable's result, with global tensors.
@@ -217,10 +233,10 @@ class BoundCall:
         """
         if self.numbers is not None:
             self._now = self.numbers.read()
-        values = [read(leaves) for read in self._read]
+        values = self._values(leaves)
         if self.world.keeps_pieces and any(type(values[n]) is DTensor for n in self._other_inputs):
             whole_buffers(self.root)
-            values = [read(leaves) for read in self._read]
+            values = self._values(leaves)
         undone = UndoneOtherwise(self, values, settled) if self.decisions is not None else nullcontext()
         for n in self.made_to_require:
             values[n].requires_grad_()
@@ -342,7 +358,7 @@ class BoundCall:
             for name, parameter in self.root.named_parameters():
                 layouts.setdefault(name, Layout.replicated(mesh, parameter.ndim))
             distribute_parameters(self.root, layouts, self.world.device_of(self.root))
-        return [self._read[n]([]) for n in self._parameters]
+        return [self._tables[n][self._keys[n]] for n in self._parameters]
 
     def _run(self, values: list[Any]) -> Any:
         try:
@@ -361,13 +377,12 @@ class BoundCall:
 
     def _update(self, values: list[Any], updates: list[Tensor]) -> None:
         """Writes back the buffers and inputs that the callable changed in place."""
-        by_name = {i.value: n for n, i in enumerate(self.graph.inputs)}
+        held, changed = [values[n] for n in self._updated], list(updates)
+        for at, ((name, _), new) in enumerate(zip(self.graph.updates, updates, strict=True)):
+            if new.shape != held[at].shape:  # a frozen parameter of which this rank keeps a piece
+                changed[at] = new[self.plan.input_layouts[name].slices(new.shape)[self.world.rank]]
         with torch.no_grad():
-            for (name, _), new in zip(self.graph.updates, updates, strict=True):
-                n = by_name[name]
-                if new.shape != values[n].shape:  # a frozen parameter of which this rank keeps a piece
-                    new = new[self.plan.input_layouts[name].slices(new.shape)[self.world.rank]]
-                values[n].copy_(new)
+            copy_each(held, changed)
 
 
 def device_of(root: nn.Module, world: World) -> torch.device:

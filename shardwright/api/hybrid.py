@@ -72,7 +72,7 @@ class HybridBoundCall(BoundCall):
         self.compiler = None
         self.program = self._finished(program)
         self.run = world.bind(self.program) if self.micro is None else self._accumulated(program, settings)
-        self._read = [self._reader(i) for i in self.graph.inputs]
+        self._find_inputs()
         self.is_random = any(n.op.draws for n in self.graph.nodes)
         self._count_inputs()
 

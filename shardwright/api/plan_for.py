@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwright.api.pipeline_planning import plan_pipeline
 from shardwright.api.settings import SearchSettings, Settings
 from shardwright.api.stages import before_compiling, capture_target, make_target, plan_target
 from shardwright.base.dump import dump_of
@@ -21,6 +22,7 @@ from shardwright.capture.repeated import capture_repeated
 from shardwright.cost.machine_files import load_machine
 from shardwright.errors import ArgumentTypeError, ShardwrightError
 from shardwright.ir.machine import Machine
+from shardwright.pipeline.pipeline_plan import PipelinePlan
 from shardwright.plan.asked.sizes import memory_bytes, optimizer_bytes_per_byte
 from shardwright.plan.file.read import load_plan_file
 from shardwright.report.plan_view import PlanView
@@ -73,7 +75,9 @@ def plan_for(
     root = target if isinstance(target, nn.Module) else FunctionModule(target)
     options = {"mesh": mesh, "axes": axes, "memory": memory, "optimizer": optimizer, "seconds": seconds, "file": file}
     chosen = _with_options(replace(settings or Settings(), mode=mode), machine=machine, **options)
-    return _planned(devices, root, inputs, {}, chosen, tell=tell)
+    plan = _planned(devices, root, inputs, {}, chosen, tell=tell)
+    assert isinstance(plan, PlanView)  # only an AutoParallel asks for a pipeline
+    return plan
 
 
 def _with_options(
@@ -121,7 +125,7 @@ def _planned(
     settings: Settings,
     may_be_a_step: bool = False,
     tell: Callable[[str], None] | None = None,
-) -> PlanView:
+) -> PlanView | PipelinePlan:
     """Plans what an ``AutoParallel`` with these settings would run, on shapes."""
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ArgumentTypeError(f"plan_for({devices!r}): give the number of devices")
@@ -131,6 +135,8 @@ def _planned(
         root, tuple(args), kwargs, settings, devices, torch.device("cpu"), settings.search.machine,
         dump=dump_of(type(root).__name__, None), may_be_a_step=may_be_a_step, tell=tell,
     )  # fmt: skip
+    if settings.pipeline is not None:
+        return plan_pipeline(target).view
     with torch.enable_grad():
         graph, _ = explored(lambda decisions: capture_target(target, partial(capture_repeated, decisions=decisions)))
     return PlanView(plan_target(target, graph))
@@ -143,7 +149,7 @@ class _PlanMade(BaseException):
 @contextmanager
 def planning(
     devices: int, mode: str | None, meta: bool, options: dict[str, Any], tell: Callable[[str], None] | None = None
-) -> Iterator[list[PlanView]]:
+) -> Iterator[list[PlanView | PipelinePlan]]:
     """Plans, within the block, what an ``AutoParallel`` would run; the first plan ends the block.
 
     Args:
@@ -156,7 +162,7 @@ def planning(
     Yields:
         A list that holds the plan after the block.
     """
-    plans: list[PlanView] = []
+    plans: list[PlanView | PipelinePlan] = []
 
     def instead(root: nn.Module, args: Any, kwargs: Any, settings: Settings) -> None:
         chosen = _with_options(replace(settings, mode=mode or settings.mode), **options)

@@ -142,6 +142,7 @@ variable_functions: Any = torch._C._VariableFunctions
 # Tells which kernel attention on these tensors would run.
 fused_attention_choice: Callable[..., int] = torch.ops.aten._fused_sdp_choice.default
 # Computes the norms of many tensors in few kernels, as torch.nn.utils.get_total_norm does.
+copy_each: Callable[..., None] = torch._foreach_copy_
 foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = torch._foreach_norm
 
 
@@ -249,6 +250,7 @@ __all__ = [
     "current_graph_task",
     "disable_current_modes",
     "failed_toolchain",
+    "copy_each",
     "foreach_norm",
     "function_modes",
     "functorch_apis",

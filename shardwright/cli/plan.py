@@ -17,6 +17,7 @@ from shardwright.api.plan_for import plan_for, planning
 from shardwright.cli.options import _count, _ints, _names, _seconds
 from shardwright.cli.script import run_script
 from shardwright.errors import ShardwrightError
+from shardwright.pipeline.pipeline_plan import PipelinePlan
 from shardwright.report.plan_view import PlanView
 
 HELP = """\
@@ -122,7 +123,7 @@ def showing_progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def make_plan(arguments: argparse.Namespace) -> PlanView:
+def make_plan(arguments: argparse.Namespace) -> PlanView | PipelinePlan:
     """Plans what the command line names: a script, or a model and its inputs.
 
     Raises:
@@ -160,7 +161,7 @@ def _them(missing: list[str]) -> str:
     )
 
 
-def _without_settings(plan: PlanView, given: dict[str, Any], script: str) -> PlanView:
+def _without_settings(plan: PlanView | PipelinePlan, given: dict[str, Any], script: str) -> PlanView | PipelinePlan:
     if given:
         raise ShardwrightError(
             f"--set {next(iter(given))}: {script} defines no model() and inputs() to give it to; arguments of the script "
@@ -190,14 +191,23 @@ def _of_functions(
     return plan_for(arguments.devices, target, *inputs, mode=arguments.mode or "auto", **given_options)
 
 
-def show(plan: PlanView, arguments: argparse.Namespace) -> None:
+def show(plan: PlanView | PipelinePlan, arguments: argparse.Namespace) -> None:
     """Prints the views of a plan that the command line asks for.
 
     Raises:
-        ShardwrightError: the page cannot be written.
+        ShardwrightError: the page cannot be written, a view that pipelines do not have.
     """
     from shardwright.report.overview import WIDTH, overview
 
+    if isinstance(plan, PipelinePlan):
+        asked = [f"--{name}" for name in ("explain", "save", "html") if getattr(arguments, name)]
+        if asked:
+            raise ShardwrightError(
+                f"{', '.join(asked)}: a pipeline has a plan per stage, and these show one; leave it out, or use "
+                "net.plan.stages in the script"
+            )
+        print(plan.summary() if arguments.summary else plan)
+        return
     if arguments.explain:
         for name in arguments.explain:
             print(plan.explain(name))

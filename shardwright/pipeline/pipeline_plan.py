@@ -79,10 +79,14 @@ class PipelinePlan:
         self.schedule.to_csv(os.fspath(path))
 
     def __str__(self) -> str:
-        texts = [f"{self.schedule}\n{self._table()}"]
+        texts = [self.summary()]
         for own, view in zip(self.planned, self.stages, strict=True):
             texts.append(f"stage {own.stage.index} on {_ranks(own)}\n{view}")
         return "\n\n".join(texts)
+
+    def summary(self) -> str:
+        """Shows the schedule and the predicted times of the stages, without their operators."""
+        return f"{self.schedule}\n{self._table()}"
 
     def _table(self) -> str:
         timeline, peaks = self.timeline, peak_in_flight(self.schedule)
