@@ -16,10 +16,10 @@ from shardwright.cost.machine_files import load_machine
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.program import LocalProgram
-from shardwright.pipeline.distributed_run import TiedGradients
 from shardwright.pipeline.run import PipelineRun, SimulatedPipelineRun, StagePlace
 from shardwright.pipeline.schedules.actions import WEIGHT
 from shardwright.pipeline.stage_run import StageRun
+from shardwright.pipeline.tied_gradients import TiedGradients
 from shardwright.world.current import World
 from shardwright.world.distributed.world import DistributedWorld
 from shardwright.world.simulated.world import SimulatedWorld
@@ -48,16 +48,16 @@ class PipelineBoundCall(BoundCall):
         self.graph, self.view = pipeline.graph, pipeline.view  # type: ignore[assignment]
         planned, cut, schedule, loss = pipeline.planned, pipeline.cut, pipeline.schedule, pipeline.loss
         puts_off = any(action.kind == WEIGHT for row in schedule.rows for action in row)
+        places = [StagePlace(p.stage, p.parts, p.first_rank, p.is_tail) for p in planned]
         self.tied: TiedGradients | None = None
         self.pipeline_run: PipelineRun
         if isinstance(world, DistributedWorld):
-            stages = [(p.stage, p.parts, p.first_rank, p.ranks) for p in planned]
+            stages = list(zip(places, (p.ranks for p in planned), strict=True))
             self.pipeline_run, self.tied = run_in_job(
                 world, self.graph, stages, cut, schedule, loss, request.output_broadcast, device, puts_off
             )
         else:
             world.place_parameters(root, layouts, device)
-            places = [StagePlace(p.stage, p.parts, p.first_rank) for p in planned]
             runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, True, puts_off) for n, p in enumerate(planned)}
             self.pipeline_run = SimulatedPipelineRun(self.graph, places, runs, cut, schedule, loss)
         self.run = self._step

@@ -15,12 +15,12 @@ from shardwright.ir.plan import Plan
 from shardwright.parameters.stages import distribute_over_stages
 from shardwright.pipeline.crossing import shifted
 from shardwright.pipeline.cut import Stage
-from shardwright.pipeline.distributed_run import DistributedPipelineRun, Tied, TiedGradients
+from shardwright.pipeline.distributed_run import DistributedPipelineRun
 from shardwright.pipeline.micro import Cut
-from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.run import StagePlace
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import StageRun
+from shardwright.pipeline.tied_gradients import Tied, TiedGradients
 from shardwright.world.distributed.world import DistributedWorld
 
 
@@ -59,7 +59,7 @@ def place_parameters(
 
 
 def run_in_job(
-    world: DistributedWorld, graph: Graph, stages: Sequence[tuple[Stage, Parts, int, int]], cut: Cut, schedule: Schedule,
+    world: DistributedWorld, graph: Graph, stages: Sequence[tuple[StagePlace, int]], cut: Cut, schedule: Schedule,
     loss: int | None, broadcasts: bool, device: torch.device, puts_off: bool = False,
 ) -> tuple[DistributedPipelineRun, TiedGradients]:  # fmt: skip
     """Binds the stages of this rank. All ranks of the job call it.
@@ -67,7 +67,7 @@ def run_in_job(
     Args:
         world: the job.
         graph: the whole graph.
-        stages: each stage, its program in parts, its first rank, and how many it has.
+        stages: each stage, and the number of its ranks.
         cut: where micro-batches cut values.
         schedule: the order of actions.
         loss: the position of the loss.
@@ -82,30 +82,30 @@ def run_in_job(
         raise PipelineError("pipelines run on gloo so far: messages between two ranks need tags, which NCCL does not have")
     link = world.everyone()
     runs: dict[int, StageRun] = {}
-    for stage, parts, start, count in stages:
-        ranks = tuple(range(start, start + count))
+    for place, count in stages:
+        ranks = tuple(range(place.first_rank, place.first_rank + count))
 
         def bind(program: Any, keep: Any = None, ranks: tuple[int, ...] = ranks) -> Any:
             return world.bind_on_stage(program, ranks, keep)
 
-        run = StageRun(stage, parts, bind, False, puts_off)  # binds on all ranks, as process groups are made by all
+        run = StageRun(place.stage, place.parts, bind, False, puts_off)  # binds on all ranks, as process groups are made by all
         if world.rank in ranks:
-            runs[stage.index] = run
-    places = [StagePlace(stage, parts, start) for stage, parts, start, _ in stages]
+            runs[place.stage.index] = run
+    places = [place for place, _ in stages]
     made = DistributedPipelineRun(graph, places, runs, cut, schedule, loss, world.rank, link, broadcasts, device)
-    return made, TiedGradients(_tied(stages), world.rank, link)
+    return made, TiedGradients(_tied(places), world.rank, link)
 
 
-def _tied(stages: Sequence[tuple[Stage, Parts, int, int]]) -> list[Tied]:
+def _tied(places: Sequence[StagePlace]) -> list[Tied]:
     """Lists the parameters that several rows hold."""
     found: dict[str, list[Layout]] = {}
     metas: dict[str, Any] = {}
-    for stage, parts, _, _ in stages:
-        trained = {i.value for i in stage.graph.inputs if i.kind == "parameter" and i.requires_grad}
-        for given in parts.once.inputs:
+    for place in places:
+        trained = {i.value for i in place.stage.graph.inputs if i.kind == "parameter" and i.requires_grad}
+        for given in place.parts.once.inputs:
             if given.name in trained:
                 known = found.setdefault(given.name, [])
                 if given.layout.mesh.ranks not in [layout.mesh.ranks for layout in known]:
                     known.append(given.layout)
-                metas[given.name] = stage.graph.metas[given.name]
+                metas[given.name] = place.stage.graph.metas[given.name]
     return [Tied(name, metas[name], tuple(each)) for name, each in found.items() if len(each) > 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import options_of, program_before_overlap
-from shardwright.pipeline.cell import PipelineCell, stage_marks
+from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
 from shardwright.pipeline.cut import Stage, cut_graph
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan, micro_mesh
@@ -27,10 +27,13 @@ from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
-from shardwright.pipeline.scheduling import micro_batches, placement_of, schedule_of
+from shardwright.pipeline.scheduling import forwards_first, micro_batches, placement_of, schedule_of
 from shardwright.pipeline.stage_times import cost_of, operator_seconds, times_of
-from shardwright.pipeline.stages import Placement, assign_stages
+from shardwright.pipeline.stages import Mark, Placement, assign_stages
+from shardwright.pipeline.tail import lets_all_pass, meeting, received_whole, tail_of, whole_tail
 from shardwright.train.accumulation.module import GradAccumulation
+
+MOST_IN_TAIL = 0.5  # of the seconds of all operators, without marks
 
 # By module and placement, the stages that read each parameter. Other signatures are cut alike: parameters stay where they are.
 _cuts: WeakKeyDictionary[nn.Module, dict[Placement, dict[str, list[int]]]] = WeakKeyDictionary()
@@ -83,10 +86,46 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
     graph = with_counted_means(captured_once(target))
     sizes = micro_batches(graph, root.micro_size)
     planned, cut = plan_stages(target, graph, rows, placement, len(sizes), marks, keeps_pieces)
-    times = times_of([cost_of(p.whole) for p in planned], [p.stage for p in planned], graph, target.machine, sizes)
+    stages = [p for p in planned if not p.is_tail]
+    costs = [cost_of(p.whole) for p in stages]
+    tail = planned[-1] if planned[-1].is_tail else None
+    if tail is not None:  # its time is shared out among the forwards of the last stage
+        costs[-1] = costs[-1].followed_by(cost_of(tail.whole))
+    times = times_of(costs, [p.stage for p in stages], graph, target.machine, sizes)
     schedule = target.on_first_rank(lambda: schedule_of(request, placement, len(sizes), times))
+    notes: list[str] = []
+    if tail is not None:
+        schedule, notes = _for_tail(schedule, tail, request, placement)
     check_schedule(schedule)
-    return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), PipelinePlan(planned, schedule, times, sizes))
+    view = PipelinePlan(planned, schedule, times, sizes, notes)
+    return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), view)
+
+
+def _for_tail(
+    schedule: Schedule, tail: PlannedStage, request: PipelineRequest, placement: Placement
+) -> tuple[Schedule, list[str]]:
+    """Returns a schedule whose last stage runs all its forwards first, and what there is to say about it.
+
+    Args:
+        schedule: as it was asked for.
+        tail: what needs all micro-batches.
+        request: what was asked for.
+        placement: which row runs which stage.
+
+    Raises:
+        PipelineError: the user's own schedule does not wait.
+    """
+    first = tail.stage.graph.nodes[0]
+    notes = [f"for the whole batch, after all micro-batches: {len(tail.stage.graph.nodes)} operators from {first.where} on"]
+    if lets_all_pass(schedule):
+        return schedule, notes
+    if isinstance(request.scheduler, Schedule):
+        raise PipelineError(
+            f"the schedule {schedule.name!r} begins backwards of the last stage before all its forwards have run, and "
+            f'{first.where} needs the whole batch\n  Run all forwards first there, or give scheduler="gpipe"'
+        )
+    notes.append(f"so all forwards run first, in place of the schedule {schedule.name}")
+    return forwards_first(placement, schedule.micro_count), notes
 
 
 def captured_once(target: Target) -> Graph:
@@ -169,45 +208,116 @@ def plan_stages(
     Raises:
         StrategyError: strategies or stages that cannot be followed, operators that need the whole batch.
     """
-    known = _cuts.setdefault(target.root, {}).setdefault(placement, {})
-    costs = {} if marks or known else operator_seconds(_on_one_rank(target, graph))
     count = len(placement.row_of_stage)
-    stages = cut_graph(graph, assign_stages(graph, marks, placement, costs, known), count)
-    if not marks and not known:
-        for stage in stages:
-            for i in stage.graph.inputs:
-                if i.kind == "parameter":
-                    known.setdefault(str(i.target), []).append(stage.index)
     cut = (
         Cut()
         if micro == 1
         else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
     )
+    stage_of, stages = _cut_into_stages(target, graph, placement, micro, marks, cut)
+    ranks = [rows[row] for row in (*placement.row_of_stage, placement.row_of_stage[-1])]  # of the tail too
+    first = [sum(rows[:row]) for row in (*placement.row_of_stage, placement.row_of_stage[-1])]
     problems = Problems()
     wholes: list[Plan] = []
     plans: list[Plan] = []
-    for stage in stages:
-        ranks = rows[placement.row_of_stage[stage.index]]
-        wholes.append(_plan_stage(_followed(target, stage, graph), stage, ranks, cut, micro))
-        plans.append(cut_plan(wholes[-1], micro, cut, problems) if micro > 1 else wholes[-1])
+    for index in range(count):
+        whole = _plan_stage(_followed(target, stages[index], graph), stages[index], ranks[index], cut, micro)
+        if index == count - 1 and len(stages) == count and micro > 1 and not problems.lines:
+            stages, whole = _taken_off(target, graph, stage_of, stages, whole, cut, micro)
+        wholes.append(whole)
+        plans.append(cut_plan(whole, micro, cut, problems) if micro > 1 else whole)
     problems.raise_if_any(_CANNOT.format(micro))
-    first = [sum(rows[:row]) for row in placement.row_of_stage]
+    for stage in stages[count:]:
+        whole = _plan_stage(_followed(target, stage, graph), stage, ranks[count], Cut(), micro)
+        wholes.append(replace(whole, input_layouts={**whole.input_layouts, **received_whole(whole, stage.received)}))
+        plans.append(wholes[-1])
     if keeps_pieces:
-        stored = place_parameters(target.root, list(zip(stages, wholes, first, strict=True)), target.device)
-        plans = [_with_stored(plan, own, micro) for plan, own in zip(plans, stored, strict=True)]
+        stored = place_parameters(target.root, list(zip(stages, wholes, first)), target.device)
+        plans = [
+            _with_stored(plan, own, 1 if stage.index == count else micro)
+            for stage, plan, own in zip(stages, plans, stored, strict=True)
+        ]
     planned = []
-    for stage, whole, plan, start in zip(stages, wholes, plans, first, strict=True):
+    for stage, whole, plan, start in zip(stages, wholes, plans, first):
         program = program_before_overlap(plan)
+        is_tail = stage.index == count
         try:
             options = options_of(replace(plan, machine=None))
-            parts = parts_of(program, micro, options, tuple(stage.received), start if keeps_pieces else 0)
+            parts = parts_of(program, 1 if is_tail else micro, options, tuple(stage.received), start if keeps_pieces else 0)
         except MicroBatchesMeet as met:
             node = next(n for n in plan.graph.nodes if n.name == str(met))
             problems.add(f"{node.where} computes with the whole batch, such as its mean and variance; {NEVER_MEET}")
             continue
-        planned.append(PlannedStage(stage, whole, plan, parts, start, rows[placement.row_of_stage[stage.index]]))
+        planned.append(PlannedStage(stage, whole, plan, parts, start, ranks[stage.index], is_tail))
     problems.raise_if_any(_CANNOT.format(micro))
     return planned, cut
+
+
+def _cut_into_stages(
+    target: Target, graph: Graph, placement: Placement, micro: int, marks: Mapping[str, Mark], cut: Cut
+) -> tuple[dict[str, int], list[Stage]]:
+    """Cuts a graph into stages; without marks, with a tail if there has to be one, which no stage is balanced with.
+
+    Args:
+        target: the callable.
+        graph: its graph.
+        placement: which row runs which stage.
+        micro: number of micro-batches.
+        marks: rows of modules.
+        cut: where the inputs are cut.
+
+    Returns:
+        The stage of every operator that is not free, and the stages.
+    """
+    count = len(placement.row_of_stage)
+    if marks:
+        stage_of = assign_stages(graph, marks, placement, {})
+        return stage_of, cut_graph(graph, stage_of, count)
+    known = _cuts.setdefault(target.root, {}).setdefault(placement, {})
+    alone = _on_one_rank(target, graph)
+    costs = operator_seconds(alone)
+    tail = set(whole_tail(alone, micro, cut) if micro > 1 else [])
+    read = {str(i.target) for i in graph.inputs for n in graph.nodes if n.name in tail and i.value in n.inputs}
+    is_there = all(count - 1 in known.get(name, [count - 1]) for name in read)
+    if not is_there or sum(costs.get(name, 0.0) for name in tail) > MOST_IN_TAIL * sum(costs.values()):
+        tail = set()  # hardly a pipeline, or its parameters are elsewhere
+    body = replace(graph, nodes=tuple(node for node in graph.nodes if node.name not in tail))
+    stage_of = {**assign_stages(body, marks, placement, costs, known), **dict.fromkeys(tail, count)}
+    stages = cut_graph(graph, stage_of, count + bool(tail))
+    if not known:
+        for stage in stages:
+            for i in stage.graph.inputs:
+                if i.kind == "parameter":
+                    known.setdefault(str(i.target), []).append(min(stage.index, count - 1))
+    return stage_of, stages
+
+
+def _taken_off(
+    target: Target, graph: Graph, stage_of: Mapping[str, int], stages: list[Stage], whole: Plan, cut: Cut, micro: int
+) -> tuple[list[Stage], Plan]:
+    """Takes what needs the whole batch off the last stage, where the rest of it can do without.
+
+    Args:
+        target: the callable.
+        graph: its graph.
+        stage_of: the stage of each operator.
+        stages: the stages.
+        whole: the plan of the last one.
+        cut: where values are cut.
+        micro: number of micro-batches.
+
+    Returns:
+        The stages, with a tail if there is one, and the plan of the last one before it.
+    """
+    last, before = len(stages) - 1, (stages, whole)
+    while met := meeting(whole, micro, cut, stages[last].received):
+        tail = tail_of(graph, met, stage_of, last)
+        if tail is None or len(tail) == sum(stage >= last for stage in stage_of.values()):
+            return before
+        stage_of = {**stage_of, **dict.fromkeys(tail, last + 1)}
+        stages = cut_graph(graph, stage_of, last + 2)
+        whole = _plan_stage(_followed(target, stages[last], graph), stages[last], whole.mesh.size, cut, micro)
+    return stages, whole
 
 
 _CANNOT = (

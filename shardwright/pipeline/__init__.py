@@ -7,6 +7,7 @@
 ``means``       rewrites means whose count depends on the data, so that micro-batches can add up
 ``micro``       puts an axis of micro-batches into the plan of a stage
 ``sums``        operators that may read sums over micro-batches pending, and values shared out among them
+``tail``        what the last stage computes with the whole batch, after all micro-batches
 ``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs
 ``stage_run``   runs forward and backward of one stage for one micro-batch
 ``split_backward``  splits a backward: gradients of inputs at once, those of weights later
@@ -14,8 +15,10 @@
 ``scheduling``  chooses the schedule that a batch runs with
 ``stage_times``  seconds of the stages, from the prices of their plans
 ``pipeline_plan``  the plan as it is shown
+``passes``      the forward and the backward of a step, as autograd runs them
 ``run``         runs all stages on simulated ranks, each action as soon as it can
 ``distributed_run``  runs the stages of one rank of a job, by direct messages
+``tied_gradients``  adds the gradients of parameters that several rows of a job hold
 ``schedules/``  in which order each rank runs its stages' work: named, searched, checked, and timed
 ==============  ==================================================================================
 """

@@ -7,17 +7,15 @@ it receives is awaited where it is read, and asked for one action ahead. Sends a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
-from shardwright.ir.operator import TensorMeta
 from shardwright.pipeline.crossing import Held
 from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.run import PipelineRun, StagePlace, Step, add_pieces
@@ -52,7 +50,6 @@ class DistributedPipelineRun(PipelineRun):
         self.rank, self.link, self.broadcasts, self.device = rank, link, broadcasts or loss is None, device
         self.row = schedule.row_of_stage[next(iter(runs))]
         self.tags = {name: at for at, name in enumerate(self.maker)}
-        self.micro_count = schedule.micro_count
         self._transfers: dict[Any, Transfer] = {}
 
     def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
@@ -77,10 +74,17 @@ class DistributedPipelineRun(PipelineRun):
         step = step or Step()
         flight = _Flight(self)
         actions = rows[self.row]
+        goes_back = any(action.kind != "F" for action in actions)
+        if step.tail_waits and goes_back:
+            self._tail_backward(step, flight)
         for at, action in enumerate(actions):
             for coming in actions[at : at + 2]:
                 self._ask(coming, flight)
             self._act(action, step, grad, flight)
+            if self.is_before_tail(action):
+                self.tail_forward(step, grad, partial(self._for_tail, step, flight))
+                if grad and goes_back:
+                    self._tail_backward(step, flight)
         flight.finish()
         return step
 
@@ -90,9 +94,11 @@ class DistributedPipelineRun(PipelineRun):
         assert micro is not None
         stage = self.places[index].stage
         if action.kind == "F":
-            for name, source in stage.received.items():
-                if source not in self.runs:
-                    flight.receive(name, micro, source, index, False)
+            readers = [index] if self.tail != index + 1 else [index, index + 1]
+            for reader in readers:
+                for name, source in self.places[reader].stage.received.items():
+                    if source not in self.runs:
+                        flight.receive(name, micro, source, reader, False)
         elif action.kind != "W":
             for name in stage.sent:
                 for reader in self.readers[name] if name in self.graph.needs_grad else ():
@@ -124,6 +130,23 @@ class DistributedPipelineRun(PipelineRun):
                     step.given.setdefault((name, micro), []).append((index, pieces))
                 else:
                     flight.send(name, micro, index, maker, True, pieces[0])
+
+    def _for_tail(self, step: Step, flight: _Flight, name: str, micro: int) -> Pieces:
+        assert self.tail is not None
+        return [self._received(name, micro, self.tail, step, flight)]
+
+    def _tail_backward(self, step: Step, flight: _Flight) -> None:
+        assert self.tail is not None
+        index = self.tail
+
+        def give(name: str, micro: int, pieces: Pieces) -> None:
+            maker = self.maker[name]
+            if maker in self.runs:
+                step.given.setdefault((name, micro), []).append((index, pieces))
+            else:
+                flight.send(name, micro, index, maker, True, pieces[0])
+
+        self.tail_backward(step, self._gradients(self.runs[index], 0, step, flight), give)
 
     def _received(self, name: str, micro: int, index: int, step: Step, flight: _Flight) -> Tensor:
         source = self.maker[name]
@@ -193,7 +216,9 @@ class DistributedPipelineRun(PipelineRun):
         found: list[Any] = []
         for position, name in self.names.items():
             is_number = not self.graph.metas[name].shape
-            is_summed = any(self.held_of(self.home[position], name, micro).layout.partial for micro in range(self.micro_count))
+            is_summed = any(
+                self.held_of(self.home[position], name, m).layout.partial for m in range(self.count_of(self.home[position]))
+            )
             if is_number or is_summed or self.broadcasts:
                 found.append(self._on_all_ranks(position, name, step))
             elif self.home[position] in self.runs:
@@ -206,7 +231,7 @@ class DistributedPipelineRun(PipelineRun):
     def _pieces(self, position: int, name: str, step: Step) -> list[tuple[Layout, Tensor | None]]:
         """Returns the layout of each micro-batch's part of a result and this rank's piece of it, pending sums done."""
         home, found = self.home[position], []
-        for micro in range(self.micro_count):
+        for micro in range(self.count_of(home)):
             layout = self.held_of(home, name, micro).layout
             piece = step.returned[position][micro][0] if home in self.runs else None
             found.append((layout, piece))
@@ -296,94 +321,3 @@ class _Flight:
         for handle in self.sending:
             handle.wait()
         self.sending.clear()
-
-
-@dataclass(frozen=True)
-class Tied:
-    """A parameter of which several rows hold copies.
-
-    Args:
-        name: of the program's input.
-        meta: of the parameter.
-        layouts: over the ranks of each row, in order.
-    """
-
-    name: str
-    meta: TensorMeta
-    layouts: tuple[Layout, ...]
-
-
-class TiedGradients:
-    """Adds up the gradients of parameters that several rows hold, on each of them.
-
-    Args:
-        tied: the parameters, the same on all ranks.
-        rank: this rank.
-        link: over all ranks of the job.
-    """
-
-    def __init__(self, tied: Sequence[Tied], rank: int, link: Link):
-        self.own = [t for t in tied if any(rank in layout.mesh.ranks for layout in t.layouts)]
-        self.ways: list[tuple[list[tuple[int, int, Transfer]], int]] = []
-        for at, each in enumerate(tied):
-            if each not in self.own:
-                continue
-            shape = each.meta.shape
-            here = next(i for i, layout in enumerate(each.layouts) if rank in layout.mesh.ranks)
-            ways: list[tuple[int, int, Transfer]] = []
-            for source, before in enumerate(each.layouts):
-                # to the rows of this rank's copy and from it: one transfer for each pair of rows
-                for target, after in enumerate(each.layouts):
-                    if source != target and here in (source, target):
-                        routes = exchange_routes(before, after, shape)
-                        have, want = before.bounds(shape).get(rank), after.bounds(shape).get(rank)
-                        tag = _LAST_TAG - (at * len(each.layouts) + source) * len(each.layouts) - target
-                        ways.append((source, target, Transfer(link, routes, have, want, tag)))
-            self.ways.append((ways, here))
-
-    def __call__(self, values: list[Any], places: Mapping[str, int]) -> None:
-        """Makes the gradients of a rank's parameters those of all rows.
-
-        Args:
-            values: the local tensors of the program's inputs, which are replaced.
-            places: where each input is.
-        """
-        at = [places[t.name] for t in self.own]
-        if at and torch.is_grad_enabled() and any(values[n].requires_grad for n in at):
-            for n, value in zip(at, _Tied.apply(self, *[values[n] for n in at]), strict=True):
-                values[n] = value
-
-    def added(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the sums over rows, added in the order of rows."""
-        under_way: list[tuple[int, int, Handle]] = []
-        for index, (gradient, (ways, here)) in enumerate(zip(gradients, self.ways, strict=True)):
-            for source, target, transfer in ways:
-                given = gradient.contiguous() if source == here else gradient.new_empty(0)
-                under_way.append((index, source if target == here else -1, transfer.start(given)))
-        parts: list[dict[int, Tensor]] = [{here: g} for g, (_, here) in zip(gradients, self.ways, strict=True)]
-        for index, source, handle in under_way:
-            found = handle.wait()
-            if source >= 0:
-                parts[index][source] = found
-        return [sum_in_order([part[row] for row in sorted(part)]) for part in parts]
-
-
-def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
-    """Adds tensors, first to last."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-class _Tied(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tied: TiedGradients, *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.tied, ctx.like = tied, [value.detach() for value in values]
-        return tuple(value.view_as(value) for value in values)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        given = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, ctx.like, strict=True)]
-        return None, *ctx.tied.added(given)

@@ -62,7 +62,7 @@ class Cut:
         return layout is not None and MICRO in layout.partial_axes
 
 
-def cut_plan(plan: Plan, count: int, cut: Cut, problems: Problems) -> Plan:
+def cut_plan(plan: Plan, count: int, cut: Cut, problems: Problems, met: list[str] | None = None) -> Plan:
     """Makes the plan of a stage on ``micro x ranks`` of a plan on its ranks.
 
     Args:
@@ -70,13 +70,14 @@ def cut_plan(plan: Plan, count: int, cut: Cut, problems: Problems) -> Plan:
         count: number of micro-batches.
         cut: where the inputs are cut; afterwards also the values that the stage makes.
         problems: gets the operators that would have to wait for all micro-batches.
+        met: gets their names.
     """
-    return _Cutter(plan, count, cut, problems).run()
+    return _Cutter(plan, count, cut, problems, [] if met is None else met).run()
 
 
 class _Cutter:
-    def __init__(self, plan: Plan, count: int, cut: Cut, problems: Problems):
-        self.plan, self.graph, self.count, self.cut, self.problems = plan, plan.graph, count, cut, problems
+    def __init__(self, plan: Plan, count: int, cut: Cut, problems: Problems, met: list[str]):
+        self.plan, self.graph, self.count, self.cut, self.problems, self.met = plan, plan.graph, count, cut, problems, met
         self.free = free_nodes(plan.graph)
         self.given = {i.value for i in plan.graph.inputs}
         self.choices: dict[str, Choice] = {}
@@ -336,6 +337,7 @@ class _Cutter:
             self.refuse(node, "computes with the whole batch, such as its mean")
 
     def refuse(self, node: Node, why: str) -> None:
+        self.met.append(node.name)
         self.problems.add(f"{node.where} {why}; {NEVER_MEET}")
 
 

@@ -28,6 +28,7 @@ class PlannedStage:
         plan: its plan with the axis of micro-batches.
         parts: its program.
         first_rank, ranks: those it runs on.
+        is_tail: whether it runs once, after all micro-batches.
     """
 
     stage: Stage
@@ -36,6 +37,7 @@ class PlannedStage:
     parts: Parts
     first_rank: int
     ranks: int
+    is_tail: bool = False
 
 
 class PipelinePlan:
@@ -81,7 +83,8 @@ class PipelinePlan:
     def __str__(self) -> str:
         texts = [self.summary()]
         for own, view in zip(self.planned, self.stages, strict=True):
-            texts.append(f"stage {own.stage.index} on {_ranks(own)}\n{view}")
+            name = "tail" if own.is_tail else f"stage {own.stage.index}"
+            texts.append(f"{name} on {_ranks(own)}\n{view}")
         return "\n\n".join(texts)
 
     def summary(self) -> str:
@@ -92,7 +95,12 @@ class PipelinePlan:
         timeline, peaks = self.timeline, peak_in_flight(self.schedule)
         rows: list[tuple[str, ...]] = [("stage", "ranks", "operators", "F", "I", "W", "bytes held of a micro-batch")]
         for own, forward, backward, weight, memory in zip(
-            self.planned, self.times.forward, self.times.backward, self.times.weight, self.times.memory, strict=True
+            [p for p in self.planned if not p.is_tail],
+            self.times.forward,
+            self.times.backward,
+            self.times.weight,
+            self.times.memory,
+            strict=True,
         ):
             span = _ranks(own).partition(" ")[2]
             count = str(len(own.stage.graph.nodes))

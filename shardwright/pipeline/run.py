@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardwright.agreement.job_watch import in_backward, within_pipeline
-from shardwright.base.derivatives import first_derivative_only
 from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
@@ -20,6 +18,7 @@ from shardwright.pipeline.crossing import Held, cross
 from shardwright.pipeline.cut import Stage
 from shardwright.pipeline.micro import Cut, pieces_of_micro_batches
 from shardwright.pipeline.parts import Parts
+from shardwright.pipeline.passes import Passes, forward_only
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun
@@ -36,21 +35,24 @@ class Step:
         given: gradients that reading stages sent back, by value and micro-batch, each with the stage.
         returned: pieces of results of each micro-batch, by position of the output.
         done: the actions that have run.
+        tail_waits: whether the backward of the tail is still to be run.
     """
 
     sent: dict[tuple[str, int], Pieces] = field(default_factory=dict)
     given: dict[tuple[str, int], list[tuple[int, Pieces]]] = field(default_factory=dict)
     returned: dict[int, list[Pieces]] = field(default_factory=dict)
     done: set[Action] = field(default_factory=set)
+    tail_waits: bool = False
 
 
 @dataclass(frozen=True)
 class StagePlace:
-    """A stage, its program in parts, and its first rank."""
+    """A stage, its program in parts, its first rank, and whether it is a tail, which runs once."""
 
     stage: Stage
     parts: Parts
     first_rank: int
+    is_tail: bool = False
 
 
 class PipelineRun(ABC):
@@ -78,6 +80,8 @@ class PipelineRun(ABC):
         self.maker = {name: source for place in places for name, source in place.stage.received.items()}
         self.home = {position: place.stage.index for place in places for position in place.stage.returned}
         self.names = {position: output for position, output in enumerate(graph.outputs) if isinstance(output, str)}
+        self.micro_count = schedule.micro_count
+        self.tail = next((place.stage.index for place in places if place.is_tail), None)
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
         self.seeds: dict[int, Tensor] = {}  # by position, the gradients of results
 
@@ -96,7 +100,7 @@ class PipelineRun(ABC):
         flat = [tensor for stage in held for pieces in stage for tensor in pieces]
         if torch.is_grad_enabled() and self.graph.needs_grad.intersection(self.names.values()):
             anchor = torch.zeros((), requires_grad=True)  # a process whose stages have no parameters takes part too
-            outputs = list(_Pipeline.apply(self, held, anchor, *flat))
+            outputs = list(Passes.apply(self, held, anchor, *flat))
         else:
             self.hold(held, flat)
             outputs = self.outputs(self.run(forward_only(self.schedule), False))
@@ -130,12 +134,55 @@ class PipelineRun(ABC):
     def outputs(self, step: Step) -> list[Any]:
         """Returns the results of a step, in the order of the graph's outputs, without constants."""
 
+    # -- the tail ---------------------------------------------------------------------------------------------------
+
+    def is_before_tail(self, action: Action) -> bool:
+        """Tells whether the tail comes directly after an action: the last forward of the last stage."""
+        return action.kind == "F" and self.tail == action.stage + 1 and action.micro == self.micro_count - 1
+
+    def tail_forward(self, step: Step, grad: bool, received: Callable[[str, int], Pieces]) -> None:
+        """Runs the tail on what all micro-batches have made.
+
+        Args:
+            step: the step.
+            grad: whether a backward will follow.
+            received: returns the pieces of a value of a micro-batch, as the tail receives them.
+        """
+        assert self.tail is not None
+        run = self.runs[self.tail]
+        whole: dict[str, Pieces] = {}
+        for name in run.received:
+            each = [received(name, micro) for micro in range(self.micro_count)]
+            whole[name] = [self.joined(name, pieces) for pieces in zip(*each, strict=True)]
+        found = run.forward(0, whole, grad)
+        for position, name in run.stage.returned.items():
+            step.returned[position] = [[p.detach() for p in found[name]]]
+        step.tail_waits = grad
+
+    def tail_backward(self, step: Step, gradients: Mapping[str, Pieces], give: Callable[[str, int, Pieces], None]) -> None:
+        """Runs the backward of the tail, and gives every micro-batch its part.
+
+        Args:
+            step: the step.
+            gradients: of the results.
+            give: takes the gradient of a value of a micro-batch.
+        """
+        assert self.tail is not None
+        step.tail_waits = False
+        for name, pieces in self.runs[self.tail].backward(0, gradients).items():
+            for micro in range(self.micro_count):
+                give(name, micro, [self.seed_of(name, micro, piece).contiguous() for piece in pieces])
+
     # -- values -----------------------------------------------------------------------------------------------------
+
+    def count_of(self, stage: int) -> int:
+        """Returns how often a stage runs in a step."""
+        return 1 if stage == self.tail else self.micro_count
 
     def held_of(self, stage: int, name: str, micro: int) -> Held:
         """Returns how the ranks of a stage hold a value of a micro-batch."""
         place = self.places[stage]
-        program = place.parts.each[micro]
+        program = place.parts.each[0 if place.is_tail else micro]
         outputs = (*place.stage.sent, *place.stage.returned.values())
         local = dict(zip(outputs, program.outputs, strict=True)).get(name, name)
         return Held(program.layouts[local], program.rank_groups[local], place.first_rank)
@@ -187,6 +234,9 @@ class SimulatedPipelineRun(PipelineRun):
         """
         step = step or Step()
         waiting = [list(row) for row in rows]
+        goes_back = any(action.kind != "F" for row in rows for action in row)
+        if step.tail_waits and goes_back:
+            self._tail_backward(step)
         while any(waiting):
             ready = [row for row in waiting if row and self._is_ready(row[0], step)]
             if not ready:
@@ -197,13 +247,21 @@ class SimulatedPipelineRun(PipelineRun):
                     action = row.pop(0)
                     self._act(action, step, grad)
                     step.done.add(action)
+                    if self.is_before_tail(action):
+                        self.tail_forward(step, grad, partial(self._for_tail, step))
+                        if grad and goes_back:
+                            self._tail_backward(step)
         return step
 
     def _is_ready(self, action: Action, step: Step) -> bool:
         stage, micro = action.stage, action.micro
         assert micro is not None
         if action.kind == "F":
-            return all((name, micro) in step.sent for name in self.places[stage].stage.received)
+            needed = [(name, micro) for name in self.places[stage].stage.received]
+            if self.is_before_tail(action):
+                others = [name for name, source in self.places[stage + 1].stage.received.items() if source != stage]
+                needed += [(name, m) for name in others for m in range(self.micro_count)]
+            return all(each in step.sent for each in needed)
         if action.kind == "W":
             return Action(stage, "I", micro) in step.done
         sent = self.places[stage].stage.sent
@@ -231,6 +289,19 @@ class SimulatedPipelineRun(PipelineRun):
             back = run.backward(micro, gradients) if action.kind == "B" else run.backward_input(micro, gradients)
             for name, pieces in back.items():
                 step.given.setdefault((name, micro), []).append((index, pieces))
+
+    def _for_tail(self, step: Step, name: str, micro: int) -> Pieces:
+        assert self.tail is not None
+        return self._cross(name, micro, self.maker[name], self.tail, step.sent[name, micro])
+
+    def _tail_backward(self, step: Step) -> None:
+        assert self.tail is not None
+        index = self.tail
+
+        def give(name: str, micro: int, pieces: Pieces) -> None:
+            step.given.setdefault((name, micro), []).append((index, pieces))
+
+        self.tail_backward(step, self._gradients(self.runs[index], 0, step), give)
 
     def _gradients(self, run: StageRun, micro: int, step: Step) -> dict[str, Pieces]:
         """Returns the gradients of a stage's outputs: those that readers sent back, and of the loss or of the results."""
@@ -273,77 +344,3 @@ class SimulatedPipelineRun(PipelineRun):
 def add_pieces(found: dict[str, Pieces], name: str, pieces: Pieces) -> None:
     """Adds the pieces of one more gradient of a value."""
     found[name] = [a + b for a, b in zip(found[name], pieces, strict=True)] if name in found else pieces
-
-
-def forward_only(schedule: Schedule) -> list[list[Action]]:
-    """Returns the forward actions of every row."""
-    return [[action for action in row if action.kind == "F"] for row in schedule.rows]
-
-
-def backward_only(schedule: Schedule) -> list[list[Action]]:
-    """Returns the backward actions of every row."""
-    return [[action for action in row if action.kind in ("B", "I", "W")] for row in schedule.rows]
-
-
-def computing(schedule: Schedule) -> list[list[Action]]:
-    """Returns the actions of every row that compute."""
-    return [[action for action in row if action.kind in ("F", "B", "I", "W")] for row in schedule.rows]
-
-
-class _Pipeline(torch.autograd.Function):
-    """Autograd function from the held values of all stages to the results.
-
-    With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all
-    forwards, and the backward all backwards.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.held, ctx.leaves = run, held, run.hold(held, flat)
-        ctx.set_materialize_grads(False)
-        names = [o for o in run.graph.outputs if isinstance(o, str)]
-        ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
-        ctx.step = None
-        if run.loss is None:
-            with within_pipeline():
-                ctx.step = run.run(forward_only(run.schedule), True)
-            outputs = run.outputs(ctx.step)
-        else:
-            meta = run.graph.metas[run.names[run.loss]]
-            device = flat[0].device if flat else None
-            run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
-            with within_pipeline():
-                outputs = run.outputs(run.run(computing(run.schedule), True))
-            ctx.at, ctx.seed = ctx.positions.index(run.loss), run.seed
-        ctx.states = [stage.state for stage in run.runs.values()]
-        ctx.mark_non_differentiable(*[o for o, name in zip(outputs, names, strict=True) if name not in run.graph.needs_grad])
-        return tuple(outputs)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        run = ctx.run
-        if ctx.leaves is None:
-            raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
-        leaves, ctx.leaves = ctx.leaves, None
-        in_backward()  # on every rank, whether its stages communicate or not
-        seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
-        if not seeds:
-            return None, None, None, *[None] * len(leaves)
-        if ctx.step is None and set(seeds) == {run.loss}:
-            seed = float(gradients[ctx.at])  # type: ignore[arg-type]
-            if seed and math.isfinite(seed):
-                run.seed = seed  # the next step begins with it, so that a loss scale reaches the first of its gradients
-            scale = seed / ctx.seed
-            scaled = [x.grad if x.grad is None or scale == 1.0 else x.grad.mul_(scale) for x in leaves]
-            return None, None, None, *scaled
-        with within_pipeline():
-            if ctx.step is None:  # of other results too, so that both passes run once more
-                leaves = run.hold(ctx.held, leaves)
-                ctx.step = run.run(forward_only(run.schedule), True)
-                ctx.states = [stage.state for stage in run.runs.values()]
-            for stage, state in zip(run.runs.values(), ctx.states, strict=True):
-                stage.state = state
-            run.seeds = seeds
-            run.run(backward_only(run.schedule), True, ctx.step)
-        return None, None, None, *[leaf.grad for leaf in leaves]

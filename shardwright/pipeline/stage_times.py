@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwright.cost.machine_files import load_machine
 from shardwright.ir.graph import Graph
@@ -39,6 +39,11 @@ class StageCost:
         return tuple(  # type: ignore[return-value]
             fixed + max(seconds - fixed, 0.0) / micro for seconds, fixed in zip(whole, self.launches, strict=True)
         )
+
+    def followed_by(self, tail: StageCost) -> StageCost:
+        """Returns the cost of the stage with a tail, whose passes run after all forwards of the stage."""
+        forward = self.forward + tail.forward + tail.backward + tail.weight
+        return replace(self, forward=forward, kept=self.kept)
 
 
 def cost_of(plan: Plan) -> StageCost:

@@ -73,10 +73,29 @@ class Towers(nn.Module):
 class Clip(Towers):
     """The samples of the batch meet in the loss."""
 
+    def __init__(self):
+        super().__init__()
+        for tower in (self.a, self.b):
+            tower.extend(nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]))
+
     def forward(self, x, y):
         p, q = F.normalize(self.a(x)), F.normalize(self.b(y))
         scores, labels = p @ q.T * 3, torch.arange(len(x))
         return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+
+
+class Normed(nn.Module):
+    """Statistics of the batch in the last layers: before a loss, or of the result."""
+
+    def __init__(self, has_loss: bool):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(9)])
+        self.norm, self.head, self.has_loss = nn.BatchNorm1d(8), nn.Linear(8, 5), has_loss
+
+    def forward(self, x, y):
+        h = self.layers(x)
+        p = self.head(self.norm(h) + h)
+        return (F.cross_entropy(p, y), p, h) if self.has_loss else (p - p.mean(0)) / p.std()
 
 
 class Layers(nn.Module):
@@ -240,6 +259,9 @@ CASES: dict[str, Case] = {
     "gpt checkpointed": Case(lambda: GPT(checkpointed=True), _ids),
     "unet": Case(UNet, _floats((3, 8, 8), (3, 8, 8))),
     "towers": Case(Towers, _floats((8,), (6,))),
+    "clip": Case(Clip, _floats((8,), (6,))),
+    "normed": Case(lambda: Normed(True), lambda size: _classes(8, classes=5)(max(size, 3))),
+    "normed result": Case(lambda: Normed(False), lambda size: _classes(8, classes=5)(max(size, 3))),
     "layers": Case(Layers, _floats((16,))),
     "scaled": Case(Scaled, _dict),
     "late": Case(Late, _floats((16,))),

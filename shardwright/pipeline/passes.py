@@ -1,0 +1,92 @@
+"""The two passes of a step: what of a schedule runs in the forward, what in the backward, and what autograd gets."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shardwright.agreement.job_watch import in_backward, within_pipeline
+from shardwright.base.derivatives import first_derivative_only
+from shardwright.pipeline.schedules.actions import Action
+from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.pipeline.stage_run import Pieces
+
+if TYPE_CHECKING:
+    from shardwright.pipeline.run import PipelineRun
+
+
+def forward_only(schedule: Schedule) -> list[list[Action]]:
+    """Returns the forward actions of every row."""
+    return [[action for action in row if action.kind == "F"] for row in schedule.rows]
+
+
+def backward_only(schedule: Schedule) -> list[list[Action]]:
+    """Returns the backward actions of every row."""
+    return [[action for action in row if action.kind in ("B", "I", "W")] for row in schedule.rows]
+
+
+def computing(schedule: Schedule) -> list[list[Action]]:
+    """Returns the actions of every row that compute."""
+    return [[action for action in row if action.kind in ("F", "B", "I", "W")] for row in schedule.rows]
+
+
+class Passes(torch.autograd.Function):
+    """Autograd function from the held values of all stages to the results.
+
+    With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all
+    forwards, and the backward all backwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.held, ctx.leaves = run, held, run.hold(held, flat)
+        ctx.set_materialize_grads(False)
+        names = [o for o in run.graph.outputs if isinstance(o, str)]
+        ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
+        ctx.step = None
+        if run.loss is None:
+            with within_pipeline():
+                ctx.step = run.run(forward_only(run.schedule), True)
+            outputs = run.outputs(ctx.step)
+        else:
+            meta = run.graph.metas[run.names[run.loss]]
+            device = flat[0].device if flat else None
+            run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
+            with within_pipeline():
+                outputs = run.outputs(run.run(computing(run.schedule), True))
+            ctx.at, ctx.seed = ctx.positions.index(run.loss), run.seed
+        ctx.states = [stage.state for stage in run.runs.values()]
+        ctx.mark_non_differentiable(*[o for o, name in zip(outputs, names, strict=True) if name not in run.graph.needs_grad])
+        return tuple(outputs)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        run = ctx.run
+        if ctx.leaves is None:
+            raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
+        leaves, ctx.leaves = ctx.leaves, None
+        in_backward()  # on every rank, whether its stages communicate or not
+        seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
+        if not seeds:
+            return None, None, None, *[None] * len(leaves)
+        if ctx.step is None and set(seeds) == {run.loss}:
+            seed = float(gradients[ctx.at])  # type: ignore[arg-type]
+            if seed and math.isfinite(seed):
+                run.seed = seed  # the next step begins with it, so that a loss scale reaches the first of its gradients
+            scale = seed / ctx.seed
+            scaled = [x.grad if x.grad is None or scale == 1.0 else x.grad.mul_(scale) for x in leaves]
+            return None, None, None, *scaled
+        with within_pipeline():
+            if ctx.step is None:  # of other results too, so that both passes run once more
+                leaves = run.hold(ctx.held, leaves)
+                ctx.step = run.run(forward_only(run.schedule), True)
+                ctx.states = [stage.state for stage in run.runs.values()]
+            for stage, state in zip(run.runs.values(), ctx.states, strict=True):
+                stage.state = state
+            run.seeds = seeds
+            run.run(backward_only(run.schedule), True, ctx.step)
+        return None, None, None, *[leaf.grad for leaf in leaves]
