@@ -29,14 +29,14 @@ from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.scheduling import forwards_first, micro_batches, placement_of, schedule_of
 from shardwright.pipeline.stage_times import cost_of, operator_seconds, times_of
-from shardwright.pipeline.stages import Mark, Placement, assign_stages
+from shardwright.pipeline.stages import KnownCut, Mark, Placement, assign_stages
 from shardwright.pipeline.tail import lets_all_pass, meeting, received_whole, tail_of, whole_tail
 from shardwright.train.accumulation.module import GradAccumulation
 
 MOST_IN_TAIL = 0.5  # of the seconds of all operators, without marks
 
-# By module and placement, the stages that read each parameter. Other signatures are cut alike: parameters stay where they are.
-_cuts: WeakKeyDictionary[nn.Module, dict[Placement, dict[str, list[int]]]] = WeakKeyDictionary()
+# By module and placement. Other signatures are cut alike.
+_cuts: WeakKeyDictionary[nn.Module, dict[Placement, KnownCut]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -273,22 +273,20 @@ def _cut_into_stages(
     if marks:
         stage_of = assign_stages(graph, marks, placement, {})
         return stage_of, cut_graph(graph, stage_of, count)
-    known = _cuts.setdefault(target.root, {}).setdefault(placement, {})
+    known = _cuts.setdefault(target.root, {}).setdefault(placement, KnownCut())
     alone = _on_one_rank(target, graph)
     costs = operator_seconds(alone)
     tail = set(whole_tail(alone, micro, cut) if micro > 1 else [])
     read = {str(i.target) for i in graph.inputs for n in graph.nodes if n.name in tail and i.value in n.inputs}
-    is_there = all(count - 1 in known.get(name, [count - 1]) for name in read)
+    is_there = all(count - 1 in known.of_parameter.get(name, [count - 1]) for name in read)
     if not is_there or sum(costs.get(name, 0.0) for name in tail) > MOST_IN_TAIL * sum(costs.values()):
         tail = set()  # hardly a pipeline, or its parameters are elsewhere
     body = replace(graph, nodes=tuple(node for node in graph.nodes if node.name not in tail))
     stage_of = {**assign_stages(body, marks, placement, costs, known), **dict.fromkeys(tail, count)}
     stages = cut_graph(graph, stage_of, count + bool(tail))
-    if not known:
-        for stage in stages:
-            for i in stage.graph.inputs:
-                if i.kind == "parameter":
-                    known.setdefault(str(i.target), []).append(min(stage.index, count - 1))
+    if not known.of_operator:
+        readers = [(str(i.target), p.index) for p in stages for i in p.graph.inputs if i.kind == "parameter"]
+        known.note(graph, stage_of, readers, count)
     return stage_of, stages
 
 

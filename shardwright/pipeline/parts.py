@@ -30,6 +30,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
+from shardwright.pipeline.crossing import shifted
 from shardwright.pipeline.micro import MICRO
 from shardwright.pipeline.sums import share
 from shardwright.redistribute.planner import Options
@@ -269,8 +270,8 @@ class _InPlace:
     def layout(self, layout: Layout) -> Layout:
         """Returns the layout over the ranks of what this micro-batch has."""
         mesh = layout.mesh
-        if mesh.axes[:1] != (MICRO,):
-            return layout
+        if mesh.axes[:1] != (MICRO,):  # of a program without micro-batches
+            return shifted(layout, self.taker.first_rank) if self.taker.first_rank else layout
         own = Mesh(mesh.axes[1:], mesh.sizes[1:], tuple(r % self.n + self.taker.first_rank for r in mesh.ranks[: self.n]))
         dims, sizes = [], []
         for axes, pieces in zip(layout.bound, layout.sizes, strict=True):

@@ -7,8 +7,9 @@ that row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from shardwright.base.operators import may_draw
 from shardwright.errors import Problems
@@ -41,6 +42,42 @@ class Placement:
         return Placement(rows, tuple(row for turn in turns for row in turn))
 
 
+Place = tuple[str, str]  # a module's path and a line of source
+
+
+@dataclass
+class KnownCut:
+    """Stages of an earlier cut without marks, which later ones follow: parameters stay where they are.
+
+    Args:
+        of_parameter: the stages that read each parameter.
+        of_operator: by place, the stages of the operators there, in order.
+    """
+
+    of_parameter: dict[str, list[int]] = field(default_factory=dict)
+    of_operator: dict[Place, list[int]] = field(default_factory=dict)
+
+    def note(self, graph: Graph, stage_of: Mapping[str, int], readers: Iterable[tuple[str, int]], count: int) -> None:
+        """Records a cut.
+
+        Args:
+            graph: the whole graph.
+            stage_of: the stage of every operator that is not free.
+            readers: each parameter with a stage that reads it.
+            count: the number of stages; a tail counts as the last.
+        """
+        for name, stage in readers:
+            self.of_parameter.setdefault(name, []).append(min(stage, count - 1))
+        for node in graph.nodes:
+            if node.name in stage_of:
+                self.of_operator.setdefault(place_of(node), []).append(min(stage_of[node.name], count - 1))
+
+
+def place_of(node: Node) -> Place:
+    """Returns where an operator comes from."""
+    return node.module, node.source
+
+
 def is_received(graph_input: GraphInput) -> bool:
     """Tells whether an input of a stage's graph comes from another stage, rather than from the caller."""
     return graph_input.kind == "input" and isinstance(graph_input.target, str)
@@ -66,7 +103,7 @@ _KINDS = {"input": "data", "parameter": "state"}
 
 def assign_stages(
     graph: Graph, marks: Mapping[str, Mark], placement: Placement, costs: Mapping[str, float],
-    known: Mapping[str, Sequence[int]] | None = None,
+    known: KnownCut | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Returns the stage of every operator that is not free; see :func:`free_nodes`.
 
@@ -76,7 +113,7 @@ def assign_stages(
             reads.
         placement: which row runs which stage.
         costs: seconds per operator, for a cut without marks.
-        known: the stages that read each parameter in an earlier cut without marks, which is followed.
+        known: an earlier cut without marks, which is followed if there is one.
 
     Raises:
         StrategyError: marks that contradict each other or the direction of the data, rows that do not exist, stages without
@@ -84,7 +121,7 @@ def assign_stages(
     """
     free = free_nodes(graph)
     nodes = [node for node in graph.nodes if node.name not in free]
-    if not marks and known:
+    if not marks and known is not None and known.of_operator:
         return _as_before(graph, nodes, known)
     if not marks:
         return _balanced(nodes, len(placement.row_of_stage), costs)
@@ -95,17 +132,26 @@ def assign_stages(
     return stages
 
 
-def _as_before(graph: Graph, nodes: Sequence[Node], known: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Puts operators where their parameters are already."""
-    reads = {i.value: known.get(str(i.target), ()) for i in graph.inputs if i.kind == "parameter"}
+def _as_before(graph: Graph, nodes: Sequence[Node], known: KnownCut) -> dict[str, int]:
+    """Puts operators where they were, or where their parameters are already."""
+    reads = {i.value: known.of_parameter.get(str(i.target), ()) for i in graph.inputs if i.kind == "parameter"}
     stage_of_value: dict[str, int] = {}
     found: dict[str, int] = {}
+    times: Counter[Place] = Counter()
     for node in nodes:
         least = max((stage_of_value[v] for v in node.inputs if v in stage_of_value), default=-1)
         own = [min((s for s in reads[v] if s >= least), default=least) for v in node.inputs if reads.get(v)]
-        if own or least >= 0:
-            found[node.name] = max(least, *own) if own else least
+        place = place_of(node)
+        before = known.of_operator.get(place, ())
+        if own:
+            found[node.name] = max(least, *own)
+        elif before:
+            found[node.name] = max(least, before[min(times[place], len(before) - 1)])
+        elif least >= 0:
+            found[node.name] = least
+        if node.name in found:
             stage_of_value.update(dict.fromkeys(node.outputs, found[node.name]))
+        times[place] += 1
     _fill_in(nodes, found)
     return found
 

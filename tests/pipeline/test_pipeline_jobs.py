@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import shardwright as sw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 import jobs
+from staged_networks import CASES
 
 
 class Gpt(nn.Module):
@@ -85,12 +88,71 @@ def job(rank, cases, folder):
         print("case clip:", str(error).splitlines()[1])
 
 
+def networks(rank, size, names, folder):
+    """Trains every network on every shape for so many ranks, with schedules and modes in turn."""
+    sw.init()
+    draw = random.Random(size)
+    for name in names:
+        for stages, micro, batch in SHAPES[size]:
+            mode, (scheduler, interleave) = draw.choice(MODES), draw.choice(SCHEDULES)
+            rows = stages if isinstance(stages, int) else len(stages)
+            micro = max(micro, 2 * rows) if scheduler == "zero_bubble_v" else micro
+            text = f"{name} {stages} {micro} {batch} {mode} {scheduler} {interleave}"
+            print("begins:", text, flush=True)
+            train(name, stages, micro, batch, mode, scheduler, interleave)
+            print("equal:", text, flush=True)
+
+
+def train(name, stages, micro, batch, mode, scheduler, interleave):
+    torch.manual_seed(0)
+    model = CASES[name].make().double()
+    single = copy.deepcopy(model)
+    net = sw.AutoParallel(sw.PipelineCell(model, micro), mode)
+    net.pipeline(stages=stages, scheduler=scheduler, interleave=interleave, output_broadcast=True)
+    args, kwargs = CASES[name].batch(batch)
+    found = []
+    for called, own in ((net, model), (single, single)):
+        optimizer, results = torch.optim.AdamW(own.parameters(), 1e-3), []
+        for step in range(2):
+            torch.manual_seed(step)
+            results.append([leaf for leaf in tree_leaves(called(*args, **kwargs)) if isinstance(leaf, torch.Tensor)])
+            first = results[-1][0]
+            (first if not first.dim() else first.square().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        own.eval()
+        with torch.no_grad():
+            results.append([leaf for leaf in tree_leaves(called(*args, **kwargs)) if isinstance(leaf, torch.Tensor)])
+        found.append(results)
+    torch.testing.assert_close(found[0], found[1], equal_nan=True)
+    for (path, ours), expected in zip(model.named_parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(sw.full_value(ours), expected.detach(), equal_nan=True, msg=lambda m, n=path: n + m)
+    for ours, expected in zip(model.buffers(), single.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+MODES = ["semi_auto", "data_parallel", "auto", "recursive_programming"]
+SHAPES = {  # stages, micro-batches, batch
+    2: [(2, 4, 8), (2, 4, 10), (2, 3, 3)],
+    3: [((2, 1), 2, 5), (3, 3, 7)],
+    4: [(2, 4, 8), (2, 3, 10), ((1, 3), 4, 10), (4, 4, 8), (4, 6, 4)],
+}
+
+
 def ended(folder, size, cases):
     found = jobs.run(folder, size, job, cases, str(folder), seconds=500)
     assert [e.code for e in found] == [0] * size, found[0].text[-3000:] + found[-1].text[-3000:]
     for each in found:
         assert "case part: True" in each.text
         assert "case clip:   Call sw.clip_grad_norm_" in each.text
+
+
+@pytest.mark.parametrize(
+    ("size", "names"), [(2, ["clip"]), *(pytest.param(n, list(CASES), marks=pytest.mark.long) for n in SHAPES)], ids=str
+)
+def test_networks(tmp_path, size, names):
+    found = jobs.run(tmp_path, size, networks, size, names, str(tmp_path), seconds=3000)
+    assert [e.code for e in found] == [0] * size, found[0].text[-3000:] + found[-1].text[-3000:]
 
 
 @pytest.mark.whole
