@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +23,6 @@ from shardwright.pipeline.schedules.actions import WEIGHT
 from shardwright.pipeline.stage_run import StageRun
 from shardwright.pipeline.tied_gradients import TiedGradients
 from shardwright.world.current import World
-from shardwright.world.distributed.world import DistributedWorld
-from shardwright.world.simulated.world import SimulatedWorld
 
 
 class PipelineBoundCall(BoundCall):
@@ -49,16 +49,21 @@ class PipelineBoundCall(BoundCall):
         planned, cut, schedule, loss = pipeline.planned, pipeline.cut, pipeline.schedule, pipeline.loss
         puts_off = any(action.kind == WEIGHT for row in schedule.rows for action in row)
         places = [StagePlace(p.stage, p.parts, p.first_rank, p.is_tail) for p in planned]
+        link = world.direct_link()
+        runs: dict[int, StageRun] = {}
+        for number, p in enumerate(planned):
+            bind = partial(_bound_on, world, range(p.first_rank, p.first_rank + p.ranks))
+            run = StageRun(p.stage, p.parts, bind, link is None, puts_off)  # on all processes, as all make process groups
+            if run.is_here:
+                runs[number] = run
         self.tied: TiedGradients | None = None
         self.pipeline_run: PipelineRun
-        if isinstance(world, DistributedWorld):
-            stages = list(zip(places, (p.ranks for p in planned), strict=True))
+        if link is not None:
             self.pipeline_run, self.tied = run_in_job(
-                world, self.graph, stages, cut, schedule, loss, request.output_broadcast, device, puts_off
+                link, self.graph, places, runs, cut, schedule, loss, request.output_broadcast, device
             )
         else:
             world.place_parameters(root, layouts, device)
-            runs = {n: StageRun(p.stage, p.parts, SimulatedWorld(p.ranks).bind, True, puts_off) for n, p in enumerate(planned)}
             self.pipeline_run = SimulatedPipelineRun(self.graph, places, runs, cut, schedule, loss)
         self.run = self._step
         self._split = []
@@ -75,11 +80,13 @@ class PipelineBoundCall(BoundCall):
         return self.pipeline.planned[0].parts.each[0]
 
     def _step(self, *values: Any) -> tuple[list[Any], list[Tensor]]:
-        planned, given = self.pipeline.planned, list(values)
+        given = list(values)
         if self.tied is not None:
             self.tied(given, self._places)
-        outputs, updates = self.pipeline_run({n: [given[at] for at in own] for n, own in self._own.items()})
-        found = {
-            name: new for n, own in updates.items() for (name, _), new in zip(planned[n].stage.graph.updates, own, strict=True)
-        }
-        return outputs, [found[name] for name, _ in self.graph.updates]
+        moved = {self.graph.inputs[n].value: given[n] for n in self.moved_inputs if self.graph.inputs[n].kind == "buffer"}
+        outputs, updates = self.pipeline_run({n: [given[at] for at in own] for n, own in self._own.items()}, moved)
+        return outputs, [updates[name] for name, _ in self.graph.updates]
+
+
+def _bound_on(world: World, ranks: Sequence[int], program: LocalProgram, keep: Any = None) -> Any:
+    return world.bind_on_ranks(program, ranks, keep)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
@@ -21,7 +20,6 @@ from shardwright.pipeline.run import StagePlace
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import StageRun
 from shardwright.pipeline.tied_gradients import Tied, TiedGradients
-from shardwright.world.distributed.world import DistributedWorld
 
 
 def place_parameters(
@@ -59,41 +57,25 @@ def place_parameters(
 
 
 def run_in_job(
-    world: DistributedWorld, graph: Graph, stages: Sequence[tuple[StagePlace, int]], cut: Cut, schedule: Schedule,
-    loss: int | None, broadcasts: bool, device: torch.device, puts_off: bool = False,
+    link: Any, graph: Graph, places: Sequence[StagePlace], runs: Mapping[int, StageRun], cut: Cut,
+    schedule: Schedule, loss: int | None, broadcasts: bool, device: torch.device,
 ) -> tuple[DistributedPipelineRun, TiedGradients]:  # fmt: skip
-    """Binds the stages of this rank. All ranks of the job call it.
+    """Puts the stages of this process together. All processes of the job call it.
 
     Args:
-        world: the job.
+        link: over all ranks of the job.
         graph: the whole graph.
-        stages: each stage, and the number of its ranks.
+        places: all stages.
+        runs: by number, those of this process.
         cut: where micro-batches cut values.
         schedule: the order of actions.
         loss: the position of the loss.
         broadcasts: whether every rank gets all results.
         device: where tensors are.
-        puts_off: whether backwards come in two halves.
-
-    Raises:
-        PipelineError: the job's backend cannot send messages in any order.
     """
-    if not world._groups.is_gloo:
-        raise PipelineError("pipelines run on gloo so far: messages between two ranks need tags, which NCCL does not have")
-    link = world.everyone()
-    runs: dict[int, StageRun] = {}
-    for place, count in stages:
-        ranks = tuple(range(place.first_rank, place.first_rank + count))
-
-        def bind(program: Any, keep: Any = None, ranks: tuple[int, ...] = ranks) -> Any:
-            return world.bind_on_stage(program, ranks, keep)
-
-        run = StageRun(place.stage, place.parts, bind, False, puts_off)  # binds on all ranks, as process groups are made by all
-        if world.rank in ranks:
-            runs[place.stage.index] = run
-    places = [place for place, _ in stages]
-    made = DistributedPipelineRun(graph, places, runs, cut, schedule, loss, world.rank, link, broadcasts, device)
-    return made, TiedGradients(_tied(places), world.rank, link)
+    rank = link.position
+    made = DistributedPipelineRun(graph, places, runs, cut, schedule, loss, rank, link, broadcasts, device)
+    return made, TiedGradients(_tied(places), rank, link)
 
 
 def _tied(places: Sequence[StagePlace]) -> list[Tied]:

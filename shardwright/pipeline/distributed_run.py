@@ -28,6 +28,7 @@ from shardwright.world.distributed.operations import Handle
 from shardwright.world.distributed.transfer import Transfer
 
 _FIRST_TAG = 1 << 25  # of a pipeline's messages
+_UPDATE_TAG = 1 << 24  # of new values of buffers
 _LAST_TAG = (1 << 30) - 1
 
 
@@ -62,6 +63,34 @@ class DistributedPipelineRun(PipelineRun):
             else:
                 draw_only(place.parts.once)
         return held
+
+    def updates(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what all stages have written to buffers: each stage's first rank sends it to the ranks of others.
+
+        Args:
+            buffers: those that operators write to in place, by value; on other ranks they are overwritten.
+        """
+        found, at = super().updates(buffers), _UPDATE_TAG
+        under_way: list[Any] = []
+        for place in self.places:
+            graph = place.stage.graph
+            ranks = range(place.first_rank, place.first_rank + place.parts.once.world_size)
+            moved = {value for node in graph.nodes if node.op.moves_statistics for value in node.inputs}
+            for name, value in (*graph.updates, *((name, "") for name in buffers if name in moved)):
+                at += 1
+                if self.rank == ranks[0]:
+                    new = (found[name] if value else buffers[name]).contiguous()
+                    others = [rank for rank in range(self.link.size) if rank not in ranks]
+                    under_way += [dist.isend(new, rank, self.link.group, at) for rank in others]
+                elif self.rank not in ranks:
+                    meta = self.graph.metas[value] if value else None
+                    new = buffers[name] if meta is None else torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
+                    if value:
+                        found[name] = new
+                    under_way.append(dist.irecv(new, ranks[0], self.link.group, at))
+        for work in under_way:
+            work.wait()
+        return found
 
     # -- actions ----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
+from shardwright.ir.visitor import InstructionVisitor
 from shardwright.pipeline.crossing import shifted
 from shardwright.pipeline.micro import MICRO
 from shardwright.pipeline.sums import share
@@ -137,7 +138,6 @@ class _Taker:
         ready = {i.name for i in self.program.inputs if i.name not in self.received}
         cut: set[str] = set()
         for instruction in self.with_whole_values():
-            assert not isinstance(instruction, (StartMoves, FusedMoves))
             outputs, reads = instruction.outputs, instruction.reads
             if self.count == 1 and all(name in self.same for name in reads):
                 self.same.update(outputs)
@@ -160,28 +160,29 @@ class _Taker:
         """
         found: list[Instruction] = []
         for instruction in self.program.instructions:
-            if isinstance(instruction, Move) and _is_slice(instruction.redistribution):
-                plan = instruction.redistribution
-                whole, gradient = _whole_before(plan)
-                if whole != plan.source or (gradient and instruction.needs_grad):
-                    name = f"{instruction.output}_whole"
-                    options = replace(self.options, itemsize=instruction.dtype.itemsize)
-                    moved = redistribution(plan.source, whole, plan.shape, gradient, options)
-                    groups = rank_groups.of_layout(moved.target, gradient)
-                    found.append(replace(instruction, output=name, redistribution=moved, rank_groups=groups))
-                    self.layouts[name], self.groups[name] = moved.target, groups
-                    cut = redistribution(moved.target, plan.target, plan.shape, (), options)
-                    instruction = replace(instruction, source=name, redistribution=cut)
-            elif isinstance(instruction, Move) and _is_for_all(instruction.redistribution):
-                plan = instruction.redistribution  # gradients of micro-batches add up before ranks send each other any
-                gradient = tuple(axis for axis in plan.partial_gradient if axis != MICRO)
-                options = replace(self.options, itemsize=instruction.dtype.itemsize)
-                moved = redistribution(plan.source, plan.target, plan.shape, gradient, options)
-                groups = rank_groups.of_layout(moved.target, gradient)
-                instruction = replace(instruction, redistribution=moved, rank_groups=groups)
-                self.groups[instruction.output] = groups
-            found.append(instruction)
+            found += self.moved_whole(instruction) if isinstance(instruction, Move) else [instruction]
         return found
+
+    def moved_whole(self, move: Move) -> list[Instruction]:
+        plan, options = move.redistribution, replace(self.options, itemsize=move.dtype.itemsize)
+        if _is_slice(plan):
+            whole, gradient = _whole_before(plan)
+            if whole == plan.source and not (gradient and move.needs_grad):
+                return [move]
+            name = f"{move.output}_whole"
+            moved = redistribution(plan.source, whole, plan.shape, gradient, options)
+            groups = rank_groups.of_layout(moved.target, gradient)
+            self.layouts[name], self.groups[name] = moved.target, groups
+            cut = redistribution(moved.target, plan.target, plan.shape, (), options)
+            first = replace(move, output=name, redistribution=moved, rank_groups=groups)
+            return [first, replace(move, source=name, redistribution=cut)]
+        if _is_for_all(plan):  # gradients of micro-batches add up before ranks send each other any
+            gradient = tuple(axis for axis in plan.partial_gradient if axis != MICRO)
+            moved = redistribution(plan.source, plan.target, plan.shape, gradient, options)
+            groups = rank_groups.of_layout(moved.target, gradient)
+            self.groups[move.output] = groups
+            return [replace(move, redistribution=moved, rank_groups=groups)]
+        return [move]
 
     def made_meta(self, instruction: Instruction, name: str) -> TensorMeta:
         if isinstance(instruction, Move):
@@ -222,12 +223,12 @@ def _whole_before(plan: Redistribution) -> tuple[Layout, tuple[str, ...]]:
 
 
 def _only_cuts(instruction: Instruction) -> bool:
-    if isinstance(instruction, Move):
-        return not instruction.communicates
+    if instruction.ends:
+        return not any(move.communicates for move in instruction.ends)
     return isinstance(instruction, Call) and instruction.function is piece
 
 
-class _InPlace:
+class _InPlace(InstructionVisitor[Instruction]):
     """Writes instructions as one micro-batch runs them."""
 
     def __init__(self, taker: _Taker, place: int):
@@ -241,7 +242,7 @@ class _InPlace:
         program = self.taker.program
         names = {o for o in outputs if isinstance(o, str)}
         return replace(
-            program, world_size=self.n, inputs=inputs, instructions=tuple(map(self.instruction, instructions)), outputs=outputs,
+            program, world_size=self.n, inputs=inputs, instructions=tuple(map(self.visit, instructions)), outputs=outputs,
             updates=program.updates if outputs else (), rank_groups=self.groups, layouts=self.layouts, places={},
             split=frozenset(names),
         )  # fmt: skip
@@ -300,18 +301,22 @@ class _InPlace:
 
     # -- instructions -----------------------------------------------------------------------------------------------
 
-    def instruction(self, instruction: Instruction) -> Instruction:
-        if isinstance(instruction, Move):
-            return self.move(instruction)
-        if isinstance(instruction, KeepSliceForBackward):
-            cut, gather = self.move(instruction.cut), self.move(instruction.gather)
-            assert isinstance(cut, Move)
-            assert isinstance(gather, Move)
-            return replace(instruction, cut=cut, gather=gather)
-        assert isinstance(instruction, Call)
-        args, kwargs = pytree.tree_map(self.argument, (instruction.args, instruction.kwargs))
-        groups = self.rank_groups(instruction.rank_groups)
-        return replace(instruction, args=args, kwargs=kwargs, rank_groups=groups)
+    def call(self, call: Call) -> Instruction:
+        """Writes a call."""
+        args, kwargs = pytree.tree_map(self.argument, (call.args, call.kwargs))
+        return replace(call, args=args, kwargs=kwargs, rank_groups=self.rank_groups(call.rank_groups))
+
+    def keep_slice(self, keep: KeepSliceForBackward) -> Instruction:
+        """Writes a value that is kept as a slice."""
+        return replace(keep, cut=self.move(keep.cut), gather=self.move(keep.gather))  # type: ignore[arg-type]
+
+    def start_moves(self, start: StartMoves) -> Instruction:
+        """Is not called: programs are taken apart before moves start early."""
+        raise NotImplementedError
+
+    def fused_moves(self, fused: FusedMoves) -> Instruction:
+        """Is not called: programs are taken apart before moves are fused."""
+        raise NotImplementedError
 
     def argument(self, leaf: Any) -> Any:
         return (
@@ -319,6 +324,7 @@ class _InPlace:
         )
 
     def move(self, move: Move) -> Move | Call:
+        """Writes a move, or the call that cuts a micro-batch's piece."""
         plan = move.redistribution
         before, after = _cut_dim(plan.source), _cut_dim(plan.target)
         if _mixes_sums(plan) or (before is not None and before != after):

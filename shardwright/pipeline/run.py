@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -87,14 +88,17 @@ class PipelineRun(ABC):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, values: Mapping[int, Sequence[Any]]) -> tuple[list[Any], dict[int, list[Tensor]]]:
+    def __call__(
+        self, values: Mapping[int, Sequence[Any]], buffers: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> tuple[list[Any], dict[str, Tensor]]:
         """Runs a step.
 
         Args:
             values: for each stage of this process the values of its program's inputs, without those that stages send.
+            buffers: those that operators write to in place, by value.
 
         Returns:
-            The outputs, and each stage's updates.
+            The outputs, and the new values of other buffers that are written to.
         """
         held = self.begin(values)
         flat = [tensor for stage in held for pieces in stage for tensor in pieces]
@@ -106,7 +110,13 @@ class PipelineRun(ABC):
             outputs = self.outputs(self.run(forward_only(self.schedule), False))
         found = iter(outputs)
         results = [next(found) if isinstance(o, str) else o.value for o in self.graph.outputs]
-        return results, {index: run.updates for index, run in self.runs.items()}
+        return results, self.updates(buffers)
+
+    def updates(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what the stages of this process have written to buffers, but for ``buffers``, written to in place."""
+        return {
+            name: new for run in self.runs.values() for (name, _), new in zip(run.stage.graph.updates, run.updates, strict=True)
+        }
 
     def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
         """Runs what each stage does once per step."""

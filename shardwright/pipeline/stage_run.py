@@ -69,6 +69,11 @@ class StageRun:
         self.state = StepState([], {})
         self.updates: list[Tensor] = []
 
+    @property
+    def is_here(self) -> bool:
+        """Tells whether this process runs the stage."""
+        return self.once is not None
+
     # -- once per step ------------------------------------------------------------------------------------------------
 
     def begin(self, values: Sequence[Any]) -> list[Pieces]:

@@ -126,3 +126,23 @@ class World(ABC):
         Returns:
             A function of the inputs to ``(outputs, updated buffers)``, whole tensors.
         """
+
+    @abstractmethod
+    def bind_on_ranks(
+        self, program: LocalProgram, ranks: Sequence[int], keep: tuple[str, ...] | None = None
+    ) -> Callable[..., Any] | None:
+        """Makes a function of a program that only some ranks run. All processes call it.
+
+        Args:
+            program: of these ranks.
+            ranks: those that run it, by their numbers in the world; on the process of another one the result is ``None``.
+            keep: see :meth:`bind`.
+        """
+
+    @abstractmethod
+    def direct_link(self) -> Any | None:
+        """Returns the link for direct messages between processes, ``None`` if there is one process. All of them call it.
+
+        Raises:
+            WorldError: the job's backend cannot send messages in any order.
+        """

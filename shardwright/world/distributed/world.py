@@ -39,7 +39,6 @@ from shardwright.parameters.distribute import adopt_slices, distribute_parameter
 from shardwright.redistribute.steps import redistribution
 from shardwright.world.distributed.bind import _bind, _steps_of
 from shardwright.world.distributed.groups import Groups
-from shardwright.world.distributed.links import Link
 from shardwright.world.distributed.moves import PieceMove
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
@@ -218,7 +217,7 @@ class DistributedWorld(World):
             return plain
         return recorded(_bind(program, self.rank, self._groups, None, records=True), plain)
 
-    def bind_on_stage(
+    def bind_on_ranks(
         self, program: LocalProgram, ranks: Sequence[int], keep: tuple[str, ...] | None = None
     ) -> Callable[..., Any] | None:
         """Makes a function of a program that only some ranks run. All ranks of the job call it.
@@ -236,8 +235,14 @@ class DistributedWorld(World):
             return plain
         return recorded(_bind(program, self.rank, self._groups, None, records=True), plain)
 
-    def everyone(self) -> Link:
-        """Returns the link over all ranks of the job, for direct messages. All ranks call it."""
+    def direct_link(self) -> Any | None:
+        """Returns the link over all ranks of the job, for direct messages. All ranks call it.
+
+        Raises:
+            WorldError: the backend is NCCL.
+        """
+        if not self._groups.is_gloo:
+            raise WorldError("pipelines run on gloo so far: messages between two ranks need tags, which NCCL does not have")
         whole = Mesh(("all",), (self.size,))
         rows, columns = (Layout.of(whole, dims) for dims in ((("all",), ()), ((), ("all",))))
         self._groups.make(redistribution(rows, columns, (self.size, self.size)).forward)

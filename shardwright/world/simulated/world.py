@@ -115,6 +115,16 @@ class SimulatedWorld(World):
             return plain
         return recorded(_bind(program, None, records=True), plain)
 
+    def bind_on_ranks(
+        self, program: LocalProgram, ranks: Sequence[int], keep: tuple[str, ...] | None = None
+    ) -> Callable[..., Any] | None:
+        """Makes a function of a program that only some ranks run; they count from 0 in it."""
+        return SimulatedWorld(len(ranks)).bind(program, keep)
+
+    def direct_link(self) -> Any | None:
+        """Returns ``None``: one process runs all ranks."""
+        return None
+
     def redistribute(
         self,
         values: Sequence[Tensor | None],
