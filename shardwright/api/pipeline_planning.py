@@ -25,6 +25,7 @@ from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan, micro_mesh
 from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
+from shardwright.pipeline.random_turns import check_order_of_draws
 from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.scheduling import forwards_first, micro_batches, placement_of, schedule_of
@@ -215,6 +216,7 @@ def plan_stages(
         else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
     )
     stage_of, stages = _cut_into_stages(target, graph, placement, micro, marks, cut)
+    check_order_of_draws(graph, stage_of)
     ranks = [rows[row] for row in (*placement.row_of_stage, placement.row_of_stage[-1])]  # of the tail too
     first = [sum(rows[:row]) for row in (*placement.row_of_stage, placement.row_of_stage[-1])]
     problems = Problems()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from shardwright.parameters.distribute import _Distribution, _Found, _replace
 from shardwright.parameters.handles import current
 from shardwright.parameters.ours import StageHome, home_of, remember_home
 from shardwright.parameters.placements import _as_dtensor, _like, layout_of, storable
+
+# By module and name of the parameter, the layouts of all stages that read it: a rank has only its own.
+_stored: WeakKeyDictionary[nn.Module, dict[str, list[Layout]]] = WeakKeyDictionary()
 
 
 def distribute_over_stages(
@@ -52,16 +56,26 @@ def distribute_over_stages(
     for layout in dict.fromkeys(layout.mesh for each in stored.values() for layout in each):
         device_mesh(layout, device.type)  # in one order on every rank
     new = {name for name, p in found.parameters.items() if layout_of(p) is None}
-    for name, parameter in found.parameters.items():
-        if name not in new and layout_of(parameter).mesh not in [layout.mesh for layout in stored[name]]:  # type: ignore[union-attr]
+    known_before = _stored.setdefault(root, {})
+    for name in stored:
+        if name in new:
+            continue
+        there = known_before.get(name, [])
+        if not {_ranks(layout) for layout in stored[name]} <= {_ranks(layout) for layout in there}:
             raise WorldError(
                 f"parameter {name} is distributed over other ranks than those of its stages already: make the model anew"
             )
+        stored[name] = there
+    known_before.update(stored)
     if new or found.buffers:
         _StageDistribution(found, {name: stored[name] for name in stored if name in new}, device).run()
     found.adopt()
     aliases = {alias: stored[name] for name, p in found.parameters.items() for alias in found._names[id(p)]}
     return {name: aliases[name] for name in layouts}
+
+
+def _ranks(layout: Layout) -> tuple[int, ...]:
+    return tuple(sorted(layout.mesh.ranks))
 
 
 class _StageDistribution(_Distribution):

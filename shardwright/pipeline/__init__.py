@@ -18,6 +18,8 @@
 ``passes``      the forward and the backward of a step, as autograd runs them
 ``run``         runs all stages on simulated ranks, each action as soon as it can
 ``distributed_run``  runs the stages of one rank of a job, by direct messages
+``random_turns``  random numbers that stages draw one after the other
+``elsewhere``   results that other ranks hold
 ``tied_gradients``  adds the gradients of parameters that several rows of a job hold
 ``schedules/``  in which order each rank runs its stages' work: named, searched, checked, and timed
 ==============  ==================================================================================

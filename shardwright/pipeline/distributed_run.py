@@ -17,7 +17,9 @@ from torch import Tensor
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held
+from shardwright.pipeline.elsewhere import Elsewhere
 from shardwright.pipeline.micro import Cut
+from shardwright.pipeline.random_turns import RandomTurns
 from shardwright.pipeline.run import PipelineRun, StagePlace, Step, add_pieces
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
@@ -52,6 +54,8 @@ class DistributedPipelineRun(PipelineRun):
         self.row = schedule.row_of_stage[next(iter(runs))]
         self.tags = {name: at for at, name in enumerate(self.maker)}
         self._transfers: dict[Any, Transfer] = {}
+        ranks = [range(p.first_rank, p.first_rank + p.parts.once.world_size) for p in places]
+        self.turns = RandomTurns(rank, link, ranks) if self.draws_late else None
 
     def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
         """Runs what each own stage does once per step; draws what others draw, so that generators stay alike."""
@@ -63,6 +67,10 @@ class DistributedPipelineRun(PipelineRun):
             else:
                 draw_only(place.parts.once)
         return held
+
+    def shown(self, result: Tensor) -> Tensor:
+        """Returns a result as the caller gets it: without values where other ranks hold it."""
+        return result.as_subclass(Elsewhere) if result.is_meta else result
 
     def updates(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what all stages have written to buffers: each stage's first rank sends it to the ranks of others.
@@ -115,6 +123,8 @@ class DistributedPipelineRun(PipelineRun):
                 if grad and goes_back:
                     self._tail_backward(step, flight)
         flight.finish()
+        if self.turns is not None and any(action.kind == "F" for action in actions):
+            self.turns.finish()
         return step
 
     def _ask(self, action: Action, flight: _Flight) -> None:
@@ -139,7 +149,11 @@ class DistributedPipelineRun(PipelineRun):
         assert micro is not None
         if action.kind == "F":
             received = {name: [self._received(name, micro, index, step, flight)] for name in run.received}
+            if self.turns is not None:
+                self.turns.begin(index)
             found = run.forward(micro, received, grad)
+            if self.turns is not None:
+                self.turns.end(index)
             for name in run.stage.sent:
                 piece = found[name][0].detach()
                 step.sent[name, micro] = [piece]

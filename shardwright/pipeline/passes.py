@@ -47,6 +47,7 @@ class Passes(torch.autograd.Function):
         names = [o for o in run.graph.outputs if isinstance(o, str)]
         ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
         ctx.step = None
+        ctx.random = torch.get_rng_state() if run.draws_late else None
         if run.loss is None:
             with within_pipeline():
                 ctx.step = run.run(forward_only(run.schedule), True)
@@ -83,7 +84,10 @@ class Passes(torch.autograd.Function):
         with within_pipeline():
             if ctx.step is None:  # of other results too, so that both passes run once more
                 leaves = run.hold(ctx.held, leaves)
-                ctx.step = run.run(forward_only(run.schedule), True)
+                with torch.random.fork_rng([], ctx.random is not None):
+                    if ctx.random is not None:
+                        torch.set_rng_state(ctx.random)
+                    ctx.step = run.run(forward_only(run.schedule), True)
                 ctx.states = [stage.state for stage in run.runs.values()]
             for stage, state in zip(run.runs.values(), ctx.states, strict=True):
                 stage.state = state

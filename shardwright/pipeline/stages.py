@@ -140,15 +140,13 @@ def _as_before(graph: Graph, nodes: Sequence[Node], known: KnownCut) -> dict[str
     times: Counter[Place] = Counter()
     for node in nodes:
         least = max((stage_of_value[v] for v in node.inputs if v in stage_of_value), default=-1)
-        own = [min((s for s in reads[v] if s >= least), default=least) for v in node.inputs if reads.get(v)]
         place = place_of(node)
         before = known.of_operator.get(place, ())
-        if own:
-            found[node.name] = max(least, *own)
-        elif before:
-            found[node.name] = max(least, before[min(times[place], len(before) - 1)])
-        elif least >= 0:
-            found[node.name] = least
+        if before:
+            least = max(least, before[min(times[place], len(before) - 1)])
+        own = [min((s for s in reads[v] if s >= least), default=least) for v in node.inputs if reads.get(v)]
+        if own or least >= 0:
+            found[node.name] = max(least, *own) if own else least
         if node.name in found:
             stage_of_value.update(dict.fromkeys(node.outputs, found[node.name]))
         times[place] += 1

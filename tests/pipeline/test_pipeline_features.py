@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from staged_networks import CASES, GPT, Clip, D, Lossy, Towers
+from staged_networks import CASES, GPT, D, Lossy, Towers
 from staged_networks import Layers as Plain
 from test_pipeline import check, loss_of, same, tensors
 from torch import nn
@@ -243,6 +243,30 @@ def with_stage(value):
     return run(model)
 
 
+class Marked(Without):
+    """Has something between its layers, on the first stage."""
+
+    def __init__(self, between, end=torch.mean):
+        super().__init__(end)
+        self.between = between
+        self.first.pipeline_stage, self.last.pipeline_stage = 0, 1
+
+    def forward(self, x):
+        return self.end(self.last(self.between(self.first(x))))
+
+
+class Crossed(nn.Module):
+    """Runs what is on the second stage first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)) for _ in range(2))
+        self.a.pipeline_stage, self.b.pipeline_stage = 1, 0
+
+    def forward(self, x, y):
+        return (self.a(x) * self.b(y)).mean()
+
+
 WHOLE = r"(?s)cannot pass in 4 micro-batches.*exact are.*"
 REFUSED = {
     "needs at least 2 micro-batches and has 1": lambda: run(Plain(), 1),
@@ -272,14 +296,13 @@ REFUSED = {
         sw.AutoParallel(sw.PipelineCell(Plain(), 4)).pipeline(stages=2).dataset_strategy(((2, 1),))(torch.randn(8, 16))
     ),
     WHOLE + r"network.norm \(aten.batch_norm\) at": lambda: run(Without(torch.mean, norm=True)),
-    WHOLE + r"aten.var\).*needs dim 0": lambda: run(Without(lambda h: h.var(0).mean())),
-    WHOLE + r"aten.square\).*not linear": lambda: run(Without(lambda h: h.mean().square())),
-    WHOLE + r"aten.cumsum\)": lambda: run(Without(lambda h: h.cumsum(0))),
-    WHOLE + r"aten.flip\)": lambda: run(Without(lambda h: h.flip(0))),
-    WHOLE + r"aten.matmul\).*needs dim": lambda: run(Clip(), inputs=((8, 8), (8, 6))),
-    WHOLE + r"aten.lerp\)": lambda: run(Kept()),
+    "draws random numbers on stage 0, after network.a.1 ": lambda: run(Crossed(), inputs=((8, 16), (8, 16))),
     "decides by values of tensors": lambda: run(Without(lambda h: h if h.sum() > 0 else -h)),
-    WHOLE + "of_selected": lambda: run(Without(lambda h: h[h[:, 0] > 0].mean())),
+    WHOLE + r"aten.cumsum\)": lambda: run(Marked(lambda h: h.cumsum(0))),
+    WHOLE + r"aten.div\).*not linear": lambda: run(Marked(lambda h: h / h.mean(), lambda h: h.square().mean())),
+    "begins backwards of the last stage before all its forwards": lambda: run(
+        Without(lambda h: h.var(0).mean()), scheduler=make_schedule("1f1b", 2, 4)
+    ),
 }
 
 
@@ -300,6 +323,43 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     assert torch.equal(state, torch.get_rng_state())
     model.eval()  # statistics are those of before: exact
     torch.testing.assert_close(run_with(model, torch.ones(8, 16)), model(torch.ones(8, 16)))
+
+
+ENDS = {
+    "var": lambda h: h.var(0).mean(),
+    "square": lambda h: h.mean().square(),
+    "cumsum": lambda h: h.cumsum(0).square().mean(),
+    "flip": lambda h: (h * h.flip(0)).mean(),
+    "selected": lambda h: h[h[:, 0] > 0].sum(),
+    "sorted": lambda h: (h.sort(0).values * torch.arange(len(h))[:, None]).mean(),
+    "result": lambda h: h.softmax(0),
+}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
+@pytest.mark.parametrize("end", ENDS)
+def test_what_the_end_does_with_the_whole_batch_runs_after_all_micro_batches(end, schedule):
+    sw.init(devices=4)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(6)]).double()
+    model, x = nn.Sequential(model, End(ENDS[end])), torch.randn(10, 16, dtype=torch.float64)
+    single = copy.deepcopy(model)
+    net = sw.AutoParallel(sw.PipelineCell(model, 4)).pipeline(stages=2, scheduler=schedule)
+    for target in (net, single):
+        target(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert "after all micro-batches" in str(net.plan)
+    assert "so all forwards run first" in str(net.plan)
+
+
+class End(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def forward(self, h):
+        return self.end(h)
 
 
 def run_with(model, x):

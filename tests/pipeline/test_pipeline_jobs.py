@@ -77,6 +77,8 @@ def job(rank, cases, folder):
             count = (8, 16) if scheduler == "zero_bubble_v" else (micro, batch)
             model = compare(stages, *count, scheduler, interleave)
             print(f"case {stages} {scheduler} {interleave}: ok", flush=True)
+    for case in ("print", "float", "compute"):
+        beside(rank, case)
     held = sum(p.to_local().numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
     print(f"case part: {held < whole}")
@@ -86,6 +88,21 @@ def job(rank, cases, folder):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     except sw.errors.WorldError as error:
         print("case clip:", str(error).splitlines()[1])
+
+
+def beside(rank, case):
+    """Reads a result beside the loss, which the ranks of the last stage have."""
+    net = sw.AutoParallel(sw.PipelineCell(Gpt().eval(), 4)).pipeline(stages=torch.distributed.get_world_size())
+    loss, logits = net(torch.arange(24).view(4, 6))
+    loss.backward()
+    scaled = (logits * 2).sum()
+    try:
+        text = repr(logits)
+        if case != "print":
+            text = str(float(scaled) if case == "float" else nn.functional.cross_entropy(logits[0], torch.arange(6)))
+    except sw.errors.WorldError as error:
+        text = str(error)
+    print("case beside:", rank, case, text[:90].replace("\n", " "), flush=True)
 
 
 def networks(rank, size, names, folder):
@@ -133,8 +150,8 @@ def train(name, stages, micro, batch, mode, scheduler, interleave):
 
 MODES = ["semi_auto", "data_parallel", "auto", "recursive_programming"]
 SHAPES = {  # stages, micro-batches, batch
-    2: [(2, 4, 8), (2, 4, 10), (2, 3, 3)],
-    3: [((2, 1), 2, 5), (3, 3, 7)],
+    2: [(2, 4, 8), (2, 4, 10), (2, 3, 3), (2, 2, 1)],
+    3: [((2, 1), 2, 5), (3, 3, 7), (3, 3, 1)],
     4: [(2, 4, 8), (2, 3, 10), ((1, 3), 4, 10), (4, 4, 8), (4, 6, 4)],
 }
 
@@ -144,6 +161,11 @@ def ended(folder, size, cases):
     assert [e.code for e in found] == [0] * size, found[0].text[-3000:] + found[-1].text[-3000:]
     for each in found:
         assert "case part: True" in each.text
+    assert "case beside: 0 print Elsewhere(shape=[4, 6, 32]" in found[0].text
+    for case, name in (("float", "__float__"), ("compute", "cross_entropy")):
+        assert f"case beside: 0 {case} {name}: this result of a pipeline is on the ranks of its last" in found[0].text
+        assert f"case beside: {size - 1} {case} {name}" not in found[-1].text
+    for each in found:
         assert "case clip:   Call sw.clip_grad_norm_" in each.text
 
 
