@@ -86,7 +86,7 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
     times = times_of([cost_of(p.whole) for p in planned], [p.stage for p in planned], graph, target.machine, sizes)
     schedule = target.on_first_rank(lambda: schedule_of(request, placement, len(sizes), times))
     check_schedule(schedule)
-    return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), PipelinePlan(planned, schedule, times, sizes))
+    return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), PipelinePlan(planned, schedule, times, sizes, graph))
 
 
 def captured_once(target: Target) -> Graph:

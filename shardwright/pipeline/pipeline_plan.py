@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan
 from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.memory import row_memory
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.schedules.bound import gap, lower_bound
 from shardwright.pipeline.schedules.check import peak_in_flight
 from shardwright.pipeline.schedules.clock import StageTimes, Timeline, run_clock
 from shardwright.pipeline.schedules.draw import draw_timeline, write_trace
 from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.plan.memory import MemoryTimeline
 from shardwright.report.plan_view import PlanView
 
 
@@ -51,8 +54,9 @@ class PipelinePlan:
 
     def __init__(
         self, planned: Sequence[PlannedStage], schedule: Schedule, times: StageTimes, sizes: Sequence[int],
-        notes: Sequence[str] = (),
+        graph: Graph, notes: Sequence[str] = (),
     ):  # fmt: skip
+        self.graph = graph
         self.planned, self.schedule, self.times, self.sizes, self.notes = planned, schedule, times, tuple(sizes), tuple(notes)
         self.stages = [PlanView(p.whole, p.parts.each[0]) for p in planned]
 
@@ -60,6 +64,11 @@ class PipelinePlan:
     def timeline(self) -> Timeline:
         """The predicted times of all actions of a step."""
         return run_clock(self.schedule, self.times)
+
+    @cached_property
+    def memory(self) -> tuple[MemoryTimeline, ...]:
+        """The predicted memory of a rank of each row over a step, without optimizer states."""
+        return tuple(row_memory(self.planned, row, self.graph) for row in self.schedule.rows)
 
     @property
     def bound(self) -> float:

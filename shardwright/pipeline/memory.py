@@ -1,0 +1,365 @@
+"""Predicts the memory of the ranks of a pipeline over a step, without running the step.
+
+Every row is simulated on shapes in the order of its schedule, each action on the programs that it runs, as
+:mod:`shardwright.plan.memory` simulates a step of other plans: with what is kept between a forward and its backward, received
+ahead, still on its way, and added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from shardwright.base.torch_private import pytree
+from shardwright.cost import algorithms as calibration
+from shardwright.ir.graph import Graph
+from shardwright.ir.instructions import Call, PerRank
+from shardwright.ir.largest_piece import local_shape
+from shardwright.ir.program import LocalProgram
+from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.parts import Parts
+from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwright.plan.memory import MemoryTimeline
+from shardwright.plan.memory.calls import CallPlayer
+from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
+from shardwright.plan.memory.moves import MovePlayer
+from shardwright.plan.memory.rank_state import RankState
+from shardwright.plan.memory.training_step import ForwardPlayer
+from shardwright.plan.memory.usage import Storage, Usage
+
+
+class StageOfRow(Protocol):
+    """Interface of a stage with its programs."""
+
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def parts(self) -> Parts: ...
+
+
+def row_memory(planned: Sequence[StageOfRow], row: Sequence[Action], graph: Graph, optimizer: float = 0.0) -> MemoryTimeline:
+    """Predicts the memory of the first rank of a row over a step, from the second on.
+
+    Args:
+        planned: every stage.
+        row: the actions of the row.
+        graph: of the whole network.
+        optimizer: bytes of the optimizer's state per byte of parameters.
+    """
+    return _Row(planned, row, graph, optimizer).run()
+
+
+def kept_of_micro(own: StageOfRow, graph: Graph) -> float:
+    """Predicts the bytes that a stage's first rank holds of the first micro-batch from its forward to its backward.
+
+    Args:
+        own: the stage.
+        graph: of the whole network.
+    """
+    row = _Row([own], [Action(own.stage.index, FORWARD, 0)], graph, 0.0)
+    row.begin()
+    before = row.usage.total
+    row.play(row.row[0])
+    return row.usage.total - before
+
+
+class _Held(dict[str, "_Leaf"]):
+    """What a stage holds for all micro-batches, by local name."""
+
+
+class _Leaf:
+    """A held value: its memory, and that of its gradient."""
+
+    def __init__(self, storage: Storage, tensor: LocalTensor):
+        self.storage, self.tensor = storage, tensor
+        self.gradient: Storage | None = None
+
+
+class _MicroState(RankState):
+    """State of one program; gradients of held values are added up at once, where they are for all micro-batches."""
+
+    def __init__(self, usage: Usage, held: _Held) -> None:
+        super().__init__()
+        self.usage, self.held = usage, held
+        self.puts_off = False
+        self.later: dict[str, None] = {}
+        self.arrived: list[Storage] = []
+
+    def add_gradient(self, name: str, storage: Storage, shape: tuple[int, ...], stride: Strides, cause: str) -> None:
+        """Gives a value its gradient, or adds to the one it has.
+
+        Args:
+            name: of the value.
+            storage: memory of the gradient.
+            shape, stride: of the gradient.
+            cause: the operator, for messages.
+        """
+        if name not in self.held:
+            super().add_gradient(name, storage, shape, stride, cause)
+        elif self.puts_off:
+            self.later[name] = None
+        else:
+            add_up(self.usage, self.held[name], storage)
+
+
+def add_up(usage: Usage, leaf: _Leaf, storage: Storage) -> None:
+    """Makes a gradient that of a held value, or adds it to that."""
+    if leaf.gradient is None:
+        leaf.gradient = usage.hold(storage)
+        usage.reassign(storage, "gradients")
+
+
+class _Calls(CallPlayer):
+    """Plays calls; in the first half of a backward keeps the gradients that arrive where held values are read."""
+
+    def _play_backward(self, key: Any, local: Any, call: Call, names: Any, *rest: Any) -> None:
+        state = self.state
+        assert isinstance(state, _MicroState)
+        if state.puts_off and any(name in state.held for name in names):
+            found = [state.gradients[name].storage for name in call.outputs if name in state.gradients]
+            state.arrived += [self.usage.hold(storage) for storage in found]
+        super()._play_backward(key, local, call, names, *rest)
+
+
+class _Micro:
+    """A micro-batch between its forward and its backward: its state, and what it holds besides."""
+
+    def __init__(self, state: _MicroState, holds: list[Storage]):
+        self.state, self.holds = state, holds
+
+
+class _Row:
+    """Simulates the actions of one row."""
+
+    def __init__(self, planned: Sequence[StageOfRow], row: Sequence[Action], graph: Graph, optimizer: float):
+        self.planned = {own.stage.index: own for own in planned}
+        self.row, self.graph, self.optimizer = row, graph, optimizer
+        self.own = sorted({action.stage for action in row})
+        self.usage = Usage()
+        self.choose = calibration.load().choose
+        self.held: dict[int, _Held] = {}
+        self.once: list[tuple[_MicroState, _Held]] = []
+        self.parameters: dict[str, Storage] = {}
+        self.running: dict[tuple[int, int], _Micro] = {}
+        self.coming: dict[tuple[Action, str], Storage] = {}
+        self.leaving: list[Storage] = []
+        self.readers: dict[str, list[int]] = {}
+        for own in planned:
+            for name in own.stage.received:
+                self.readers.setdefault(name, []).append(own.stage.index)
+        self.guessed: dict[str, None] = {}
+
+    def run(self) -> MemoryTimeline:
+        self.begin()
+        for at, action in enumerate(self.row):
+            for coming in self.row[at : at + 2]:
+                self._ask(coming)
+            self.play(action)
+        self._leave()
+        for state, leaves in self.once:
+            self._end_stage(state, leaves)
+        self.usage.phase = "optimizer"
+        self.usage.point("step", 0.0)
+        pieces = sorted(((name, s.size) for name, s in self.parameters.items()), key=lambda piece: (-piece[1], piece[0]))
+        return MemoryTimeline(tuple(self.usage.points), (), tuple(pieces), tuple(self.guessed))
+
+    def begin(self) -> None:
+        """Adds what exists when the step begins, and plays what runs once."""
+        given: dict[str, Storage] = {}
+        for i in self.graph.inputs:
+            if i.kind == "input":
+                given[i.value] = self.usage.hold(Storage(float(_bytes(i.meta.shape, i.meta.dtype)), "activations", i.value))
+        for index in self.own:
+            self._begin_stage(self.planned[index], given)
+        self.usage.hold(Storage(self.optimizer * sum(s.size for s in self.parameters.values()), "optimizer", ""))
+
+    def _begin_stage(self, own: StageOfRow, given: dict[str, Storage]) -> None:
+        program = _of_first_rank(own.parts.once)
+        leaves = _Held()
+        state = _MicroState(self.usage, leaves)
+        trained = {i.value for i in own.stage.graph.inputs if i.kind == "parameter" and i.requires_grad}
+        for placed in program.inputs:
+            kind = next(i.kind for i in own.stage.graph.inputs if i.value == placed.name)
+            tensor = _tensor_of(placed, placed.name in trained)
+            storage = given.get(placed.name)
+            if storage is None:
+                storage = Storage(
+                    float(tensor.bytes), "parameters" if kind in ("parameter", "buffer") else "activations", placed.name
+                )
+                given[placed.name] = self.usage.hold(storage)
+            if placed.name in trained:
+                self.parameters[placed.name] = storage
+            state.define(placed.name, storage, tensor)
+        self._forward(program, state, own.parts.held)
+        for name in own.parts.held:
+            value = state.values[name]
+            leaves[name] = _Leaf(self.usage.hold(value.storage), value.tensor)
+        for name in list(state.values):
+            state.forget(name)
+        self.held[own.stage.index] = leaves
+        self.once.append((state, leaves))
+
+    def _forward(self, program: LocalProgram, state: _MicroState, keeps: Iterable[str]) -> None:
+        """Plays a program; values that are kept stay in the state."""
+        calls, kept = _Calls(state, "cpu", program.kept), set(keeps)
+        player = ForwardPlayer(calls, MovePlayer(state, program, self.choose, True))
+        for instruction, dying in zip(program.instructions, program.last_uses()):
+            player.dying = [name for name in dying if name not in kept]
+            player.visit(instruction)
+            for name in player.dying:
+                state.forget(name)
+        self.guessed |= state.guessed
+
+    def _end_stage(self, state: _MicroState, leaves: _Held) -> None:
+        """Hands the gradients of what was made once on to the parameters."""
+        made = {name: leaf for name, leaf in leaves.items() if name not in self.parameters and leaf.gradient is not None}
+        for name, leaf in made.items():
+            del leaves[name]
+            assert leaf.gradient is not None
+            state.add_gradient(name, leaf.gradient, leaf.tensor.shape, contiguous_strides(leaf.tensor.shape), name)
+            self.usage.drop(leaf.gradient)
+        for play in reversed(state.tape):
+            play()
+
+    # -- actions ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, action: Action) -> None:
+        """Makes what an action receives."""
+        stage = self.planned[action.stage].stage
+        if action.kind == FORWARD:
+            names = [name for name in stage.received if (action, name) not in self.coming]
+        elif action.kind == WEIGHT:
+            return
+        else:
+            names = [n for n in stage.sent if n in self.graph.needs_grad and (action, n) not in self.coming]
+        for name in names:
+            piece = Storage(float(self._piece(action, name).bytes), "activations", name)
+            self.coming[action, name] = self.usage.hold(piece)
+
+    def _piece(self, action: Action, name: str) -> LocalTensor:
+        """Returns a received or sent value of a micro-batch, as this row has it."""
+        own = self.planned[action.stage]
+        program = own.parts.each[action.micro or 0]
+        outputs = dict(zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True))
+        placed = next((i for i in program.inputs if i.name == name), None)
+        if placed is not None:
+            return _tensor_of(placed, name in self.graph.needs_grad)
+        running = self.running.get((action.stage, action.micro or 0))
+        if running is not None:
+            return running.state.all_values[str(outputs[name])].tensor
+        meta = self.graph.metas[name]
+        shape = local_shape(program.layouts[str(outputs[name])], meta.shape)
+        shape = (-(-shape[0] // len(own.parts.each)), *shape[1:]) if shape else shape  # asked for before its forward
+        return LocalTensor(shape, contiguous_strides(shape), meta.dtype, True)
+
+    def play(self, action: Action) -> None:
+        """Plays an action."""
+        self.usage.phase = "forward" if action.kind == FORWARD else "backward"
+        if action.kind == FORWARD:
+            self._ask(action)
+            self._play_forward(action)
+        elif action.kind in (BACKWARD, INPUT):
+            self._play_backward(action)
+        elif action.kind == WEIGHT:
+            self._play_weight(action)
+
+    def _leave(self) -> None:
+        for storage in self.leaving:
+            self.usage.drop(storage)
+        self.leaving = []
+
+    def _play_forward(self, action: Action) -> None:
+        own, micro = self.planned[action.stage], action.micro or 0
+        held = self.held[action.stage]
+        state = _MicroState(self.usage, held)
+        for name, leaf in held.items():
+            state.define(name, leaf.storage, leaf.tensor)
+        self._forward(_of_first_rank(own.parts.slices[micro]), state, (*held, *own.parts.cut))
+        holds = []
+        for name in own.stage.received:
+            storage = self.coming.pop((action, name))
+            holds.append(storage)
+            state.define(name, storage, self._piece(action, name))
+        program = _of_first_rank(own.parts.each[micro])
+        outputs = {o for o in program.outputs if isinstance(o, str)}
+        self._forward(program, state, outputs)
+        self._leave()
+        holds += [self.usage.hold(state.values[name].storage) for name in outputs]
+        for name in list(state.values):
+            state.forget(name)
+        self.running[action.stage, micro] = _Micro(state, holds)
+
+    def _play_backward(self, action: Action) -> None:
+        own, micro = self.planned[action.stage], action.micro or 0
+        running = self.running[action.stage, micro]
+        state, program = running.state, own.parts.each[micro]
+        state.puts_off = action.kind == INPUT
+        if state.puts_off:
+            running.holds += [self.usage.hold(storage) for storage in state.saved]
+        outputs = dict(zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True))
+        for name, local in outputs.items():
+            tensor = state.all_values[str(local)].tensor
+            if not tensor.needs_grad or (name not in own.stage.sent and tensor.shape):
+                continue
+            storage = self.coming.pop((action, name), None)
+            if storage is None:
+                storage = self.usage.hold(Storage(float(tensor.bytes), "transient", name))
+            state.add_gradient(str(local), storage, tensor.shape, contiguous_strides(tensor.shape), "")
+            self.usage.drop(storage)
+        for play in reversed(state.tape):
+            play()
+        state.tape.clear()
+        self._leave()
+        for name in own.stage.received:
+            gradient = state.gradients.pop(name, None)
+            if gradient is not None:
+                self.leaving.append(gradient.storage)
+        for gradient in state.gradients.values():
+            self.usage.drop(gradient.storage)
+        state.gradients.clear()
+        if not state.puts_off:
+            self._drop(action.stage, micro)
+
+    def _play_weight(self, action: Action) -> None:
+        micro = action.micro or 0
+        state = self.running[action.stage, micro].state
+        for name in state.later:
+            leaf = state.held[name]
+            made = Storage(float(leaf.tensor.bytes), "transient", name)
+            self.usage.point(name, made.size)
+            add_up(self.usage, leaf, made)
+        for storage in state.arrived:
+            self.usage.drop(storage)
+        self._drop(action.stage, micro)
+
+    def _drop(self, stage: int, micro: int) -> None:
+        for storage in self.running.pop((stage, micro)).holds:
+            self.usage.drop(storage)
+
+
+def _of_first_rank(program: LocalProgram) -> LocalProgram:
+    """Returns a program with the arguments of the first of its ranks."""
+    first = min((min(layout.mesh.ranks) for layout in program.layouts.values() if layout.mesh.ranks), default=0)
+
+    def argument(leaf: Any) -> Any:
+        return leaf.of(first) if isinstance(leaf, PerRank) else leaf
+
+    def changed(instruction: Any) -> Any:
+        if not isinstance(instruction, Call):
+            return instruction
+        args, kwargs = pytree.tree_map(argument, (instruction.args, instruction.kwargs))
+        return replace(instruction, args=args, kwargs=kwargs)
+
+    return replace(program, instructions=tuple(map(changed, program.instructions)))
+
+
+def _tensor_of(placed: Any, needs_grad: bool) -> LocalTensor:
+    shape = placed.meta.shape
+    if len(shape) == placed.layout.ndim:
+        shape = local_shape(placed.layout, shape)
+    return LocalTensor(tuple(shape), contiguous_strides(shape), placed.meta.dtype, needs_grad)
+
+
+def _bytes(shape: Sequence[int], dtype: Any) -> int:
+    return LocalTensor(tuple(shape), contiguous_strides(shape), dtype, False).bytes
