@@ -13,8 +13,10 @@
 ``crossing``    moves pieces of values between the ranks of two stages
 ``scheduling``  chooses the schedule that a batch runs with
 ``stage_times``  seconds of the stages, from the prices of their plans
+``memory``      predicts the memory of each row over a step
 ``pipeline_plan``  the plan as it is shown
 ``run``         runs all stages on simulated ranks, each action as soon as it can
+``flight``      messages of one step under way between the ranks of a job
 ``distributed_run``  runs the stages of one rank of a job, by direct messages
 ``schedules/``  in which order each rank runs its stages' work: named, searched, checked, and timed
 ==============  ==================================================================================

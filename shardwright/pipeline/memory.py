@@ -74,6 +74,7 @@ class _Leaf:
     def __init__(self, storage: Storage, tensor: LocalTensor):
         self.storage, self.tensor = storage, tensor
         self.gradient: Storage | None = None
+        self.is_sum = False  # whether the gradient was added up outside of autograd, where nobody else has it
 
 
 class _MicroState(RankState):
@@ -82,8 +83,9 @@ class _MicroState(RankState):
     def __init__(self, usage: Usage, held: _Held) -> None:
         super().__init__()
         self.usage, self.held = usage, held
-        self.puts_off = False
+        self.puts_off = self.collects = False
         self.later: dict[str, None] = {}
+        self.collected: list[tuple[str, Storage]] = []
         self.arrived: list[Storage] = []
 
     def add_gradient(self, name: str, storage: Storage, shape: tuple[int, ...], stride: Strides, cause: str) -> None:
@@ -99,6 +101,8 @@ class _MicroState(RankState):
             super().add_gradient(name, storage, shape, stride, cause)
         elif self.puts_off:
             self.later[name] = None
+        elif self.collects:
+            self.collected.append((name, self.usage.hold(storage)))
         else:
             add_up(self.usage, self.held[name], storage)
 
@@ -108,6 +112,18 @@ def add_up(usage: Usage, leaf: _Leaf, storage: Storage) -> None:
     if leaf.gradient is None:
         leaf.gradient = usage.hold(storage)
         usage.reassign(storage, "gradients")
+
+
+def add_put_off(usage: Usage, name: str, leaf: _Leaf, storage: Storage) -> None:
+    """Adds a gradient of a second half, which the caller held; the first sum is new memory."""
+    if leaf.gradient is not None and not leaf.is_sum:
+        leaf.is_sum = True
+        total = Storage(storage.size, "gradients", name)
+        usage.point(name, total.size)
+        usage.drop(leaf.gradient)
+        leaf.gradient = usage.hold(total)
+    add_up(usage, leaf, storage)
+    usage.drop(storage)
 
 
 class _Calls(CallPlayer):
@@ -127,6 +143,7 @@ class _Micro:
 
     def __init__(self, state: _MicroState, holds: list[Storage]):
         self.state, self.holds = state, holds
+        self.waits = False  # the whole backward is put off
 
 
 class _Row:
@@ -291,25 +308,16 @@ class _Row:
         self.running[action.stage, micro] = _Micro(state, holds)
 
     def _play_backward(self, action: Action) -> None:
-        own, micro = self.planned[action.stage], action.micro or 0
-        running = self.running[action.stage, micro]
-        state, program = running.state, own.parts.each[micro]
+        own, running = self.planned[action.stage], self.running[action.stage, action.micro or 0]
+        state = running.state
+        self._seed(own, action, state)
+        if action.kind == INPUT and not any(name in self.graph.needs_grad for name in own.stage.received):
+            running.waits = True
+            return
         state.puts_off = action.kind == INPUT
         if state.puts_off:
             running.holds += [self.usage.hold(storage) for storage in state.saved]
-        outputs = dict(zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True))
-        for name, local in outputs.items():
-            tensor = state.all_values[str(local)].tensor
-            if not tensor.needs_grad or (name not in own.stage.sent and tensor.shape):
-                continue
-            storage = self.coming.pop((action, name), None)
-            if storage is None:
-                storage = self.usage.hold(Storage(float(tensor.bytes), "transient", name))
-            state.add_gradient(str(local), storage, tensor.shape, contiguous_strides(tensor.shape), "")
-            self.usage.drop(storage)
-        for play in reversed(state.tape):
-            play()
-        state.tape.clear()
+        self._play_tape(state)
         self._leave()
         for name in own.stage.received:
             gradient = state.gradients.pop(name, None)
@@ -319,22 +327,46 @@ class _Row:
             self.usage.drop(gradient.storage)
         state.gradients.clear()
         if not state.puts_off:
-            self._drop(action.stage, micro)
+            self._drop(action)
+
+    def _seed(self, own: StageOfRow, action: Action, state: _MicroState) -> None:
+        """Gives outputs their gradients: of sent ones as they come, of scalars as they are made."""
+        program = own.parts.each[action.micro or 0]
+        for name, local in zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True):
+            tensor = state.all_values[str(local)].tensor
+            if not tensor.needs_grad or (name not in own.stage.sent and tensor.shape):
+                continue
+            storage = self.coming.pop((action, name), None)
+            if storage is None:
+                storage = self.usage.hold(Storage(float(tensor.bytes), "transient", name))
+            state.add_gradient(str(local), storage, tensor.shape, contiguous_strides(tensor.shape), "")
+            self.usage.drop(storage)
+
+    def _play_tape(self, state: _MicroState) -> None:
+        for play in reversed(state.tape):
+            play()
+        state.tape.clear()
 
     def _play_weight(self, action: Action) -> None:
-        micro = action.micro or 0
-        state = self.running[action.stage, micro].state
+        running = self.running[action.stage, action.micro or 0]
+        state = running.state
+        if running.waits:
+            state.collects = True
+            self._play_tape(state)
+            for name, storage in reversed(state.collected):
+                add_put_off(self.usage, name, state.held[name], storage)
         for name in state.later:
             leaf = state.held[name]
-            made = Storage(float(leaf.tensor.bytes), "transient", name)
-            self.usage.point(name, made.size)
-            add_up(self.usage, leaf, made)
+            made = self.usage.hold(Storage(float(leaf.tensor.bytes), "transient", name))
+            self.usage.point(name, 0.0)
+            add_put_off(self.usage, name, leaf, made)
         for storage in state.arrived:
             self.usage.drop(storage)
-        self._drop(action.stage, micro)
+        self._drop(action)
 
-    def _drop(self, stage: int, micro: int) -> None:
-        for storage in self.running.pop((stage, micro)).holds:
+    def _drop(self, action: Action) -> None:
+        """Ends a micro-batch."""
+        for storage in self.running.pop((action.stage, action.micro or 0)).holds:
             self.usage.drop(storage)
 
 

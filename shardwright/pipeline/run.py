@@ -22,7 +22,7 @@ from shardwright.pipeline.micro import Cut, pieces_of_micro_batches
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
-from shardwright.pipeline.stage_run import Pieces, StageRun
+from shardwright.pipeline.stage_run import Pieces, StageRun, StepState
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.simulated.steps import run_steps
 
@@ -78,6 +78,7 @@ class PipelineRun(ABC):
         self.maker = {name: source for place in places for name, source in place.stage.received.items()}
         self.home = {position: place.stage.index for place in places for position in place.stage.returned}
         self.names = {position: output for position, output in enumerate(graph.outputs) if isinstance(output, str)}
+        self.forwards, self.backwards, self.actions = forward_only(schedule), backward_only(schedule), computing(schedule)
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
         self.seeds: dict[int, Tensor] = {}  # by position, the gradients of results
 
@@ -99,7 +100,8 @@ class PipelineRun(ABC):
             outputs = list(_Pipeline.apply(self, held, anchor, *flat))
         else:
             self.hold(held, flat)
-            outputs = self.outputs(self.run(forward_only(self.schedule), False))
+            outputs = self.outputs(self.run(self.forwards, False))
+            self.rest()
         found = iter(outputs)
         results = [next(found) if isinstance(o, str) else o.value for o in self.graph.outputs]
         return results, {index: run.updates for index, run in self.runs.items()}
@@ -115,6 +117,11 @@ class PipelineRun(ABC):
         for run, own in zip(self.runs.values(), held, strict=True):
             run.hold([[next(rest) for _ in pieces] for pieces in own])
         return leaves
+
+    def rest(self) -> None:
+        """Lets stages forget the step, so that nothing of it outlives what autograd keeps."""
+        for run in self.runs.values():
+            run.state = StepState([], {})
 
     @abstractmethod
     def run(self, rows: Sequence[Sequence[Action]], grad: bool, step: Step | None = None) -> Step:
@@ -306,16 +313,17 @@ class _Pipeline(torch.autograd.Function):
         ctx.step = None
         if run.loss is None:
             with within_pipeline():
-                ctx.step = run.run(forward_only(run.schedule), True)
+                ctx.step = run.run(run.forwards, True)
             outputs = run.outputs(ctx.step)
         else:
             meta = run.graph.metas[run.names[run.loss]]
             device = flat[0].device if flat else None
             run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
             with within_pipeline():
-                outputs = run.outputs(run.run(computing(run.schedule), True))
+                outputs = run.outputs(run.run(run.actions, True))
             ctx.at, ctx.seed = ctx.positions.index(run.loss), run.seed
         ctx.states = [stage.state for stage in run.runs.values()]
+        run.rest()
         ctx.mark_non_differentiable(*[o for o, name in zip(outputs, names, strict=True) if name not in run.graph.needs_grad])
         return tuple(outputs)
 
@@ -325,25 +333,33 @@ class _Pipeline(torch.autograd.Function):
         run = ctx.run
         if ctx.leaves is None:
             raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
-        leaves, ctx.leaves = ctx.leaves, None
+        leaves, states, step, ctx.leaves, ctx.states, ctx.step = ctx.leaves, ctx.states, ctx.step, None, None, None
         in_backward()  # on every rank, whether its stages communicate or not
         seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
         if not seeds:
             return None, None, None, *[None] * len(leaves)
-        if ctx.step is None and set(seeds) == {run.loss}:
+        if step is None and set(seeds) == {run.loss}:
             seed = float(gradients[ctx.at])  # type: ignore[arg-type]
             if seed and math.isfinite(seed):
                 run.seed = seed  # the next step begins with it, so that a loss scale reaches the first of its gradients
             scale = seed / ctx.seed
-            scaled = [x.grad if x.grad is None or scale == 1.0 else x.grad.mul_(scale) for x in leaves]
-            return None, None, None, *scaled
+            return None, None, None, *_taken(leaves, scale)
         with within_pipeline():
-            if ctx.step is None:  # of other results too, so that both passes run once more
+            if step is None:  # of other results too, so that both passes run once more
                 leaves = run.hold(ctx.held, leaves)
-                ctx.step = run.run(forward_only(run.schedule), True)
-                ctx.states = [stage.state for stage in run.runs.values()]
-            for stage, state in zip(run.runs.values(), ctx.states, strict=True):
-                stage.state = state
+                step = run.run(run.forwards, True)
+            else:
+                for stage, state in zip(run.runs.values(), states, strict=True):
+                    stage.state = state
             run.seeds = seeds
-            run.run(backward_only(run.schedule), True, ctx.step)
-        return None, None, None, *[leaf.grad for leaf in leaves]
+            run.run(run.backwards, True, step)
+        run.rest()
+        return None, None, None, *_taken(leaves)
+
+
+def _taken(leaves: Sequence[Tensor], scale: float = 1.0) -> list[Tensor | None]:
+    """Takes the gradients away from leaves: autograd copies what somebody else has too."""
+    found = [leaf.grad if leaf.grad is None or scale == 1.0 else leaf.grad.mul_(scale) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
