@@ -4,7 +4,8 @@
 
 Nothing of part 1 depends on the machine but the times of the search. Part 2 trains on gloo ranks of this machine, one thread
 each, and needs its cores for itself: the step of our pipelines against that of ``torch.distributed.pipelining`` with the same
-stages and schedule, and against a plain run of the whole batch, stage after stage.
+stages and schedule, and against a plain run of the whole batch, stage after stage; and the memory of each rank against the
+plan's.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ def schedules(targets: Targets, options: argparse.Namespace) -> None:
 def trains(targets: Targets, options: argparse.Namespace) -> None:
     """Part 2: training steps on ranks of this machine."""
     pipeline_training.steps(targets, options.ranks, options.rounds, options.only)
+    pipeline_training.memory(targets, options.ranks, options.only)
 
 
 PARTS: dict[int, Callable[[Targets, argparse.Namespace], None]] = {1: schedules, 2: trains}

@@ -135,12 +135,16 @@ class Trainer:
     call: Any = None
 
 
+def marks(order: Order, ranks: int) -> dict[str, int]:
+    """The stage of each unit: as many units in each."""
+    per_stage = UNITS // (ranks * order.turns)
+    return {f"units.{n}": n // per_stage % ranks for n in range(UNITS)}
+
+
 def shardwright(case: str, order: Order, ranks: int) -> Trainer:
     """Trains with ours, its stages marked."""
     model, inputs = make(case), batch(case)
-    per_stage = UNITS // (ranks * order.turns)
-    marks = {f"units.{n}": n // per_stage % ranks for n in range(UNITS)}
-    call = sw.AutoParallel(sw.PipelineCell(model, MICRO, stage_config=marks))
+    call = sw.AutoParallel(sw.PipelineCell(model, MICRO, stage_config=marks(order, ranks)))
     call.pipeline(stages=ranks, scheduler=order.ours, interleave=order.interleave)
     call.compile(*inputs)  # puts parameters where their stages are
     optimizer = optimizer_of(model.parameters())

@@ -20,6 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import pipeline_memory  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from pipeline_models import MICRO, ORDERS, VARIANTS, Trainer, single  # noqa: E402
@@ -96,7 +97,7 @@ def crowding(rounds: int) -> float:
     return statistics.median(together) / statistics.median(alone) if rank == 0 else 1.0
 
 
-def worker(rounds: int, out: str, only: str) -> None:
+def timed_cases(rounds: int, only: str) -> dict[str, Any]:
     """One rank: all cases, all variants in turn."""
     torch.set_num_threads(1)
     world = sw.init()
@@ -114,8 +115,7 @@ def worker(rounds: int, out: str, only: str) -> None:
             rows = [[str(action) for action in row] for row in trainers["shardwright"].call.plan.schedule.rows]
             assert rows == [[str(action) for action in row] for row in order.schedule(world.size).rows]
             found["cases"][f"{case}, {name}"] = timed(trainers, rounds)
-    if world.rank == 0:
-        Path(out).write_text(json.dumps(found))
+    return found
 
 
 def launch(ranks: int, *arguments: str) -> Any:
@@ -152,5 +152,18 @@ def steps(targets: Any, sizes: list[int], rounds: int, only: str) -> None:
             targets.reached(f"{name} on {ranks} ranks over stage after stage", over["naive"], max(0.6, bound * crowd))
 
 
+def memory(targets: Any, sizes: list[int], only: str) -> None:
+    """Judges the memory of the ranks."""
+    for ranks in sizes:
+        pipeline_memory.judge(targets, ranks, launch(ranks, "memory", "0", only))
+
+
+def main(out: str, what: str, rounds: str, only: str) -> None:
+    """Runs one rank of a job."""
+    found = timed_cases(int(rounds), only) if what == "steps" else pipeline_memory.worker(only)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"steps": lambda out, rounds, only: worker(int(rounds), out, only)}[sys.argv[2]](sys.argv[1], *sys.argv[3:])
+    main(*sys.argv[1:])

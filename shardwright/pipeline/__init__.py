@@ -14,6 +14,7 @@
 ``scheduling``  chooses the schedule that a batch runs with
 ``stage_times``  seconds of the stages, from the prices of their plans
 ``memory``      predicts the memory of each row over a step
+``micro_memory``  simulates the memory of one micro-batch of a stage
 ``pipeline_plan``  the plan as it is shown
 ``run``         runs all stages on simulated ranks, each action as soon as it can
 ``flight``      messages of one step under way between the ranks of a job

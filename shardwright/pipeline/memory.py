@@ -11,20 +11,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
+
 from shardwright.base.torch_private import pytree
 from shardwright.cost import algorithms as calibration
 from shardwright.ir.graph import Graph
 from shardwright.ir.instructions import Call, PerRank
 from shardwright.ir.largest_piece import local_shape
+from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
 from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.flight import places_of
+from shardwright.pipeline.micro_memory import HeldValue, HeldValues, MicroCalls, MicroState, RunningMicro, add_put_off
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwright.plan.memory import MemoryTimeline
-from shardwright.plan.memory.calls import CallPlayer
-from shardwright.plan.memory.local_tensor import LocalTensor, Strides, contiguous_strides
+from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.moves import MovePlayer
-from shardwright.plan.memory.rank_state import RankState
 from shardwright.plan.memory.training_step import ForwardPlayer
 from shardwright.plan.memory.usage import Storage, Usage
 
@@ -35,19 +38,24 @@ class StageOfRow(Protocol):
     @property
     def stage(self) -> Stage: ...
     @property
+    def whole(self) -> Plan: ...
+    @property
     def parts(self) -> Parts: ...
 
 
-def row_memory(planned: Sequence[StageOfRow], row: Sequence[Action], graph: Graph, optimizer: float = 0.0) -> MemoryTimeline:
+def row_memory(
+    planned: Sequence[StageOfRow], rows: Sequence[Sequence[Action]], row: int, graph: Graph, optimizer: float = 0.0
+) -> MemoryTimeline:
     """Predicts the memory of the first rank of a row over a step, from the second on.
 
     Args:
         planned: every stage.
-        row: the actions of the row.
+        rows: the actions of all rows.
+        row: which one.
         graph: of the whole network.
         optimizer: bytes of the optimizer's state per byte of parameters.
     """
-    return _Row(planned, row, graph, optimizer).run()
+    return _Row(planned, rows, row, graph, optimizer).run()
 
 
 def kept_of_micro(own: StageOfRow, graph: Graph) -> float:
@@ -57,115 +65,40 @@ def kept_of_micro(own: StageOfRow, graph: Graph) -> float:
         own: the stage.
         graph: of the whole network.
     """
-    row = _Row([own], [Action(own.stage.index, FORWARD, 0)], graph, 0.0)
+    row = _Row([own], [[Action(own.stage.index, FORWARD, 0)]], 0, graph, 0.0)
     row.begin()
     before = row.usage.total
     row.play(row.row[0])
     return row.usage.total - before
 
 
-class _Held(dict[str, "_Leaf"]):
-    """What a stage holds for all micro-batches, by local name."""
-
-
-class _Leaf:
-    """A held value: its memory, and that of its gradient."""
-
-    def __init__(self, storage: Storage, tensor: LocalTensor):
-        self.storage, self.tensor = storage, tensor
-        self.gradient: Storage | None = None
-        self.is_sum = False  # whether the gradient was added up outside of autograd, where nobody else has it
-
-
-class _MicroState(RankState):
-    """State of one program; gradients of held values are added up at once, where they are for all micro-batches."""
-
-    def __init__(self, usage: Usage, held: _Held) -> None:
-        super().__init__()
-        self.usage, self.held = usage, held
-        self.puts_off = self.collects = False
-        self.later: dict[str, None] = {}
-        self.collected: list[tuple[str, Storage]] = []
-        self.arrived: list[Storage] = []
-
-    def add_gradient(self, name: str, storage: Storage, shape: tuple[int, ...], stride: Strides, cause: str) -> None:
-        """Gives a value its gradient, or adds to the one it has.
-
-        Args:
-            name: of the value.
-            storage: memory of the gradient.
-            shape, stride: of the gradient.
-            cause: the operator, for messages.
-        """
-        if name not in self.held:
-            super().add_gradient(name, storage, shape, stride, cause)
-        elif self.puts_off:
-            self.later[name] = None
-        elif self.collects:
-            self.collected.append((name, self.usage.hold(storage)))
-        else:
-            add_up(self.usage, self.held[name], storage)
-
-
-def add_up(usage: Usage, leaf: _Leaf, storage: Storage) -> None:
-    """Makes a gradient that of a held value, or adds it to that."""
-    if leaf.gradient is None:
-        leaf.gradient = usage.hold(storage)
-        usage.reassign(storage, "gradients")
-
-
-def add_put_off(usage: Usage, name: str, leaf: _Leaf, storage: Storage) -> None:
-    """Adds a gradient of a second half, which the caller held; the first sum is new memory."""
-    if leaf.gradient is not None and not leaf.is_sum:
-        leaf.is_sum = True
-        total = Storage(storage.size, "gradients", name)
-        usage.point(name, total.size)
-        usage.drop(leaf.gradient)
-        leaf.gradient = usage.hold(total)
-    add_up(usage, leaf, storage)
-    usage.drop(storage)
-
-
-class _Calls(CallPlayer):
-    """Plays calls; in the first half of a backward keeps the gradients that arrive where held values are read."""
-
-    def _play_backward(self, key: Any, local: Any, call: Call, names: Any, *rest: Any) -> None:
-        state = self.state
-        assert isinstance(state, _MicroState)
-        if state.puts_off and any(name in state.held for name in names):
-            found = [state.gradients[name].storage for name in call.outputs if name in state.gradients]
-            state.arrived += [self.usage.hold(storage) for storage in found]
-        super()._play_backward(key, local, call, names, *rest)
-
-
-class _Micro:
-    """A micro-batch between its forward and its backward: its state, and what it holds besides."""
-
-    def __init__(self, state: _MicroState, holds: list[Storage]):
-        self.state, self.holds = state, holds
-        self.waits = False  # the whole backward is put off
-
-
 class _Row:
     """Simulates the actions of one row."""
 
-    def __init__(self, planned: Sequence[StageOfRow], row: Sequence[Action], graph: Graph, optimizer: float):
+    def __init__(
+        self, planned: Sequence[StageOfRow], rows: Sequence[Sequence[Action]], row: int, graph: Graph, optimizer: float
+    ):
         self.planned = {own.stage.index: own for own in planned}
-        self.row, self.graph, self.optimizer = row, graph, optimizer
-        self.own = sorted({action.stage for action in row})
+        self.row, self.graph, self.optimizer = rows[row], graph, optimizer
+        self.places = places_of(rows)
+        self.own = sorted({action.stage for action in self.row})
         self.usage = Usage()
-        self.choose = calibration.load().choose
-        self.held: dict[int, _Held] = {}
-        self.once: list[tuple[_MicroState, _Held]] = []
+        machine = planned[0].whole.machine
+        self.device = "cpu" if machine is None else machine.device
+        self.choose = calibration.load().choose if self.device == "cpu" else None
+        self.held: dict[int, HeldValues] = {}
+        self.once: list[tuple[MicroState, HeldValues]] = []
         self.parameters: dict[str, Storage] = {}
-        self.running: dict[tuple[int, int], _Micro] = {}
+        self.running: dict[tuple[int, int], RunningMicro] = {}
         self.coming: dict[tuple[Action, str], Storage] = {}
-        self.leaving: list[Storage] = []
+        self.leaving: list[tuple[tuple[int, int], Storage]] = []  # with the place of the action that reads it
         self.readers: dict[str, list[int]] = {}
         for own in planned:
             for name in own.stage.received:
                 self.readers.setdefault(name, []).append(own.stage.index)
         self.guessed: dict[str, None] = {}
+        first = graph.outputs[0] if graph.outputs else None
+        self.has_loss = isinstance(first, str) and not graph.metas[first].shape and first in graph.needs_grad
 
     def run(self) -> MemoryTimeline:
         self.begin()
@@ -173,7 +106,8 @@ class _Row:
             for coming in self.row[at : at + 2]:
                 self._ask(coming)
             self.play(action)
-        self._leave()
+        for _, storage in self.leaving:
+            self.usage.drop(storage)
         for state, leaves in self.once:
             self._end_stage(state, leaves)
         self.usage.phase = "optimizer"
@@ -193,8 +127,8 @@ class _Row:
 
     def _begin_stage(self, own: StageOfRow, given: dict[str, Storage]) -> None:
         program = _of_first_rank(own.parts.once)
-        leaves = _Held()
-        state = _MicroState(self.usage, leaves)
+        leaves = HeldValues()
+        state = MicroState(self.usage, leaves)
         trained = {i.value for i in own.stage.graph.inputs if i.kind == "parameter" and i.requires_grad}
         for placed in program.inputs:
             kind = next(i.kind for i in own.stage.graph.inputs if i.value == placed.name)
@@ -211,15 +145,15 @@ class _Row:
         self._forward(program, state, own.parts.held)
         for name in own.parts.held:
             value = state.values[name]
-            leaves[name] = _Leaf(self.usage.hold(value.storage), value.tensor)
+            leaves[name] = HeldValue(self.usage.hold(value.storage), value.tensor)
         for name in list(state.values):
             state.forget(name)
         self.held[own.stage.index] = leaves
         self.once.append((state, leaves))
 
-    def _forward(self, program: LocalProgram, state: _MicroState, keeps: Iterable[str]) -> None:
+    def _forward(self, program: LocalProgram, state: MicroState, keeps: Iterable[str]) -> None:
         """Plays a program; values that are kept stay in the state."""
-        calls, kept = _Calls(state, "cpu", program.kept), set(keeps)
+        calls, kept = MicroCalls(state, self.device, program.kept), set(keeps)
         player = ForwardPlayer(calls, MovePlayer(state, program, self.choose, True))
         for instruction, dying in zip(program.instructions, program.last_uses()):
             player.dying = [name for name in dying if name not in kept]
@@ -228,7 +162,7 @@ class _Row:
                 state.forget(name)
         self.guessed |= state.guessed
 
-    def _end_stage(self, state: _MicroState, leaves: _Held) -> None:
+    def _end_stage(self, state: MicroState, leaves: HeldValues) -> None:
         """Hands the gradients of what was made once on to the parameters."""
         made = {name: leaf for name, leaf in leaves.items() if name not in self.parameters and leaf.gradient is not None}
         for name, leaf in made.items():
@@ -268,7 +202,7 @@ class _Row:
         meta = self.graph.metas[name]
         shape = local_shape(program.layouts[str(outputs[name])], meta.shape)
         shape = (-(-shape[0] // len(own.parts.each)), *shape[1:]) if shape else shape  # asked for before its forward
-        return LocalTensor(shape, contiguous_strides(shape), meta.dtype, True)
+        return LocalTensor(shape, contiguous_strides(shape), meta.dtype or torch.float32, True)
 
     def play(self, action: Action) -> None:
         """Plays an action."""
@@ -281,15 +215,25 @@ class _Row:
         elif action.kind == WEIGHT:
             self._play_weight(action)
 
-    def _leave(self) -> None:
-        for storage in self.leaving:
-            self.usage.drop(storage)
-        self.leaving = []
+    def _arrived(self, action: Action, sources: Iterable[int]) -> None:
+        """Frees what has arrived: what stages send tells that their rows have read all that they read before.
+
+        Args:
+            action: the action that receives.
+            sources: the stages that it receives from.
+        """
+        for source in sources:
+            row, reached = self.places.get((source, action.micro or 0, action.kind != FORWARD), (-1, 0))
+            there = [each for each in self.leaving if each[0][0] == row and each[0][1] <= reached]
+            self.leaving = [each for each in self.leaving if each not in there]
+            for _, storage in there:
+                self.usage.drop(storage)
 
     def _play_forward(self, action: Action) -> None:
         own, micro = self.planned[action.stage], action.micro or 0
+        self._arrived(action, own.stage.received.values())
         held = self.held[action.stage]
-        state = _MicroState(self.usage, held)
+        state = MicroState(self.usage, held)
         for name, leaf in held.items():
             state.define(name, leaf.storage, leaf.tensor)
         self._forward(_of_first_rank(own.parts.slices[micro]), state, (*held, *own.parts.cut))
@@ -301,48 +245,54 @@ class _Row:
         program = _of_first_rank(own.parts.each[micro])
         outputs = {o for o in program.outputs if isinstance(o, str)}
         self._forward(program, state, outputs)
-        self._leave()
         holds += [self.usage.hold(state.values[name].storage) for name in outputs]
         for name in list(state.values):
             state.forget(name)
-        self.running[action.stage, micro] = _Micro(state, holds)
+        self.running[action.stage, micro] = RunningMicro(state, holds)
 
     def _play_backward(self, action: Action) -> None:
         own, running = self.planned[action.stage], self.running[action.stage, action.micro or 0]
         state = running.state
-        self._seed(own, action, state)
+        given = self._seed(own, action, state)
         if action.kind == INPUT and not any(name in self.graph.needs_grad for name in own.stage.received):
             running.waits = True
+            running.holds += given
             return
         state.puts_off = action.kind == INPUT
         if state.puts_off:
             running.holds += [self.usage.hold(storage) for storage in state.saved]
         self._play_tape(state)
-        self._leave()
-        for name in own.stage.received:
+        for storage in given:
+            self.usage.drop(storage)
+        for name, maker in own.stage.received.items():
             gradient = state.gradients.pop(name, None)
             if gradient is not None:
-                self.leaving.append(gradient.storage)
+                place = self.places.get((maker, action.micro or 0, True), (-1, 0))
+                self.leaving.append((place, gradient.storage))
         for gradient in state.gradients.values():
             self.usage.drop(gradient.storage)
         state.gradients.clear()
         if not state.puts_off:
             self._drop(action)
 
-    def _seed(self, own: StageOfRow, action: Action, state: _MicroState) -> None:
-        """Gives outputs their gradients: of sent ones as they come, of scalars as they are made."""
+    def _seed(self, own: StageOfRow, action: Action, state: MicroState) -> list[Storage]:
+        """Gives outputs their gradients: of sent ones as they come, of scalars as they are made; returns them, held."""
+        given = []
+        for name in own.stage.sent:
+            self._arrived(action, self.readers.get(name, ()))
         program = own.parts.each[action.micro or 0]
         for name, local in zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True):
             tensor = state.all_values[str(local)].tensor
-            if not tensor.needs_grad or (name not in own.stage.sent and tensor.shape):
+            if not tensor.needs_grad or (self.has_loss and name not in own.stage.sent and name != self.graph.outputs[0]):
                 continue
             storage = self.coming.pop((action, name), None)
             if storage is None:
                 storage = self.usage.hold(Storage(float(tensor.bytes), "transient", name))
             state.add_gradient(str(local), storage, tensor.shape, contiguous_strides(tensor.shape), "")
-            self.usage.drop(storage)
+            given.append(storage)
+        return given
 
-    def _play_tape(self, state: _MicroState) -> None:
+    def _play_tape(self, state: MicroState) -> None:
         for play in reversed(state.tape):
             play()
         state.tape.clear()
@@ -390,7 +340,7 @@ def _tensor_of(placed: Any, needs_grad: bool) -> LocalTensor:
     shape = placed.meta.shape
     if len(shape) == placed.layout.ndim:
         shape = local_shape(placed.layout, shape)
-    return LocalTensor(tuple(shape), contiguous_strides(shape), placed.meta.dtype, needs_grad)
+    return LocalTensor(tuple(shape), contiguous_strides(shape), placed.meta.dtype or torch.float32, needs_grad)
 
 
 def _bytes(shape: Sequence[int], dtype: Any) -> int:

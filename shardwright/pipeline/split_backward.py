@@ -99,6 +99,8 @@ class SplitBackward:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not self.from_outputs:
+            self.gradients = []  # the rest starts from what has arrived
         return list(zip(wanted, found, strict=True))
 
     def _note(self, node: Node, given: Sequence[Tensor | None]) -> None:
@@ -127,7 +129,7 @@ class SplitBackward:
                 yield from _one_by_one(weights, gradients)
 
 
-def _one_by_one(weights: Sequence[Tensor], gradients: list[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _one_by_one(weights: Sequence[Tensor], gradients: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yields weights with their gradients, and holds none that it has yielded."""
     for weight in reversed(weights):
         yield weight, gradients.pop()

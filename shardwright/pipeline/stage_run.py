@@ -180,11 +180,16 @@ class StageRun:
         return leaves + [leaf for leaf, _ in run.weights]
 
     def _handed_back(self, run: _Running) -> dict[str, Pieces]:
-        return {
+        """Takes the gradients of what was received, which leaves would hold until the second half."""
+        found = {
             name: [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in pieces]
             for name, pieces in run.received.items()
             if any(leaf.requires_grad for leaf in pieces)
         }
+        for pieces in run.received.values():
+            for leaf in pieces:
+                leaf.grad = None
+        return found
 
     # -- lists and single tensors -------------------------------------------------------------------------------------
 
