@@ -12,7 +12,7 @@ from shardwright.plan.memory.usage import Storage, Usage
 
 
 class HeldValues(dict[str, "HeldValue"]):
-    """What a stage holds for all micro-batches, by local name."""
+    """Values that a stage holds for all micro-batches, by local name."""
 
 
 class HeldValue:
@@ -62,7 +62,14 @@ def add_up(usage: Usage, leaf: HeldValue, storage: Storage) -> None:
 
 
 def add_put_off(usage: Usage, name: str, leaf: HeldValue, storage: Storage) -> None:
-    """Adds a gradient of a second half, which the caller held; the first sum is new memory."""
+    """Adds a gradient of a second half, which the caller held; the first sum is new memory.
+
+    Args:
+        usage: what is in use.
+        name: of the value.
+        leaf: the value.
+        storage: of the gradient.
+    """
     if leaf.gradient is not None and not leaf.is_sum:
         leaf.is_sum = True
         total = Storage(storage.size, "gradients", name)
