@@ -1,8 +1,11 @@
-"""Pipelines. Part 1, schedules: bubbles against closed forms, the search against its bound, and a referee.
+"""Pipelines. Part 1, schedules: bubbles against closed forms, the search against its bound, and a referee. Part 2, training.
 
-    python benchmarks/pipeline.py [--check] [--part schedules]
+    python benchmarks/pipeline.py [--check] [--part {1,2}] [--ranks 2 4] [--rounds 20] [--only "gpt, 1f1b"]
 
-Nothing of part 1 depends on the machine but the times of the search.
+Nothing of part 1 depends on the machine but the times of the search. Part 2 trains on gloo ranks of this machine, one thread
+each, and needs its cores for itself: the step of our pipelines against that of ``torch.distributed.pipelining`` with the same
+stages and schedule, and against a plain run of the whole batch, stage after stage; and the memory of each rank against the
+plan's.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from collections.abc import Callable
 from itertools import product
 
+import pipeline_training
 from schedule_referee import least_seconds
 
 from shardwright.errors import PipelineError
@@ -142,25 +146,34 @@ def referee(targets: Targets) -> None:
     targets.reached("searched under a limit over optimum - 1, mean", sum(capped) / len(capped), 0.02)
 
 
-def schedules(targets: Targets) -> None:
+def schedules(targets: Targets, options: argparse.Namespace) -> None:
     """Part 1: schedules by themselves, without tensors."""
     bubbles(targets)
     search(targets)
     referee(targets)
 
 
-PARTS: dict[str, Callable[[Targets], None]] = {"schedules": schedules}
+def trains(targets: Targets, options: argparse.Namespace) -> None:
+    """Part 2: training steps on ranks of this machine."""
+    pipeline_training.steps(targets, options.ranks, options.rounds, options.only)
+    pipeline_training.memory(targets, options.ranks, options.only)
+
+
+PARTS: dict[int, Callable[[Targets, argparse.Namespace], None]] = {1: schedules, 2: trains}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
-    parser.add_argument("--part", choices=PARTS, help="only this part")
+    parser.add_argument("--part", type=int, choices=PARTS, help="only this part")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="of part 2")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each variant of part 2")
+    parser.add_argument("--only", default="", help="cases of part 2 whose name has this in it")
     options = parser.parse_args()
     targets = Targets()
     for name, part in PARTS.items():
         if options.part in (None, name):
-            part(targets)
+            part(targets, options)
     print(f"{len(targets.missed)} targets missed" if targets.missed else "all targets reached")
     return 1 if targets.missed and options.check else 0
 

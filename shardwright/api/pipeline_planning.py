@@ -98,7 +98,7 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
     if tail is not None:
         schedule, notes = _for_tail(schedule, tail, request, placement)
     check_schedule(schedule)
-    view = PipelinePlan(planned, schedule, times, sizes, notes)
+    view = PipelinePlan(planned, schedule, times, sizes, graph, notes)
     return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), view)
 
 

@@ -14,9 +14,12 @@
 ``crossing``    moves pieces of values between the ranks of two stages
 ``scheduling``  chooses the schedule that a batch runs with
 ``stage_times``  seconds of the stages, from the prices of their plans
+``memory``      predicts the memory of each row over a step
+``micro_memory``  simulates the memory of one micro-batch of a stage
 ``pipeline_plan``  the plan as it is shown
 ``passes``      the forward and the backward of a step, as autograd runs them
 ``run``         runs all stages on simulated ranks, each action as soon as it can
+``flight``      messages of one step under way between the ranks of a job
 ``distributed_run``  runs the stages of one rank of a job, by direct messages
 ``random_turns``  random numbers that stages draw one after the other
 ``elsewhere``   results that other ranks hold

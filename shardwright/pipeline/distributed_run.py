@@ -18,6 +18,7 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held
 from shardwright.pipeline.elsewhere import Elsewhere
+from shardwright.pipeline.flight import Flight, Message, Places, places_of
 from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.random_turns import RandomTurns
 from shardwright.pipeline.run import PipelineRun, StagePlace, Step, add_pieces
@@ -26,7 +27,6 @@ from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun, draw_only
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.world.distributed.links import Link
-from shardwright.world.distributed.operations import Handle
 from shardwright.world.distributed.transfer import Transfer
 
 _FIRST_TAG = 1 << 25  # of a pipeline's messages
@@ -56,6 +56,7 @@ class DistributedPipelineRun(PipelineRun):
         self._transfers: dict[Any, Transfer] = {}
         ranks = [range(p.first_rank, p.first_rank + p.parts.once.world_size) for p in places]
         self.turns = RandomTurns(rank, link, ranks) if self.draws_late else None
+        self._places: dict[int, Places] = {}  # by the identity of rows, which live as long as the run
 
     def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
         """Runs what each own stage does once per step; draws what others draw, so that generators stay alike."""
@@ -109,7 +110,10 @@ class DistributedPipelineRun(PipelineRun):
             rows, grad, step: see :meth:`PipelineRun.run`.
         """
         step = step or Step()
-        flight = _Flight(self)
+        places = self._places.get(id(rows))
+        if places is None:
+            places = self._places[id(rows)] = places_of(rows, self.tail)
+        flight = Flight(self.graph, self.cross, self.device, places)
         actions = rows[self.row]
         goes_back = any(action.kind != "F" for action in actions)
         if step.tail_waits and goes_back:
@@ -127,7 +131,7 @@ class DistributedPipelineRun(PipelineRun):
             self.turns.finish()
         return step
 
-    def _ask(self, action: Action, flight: _Flight) -> None:
+    def _ask(self, action: Action, flight: Flight) -> None:
         """Starts to receive what an action reads of other rows."""
         micro, index = action.micro, action.stage
         assert micro is not None
@@ -137,14 +141,14 @@ class DistributedPipelineRun(PipelineRun):
             for reader in readers:
                 for name, source in self.places[reader].stage.received.items():
                     if source not in self.runs:
-                        flight.receive(name, micro, source, reader, False)
+                        flight.receive(Message(name, micro, source, reader, False))
         elif action.kind != "W":
             for name in stage.sent:
                 for reader in self.readers[name] if name in self.graph.needs_grad else ():
                     if reader not in self.runs:
-                        flight.receive(name, micro, reader, index, True)
+                        flight.receive(Message(name, micro, reader, index, True))
 
-    def _act(self, action: Action, step: Step, grad: bool, flight: _Flight) -> None:
+    def _act(self, action: Action, step: Step, grad: bool, flight: Flight) -> None:
         run, micro, index = self.runs[action.stage], action.micro, action.stage
         assert micro is not None
         if action.kind == "F":
@@ -156,10 +160,11 @@ class DistributedPipelineRun(PipelineRun):
                 self.turns.end(index)
             for name in run.stage.sent:
                 piece = found[name][0].detach()
-                step.sent[name, micro] = [piece]
                 for reader in self.readers[name]:
-                    if reader not in self.runs:
-                        flight.send(name, micro, index, reader, False, piece)
+                    if reader in self.runs:
+                        step.sent[name, micro] = [piece]
+                    else:
+                        flight.send(Message(name, micro, index, reader, False), piece)
             for position, name in run.stage.returned.items():
                 step.returned.setdefault(position, []).append([p.detach() for p in found[name]])
         elif action.kind == "W":
@@ -172,13 +177,13 @@ class DistributedPipelineRun(PipelineRun):
                 if maker in self.runs:
                     step.given.setdefault((name, micro), []).append((index, pieces))
                 else:
-                    flight.send(name, micro, index, maker, True, pieces[0])
+                    flight.send(Message(name, micro, index, maker, True), pieces[0])
 
-    def _for_tail(self, step: Step, flight: _Flight, name: str, micro: int) -> Pieces:
+    def _for_tail(self, step: Step, flight: Flight, name: str, micro: int) -> Pieces:
         assert self.tail is not None
         return [self._received(name, micro, self.tail, step, flight)]
 
-    def _tail_backward(self, step: Step, flight: _Flight) -> None:
+    def _tail_backward(self, step: Step, flight: Flight) -> None:
         assert self.tail is not None
         index = self.tail
 
@@ -187,26 +192,28 @@ class DistributedPipelineRun(PipelineRun):
             if maker in self.runs:
                 step.given.setdefault((name, micro), []).append((index, pieces))
             else:
-                flight.send(name, micro, index, maker, True, pieces[0])
+                flight.send(Message(name, micro, index, maker, True), pieces[0])
 
         self.tail_backward(step, self._gradients(self.runs[index], 0, step, flight), give)
 
-    def _received(self, name: str, micro: int, index: int, step: Step, flight: _Flight) -> Tensor:
+    def _received(self, name: str, micro: int, index: int, step: Step, flight: Flight) -> Tensor:
         source = self.maker[name]
         if source in self.runs:
-            return self.cross(name, micro, source, index, False)(step.sent[name, micro][0])
-        return flight.received(name, micro, source, index, False)
+            is_last = index == max(reader for reader in self.readers[name] if reader in self.runs)
+            sent = step.sent.pop((name, micro)) if is_last else step.sent[name, micro]
+            return self.cross(Message(name, micro, source, index, False))(sent[0])
+        return flight.received(Message(name, micro, source, index, False))
 
-    def _gradients(self, run: StageRun, micro: int, step: Step, flight: _Flight) -> dict[str, Pieces]:
+    def _gradients(self, run: StageRun, micro: int, step: Step, flight: Flight) -> dict[str, Pieces]:
         found: dict[str, Pieces] = {}
         index = run.stage.index
         for name in run.stage.sent:
             own = dict(step.given.pop((name, micro), ()))
             for reader in self.readers[name] if name in self.graph.needs_grad else ():
                 if reader in self.runs:
-                    piece = self.cross(name, micro, reader, index, True)(own[reader][0])
+                    piece = self.cross(Message(name, micro, reader, index, True))(own[reader][0])
                 else:
-                    piece = flight.received(name, micro, reader, index, True)
+                    piece = flight.received(Message(name, micro, reader, index, True))
                 add_pieces(found, name, [piece])
         for position, name in run.stage.returned.items():
             seed = self.seeds.get(position)
@@ -223,34 +230,23 @@ class DistributedPipelineRun(PipelineRun):
         held = super().held_of(stage, name, micro)
         return Held(held.layout, held.groups, 0)
 
-    def tag(self, name: str, micro: int, source: int, target: int) -> int:
-        """Returns the tag of a message, which no other message has.
+    def tag(self, message: Message) -> int:
+        """Returns the tag of a message, which no other message between the same two ranks has."""
+        at = (self.tags[message.name] * self.micro_count + message.micro) * len(self.places) ** 2
+        return _FIRST_TAG + at + message.source * len(self.places) + message.target
 
-        Args:
-            name, micro: the value of a micro-batch.
-            source, target: the stages that send and receive.
-        """
-        at = (self.tags[name] * self.micro_count + micro) * len(self.places) ** 2
-        return _FIRST_TAG + at + source * len(self.places) + target
-
-    def cross(self, name: str, micro: int, source: int, target: int, gradient: bool) -> Transfer:
-        """Prepares the move of this rank's part of a value between two stages.
-
-        Args:
-            name, micro: the value of a micro-batch.
-            source, target: the stages.
-            gradient: whether its gradient moves.
-        """
-        shape = self.shape_of(name, micro)
-        before = self.held_of(source, name, micro).layout.without_partial()
-        after = self.held_of(target, name, micro).layout.without_partial()
-        key = (name, micro, source, target, gradient)
-        if key not in self._transfers:
+    def cross(self, message: Message) -> Transfer:
+        """Prepares the move of this rank's part of a value between two stages, once."""
+        found = self._transfers.get(message)
+        if found is None:
+            name, micro, source, target, _ = message
+            shape = self.shape_of(name, micro)
+            before = self.held_of(source, name, micro).layout.without_partial()
+            after = self.held_of(target, name, micro).layout.without_partial()
             routes = exchange_routes(before, after, shape)
             have, want = before.bounds(shape).get(self.rank), after.bounds(shape).get(self.rank)
-            tag = self.tag(name, micro, source, target)
-            self._transfers[key] = Transfer(self.link, routes, have, want, tag)
-        return self._transfers[key]
+            found = self._transfers[message] = Transfer(self.link, routes, have, want, self.tag(message))
+        return found
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -315,52 +311,3 @@ class DistributedPipelineRun(PipelineRun):
                 self._transfers[key] = Transfer(self.link, routes, have, want, _FIRST_TAG - 1 - micro)
             each.append(self._transfers[key](piece.contiguous()))
         return self.joined(name, each)
-
-
-class _Flight:
-    """Messages of one step that are under way."""
-
-    def __init__(self, run: DistributedPipelineRun):
-        self.run = run
-        self.receiving: dict[Any, Handle] = {}
-        self.sending: list[Handle] = []
-
-    def send(self, name: str, micro: int, source: int, target: int, gradient: bool, piece: Tensor) -> None:
-        """Starts to send this rank's part of a value to another stage.
-
-        Args:
-            name, micro, source, target: see :meth:`DistributedPipelineRun.tag`.
-            gradient: whether it is the gradient.
-            piece: the part.
-        """
-        transfer = self.run.cross(name, micro, source, target, gradient)
-        if transfer.sends:
-            self.sending.append(transfer.start(piece.contiguous()))
-
-    def receive(self, name: str, micro: int, source: int, target: int, gradient: bool) -> None:
-        """Starts to receive this rank's part of a value, unless it has been asked for.
-
-        Args:
-            name, micro, source, target: see :meth:`DistributedPipelineRun.tag`.
-            gradient: whether it is the gradient.
-        """
-        key = (name, micro, source, target, gradient)
-        if key not in self.receiving:
-            transfer = self.run.cross(*key)
-            dtype = self.run.graph.metas[name].dtype
-            self.receiving[key] = transfer.start(torch.empty(0, dtype=dtype, device=self.run.device))
-
-    def received(self, name: str, micro: int, source: int, target: int, gradient: bool) -> Tensor:
-        """Waits for this rank's part of a value.
-
-        Args:
-            name, micro, source, target: see :meth:`DistributedPipelineRun.tag`.
-            gradient: whether it is the gradient.
-        """
-        return self.receiving.pop((name, micro, source, target, gradient)).wait()
-
-    def finish(self) -> None:
-        """Waits until everything has left."""
-        for handle in self.sending:
-            handle.wait()
-        self.sending.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,16 +51,17 @@ class Passes(torch.autograd.Function):
         ctx.random = torch.get_rng_state() if run.draws_late else None
         if run.loss is None:
             with within_pipeline():
-                ctx.step = run.run(forward_only(run.schedule), True)
+                ctx.step = run.run(run.forwards, True)
             outputs = run.outputs(ctx.step)
         else:
             meta = run.graph.metas[run.names[run.loss]]
             device = flat[0].device if flat else None
             run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
             with within_pipeline():
-                outputs = run.outputs(run.run(computing(run.schedule), True))
+                outputs = run.outputs(run.run(run.actions, True))
             ctx.at, ctx.seed = ctx.positions.index(run.loss), run.seed
         ctx.states = [stage.state for stage in run.runs.values()]
+        run.rest()
         ctx.mark_non_differentiable(*[o for o, name in zip(outputs, names, strict=True) if name not in run.graph.needs_grad])
         return tuple(outputs)
 
@@ -69,28 +71,36 @@ class Passes(torch.autograd.Function):
         run = ctx.run
         if ctx.leaves is None:
             raise RuntimeError("the gradients of this step of a pipeline were handed on already; call the network again")
-        leaves, ctx.leaves = ctx.leaves, None
+        leaves, states, step, ctx.leaves, ctx.states, ctx.step = ctx.leaves, ctx.states, ctx.step, None, None, None
         in_backward()  # on every rank, whether its stages communicate or not
         seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
         if not seeds:
             return None, None, None, *[None] * len(leaves)
-        if ctx.step is None and set(seeds) == {run.loss}:
+        if step is None and set(seeds) == {run.loss}:
             seed = float(gradients[ctx.at])  # type: ignore[arg-type]
             if seed and math.isfinite(seed):
                 run.seed = seed  # the next step begins with it, so that a loss scale reaches the first of its gradients
             scale = seed / ctx.seed
-            scaled = [x.grad if x.grad is None or scale == 1.0 else x.grad.mul_(scale) for x in leaves]
-            return None, None, None, *scaled
+            return None, None, None, *_taken(leaves, scale)
         with within_pipeline():
-            if ctx.step is None:  # of other results too, so that both passes run once more
+            if step is None:  # of other results too, so that both passes run once more
                 leaves = run.hold(ctx.held, leaves)
                 with torch.random.fork_rng([], ctx.random is not None):
                     if ctx.random is not None:
                         torch.set_rng_state(ctx.random)
-                    ctx.step = run.run(forward_only(run.schedule), True)
-                ctx.states = [stage.state for stage in run.runs.values()]
-            for stage, state in zip(run.runs.values(), ctx.states, strict=True):
-                stage.state = state
+                    step = run.run(run.forwards, True)
+            else:
+                for stage, state in zip(run.runs.values(), states, strict=True):
+                    stage.state = state
             run.seeds = seeds
-            run.run(backward_only(run.schedule), True, ctx.step)
-        return None, None, None, *[leaf.grad for leaf in leaves]
+            run.run(run.backwards, True, step)
+        run.rest()
+        return None, None, None, *_taken(leaves)
+
+
+def _taken(leaves: Sequence[Tensor], scale: float = 1.0) -> list[Tensor | None]:
+    """Takes the gradients away from leaves: autograd copies what somebody else has too."""
+    found = [leaf.grad if leaf.grad is None or scale == 1.0 else leaf.grad.mul_(scale) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from shardwright.base.text import bytes_text
+from shardwright.ir.graph import Graph
 from shardwright.ir.plan import Plan
 from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.memory import kept_of_micro, row_memory
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.schedules.bound import gap, lower_bound
 from shardwright.pipeline.schedules.check import peak_in_flight
 from shardwright.pipeline.schedules.clock import StageTimes, Timeline, run_clock
 from shardwright.pipeline.schedules.draw import draw_timeline, write_trace
 from shardwright.pipeline.schedules.schedule import Schedule
+from shardwright.plan.memory import MemoryTimeline
 from shardwright.report.plan_view import PlanView
 
 
@@ -46,22 +50,39 @@ class PipelinePlan:
     Attributes:
         stages: the plan of each stage, which prints as a table.
         schedule: what each part of the ranks does, in order.
-        times: predicted seconds of each stage for a micro-batch.
         sizes: samples of each micro-batch.
         notes: what differs from what was asked for.
     """
 
     def __init__(
         self, planned: Sequence[PlannedStage], schedule: Schedule, times: StageTimes, sizes: Sequence[int],
-        notes: Sequence[str] = (),
+        graph: Graph, notes: Sequence[str] = (),
     ):  # fmt: skip
-        self.planned, self.schedule, self.times, self.sizes, self.notes = planned, schedule, times, tuple(sizes), tuple(notes)
+        self.graph = graph
+        self.planned, self.schedule, self.sizes, self.notes = planned, schedule, tuple(sizes), tuple(notes)
+        self._seconds = times
         self.stages = [PlanView(p.whole, p.parts.each[0]) for p in planned]
+
+    @property
+    def _in_turn(self) -> list[PlannedStage]:
+        """The stages that the schedule runs."""
+        return [own for own in self.planned if not own.is_tail]
+
+    @cached_property
+    def times(self) -> StageTimes:
+        """Predicted seconds of each stage for a micro-batch, and the bytes that its busiest rank holds of one."""
+        return replace(self._seconds, memory=[max(kept_of_micro(own, self.graph), 1.0) for own in self._in_turn])
 
     @cached_property
     def timeline(self) -> Timeline:
         """The predicted times of all actions of a step."""
         return run_clock(self.schedule, self.times)
+
+    @cached_property
+    def memory(self) -> tuple[MemoryTimeline, ...]:
+        """The predicted memory of a rank of each row over a step, without optimizer states and without a tail."""
+        rows = self.schedule.rows
+        return tuple(row_memory(self._in_turn, rows, row, self.graph) for row in range(len(rows)))
 
     @property
     def bound(self) -> float:
@@ -114,6 +135,7 @@ class PipelinePlan:
             f"predicted: {_seconds(timeline.seconds)}, ranks idle {timeline.bubble:.0%}; no order is faster than "
             f"{_seconds(self.bound)} (gap {gap(timeline, self.bound):.1%})",
             f"activations in flight, at most: {', '.join(map(str, peaks))}",
+            f"memory of a rank without optimizer states: {', '.join(bytes_text(int(own.peak)) for own in self.memory)}",
             *self.notes,
         )
         return "\n".join((*lines, *facts))

@@ -19,10 +19,10 @@ from shardwright.pipeline.crossing import Held, cross
 from shardwright.pipeline.cut import Stage
 from shardwright.pipeline.micro import Cut, pieces_of_micro_batches
 from shardwright.pipeline.parts import Parts
-from shardwright.pipeline.passes import Passes, forward_only
+from shardwright.pipeline.passes import Passes, backward_only, computing, forward_only
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
-from shardwright.pipeline.stage_run import Pieces, StageRun
+from shardwright.pipeline.stage_run import Pieces, StageRun, StepState
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.simulated.steps import run_steps
 
@@ -84,6 +84,7 @@ class PipelineRun(ABC):
         self.micro_count = schedule.micro_count
         self.tail = next((place.stage.index for place in places if place.is_tail), None)
         self.draws_late = self.micro_count == 1 and any(node.op.draws for node in graph.nodes)
+        self.forwards, self.backwards, self.actions = forward_only(schedule), backward_only(schedule), computing(schedule)
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
         self.seeds: dict[int, Tensor] = {}  # by position, the gradients of results
 
@@ -108,7 +109,8 @@ class PipelineRun(ABC):
             outputs = list(Passes.apply(self, held, anchor, *flat))
         else:
             self.hold(held, flat)
-            outputs = self.outputs(self.run(forward_only(self.schedule), False))
+            outputs = self.outputs(self.run(self.forwards, False))
+            self.rest()
         found = iter(outputs)
         results = [self.shown(next(found)) if isinstance(o, str) else o.value for o in self.graph.outputs]
         return results, self.updates(buffers)
@@ -134,6 +136,11 @@ class PipelineRun(ABC):
         for run, own in zip(self.runs.values(), held, strict=True):
             run.hold([[next(rest) for _ in pieces] for pieces in own])
         return leaves
+
+    def rest(self) -> None:
+        """Lets stages forget the step, so that nothing of it outlives what autograd keeps."""
+        for run in self.runs.values():
+            run.state = StepState([], {})
 
     @abstractmethod
     def run(self, rows: Sequence[Sequence[Action]], grad: bool, step: Step | None = None) -> Step:

@@ -99,6 +99,8 @@ class SplitBackward:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not self.from_outputs:
+            self.gradients = []  # the rest starts from what has arrived
         return list(zip(wanted, found, strict=True))
 
     def _note(self, node: Node, given: Sequence[Tensor | None]) -> None:
@@ -107,8 +109,11 @@ class SplitBackward:
     def second(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Computes the gradients of the other weights; yields leaves with gradients."""
         if self.from_outputs and self.outputs:
-            found = torch.autograd.grad(self.outputs, self.from_outputs, self.gradients, retain_graph=True, allow_unused=True)
-            yield from zip(self.from_outputs, found, strict=True)
+            keeps = bool(self.from_nodes)
+            found = torch.autograd.grad(self.outputs, self.from_outputs, self.gradients, retain_graph=keeps, allow_unused=True)
+            gradients = list(found)
+            del found
+            yield from _one_by_one(self.from_outputs, gradients)
         for nodes, weights in self.from_nodes.items():
             edges = [
                 (GradientEdge(node, at), gradient)
@@ -119,7 +124,15 @@ class SplitBackward:
             if edges:
                 starts, given = zip(*edges, strict=True)
                 found = torch.autograd.grad(starts, weights, given, retain_graph=True, allow_unused=True)
-                yield from zip(weights, found, strict=True)
+                gradients = list(found)
+                del found
+                yield from _one_by_one(weights, gradients)
+
+
+def _one_by_one(weights: Sequence[Tensor], gradients: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields weights with their gradients, and holds none that it has yielded."""
+    for weight in reversed(weights):
+        yield weight, gradients.pop()
 
 
 class _Graph:

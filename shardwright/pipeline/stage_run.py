@@ -6,7 +6,7 @@ Tensors come and go as lists with one tensor per rank group that this process ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,10 +36,17 @@ class _Running:
 
 @dataclass
 class StepState:
-    """A stage's part of a step: its held values, and the micro-batches between their forward and their backward."""
+    """A stage's part of a step.
+
+    Attributes:
+        held: its held values.
+        running: the micro-batches between their forward and their backward.
+        sums: the held tensors, by identity, whose gradients are sums made here, which nobody else has.
+    """
 
     held: list[Pieces]
     running: dict[int, _Running]
+    sums: set[int] = field(default_factory=set)
 
 
 class StageRun:
@@ -123,7 +130,7 @@ class StageRun:
         leaves = [leaf for leaf in self._leaves(run) if leaf.requires_grad]
         if tensors and leaves:
             torch.autograd.backward(tensors, given, inputs=leaves)
-        _hand_on(((leaf, leaf.grad) for leaf, _ in run.weights), run)
+        self._hand_on(((leaf, leaf.grad) for leaf, _ in run.weights), run)
         return self._handed_back(run)
 
     def backward_input(self, micro: int, gradients: Mapping[str, Pieces]) -> dict[str, Pieces]:
@@ -138,14 +145,31 @@ class StageRun:
         held = [leaf for pieces in self.state.held for leaf in pieces if leaf.requires_grad]
         weights = [leaf for leaf, _ in run.weights if leaf.requires_grad]
         run.split = SplitBackward(tensors, given, wanted, [*held, *weights])
-        _hand_on(run.split.first(), run)
+        self._hand_on(run.split.first(), run)
         return self._handed_back(run)
 
     def backward_weight(self, micro: int) -> None:
         """Runs the rest of a backward: the gradients of weights."""
         run = self.state.running.pop(micro)
         assert run.split is not None
-        _hand_on(run.split.second(), run)
+        self._hand_on(run.split.second(), run)
+
+    def _hand_on(self, found: Iterable[tuple[Tensor, Tensor | None]], run: _Running) -> None:
+        """Adds gradients to the leaves that they are of; those of leaves for one call to the held tensors."""
+        held = {id(leaf): piece for leaf, piece in run.weights}
+        sums = self.state.sums
+        for leaf, gradient in found:
+            if gradient is None:
+                continue
+            target = held.get(id(leaf), leaf)
+            if target.grad is None:
+                target.grad = gradient
+            elif id(target) in sums:
+                target.grad.add_(gradient)
+            else:  # the first may be memory of somebody else's
+                target.grad = target.grad + gradient
+                sums.add(id(target))
+            del gradient  # before the next is computed
 
     def _roots(self, run: _Running, gradients: Mapping[str, Pieces]) -> tuple[list[Tensor], list[Tensor]]:
         tensors, given = [], []
@@ -161,11 +185,16 @@ class StageRun:
         return leaves + [leaf for leaf, _ in run.weights]
 
     def _handed_back(self, run: _Running) -> dict[str, Pieces]:
-        return {
+        """Takes the gradients of what was received, which leaves would hold until the second half."""
+        found = {
             name: [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in pieces]
             for name, pieces in run.received.items()
             if any(leaf.requires_grad for leaf in pieces)
         }
+        for pieces in run.received.values():
+            for leaf in pieces:
+                leaf.grad = None
+        return found
 
     # -- lists and single tensors -------------------------------------------------------------------------------------
 
@@ -181,15 +210,6 @@ class StageRun:
 
     def _leaf(self, piece: Tensor, name: str, grad: bool) -> Tensor:
         return piece.detach().requires_grad_(grad and name in self.stage.graph.needs_grad)
-
-
-def _hand_on(found: Iterable[tuple[Tensor, Tensor | None]], run: _Running) -> None:
-    """Adds gradients to the leaves that they are of; those of leaves for one call to the held tensors."""
-    held = {id(leaf): piece for leaf, piece in run.weights}
-    for leaf, gradient in found:
-        if gradient is not None:
-            target = held.get(id(leaf), leaf)
-            target.grad = gradient if target.grad is None else target.grad + gradient
 
 
 def draw_only(program: LocalProgram) -> None:

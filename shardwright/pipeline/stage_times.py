@@ -1,4 +1,4 @@
-"""Seconds and bytes of the stages of a pipeline for one micro-batch, from the prices of their plans."""
+"""Seconds of the stages of a pipeline for one micro-batch, from the prices of their plans."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ WEIGHT_SHARE = 0.5  # of the backward of an operator with a parameter and anothe
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds of a stage for a whole batch, and the bytes that it keeps for the backward.
+    """Seconds of a stage for a whole batch.
 
     Args:
         forward, backward, weight: of F, I and W.
         launches: the part of each that does not shrink with the batch.
-        kept: bytes that the busiest rank keeps of the batch.
     """
 
     forward: float
     backward: float
     weight: float
     launches: tuple[float, float, float]
-    kept: float
 
     def of_micro(self, micro: int) -> tuple[float, float, float]:
         """Returns the seconds of F, I and W for one of so many micro-batches."""
@@ -43,7 +41,7 @@ class StageCost:
     def followed_by(self, tail: StageCost) -> StageCost:
         """Returns the cost of the stage with a tail, whose passes run after all forwards of the stage."""
         forward = self.forward + tail.forward + tail.backward + tail.weight
-        return replace(self, forward=forward, kept=self.kept)
+        return replace(self, forward=forward)
 
 
 def cost_of(plan: Plan) -> StageCost:
@@ -52,7 +50,7 @@ def cost_of(plan: Plan) -> StageCost:
     machine = price.machine
     needs = {value for value in graph.needs_grad}
     parameters = {i.value for i in graph.inputs if i.kind == "parameter"}
-    forward = backward = weight = kept = 0.0
+    forward = backward = weight = 0.0
     fixed = [0.0, 0.0, 0.0]
     for node in graph.nodes:
         own = price.operators.get(node.name)
@@ -65,7 +63,6 @@ def cost_of(plan: Plan) -> StageCost:
         forward += own.forward + inside[0]
         backward += (1 - share) * own.backward + inside[1]
         weight += share * own.backward
-        kept += own.kept
         launch = machine.operator_launch
         fixed[0] += min(launch, own.forward)
         fixed[1] += min(launch, (1 - share) * own.backward)
@@ -76,7 +73,7 @@ def cost_of(plan: Plan) -> StageCost:
             backward += sum(step.seconds for step in move.backward)
             fixed[0] += machine.collective_launch * len(move.forward)
             fixed[1] += machine.collective_launch * len(move.backward)
-    return StageCost(forward, backward, weight, (fixed[0], fixed[1], fixed[2]), kept)
+    return StageCost(forward, backward, weight, (fixed[0], fixed[1], fixed[2]))
 
 
 def times_of(
@@ -101,8 +98,7 @@ def times_of(
     largest = max(sizes)
     factors = [size / largest for size in sizes] if len(set(sizes)) > 1 else ()
     forward, backward, weight = (tuple(part) for part in zip(*seconds, strict=True))
-    memory = [max(cost.kept, 1.0) / micro for cost in costs]
-    return StageTimes(forward, backward, weight, transfers, factors, memory)
+    return StageTimes(forward, backward, weight, transfers, factors)
 
 
 def _bytes(graph: Graph, value: str) -> float:

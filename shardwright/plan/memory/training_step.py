@@ -61,7 +61,7 @@ class TrainingStep:
     def run(self) -> MemoryTimeline:
         """Simulates the step; may be called once."""
         self._define_inputs()
-        forward = _Forward(self.calls, self.moves)
+        forward = ForwardPlayer(self.calls, self.moves)
         for instruction, dying in zip(self.program.instructions, self.program.last_uses()):
             forward.dying = dying
             forward.visit(instruction)
@@ -132,7 +132,7 @@ class TrainingStep:
         return tuple(sorted(found, key=lambda item: (-item[2], item[0]))[:_MOST_LISTED])
 
 
-class _Forward(InstructionVisitor[None]):
+class ForwardPlayer(InstructionVisitor[None]):
     """Simulates the instructions of the forward pass.
 
     Attributes:
