@@ -338,7 +338,12 @@ class BoundCall:
         """
         found = list(dict(self.root.named_parameters()).items())[part::parts]
         layouts = {name: layout_of(p) for name, p in found}
-        return {name: p.to_local() for name, p in found if (at := layouts[name]) is not None and at.is_replicated}  # type: ignore[attr-defined]
+        size = self.world.size  # stages of a pipeline hold their parameters only
+        return {
+            name: p.to_local()  # type: ignore[attr-defined]
+            for name, p in found
+            if (at := layouts[name]) is not None and at.is_replicated and at.mesh.size == size
+        }
 
     def _replaced(self, stored: list[Any]) -> list[Any]:
         """Distributes parameters that the user put in the place of distributed ones, on all ranks."""

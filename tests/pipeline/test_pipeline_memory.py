@@ -34,7 +34,6 @@ def test_bytes_held_by_hand(width):
     assert net.plan.timeline.peak_memory == (6 * piece, 12 * piece)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", CASES)
 def test_every_network(name):
     """Nothing is guessed, and a rank needs its parameters, their gradients and what is in flight at least."""
@@ -61,7 +60,7 @@ def measured(rank, folder):
         print(f"case {name}: {abs(predicted / needed - 1) < 0.02}", f"{needed} {predicted}", flush=True)
 
 
-@pytest.mark.whole
+@pytest.mark.long
 def test_real_ranks(tmp_path):
     found = jobs.run(tmp_path, 2, measured, str(tmp_path), seconds=300)
     for each in found:
