@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from shardwright.agreement.events import Event, EventLog, Net
 from shardwright.agreement.messages import Messages
+from shardwright.agreement.processes import Processes
 from shardwright.agreement.signature import Signature, number_of, value_summaries
 from shardwright.agreement.verdict import _STAGES, _first_difference
 from shardwright.agreement.watcher import Watcher
@@ -64,6 +65,7 @@ class Watch:
         self._log = EventLog(rank)
         self._messages = Messages(rank, size)
         self._store = dist.PrefixStore("shardwright", cloned_store())
+        self._processes = Processes(rank, size, self._store)
         self._watcher = Watcher(self._log, self._messages)
 
     def check_weights(self, every: int | None) -> None:
@@ -179,6 +181,8 @@ class Watch:
                 for stage in _STAGES:
                     self._messages.publish(self._store, f"{event.index}{stage}", said)
             raise
+        else:
+            self._processes.learn()
         finally:
             self._is_planning = False
 
@@ -289,7 +293,14 @@ class Watch:
                 if rank != self.rank and store.check([f"gone/{rank}"]):
                     last = self._log.events[-1] if self._log.events else "its first call"
                     return f"rank {self.rank} is in {last}, but {store.get(f'gone/{rank}').decode()}"
-        return self._log.verdict
+        ended = None if self._log.verdict else self._processes.ended()
+        if ended is None:
+            return self._log.verdict
+        last = self._log.events[-1] if self._log.events else "its first call"
+        return (
+            f"rank {self.rank} is in {last}, but rank {ended}'s process has ended without a word: something has killed it; if "
+            "that was the system, for memory, take more devices or smaller batches"
+        )
 
     def close(self, said: str = "") -> None:
         """Ends the thread, and tells waiting ranks that this one's script has ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from shardwright.base.derivatives import first_derivative_only
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces
-
-if TYPE_CHECKING:
-    from shardwright.pipeline.run import PipelineRun
 
 
 def forward_only(schedule: Schedule) -> list[list[Action]]:
@@ -42,7 +39,7 @@ class Passes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: PipelineRun, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run: Any, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.held, ctx.leaves = run, held, run.hold(held, flat)
         ctx.set_materialize_grads(False)
         names = [o for o in run.graph.outputs if isinstance(o, str)]

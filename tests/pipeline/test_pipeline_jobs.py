@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -186,3 +188,25 @@ def test_two_ranks(tmp_path):
 @pytest.mark.parametrize(("size", "cases"), [(3, [((1, 2), 4, 8), (3, 4, 9)]), (4, [(2, 4, 8), (4, 4, 10), ((1, 3), 4, 8)])])
 def test_more_ranks(tmp_path, size, cases):
     ended(tmp_path, size, cases)
+
+
+def killed(rank, victim, folder):
+    """Kills a rank in its fourth step."""
+    sw.init()
+    torch.manual_seed(0)
+    net = sw.AutoParallel(sw.PipelineCell(Gpt(), 4)).pipeline(stages=torch.distributed.get_world_size())
+    for step in range(10):
+        if step == 3 and rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        net(torch.arange(24).view(4, 6))[0].backward()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", range(3))
+def test_the_job_ends_with_the_name_of_a_rank_that_was_killed(tmp_path, victim):
+    found = jobs.run(tmp_path, 3, killed, victim, str(tmp_path))
+    assert found[victim].code == -signal.SIGKILL
+    for rank in {0, 1, 2} - {victim}:
+        assert found[rank].code == 1
+        assert found[rank].seconds - found[victim].seconds < 10
+    assert any(f"rank {victim}'s process has ended without a word" in each.text for each in found)
