@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 
 # One thread per process: the two test processes would otherwise fight over the cores. Of generated cases a sample.
 test: lint types
-	SHARDWRIGHT_TEST_SAMPLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	SHARDWRIGHT_TEST_SAMPLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40
 
 # Every generated case, on every number of ranks: more than an hour.
 test-all: lint types

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -20,10 +21,15 @@ from shardwright.world.simulated.world import SimulatedWorld
 from shardwright.world.world import World
 
 PACKAGE = Path(shardwright.__file__).parent
-TREES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 TYPES = {kind.__name__ for kind in get_args(Instruction)}
 WORLDS = (SimulatedWorld, DistributedWorld)
 ASKED = [name for name in vars(World) if not name.startswith("_")]
+
+
+@cache
+def trees():
+    """Returns the syntax tree of every module, by path."""
+    return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 # -- what is looked for in the source ----------------------------------------------------------------------------------
@@ -73,12 +79,14 @@ def test_the_search_finds_what_it_looks_for():
 
 
 def test_nothing_outside_world_asks_which_world_there_is():
-    found = {name: lines for name, tree in TREES.items() if not name.startswith("world/") and (lines := asks_which_world(tree))}
+    found = {
+        name: lines for name, tree in trees().items() if not name.startswith("world/") and (lines := asks_which_world(tree))
+    }
     assert not found, "give World a method that says what is done"
 
 
 def test_nobody_climbs_a_ladder_of_instruction_types():
-    found = {name: where for name, tree in TREES.items() if name != "ir/visitor.py" and (where := ladders(tree))}
+    found = {name: where for name, tree in trees().items() if name != "ir/visitor.py" and (where := ladders(tree))}
     assert not found, "ask for reads, outputs, starts, ends, or write an InstructionVisitor"
 
 
@@ -87,7 +95,7 @@ def test_what_collectives_cut_by_stands_once():
     constants = {name for name in vars(message_sizes) if name.isupper()}
     assert {"CHUNK", "PART", "MANY", "MOST_COPIES"} <= constants
     found = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         if name.startswith(("world/", "cost/", "plan/memory/")) and name != "cost/message_sizes.py":
             targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
             names = {n.id.strip("_") for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
@@ -97,7 +105,7 @@ def test_what_collectives_cut_by_stands_once():
 
 def test_whether_a_step_communicates_is_decided_once():
     found = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
             is_other = isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.NotEq)
             if is_other and getattr(node.comparators[0], "value", None) == "slice":

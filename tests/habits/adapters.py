@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import torch
 from common import batches, habit, mlp, step
 from torch import Tensor, nn
@@ -50,6 +49,8 @@ def lora_by_hand(parallel):
 
 @habit
 def lora_by_peft(parallel):
+    import peft  # takes seconds, which every test process would wait
+
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"], lora_dropout=0.1)
     model = peft.get_peft_model(mlp(5, 8, 3), config)
     net = parallel(model)
