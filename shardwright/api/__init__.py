@@ -13,6 +13,7 @@
 ``marks``             gathers the strategies given to modules and parameters, by name or on the modules themselves
 ``pipeline``          pipelines: a callable cut into stages, each planned and bound on ranks of its own
 ``pipeline_planning`` from a callable to the plan of a pipeline, on shapes
+``pipeline_stages``   cuts a graph into stages, plans each on its ranks, and takes their programs apart
 ``pipeline_job``      pipelines on the processes of a job: their parameters, and the programs of each rank
 ``plan_for``          plans for devices one does not have, on shapes only
 ``settings``          the settings of an ``AutoParallel``, apart from marks on operators

@@ -81,8 +81,12 @@ class PipelinePlan:
     @cached_property
     def memory(self) -> tuple[MemoryTimeline, ...]:
         """The predicted memory of a rank of each row over a step, without optimizer states and without a tail."""
+        return self.memory_with(0.0)
+
+    def memory_with(self, optimizer: float) -> tuple[MemoryTimeline, ...]:
+        """Predicts the memory with so many bytes of optimizer state per byte of parameters."""
         rows = self.schedule.rows
-        return tuple(row_memory(self._in_turn, rows, row, self.graph) for row in range(len(rows)))
+        return tuple(row_memory(self._in_turn, rows, row, self.graph, optimizer) for row in range(len(rows)))
 
     @property
     def bound(self) -> float:

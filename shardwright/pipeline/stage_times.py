@@ -109,3 +109,14 @@ def _bytes(graph: Graph, value: str) -> float:
 def operator_seconds(plan: Plan) -> Mapping[str, float]:
     """Returns the seconds of every operator of a plan, by node."""
     return {name: own.forward + own.backward for name, own in price_of(plan).operators.items()}
+
+
+def operator_bytes(plan: Plan) -> Mapping[str, float]:
+    """Returns the bytes that a stage has because of every operator of a plan: its parameters thrice, and what it keeps."""
+    price, graph = price_of(plan), plan.graph
+    parameters = {i.value: _bytes(graph, i.value) for i in graph.inputs if i.kind == "parameter"}
+    return {
+        node.name: price.operators[node.name].kept + 3 * sum(parameters.get(value, 0.0) for value in node.inputs)
+        for node in graph.nodes
+        if node.name in price.operators
+    }

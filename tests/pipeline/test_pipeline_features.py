@@ -406,6 +406,25 @@ def test_plan_shows_the_schedule_and_the_seconds_of_its_stages(tmp_path):
     assert "traceEvents" in (tmp_path / "a.json").read_text()
 
 
+def test_automatic_cuts_fit_into_the_memory_of_a_rank():
+    sw.init(devices=2)
+    wide = nn.Sequential(nn.Embedding(400, 64), *[nn.Linear(64, 64) for _ in range(6)], nn.Linear(64, 8))
+    ids = torch.randint(400, (8, 32))
+
+    def cut(memory):
+        net = sw.AutoParallel(sw.PipelineCell(copy.deepcopy(wide), 4)).pipeline(stages=2, scheduler="gpipe")
+        net(ids) if memory is None else net.search(memory=memory)(ids)
+        return net.plan, max(own.peak for own in net.plan.memory_with(2.0))
+
+    _, free = cut(None)
+    plan, peak = cut(0.95 * free)
+    assert peak <= 0.95 * free
+    assert len(plan.stages) == 2
+    with pytest.raises(sw.errors.MemoryLimitError, match=r"(?s)no cut fits into .*; row . needs .*allow memory='") as found:
+        cut(0.3 * free)
+    assert cut(found.value.least * 1.01)[1] <= found.value.least * 1.01
+
+
 def test_automatic_cuts_are_balanced_by_price():
     sw.init(devices=4)
     model = nn.Sequential(*(nn.Linear(8 if n == 0 else 512, 512) for n in range(6)), *(nn.Tanh() for _ in range(8)))
