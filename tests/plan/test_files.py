@@ -218,7 +218,7 @@ def test_entries_run_with_the_values_of_one_device(tmp_path):
     path = write(tmp_path / "one.json", operators={"up/aten.linear": entry}, parameters={"down.weight": {"layout": "dp,tp"}})
     plan = plan_from_file(path, net.latest.graph, PlanRequest(4))
     run = net.latest.world.bind(partition(plan.graph, plan))
-    outputs, _ = run(*(read([ids, ids]) for read in net.latest._read))
+    outputs, _ = run(*net.latest._values([ids, ids]))
     torch.testing.assert_close(outputs[0], model(ids, ids))
 
 
