@@ -42,7 +42,7 @@ from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
 from shardwright.parameters.alike import NOT_ALIKE, remember_norms, run_alike
 from shardwright.parameters.beside import check_no_plain_call, let_gradients_pass
-from shardwright.parameters.ours import View, is_part, remember_view, view_of
+from shardwright.parameters.ours import View, at_home_with, has_homes, is_part, remember_view, view_of
 from shardwright.parameters.placements import _alike, _like, _slice, layout_of
 from shardwright.parameters.places import place_of_spec
 from shardwright.parameters.whole import whole_numbers, whole_value
@@ -75,7 +75,16 @@ def run_operator(otherwise: Otherwise) -> Otherwise:
         template = call.template()
         return call.on_whole_values() if template is None else call.on_pieces(template)
 
-    return run
+    def at_home(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = run(operator, args, kwargs)
+        if has_homes():
+            given = [t for t in _tensors_in((*args, *kwargs.values())) if isinstance(t, DTensor)]
+            for value in _tensors_in((result,)):
+                if isinstance(value, DTensor):
+                    at_home_with(value, given[0])
+        return result
+
+    return at_home
 
 
 def _tensors_in(values: Sequence[Any]) -> list[Tensor]:

@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from shardwright.base.torch_private import StorageWeakRef
+
 _meshes: set[DeviceMesh] = set()
+_homes: dict[int, tuple[StorageWeakRef, StageHome]] = {}  # by memory
+_MOST_HOMES = 4096  # after which those of memory that is gone are forgotten
 _VIEW, _WHOLE, _HOME = "_shardwright_view_of", "_shardwright_whole", "_shardwright_home"
 
 
@@ -33,14 +37,39 @@ class StageHome(NamedTuple):
 
 
 def remember_home(value: DTensor, home: StageHome) -> None:
-    """Records where a parameter, or its gradient, is at home."""
+    """Records where a parameter, or its gradient, is at home. What shares its memory is at home there too."""
     vars(value)[_HOME] = home
+    if len(_homes) > _MOST_HOMES:
+        for key, (known, _) in list(_homes.items()):
+            if known.expired():
+                del _homes[key]
+    reference = StorageWeakRef(value._local_tensor.untyped_storage())
+    _homes[reference.cdata] = reference, home
+
+
+def has_homes() -> bool:
+    """Tells whether this rank has copies of what other stages have."""
+    return bool(_homes)
+
+
+def at_home_with(value: DTensor, other: DTensor) -> None:
+    """Records that a value, computed of another one, is at home where that is: other ranks send and receive it so."""
+    home = home_of(other) if is_over_a_stage(other) else None
+    if home is not None and home.rank != _first_rank(value):
+        remember_home(value, home)
+
+
+def _first_rank(value: DTensor) -> int:
+    return int(value.device_mesh.mesh.flatten()[0])
 
 
 def home_of(value: DTensor) -> StageHome:
     """Returns where a tensor over the ranks of a stage is at home."""
     found: StageHome | None = vars(value).get(_HOME)
-    return found or StageHome(int(value.device_mesh.mesh.flatten()[0]), False)
+    if found is None and _homes:
+        reference, home = _homes.get(value._local_tensor.untyped_storage()._cdata, (None, None))
+        found = home if reference is not None and not reference.expired() else None
+    return found or StageHome(_first_rank(value), False)
 
 
 def is_over_a_stage(value: DTensor) -> bool:

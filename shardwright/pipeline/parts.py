@@ -256,7 +256,11 @@ class _InPlace(InstructionVisitor[Instruction]):
                     if isinstance(leaf, PerRank):
                         found.append([_hashable(leaf.of(self.rank(r))) for r in range(self.n)])
             for move in instruction.ends:
-                found.append(self.shape(move.redistribution.source, move.redistribution.shape))
+                plan = move.redistribution
+                found.append(self.shape(plan.source, plan.shape))
+                if _is_slice(plan):  # of a value that is whole here: each micro-batch cuts its own
+                    bounds = plan.target.bounds(plan.shape)
+                    found.append([bounds[self.rank(r)] for r in range(self.n)])
         return str(found)
 
     def rank(self, rank: int) -> int:
