@@ -298,8 +298,8 @@ class Watch:
             return self._log.verdict
         last = self._log.events[-1] if self._log.events else "its first call"
         return (
-            f"rank {self.rank} is in {last}, but rank {ended}'s process has ended without a word: something has killed it; if "
-            "that was the system, for memory, take more devices or smaller batches"
+            f"rank {self.rank} is in {last}, but rank {ended}'s process has ended: its own output says why; where it says "
+            "nothing, something has killed it, such as the system for memory"
         )
 
     def close(self, said: str = "") -> None:

@@ -209,6 +209,8 @@ def rank_counts(stages: int | tuple[int, ...], size: int) -> tuple[int, ...]:
             )
         return counts
     assert isinstance(stages, int)
+    if stages > size:
+        raise PipelineError(f"pipeline(stages={stages}): {size} ranks cannot be {stages} stages; give at most stages={size}")
     if size % stages:
         raise PipelineError(
             f"pipeline(stages={stages}): {size} ranks do not divide into {stages} stages; give the ranks of each, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -163,7 +164,13 @@ def _slice(value: torch.Tensor, layout: Layout, device: torch.device) -> torch.T
 def _as_dtensor(piece: torch.Tensor, layout: Layout, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
     split = placements(layout, tuple(shape))
     strides = [math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape))]
-    return DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=tuple(strides))
+    made = DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=tuple(strides))
+    if made.shape == shape:
+        return made
+    spec = copy(made._spec)  # of a scalar, where another stage holds it: from_local takes shape=() for none
+    assert spec.tensor_meta is not None
+    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=tuple(strides))
+    return DTensor(made._local_tensor, spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:

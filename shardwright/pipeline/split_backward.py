@@ -39,7 +39,7 @@ def with_own_readings(program: LocalProgram, names: Sequence[str]) -> tuple[Loca
     for number, instruction in enumerate(program.instructions):
         read = [name for name in dict.fromkeys(instruction.reads) if name in held]
         if isinstance(instruction, Call) and read and not instruction.written:
-            own = {name: f"{name}_{number}" for name in read}
+            own = {name: f"{name}_read_by_{number}" for name in read}  # moves may have made a value name_number
             for name, new in own.items():
                 added.append(replace(inputs[name], name=new, kind="local"))
                 groups[new] = groups[name]

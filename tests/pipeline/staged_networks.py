@@ -70,6 +70,18 @@ class Towers(nn.Module):
         return ((p - q) ** 2).sum(1).mean() + 0.1 * self.a[0].weight.square().sum() + 1.5
 
 
+class Negatives(nn.Module):
+    """Three samples of a second input to each of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)])
+
+    def forward(self, x, y):
+        own, others = self.encode(x), self.encode(y).view(len(x), 3, 8)
+        return -(own[:, None] * others).sum(-1).log_softmax(-1)[:, 0].mean()
+
+
 class Clip(Towers):
     """The samples of the batch meet in the loss."""
 
@@ -259,6 +271,7 @@ CASES: dict[str, Case] = {
     "gpt checkpointed": Case(lambda: GPT(checkpointed=True), _ids),
     "unet": Case(UNet, _floats((3, 8, 8), (3, 8, 8))),
     "towers": Case(Towers, _floats((8,), (6,))),
+    "negatives": Case(Negatives, lambda size: ((torch.randn(size, 8, dtype=D), torch.randn(3 * size, 8, dtype=D)), {})),
     "clip": Case(Clip, _floats((8,), (6,))),
     "normed": Case(lambda: Normed(True), lambda size: _classes(8, classes=5)(max(size, 3))),
     "normed result": Case(lambda: Normed(False), lambda size: _classes(8, classes=5)(max(size, 3))),

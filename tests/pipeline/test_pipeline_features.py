@@ -282,6 +282,7 @@ REFUSED = {
     "layers.0 is True; give an int": lambda: sw.PipelineCell(Plain(), 4, {"layers.0": True}),
     "layers.0 is -1; give 0 or more": lambda: with_stage(-1),
     "give an nn.Module": lambda: sw.PipelineCell(abs, 4),
+    "give at most stages=4": lambda: run(Plain(), stages=8),
     "do not divide into 3 stages": lambda: run(Plain(), stages=3),
     "3 ranks in all, the world has 4": lambda: run(Plain(), stages=(1, 2)),
     "it has one stage on each part": lambda: run(Plain(), scheduler="gpipe", interleave=True),
