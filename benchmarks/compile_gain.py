@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from models import GPT, tensor_parallel_gpt_plan  # noqa: E402
+from turns import seconds_in_turn  # noqa: E402
 
 import shardwright as sw  # noqa: E402
 
@@ -125,14 +126,7 @@ def worker(rounds: int, out: str) -> None:
         for _, step in steps.values():
             for _ in range(3):
                 step()
-        times: dict[str, list[float]] = {variant: [] for variant in names}
-        for turn in range(rounds):
-            for place in range(len(names)):  # each follows each other as often: what ran before warms caches
-                variant = names[(place + turn) % len(names)] if turn % 2 else names[(turn - place) % len(names)]
-                dist.barrier()
-                start = time.perf_counter()
-                steps[variant][1]()
-                times[variant].append(time.perf_counter() - start)
+        times = seconds_in_turn({variant: step for variant, (_, step) in steps.items()}, rounds)
         weights = {v: [sw.full_value(p).detach().clone() for p in net.parameters()] for v, (net, _) in steps.items()}
         differs = max(float((a - b).abs().max()) for v in names[1:] for a, b in zip(weights[names[0]], weights[v], strict=True))
         results[case] = {"median": {v: statistics.median(t) for v, t in times.items()}, "differs": differs}

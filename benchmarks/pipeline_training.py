@@ -24,6 +24,7 @@ import pipeline_memory  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from pipeline_models import MICRO, ORDERS, VARIANTS, Trainer, single  # noqa: E402
+from turns import seconds_in_turn  # noqa: E402
 
 import shardwright as sw  # noqa: E402
 from shardwright.pipeline.schedules.clock import StageTimes, run_clock  # noqa: E402
@@ -61,15 +62,7 @@ def checked(case: str, trainers: dict[str, Trainer], reference: Any) -> list[str
 
 def timed(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step of each variant, of the slowest rank."""
-    names = list(trainers)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for place in range(len(names)):  # each follows each other as often: what ran before warms caches
-            variant = names[(place + turn) % len(names)] if turn % 2 else names[(turn - place) % len(names)]
-            dist.barrier()
-            start = time.perf_counter()
-            trainers[variant].step()
-            times[variant].append(time.perf_counter() - start)
+    names, times = list(trainers), seconds_in_turn({name: trainer.step for name, trainer in trainers.items()}, rounds)
     table = torch.tensor([times[name] for name in names], dtype=torch.float64)
     dist.all_reduce(table, dist.ReduceOp.MAX)
     return dict(zip(names, table.tolist(), strict=True))

@@ -45,6 +45,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
 from torch.distributed.tensor import _redistribute as planner
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from turns import seconds_in_turn
 
 import shardwright as sw
 from shardwright.ir.layout import Layout
@@ -540,15 +541,8 @@ class Bench:
 
 def take_turns(run: dict[str, Callable[[], Tensor]], samples: dict[str, list[float]], rounds: int) -> None:
     """Adds ``rounds`` times of each variant to ``samples``, with a barrier before each."""
-    names = list(run)
-    for turn in range(rounds):
-        for place in range(len(names)):  # each follows each other as often: what ran before warms caches
-            variant = names[(place + turn) % len(names)] if turn % 2 else names[(turn - place) % len(names)]
-            dist.barrier()
-            start = time.perf_counter()
-            result = run[variant]()
-            samples[variant].append(time.perf_counter() - start)
-            del result  # its memory goes back outside of the timed part, for each variant alike
+    for variant, seconds in seconds_in_turn(run, rounds).items():
+        samples[variant] += seconds
 
 
 def typical(samples: dict[str, list[float]]) -> dict[str, float]:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE))
 
 from models import GPT, MLP, Feedforward, tensor_parallel_gpt_plan  # noqa: E402
 from peers import Parallel, dtensor, hand_written  # noqa: E402
+from turns import seconds_in_turn  # noqa: E402
 
 import shardwright as sw  # noqa: E402
 
@@ -97,16 +98,7 @@ def worker(rounds: int, out: str) -> None:
     for case in CASES:
         steps = {variant: stepper(case, variant, world.size) for variant in VARIANTS}
         losses = {variant: [step() for _ in range(3)] for variant, step in steps.items()}
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        count = rounds if case.startswith("gpt") else 6 * rounds
-        names = list(steps)
-        for turn in range(count):
-            for place in range(len(names)):  # each follows each other as often: what ran before warms caches
-                variant = names[(place + turn) % len(names)] if turn % 2 else names[(turn - place) % len(names)]
-                torch.distributed.barrier()
-                start = time.perf_counter()
-                steps[variant]()
-                times[variant].append(time.perf_counter() - start)
+        times = seconds_in_turn(steps, rounds if case.startswith("gpt") else 6 * rounds)
         results[case] = {
             "median": {v: statistics.median(t) for v, t in times.items()},
             "losses": losses,

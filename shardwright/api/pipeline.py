@@ -51,9 +51,10 @@ class PipelineBoundCall(BoundCall):
         places = [StagePlace(p.stage, p.parts, p.first_rank, p.is_tail) for p in planned]
         link = world.direct_link()
         runs: dict[int, StageRun] = {}
-        for number, p in enumerate(planned):
-            bind = partial(_bound_on, world, range(p.first_rank, p.first_rank + p.ranks))
-            run = StageRun(p.stage, p.parts, bind, link is None, puts_off)  # on all processes, as all make process groups
+        for number, place in enumerate(places):
+            bind = partial(_bound_on, world, place.ranks)
+            # on all processes, as all make process groups
+            run = StageRun(place.stage, place.parts, bind, link is None, puts_off)
             if run.is_here:
                 runs[number] = run
         self.tied: TiedGradients | None = None

@@ -15,6 +15,7 @@ from shardwright.base.text import bytes_text, enough
 from shardwright.errors import MemoryLimitError, PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
+from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
@@ -217,11 +218,3 @@ def rank_counts(stages: int | tuple[int, ...], size: int) -> tuple[int, ...]:
             f"stages={(*[size // stages] * (stages - 1), size - size // stages * (stages - 1))}"
         )
     return (size // stages,) * stages
-
-
-def loss_of(graph: Graph) -> int | None:
-    """Returns the position of the output that gradients come from: the first, if it is a scalar that needs one."""
-    first = graph.outputs[0] if graph.outputs else None
-    if isinstance(first, str) and not graph.metas[first].shape and first in graph.needs_grad:
-        return 0
-    return None

@@ -136,11 +136,12 @@ def _cut_into_stages(
         return stage_of, cut_graph(graph, stage_of, count)
     known = known_cut(target.root, placement)
     alone = _on_one_rank(target, graph)
-    costs = blended(operator_seconds(alone), operator_bytes(alone), weight) if weight else operator_seconds(alone)
+    seconds = operator_seconds(alone)
+    costs = blended(seconds, operator_bytes(alone), weight) if weight else seconds
     tail = set(whole_tail(alone, micro, cut) if micro > 1 else [])
     read = {str(i.target) for i in graph.inputs for n in graph.nodes if n.name in tail and i.value in n.inputs}
     is_there = all(count - 1 in known.of_parameter.get(name, [count - 1]) for name in read)
-    if not is_there or sum(costs.get(name, 0.0) for name in tail) > MOST_IN_TAIL * sum(costs.values()):
+    if not is_there or sum(seconds.get(name, 0.0) for name in tail) > MOST_IN_TAIL * sum(seconds.values()):
         tail = set()  # hardly a pipeline, or its parameters are elsewhere
     body = replace(graph, nodes=tuple(node for node in graph.nodes if node.name not in tail))
     stage_of = {**assign_stages(body, marks, placement, costs, known), **dict.fromkeys(tail, count)}

@@ -103,3 +103,11 @@ class _Part:
             metas={}, read_later=frozenset(outputs), assignments=(),
         )  # fmt: skip
         return Stage(self.index, graph, dict(self.received), sent, dict(self.returned))
+
+
+def loss_of(graph: Graph) -> int | None:
+    """Returns the position of the output that gradients come from: the first, if it is a scalar that needs one."""
+    first = graph.outputs[0] if graph.outputs else None
+    if isinstance(first, str) and not graph.metas[first].shape and first in graph.needs_grad:
+        return 0
+    return None

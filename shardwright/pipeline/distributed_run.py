@@ -54,8 +54,7 @@ class DistributedPipelineRun(PipelineRun):
         self.row = schedule.row_of_stage[next(iter(runs))]
         self.tags = {name: at for at, name in enumerate(self.maker)}
         self._transfers: dict[Any, Transfer] = {}
-        ranks = [range(p.first_rank, p.first_rank + p.parts.once.world_size) for p in places]
-        self.turns = RandomTurns(rank, link, ranks) if self.draws_late else None
+        self.turns = RandomTurns(rank, link, [place.ranks for place in places]) if self.draws_late else None
         self._places: dict[int, Places] = {}  # by the identity of rows, which live as long as the run
 
     def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
@@ -82,8 +81,7 @@ class DistributedPipelineRun(PipelineRun):
         found, at = super().updates(buffers), _UPDATE_TAG
         under_way: list[Any] = []
         for place in self.places:
-            graph = place.stage.graph
-            ranks = range(place.first_rank, place.first_rank + place.parts.once.world_size)
+            graph, ranks = place.stage.graph, place.ranks
             moved = {value for node in graph.nodes if node.op.moves_statistics for value in node.inputs}
             for name, value in (*graph.updates, *((name, "") for name in buffers if name in moved)):
                 at += 1

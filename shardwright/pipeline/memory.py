@@ -20,7 +20,7 @@ from shardwright.ir.instructions import Call, PerRank
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
-from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.cut import Stage, loss_of
 from shardwright.pipeline.flight import places_of
 from shardwright.pipeline.micro_memory import HeldValue, HeldValues, MicroCalls, MicroState, RunningMicro, add_put_off
 from shardwright.pipeline.parts import Parts
@@ -97,8 +97,7 @@ class _Row:
             for name in own.stage.received:
                 self.readers.setdefault(name, []).append(own.stage.index)
         self.guessed: dict[str, None] = {}
-        first = graph.outputs[0] if graph.outputs else None
-        self.has_loss = isinstance(first, str) and not graph.metas[first].shape and first in graph.needs_grad
+        self.has_loss = loss_of(graph) is not None
 
     def run(self) -> MemoryTimeline:
         self.begin()

@@ -77,7 +77,7 @@ def parts_of(program: LocalProgram, count: int, options: Options, received: Sequ
 
 class _Taker:
     def __init__(self, program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int):
-        self.program, self.count, self.options, self.received = program, count, options, set(received)
+        self.program, self.count, self.options, self.received = program, count, options, tuple(received)
         self.first_rank, self.ranks = first_rank, program.world_size // count
         self.metas: dict[str, TensorMeta] = {i.name: i.meta for i in program.inputs}
         self.layouts, self.groups = dict(program.layouts), dict(program.rank_groups)
@@ -249,7 +249,8 @@ class _InPlace(InstructionVisitor[Instruction]):
 
     def key(self, instructions: Sequence[Instruction]) -> Any:
         """Returns what tells this micro-batch's instructions from those of another one."""
-        found: list[Any] = []
+        crossing = (*self.taker.received, *(o for o in self.taker.program.outputs if isinstance(o, str)))
+        found: list[Any] = [repr(self.layouts.get(name)) for name in crossing]  # by which other stages send and receive
         for instruction in instructions:
             if isinstance(instruction, Call) and instruction.function is not share:
                 for leaf in pytree.tree_leaves((instruction.args, instruction.kwargs)):

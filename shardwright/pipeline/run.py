@@ -55,6 +55,11 @@ class StagePlace:
     first_rank: int
     is_tail: bool = False
 
+    @property
+    def ranks(self) -> range:
+        """The numbers of its ranks in the world."""
+        return range(self.first_rank, self.first_rank + self.parts.once.world_size)
+
 
 class PipelineRun(ABC):
     """Stages and the schedule that they follow.
