@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardwright.api.bound import BoundCall, device_of
@@ -73,6 +74,8 @@ class PipelineBoundCall(BoundCall):
         self._count_inputs()
         names = {i.value: n for n, i in enumerate(self.graph.inputs)}
         self._places = names
+        read = {i.name for number in runs for i in planned[number].parts.once.inputs}
+        self._elsewhere = [n for n, i in enumerate(self.graph.inputs) if i.kind == "parameter" and i.value not in read]
         self._own = {n: [names[i.name] for i in planned[n].parts.once.inputs] for n in self.pipeline_run.runs}
 
     @property
@@ -82,10 +85,13 @@ class PipelineBoundCall(BoundCall):
 
     def _step(self, *values: Any) -> tuple[list[Any], list[Tensor]]:
         given = list(values)
-        if self.tied is not None:
-            self.tied(given, self._places)
+        anchor = None if self.tied is None else self.tied(given, self._places)
         moved = {self.graph.inputs[n].value: given[n] for n in self.moved_inputs if self.graph.inputs[n].kind == "buffer"}
-        outputs, updates = self.pipeline_run({n: [given[at] for at in own] for n, own in self._own.items()}, moved)
+        elsewhere = {self.graph.inputs[n].value: given[n] for n in self._elsewhere}
+        if elsewhere and torch.is_grad_enabled():
+            elsewhere = {name: value for name, value in elsewhere.items() if value.requires_grad}
+        own = {n: [given[at] for at in places] for n, places in self._own.items()}
+        outputs, updates = self.pipeline_run(own, moved, elsewhere, anchor)
         return outputs, [updates[name] for name, _ in self.graph.updates]
 
 

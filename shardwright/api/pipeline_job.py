@@ -75,7 +75,7 @@ def run_in_job(
     """
     rank = link.position
     made = DistributedPipelineRun(graph, places, runs, cut, schedule, loss, rank, link, broadcasts, device)
-    return made, TiedGradients(_tied(places), rank, link)
+    return made, TiedGradients(_tied(places), rank, link, lambda: made.reached_now)
 
 
 def _tied(places: Sequence[StagePlace]) -> list[Tied]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwright.base.operators import LIST_NORM, is_elementwise, is_elementwise_on_lists
-from shardwright.errors import WorldError
 from shardwright.parameters.ours import is_over_a_stage, view_of
 from shardwright.parameters.placements import _alike
 from shardwright.parameters.places import is_number, place_of, place_of_spec
@@ -56,9 +55,9 @@ def _locals(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], A
             here = place_of(value)
             if here is None:
                 return None
-            if place is None or (place.is_number and not here.is_number):
+            if place is None or (here is not place and not here.is_number and place.stands_beside(here)):
                 template, place = value, here
-            elif here is not place and not here.is_number:
+            elif here is not place and not here.stands_beside(place):
                 return None
             value = value._local_tensor
         elif isinstance(value, (Tensor, list, tuple)):
@@ -176,7 +175,7 @@ def _judge(key: Any, lists: Sequence[tuple[Sequence[Tensor], list[Any]]]) -> _Ve
         is_right = is_right and len(tensors) == len(places)
         for tensor, place in zip(tensors, places):
             mine = place_of_spec(tensor) if isinstance(tensor, DTensor) else place
-            is_right = is_right and (mine is place or (mine is not None and mine.is_number))
+            is_right = is_right and (mine is place or (mine is not None and place is not None and mine.stands_beside(place)))
     verdict = _Verdict([specs for _, specs in lists], is_right, any(p is not None and not p.is_cut for p in places))
     return _remember(_verdicts, key, verdict)
 
@@ -214,13 +213,8 @@ def remember_norms(tensors: Sequence[Any], rest: tuple[Any, ...], norms: Sequenc
 def _norms(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or not all(isinstance(t, DTensor) for t in args[0]):
         return NOT_ALIKE
-    if any(is_over_a_stage(t) for t in args[0]):
-        raise WorldError(
-            "torch's norm of many tensors, which clip_grad_norm_ takes, sees the parameters of this rank's stage only\n"
-            "  Call sw.clip_grad_norm_ or sw.get_total_norm, on every rank"
-        )
     known = _norms_made.get((tuple([id(t._spec) for t in args[0]]), args[1:]))
-    if known is None or any(view_of(t) is not None for t in args[0]):
+    if known is None or any(view_of(t) is not None or is_over_a_stage(t) for t in args[0]):
         return NOT_ALIKE
     found = operator(list(map(_local_of, args[0])), *args[1:])
     return [_made(norm, spec) for norm, spec in zip(found, known.made)]

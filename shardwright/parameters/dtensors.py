@@ -23,7 +23,7 @@ from shardwright.base.operators import CHECKS_AND_UNSCALES
 from shardwright.base.torch_private import add_dtensor_handlers
 from shardwright.errors import WorldError
 from shardwright.parameters.operators import run_operator
-from shardwright.parameters.ours import is_ours, is_part, view_of
+from shardwright.parameters.ours import is_ours, is_over_a_stage, is_part, view_of
 from shardwright.parameters.placements import _like
 from shardwright.parameters.whole import whole_value
 
@@ -105,7 +105,7 @@ def _teach_copies() -> None:
     def reduce(self: DTensor, protocol: Any) -> Any:
         if not is_ours(self):
             return plain_reduce(self, protocol)
-        if is_part(self):
+        if is_part(self) or is_over_a_stage(self):
             raise WorldError(
                 f"a distributed tensor {list(self.shape)} cannot be saved or pickled as it is: this rank holds a part of it. "
                 "For one file, write `with net.whole(): torch.save(model.state_dict(), path)`, or of other tensors save "
@@ -156,7 +156,9 @@ def _teach_data() -> None:
             )
         if not isinstance(value, DTensor):
             value = _like(self, value)
-        if value.device_mesh != self.device_mesh or value.placements != self.placements:
+        if value.device_mesh != self.device_mesh and is_ours(value):
+            value = _like(self, whole_value(value, "data"))
+        elif value.placements != self.placements:
             value = value.redistribute(self.device_mesh, self.placements)
         self._local_tensor.data = value.to_local().detach()
 
@@ -173,7 +175,9 @@ def _teach_views() -> None:
         @wraps(plain)
         def method(self: DTensor, *args: Any, **kwargs: Any) -> Any:
             if view_of(self) is not None:
-                self._local_tensor.copy_(whole_value(self, plain.__name__))
+                whole = whole_value(self, plain.__name__)
+                if self.device_mesh.get_coordinate() is not None:
+                    self._local_tensor.copy_(whole)
             return plain(self, *args, **kwargs)
 
         return method

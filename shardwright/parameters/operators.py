@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -42,8 +43,17 @@ from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
 from shardwright.parameters.alike import NOT_ALIKE, remember_norms, run_alike
 from shardwright.parameters.beside import check_no_plain_call, let_gradients_pass
-from shardwright.parameters.ours import View, at_home_with, has_homes, is_part, remember_view, view_of
-from shardwright.parameters.placements import _alike, _like, _slice, layout_of
+from shardwright.parameters.ours import (
+    View,
+    at_home_with,
+    has_homes,
+    is_over_a_stage,
+    is_part,
+    mesh_of_all_ranks,
+    remember_view,
+    view_of,
+)
+from shardwright.parameters.placements import _alike, _like, _over, _slice, layout_of
 from shardwright.parameters.places import place_of_spec
 from shardwright.parameters.whole import whole_numbers, whole_value
 
@@ -81,7 +91,9 @@ def run_operator(otherwise: Otherwise) -> Otherwise:
             given = [t for t in _tensors_in((*args, *kwargs.values())) if isinstance(t, DTensor)]
             for value in _tensors_in((result,)):
                 if isinstance(value, DTensor):
-                    at_home_with(value, given[0])
+                    of = next((t for t in given if t.device_mesh == value.device_mesh), None)
+                    if of is not None:
+                        at_home_with(value, of)
         return result
 
     return at_home
@@ -102,7 +114,7 @@ def _is_for_dtensor(operator: Any, given: Sequence[DTensor], args: Any, is_mixed
     first = given[0]
     if operator.overloadpacket in RUN_BY_DTENSOR:
         return view_of(first) is None
-    if operator not in (VECTOR_NORM, LIST_NORM) or is_mixed:
+    if operator not in (VECTOR_NORM, LIST_NORM) or is_mixed or any(map(is_over_a_stage, given)):
         return False
     order = args[1] if len(args) > 1 else 2
     if not (isinstance(order, (int, float)) and 0 < order < math.inf and len(args) <= 2):
@@ -233,8 +245,15 @@ class _Call:
                 f"{self.name} changes the shape or memory of a distributed tensor {list(self.given[0].shape)} in place, which "
                 f"ranks hold in pieces: write it out of place, new = tensor.{self.name.rstrip('_')}(...)"
             )
-        self.operator(tensor._local_tensor, *self.args[1:], **self.kwargs)
-        tensor._spec = self._distributed(tensor._local_tensor)._spec
+        shaped = torch.empty_strided(tensor.shape, tensor.stride(), device="meta", dtype=tensor.dtype)
+        shaped = getattr(shaped, self.name.rstrip("_"))(*self.args[1:], **self.kwargs)
+        mesh = tensor.device_mesh
+        made = _over(tensor._local_tensor, mesh, [Replicate()] * mesh.ndim, shaped.shape, shaped.stride())
+        if mesh.get_coordinate() is not None:
+            self.operator(tensor._local_tensor, *self.args[1:], **self.kwargs)
+        else:
+            tensor._local_tensor = made._local_tensor
+        tensor._spec = made._spec
         return return_and_correct_aliasing(self.operator, self.args, self.kwargs, tensor)
 
     def _views_of(self) -> DTensor | None:
@@ -243,7 +262,7 @@ class _Call:
         base = self.args[0] if self.args else None
         if not any(aliases) or not isinstance(base, DTensor):
             return None
-        return base if is_part(base) or view_of(base) is not None else None
+        return base if is_part(base) or is_over_a_stage(base) or view_of(base) is not None else None
 
     def _replay(self, index: int | None) -> Callable[[Tensor], Tensor]:
         operator, rest, kwargs = self.operator, self.args[1:], self.kwargs
@@ -258,7 +277,9 @@ class _Call:
         if not isinstance(value, Tensor):
             return value
         mesh = self.given[0].device_mesh
-        return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        if not value.dim() and is_over_a_stage(self.given[0]):  # as all ranks have computed it
+            mesh = mesh_of_all_ranks(mesh.device_type)
+        return _over(value, mesh, [Replicate()] * mesh.ndim, value.shape, value.stride())
 
     def _write_back(self, tensor: DTensor, value: Tensor) -> None:
         """Writes a whole value into what this rank holds of a tensor, or of what it is a view of."""
@@ -270,19 +291,23 @@ class _Call:
         view = view_of(tensor)
         if view is not None:
             self._write_back(view.base, self.whole(view.base))
-            tensor._local_tensor.copy_(value)
+            if tensor.device_mesh.get_coordinate() is not None:
+                tensor._local_tensor.copy_(value)
         elif is_cut(tensor):
             layout = layout_of(tensor)
             assert layout is not None
-            tensor._local_tensor.copy_(_slice(value, layout, value.device))
+            if tensor.device_mesh.get_coordinate() is not None:
+                tensor._local_tensor.copy_(_slice(value, layout, value.device))
         elif is_part(tensor):  # the terms of a sum, which is complete now
             made = self._distributed(value)
             tensor._local_tensor, tensor._spec = made._local_tensor, made._spec
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Tells whether a rank holds a piece of a tensor, and can write into it."""
-    return isinstance(tensor, DTensor) and is_part(tensor) and view_of(tensor) is None and layout_of(tensor) is not None
+    """Tells whether a rank can write into its piece of a tensor, which is empty where another stage's ranks hold it."""
+    if not isinstance(tensor, DTensor) or not (is_part(tensor) or is_over_a_stage(tensor)):
+        return False
+    return view_of(tensor) is None and layout_of(tensor) is not None
 
 
 def cut_like(template: DTensor, whole: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -297,12 +322,14 @@ def cut_like(template: DTensor, whole: Callable[[Tensor], Tensor]) -> Callable[[
     """
     layout = layout_of(template)
     assert layout is not None
-    rank = torch.distributed.get_rank()
+    rank = dist.get_rank()
     bounds = _bounds(layout, tuple(template.shape), rank)
+    is_here = template.device_mesh.get_coordinate() is not None
 
     def cut(tensor: Tensor) -> Tensor:
         if is_cut(tensor) and tensor.shape == template.shape and _same_cut(tensor, template):
-            return tensor._local_tensor  # type: ignore[attr-defined,no-any-return]
+            local: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+            return local if is_here else local.new_empty((0,) * len(bounds))
         value = whole(tensor)
         sizes = zip(value.shape, bounds[len(bounds) - value.dim() :], template.shape[len(bounds) - value.dim() :])
         return value[tuple(slice(*ends) if size == full else slice(None) for size, ends, full in sizes)]
@@ -312,7 +339,7 @@ def cut_like(template: DTensor, whole: Callable[[Tensor], Tensor]) -> Callable[[
 
 @lru_cache(maxsize=4096)
 def _bounds(layout: Layout, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, int], ...]:
-    return tuple(layout.bounds(shape)[rank])
+    return tuple(layout.bounds(shape).get(rank, ((0, 0),) * len(shape)))  # none of another stage's
 
 
 def _same_cut(tensor: Any, template: DTensor) -> bool:

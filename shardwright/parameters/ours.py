@@ -18,6 +18,7 @@ from shardwright.base.torch_private import StorageWeakRef
 
 _meshes: set[DeviceMesh] = set()
 _homes: dict[int, tuple[StorageWeakRef, StageHome]] = {}  # by memory
+OF_ALL = ("all_ranks",)  # the name of the dim of the mesh of a whole job
 _MOST_HOMES = 4096  # after which those of memory that is gone are forgotten
 _VIEW, _WHOLE, _HOME = "_shardwright_view_of", "_shardwright_whole", "_shardwright_home"
 
@@ -54,7 +55,7 @@ def has_homes() -> bool:
 
 def at_home_with(value: DTensor, other: DTensor) -> None:
     """Records that a value, computed of another one, is at home where that is: other ranks send and receive it so."""
-    home = home_of(other) if is_over_a_stage(other) else None
+    home = home_of(other) if is_over_a_stage(other) and is_over_a_stage(value) else None
     if home is not None and home.rank != _first_rank(value):
         remember_home(value, home)
 
@@ -80,6 +81,11 @@ def is_over_a_stage(value: DTensor) -> bool:
 def watch_over(mesh: DeviceMesh) -> None:
     """Registers a mesh as ours."""
     _meshes.add(mesh)
+
+
+def mesh_of_all_ranks(device_type: str) -> DeviceMesh:
+    """Returns the mesh of all ranks of the job in a row, which there is where stages have meshes of their own."""
+    return next(m for m in _meshes if m.mesh_dim_names == OF_ALL and m.device_type == device_type)
 
 
 def is_ours(value: Any) -> bool:

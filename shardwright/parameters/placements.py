@@ -164,13 +164,21 @@ def _slice(value: torch.Tensor, layout: Layout, device: torch.device) -> torch.T
 def _as_dtensor(piece: torch.Tensor, layout: Layout, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
     split = placements(layout, tuple(shape))
     strides = [math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape))]
-    made = DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=tuple(strides))
-    if made.shape == shape:
+    return _over(piece, mesh, split, shape, strides)
+
+
+def _over(
+    piece: torch.Tensor, mesh: DeviceMesh, split: Sequence[Placement] | None, shape: Sequence[int], strides: Sequence[int]
+) -> DTensor:
+    """Makes a DTensor of a local tensor; on ranks outside of the mesh one without elements, or a number 0."""
+    wanted = torch.Size(shape)
+    made = DTensor.from_local(piece, mesh, split, run_check=False, shape=wanted, stride=tuple(strides))
+    if wanted or mesh.get_coordinate() is not None:
         return made
     spec = copy(made._spec)  # of a scalar, where another stage holds it: from_local takes shape=() for none
     assert spec.tensor_meta is not None
-    spec.tensor_meta = spec.tensor_meta._replace(shape=shape, stride=tuple(strides))
-    return DTensor(made._local_tensor, spec, requires_grad=False)  # type: ignore[call-arg]
+    spec.tensor_meta = spec.tensor_meta._replace(shape=wanted, stride=tuple(strides))
+    return DTensor(piece.new_zeros(()), spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> DTensor:
@@ -188,4 +196,4 @@ def _alike(parameter: DTensor, piece: torch.Tensor) -> DTensor:
     """Makes a DTensor of a local tensor, with the parameter's shape and placements; differentiable."""
     shape, stride = parameter.shape, parameter.stride()
     mesh, split = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(piece, mesh, split, run_check=False, shape=shape, stride=stride)
+    return _over(piece, mesh, split, shape, stride)

@@ -8,20 +8,25 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardwright.parameters.ours import is_ours, is_part, view_of
+from shardwright.parameters.ours import is_ours, is_over_a_stage, is_part, view_of
 from shardwright.parameters.placements import layout_of
 
 
 class Place:
     """Position of tensors over one of our meshes: what a rank holds. Those of one shape that lie alike have the same one."""
 
-    __slots__ = ("is_cut", "is_number", "is_part", "is_whole")
+    __slots__ = ("is_cut", "is_number", "is_part", "is_whole", "stage")
 
-    def __init__(self, is_part: bool, has_layout: bool, has_dims: bool):
+    def __init__(self, is_part: bool, has_layout: bool, has_dims: bool, stage: Any):
         self.is_part = is_part  # a rank holds a piece, or a term of a sum
         self.is_cut = is_part and has_layout  # a piece
         self.is_whole = not is_part and has_layout
-        self.is_number = self.is_whole and not has_dims  # which every rank has, so it may stand beside any other tensor
+        self.is_number = self.is_whole and not has_dims  # which every rank of the stage has
+        self.stage = stage  # of a pipeline, whose mesh it is; None where all ranks have a part
+
+    def stands_beside(self, other: Place) -> bool:
+        """Tells whether it is a number that every rank has that has the other one."""
+        return self.is_number and (self.stage is None or self.stage == other.stage)
 
 
 class _Known(NamedTuple):
@@ -36,8 +41,8 @@ _MOST_KNOWN = 16384
 
 
 @lru_cache(maxsize=16384)
-def _interned(mesh: Any, placements: Any, shape: Any, is_part: bool, has_layout: bool) -> Place:
-    return Place(is_part, has_layout, bool(shape))
+def _interned(mesh: Any, placements: Any, shape: Any, is_part: bool, has_layout: bool, is_staged: bool) -> Place:
+    return Place(is_part, has_layout, bool(shape), mesh if is_staged else None)
 
 
 def place_of_spec(tensor: DTensor) -> Place | None:
@@ -48,7 +53,8 @@ def place_of_spec(tensor: DTensor) -> Place | None:
         if not is_ours(tensor):
             return None
         has_layout = layout_of(tensor) is not None
-        place = _interned(tensor.device_mesh, tensor.placements, tensor.shape, is_part(tensor), has_layout)
+        mesh, is_staged = tensor.device_mesh, is_over_a_stage(tensor)
+        place = _interned(mesh, tensor.placements, tensor.shape, is_part(tensor), has_layout, is_staged)
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         found = _known[id(spec)] = _Known(spec, place)
@@ -67,5 +73,5 @@ def is_number(tensor: Tensor) -> bool:
     """Tells whether a tensor is a number that every rank has: no gradient flows into an ordinary one."""
     if isinstance(tensor, DTensor):
         place = place_of(tensor)
-        return place is not None and place.is_number
+        return place is not None and place.is_number and place.stage is None
     return tensor.dim() == 0 and not tensor.requires_grad

@@ -21,7 +21,7 @@ from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.device_mesh import device_mesh
 from shardwright.parameters.distribute import _Distribution, _Found, _replace
 from shardwright.parameters.handles import current
-from shardwright.parameters.ours import StageHome, home_of, remember_home
+from shardwright.parameters.ours import OF_ALL, StageHome, home_of, remember_home
 from shardwright.parameters.placements import _as_dtensor, _like, layout_of, storable
 
 # By module and name of the parameter, the layouts of all stages that read it: a rank has only its own.
@@ -53,8 +53,9 @@ def distribute_over_stages(
         known = next((given[alias] for alias in found._names[id(parameter)] if alias in given), None)
         known = known or [Layout.replicated(mesh, parameter.dim())]
         stored[name] = [storable(layout, parameter.shape) for layout in known]
-    for layout in dict.fromkeys(layout.mesh for each in stored.values() for layout in each):
-        device_mesh(layout, device.type)  # in one order on every rank
+    meshes = [layout.mesh for each in stored.values() for layout in each]
+    for mesh in dict.fromkeys([Mesh(OF_ALL, (dist.get_world_size(),)), *meshes]):
+        device_mesh(mesh, device.type)  # in one order on every rank
     new = {name for name, p in found.parameters.items() if layout_of(p) is None}
     known_before = _stored.setdefault(root, {})
     for name in stored:
@@ -111,4 +112,9 @@ class _StageDistribution(_Distribution):
         new = current(old)
         remember_home(new, StageHome(home[0], is_copy))
         if is_copy and new.requires_grad:  # so that norms count its gradient once
-            new.register_post_accumulate_grad_hook(lambda p: remember_home(p.grad, home_of(p)))
+            new.register_post_accumulate_grad_hook(_let_gradient_be_at_home)
+
+
+def _let_gradient_be_at_home(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        remember_home(parameter.grad, home_of(parameter))  # type: ignore[arg-type]

@@ -111,3 +111,17 @@ def loss_of(graph: Graph) -> int | None:
     if isinstance(first, str) and not graph.metas[first].shape and first in graph.needs_grad:
         return 0
     return None
+
+
+def gives_gradients(graph: Graph, output: str) -> frozenset[str]:
+    """Finds the values that a value's gradient reaches.
+
+    Args:
+        graph: the graph.
+        output: the value.
+    """
+    found = {output} & graph.needs_grad
+    for node in reversed(graph.nodes):
+        if not found.isdisjoint(node.outputs):
+            found.update(value for value in node.inputs if value in graph.needs_grad)
+    return frozenset(found)

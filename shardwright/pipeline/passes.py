@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,17 @@ def computing(schedule: Schedule) -> list[list[Action]]:
 class Passes(torch.autograd.Function):
     """Autograd function from the held values of all stages to the results.
 
+    What other ranks hold gets an empty gradient where those get one, so that ``.grad`` is ``None`` on all ranks or on none.
     With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all
     forwards, and the backward all backwards.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Any, held: list[list[Pieces]], anchor: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.held, ctx.leaves = run, held, run.hold(held, flat)
+    def forward(
+        ctx: Any, run: Any, held: list[list[Pieces]], elsewhere: Mapping[str, Tensor], anchor: Tensor, *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        flat = values[: len(values) - len(elsewhere)]
+        ctx.run, ctx.held, ctx.elsewhere, ctx.leaves = run, held, elsewhere, run.hold(held, flat)
         ctx.set_materialize_grads(False)
         names = [o for o in run.graph.outputs if isinstance(o, str)]
         ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
@@ -72,13 +76,16 @@ class Passes(torch.autograd.Function):
         in_backward()  # on every rank, whether its stages communicate or not
         seeds = {p: g for p, g in zip(ctx.positions, gradients, strict=True) if g is not None}
         if not seeds:
-            return None, None, None, *[None] * len(leaves)
+            return None, None, None, None, *[None] * (len(leaves) + len(ctx.elsewhere))
+        run.reached_now = frozenset().union(*(run.reached[position] for position in seeds))
+        empty = [torch.zeros_like(value) if name in run.reached_now else None for name, value in ctx.elsewhere.items()]
+        zero = torch.zeros(())  # the anchor's
         if step is None and set(seeds) == {run.loss}:
             seed = float(gradients[ctx.at])  # type: ignore[arg-type]
             if seed and math.isfinite(seed):
                 run.seed = seed  # the next step begins with it, so that a loss scale reaches the first of its gradients
             scale = seed / ctx.seed
-            return None, None, None, *_taken(leaves, scale)
+            return None, None, None, zero, *_taken(leaves, scale), *empty
         with within_pipeline():
             if step is None:  # of other results too, so that both passes run once more
                 leaves = run.hold(ctx.held, leaves)
@@ -92,7 +99,7 @@ class Passes(torch.autograd.Function):
             run.seeds = seeds
             run.run(run.backwards, True, step)
         run.rest()
-        return None, None, None, *_taken(leaves)
+        return None, None, None, zero, *_taken(leaves), *empty
 
 
 def _taken(leaves: Sequence[Tensor], scale: float = 1.0) -> list[Tensor | None]:

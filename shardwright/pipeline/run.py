@@ -16,7 +16,7 @@ from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held, cross
-from shardwright.pipeline.cut import Stage
+from shardwright.pipeline.cut import Stage, gives_gradients
 from shardwright.pipeline.micro import Cut, pieces_of_micro_batches
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.passes import Passes, backward_only, computing, forward_only
@@ -25,6 +25,8 @@ from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun, StepState
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.simulated.steps import run_steps
+
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass
@@ -90,19 +92,27 @@ class PipelineRun(ABC):
         self.tail = next((place.stage.index for place in places if place.is_tail), None)
         self.draws_late = self.micro_count == 1 and any(node.op.draws for node in graph.nodes)
         self.forwards, self.backwards, self.actions = forward_only(schedule), backward_only(schedule), computing(schedule)
+        self.reached = {position: gives_gradients(graph, name) for position, name in self.names.items()}
+        self.reached_now: frozenset[str] = frozenset()  # what gets gradients in the latest backward pass
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
         self.seeds: dict[int, Tensor] = {}  # by position, the gradients of results
 
     # -- running ----------------------------------------------------------------------------------------------------
 
     def __call__(
-        self, values: Mapping[int, Sequence[Any]], buffers: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        values: Mapping[int, Sequence[Any]],
+        buffers: Mapping[str, Tensor] = _NONE,
+        elsewhere: Mapping[str, Tensor] = _NONE,
+        anchor: Tensor | None = None,
     ) -> tuple[list[Any], dict[str, Tensor]]:
         """Runs a step.
 
         Args:
             values: for each stage of this process the values of its program's inputs, without those that stages send.
             buffers: those that operators write to in place, by value.
+            elsewhere: what only stages of other processes read and train, without elements here, by value.
+            anchor: gets a gradient of 0 in every backward pass; by default a tensor made here.
 
         Returns:
             The outputs, and the new values of other buffers that are written to.
@@ -110,8 +120,9 @@ class PipelineRun(ABC):
         held = self.begin(values)
         flat = [tensor for stage in held for pieces in stage for tensor in pieces]
         if torch.is_grad_enabled() and self.graph.needs_grad.intersection(self.names.values()):
-            anchor = torch.zeros((), requires_grad=True)  # a process whose stages have no parameters takes part too
-            outputs = list(Passes.apply(self, held, anchor, *flat))
+            if anchor is None:  # a process whose stages have no parameters takes part too
+                anchor = torch.zeros((), requires_grad=True)
+            outputs = list(Passes.apply(self, held, elsewhere, anchor, *flat, *elsewhere.values()))
         else:
             self.hold(held, flat)
             outputs = self.outputs(self.run(self.forwards, False))

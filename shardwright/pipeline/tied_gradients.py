@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class TiedGradients:
         tied: the parameters, the same on all ranks.
         rank: this rank.
         link: over all ranks of the job.
+        reached: tells, in a backward pass, which inputs get a gradient on any rank.
     """
 
-    def __init__(self, tied: Sequence[Tied], rank: int, link: Link):
+    def __init__(self, tied: Sequence[Tied], rank: int, link: Link, reached: Callable[[], Collection[str]]):
+        self.reached = reached
         self.own = [t for t in tied if any(rank in layout.mesh.ranks for layout in t.layouts)]
         self.ways: list[tuple[list[tuple[int, int, Transfer]], int]] = []
         for at, each in enumerate(tied):
@@ -63,17 +65,23 @@ class TiedGradients:
                         ways.append((source, target, Transfer(link, routes, have, want, tag)))
             self.ways.append((ways, here))
 
-    def __call__(self, values: list[Any], places: Mapping[str, int]) -> None:
+    def __call__(self, values: list[Any], places: Mapping[str, int]) -> Tensor | None:
         """Makes the gradients of a rank's parameters those of all rows.
 
         Args:
             values: the local tensors of the program's inputs, which are replaced.
             places: where each input is.
+
+        Returns:
+            What has to get a gradient in every backward pass, also where none of the parameters does.
         """
         at = [places[t.name] for t in self.own]
-        if at and torch.is_grad_enabled() and any(values[n].requires_grad for n in at):
-            for n, value in zip(at, _Tied.apply(self, *[values[n] for n in at]), strict=True):
-                values[n] = value
+        if not at or not torch.is_grad_enabled() or not any(values[n].requires_grad for n in at):
+            return None
+        anchor, *found = _Tied.apply(self, torch.zeros((), requires_grad=True), *[values[n] for n in at])
+        for n, value in zip(at, found, strict=True):
+            values[n] = value
+        return anchor
 
     def added(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Returns the sums over rows, added in the order of rows."""
@@ -100,12 +108,15 @@ def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
 
 class _Tied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tied: TiedGradients, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tied: TiedGradients, anchor: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.tied, ctx.like = tied, [value.detach() for value in values]
-        return tuple(value.view_as(value) for value in values)
+        return tuple(value.view_as(value) for value in (anchor, *values))
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Any, ...]:
         given = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, ctx.like, strict=True)]
-        return None, *ctx.tied.added(given)
+        reached = ctx.tied.reached()
+        sums = zip(ctx.tied.own, ctx.tied.added(given), strict=True)
+        return None, None, *(total if tied.name in reached else None for tied, total in sums)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import jobs
 import pytest
 
 HERE = Path(__file__).parent
@@ -34,11 +34,6 @@ def test_equal_or_refused(number):
         assert ".py:" in found or "hook" in found or "create_graph" in found, found  # the user's line, or the module
 
 
-def test_on_real_ranks():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(HERE / "border_job.py"), str(ON_RANKS.start), str(ON_RANKS.stop)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-    assert done.stdout.count("as it must") == len(ON_RANKS), done.stdout
+def test_on_real_ranks(tmp_path):
+    text = jobs.script(tmp_path, HERE / "border_job.py", 2, str(ON_RANKS.start), str(ON_RANKS.stop), seconds=900)
+    assert text.count("as it must") == len(ON_RANKS), text

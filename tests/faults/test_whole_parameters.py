@@ -90,7 +90,7 @@ def writes(mode, case):
         case(f"{mode} write {name}", "right")
     torch.testing.assert_close(net(X), plain(X))
     for refused in (lambda p: p.t_(), lambda p: p.data.unsqueeze_(0)):
-        if mode != "data_parallel":
+        if mode not in ("data_parallel", "stages"):
             with torch.no_grad(), pytest.raises(WorldError, match="out of place"):
                 refused(model.a.weight)
 

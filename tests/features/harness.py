@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jobs
 import torch
 from sampling import IS_ON, sampled
 from torch import nn
@@ -61,19 +62,14 @@ def on_ranks(file: str, ranks: int, programs: Sequence[Program], timeout: float 
     """Runs a test file's programs on real gloo processes; each says by name that it passed. Of many, a sample."""
     if IS_ON:
         programs = sampled(programs, [f"{ranks} {program.__name__}" for program in programs], share=0.4, least=3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), file]
-    command += [program.__name__ for program in programs]
-    tests = Path(__file__).resolve().parent.parent
-    paths = [str(tests / "features"), str(tests), str(tests.parent / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    passed = {line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")}
+    with tempfile.TemporaryDirectory() as folder:
+        text = jobs.script(Path(folder), file, ranks, *(program.__name__ for program in programs), seconds=timeout)
+    passed = {line.removeprefix("passed ") for line in text.splitlines() if line.startswith("passed ")}
     assert passed == {program.__name__ for program in programs}, passed
 
 
 def main(programs: Sequence[Program]) -> None:
-    """What a test file does when torchrun runs it."""
+    """What a test file does when a job runs it."""
     torch.set_num_threads(1)
     world = sw.init()
     chosen = sys.argv[1:] or [program.__name__ for program in programs]

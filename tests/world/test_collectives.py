@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import multiprocessing
 import os
 import socket
 import time
@@ -12,6 +11,7 @@ import warnings
 from datetime import timedelta
 from functools import partial
 
+import jobs
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ def work(rank, size, port, scenarios):
 
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
-    multiprocessing.set_forkserver_preload(["shardwright.testing.rules", "torch.distributed"])
+    jobs.context()
     mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 

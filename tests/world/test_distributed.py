@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 import socket
@@ -14,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,8 +67,7 @@ def work(rank, size, port, scenarios):
 
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
-    # a fork server imports torch once for all jobs, and has no threads when it forks
-    multiprocessing.set_forkserver_preload(["shardwright.testing.rules", "torch.distributed"])
+    jobs.context()
     mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 

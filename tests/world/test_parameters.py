@@ -16,6 +16,7 @@ import warnings
 import weakref
 from datetime import timedelta
 
+import jobs
 import pytest
 import torch
 import torch.distributed as dist
@@ -892,7 +893,7 @@ def outcomes(tmp_path_factory):
 
     def run(size: int) -> dict[tuple[str, int], str | None]:
         if size not in found:
-            context = mp.get_context("spawn")
+            context = jobs.context()
             results = context.SimpleQueue()
             folder = str(tmp_path_factory.mktemp(f"ranks{size}"))
             processes = [context.Process(target=work, args=(r, size, folder, results)) for r in range(size)]

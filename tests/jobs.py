@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import re
+import runpy
 import signal
 import socket
 import sys
 import time
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Ended(NamedTuple):
@@ -31,7 +35,8 @@ def _rank(rank, size, port, path, function, args):
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         function(rank, *args)
     except SystemExit:
@@ -41,22 +46,33 @@ def _rank(rank, size, port, path, function, args):
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from None
     finally:
-        import atexit
-
         atexit._run_exitfuncs()  # a process of multiprocessing ends without them
         sys.stdout.flush()
 
 
+def context() -> ForkServerContext:
+    """Returns the context whose processes are forked from a server that has imported all and captured once."""
+    before = os.environ.get("PYTHONPATH")
+    multiprocessing.set_forkserver_preload(["preloaded"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return multiprocessing.get_context("forkserver")
+
+
 def run(folder, size, function, *args, seconds=60.0):
     """Runs ``function(rank, *args)`` on every rank of a job; returns how each ended."""
-    multiprocessing.set_forkserver_preload(["shardwright", "torch.distributed", "torch._dynamo", "torch.distributed.tensor"])
-    context = multiprocessing.get_context("forkserver")
+    forked = context()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     paths = [folder / f"rank{rank}.txt" for rank in range(size)]
     began = time.monotonic()
-    started = [context.Process(target=_rank, args=(r, size, port, paths[r], function, args)) for r in range(size)]
+    started = [forked.Process(target=_rank, args=(r, size, port, paths[r], function, args)) for r in range(size)]
     for process in started:
         process.start()
     found = []
@@ -68,6 +84,21 @@ def run(folder, size, function, *args, seconds=60.0):
             process.join()
         found.append(Ended(code, path.read_text() if path.exists() else "", time.monotonic() - began))
     return found
+
+
+def _as_script(rank, path, arguments):
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
+
+
+def script(folder, path, size, *arguments, seconds=300.0):
+    """Runs a script on every rank of a job, as torchrun would; returns what rank 0 printed, where all ended well."""
+    ended = run(folder, size, _as_script, str(path), arguments, seconds=seconds)
+    assert [e.code for e in ended] == [0] * size, "\n".join(
+        f"rank {r}, {e.code}: {e.text[-3000:]}" for r, e in enumerate(ended)
+    )
+    return ended[0].text
 
 
 def cases(folder, job):
