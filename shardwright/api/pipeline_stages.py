@@ -17,8 +17,9 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import options_of, program_before_overlap
+from shardwright.pipeline.batch import Batch
 from shardwright.pipeline.cut import Stage, cut_graph
-from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan, micro_mesh
+from shardwright.pipeline.micro import NEVER_MEET, Cut, cut_plan, micro_mesh
 from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
 from shardwright.pipeline.pipeline_plan import PlannedStage
 from shardwright.pipeline.random_turns import check_order_of_draws
@@ -44,7 +45,7 @@ def forget_cut(root: nn.Module, placement: Placement) -> None:
 
 def plan_stages(
     target: Target,
-    graph: Graph,
+    batch: Batch,
     rows: Sequence[int],
     placement: Placement,
     micro: int,
@@ -56,7 +57,7 @@ def plan_stages(
 
     Args:
         target: the callable, with its settings.
-        graph: its graph.
+        batch: its graph, and where the batch is in it.
         rows: how many ranks each row has.
         placement: which row runs which stage.
         micro: number of micro-batches.
@@ -67,12 +68,8 @@ def plan_stages(
     Raises:
         StrategyError: strategies or stages that cannot be followed, operators that need the whole batch.
     """
-    count = len(placement.row_of_stage)
-    cut = (
-        Cut()
-        if micro == 1
-        else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
-    )
+    graph, count = batch.graph, len(placement.row_of_stage)
+    cut = Cut(batch.layouts(micro) if micro > 1 else {})
     stage_of, stages = _cut_into_stages(target, graph, placement, micro, marks, cut, weight)
     check_order_of_draws(graph, stage_of)
     ranks = [rows[row] for row in (*placement.row_of_stage, placement.row_of_stage[-1])]  # of the tail too

@@ -26,13 +26,14 @@ class PipelineCell(nn.Module):
 
     Args:
         module: the network.
-        micro_size: number of micro-batches. They are cut along dim 0 as ``torch.chunk`` cuts, so the last may be smaller.
+        micro_size: number of micro-batches. They are cut along the batch as ``torch.chunk`` cuts, so the last may be smaller.
         stage_config: stage by module path, in place of ``module.pipeline_stage = n`` on the modules. Without either, stages are
             balanced by the cost model.
+        batch_dim: the dim of the first tensor input that is the batch. In other inputs it is found.
 
     Raises:
         TypeError: a network that is no module, a number that is no int.
-        ValueError: a number below 1, a stage below 0.
+        ValueError: a number below 1, a stage or dim below 0.
         StrategyError: a path that the network does not have.
 
     >>> cell = PipelineCell(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 2, stage_config={"0": 0, "1": 1})
@@ -40,7 +41,9 @@ class PipelineCell(nn.Module):
     2
     """
 
-    def __init__(self, module: nn.Module, micro_size: int, stage_config: Mapping[str, int] | None = None):
+    def __init__(
+        self, module: nn.Module, micro_size: int, stage_config: Mapping[str, int] | None = None, batch_dim: int = 0
+    ):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise ArgumentTypeError(f"PipelineCell({module!r}): give an nn.Module")
@@ -48,7 +51,11 @@ class PipelineCell(nn.Module):
             raise ArgumentTypeError(f"PipelineCell(micro_size={micro_size!r}): give the number of micro-batches, an int")
         if micro_size < 1:
             raise PipelineValueError(f"PipelineCell(micro_size={micro_size}): give the number of micro-batches, 1 or more")
-        self.network, self.micro_size = module, micro_size
+        if not isinstance(batch_dim, int) or isinstance(batch_dim, bool):
+            raise ArgumentTypeError(f"PipelineCell(batch_dim={batch_dim!r}): give the number of a dim, an int")
+        if batch_dim < 0:
+            raise PipelineValueError(f"PipelineCell(batch_dim={batch_dim}): give the number of a dim, 0 or more")
+        self.network, self.micro_size, self.batch_dim = module, micro_size, batch_dim
         self.stage_config = _checked(module, stage_config or {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ wait for all micro-batches, such as the statistics of a batch norm, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -358,17 +358,3 @@ def _combined(layout: Layout, dim: int, micro: tuple[int, ...], size: int) -> tu
     ways = tuple(layout.mesh.axis_size(a) for a in axes)
     pieces = tuple(p for piece in micro for p in (chunk_pieces(piece, ways) if axes else (piece,)))
     return (MICRO, *axes), pieces
-
-
-def batch_cuts(shapes: Mapping[str, tuple[int, ...]], count: int) -> Iterator[tuple[str, Layout]]:
-    """Yields how the inputs that carry the batch are cut: dim 0, as long as that of the first one with dims.
-
-    Args:
-        shapes: by value, in order.
-        count: number of micro-batches.
-    """
-    first = next((shape[0] for shape in shapes.values() if shape), None)
-    mesh = Mesh((MICRO,), (count,))
-    for value, shape in shapes.items():
-        if shape and shape[0] == first:
-            yield value, Layout.of(mesh, [(MICRO,), *[()] * (len(shape) - 1)])
