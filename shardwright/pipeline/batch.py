@@ -91,22 +91,44 @@ class Batch:
 
     @cached_property
     def _found(self) -> Places:
-        """The places of the batch, with those of inputs that are as long and are encoded by themselves, such as texts."""
+        """The places of the batch in all values."""
         first = batch_input(self.graph)
         if first is None or not self.size:
             return {}
         found = self._spread(first.value, Place(self.dim))
-        for graph_input in self.graph.inputs:
-            shape = graph_input.meta.shape
-            if graph_input.kind != "input" or graph_input.value in found or shape[self.dim : self.dim + 1] != (self.size,):
-                continue
-            own = self._spread(graph_input.value, Place(self.dim))
-            after = self._after(graph_input.value)
-            meets = any(value in found and value not in after for value in own)  # another dim of what carries the batch
-            if not meets and any(value in self._computed and value not in found for value in own):
-                for value, places in own.items():
+        found[first.value] = {Place(self.dim): None}
+        waiting = [i for i in self.graph.inputs if i.kind == "input" and i is not first]
+        while (known := self._next(waiting, found)) is not None:
+            waiting.remove(known)
+            ((place, _),) = found[known.value].items()
+            own = self._spread(known.value, place)
+            if any(value in found and not found[value].keys() >= places.keys() for value, places in own.items()):
+                del found[known.value]  # elsewhere its dim is another one: its readers cut it, each as it needs it
+            else:
+                found |= own
+        for graph_input in waiting:
+            if graph_input.value not in found and self._is_encoded(graph_input, found):
+                for value, places in self._spread(graph_input.value, Place(self.dim)).items():
                     found.setdefault(value, {}).update(places)
         return found
+
+    def _next(self, waiting: Sequence[GraphInput], found: Places) -> GraphInput | None:
+        """Returns an input that the batch has been followed to, and not been followed from."""
+        return next((i for i in waiting if len(found.get(i.value, ())) == 1), None)
+
+    def _is_encoded(self, graph_input: GraphInput, found: Places) -> bool:
+        """Tells whether an input that never meets the batch is one of as many samples, encoded by itself, such as texts.
+
+        Args:
+            graph_input: the input.
+            found: where the batch is.
+        """
+        if graph_input.meta.shape[self.dim : self.dim + 1] != (self.size,):
+            return False
+        own, after = self._spread(graph_input.value, Place(self.dim)), self._after(graph_input.value)
+        if any(value in found and value not in after for value in own):
+            return False  # it is as long as another dim of what carries the batch
+        return any(value in self._computed and value not in found for value in own)
 
     @cached_property
     def _readers(self) -> Mapping[str, list[Node]]:
@@ -132,21 +154,22 @@ class Batch:
         return found
 
     def _spread(self, value: str, place: Place) -> Places:
-        """Follows one dim of an input to all values that have it.
+        """Follows one dim of an input to all values that have it, up to other inputs.
 
         Args:
             value: the input.
             place: the dim.
         """
         found: Places = {value: {place: None}}
-        waiting = [(value, place)]
+        waiting, ends = [(value, place)], {i.value for i in self.graph.inputs}
         while waiting:
             value, place = waiting.pop()
             for node in self._readers.get(value, ()):
                 for other, its in self._related(node, value, place):
                     if its not in found.setdefault(other, {}):
                         found[other][its] = None
-                        waiting.append((other, its))
+                        if other not in ends:
+                            waiting.append((other, its))
         return found
 
     def _related(self, node: Node, value: str, place: Place) -> Iterator[tuple[str, Place]]:
@@ -204,7 +227,7 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
     passed = 1
     for dim, size in enumerate(target):
         outer = before // passed
-        if passed * outer == before and outer < size and size % (outer * batch) == 0:
+        if passed * outer == before and size and size % (outer * batch) == 0:
             return Place(dim, outer, size // (outer * batch))
         passed *= size
     return None
@@ -215,7 +238,7 @@ def _within(factors: Sequence[str], sizes: Mapping[str, int], place: Place, batc
     passed = 1
     for factor in factors:
         outer = place.outer // passed
-        if passed * outer == place.outer and outer < sizes[factor] and sizes[factor] % (outer * batch) == 0:
+        if passed * outer == place.outer and sizes[factor] and sizes[factor] % (outer * batch) == 0:
             return factor, outer, sizes[factor] // (outer * batch)
         passed *= sizes[factor]
     return None
