@@ -15,7 +15,7 @@ from shardwright.base.text import bytes_text, enough
 from shardwright.errors import MemoryLimitError, PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.pipeline.batch import Batch
-from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
+from shardwright.pipeline.cell import PipelineCell, PipelineRequest, refuse_nested, stage_marks
 from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import Cut
@@ -75,6 +75,7 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
             "pipeline(stages=...): the target has no number of micro-batches; give "
             "sw.AutoParallel(sw.PipelineCell(model, micro_size=4))"
         )
+    refuse_nested(root.network)
     placement = placement_of(request, len(rows), root.micro_size)
     marks = stage_marks(root)
     batch = Batch(with_counted_means(captured_once(target)), root.batch_dim)

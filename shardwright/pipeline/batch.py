@@ -17,8 +17,7 @@ from shardwright.ir.graph import Graph, GraphInput, Node
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.pieces import chunk_pieces
-from shardwright.ir.signature import Signature
-from shardwright.pipeline.micro import MICRO
+from shardwright.ir.signature import Signature, TensorFactors
 from shardwright.pipeline.stages import free_nodes
 from shardwright.rules.registry import signature_of
 from shardwright.rules.traits import traits_of
@@ -42,7 +41,7 @@ def batch_input(graph: Graph) -> GraphInput | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Where the batch is in the values of a graph.
+    """The batch of a graph, and the places that it has in its values.
 
     Args:
         graph: the graph.
@@ -67,13 +66,14 @@ class Batch:
         """Returns the same batch in another form of the graph."""
         return self if graph is self.graph else replace(self, graph=graph)
 
-    def layouts(self, count: int) -> dict[str, Layout]:
+    def layouts(self, axis: str, count: int) -> dict[str, Layout]:
         """Returns how inputs are cut into micro-batches; others are there whole for each of them.
 
         Args:
-            count: number of micro-batches.
+            axis: the axis of micro-batches.
+            count: their number.
         """
-        mesh = Mesh((MICRO,), (count,))
+        mesh = Mesh((axis,), (count,))
         found = {}
         for graph_input in self.graph.inputs:
             place = self.places.get(graph_input.value)
@@ -82,7 +82,7 @@ class Batch:
             dims = range(len(graph_input.meta.shape))
             pieces = tuple(piece * place.inner for piece in chunk_pieces(self.size, (count,)))
             layout = Layout.of(
-                mesh, [(MICRO,) if d == place.dim else () for d in dims], (), [pieces if d == place.dim else None for d in dims]
+                mesh, [(axis,) if d == place.dim else () for d in dims], (), [pieces if d == place.dim else None for d in dims]
             )
             found[graph_input.value] = layout.normal(graph_input.meta.shape)
         return found
@@ -117,7 +117,7 @@ class Batch:
         return next((i for i in waiting if len(found.get(i.value, ())) == 1), None)
 
     def _is_encoded(self, graph_input: GraphInput, found: Places) -> bool:
-        """Tells whether an input that never meets the batch is one of as many samples, encoded by itself, such as texts.
+        """Tells whether an input that never meets the batch has as many samples, encoded by themselves, such as texts.
 
         Args:
             graph_input: the input.
@@ -176,32 +176,35 @@ class Batch:
         """Yields where an operator's tensors have what a value has in a place."""
         if is_reshape(node):
             ends = ((node.inputs[0], node.op.inputs[0].shape), (node.outputs[0], node.op.outputs[0].shape))
-            for (name, shape), (other, its) in (ends, ends[::-1]):
-                if name == value and (moved := reshaped(place, shape, its, self.size)) is not None:
+            for (name, shape), (other, target) in (ends, ends[::-1]):
+                if name == value and (moved := reshaped(place, shape, target, self.size)) is not None:
                     yield other, moved
             return
         signature = self._signatures[node.name]
         if signature is None:
             return
-        tensors = [*zip(node.inputs, signature.inputs), *zip(node.outputs, signature.outputs)]
+        tensors: list[tuple[str, TensorFactors]] = [
+            *zip(node.inputs, signature.inputs, strict=True), *zip(node.outputs, signature.outputs, strict=True)
+        ]  # fmt: skip
         sizes = signature.sizes
         for name, dims in tensors:
             if name != value or place.dim >= len(dims):
                 continue
             within = _within(dims[place.dim], sizes, place, self.size)
-            if within is None:
-                continue
-            factor, outer, inner = within
-            for other, its in tensors:
+            for other, its in tensors if within is not None else ():
                 for dim, factors in enumerate(its):
-                    if factor in factors:
-                        at = factors.index(factor)
-                        before, behind = math.prod(sizes[f] for f in factors[:at]), math.prod(sizes[f] for f in factors[at + 1 :])
-                        yield other, Place(dim, before * outer, inner * behind)
+                    if within is not None and within[0] in factors:
+                        at = factors.index(within[0])
+                        before, behind = _count(factors[:at], sizes), _count(factors[at + 1 :], sizes)
+                        yield other, Place(dim, before * within[1], within[2] * behind)
 
     @cached_property
     def _signatures(self) -> Mapping[str, Signature | None]:
         return {node.name: signature_of(node.op) for node in self.graph.nodes}
+
+
+def _count(factors: Sequence[str], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[factor] for factor in factors)
 
 
 def is_reshape(node: Node) -> bool:
@@ -234,7 +237,7 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
 
 
 def _within(factors: Sequence[str], sizes: Mapping[str, int], place: Place, batch: int) -> tuple[str, int, int] | None:
-    """Returns the factor of a dim that has the batch in it, with what it counts outside and inside of it."""
+    """Returns the factor of a dim that has the batch in it, and what this counts outside and inside."""
     passed = 1
     for factor in factors:
         outer = place.outer // passed

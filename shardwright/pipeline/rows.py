@@ -127,7 +127,10 @@ class _Sorter:
             return False
         source, target = node.inputs[0], node.outputs[0]
         place, (given,), (made,) = self.places[source], node.op.inputs, node.op.outputs
-        metas = [replace(m, shape=_apart(m.shape, place, self.size), stride=_strides_apart(m, place, self.size)) for m in (given, made)]
+        metas = [
+            replace(m, shape=_apart(m.shape, place, self.size), stride=_strides_apart(m, place, self.size))
+            for m in (given, made)
+        ]
         value, name = self.apart(node, source, place, metas[0]), self.name(target)
         op = replace(node.op, inputs=(metas[0],), outputs=(metas[1],), _named={})
         self.nodes.append(replace(node, op=op, inputs=(value,), outputs=(name,)))
@@ -184,7 +187,7 @@ class _Sorter:
             self.known[value] = meta
 
     def apart(self, node: Node, value: str, place: Place, meta: TensorMeta | None = None) -> str:
-        """Returns a value with the batch in a dim of its own and all elements in their order, whether sorted or not.
+        """Returns a value with the batch in a dim of its own, and all elements in their order.
 
         Args:
             node: the operator that reads it.
@@ -231,7 +234,14 @@ class _Sorter:
         return self.add(node, Operator(PERMUTE, (Slot(0), dims), {}, (before,), (after,)), value)
 
     def add(self, node: Node, op: Operator, value: str, name: str = "") -> str:
-        """Adds an operator of one input and one output; returns the output."""
+        """Adds an operator of one input and one output; returns the output.
+
+        Args:
+            node: the operator that it is written for.
+            op: the call.
+            value: its input.
+            name: of the output; default a new one.
+        """
         name = name or self.name(value.partition("_sorted")[0])
         self.nodes.append(
             replace(node, name=f"{name}_of_{node.name}", op=op, inputs=(value,), outputs=(name,), mark=None, mark_positions=(),

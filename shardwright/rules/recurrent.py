@@ -25,7 +25,10 @@ from shardwright.rules.traits import Traits, register_traits
 
 @rule_for(*aten_names("gru lstm rnn_tanh rnn_relu"))
 def _network(op: Operator) -> Signature | None:
-    """Splits the samples of padded sequences. It has no rule without samples, and where a fused kernel drops in its own order."""
+    """Splits the samples of padded sequences.
+
+    It has no rule without a dim of samples, and where a fused kernel drops in an order of its own.
+    """
     if op.argument("input") is None or len(op.inputs[0].shape) != 3:
         return None
     drops = _drops(op)
@@ -109,5 +112,7 @@ def _weights_per_output(op: Operator) -> float:
     return float(weights / max(1, op.outputs[0].shape[-1]))
 
 
-TRAITS = {Traits("matmul", summed=_weights_per_output): "gru lstm rnn_tanh rnn_relu gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell"}
+TRAITS = {
+    Traits("matmul", summed=_weights_per_output): "gru lstm rnn_tanh rnn_relu gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell"
+}
 register_traits(TRAITS)
