@@ -1,4 +1,4 @@
-"""Rows of the batch behind another dim, (T * B, ...): which operators regard no order of rows, and what passes in micro-batches."""
+"""Rows of the batch behind another dim, (T * B, ...): what regards no order of them, and what passes in micro-batches."""
 
 from __future__ import annotations
 
