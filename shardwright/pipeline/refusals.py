@@ -70,7 +70,7 @@ def _of_function(function: OpaqueFunction) -> tuple[str, str]:
     if function.hook:
         return (
             f"has {function.hook}, which gets the gradient of the whole batch",
-            "Take it away where the batch passes in parts",
+            "Remove it before the net trains in a pipeline",
         )
     return (
         "is one function that nothing shows how to split, and runs whole",
