@@ -79,7 +79,7 @@ def _of_function(function: OpaqueFunction) -> tuple[str, str]:
 
 
 def _is_behind(node: Node, dim: int) -> bool:
-    """Tells whether a reshape puts a dim of its input behind another one, and not at the beginning of a dim."""
+    """Tells whether a reshape puts a dim of its input behind another one, within one dim."""
     before = math.prod(node.op.inputs[0].shape[:dim])
     shape = node.op.outputs[0].shape
     return all(math.prod(shape[:d]) != before for d in range(len(shape)))
