@@ -1,8 +1,11 @@
 """Takes the program of a stage, for all micro-batches, apart into what runs when.
 
 - *once*: what is the same for all micro-batches, such as gathers of parameters and the random numbers of the whole batch;
-- *slices*: cuts of such values, which only depend on the micro-batch's place;
+- *cuts*: cuts of such values, which only depend on the micro-batch's place;
 - *each*: the rest, which runs forward and backward for every micro-batch. Micro-batches of one size share a program.
+
+With slices of the sequence all this is of units, which are slices of micro-batches; a unit also reads what the earlier slices of
+its micro-batch have kept.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
 from shardwright.ir.visitor import InstructionVisitor
 from shardwright.pipeline.crossing import shifted
-from shardwright.pipeline.micro import MICRO
+from shardwright.pipeline.slices import join_slices, prefix
 from shardwright.pipeline.sums import share
+from shardwright.pipeline.units import UNITS, pieces_at, rows_of_unit, unit_axes, unit_dims
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.pieces import piece
@@ -49,46 +53,64 @@ class Parts:
 
     Args:
         once: runs once per step; returns the values of ``held``.
-        held: local values that ``slices`` and ``each`` read.
-        slices: for every micro-batch, the program that cuts its pieces out of held values; returns those of ``cut``.
+        held: local values that ``cuts`` and ``each`` read.
+        cuts: for every micro-batch, the program that cuts its pieces out of held values; returns those of ``cut``.
         cut: local values that ``each`` reads of them.
         each: for every micro-batch its program, the same object where they are alike.
+        kept: local values that later slices of the sequence read: the last outputs of ``each``. Its last inputs are those of
+            the earlier slices, value by value.
+        slices: the number of slices of every micro-batch.
     """
 
     once: LocalProgram
     held: tuple[str, ...]
-    slices: tuple[LocalProgram, ...]
+    cuts: tuple[LocalProgram, ...]
     cut: tuple[str, ...]
     each: tuple[LocalProgram, ...]
+    kept: tuple[str, ...] = ()
+    slices: int = 1
+
+    def earlier(self, unit: int) -> list[tuple[str, int]]:
+        """Lists what a unit reads of earlier slices: the local value, and the number of the slice."""
+        return [(name, at) for name in self.kept for at in range(unit % self.slices)]
 
 
-def parts_of(program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int = 0) -> Parts:
+def parts_of(
+    program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int = 0, slices: int = 1
+) -> Parts:
     """Takes a program apart.
 
     Args:
-        program: of ``micro x ranks``, without moves that are fused or started early.
-        count: number of micro-batches.
+        program: of units and ranks, without moves that are fused or started early.
+        count: number of units.
         options: which steps redistributions may use and their costs.
-        received: inputs that come from other stages, per micro-batch.
+        received: inputs that come from other stages, per unit.
         first_rank: the number of the first of the stage's ranks in the programs that are made.
+        slices: number of slices of every micro-batch.
     """
-    return _Taker(program, count, options, received, first_rank).run()
+    return _Taker(program, count, options, received, first_rank, slices).run()
 
 
 class _Taker:
-    def __init__(self, program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int):
+    def __init__(
+        self, program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int, slices: int
+    ):
+        self.slices = slices
+        self.kept = tuple(
+            dict.fromkeys(i.reads[0] for i in program.instructions if isinstance(i, Call) and i.function is prefix)
+        )
         self.program, self.count, self.options, self.received = program, count, options, tuple(received)
         self.first_rank, self.ranks = first_rank, program.world_size // count
         self.metas: dict[str, TensorMeta] = {i.name: i.meta for i in program.inputs}
         self.layouts, self.groups = dict(program.layouts), dict(program.rank_groups)
 
     def run(self) -> Parts:
-        once, slices, each = self.sorted()
-        read = {name for i in (*slices, *each) for name in i.reads} | self.returned()
+        once, cutting, each = self.sorted()
+        read = {name for i in (*cutting, *each) for name in i.reads} | self.returned()
         made = [name for i in once for name in i.outputs]
         given = [i.name for i in self.program.inputs if i.name not in self.received]
         held = tuple(name for name in (*given, *made) if name in read)
-        cut = tuple(n for i in slices for n in i.outputs if n in {r for e in each for r in e.reads} | self.returned())
+        cut = tuple(n for i in cutting for n in i.outputs if n in {r for e in each for r in e.reads} | self.returned())
         received = tuple(replace(i, kind="local") for i in self.program.inputs if i.name in self.received)
         first = _InPlace(self, 0)
         inputs = tuple(first.input(i) for i in self.program.inputs if i.name not in self.received)
@@ -98,13 +120,13 @@ class _Taker:
         known: dict[Any, LocalProgram] = {}
         for place in range(self.count):
             at = _InPlace(self, place)
-            cuts.append(at.program(tuple(at.input(i) for i in of_held), slices, ()))
+            cuts.append(at.program(tuple(at.input(i) for i in of_held), cutting, ()))
             key = at.key(each)
             if key not in known:
                 own = tuple(at.input(i) for i in (*of_held, *(self.as_input(name) for name in cut), *received))
-                known[key] = at.program(own, each, self.program.outputs)
+                known[key] = at.program((*own, *at.earlier()), each, (*self.program.outputs, *self.kept))
             programs.append(known[key])
-        return Parts(whole, held, tuple(cuts), cut, tuple(programs))
+        return Parts(whole, held, tuple(cuts), cut, tuple(programs), self.kept, self.slices)
 
     def returned(self) -> set[str]:
         return {o for o in self.program.outputs if isinstance(o, str)} | {value for _, value in self.program.updates}
@@ -129,11 +151,11 @@ class _Taker:
         return all(groups[place * n : (place + 1) * n] == groups[:n] for place in range(1, self.count))
 
     def sorted(self) -> tuple[list[Instruction], list[Instruction], list[Instruction]]:
-        """Sorts the instructions into once, slices and each."""
+        """Sorts the instructions into once, cuts and each."""
         inputs = {i.name for i in self.program.inputs if i.kind != "input"}
         self.same = set(inputs)  # with one micro-batch: what no input reaches
         once: list[Instruction] = []
-        slices: list[Instruction] = []
+        cutting: list[Instruction] = []
         each: list[Instruction] = []
         ready = {i.name for i in self.program.inputs if i.name not in self.received}
         cut: set[str] = set()
@@ -145,13 +167,13 @@ class _Taker:
                 once.append(instruction)
                 ready.update(outputs)
             elif outputs and (ready | cut).issuperset(reads) and _only_cuts(instruction):
-                slices.append(instruction)
+                cutting.append(instruction)
                 cut.update(outputs)
             else:
                 each.append(instruction)
             for name in outputs:
                 self.metas.setdefault(name, self.made_meta(instruction, name))
-        return once, slices, each
+        return once, cutting, each
 
     def with_whole_values(self) -> list[Instruction]:
         """Makes values whole on every rank, once for all micro-batches, before these cut them where ranks do.
@@ -177,7 +199,7 @@ class _Taker:
             first = replace(move, output=name, redistribution=moved, rank_groups=groups)
             return [first, replace(move, source=name, redistribution=cut)]
         if _is_for_all(plan):  # gradients of micro-batches add up before ranks send each other any
-            gradient = tuple(axis for axis in plan.partial_gradient if axis != MICRO)
+            gradient = tuple(axis for axis in plan.partial_gradient if axis not in UNITS)
             moved = redistribution(plan.source, plan.target, plan.shape, gradient, options)
             groups = rank_groups.of_layout(moved.target, gradient)
             self.groups[move.output] = groups
@@ -197,18 +219,17 @@ class _Taker:
 
 def _is_slice(plan: Redistribution) -> bool:
     """Tells whether a move cuts a value that is the same for all micro-batches."""
-    return _cut_dim(plan.source) is None and _cut_dim(plan.target) is not None and not _mixes_sums(plan)
+    return not unit_dims(plan.source) and bool(unit_dims(plan.target)) and not _mixes_sums(plan)
 
 
 def _is_for_all(plan: Redistribution) -> bool:
     """Tells whether a move of one value for all micro-batches adds up their gradients."""
-    layouts = (plan.source, plan.target)
-    knows = any(MICRO in layout.partial_axes or _cut_dim(layout) is not None for layout in layouts)
-    return MICRO in plan.partial_gradient and not knows
+    knows = any(unit_axes((*layout.partial_axes, *layout.split_axes)) for layout in (plan.source, plan.target))
+    return bool(unit_axes(plan.partial_gradient)) and not knows
 
 
 def _mixes_sums(plan: Redistribution) -> bool:
-    return (MICRO in plan.source.partial_axes) != (MICRO in plan.target.partial_axes)
+    return set(unit_axes(plan.source.partial_axes)) != set(unit_axes(plan.target.partial_axes))
 
 
 def _whole_before(plan: Redistribution) -> tuple[Layout, tuple[str, ...]]:
@@ -217,15 +238,15 @@ def _whole_before(plan: Redistribution) -> tuple[Layout, tuple[str, ...]]:
     bound = [axes if axes == to else () for axes, to in zip(source.bound, target.bound, strict=True)]
     sizes = [own if axes else None for own, axes in zip(source.sizes, bound, strict=True)]
     whole = Layout.of(source.mesh, bound, (), sizes)
-    pieces = [axis for axis in target.split_axes if axis != MICRO and axis not in whole.split_axes]
-    gradient = source.mesh.ordered({*pieces, *(axis for axis in plan.partial_gradient if axis != MICRO)})
+    pieces = [axis for axis in target.split_axes if axis not in UNITS and axis not in whole.split_axes]
+    gradient = source.mesh.ordered({*pieces, *(axis for axis in plan.partial_gradient if axis not in UNITS)})
     return whole, gradient
 
 
 def _only_cuts(instruction: Instruction) -> bool:
     if instruction.ends:
         return not any(move.communicates for move in instruction.ends)
-    return isinstance(instruction, Call) and instruction.function is piece
+    return isinstance(instruction, Call) and instruction.function in (piece, rows_of_unit)
 
 
 class _InPlace(InstructionVisitor[Instruction]):
@@ -249,7 +270,8 @@ class _InPlace(InstructionVisitor[Instruction]):
 
     def key(self, instructions: Sequence[Instruction]) -> Any:
         """Returns what tells this micro-batch's instructions from those of another one."""
-        crossing = (*self.taker.received, *(o for o in self.taker.program.outputs if isinstance(o, str)))
+        outputs = (o for o in self.taker.program.outputs if isinstance(o, str))
+        crossing = (*self.taker.received, *outputs, *self.taker.kept)
         found: list[Any] = [repr(self.layouts.get(name)) for name in crossing]  # by which other stages send and receive
         for instruction in instructions:
             if isinstance(instruction, Call) and instruction.function is not share:
@@ -259,7 +281,7 @@ class _InPlace(InstructionVisitor[Instruction]):
             for move in instruction.ends:
                 plan = move.redistribution
                 found.append(self.shape(plan.source, plan.shape))
-                if _is_slice(plan):  # of a value that is whole here: each micro-batch cuts its own
+                if unit_dims(plan.source) != unit_dims(plan.target):  # of a value that is whole here: each unit cuts its own
                     bounds = plan.target.bounds(plan.shape)
                     found.append([bounds[self.rank(r)] for r in range(self.n)])
         return str(found)
@@ -275,28 +297,33 @@ class _InPlace(InstructionVisitor[Instruction]):
 
     def layout(self, layout: Layout) -> Layout:
         """Returns the layout over the ranks of what this micro-batch has."""
-        mesh = layout.mesh
-        if mesh.axes[:1] != (MICRO,):  # of a program without micro-batches
+        mesh, skipped = layout.mesh, len(unit_axes(layout.mesh.axes))
+        if not skipped:  # of a program without micro-batches
             return shifted(layout, self.taker.first_rank) if self.taker.first_rank else layout
-        own = Mesh(mesh.axes[1:], mesh.sizes[1:], tuple(r % self.n + self.taker.first_rank for r in mesh.ranks[: self.n]))
+        ranks = tuple(r % self.n + self.taker.first_rank for r in mesh.ranks[: self.n])
+        own = Mesh(mesh.axes[skipped:], mesh.sizes[skipped:], ranks)
         dims, sizes = [], []
-        for axes, pieces in zip(layout.bound, layout.sizes, strict=True):
-            rest = tuple(a for a in axes if a != MICRO)
-            if pieces is not None and MICRO in axes:
-                each = len(pieces) // self.taker.count
-                pieces = pieces[self.place * each : (self.place + 1) * each]
+        for dim, (axes, pieces) in enumerate(zip(layout.bound, layout.sizes, strict=True)):
+            rest = tuple(a for a in axes if a not in UNITS)
+            if pieces is not None and unit_axes(axes):
+                pieces = pieces_at(layout, dim, sum(pieces), self.unit_of(mesh))
             dims.append(rest)
             sizes.append(pieces if rest else None)
-        return Layout.of(own, dims, [(a, op) for a, op in layout.partial if a != MICRO], sizes)
+        return Layout.of(own, dims, [(a, op) for a, op in layout.partial if a not in UNITS], sizes)
+
+    def unit_of(self, mesh: Mesh) -> dict[str, int]:
+        """Returns the place of the unit on a mesh of units and ranks, by axis."""
+        coordinates = mesh.coordinates(mesh.ranks[self.place * self.n])
+        return {axis: coordinates[axis] for axis in unit_axes(mesh.axes)}
 
     def shape(self, layout: Layout, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape, over the ranks, of what this micro-batch has of a value."""
         found = []
         for dim, size in enumerate(shape):
-            if layout.mesh.axes[:1] == (MICRO,) and MICRO in layout.bound[dim]:
-                pieces = layout.pieces(dim, size)
-                each = len(pieces) // self.taker.count
-                size = sum(pieces[self.place * each : (self.place + 1) * each])
+            if unit_axes(layout.bound[dim]):
+                explicit = layout.sizes[dim]  # of what calls make no shape is known
+                known = size if explicit is None else sum(explicit)
+                size = sum(pieces_at(layout, dim, known, self.unit_of(layout.mesh)))
             found.append(size)
         return tuple(found)
 
@@ -304,10 +331,25 @@ class _InPlace(InstructionVisitor[Instruction]):
         shape = self.shape(given.layout, given.meta.shape) if len(given.meta.shape) == given.layout.ndim else given.meta.shape
         return replace(given, meta=replace(given.meta, shape=shape, stride=()), layout=self.layout(given.layout))
 
+    def earlier(self) -> list[ProgramInput]:
+        """Returns what the unit reads of earlier slices."""
+        found, slices = [], self.taker.slices
+        for name in self.taker.kept:
+            for at in range(self.place % slices):
+                own, given = _of_slice(name, at), _InPlace(self.taker, self.place - self.place % slices + at)
+                self.layouts[own], self.groups[own] = given.layouts[name], given.groups[name]
+                found.append(replace(given.input(self.taker.as_input(name)), name=own, target=own))
+        return found
+
     # -- instructions -----------------------------------------------------------------------------------------------
 
     def call(self, call: Call) -> Instruction:
         """Writes a call."""
+        if call.function is prefix:
+            (name,) = call.reads
+            names = [*(_of_slice(name, at) for at in range(self.place % self.taker.slices)), name]
+            joined = ([Ref(own) for own in names], call.args[1])
+            return replace(call, function=join_slices, args=joined, rank_groups=self.rank_groups(call.rank_groups))
         args, kwargs = pytree.tree_map(self.argument, (call.args, call.kwargs))
         return replace(call, args=args, kwargs=kwargs, rank_groups=self.rank_groups(call.rank_groups))
 
@@ -331,12 +373,12 @@ class _InPlace(InstructionVisitor[Instruction]):
     def move(self, move: Move) -> Move | Call:
         """Writes a move, or the call that cuts a micro-batch's piece."""
         plan = move.redistribution
-        before, after = _cut_dim(plan.source), _cut_dim(plan.target)
-        if _mixes_sums(plan) or (before is not None and before != after):
+        before, after = unit_dims(plan.source), unit_dims(plan.target)
+        if _mixes_sums(plan) or any(after.get(axis) != dim for axis, dim in before.items()):
             raise MicroBatchesMeet(move.cause)
         options = replace(self.taker.options, itemsize=move.dtype.itemsize)
-        gradient = tuple(a for a in plan.partial_gradient if a != MICRO)
-        if before is None and after is not None:  # a slice of what is there whole
+        gradient = tuple(a for a in plan.partial_gradient if a not in UNITS)
+        if before != after:  # a slice of what is there whole
             return self.slice(move)
         shape = self.shape(plan.target, plan.shape)
         source, target = self.layout(plan.source), self.layout(plan.target)
@@ -372,8 +414,8 @@ def _of(of: Callable[[int], Any], offset: int, rank: int) -> Any:
     return of(rank + offset)
 
 
-def _cut_dim(layout: Layout) -> int | None:
-    return next((d for d, axes in enumerate(layout.bound) if MICRO in axes), None)
+def _of_slice(name: str, at: int) -> str:
+    return f"{name}_of_slice_{at}"
 
 
 def _hashable(value: Any) -> str:

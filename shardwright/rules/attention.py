@@ -1,13 +1,21 @@
-"""Rules of attention: samples and heads are free, the sequence of queries where no causal mask counts positions."""
+"""Rules of attention: samples and heads are free, the sequence of queries where no causal mask counts positions.
+
+Causal attention can be cut along its sequence into slices that run one after the other: each has its own queries, and the keys
+and values of all positions up to its end. See :func:`causal_slices`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardwright.ir.instructions import PerRank, Ref
 from shardwright.ir.operator import Operator, Slot
 from shardwright.ir.signature import Signature
 from shardwright.rules import random_draw
@@ -54,12 +62,20 @@ def _with_dropout(local: Local) -> Any:
     strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     noise = local.call(random_draw.dropout_noise, shape, strides, dtype, device, p)
     if local.output_layouts[0].split_axes:
-        dims = range(len(shape) - 1)
-        starts = [*(start(local, True, 0, d) for d in dims), 0]
-        noise = local.call(piece, noise, starts, [*local.local_shape(True, 0)[:-1], shape[-1]])
+        noise = _piece_of_noise(local, noise, shape[-1])
+    return (local.call(attention_with_noise, noise, **_given(local)),)
+
+
+def _piece_of_noise(local: Local, noise: Ref, keys: PerRank | int) -> Ref:
+    """Emits the local piece of the noise of all weights: of the output's samples, heads and queries, and the first keys."""
+    dims = range(len(local.op.outputs[0].shape) - 1)
+    starts = [*(start(local, True, 0, d) for d in dims), 0]
+    return local.call(piece, noise, starts, [*local.local_shape(True, 0)[:-1], keys])
+
+
+def _given(local: Local) -> dict[str, Any]:
     args, kwargs = local_arguments(local, local.inputs)
-    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | dict(kwargs)
-    return (local.call(attention_with_noise, noise, **given),)
+    return dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args)) | dict(kwargs)
 
 
 def attention_with_noise(
@@ -80,10 +96,80 @@ def attention_with_noise(
     root = math.sqrt(abs(factor))  # each side takes a root of it, as eager attention does
     weights = (query * math.copysign(root, factor)) @ (key.transpose(-2, -1) * root)
     if is_causal:
-        attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
+        attn_mask = causal_mask(*weights.shape[-2:], weights.device)
     if attn_mask is not None:
         weights = weights.where(attn_mask, -math.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
     return (random_draw.apply_dropout(SAFE_SOFTMAX(weights, -1), noise, dropout_p) @ value).to(dtype)
+
+
+def causal_mask(queries: int, keys: int, device: Any = None) -> Tensor:
+    """Makes the mask of queries whose last one is at the position of the last key.
+
+    >>> causal_mask(1, 3), causal_mask(2, 2)
+    (tensor([[True, True, True]]), tensor([[ True, False],
+            [ True,  True]]))
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+# -- slices of a sequence ---------------------------------------------------------------------------------------------
+
+
+def attends_causally(op: Operator) -> bool:
+    """Tells whether a call is causal attention of a sequence to itself."""
+    if op.name != "aten.scaled_dot_product_attention" or not op.argument("is_causal"):
+        return False
+    return op.inputs[0].shape[-2] == op.inputs[1].shape[-2]
+
+
+def causal_slices(op: Operator, signature: Signature, ends: Sequence[int]) -> tuple[Operator, Signature]:
+    """Makes causal attention whose sequence is cut into slices, of the queries of a slice and the keys up to its end.
+
+    The keys and values that it reads have, one after the other, those of the first slice, those of the first two, and so on;
+    whatever cuts the queries (factor ``l``) cuts these (``s``) too.
+
+    Args:
+        op: the attention of whole sequences.
+        signature: its rule.
+        ends: where each slice ends.
+    """
+    keys = sum(ends)
+    metas = (op.inputs[0], *(replace(m, shape=(*m.shape[:-2], keys, m.shape[-1]), stride=()) for m in op.inputs[1:3]))
+    made = Operator(sliced_causal_attention, op.args, op.kwargs, metas, op.outputs)
+    whole = signature.whole - {"l", "s"}
+    sizes = {**signature.sizes, "s": keys}
+    lowering = partial(_of_slices, op)
+    inner, tied = signature.inner | {"s"}, frozenset({"l", "s"})
+    return made, replace(signature, sizes=sizes, whole=whole, inner=inner, tied=tied, lowering=lowering)
+
+
+def _of_slices(op: Operator, local: Local) -> tuple[Ref, ...]:
+    """Emits the attention of a slice, whose dropout is its piece of what is drawn for the weights of whole sequences."""
+    given = _given(local)
+    if not op.argument("dropout_p"):
+        options = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
+        return (local.call(sliced_causal_attention, *local.inputs, **options),)
+    shape = (*op.outputs[0].shape[:-1], op.inputs[1].shape[-2])
+    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    dtype, device = wide(op.inputs[0].dtype), op.inputs[0].device
+    noise = local.call(random_draw.dropout_noise, shape, strides, dtype, device, op.argument("dropout_p"))
+    noise = _piece_of_noise(local, noise, local.local_size(False, 1, len(shape) - 2))
+    return (local.call(attention_with_noise, noise, **given),)
+
+
+def sliced_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, enable_gqa: bool = False
+) -> Tensor:
+    """Computes causal attention of the last queries of a sequence.
+
+    Args:
+        query: the last of them, ``... h l e``.
+        key, value: of the whole sequence, ``... h s e``.
+        scale, enable_gqa: as of ``scaled_dot_product_attention``.
+    """
+    mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
 
 
 def _mask(shape: tuple[int, ...], heads: str, length: str) -> str:
@@ -95,5 +181,7 @@ def _mask(shape: tuple[int, ...], heads: str, length: str) -> str:
 
 # -- traits ------------------------------------------------------------------------------------------------------------------
 
-TRAITS = {Traits("attention", fused=True, kernel="attention", half=True): "scaled_dot_product_attention"}
+TRAITS = {
+    Traits("attention", fused=True, kernel="attention", half=True): "scaled_dot_product_attention sliced_causal_attention",
+}
 register_traits(TRAITS)
