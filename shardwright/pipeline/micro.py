@@ -36,6 +36,7 @@ from shardwright.pipeline.units import (
     start_slices,
     unit_axes,
     unit_dims,
+    unit_pieces,
     with_units,
 )
 from shardwright.plan.choose.follow import propose
@@ -100,7 +101,7 @@ class _Cutter(UnitNodes):
             made = self.free_choice(node, choice, factors)
         else:
             made = self.choice(node, choice, signature, factors, rows)
-            self.signatures[node.name] = signature if rows is None else counts_no_rows(signature, rows)
+            self.signatures[node.name] = signature if rows is None else counts_no_rows(signature, rows, node.where)
             node = self.with_own_rows(node, made, signature, rows)
         self.choices[node.name] = made
         self.where.update(zip(node.outputs, made.outputs, strict=True))
@@ -263,12 +264,15 @@ class _Cutter(UnitNodes):
         if not sums:
             return {i: Layout.of(mesh, la.bound, la.partial, la.sizes) for i, la in over_ranks.items()} or None
         group = linear_group(node, signature, sums)
-        if group is None or any(self.cut.dims(v) for v in node.inputs):
-            self.refuse(node, "is not linear in what it reads, which is a sum over the whole batch")
+        axes = {self.cut.sums(node.inputs[i]) for i in group or ()}
+        own = next(iter(axes), ())
+        if group is None or len(axes) != 1 or any(set(own) & set(self.cut.dims(v)) for v in node.inputs):
+            words = " or ".join(WORDS[axis] for axis in self.axes)
+            self.refuse(node, f"is not linear in what it reads, which is a sum over the whole {words}")
             return None
         # ranks settle their sums where the plan says, units at the end
         partial = {i: over_ranks.get(i, choice.inputs[i]) for i in group}
-        return {i: Layout.of(mesh, la.bound, la.partial, la.sizes).with_partial(self.axes) for i, la in partial.items()}
+        return {i: Layout.of(mesh, la.bound, la.partial, la.sizes).with_partial(own) for i, la in partial.items()}
 
     def settled(self, before: Layout, after: Layout, computed: Layout, meta: TensorMeta) -> Layout:
         """Returns the layout in which an output leaves its operator: the plan's, cut as it is computed.
@@ -296,6 +300,12 @@ class _Cutter(UnitNodes):
             for axis, dim in self.cut.dims(value).items():
                 if axis not in made.inputs[index].bound[dim] and self.alone.axis_size(axis) > 1:
                     self.refuse(node, f"needs dim {dim} of its input {index} whole, which is the {WORDS[axis]}")
+                    return
+                layouts, size = (made.inputs[index], self.cut.layouts[value]), node.op.inputs[index].shape[dim]
+                wanted, there = (unit_pieces(layout, dim, size) for layout in layouts)
+                if wanted != there and unit_axes(self.where[value].split_axes):
+                    texts = f"cut into {there} along dim {dim}, where others are cut into {wanted}"
+                    self.refuse(node, f"reads its input {index} {texts}, which is the {WORDS[axis]}")
                     return
         original = self.plan.signatures[node.name]
         inner = [f for f, (axes, _) in made.split.items() if unit_axes(axes) and f in original.inner]

@@ -286,22 +286,28 @@ def rows_operator(
     return Operator(rows_of_unit, (Slot(0), dim, samples), {}, (meta,), (meta,)), signature
 
 
-def counts_no_rows(signature: Signature, rows: Rows) -> Signature:
-    """Returns a rule whose lowering may not ask where a piece of rows starts: those of a unit are not next to each other."""
+def counts_no_rows(signature: Signature, rows: Rows, where: str) -> Signature:
+    """Returns a rule whose lowering may not ask where a piece of rows starts: those of a unit are not next to each other.
+
+    Args:
+        signature: the rule.
+        rows: the factor of rows.
+        where: the operator, for messages.
+    """
     if signature.lowering is None:
         return signature
-    return replace(signature, lowering=partial(_without_offsets, signature.lowering, rows.factor))
+    return replace(signature, lowering=partial(_without_offsets, signature.lowering, rows.factor, where))
 
 
-def _without_offsets(lowering: object, factor: str, local: Local) -> object:
-    return lowering(_NoOffsets(local, factor))  # type: ignore[operator]
+def _without_offsets(lowering: object, factor: str, where: str, local: Local) -> object:
+    return lowering(_NoOffsets(local, factor, where))  # type: ignore[operator]
 
 
 class _NoOffsets:
     """A local call that refuses to say where rows start."""
 
-    def __init__(self, local: Local, factor: str):
-        self._local, self._factor = local, factor
+    def __init__(self, local: Local, factor: str, where: str):
+        self._local, self._factor, self._where = local, factor, where
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._local, name)
@@ -314,5 +320,5 @@ class _NoOffsets:
         """
         signature = self._local.signature
         if self._factor in (signature.outputs if tensor_is_output else signature.inputs)[index][dim]:
-            raise NotInSlices("counts positions in rows of samples and positions")
+            raise NotInSlices(f"{self._where} counts positions in rows of samples and positions")
         return self._local.offset(tensor_is_output, index, dim)

@@ -115,14 +115,15 @@ class UnitNodes:
         sums = {i for i, v in enumerate(node.inputs) if self.cut.sums(v)}
         if not sums:
             return node
-        if (at := adds_constant(node.op)) is not None:  # a part of it for each unit
-            args = [argument / self.cut.units if i == at else argument for i, argument in enumerate(node.op.args)]
+        if (at := adds_constant(node.op)) is not None:  # a part of it for each summand
+            summands = math.prod(self.alone.axis_size(axis) for axis in self.cut.sums(node.inputs[0]))
+            args = [argument / summands if i == at else argument for i, argument in enumerate(node.op.args)]
             op = Operator(node.op.target, tuple(args), node.op.kwargs, node.op.inputs, node.op.outputs)
             return replace(node, op=op)
         group = linear_group(node, self.plan.signatures[node.name], sums) or frozenset()
         inputs = list(node.inputs)
         for index in group - sums:
-            if not self.cut.dims(node.inputs[index]):
+            if not self.cut.dims(node.inputs[index]) and all(self.cut.sums(node.inputs[i]) == self.axes for i in sums):
                 ways = self.plan.choices[node.name].inputs[index].partial_axes
                 inputs[index] = self.share(node, node.inputs[index], node.op.inputs[index], ways)
         return replace(node, inputs=tuple(inputs))
