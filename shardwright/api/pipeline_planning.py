@@ -14,6 +14,7 @@ from shardwright.api.stages import Target
 from shardwright.base.text import bytes_text, enough
 from shardwright.errors import MemoryLimitError, PipelineError
 from shardwright.ir.graph import Graph
+from shardwright.pipeline.causal_masks import with_causal_attention
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
 from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
@@ -77,6 +78,8 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
     placement = placement_of(request, len(rows), root.micro_size)
     marks = stage_marks(root)
     graph = with_counted_means(captured_once(target))
+    if request.slices > 1:
+        graph = with_causal_attention(graph)
     sizes = micro_batches(graph, root.micro_size)
     parts = _Pipeline(target, graph, rows, placement, sizes, marks)
     limit, state = target.settings.search.memory, target.settings.search.optimizer_bytes_per_byte

@@ -111,9 +111,9 @@ class StageRun:
             cut = list(cut_of(*held)) if cut_of is not None else []
             leaves = {name: [self._leaf(p, name, grad) for p in received[name]] for name in self.received}
             own = [self._own(self.state.held[at]) for at in self.readings[id(self.parts.each[micro])]]
-            given = [self._given(leaves[name]) for name in self.received] + [self._given([r for r, _ in o]) for o in own]
             earlier = [self.state.kept[micro // self.parts.slices, name][at] for name, at in self.parts.earlier(micro)]
-            outputs, updates = self.each[micro](*held, *cut, *given, *map(self._given, earlier))
+            given = (*(leaves[name] for name in self.received), *earlier, *([r for r, _ in o] for o in own))
+            outputs, updates = self.each[micro](*held, *cut, *map(self._given, given))
         found = {name: self._pieces(value) for (name, _), value in zip(self.outputs, outputs)}
         self.updates = updates
         kept = self._keep(micro, [self._pieces(value) for value in outputs[len(self.outputs) :]], grad)

@@ -122,6 +122,19 @@ def attends_causally(op: Operator) -> bool:
     return op.inputs[0].shape[-2] == op.inputs[1].shape[-2]
 
 
+def mask_of(op: Operator) -> int | None:
+    """Returns the position of the mask among the inputs of attention; ``None`` if there is none."""
+    mask = op.argument("attn_mask") if op.name == "aten.scaled_dot_product_attention" else None
+    return mask.index if isinstance(mask, Slot) else None
+
+
+def without_mask(op: Operator) -> Operator:
+    """Makes the causal attention that attention with a causal mask is."""
+    names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    kwargs = {name: op.argument(name) for name in names} | {"attn_mask": None, "is_causal": True}
+    return Operator(op.target, (Slot(0), Slot(1), Slot(2)), kwargs, op.inputs[:3], op.outputs)
+
+
 def causal_slices(op: Operator, signature: Signature, ends: Sequence[int]) -> tuple[Operator, Signature]:
     """Makes causal attention whose sequence is cut into slices, of the queries of a slice and the keys up to its end.
 
