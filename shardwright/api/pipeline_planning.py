@@ -18,7 +18,6 @@ from shardwright.pipeline.causal_masks import with_causal_attention
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
 from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
-from shardwright.pipeline.units import Cut
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
@@ -27,6 +26,7 @@ from shardwright.pipeline.slices import sizes_of_slices
 from shardwright.pipeline.stage_times import cost_of, times_of
 from shardwright.pipeline.stages import Mark, Placement
 from shardwright.pipeline.tail import lets_all_pass
+from shardwright.pipeline.units import Cut
 from shardwright.train.accumulation.module import GradAccumulation
 
 BALANCES = (0.0, 1.0, 4.0, 1e6)  # weights of bytes beside seconds, for automatic cuts under a memory limit

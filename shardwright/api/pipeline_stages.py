@@ -18,13 +18,14 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import options_of, program_before_overlap
 from shardwright.pipeline.cut import Stage, cut_graph
+from shardwright.pipeline.in_place import MicroBatchesMeet
 from shardwright.pipeline.micro import cut_plan
-from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
+from shardwright.pipeline.parts import parts_of
 from shardwright.pipeline.pipeline_plan import PlannedStage
 from shardwright.pipeline.random_turns import check_order_of_draws
+from shardwright.pipeline.slices import NotInSlices, sequence_of
 from shardwright.pipeline.stage_times import operator_bytes, operator_seconds
 from shardwright.pipeline.stages import KnownCut, Mark, Placement, assign_stages
-from shardwright.pipeline.slices import NotInSlices, sequence_of
 from shardwright.pipeline.tail import meeting, received_whole, tail_of, whole_tail
 from shardwright.pipeline.units import NEVER_MEET, NEVER_MEET_SLICES, Cut, batch_cuts, start_slices, unit_mesh
 

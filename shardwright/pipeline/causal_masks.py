@@ -39,7 +39,7 @@ def _is_causal(mask: Tensor | None) -> bool:
     """Tells whether a mask lets every query see its own position and those before, and nothing else."""
     if mask is None or mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
         return False
-    causal = causal_mask(*mask.shape[-2:])
+    causal = causal_mask(mask.shape[-2], mask.shape[-1])
     if mask.dtype != torch.bool:
         causal = torch.zeros(causal.shape, dtype=mask.dtype).masked_fill(~causal, -torch.inf)
     return bool((mask.cpu() == causal).all())

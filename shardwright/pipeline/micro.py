@@ -241,7 +241,7 @@ class _Cutter(UnitNodes):
         units, pieces = own
         of_rows = rows is not None and factor == rows.factor and rows.pair is not None
         axes, explicit = choice.split.get(rows.pair[0] if of_rows else factor, ((), None))  # type: ignore[index,union-attr]
-        if explicit is None and not axes or (explicit is None and pieces is None and not of_rows):
+        if (explicit is None and not axes) or (explicit is None and pieces is None and not of_rows):
             return (*units, *axes), pieces
         ways = tuple(choice.mesh.axis_size(axis) for axis in axes)
         counts = tuple(self.alone.axis_size(axis) for axis in units)

@@ -4,47 +4,34 @@
 - *cuts*: cuts of such values, which only depend on the micro-batch's place;
 - *each*: the rest, which runs forward and backward for every micro-batch. Micro-batches of one size share a program.
 
-With slices of the sequence all this is of units, which are slices of micro-batches; a unit also reads what the earlier slices of
-its micro-batch have kept.
+With slices of the sequence all this is of units, which are slices of micro-batches; a unit also reads what the earlier slices
+of its micro-batch have kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from shardwright.base.torch_private import pytree
 from shardwright.ir import rank_groups
 from shardwright.ir.instructions import (
     Call,
-    FusedMoves,
     Instruction,
-    KeepSliceForBackward,
     Move,
-    PerRank,
     ProgramInput,
-    Ref,
-    StartMoves,
 )
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
-from shardwright.ir.visitor import InstructionVisitor
-from shardwright.pipeline.crossing import shifted
-from shardwright.pipeline.slices import join_slices, prefix
-from shardwright.pipeline.sums import share
-from shardwright.pipeline.units import UNITS, pieces_at, rows_of_unit, unit_axes, unit_dims
+from shardwright.pipeline.in_place import InPlace, mixes_sums
+from shardwright.pipeline.slices import prefix
+from shardwright.pipeline.units import UNITS, rows_of_unit, unit_axes, unit_dims
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
 from shardwright.rules.pieces import piece
-
-
-class MicroBatchesMeet(Exception):
-    """A move that would need all micro-batches; carries the name of the operator that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +99,14 @@ class _Taker:
         held = tuple(name for name in (*given, *made) if name in read)
         cut = tuple(n for i in cutting for n in i.outputs if n in {r for e in each for r in e.reads} | self.returned())
         received = tuple(replace(i, kind="local") for i in self.program.inputs if i.name in self.received)
-        first = _InPlace(self, 0)
+        first = InPlace(self, 0)
         inputs = tuple(first.input(i) for i in self.program.inputs if i.name not in self.received)
         whole = first.program(inputs, once, ())
         of_held = tuple(self.as_input(name) for name in held)
         cuts, programs = [], []
         known: dict[Any, LocalProgram] = {}
         for place in range(self.count):
-            at = _InPlace(self, place)
+            at = InPlace(self, place)
             cuts.append(at.program(tuple(at.input(i) for i in of_held), cutting, ()))
             key = at.key(each)
             if key not in known:
@@ -219,17 +206,13 @@ class _Taker:
 
 def _is_slice(plan: Redistribution) -> bool:
     """Tells whether a move cuts a value that is the same for all micro-batches."""
-    return not unit_dims(plan.source) and bool(unit_dims(plan.target)) and not _mixes_sums(plan)
+    return not unit_dims(plan.source) and bool(unit_dims(plan.target)) and not mixes_sums(plan)
 
 
 def _is_for_all(plan: Redistribution) -> bool:
     """Tells whether a move of one value for all micro-batches adds up their gradients."""
     knows = any(unit_axes((*layout.partial_axes, *layout.split_axes)) for layout in (plan.source, plan.target))
     return bool(unit_axes(plan.partial_gradient)) and not knows
-
-
-def _mixes_sums(plan: Redistribution) -> bool:
-    return set(unit_axes(plan.source.partial_axes)) != set(unit_axes(plan.target.partial_axes))
 
 
 def _whole_before(plan: Redistribution) -> tuple[Layout, tuple[str, ...]]:
@@ -247,176 +230,3 @@ def _only_cuts(instruction: Instruction) -> bool:
     if instruction.ends:
         return not any(move.communicates for move in instruction.ends)
     return isinstance(instruction, Call) and instruction.function in (piece, rows_of_unit)
-
-
-class _InPlace(InstructionVisitor[Instruction]):
-    """Writes instructions as one micro-batch runs them."""
-
-    def __init__(self, taker: _Taker, place: int):
-        self.taker, self.place, self.n = taker, place, taker.ranks
-        self.layouts = {name: self.layout(layout) for name, layout in taker.layouts.items()}
-        self.groups = {name: self.rank_groups(groups) for name, groups in taker.groups.items()}
-
-    def program(
-        self, inputs: tuple[ProgramInput, ...], instructions: Sequence[Instruction], outputs: tuple[Any, ...]
-    ) -> LocalProgram:
-        program = self.taker.program
-        names = {o for o in outputs if isinstance(o, str)}
-        return replace(
-            program, world_size=self.n, inputs=inputs, instructions=tuple(map(self.visit, instructions)), outputs=outputs,
-            updates=program.updates if outputs else (), rank_groups=self.groups, layouts=self.layouts, places={},
-            split=frozenset(names),
-        )  # fmt: skip
-
-    def key(self, instructions: Sequence[Instruction]) -> Any:
-        """Returns what tells this micro-batch's instructions from those of another one."""
-        outputs = (o for o in self.taker.program.outputs if isinstance(o, str))
-        crossing = (*self.taker.received, *outputs, *self.taker.kept)
-        found: list[Any] = [repr(self.layouts.get(name)) for name in crossing]  # by which other stages send and receive
-        for instruction in instructions:
-            if isinstance(instruction, Call) and instruction.function is not share:
-                for leaf in pytree.tree_leaves((instruction.args, instruction.kwargs)):
-                    if isinstance(leaf, PerRank):
-                        found.append([_hashable(leaf.of(self.rank(r))) for r in range(self.n)])
-            for move in instruction.ends:
-                plan = move.redistribution
-                found.append(self.shape(plan.source, plan.shape))
-                if unit_dims(plan.source) != unit_dims(plan.target):  # of a value that is whole here: each unit cuts its own
-                    bounds = plan.target.bounds(plan.shape)
-                    found.append([bounds[self.rank(r)] for r in range(self.n)])
-        return str(found)
-
-    def rank(self, rank: int) -> int:
-        """Returns the place on ``micro x ranks`` of one of the stage's ranks."""
-        return self.place * self.n + rank
-
-    # -- values -----------------------------------------------------------------------------------------------------
-
-    def rank_groups(self, groups: rank_groups.RankGroups) -> rank_groups.RankGroups:
-        return rank_groups.number(groups[self.place * self.n : (self.place + 1) * self.n])
-
-    def layout(self, layout: Layout) -> Layout:
-        """Returns the layout over the ranks of what this micro-batch has."""
-        mesh, skipped = layout.mesh, len(unit_axes(layout.mesh.axes))
-        if not skipped:  # of a program without micro-batches
-            return shifted(layout, self.taker.first_rank) if self.taker.first_rank else layout
-        ranks = tuple(r % self.n + self.taker.first_rank for r in mesh.ranks[: self.n])
-        own = Mesh(mesh.axes[skipped:], mesh.sizes[skipped:], ranks)
-        dims, sizes = [], []
-        for dim, (axes, pieces) in enumerate(zip(layout.bound, layout.sizes, strict=True)):
-            rest = tuple(a for a in axes if a not in UNITS)
-            if pieces is not None and unit_axes(axes):
-                pieces = pieces_at(layout, dim, sum(pieces), self.unit_of(mesh))
-            dims.append(rest)
-            sizes.append(pieces if rest else None)
-        return Layout.of(own, dims, [(a, op) for a, op in layout.partial if a not in UNITS], sizes)
-
-    def unit_of(self, mesh: Mesh) -> dict[str, int]:
-        """Returns the place of the unit on a mesh of units and ranks, by axis."""
-        coordinates = mesh.coordinates(mesh.ranks[self.place * self.n])
-        return {axis: coordinates[axis] for axis in unit_axes(mesh.axes)}
-
-    def shape(self, layout: Layout, shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the shape, over the ranks, of what this micro-batch has of a value."""
-        found = []
-        for dim, size in enumerate(shape):
-            if unit_axes(layout.bound[dim]):
-                explicit = layout.sizes[dim]  # of what calls make no shape is known
-                known = size if explicit is None else sum(explicit)
-                size = sum(pieces_at(layout, dim, known, self.unit_of(layout.mesh)))
-            found.append(size)
-        return tuple(found)
-
-    def input(self, given: ProgramInput) -> ProgramInput:
-        shape = self.shape(given.layout, given.meta.shape) if len(given.meta.shape) == given.layout.ndim else given.meta.shape
-        return replace(given, meta=replace(given.meta, shape=shape, stride=()), layout=self.layout(given.layout))
-
-    def earlier(self) -> list[ProgramInput]:
-        """Returns what the unit reads of earlier slices."""
-        found, slices = [], self.taker.slices
-        for name in self.taker.kept:
-            for at in range(self.place % slices):
-                own, given = _of_slice(name, at), _InPlace(self.taker, self.place - self.place % slices + at)
-                self.layouts[own], self.groups[own] = given.layouts[name], given.groups[name]
-                found.append(replace(given.input(self.taker.as_input(name)), name=own, target=own))
-        return found
-
-    # -- instructions -----------------------------------------------------------------------------------------------
-
-    def call(self, call: Call) -> Instruction:
-        """Writes a call."""
-        if call.function is prefix:
-            (name,) = call.reads
-            names = [*(_of_slice(name, at) for at in range(self.place % self.taker.slices)), name]
-            joined = ([Ref(own) for own in names], call.args[1])
-            return replace(call, function=join_slices, args=joined, rank_groups=self.rank_groups(call.rank_groups))
-        args, kwargs = pytree.tree_map(self.argument, (call.args, call.kwargs))
-        return replace(call, args=args, kwargs=kwargs, rank_groups=self.rank_groups(call.rank_groups))
-
-    def keep_slice(self, keep: KeepSliceForBackward) -> Instruction:
-        """Writes a value that is kept as a slice."""
-        return replace(keep, cut=self.move(keep.cut), gather=self.move(keep.gather))  # type: ignore[arg-type]
-
-    def start_moves(self, start: StartMoves) -> Instruction:
-        """Is not called: programs are taken apart before moves start early."""
-        raise NotImplementedError
-
-    def fused_moves(self, fused: FusedMoves) -> Instruction:
-        """Is not called: programs are taken apart before moves are fused."""
-        raise NotImplementedError
-
-    def argument(self, leaf: Any) -> Any:
-        return (
-            PerRank(partial(_of, leaf.of, self.place * self.n - self.taker.first_rank)) if isinstance(leaf, PerRank) else leaf
-        )
-
-    def move(self, move: Move) -> Move | Call:
-        """Writes a move, or the call that cuts a micro-batch's piece."""
-        plan = move.redistribution
-        before, after = unit_dims(plan.source), unit_dims(plan.target)
-        if _mixes_sums(plan) or any(after.get(axis) != dim for axis, dim in before.items()):
-            raise MicroBatchesMeet(move.cause)
-        options = replace(self.taker.options, itemsize=move.dtype.itemsize)
-        gradient = tuple(a for a in plan.partial_gradient if a not in UNITS)
-        if before != after:  # a slice of what is there whole
-            return self.slice(move)
-        shape = self.shape(plan.target, plan.shape)
-        source, target = self.layout(plan.source), self.layout(plan.target)
-        return replace(
-            move, redistribution=redistribution(source, target, shape, gradient, options),
-            rank_groups=self.rank_groups(move.rank_groups),
-        )  # fmt: skip
-
-    def slice(self, move: Move) -> Call:
-        """Returns the call that cuts this micro-batch's piece of a value that is whole on every rank."""
-        plan = move.redistribution
-        bounds = plan.target.bounds(plan.shape)
-        source = plan.source.bounds(plan.shape)
-
-        def there(rank: int) -> int:
-            return self.rank(rank - self.taker.first_rank)
-
-        def start(dim: int) -> PerRank:
-            return PerRank(lambda rank: bounds[there(rank)][dim][0] - source[there(rank)][dim][0])
-
-        def length(dim: int) -> PerRank:
-            return PerRank(lambda rank: bounds[there(rank)][dim][1] - bounds[there(rank)][dim][0])
-
-        dims = range(len(plan.shape))
-        groups = self.rank_groups(move.rank_groups)
-        return Call(
-            piece, (Ref(move.source), [start(d) for d in dims], [length(d) for d in dims]), {}, (move.output,), False,
-            move.cause, groups, move.autocast, move.grad, move.recompute,
-        )  # fmt: skip
-
-
-def _of(of: Callable[[int], Any], offset: int, rank: int) -> Any:
-    return of(rank + offset)
-
-
-def _of_slice(name: str, at: int) -> str:
-    return f"{name}_of_slice_{at}"
-
-
-def _hashable(value: Any) -> str:
-    return repr(value)

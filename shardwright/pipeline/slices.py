@@ -203,7 +203,7 @@ def with_rows(signature: Signature, cuts: Sequence[tuple[int, int, int | None]])
             pair = (own[0], own[1]) if len(own) > 1 and signature.sizes[own[0]] == samples else None
             if len(own) > 1 and pair is None and signature.sizes[own[0]] % samples:
                 raise NotInSlices("takes rows of samples and positions apart in another way than they were joined")
-            made = Rows(ROW if pair else own[0], samples, pair)
+            made: Rows | None = Rows(ROW if pair else own[0], samples, pair)
         else:
             made_of = _joined_before(signature, own[0])
             made = Rows(ROW, signature.sizes[made_of], (made_of, own[0])) if made_of else None

@@ -16,8 +16,9 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import options_of, program_before_overlap
 from shardwright.pipeline.cut import cut_graph
+from shardwright.pipeline.in_place import MicroBatchesMeet
 from shardwright.pipeline.micro import cut_plan
-from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
+from shardwright.pipeline.parts import parts_of
 from shardwright.pipeline.schedules.actions import FORWARD
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stages import free_nodes

@@ -1,4 +1,4 @@
-"""Operators that the plan of units has beside those of the graph: shares of sums, prefixes of sequences, pieces of whole values."""
+"""Operators that the plan of units has beside the graph's: shares of sums, prefixes of sequences, pieces of whole values."""
 
 from __future__ import annotations
 

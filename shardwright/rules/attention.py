@@ -96,7 +96,7 @@ def attention_with_noise(
     root = math.sqrt(abs(factor))  # each side takes a root of it, as eager attention does
     weights = (query * math.copysign(root, factor)) @ (key.transpose(-2, -1) * root)
     if is_causal:
-        attn_mask = causal_mask(*weights.shape[-2:], weights.device)
+        attn_mask = causal_mask(weights.shape[-2], weights.shape[-1], weights.device)
     if attn_mask is not None:
         weights = weights.where(attn_mask, -math.inf) if attn_mask.dtype == torch.bool else weights + attn_mask
     return (random_draw.apply_dropout(SAFE_SOFTMAX(weights, -1), noise, dropout_p) @ value).to(dtype)
@@ -136,7 +136,7 @@ def without_mask(op: Operator) -> Operator:
 
 
 def causal_slices(op: Operator, signature: Signature, ends: Sequence[int]) -> tuple[Operator, Signature]:
-    """Makes causal attention whose sequence is cut into slices, of the queries of a slice and the keys up to its end.
+    """Makes the attention of slices of a sequence: of the queries of each, and the keys up to its end.
 
     The keys and values that it reads have, one after the other, those of the first slice, those of the first two, and so on;
     whatever cuts the queries (factor ``l``) cuts these (``s``) too.

@@ -150,7 +150,7 @@ def takes_part(op: Operator, dim: int) -> bool:
 
 
 def cut_in_pieces(op: Operator, pieces: Sequence[int]) -> tuple[Signature, tuple[int, ...]] | None:
-    """Makes the rule of a slice whose dim is cut into pieces, each of which gives what it has of the slice.
+    """Makes the rule of a slice whose dim is cut into pieces, which give what they have of it.
 
     The cut dim is the factor ``cut`` of the input and ``part`` of the output, which the same axes split.
 

@@ -96,8 +96,8 @@ def check_slices(name: str, is_sliced: bool, slices: int) -> None:
     """
     if is_sliced and slices < 2:
         raise PipelineError(
-            f"schedule {name!r} passes micro-batches in slices of their sequence and has slices={slices}; give slices=2 or more, "
-            'or scheduler="1f1b"'
+            f"schedule {name!r} passes micro-batches in slices of their sequence and has slices={slices}; give slices=2 or "
+            'more, or scheduler="1f1b"'
         )
     if not is_sliced and slices != 1:
         raise PipelineError(
