@@ -166,8 +166,8 @@ class SettingsMethods:
             stages: how many parts of equal size the ranks are divided into, in their order; or the ranks of each part.
             output_broadcast: whether every rank gets the results; else those of the last stage, and all of them the loss.
             interleave: whether each part of the ranks has two stages, one after the other along the model.
-            scheduler: the name of a schedule (``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``, ``"searched"``,
-                ``"seqpipe"``), or a schedule.
+            scheduler: the name of a schedule (``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``,
+                ``"searched"``, ``"seqpipe"``), or a schedule.
             slices: how many slices of its sequence each micro-batch passes in, with ``scheduler="seqpipe"``.
 
         Raises:

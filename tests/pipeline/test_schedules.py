@@ -280,7 +280,7 @@ def test_schedules_of_inference_have_forwards_only():
         (("gpipe", 0, 8), "on 0 ranks; give at least one"),
         (("seqpipe", 4, 8), "in slices of their sequence and has slices=1; give slices=2 or more"),
         (("seqpipe", 4, 1, 1, 2), "needs at least 2 micro-batches and has 1; use micro_size=2 or more, or at most 2 ranks"),
-        (("gpipe", 4, 8, 1, 2), "whole and has slices=2; leave slices out, or give scheduler=\"seqpipe\""),
+        (("gpipe", 4, 8, 1, 2), 'whole and has slices=2; leave slices out, or give scheduler="seqpipe"'),
     ],
 )
 @pytest.mark.whole
