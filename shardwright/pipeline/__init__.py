@@ -8,7 +8,7 @@
 ``units``       micro-batches and their slices of the sequence: where they cut values, and what is one's own
 ``micro``       puts the axes of units into the plan of a stage
 ``unit_nodes``  operators that the plan of units has beside the graph's
-``slices``      where the sequence is, and the operators that are written anew where it is cut
+``slices``      where the sequence is, and rules of operators that join it with the samples to rows
 ``causal_masks``  proves that masks of attention are causal ones
 ``sums``        operators that may read sums over micro-batches pending, and values shared out among them
 ``tail``        what the last stage computes with the whole batch, after all micro-batches

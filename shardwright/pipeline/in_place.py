@@ -26,11 +26,11 @@ from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
 from shardwright.ir.visitor import InstructionVisitor
 from shardwright.pipeline.crossing import shifted
-from shardwright.pipeline.slices import join_slices, prefix
 from shardwright.pipeline.sums import share
 from shardwright.pipeline.units import UNITS, pieces_at, unit_axes, unit_dims
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
+from shardwright.rules.attention import sliced_causal_attention
 from shardwright.rules.pieces import piece
 
 
@@ -170,12 +170,11 @@ class InPlace(InstructionVisitor[Instruction]):
 
     def call(self, call: Call) -> Instruction:
         """Writes a call."""
-        if call.function is prefix:
-            (name,) = call.reads
-            names = [*(_of_slice(name, at) for at in range(self.place % self.taker.slices)), name]
-            joined = ([Ref(own) for own in names], call.args[1])
-            return replace(call, function=join_slices, args=joined, rank_groups=self.rank_groups(call.rank_groups))
         args, kwargs = pytree.tree_map(self.argument, (call.args, call.kwargs))
+        if call.function is sliced_causal_attention:  # which reads the keys and values of earlier slices too
+            earlier = range(self.place % self.taker.slices)
+            joined = ([*(Ref(_of_slice(own.name, at)) for at in earlier), own] for own in args[1:3])
+            args = (args[0], *joined, *args[3:])
         return replace(call, args=args, kwargs=kwargs, rank_groups=self.rank_groups(call.rank_groups))
 
     def keep_slice(self, keep: KeepSliceForBackward) -> Instruction:

@@ -69,7 +69,8 @@ class _Cutter(UnitNodes):
             )
         try:
             for node in self.graph.nodes:
-                self.add(self.of_slices(self.with_shares(node)))
+                self.in_slices(node)
+                self.add(self.with_shares(node))
         except Refused:
             return self.plan
         for name, value in self.graph.updates:

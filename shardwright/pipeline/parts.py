@@ -27,10 +27,10 @@ from shardwright.ir.operator import TensorMeta
 from shardwright.ir.program import LocalProgram
 from shardwright.ir.redistribution import Redistribution
 from shardwright.pipeline.in_place import InPlace, mixes_sums
-from shardwright.pipeline.slices import prefix
 from shardwright.pipeline.units import UNITS, rows_of_unit, unit_axes, unit_dims
 from shardwright.redistribute.planner import Options
 from shardwright.redistribute.steps import redistribution
+from shardwright.rules.attention import sliced_causal_attention
 from shardwright.rules.pieces import piece
 
 
@@ -83,9 +83,8 @@ class _Taker:
         self, program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int, slices: int
     ):
         self.slices = slices
-        self.kept = tuple(
-            dict.fromkeys(i.reads[0] for i in program.instructions if isinstance(i, Call) and i.function is prefix)
-        )
+        calls = [i for i in program.calls if i.function is sliced_causal_attention]
+        self.kept = tuple(dict.fromkeys(own.name for call in calls for own in call.args[1:3]))
         self.program, self.count, self.options, self.received = program, count, options, tuple(received)
         self.first_rank, self.ranks = first_rank, program.world_size // count
         self.metas: dict[str, TensorMeta] = {i.name: i.meta for i in program.inputs}

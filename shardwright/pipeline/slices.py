@@ -1,7 +1,7 @@
-"""Slices of the sequence: where values carry it, and the operators that are written anew where units cut it.
+"""Slices of the sequence: where values carry it, and rules of operators that join it with the samples to rows.
 
-Causal attention is the one operator that reads other slices: a slice's queries read the keys and values of the slices before,
-which their forwards have made. It reads them through :func:`prefix`, of which programs make a join of what earlier slices keep.
+Causal attention is the one operator that reads other slices, the keys and values that the forwards of earlier ones have kept:
+:func:`shardwright.rules.attention.sliced_causal_attention`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
-
-import torch
-from torch import Tensor
 
 from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph, Node
@@ -110,50 +106,6 @@ class _Trace:
 
 def _large(signature: Signature, factors: Sequence[str]) -> list[str]:
     return [factor for factor in factors if signature.sizes[factor] > 1]
-
-
-# -- keys and values of earlier slices --------------------------------------------------------------------------------
-
-
-def prefix(value: Tensor, dim: int, place: int) -> Tensor:
-    """Stands for a slice's value after those of all earlier slices; see :func:`join_slices`, which programs call for it.
-
-    Args:
-        value: that of the slice.
-        dim: of the sequence.
-        place: number of the slice.
-    """
-    raise NotImplementedError("programs of units call join_slices")
-
-
-def join_slices(pieces: Sequence[Tensor], dim: int) -> Tensor:
-    """Joins a slice's value to those of all earlier slices."""
-    return torch.cat(list(pieces), dim) if len(pieces) > 1 else pieces[0].view_as(pieces[0])
-
-
-def prefix_operator(meta: TensorMeta, dim: int, pieces: Sequence[int], ranks: int) -> tuple[Operator, Signature]:
-    """Makes the operator that gives each slice its value after those of all earlier slices.
-
-    Its output has, one after the other, what the slices read: factor ``s``, which the axes of ``t`` split.
-
-    Args:
-        meta: of the value.
-        dim: of the sequence.
-        pieces: sizes of the slices.
-        ranks: of the stage.
-    """
-    slices, total = len(pieces), sum(accumulate(pieces))
-    made = replace(meta, shape=(*meta.shape[:dim], total, *meta.shape[dim + 1 :]), stride=())
-    dims = [(f"d{at}",) for at in range(len(meta.shape))]
-    read: TensorFactors = tuple(("t",) if at == dim else own for at, own in enumerate(dims))
-    given: TensorFactors = tuple(("s",) if at == dim else own for at, own in enumerate(dims))
-    sizes = {f"d{at}": size for at, size in enumerate(meta.shape)} | {"t": meta.shape[dim], "s": total}
-
-    def emit(local: Local) -> tuple[Ref, ...]:
-        return (local.call(prefix, local.inputs[0], dim, PerRank(lambda rank: rank // ranks % slices)),)
-
-    signature = Signature((read,), (given,), sizes, inner=frozenset("t"), tied=frozenset(("t", "s")), lowering=emit, linear=())
-    return Operator(prefix, (Slot(0), dim, 0), {}, (meta,), (made,)), signature
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

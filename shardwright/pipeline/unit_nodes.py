@@ -1,4 +1,4 @@
-"""Operators that the plan of units has beside the graph's: shares of sums, prefixes of sequences, pieces of whole values."""
+"""Operators that the plan of units has beside the graph's: shares of sums, and pieces of whole values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 
 from shardwright.errors import Problems
 from shardwright.ir.choice import Choice, make_choice
@@ -16,7 +15,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
-from shardwright.pipeline.slices import ROW, Rows, prefix_operator, rows_operator
+from shardwright.pipeline.slices import ROW, Rows, rows_operator
 from shardwright.pipeline.stages import free_nodes, is_received
 from shardwright.pipeline.sums import alias, emit_alias, emit_share, linear_group, share
 from shardwright.pipeline.units import (
@@ -32,7 +31,7 @@ from shardwright.pipeline.units import (
     with_units,
 )
 from shardwright.plan.choose.follow import propose
-from shardwright.rules.attention import attends_causally, causal_slices
+from shardwright.rules.attention import attends_causally, in_slices
 from shardwright.rules.join_and_cut import cut_in_pieces, takes_part
 from shardwright.rules.pointwise import adds_constant
 
@@ -152,48 +151,20 @@ class UnitNodes:
 
     # -- slices -------------------------------------------------------------------------------------------------------
 
-    def of_slices(self, node: Node) -> Node:
-        """Returns the operator as slices run it: causal attention reads what earlier ones keep, a part of a sequence is cut."""
+    def in_slices(self, node: Node) -> None:
+        """Gives an operator the rule by which slices run it: causal attention, or a part of a sequence."""
         if self.cut.slices == 1 or node.name in self.free or not node.inputs:
-            return node
+            return
         value, meta = node.inputs[0], node.op.inputs[0]
         dim = self.cut.dims(value).get(SLICE)
         if dim is None or value in self.cut.samples:
-            return node
+            return
         pieces = unit_pieces(self.cut.layouts[value], dim, meta.shape[dim])
         if attends_causally(node.op) and dim == len(meta.shape) - 2:
-            op, signature = causal_slices(node.op, self.signatures[node.name], tuple(accumulate(pieces)))
-            inputs = (value, *(self.prefix(node, index, pieces) for index in (1, 2)))
-            self.signatures[node.name] = signature
-            return replace(node, op=op, inputs=inputs)
+            self.signatures[node.name] = in_slices(node.op, self.signatures[node.name])
         if takes_part(node.op, dim) and (found := cut_in_pieces(node.op, pieces)) is not None:
             self.signatures[node.name], own = found
             self.parts[node.name] = {"part": ((SLICE,), own)}
-        return node
-
-    def prefix(self, node: Node, index: int, pieces: Sequence[int]) -> str:
-        """Adds the operator that gives slices their keys or values after those of earlier slices; returns what it makes.
-
-        Args:
-            node: the attention.
-            index: of its input.
-            pieces: sizes of the slices.
-        """
-        value, meta = node.inputs[index], node.op.inputs[index]
-        name, dim = f"{value}_prefix", len(meta.shape) - 2
-        if name in self.choices:
-            return name
-        own = self.cut.dims(value).get(SLICE)
-        if own != dim or unit_pieces(self.cut.layouts[value], dim, meta.shape[dim]) != tuple(pieces):
-            self.refuse(node, "reads keys or values that are not of the slices of its queries")
-        choice = self.plan.choices[node.name]
-        op, signature = prefix_operator(meta, dim, pieces, self.plan.mesh.size)
-        split: dict[str, Split] = {}
-        wanted = self.split_like(self.lifted(choice.inputs[index].without_partial()), value, meta.shape)
-        propose(split, signature, signature.inputs[0], wanted, meta.shape)
-        split["s"] = ((SLICE,), tuple(accumulate(pieces)))
-        made = make_choice(op, signature, wanted.mesh, split, [value in self.needs_grad])
-        return self.insert(node, name, op, value, signature, made)
 
     def cuts(self, node: Node) -> list[tuple[int, int, int | None]]:
         """Lists the inputs of an operator whose sequence is cut: position, dim, and of rows the number of their samples."""

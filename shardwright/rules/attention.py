@@ -1,7 +1,7 @@
 """Rules of attention: samples and heads are free, the sequence of queries where no causal mask counts positions.
 
 Causal attention can be cut along its sequence into slices that run one after the other: each has its own queries, and the keys
-and values of all positions up to its end. See :func:`causal_slices`.
+and values of all positions up to its end. See :func:`in_slices`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from shardwright.ir.signature import Signature
 from shardwright.rules import random_draw
 from shardwright.rules.lowering import Local
 from shardwright.rules.notation import parse
-from shardwright.rules.pieces import local_arguments, piece, start
+from shardwright.rules.pieces import local_arguments, of_sizes, piece, start
 from shardwright.rules.reduce import wide
 from shardwright.rules.registry import rule_for
 from shardwright.rules.traits import Traits, register_traits
@@ -57,13 +56,17 @@ def _with_dropout(local: Local) -> Any:
     if not local.split or not op.outputs[0].numel:
         return local.same_call()
     shape = (*op.outputs[0].shape[:-1], op.inputs[1].shape[-2])
-    dtype = wide(op.inputs[0].dtype)
-    p, device = op.argument("dropout_p"), op.inputs[0].device
-    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-    noise = local.call(random_draw.dropout_noise, shape, strides, dtype, device, p)
+    noise = _noise(local, shape)
     if local.output_layouts[0].split_axes:
         noise = _piece_of_noise(local, noise, shape[-1])
     return (local.call(attention_with_noise, noise, **_given(local)),)
+
+
+def _noise(local: Local, shape: tuple[int, ...]) -> Ref:
+    """Emits the draw for the whole tensor of weights."""
+    meta, strides = local.op.inputs[0], tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    p = local.op.argument("dropout_p")
+    return local.call(random_draw.dropout_noise, shape, strides, wide(meta.dtype), meta.device, p)
 
 
 def _piece_of_noise(local: Local, noise: Ref, keys: PerRank | int) -> Ref:
@@ -135,54 +138,54 @@ def without_mask(op: Operator) -> Operator:
     return Operator(op.target, (Slot(0), Slot(1), Slot(2)), kwargs, op.inputs[:3], op.outputs)
 
 
-def causal_slices(op: Operator, signature: Signature, ends: Sequence[int]) -> tuple[Operator, Signature]:
-    """Makes the attention of slices of a sequence: of the queries of each, and the keys up to its end.
+def in_slices(op: Operator, signature: Signature) -> Signature:
+    """Returns the rule of causal attention that axes may cut along the sequence, places on which run one after the other.
 
-    The keys and values that it reads have, one after the other, those of the first slice, those of the first two, and so on;
-    whatever cuts the queries (factor ``l``) cuts these (``s``) too.
+    Keys and values are cut as the queries are (factor ``l``); see :func:`sliced_causal_attention`.
 
     Args:
-        op: the attention of whole sequences.
+        op: the attention.
         signature: its rule.
-        ends: where each slice ends.
     """
-    keys = sum(ends)
-    metas = (op.inputs[0], *(replace(m, shape=(*m.shape[:-2], keys, m.shape[-1]), stride=()) for m in op.inputs[1:3]))
-    made = Operator(sliced_causal_attention, op.args, op.kwargs, metas, op.outputs)
-    whole = signature.whole - {"l", "s"}
-    sizes = {**signature.sizes, "s": keys}
-    lowering = partial(_of_slices, op)
-    inner, tied = signature.inner | {"s"}, frozenset({"l", "s"})
-    return made, replace(signature, sizes=sizes, whole=whole, inner=inner, tied=tied, lowering=lowering)
+    keys = tuple(tuple(("l",) if dim == ("s",) else dim for dim in tensor) for tensor in signature.inputs)
+    return replace(signature, inputs=keys, whole=signature.whole - {"l", "s"}, lowering=_of_slice)
 
 
-def _of_slices(op: Operator, local: Local) -> tuple[Ref, ...]:
+def _of_slice(local: Local) -> Ref:
     """Emits the attention of a slice, whose dropout is its piece of what is drawn for the weights of whole sequences."""
-    given = _given(local)
-    if not op.argument("dropout_p"):
-        options = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
-        return (local.call(sliced_causal_attention, *local.inputs, **options),)
-    shape = (*op.outputs[0].shape[:-1], op.inputs[1].shape[-2])
-    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-    dtype, device = wide(op.inputs[0].dtype), op.inputs[0].device
-    noise = local.call(random_draw.dropout_noise, shape, strides, dtype, device, op.argument("dropout_p"))
-    noise = _piece_of_noise(local, noise, local.local_size(False, 1, len(shape) - 2))
-    return (local.call(attention_with_noise, noise, **given),)
+    op, given, noise = local.op, _given(local), None
+    keys, dim = op.inputs[1].shape[-2], len(op.inputs[1].shape) - 2
+    if op.argument("dropout_p"):
+        noise = _noise(local, (*op.outputs[0].shape[:-1], keys))
+        end = of_sizes(lambda at, count: at + count, start(local, False, 1, dim), local.local_size(False, 1, dim))
+        noise = _piece_of_noise(local, noise, end)
+    (axis,) = local.axes_of("l")
+    place = PerRank(lambda rank: local.mesh.coordinates(rank)[axis])
+    options = {name: given[name] for name in ("dropout_p", "scale", "enable_gqa") if name in given}
+    return local.call(sliced_causal_attention, *local.inputs, place, noise, **options)
 
 
 def sliced_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, enable_gqa: bool = False
-) -> Tensor:
-    """Computes causal attention of the last queries of a sequence.
+    query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], place: int, noise: Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Computes causal attention of a slice of a sequence.
 
     Args:
-        query: the last of them, ``... h l e``.
-        key, value: of the whole sequence, ``... h s e``.
-        scale, enable_gqa: as of ``scaled_dot_product_attention``.
+        query: that of the slice, ``... h l e``.
+        key, value: those of each slice up to this one, ``... h l e``. Programs say the slice's own, and whoever runs slices one
+            after the other puts those of the earlier ones before it.
+        place: number of the slice.
+        noise: what dropout keeps of the weights, if there is dropout.
+        dropout_p, scale, enable_gqa: as of ``scaled_dot_product_attention``.
     """
-    mask = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    assert len(key) == len(value) == place + 1, "a slice of a sequence without the slices before it"
+    keys, values = (torch.cat(list(each), -2) if place else each[0] for each in (key, value))
+    if noise is not None:
+        return attention_with_noise(noise, query, keys, values, None, dropout_p, True, scale, enable_gqa)
+    mask = causal_mask(query.shape[-2], keys.shape[-2], query.device)
     attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return attend(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
 
 
 def _mask(shape: tuple[int, ...], heads: str, length: str) -> str:

@@ -121,6 +121,38 @@ def test_what_rules_let_pass_is_exact(name, micro, slices, stages):
     check(Around(EXACT[name]).double(), (torch.randint(20, (4, 6)),), micro, slices, stages)
 
 
+def cut_in_ranks(name: str, block: nn.Module) -> None:
+    """Splits a block among the ranks of its stage."""
+    if name == "sums":
+        sw.shard(block.down, ((1, 1, 2),))
+    elif name == "heads":
+        sw.shard(block.out, ((1, 1, 2),))
+        sw.shard(block.q, ((1, 1, 1),), out_strategy=((1, 1, 2),))
+    else:
+        sw.shard(block.kv, ((1, 2, 1),))
+        sw.shard(block.up, ((1, 2, 1),))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["semi_auto", "sharding_propagation"])
+@pytest.mark.parametrize("name", ["sums", "heads", "positions", "stored in pieces", "computed again"])
+def test_stages_split_among_their_ranks(name, mode):
+    sw.init(devices=4)
+    parts = Parts("rotary", "grouped" if name == "positions" else "dropped", loss="padded labels")
+    model = Decoder(parts, 7, 2).double()
+    single, args = copy.deepcopy(model), batch_of(5, 7)
+    for block in model.blocks:
+        cut_in_ranks(name, block)
+    net = sw.AutoParallel(sw.PipelineCell(model, 2), mode).pipeline(stages=2, scheduler="seqpipe", slices=3)
+    if name == "stored in pieces":
+        net.hsdp()
+    elif name == "computed again":
+        net.recompute(model.blocks)
+    same(train(net, model, args, {}, 1), train(single, single, args, {}, 1))
+    for ours, theirs in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 WHOLE = r"(?s)cannot pass in 2 slices \(exact is scheduler=\"1f1b\".*"
 REFUSED = {
     r"conv \(aten.conv1d\) at .*needs dim 2 of its input 0 whole, which is the sequence": lambda s, x, i: s.conv(x.mT).mT,
