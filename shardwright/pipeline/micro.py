@@ -92,7 +92,7 @@ class _Cutter(UnitNodes):
         rows, factors = None, dict[str, Split]()
         try:
             if self.cut.slices > 1:
-                signature, rows = with_rows(signature, self.cuts(node))
+                signature, rows = with_rows(signature, self.sliced_inputs(node))
             factors = self.factors(node, signature, rows)
         except NotInSlices as error:
             if node.name not in self.free:

@@ -6,9 +6,11 @@ Causal attention is the one operator that reads other slices, the keys and value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph, Node
@@ -136,24 +138,34 @@ class NotInSlices(Exception):
     """An operator cannot run slice by slice; says why."""
 
 
-def with_rows(signature: Signature, cuts: Sequence[tuple[int, int, int | None]]) -> tuple[Signature, Rows | None]:
+class SlicedInput(NamedTuple):
+    """An input whose sequence is cut: its position and dim, and of rows their samples and what each slice has of a sample."""
+
+    index: int
+    dim: int
+    samples: int | None = None
+    columns: tuple[int, ...] = ()
+
+
+def with_rows(signature: Signature, cuts: Sequence[SlicedInput]) -> tuple[Signature, Rows | None]:
     """Gives a rule the factor of rows, where an operator joins samples and positions, takes them apart, or has rows.
 
     Args:
         signature: the rule.
-        cuts: of inputs whose sequence is cut: position, dim, and of rows the number of their samples.
+        cuts: the inputs whose sequence is cut.
 
     Raises:
         NotInSlices: dims are joined in another way.
     """
     found: Rows | None = None
-    for index, dim, samples in cuts:
+    for index, dim, samples, columns in cuts:
         own = _large(signature, signature.inputs[index][dim])
         if not own:
             continue
         if samples is not None:
             pair = (own[0], own[1]) if len(own) > 1 and signature.sizes[own[0]] == samples else None
-            if len(own) > 1 and pair is None and signature.sizes[own[0]] % samples:
+            rest = math.prod(signature.sizes[factor] for factor in own[2 if pair else 1 :])
+            if (len(own) > 1 and pair is None and signature.sizes[own[0]] % samples) or any(c % rest for c in columns):
                 raise NotInSlices("takes rows of samples and positions apart in another way than they were joined")
             made: Rows | None = Rows(ROW if pair else own[0], samples, pair)
         else:
@@ -163,7 +175,7 @@ def with_rows(signature: Signature, cuts: Sequence[tuple[int, int, int | None]])
             raise NotInSlices("reads rows that were joined in several ways")
         found = found or made
     if found is not None and any(
-        samples is None and _large(signature, signature.inputs[i][dim])[:1] == [found.factor] for i, dim, samples in cuts
+        own.samples is None and _large(signature, signature.inputs[own.index][own.dim])[:1] == [found.factor] for own in cuts
     ):
         raise NotInSlices("reads rows of samples and positions beside other ones")
     return (signature, found) if found is None or found.pair is None else (_with_row(signature, *found.pair), found)

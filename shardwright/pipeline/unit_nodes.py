@@ -15,7 +15,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
-from shardwright.pipeline.slices import ROW, Rows, rows_operator
+from shardwright.pipeline.slices import ROW, Rows, SlicedInput, rows_operator
 from shardwright.pipeline.stages import free_nodes, is_received
 from shardwright.pipeline.sums import alias, emit_alias, emit_share, linear_group, share
 from shardwright.pipeline.units import (
@@ -166,10 +166,15 @@ class UnitNodes:
             self.signatures[node.name], own = found
             self.parts[node.name] = {"part": ((SLICE,), own)}
 
-    def cuts(self, node: Node) -> list[tuple[int, int, int | None]]:
-        """Lists the inputs of an operator whose sequence is cut: position, dim, and of rows the number of their samples."""
-        dims = [(index, value, self.cut.dims(value)) for index, value in enumerate(node.inputs)]
-        return [(index, own[SLICE], self.cut.samples.get(value)) for index, value, own in dims if SLICE in own]
+    def sliced_inputs(self, node: Node) -> list[SlicedInput]:
+        """Lists the inputs of an operator whose sequence is cut."""
+        found = []
+        for index, (value, meta) in enumerate(zip(node.inputs, node.op.inputs, strict=True)):
+            dim, samples = self.cut.dims(value).get(SLICE), self.cut.samples.get(value)
+            if dim is not None:
+                columns = () if samples is None else self.cut.grid(value, dim, meta.shape[dim])[1]
+                found.append(SlicedInput(index, dim, samples, columns))
+        return found
 
     def with_own_rows(self, node: Node, made: Choice, signature: Signature, rows: Rows | None) -> Node:
         """Returns the operator with each unit's rows of what is there for the whole batch.

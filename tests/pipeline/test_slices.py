@@ -96,7 +96,7 @@ EXACT = {
     .transpose(1, 2).flatten(2),
     "channels in rows": lambda s, x, i: x.reshape(24, 2, 4).mT.reshape(24, 8).view(4, 6, 8),
     "elements": lambda s, x, i: x.reshape(-1).tanh().view(4, 6, 8),
-    "whole pairs": lambda s, x, i: x.unflatten(1, (2, 3)).flatten(1, 2).tanh(),
+    "a dim of one": lambda s, x, i: x.unflatten(1, (6, 1)).tanh().flatten(1, 2),
     "positions first": lambda s, x, i: F.dropout(x.transpose(0, 1), 0.3).transpose(0, 1),
     "numbers of rows": lambda s, x, i: (x.flatten(0, 1) * torch.arange(24, dtype=D)[:, None]).view(x.shape),
     "random numbers": lambda s, x, i: (x.flatten(0, 1) + torch.rand(24, 8, dtype=D)).view(x.shape) + torch.rand_like(x),
@@ -178,6 +178,7 @@ REFUSED = {
     r"aten.pad\) at": lambda s, x, i: F.pad(x, (0, 0, 1, 0)),
     r"aten.mul\) at .*cut into \(2, 3\) along dim 1, where others are cut into \(3, 2\)": lambda s, x, i: x[:, :-1] * x[:, 1:],
     r"aten.view\) at .*apart in another way": lambda s, x, i: x.flatten(0, 1).view(6, 4, 8).view(4, 6, 8),
+    r"aten.view\) at .*in another way than they were joined": lambda s, x, i: (x.flatten(0, 1).view(12, 2, 8).sum(1).mean(),),
     r"aten.reshape\) at .*between it and the samples": lambda s, x, i: (
         x.view(4, 6, 2, 4).transpose(1, 2).reshape(48, 4).view(4, 2, 6, 4).transpose(1, 2).flatten(2)
     ),
