@@ -141,7 +141,7 @@ class NotInSlices(Exception):
 class SlicedInput(NamedTuple):
     """An input whose sequence is cut: its position and dim, and of rows their samples and what each slice has of a sample."""
 
-    index: int
+    position: int
     dim: int
     samples: int | None = None
     columns: tuple[int, ...] = ()
@@ -175,7 +175,7 @@ def with_rows(signature: Signature, cuts: Sequence[SlicedInput]) -> tuple[Signat
             raise NotInSlices("reads rows that were joined in several ways")
         found = found or made
     if found is not None and any(
-        own.samples is None and _large(signature, signature.inputs[own.index][own.dim])[:1] == [found.factor] for own in cuts
+        own.samples is None and _large(signature, signature.inputs[own.position][own.dim])[:1] == [found.factor] for own in cuts
     ):
         raise NotInSlices("reads rows of samples and positions beside other ones")
     return (signature, found) if found is None or found.pair is None else (_with_row(signature, *found.pair), found)
