@@ -69,10 +69,10 @@ class Chained(nn.Module):
                 loss = loss + (x.sum(arg) ** 3).mean()
             elif kind == "cut":
                 x = x.narrow(*arg)
+            elif kind == "drop":
+                x = F.dropout(x, 0.3)
             else:
-                x = {"view": x.reshape, "order": x.permute, "softmax": x.softmax, "drop": lambda _: F.dropout(x, 0.3)}[kind](
-                    arg
-                )
+                x = {"view": x.reshape, "order": x.permute, "softmax": x.softmax}[kind](arg)
         return loss + (x * x.detach().cos()).mean()
 
 
