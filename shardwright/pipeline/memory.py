@@ -62,15 +62,19 @@ def row_memory(
 def kept_of_micro(own: StageOfRow, graph: Graph) -> float:
     """Predicts the bytes that a stage's first rank holds of the first micro-batch from its forward to its backward.
 
+    Of slices it is their mean, as later ones hold the keys and values of more positions.
+
     Args:
         own: the stage.
         graph: of the whole network.
     """
-    row = _Row([own], [[Action(own.stage.index, FORWARD, 0)]], 0, graph, 0.0)
+    slices = own.parts.slices
+    row = _Row([own], [[Action(own.stage.index, FORWARD, unit) for unit in range(slices)]], 0, graph, 0.0)
     row.begin()
     before = row.usage.total
-    row.play(row.row[0])
-    return row.usage.total - before
+    for action in row.row:
+        row.play(action)
+    return (row.usage.total - before) / slices
 
 
 class _Row:

@@ -70,7 +70,7 @@ def _noise(local: Local, shape: tuple[int, ...]) -> Ref:
 
 
 def _piece_of_noise(local: Local, noise: Ref, keys: PerRank | int) -> Ref:
-    """Emits the local piece of the noise of all weights: of the output's samples, heads and queries, and the first keys."""
+    """Emits the local piece of the noise: that of the output's samples, heads and queries, and of the first keys."""
     dims = range(len(local.op.outputs[0].shape) - 1)
     starts = [*(start(local, True, 0, d) for d in dims), 0]
     return local.call(piece, noise, starts, [*local.local_shape(True, 0)[:-1], keys])
@@ -139,9 +139,10 @@ def without_mask(op: Operator) -> Operator:
 
 
 def in_slices(op: Operator, signature: Signature) -> Signature:
-    """Returns the rule of causal attention that axes may cut along the sequence, places on which run one after the other.
+    """Returns the rule of causal attention whose sequence is cut into slices.
 
-    Keys and values are cut as the queries are (factor ``l``); see :func:`sliced_causal_attention`.
+    Places on the axes that cut it run one after the other. Keys and values are cut as the queries are (factor ``l``); see
+    :func:`sliced_causal_attention`.
 
     Args:
         op: the attention.
@@ -152,7 +153,7 @@ def in_slices(op: Operator, signature: Signature) -> Signature:
 
 
 def _of_slice(local: Local) -> Ref:
-    """Emits the attention of a slice, whose dropout is its piece of what is drawn for the weights of whole sequences."""
+    """Emits the attention of a slice, with its piece of the noise that is drawn for whole sequences."""
     op, given, noise = local.op, _given(local), None
     keys, dim = op.inputs[1].shape[-2], len(op.inputs[1].shape) - 2
     if op.argument("dropout_p"):

@@ -314,7 +314,7 @@ def test_a_slice_takes_less_of_a_rank_and_the_bubble_is_that_of_all_slices():
     assert f"2 micro-batches of {slices} slices each" in str(sliced.schedule)
     assert f"each in {slices} slices of {128 // slices} positions" in sliced.summary()
     for before, now in zip(whole.times.memory, sliced.times.memory, strict=True):
-        assert now < 1.2 * before / slices
+        assert before / slices < now < 1.5 * before / slices  # with copies of keys and values
     for before, now in zip(whole.times.forward, sliced.times.forward, strict=True):
         assert now < before
     assert sliced.timeline.bubble < whole.timeline.bubble
