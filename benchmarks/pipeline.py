@@ -28,6 +28,7 @@ from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.schedules.search import search_schedule
 
 RANKS, TURNS = (2, 4, 8, 16, 64), (1, 2, 4)  # micro-batches are so many times the least that a schedule needs
+SLICES = 4  # of micro-batches, for schedules that have them
 CASES, REFEREED = 500, 30
 
 
@@ -65,6 +66,7 @@ def closed_form(name: str, p: int, m: int, v: int) -> tuple[float, float]:
         "interleaved_1f1b": ((p - 1) / (v * m + p - 1), (v - 1) * p + 2 * (p - 1) + 1),
         "zero_bubble_h1": ((p - 1) / (3 * m + p - 1), p),  # a third of 1F1B's idle seconds
         "zero_bubble_v": (0.0, 2 * p),  # of stages half as large
+        "seqpipe": ((p - 1) / (SLICES * m + p - 1), p + SLICES - 1),  # of slices
     }[name]
 
 
@@ -74,7 +76,7 @@ def bubbles(targets: Targets) -> None:
     for name, ranks, turn in product(schedule_names(), RANKS, TURNS):
         for per_rank in {"interleaved_1f1b": (2, 4), "zero_bubble_v": (2,)}.get(name, (1,)):
             micro = ranks * turn * (2 if name == "zero_bubble_v" else 1)
-            schedule = make_schedule(name, ranks, micro, per_rank)
+            schedule = make_schedule(name, ranks, micro, per_rank, SLICES if name == "seqpipe" else 1)
             check_schedule(schedule)
             count = schedule.stage_count
             rate = max(run_clock(schedule, StageTimes([1.0] * count, [1.0] * count, [1.0] * count)).stalls)

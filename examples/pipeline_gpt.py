@@ -1,4 +1,4 @@
-"""A small GPT with tied embeddings in two stages of two devices each: three schedules, the same losses, their bubbles.
+"""A small GPT with tied embeddings in two stages of two devices each: four schedules, the same losses, their bubbles.
 
 python examples/pipeline_gpt.py
 """
@@ -63,9 +63,9 @@ def main():
     single = copy.deepcopy(model)
     expected = train(single, single, batches)
     print("single device   ", *(f"{loss:.6f}" for loss in expected))
-    for schedule in ("gpipe", "1f1b", "zero_bubble_h1"):
+    for schedule, slices in (("gpipe", 1), ("1f1b", 1), ("zero_bubble_h1", 1), ("seqpipe", 2)):
         own = copy.deepcopy(model)
-        net = sw.AutoParallel(sw.PipelineCell(own, 4)).pipeline(stages=2, scheduler=schedule)
+        net = sw.AutoParallel(sw.PipelineCell(own, 4)).pipeline(stages=2, scheduler=schedule, slices=slices)
         losses = train(net, own, batches)
         idle = f"idle {net.plan.timeline.bubble:.0%}, {max(net.plan.timeline.peak_memory) / 1e3:.0f} kB of activations"
         print(f"{schedule:16}", *(f"{loss:.6f}" for loss in losses), f"  ranks {idle}")

@@ -15,11 +15,11 @@ from shardwright.parameters.stages import distribute_over_stages
 from shardwright.pipeline.crossing import shifted
 from shardwright.pipeline.cut import Stage
 from shardwright.pipeline.distributed_run import DistributedPipelineRun
-from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.run import StagePlace
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import StageRun
 from shardwright.pipeline.tied_gradients import Tied, TiedGradients
+from shardwright.pipeline.units import Cut
 
 
 def place_parameters(

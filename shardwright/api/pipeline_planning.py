@@ -15,18 +15,20 @@ from shardwright.base.text import bytes_text, enough
 from shardwright.errors import MemoryLimitError, PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.pipeline.batch import Batch
+from shardwright.pipeline.causal_masks import with_causal_attention
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, refuse_nested, stage_marks
 from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
-from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.rows import with_sorted_rows
 from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.scheduling import forwards_first, micro_batches, placement_of, schedule_of
+from shardwright.pipeline.slices import sizes_of_slices
 from shardwright.pipeline.stage_times import cost_of, times_of
 from shardwright.pipeline.stages import Mark, Placement
 from shardwright.pipeline.tail import lets_all_pass
+from shardwright.pipeline.units import Cut
 from shardwright.train.accumulation.module import GradAccumulation
 
 BALANCES = (0.0, 1.0, 4.0, 1e6)  # weights of bytes beside seconds, for automatic cuts under a memory limit
@@ -79,6 +81,8 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
     placement = placement_of(request, len(rows), root.micro_size)
     marks = stage_marks(root)
     batch = Batch(with_counted_means(captured_once(target)), root.batch_dim)
+    if request.slices > 1:
+        batch = batch.with_graph(with_causal_attention(batch.graph))
     sizes = micro_batches(batch, root.micro_size)
     if len(sizes) > 1:
         batch = batch.with_graph(with_sorted_rows(batch))
@@ -125,19 +129,22 @@ class _Pipeline:
         """
         target, graph, sizes, request = self.target, self.batch.graph, self.sizes, self.target.settings.pipeline
         assert request is not None
-        planned, cut = plan_stages(target, self.batch, self.rows, self.placement, len(sizes), self.marks, keeps_pieces, weight)
+        planned, cut = plan_stages(
+            target, self.batch, self.rows, self.placement, len(sizes), self.marks, keeps_pieces, weight, request.slices
+        )  # fmt: skip
         stages = [p for p in planned if not p.is_tail]
         costs = [cost_of(p.whole) for p in stages]
         tail = planned[-1] if planned[-1].is_tail else None
         if tail is not None:  # its time is shared out among the forwards of the last stage
             costs[-1] = costs[-1].followed_by(cost_of(tail.whole))
-        times = times_of(costs, [p.stage for p in stages], graph, target.machine, sizes)
+        parts = [size * own for size in sizes for own in sizes_of_slices(graph, request.slices)]
+        times = times_of(costs, [p.stage for p in stages], graph, target.machine, parts)
         schedule = target.on_first_rank(lambda: schedule_of(request, self.placement, len(sizes), times))
         notes: list[str] = []
         if tail is not None:
             schedule, notes = _for_tail(schedule, tail, request, self.placement)
         check_schedule(schedule)
-        view = PipelinePlan(planned, schedule, times, sizes, graph, notes)
+        view = PipelinePlan(planned, schedule, times, sizes, graph, notes, sizes_of_slices(graph, request.slices))
         return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), view)
 
 

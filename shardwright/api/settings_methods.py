@@ -158,7 +158,7 @@ class SettingsMethods:
 
     def pipeline(
         self, stages: int | tuple[int, ...] = 1, output_broadcast: bool = False, interleave: bool = False,
-        scheduler: str | Schedule = "1f1b",
+        scheduler: str | Schedule = "1f1b", slices: int = 1,
     ) -> Self:  # fmt: skip
         """Runs the target, a :class:`~shardwright.PipelineCell`, in stages on ranks of their own.
 
@@ -166,15 +166,16 @@ class SettingsMethods:
             stages: how many parts of equal size the ranks are divided into, in their order; or the ranks of each part.
             output_broadcast: whether every rank gets the results; else those of the last stage, and all of them the loss.
             interleave: whether each part of the ranks has two stages, one after the other along the model.
-            scheduler: the name of a schedule (``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``), or
-                a schedule.
+            scheduler: the name of a schedule (``"gpipe"``, ``"1f1b"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``,
+                ``"searched"``, ``"seqpipe"``), or a schedule.
+            slices: how many slices of its sequence each micro-batch passes in, with ``scheduler="seqpipe"``.
 
         Raises:
             TypeError: a number of stages that is no int.
             PipelineError: a value out of range, or a mode or setting that does not go with a pipeline.
         """
         refuse_with_pipeline(self.settings)
-        self.settings.pipeline = read_pipeline(stages, output_broadcast, interleave, scheduler)
+        self.settings.pipeline = read_pipeline(stages, output_broadcast, interleave, scheduler, slices)
         self._forget()
         return self
 

@@ -7,11 +7,16 @@
 ``means``       rewrites means whose count depends on the data, so that micro-batches can add up
 ``batch``       finds where the batch is in the values of a graph
 ``rows``        rewrites reshapes that put the batch behind another dim
-``micro``       puts an axis of micro-batches into the plan of a stage
+``units``       micro-batches and their slices of the sequence: where they cut values, and what is one's own
+``micro``       puts the axes of units into the plan of a stage
+``unit_nodes``  operators that the plan of units has beside the graph's
 ``refusals``    says why an operator cannot compute a micro-batch by itself, and what to change
+``slices``      where the sequence is, and rules of operators that join it with the samples to rows
+``causal_masks``  proves that masks of attention are causal ones
 ``sums``        operators that may read sums over micro-batches pending, and values shared out among them
 ``tail``        what the last stage computes with the whole batch, after all micro-batches
 ``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs
+``in_place``    writes instructions as one micro-batch, or one slice of it, runs them
 ``stage_run``   runs forward and backward of one stage for one micro-batch
 ``split_backward``  splits a backward: gradients of inputs at once, those of weights later
 ``crossing``    moves pieces of values between the ranks of two stages

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardwright.base.user_code import user_source
 from shardwright.errors import ArgumentTypeError, PipelineError, StrategyError
-from shardwright.pipeline.schedules.named import schedule_names
+from shardwright.pipeline.schedules.named import check_slices, schedule_names, sliced_names
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stages import Mark
 
@@ -132,11 +132,11 @@ def stage_marks(root: nn.Module) -> dict[str, Mark]:
     return found
 
 
-def read_pipeline(stages: Any, output_broadcast: Any, interleave: Any, scheduler: Any) -> PipelineRequest:
+def read_pipeline(stages: Any, output_broadcast: Any, interleave: Any, scheduler: Any, slices: Any = 1) -> PipelineRequest:
     """Checks the arguments of :meth:`shardwright.AutoParallel.pipeline`.
 
     Args:
-        stages, output_broadcast, interleave, scheduler: as there.
+        stages, output_broadcast, interleave, scheduler, slices: as there.
 
     Raises:
         TypeError: something of the wrong type.
@@ -153,7 +153,20 @@ def read_pipeline(stages: Any, output_broadcast: Any, interleave: Any, scheduler
     names = (*schedule_names(), SEARCHED)
     if not isinstance(scheduler, Schedule) and scheduler not in names:
         raise PipelineError(f"pipeline(scheduler={scheduler!r}): use one of {', '.join(names)}, or a Schedule")
-    return PipelineRequest(stages, output_broadcast, interleave, scheduler)
+    if not isinstance(slices, int) or isinstance(slices, bool):
+        raise ArgumentTypeError(
+            f"pipeline(slices={slices!r}): give the number of slices of each micro-batch's sequence, an int"
+        )
+    if slices < 1:
+        raise PipelineError(f"pipeline(slices={slices}): give 1 or more")
+    if isinstance(scheduler, Schedule):
+        if scheduler.slices != slices:
+            raise PipelineError(
+                f"pipeline(slices={slices}): the schedule {scheduler.name!r} is of slices={scheduler.slices}; give as many"
+            )
+    else:
+        check_slices(scheduler, scheduler in sliced_names(), slices)
+    return PipelineRequest(stages, output_broadcast, interleave, scheduler, slices)
 
 
 @dataclass(frozen=True)
@@ -164,3 +177,4 @@ class PipelineRequest:
     output_broadcast: bool = False
     interleave: bool = False
     scheduler: Any = "1f1b"
+    slices: int = 1

@@ -19,12 +19,12 @@ from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held
 from shardwright.pipeline.elsewhere import Elsewhere
 from shardwright.pipeline.flight import Flight, Message, Places, places_of
-from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.random_turns import RandomTurns
 from shardwright.pipeline.run import PipelineRun, StagePlace, Step, add_pieces
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun, draw_only
+from shardwright.pipeline.units import Cut
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.world.distributed.links import Link
 from shardwright.world.distributed.transfer import Transfer

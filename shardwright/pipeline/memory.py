@@ -7,6 +7,7 @@ ahead, still on its way, and added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -61,15 +62,19 @@ def row_memory(
 def kept_of_micro(own: StageOfRow, graph: Graph) -> float:
     """Predicts the bytes that a stage's first rank holds of the first micro-batch from its forward to its backward.
 
+    Of slices it is their mean, as later ones hold the keys and values of more positions.
+
     Args:
         own: the stage.
         graph: of the whole network.
     """
-    row = _Row([own], [[Action(own.stage.index, FORWARD, 0)]], 0, graph, 0.0)
+    slices = own.parts.slices
+    row = _Row([own], [[Action(own.stage.index, FORWARD, unit) for unit in range(slices)]], 0, graph, 0.0)
     row.begin()
     before = row.usage.total
-    row.play(row.row[0])
-    return row.usage.total - before
+    for action in row.row:
+        row.play(action)
+    return (row.usage.total - before) / slices
 
 
 class _Row:
@@ -191,7 +196,7 @@ class _Row:
         """Returns a received or sent value of a micro-batch, as this row has it."""
         own = self.planned[action.stage]
         program = own.parts.each[action.micro or 0]
-        outputs = dict(zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True))
+        outputs = dict(zip((*own.stage.sent, *own.stage.returned.values()), program.outputs))  # what is kept follows
         placed = next((i for i in program.inputs if i.name == name), None)
         if placed is not None:
             return _tensor_of(placed, name in self.graph.needs_grad)
@@ -200,7 +205,9 @@ class _Row:
             return running.state.all_values[str(outputs[name])].tensor
         meta = self.graph.metas[name]
         shape = local_shape(program.layouts[str(outputs[name])], meta.shape)
-        shape = (-(-shape[0] // len(own.parts.each)), *shape[1:]) if shape else shape  # asked for before its forward
+        micro, slices = len(own.parts.each) // own.parts.slices, own.parts.slices
+        shape = (-(-shape[0] // micro), *shape[1:]) if shape else shape  # asked for before its forward
+        shape = (-(-math.prod(shape) // slices),) if slices > 1 else shape
         return LocalTensor(shape, contiguous_strides(shape), meta.dtype or torch.float32, True)
 
     def play(self, action: Action) -> None:
@@ -235,19 +242,33 @@ class _Row:
         state = MicroState(self.usage, held)
         for name, leaf in held.items():
             state.define(name, leaf.storage, leaf.tensor)
-        self._forward(_of_first_rank(own.parts.slices[micro]), state, (*held, *own.parts.cut))
+        self._forward(_of_first_rank(own.parts.cuts[micro]), state, (*held, *own.parts.cut))
         holds = []
         for name in own.stage.received:
             storage = self.coming.pop((action, name))
             holds.append(storage)
             state.define(name, storage, self._piece(action, name))
         program = _of_first_rank(own.parts.each[micro])
+        earlier = self._earlier(action, program)
+        for name, (before, of) in earlier.items():
+            kept = before.kept[of]
+            holds.append(self.usage.hold(kept.storage))
+            state.define(name, kept.storage, kept.tensor)
         outputs = {o for o in program.outputs if isinstance(o, str)}
         self._forward(program, state, outputs)
         holds += [self.usage.hold(state.values[name].storage) for name in outputs]
+        running = self.running[action.stage, micro] = RunningMicro(state, holds)
+        for name in own.parts.kept:
+            running.kept[name] = HeldValue(state.values[name].storage, state.values[name].tensor)
         for name in list(state.values):
             state.forget(name)
-        self.running[action.stage, micro] = RunningMicro(state, holds)
+
+    def _earlier(self, action: Action, program: LocalProgram) -> dict[str, tuple[RunningMicro, str]]:
+        """Returns what a program reads of earlier slices: by its name here, who keeps it, and its name there."""
+        parts, unit = self.planned[action.stage].parts, action.micro or 0
+        own, first = parts.earlier(unit), unit - unit % parts.slices
+        names = [i.name for i in program.inputs[len(program.inputs) - len(own) :]]
+        return {name: (self.running[action.stage, first + at], of) for name, (of, at) in zip(names, own, strict=True)}
 
     def _play_backward(self, action: Action) -> None:
         own, running = self.planned[action.stage], self.running[action.stage, action.micro or 0]
@@ -268,6 +289,12 @@ class _Row:
             if gradient is not None:
                 place = self.places.get((maker, action.micro or 0, True), (-1, 0))
                 self.leaving.append((place, gradient.storage))
+        for name, (before, of) in self._earlier(action, own.parts.each[action.micro or 0]).items():
+            gradient = state.gradients.pop(name, None)
+            if gradient is not None and before.kept[of].gradient is None:
+                before.kept[of].gradient = gradient.storage
+            elif gradient is not None:  # added to what later slices have given
+                self.usage.drop(gradient.storage)
         for gradient in state.gradients.values():
             self.usage.drop(gradient.storage)
         state.gradients.clear()
@@ -280,7 +307,7 @@ class _Row:
         for name in own.stage.sent:
             self._arrived(action, self.readers.get(name, ()))
         program = own.parts.each[action.micro or 0]
-        for name, local in zip((*own.stage.sent, *own.stage.returned.values()), program.outputs, strict=True):
+        for name, local in zip((*own.stage.sent, *own.stage.returned.values()), program.outputs):
             tensor = state.all_values[str(local)].tensor
             if not tensor.needs_grad or (self.has_loss and name not in own.stage.sent and name != self.graph.outputs[0]):
                 continue
@@ -289,6 +316,10 @@ class _Row:
                 storage = self.usage.hold(Storage(float(tensor.bytes), "transient", name))
             state.add_gradient(str(local), storage, tensor.shape, contiguous_strides(tensor.shape), "")
             given.append(storage)
+        for name, kept in self.running[action.stage, action.micro or 0].kept.items():
+            if kept.gradient is not None:
+                state.add_gradient(name, kept.gradient, kept.tensor.shape, contiguous_strides(kept.tensor.shape), "")
+                given.append(kept.gradient)
         return given
 
     def _play_tape(self, state: MicroState) -> None:

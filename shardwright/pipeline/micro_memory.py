@@ -93,8 +93,9 @@ class MicroCalls(CallPlayer):
 
 
 class RunningMicro:
-    """A micro-batch between its forward and its backward: its state, and what it holds besides."""
+    """A micro-batch, or a slice of one, between its forward and its backward: its state, and what it holds besides."""
 
     def __init__(self, state: MicroState, holds: list[Storage]):
         self.state, self.holds = state, holds
+        self.kept: dict[str, HeldValue] = {}  # what later slices read
         self.waits = False  # the whole backward is put off

@@ -51,16 +51,17 @@ class PipelinePlan:
         stages: the plan of each stage, which prints as a table.
         schedule: what each part of the ranks does, in order.
         sizes: samples of each micro-batch.
+        slices: positions of each slice of its sequence; a 1 where it is not cut.
         notes: what differs from what was asked for.
     """
 
     def __init__(
         self, planned: Sequence[PlannedStage], schedule: Schedule, times: StageTimes, sizes: Sequence[int],
-        graph: Graph, notes: Sequence[str] = (),
+        graph: Graph, notes: Sequence[str] = (), slices: Sequence[int] = (1,),
     ):  # fmt: skip
         self.graph = graph
         self.planned, self.schedule, self.sizes, self.notes = planned, schedule, tuple(sizes), tuple(notes)
-        self._seconds = times
+        self._seconds, self.slices = times, tuple(slices)
         self.stages = [PlanView(p.whole, p.parts.each[0]) for p in planned]
 
     @property
@@ -134,6 +135,8 @@ class PipelinePlan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         alike = len(set(self.sizes)) == 1
         sizes = f"{self.sizes[0]} samples each" if alike else f"{', '.join(map(str, self.sizes))} samples"
+        if len(self.slices) > 1:
+            sizes += f", each in {len(self.slices)} slices of {', '.join(map(str, dict.fromkeys(self.slices)))} positions"
         facts = (
             f"micro-batches: {len(self.sizes)}, of {sizes}",
             f"predicted: {_seconds(timeline.seconds)}, ranks idle {timeline.bubble:.0%}; no order is faster than "

@@ -7,14 +7,20 @@ import math
 from shardwright.base.opaque import OpaqueFunction
 from shardwright.ir.graph import Graph, Node
 from shardwright.pipeline.batch import is_reshape
+from shardwright.pipeline.units import NEVER_MEET, Cut
 from shardwright.rules.registry import signature_of
 from shardwright.rules.traits import family
 
 CANNOT = "the batch cannot pass in {} micro-batches; without .pipeline(...) it is computed at once"
-NEVER_MEET = "micro-batches pass one after the other and never meet"
+CANNOT_SLICES = 'the sequence cannot pass in {} slices; with scheduler="1f1b" and without slices= it is computed at once'
 LATER = "at the end of the network, where it runs after all micro-batches"
 TOGETHER = "computes something of all samples together, such as their mean"
 SUMMED = "is not linear in what it reads, which is a sum over the whole batch"
+
+
+def cannot(cut: Cut) -> str:
+    """Returns the heading of refusals."""
+    return CANNOT_SLICES.format(cut.slices) if cut.slices > 1 else CANNOT.format(cut.micro)
 
 
 def refusal(graph: Graph, node: Node, why: str, dim: int | None = None) -> str:
@@ -47,9 +53,14 @@ def refusal(graph: Graph, node: Node, why: str, dim: int | None = None) -> str:
     return f"{what} {why}; {NEVER_MEET}. {edit}"
 
 
-def needs_dim(index: int, dim: int) -> str:
-    """Returns that an operator needs a dim of an input whole."""
-    return f"needs dim {dim} of its input {index} whole, which is the batch"
+def needs_dim(index: int, dim: int, word: str) -> str:
+    """Returns that an operator needs a dim of an input whole.
+
+    Args:
+        index, dim: the input and the dim.
+        word: what the dim is.
+    """
+    return f"needs dim {dim} of its input {index} whole, which is the {word}"
 
 
 def changes_buffer(node: Node, name: str) -> str:

@@ -17,12 +17,12 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held, cross
 from shardwright.pipeline.cut import Stage, gives_gradients
-from shardwright.pipeline.micro import Cut, pieces_of_micro_batches
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.passes import Passes, backward_only, computing, forward_only
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun, StepState
+from shardwright.pipeline.units import Cut
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.simulated.steps import run_steps
 
@@ -222,40 +222,20 @@ class PipelineRun(ABC):
         place = self.places[stage]
         program = place.parts.each[0 if place.is_tail else micro]
         outputs = (*place.stage.sent, *place.stage.returned.values())
-        local = dict(zip(outputs, program.outputs, strict=True)).get(name, name)
+        local = dict(zip(outputs, program.outputs)).get(name, name)
         return Held(program.layouts[local], program.rank_groups[local], place.first_rank)
 
     def shape_of(self, name: str, micro: int) -> tuple[int, ...]:
         """Returns the shape of a value of a micro-batch, over all ranks of its stage."""
-        shape = list(self.graph.metas[name].shape)
-        dim = self.cut.dim(name)
-        if dim is not None:
-            shape[dim] = self.sizes_of(name)[micro]
-        return tuple(shape)
-
-    def sizes_of(self, name: str) -> tuple[int, ...]:
-        """Returns the sizes into which micro-batches cut a value."""
-        dim = self.cut.dim(name)
-        assert dim is not None
-        return pieces_of_micro_batches(self.cut.layouts[name], dim, self.graph.metas[name].shape[dim])
+        return self.cut.shape_of(name, self.graph.metas[name].shape, micro)
 
     def seed_of(self, name: str, micro: int, seed: Tensor) -> Tensor:
         """Returns the part of a result's gradient that belongs to a micro-batch."""
-        dim = self.cut.dim(name)
-        if dim is not None:
-            sizes = self.sizes_of(name)
-            return seed.narrow(dim, sum(sizes[:micro]), sizes[micro])
-        return seed if self.cut.is_sum(name) or not micro else torch.zeros_like(seed)
+        return self.cut.piece_of(name, seed, micro)
 
     def joined(self, name: str, each: Sequence[Tensor]) -> Tensor:
         """Joins what micro-batches give of a result."""
-        dim = self.cut.dim(name)
-        if dim is not None:
-            return torch.cat(list(each), dim)
-        total = each[0].clone()
-        for other in each[1:] if self.cut.is_sum(name) else ():
-            total += other
-        return total
+        return self.cut.joined(name, each)
 
 
 class SimulatedPipelineRun(PipelineRun):

@@ -47,11 +47,12 @@ def placement_of(request: PipelineRequest, rows: int, micro_size: int) -> Placem
     """
     asked = request.scheduler
     if isinstance(asked, Schedule):
-        if len(asked.rows) != rows or asked.micro_count != micro_size:
+        micro = asked.micro_count // asked.slices
+        if len(asked.rows) != rows or micro != micro_size:
             raise PipelineError(
                 f"pipeline(scheduler=...): the schedule {asked.name!r} is of {len(asked.rows)} ranks and "
-                f"{asked.micro_count} micro-batches, the pipeline of {rows} and {micro_size}; give "
-                f"PipelineCell(micro_size={asked.micro_count}) and stages={len(asked.rows)}, or a schedule of theirs"
+                f"{micro} micro-batches, the pipeline of {rows} and {micro_size}; give "
+                f"PipelineCell(micro_size={micro}) and stages={len(asked.rows)}, or a schedule of theirs"
             )
         check_schedule(asked)
         return Placement(rows, asked.row_of_stage)
@@ -78,13 +79,13 @@ def schedule_of(request: PipelineRequest, placement: Placement, micro: int, time
     """
     asked = request.scheduler
     if isinstance(asked, Schedule):
-        return asked if asked.micro_count == micro else forwards_first(placement, micro)
+        return asked if asked.micro_count == micro * asked.slices else forwards_first(placement, micro, asked.slices)
     if asked == SEARCHED:
         return search_schedule(times, micro, placement.row_of_stage)
     try:
         return _named(request, placement.rows, micro)
     except PipelineError:
-        return forwards_first(placement, micro)
+        return forwards_first(placement, micro, request.slices)
 
 
 def _named(request: PipelineRequest, rows: int, micro: int) -> Schedule:
@@ -97,11 +98,16 @@ def _named(request: PipelineRequest, rows: int, micro: int) -> Schedule:
             f"pipeline(scheduler={name!r}, interleave=True): it has one stage on each part of the ranks; use "
             'scheduler="1f1b", "zero_bubble_v" or "searched"'
         )
-    return make_schedule(name, rows, micro, per_row)
+    return make_schedule(name, rows, micro, per_row, request.slices)
 
 
-def forwards_first(placement: Placement, micro: int) -> Schedule:
+def forwards_first(placement: Placement, micro: int, slices: int = 1) -> Schedule:
     """Makes the schedule in which each row runs all forwards of its stages, then all backwards.
+
+    Args:
+        placement: which row runs which stage.
+        micro: number of micro-batches.
+        slices: of each; backwards go through them in reverse.
 
     >>> print(forwards_first(Placement.of(2), 1))
     forwards first: 2 stages on 2 ranks, 1 micro-batch
@@ -111,9 +117,10 @@ def forwards_first(placement: Placement, micro: int) -> Schedule:
     rows = []
     for row in range(placement.rows):
         own = [stage for stage, at in enumerate(placement.row_of_stage) if at == row]
-        forwards = [Action(stage, FORWARD, m) for stage in own for m in range(micro)]
-        rows.append((*forwards, *(Action(stage, BACKWARD, m) for stage in reversed(own) for m in range(micro))))
-    return Schedule(FORWARDS_FIRST, tuple(rows), len(placement.row_of_stage), micro)
+        forwards = [Action(stage, FORWARD, unit) for stage in own for unit in range(micro * slices)]
+        back = [m * slices + slices - 1 - at for m in range(micro) for at in range(slices)]
+        rows.append((*forwards, *(Action(stage, BACKWARD, unit) for stage in reversed(own) for unit in back)))
+    return Schedule(FORWARDS_FIRST, tuple(rows), len(placement.row_of_stage), micro * slices, slices)
 
 
 def without_loss(schedule: Schedule) -> Schedule:

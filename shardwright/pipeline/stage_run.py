@@ -32,6 +32,8 @@ class _Running:
     outputs: dict[str, Pieces]
     weights: list[tuple[Tensor, Tensor]]  # leaves that calls read held tensors through, with these; of split backwards
     split: SplitBackward | None = None
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what later slices read, each with the leaf that they read
+    earlier: list[Tensor] = field(default_factory=list)  # leaves of what earlier slices have kept
 
 
 @dataclass
@@ -42,11 +44,13 @@ class StepState:
         held: its held values.
         running: the micro-batches between their forward and their backward.
         sums: the held tensors, by identity, whose gradients are sums made here, which nobody else has.
+        kept: leaves that later slices read, by micro-batch and local value, slice after slice.
     """
 
     held: list[Pieces]
     running: dict[int, _Running]
     sums: set[int] = field(default_factory=set)
+    kept: dict[tuple[int, str], list[Pieces]] = field(default_factory=dict)
 
 
 class StageRun:
@@ -63,7 +67,7 @@ class StageRun:
     def __init__(self, stage: Stage, parts: Parts, bind: Bind, is_split: bool, puts_off: bool = False):
         self.stage, self.parts, self.is_split = stage, parts, is_split
         self.once = bind(parts.once, keep=parts.held)
-        self.slices = [bind(program, keep=parts.cut) if parts.cut else None for program in parts.slices]
+        self.cuts = [bind(program, keep=parts.cut) if parts.cut else None for program in parts.cuts]
         bound, self.readings = {}, {}
         for program in {id(p): p for p in parts.each}.values():
             runs, readings = with_own_readings(program, parts.held) if puts_off else (program, [])
@@ -72,7 +76,7 @@ class StageRun:
         self.each = [bound[id(program)] for program in parts.each]
         self.received = tuple(stage.received)
         names = (*stage.sent, *stage.returned.values())
-        self.outputs = list(zip(names, parts.each[0].outputs, strict=True)) if parts.each else []
+        self.outputs = list(zip(names, parts.each[0].outputs)) if parts.each else []  # what is kept follows
         self.state = StepState([], {})
         self.updates: list[Tensor] = []
 
@@ -101,19 +105,35 @@ class StageRun:
             received: the pieces of what other stages send.
             grad: whether a backward will follow.
         """
-        cut_of = self.slices[micro]
+        cut_of = self.cuts[micro]
         with torch.set_grad_enabled(grad):
             held = [self._given(pieces) for pieces in self.state.held]
             cut = list(cut_of(*held)) if cut_of is not None else []
             leaves = {name: [self._leaf(p, name, grad) for p in received[name]] for name in self.received}
             own = [self._own(self.state.held[at]) for at in self.readings[id(self.parts.each[micro])]]
-            given = [self._given(leaves[name]) for name in self.received] + [self._given([r for r, _ in o]) for o in own]
-            outputs, updates = self.each[micro](*held, *cut, *given)
-        found = {name: self._pieces(value) for (name, _), value in zip(self.outputs, outputs, strict=True)}
+            earlier = [self.state.kept[micro // self.parts.slices, name][at] for name, at in self.parts.earlier(micro)]
+            given = (*(leaves[name] for name in self.received), *earlier, *([r for r, _ in o] for o in own))
+            outputs, updates = self.each[micro](*held, *cut, *map(self._given, given))
+        found = {name: self._pieces(value) for (name, _), value in zip(self.outputs, outputs)}
         self.updates = updates
+        kept = self._keep(micro, [self._pieces(value) for value in outputs[len(self.outputs) :]], grad)
         if grad:
-            self.state.running[micro] = _Running(leaves, found, [pair for pairs in own for pair in pairs])
+            weights = [pair for pairs in own for pair in pairs]
+            read = [leaf for pieces in earlier for leaf in pieces]
+            self.state.running[micro] = _Running(leaves, found, weights, None, kept, read)
         return found
+
+    def _keep(self, micro: int, made: Sequence[Pieces], grad: bool) -> list[tuple[Tensor, Tensor]]:
+        """Keeps what later slices read, as leaves in which their gradients add up; returns the tensors with their leaves."""
+        batch, pairs = micro // self.parts.slices, list[tuple[Tensor, Tensor]]()
+        for name, pieces in zip(self.parts.kept, made, strict=True):
+            if (micro + 1) % self.parts.slices:
+                leaves = [piece.detach().requires_grad_(grad and piece.requires_grad) for piece in pieces]
+                self.state.kept.setdefault((batch, name), []).append(leaves)
+                pairs += zip(pieces, leaves, strict=True)
+            else:  # the last slice of its micro-batch; the units that have read the leaves hold them for their backwards
+                self.state.kept.pop((batch, name), None)
+        return pairs
 
     def backward(self, micro: int, gradients: Mapping[str, Pieces]) -> dict[str, Pieces]:
         """Runs the backward of a micro-batch; gradients of held values add up there.
@@ -142,6 +162,7 @@ class StageRun:
         run = self.state.running[micro]
         tensors, given = self._roots(run, gradients)
         wanted = [leaf for pieces in run.received.values() for leaf in pieces if leaf.requires_grad]
+        wanted += [leaf for leaf in run.earlier if leaf.requires_grad]
         held = [leaf for pieces in self.state.held for leaf in pieces if leaf.requires_grad]
         weights = [leaf for leaf, _ in run.weights if leaf.requires_grad]
         run.split = SplitBackward(tensors, given, wanted, [*held, *weights])
@@ -157,9 +178,13 @@ class StageRun:
     def _hand_on(self, found: Iterable[tuple[Tensor, Tensor | None]], run: _Running) -> None:
         """Adds gradients to the leaves that they are of; those of leaves for one call to the held tensors."""
         held = {id(leaf): piece for leaf, piece in run.weights}
+        earlier = {id(leaf) for leaf in run.earlier}
         sums = self.state.sums
         for leaf, gradient in found:
             if gradient is None:
+                continue
+            if id(leaf) in earlier:  # which ends with its micro-batch, and is no sum of the step
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
                 continue
             target = held.get(id(leaf), leaf)
             if target.grad is None:
@@ -178,11 +203,15 @@ class StageRun:
                 if piece.requires_grad:
                     tensors.append(piece)
                     given.append(gradient)
+        for piece, leaf in run.kept:
+            if leaf.grad is not None:
+                tensors.append(piece)
+                given.append(leaf.grad)
         return tensors, given
 
     def _leaves(self, run: _Running) -> list[Tensor]:
         leaves = [leaf for pieces in (*self.state.held, *run.received.values()) for leaf in pieces]
-        return leaves + [leaf for leaf, _ in run.weights]
+        return leaves + [leaf for leaf, _ in run.weights] + run.earlier
 
     def _handed_back(self, run: _Running) -> dict[str, Pieces]:
         """Takes the gradients of what was received, which leaves would hold until the second half."""
@@ -222,4 +251,4 @@ def draw_only(program: LocalProgram) -> None:
 
 def programs_of(parts: Parts) -> list[LocalProgram]:
     """Lists every program of a stage once."""
-    return list({id(p): p for p in (parts.once, *parts.slices, *parts.each)}.values())
+    return list({id(p): p for p in (parts.once, *parts.cuts, *parts.each)}.values())

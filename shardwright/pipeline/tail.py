@@ -16,27 +16,28 @@ from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import options_of, program_before_overlap
 from shardwright.pipeline.cut import cut_graph
-from shardwright.pipeline.micro import Cut, cut_plan
-from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
+from shardwright.pipeline.in_place import MicroBatchesMeet
+from shardwright.pipeline.micro import cut_plan
+from shardwright.pipeline.parts import parts_of
 from shardwright.pipeline.schedules.actions import FORWARD
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stages import free_nodes
+from shardwright.pipeline.units import Cut
 
 
-def meeting(plan: Plan, count: int, cut: Cut, received: Collection[str]) -> list[str]:
+def meeting(plan: Plan, cut: Cut, received: Collection[str]) -> list[str]:
     """Lists the operators of a stage's plan that need the whole batch.
 
     Args:
         plan: of the stage.
-        count: number of micro-batches.
         cut: where the values that it reads are cut.
         received: those that come from other stages.
     """
     found: list[str] = []
-    made = cut_plan(plan, count, Cut(dict(cut.layouts)), Problems(), found)
+    made = cut_plan(plan, cut.copy(), Problems(), found)
     if not found:
         try:
-            parts_of(program_before_overlap(made), count, options_of(replace(made, machine=None)), tuple(received))
+            parts_of(program_before_overlap(made), cut.units, options_of(replace(made, machine=None)), tuple(received))
         except MicroBatchesMeet as met:
             found.append(str(met))
     return found
@@ -68,16 +69,15 @@ def tail_of(graph: Graph, met: Collection[str], stage_of: Mapping[str, int] | No
     return tail
 
 
-def whole_tail(plan: Plan, count: int, cut: Cut) -> list[str]:
+def whole_tail(plan: Plan, cut: Cut) -> list[str]:
     """Lists the operators of a tail of the whole graph, none if there can be no tail.
 
     Args:
         plan: of the whole graph.
-        count: number of micro-batches.
         cut: where the inputs are cut.
     """
     graph, body, tail = plan.graph, plan, list[str]()
-    while met := meeting(body, count, cut, ()):
+    while met := meeting(body, cut, ()):
         found = tail_of(graph, [*tail, *met])
         if found is None or len(found) == len(graph.nodes):
             return []

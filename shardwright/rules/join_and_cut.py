@@ -7,6 +7,7 @@ only padding with a value other than zero is not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,6 +141,44 @@ def _slice_rule(op: Operator) -> Signature | None:
         return parse(notation([dims], [dims]), op, None, ONE, _keep_all)
     inputs, outputs = with_dims(dims, {dim: "cut!"}), with_dims(dims, {dim: "part!"})
     return parse(notation([inputs], [outputs]), op, None, ONE)
+
+
+def takes_part(op: Operator, dim: int) -> bool:
+    """Tells whether a call takes a part of a dim."""
+    is_slice = op.name in ("aten.slice", "aten.narrow") and len(op.inputs) == 1
+    return is_slice and op.argument("dim", 0) % len(op.inputs[0].shape) == dim and op.outputs[0].shape != op.inputs[0].shape
+
+
+def cut_in_pieces(op: Operator, pieces: Sequence[int]) -> tuple[Signature, tuple[int, ...]] | None:
+    """Makes the rule of a slice whose dim is cut into pieces, which give what they have of it.
+
+    The cut dim is the factor ``cut`` of the input and ``part`` of the output, which the same axes split.
+
+    Args:
+        op: a slice or a narrow.
+        pieces: sizes of the pieces.
+
+    Returns:
+        The rule, and what each piece gives; ``None`` for a slice with steps.
+    """
+    dims = names(len(op.inputs[0].shape))
+    dim = op.argument("dim", 0) % len(dims)
+    size, length = op.inputs[0].shape[dim], op.outputs[0].shape[dim]
+    first = op.argument("start") or 0
+    if op.argument("step", 1) != 1:
+        return None
+    first = min(max(first + size if first < 0 else first, 0), size)
+    ends = [sum(pieces[: at + 1]) for at in range(len(pieces))]
+    own = tuple(max(0, min(end, first + length) - max(end - n, first)) for end, n in zip(ends, pieces, strict=True))
+
+    def narrowed(local: Local) -> Ref:
+        at, count = start(local, False, 0, dim), local.local_size(False, 0, dim)
+        begin = of_sizes(lambda a, n: min(max(first - a, 0), n), at, count)
+        return local.call(torch.narrow, local.inputs[0], dim, begin, local.local_size(True, 0, dim))
+
+    inputs, outputs = with_dims(dims, {dim: "cut~"}), with_dims(dims, {dim: "part"})
+    made = parse(notation([inputs], [outputs]), op, None, ONE, narrowed)
+    return replace(made, tied=frozenset({"cut", "part"})), own
 
 
 def _keep_all(local: Local) -> Ref:

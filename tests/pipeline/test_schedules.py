@@ -21,11 +21,18 @@ from shardwright.pipeline.schedules.schedule import Schedule
 
 NAMES = schedule_names()
 STAGES = {"interleaved_1f1b": (1, 2, 3), "zero_bubble_v": (2,)}
-SHAPES = [(name, ranks, stages) for name in NAMES for ranks in range(1, 9) for stages in STAGES.get(name, (1,))]
+SLICES = {"seqpipe": (2, 3, 4)}
+SHAPES = [
+    (name, ranks, stages, slices)
+    for name in NAMES
+    for ranks in range(1, 9)
+    for stages in STAGES.get(name, (1,))
+    for slices in SLICES.get(name, (1,))
+]
 
 
-def micro_counts(name: str, ranks: int) -> list[int]:
-    least = 2 * ranks if name == "zero_bubble_v" else ranks
+def micro_counts(name: str, ranks: int, slices: int = 1) -> list[int]:
+    least = 2 * ranks if name == "zero_bubble_v" else -(-ranks // slices)
     return sorted({least, least + 1, 2 * least - 1, 2 * least, 2 * least + 1, 3 * least + 2})
 
 
@@ -37,11 +44,12 @@ def random_times(draw: random.Random, count: int, **more) -> StageTimes:
     return StageTimes(*([draw.uniform(1, 3) for _ in range(count)] for _ in range(3)), **more)
 
 
-@pytest.mark.parametrize("name, ranks, stages", SHAPES)
-def test_published_schedules_are_what_was_published(name, ranks, stages):
+@pytest.mark.parametrize("name, ranks, stages, slices", SHAPES)
+def test_published_schedules_are_what_was_published(name, ranks, stages, slices):
     draw = random.Random(0)
-    for micro in micro_counts(name, ranks):
-        schedule = make_schedule(name, ranks, micro, stages)
+    for whole in micro_counts(name, ranks, slices):
+        schedule = make_schedule(name, ranks, whole, stages, slices)
+        micro = whole * slices
         check_schedule(schedule)
         assert (schedule.stage_count, len(schedule.rows)) == (ranks * stages, ranks)
         across = [min(s, 2 * ranks - 1 - s) for s in range(2 * ranks)] if name == "zero_bubble_v" else None
@@ -61,6 +69,8 @@ def test_published_schedules_are_what_was_published(name, ranks, stages):
             assert peaks == [p - rank for rank in range(p)]
         elif name == "interleaved_1f1b" and m % p == 0:
             assert peaks == [min(stages * m, (stages - 1) * p + 2 * (p - 1 - rank) + 1) for rank in range(p)]
+        elif name == "seqpipe":
+            assert peaks == [min(m, p - rank + slices - 1) for rank in range(p)]
         elif name == "zero_bubble_h1":
             assert max(peaks) <= p  # that of 1F1B
         elif name == "zero_bubble_v":
@@ -198,7 +208,7 @@ def test_the_check_refuses_exactly_what_does_not_run_through():
     draw = random.Random(2)
     outcomes = {True: 0, False: 0}
     for _ in range(400):
-        name = draw.choice(NAMES)
+        name = draw.choice([name for name in NAMES if name not in SLICES])
         ranks = draw.randint(1, 4)
         schedule = make_schedule(name, ranks, 2 * ranks + draw.randint(0, 2), draw.choice(STAGES.get(name, (1,))))
         for _ in range(draw.randint(1, 2)):
@@ -247,7 +257,7 @@ def test_schedules_of_inference_have_forwards_only():
     rows = rows_of("0F0 0F1", "1F0 1F1")
     check_schedule(Schedule("inference", rows, 2, 2), forward_only=True)
     for name in NAMES:
-        check_schedule(make_schedule(name, 3, 7).forward_only(), forward_only=True)
+        check_schedule(make_schedule(name, 3, 7, slices=SLICES.get(name, (1,))[0]).forward_only(), forward_only=True)
     with pytest.raises(PipelineError, match="backward of micro-batch 1 on stage 0 is none of them"):
         check_schedule(Schedule("inference", rows, 2, 2))
     with pytest.raises(PipelineError, match="stage 0 has a backward of micro-batch 0"):
@@ -268,6 +278,9 @@ def test_schedules_of_inference_have_forwards_only():
         (("1f1b", 4, 8, 2), "with 2 stages per rank; it takes stages_per_rank=1"),
         (("interleaved_1f1b", 4, 8, 0), "stages_per_rank=1 or more"),
         (("gpipe", 0, 8), "on 0 ranks; give at least one"),
+        (("seqpipe", 4, 8), "in slices of their sequence and has slices=1; give slices=2 or more"),
+        (("seqpipe", 4, 1, 1, 2), "needs at least 2 micro-batches and has 1; use micro_size=2 or more, or at most 2 ranks"),
+        (("gpipe", 4, 8, 1, 2), 'whole and has slices=2; leave slices out, or give scheduler="seqpipe"'),
     ],
 )
 @pytest.mark.whole
@@ -383,14 +396,15 @@ def test_files_of_torch_with_one_stage_per_rank_are_read(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_reads_our_files(name, tmp_path):
     for ranks, micro in ((2, 4), (3, 7), (4, 8)):
-        schedule = make_schedule(name, ranks, micro, STAGES.get(name, (1,))[-1])
+        slices = SLICES.get(name, (1,))[0]
+        schedule = make_schedule(name, ranks, micro, STAGES.get(name, (1,))[-1], slices)
         schedule.to_csv(tmp_path / "ours.csv")
-        assert Schedule.from_csv(tmp_path / "ours.csv", name) == schedule
-        theirs = of_torch(torchs._PipelineScheduleRuntime, ranks, schedule.stage_count, micro)
+        assert Schedule.from_csv(tmp_path / "ours.csv", name, slices) == schedule
+        theirs = of_torch(torchs._PipelineScheduleRuntime, ranks, schedule.stage_count, micro * slices)
         theirs._load_csv(str(tmp_path / "ours.csv"))  # puts sends and receives in, which raises where they never meet
         assert theirs.stage_index_to_group_rank == dict(enumerate(schedule.row_of_stage))
         theirs._dump_csv(tmp_path / "torch.csv", format="compute_comms")
-        assert Schedule.from_csv(tmp_path / "torch.csv", name).compute_only() == schedule
+        assert Schedule.from_csv(tmp_path / "torch.csv", name, slices).compute_only() == schedule
 
 
 def test_files_that_are_none_are_refused(tmp_path):

@@ -16,6 +16,8 @@ SHOWN = 20  # problems; of a schedule that is wrong altogether there are thousan
 def check_schedule(schedule: Schedule, forward_only: bool = False) -> None:
     """Checks that each stage does each micro-batch once, in order, and that no rank waits for itself.
 
+    Slices of a micro-batch go forward in their order, as each reads what the earlier ones keep, and backward in reverse.
+
     Args:
         schedule: what to check.
         forward_only: whether there is no backward, as in inference.
@@ -23,7 +25,7 @@ def check_schedule(schedule: Schedule, forward_only: bool = False) -> None:
     Raises:
         PipelineError: something is wrong; ``problems`` has a line for each thing that is.
     """
-    problems = [*_places(schedule), *_counts(schedule, forward_only), *_order(schedule)]
+    problems = [*_places(schedule), *_counts(schedule, forward_only), *_order(schedule), *_order_of_slices(schedule)]
     if not problems:
         run = execute(schedule.rows, schedule.stage_count, Durations())
         problems = [_circle(schedule, run)] if run.blocked else []
@@ -109,6 +111,31 @@ def _order(schedule: Schedule) -> list[str]:
             if first in there and first not in seen:
                 problems.append(f"{action} stands before {first} on rank {rank}; put it after that")
             seen.add(action)
+    return problems
+
+
+def _order_of_slices(schedule: Schedule) -> list[str]:
+    """Lists actions that stand in their row before one of the slice that they need."""
+    slices = schedule.slices
+    if slices < 1 or schedule.micro_count % slices:
+        return [f"{schedule.micro_count} slices in all are not {slices} of each micro-batch; give slices= that divides them"]
+    problems = []
+    for rank, row in enumerate(schedule.rows):
+        seen: set[Action] = set()
+        there = set(row)
+        for action in row:
+            stage, kind, unit = action
+            seen.add(action)
+            if unit is None or kind not in (FORWARD, BACKWARD, INPUT):
+                continue
+            is_end = unit % slices == (0 if kind == FORWARD else slices - 1)
+            kinds = (FORWARD,) if kind == FORWARD else (BACKWARD, INPUT)
+            need = () if is_end else [Action(stage, own, unit - 1 if kind == FORWARD else unit + 1) for own in kinds]
+            problems += [
+                f"{action} stands before {first} on rank {rank}, which is of a slice that it needs; put it after that"
+                for first in need
+                if first in there and first not in seen
+            ]
     return problems
 
 

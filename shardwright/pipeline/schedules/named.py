@@ -11,7 +11,7 @@ from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEI
 from shardwright.pipeline.schedules.schedule import Schedule
 
 Row = list[Action]
-# (rank, ranks, micro-batches, stages per rank) -> what the rank does
+# (rank, ranks, micro-batches, stages per rank) -> what the rank does; of slices, their number in place of that of stages
 MakeRow = Callable[[int, int, int, int], Row]
 
 
@@ -22,6 +22,7 @@ class Named(NamedTuple):
     least_stages: int = 1
     most_stages: int | None = 1
     micro_per_rank: int = 1  # the least, for each rank
+    is_sliced: bool = False  # whether micro-batches are cut into slices
 
 
 _NAMED: dict[str, Named] = {}
@@ -31,20 +32,27 @@ def schedule_names() -> tuple[str, ...]:
     """Lists the names that :func:`make_schedule` knows.
 
     >>> schedule_names()
-    ('gpipe', '1f1b', 'interleaved_1f1b', 'zero_bubble_h1', 'zero_bubble_v')
+    ('gpipe', '1f1b', 'interleaved_1f1b', 'zero_bubble_h1', 'zero_bubble_v', 'seqpipe')
     """
     return tuple(_NAMED)
 
 
-def make_schedule(name: str, ranks: int, micro_count: int, stages_per_rank: int | None = None) -> Schedule:
+def sliced_names() -> tuple[str, ...]:
+    """Lists the names of schedules that pass micro-batches in slices of their sequence."""
+    return tuple(name for name, named in _NAMED.items() if named.is_sliced)
+
+
+def make_schedule(name: str, ranks: int, micro_count: int, stages_per_rank: int | None = None, slices: int = 1) -> Schedule:
     """Makes a published schedule.
 
     Args:
         name: one of :func:`schedule_names`.
         ranks: how many ranks there are; a rank may be several devices.
-        micro_count: how many micro-batches; as many as ranks at least, and twice as many for ``zero_bubble_v``.
+        micro_count: how many micro-batches; as many as ranks at least, and twice as many for ``zero_bubble_v``. For ``seqpipe``
+            as many slices of micro-batches as ranks are enough.
         stages_per_rank: 1 by default, and 2 for ``zero_bubble_v``. Stage s is on rank s modulo ranks, and with
             ``zero_bubble_v`` the second half of the stages goes back from the last rank to the first.
+        slices: how many slices each micro-batch is cut into, for ``seqpipe``: 2 or more.
 
     Raises:
         PipelineError: there is no such schedule, or the numbers do not fit it.
@@ -63,17 +71,42 @@ def make_schedule(name: str, ranks: int, micro_count: int, stages_per_rank: int 
     if stages < named.least_stages or (named.most_stages is not None and stages > named.most_stages):
         allowed = f"{named.least_stages}" + (" or more" if named.most_stages is None else "")
         raise PipelineError(f"schedule {name!r} with {stages} stages per rank; it takes stages_per_rank={allowed}")
-    least = named.micro_per_rank * ranks
+    check_slices(name, named.is_sliced, slices)
+    least = -(-named.micro_per_rank * ranks // slices)
     if micro_count < least:
         raise PipelineError(
             f"schedule {name!r} on {ranks} ranks needs at least {least} micro-batches and has {micro_count}; "
-            f"use micro_size={least} or more, or at most {max(micro_count, 0) // named.micro_per_rank} ranks"
+            f"use micro_size={least} or more, or at most {max(micro_count, 0) * slices // named.micro_per_rank} ranks"
         )
-    rows = tuple(tuple(named.make_row(rank, ranks, micro_count, stages)) for rank in range(ranks))
-    return Schedule(name, rows, ranks * stages, micro_count)
+    count, last = micro_count * slices, slices if named.is_sliced else stages
+    rows = tuple(tuple(named.make_row(rank, ranks, count, last)) for rank in range(ranks))
+    return Schedule(name, rows, ranks * stages, count, slices)
 
 
-def _named(name: str, **limits: int | None) -> Callable[[MakeRow], MakeRow]:
+def check_slices(name: str, is_sliced: bool, slices: int) -> None:
+    """Checks that slices are given where a schedule has them, and there alone.
+
+    Args:
+        name: of the schedule.
+        is_sliced: whether it has slices.
+        slices: their number.
+
+    Raises:
+        PipelineError: they are missing, or given to another one.
+    """
+    if is_sliced and slices < 2:
+        raise PipelineError(
+            f"schedule {name!r} passes micro-batches in slices of their sequence and has slices={slices}; give slices=2 or "
+            'more, or scheduler="1f1b"'
+        )
+    if not is_sliced and slices != 1:
+        raise PipelineError(
+            f"schedule {name!r} passes micro-batches whole and has slices={slices}; leave slices out, or give "
+            'scheduler="seqpipe"'
+        )
+
+
+def _named(name: str, **limits: int | bool | None) -> Callable[[MakeRow], MakeRow]:
     def add(make_row: MakeRow) -> MakeRow:
         _NAMED[name] = Named(make_row, **limits)  # type: ignore[arg-type]
         return make_row
@@ -155,6 +188,17 @@ def _zero_bubble_v(rank: int, ranks: int, micro_count: int, stages: int) -> Row:
     for stage in (inner, outer):
         run(stage, WEIGHT, micro_count - following[stage, WEIGHT])
     return row
+
+
+@_named("seqpipe", is_sliced=True)
+def _seqpipe(rank: int, ranks: int, micro_count: int, slices: int) -> Row:
+    """Is 1F1B of slices of the sequence: forward slice by slice, backward through those of a micro-batch in reverse.
+
+    The first gradient comes from the last slice of a micro-batch, so that all ranks are further ahead by the others.
+    """
+    forwards = [Action(rank, FORWARD, unit) for unit in range(micro_count)]
+    units = [first + slices - 1 - at for first in range(0, micro_count, slices) for at in range(slices)]
+    return _alternating(forwards, [Action(rank, BACKWARD, unit) for unit in units], ahead=ranks - 1 - rank + slices - 1)
 
 
 def _alternating(forwards: Row, backwards: Row, ahead: int) -> Row:

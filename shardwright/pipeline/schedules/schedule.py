@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from shardwright.pipeline.schedules.execution import Durations, execute
 class Schedule:
     """The actions of each rank of a pipeline, in order. A rank is the set of devices that a row's stages are on.
 
+    Where micro-batches are cut into ``slices`` of their sequence, these are what is counted: slice k of micro-batch m has the
+    number ``m * slices + k``, and ``micro_count`` is the number of all of them.
+
     >>> print(Schedule("one by one", ((Action(0, "F", 0), Action(0, "B", 0)), (Action(1, "F", 0), Action(1, "B", 0))), 2, 1))
     one by one: 2 stages on 2 ranks, 1 micro-batch
     rank 0  0F0         0B0
@@ -27,6 +30,7 @@ class Schedule:
     rows: tuple[tuple[Action, ...], ...]
     stage_count: int
     micro_count: int
+    slices: int = 1
 
     @cached_property
     def row_of_stage(self) -> tuple[int, ...]:
@@ -58,7 +62,7 @@ class Schedule:
 
     def _only(self, kinds: Sequence[str]) -> Schedule:
         rows = tuple(tuple(action for action in row if action.kind in kinds) for row in self.rows)
-        return Schedule(self.name, rows, self.stage_count, self.micro_count)
+        return replace(self, rows=rows)
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a row for each rank, as ``torch.distributed.pipelining`` does: a column a step, empty where a rank idles."""
@@ -66,7 +70,7 @@ class Schedule:
             csv.writer(file).writerows(_columns(self))
 
     @classmethod
-    def from_csv(cls, path: str | Path, name: str | None = None) -> Schedule:
+    def from_csv(cls, path: str | Path, name: str | None = None, slices: int = 1) -> Schedule:
         """Reads what :meth:`to_csv` or torch wrote; sends and receives are left out, as they follow from the rest.
 
         A cell ``(0F1;3B0)OVERLAP_F_B``, two actions that torch runs in one, becomes the two in their order.
@@ -74,6 +78,7 @@ class Schedule:
         Args:
             path: the file.
             name: the name of the schedule; by default that of the file.
+            slices: how many slices of a micro-batch its numbers count, which no file says.
 
         Raises:
             PipelineError: a cell is no action, or the file has none.
@@ -90,7 +95,7 @@ class Schedule:
         if not found:
             raise PipelineError(f"{path} has no action; write one row per rank, such as 0F0,0F1,0B0,0B1")
         micro_count = 1 + max(action.micro or 0 for action in found)
-        return cls(name or Path(path).stem, tuple(rows), 1 + max(action.stage for action in found), micro_count)
+        return cls(name or Path(path).stem, tuple(rows), 1 + max(action.stage for action in found), micro_count, slices)
 
     def __str__(self) -> str:
         columns = _columns(self)
@@ -98,7 +103,9 @@ class Schedule:
         label = max(len(f"rank {rank}") for rank in range(len(columns))) if columns else 0
         lines = [f"rank {rank}".ljust(label + 2) + " ".join(c.ljust(width) for c in row) for rank, row in enumerate(columns)]
         head = f"{self.name}: {_count(self.stage_count, 'stage')} on {_count(len(self.rows), 'rank')}, "
-        return "\n".join([head + _count(self.micro_count, "micro-batch"), *(line.rstrip() for line in lines)])
+        head += _count(self.micro_count // self.slices, "micro-batch")
+        head += f" of {self.slices} slices each" if self.slices > 1 else ""
+        return "\n".join([head, *(line.rstrip() for line in lines)])
 
 
 def _columns(schedule: Schedule) -> list[list[str]]:
