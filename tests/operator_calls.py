@@ -50,6 +50,10 @@ def _by_hand() -> dict[str, list[tuple[Any, ...]]]:
     def x(*shape: int) -> Tensor:
         return torch.linspace(0.1, 0.9, torch.Size(shape).numel()).reshape(shape).requires_grad_()
 
+    def weights(gates: int) -> list[Tensor]:
+        return [x(4 * gates, 4), x(4 * gates, 4), x(4 * gates), x(4 * gates)]
+
+    network = (True, 1, 0.0, False, False, False)  # biases, one layer, no dropout, in evaluation, one way, time first
     whole, truth, numbers = x(4, 4), x(4, 4) > 0.5, torch.arange(16).reshape(4, 4)
     pairs, conv, no = x(4, 2), (None, [1, 1], [0, 0], [1, 1]), [0, 0]
     return {
@@ -61,6 +65,24 @@ def _by_hand() -> dict[str, list[tuple[Any, ...]]]:
         **{
             name: [(getattr(aten, name).Tensor, numbers, numbers % 4)]
             for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift")
+        },
+        **{
+            name: [(getattr(aten, name).input, x(3, 2, 4), *states, *network)]
+            for name, states in {
+                "gru": (x(1, 2, 4), weights(3)),
+                "lstm": ([x(1, 2, 4), x(1, 2, 4)], weights(4)),
+                "rnn_relu": (x(1, 2, 4), weights(1)),
+                "rnn_tanh": (x(1, 2, 4), weights(1)),
+            }.items()
+        },
+        **{
+            f"{name}_cell": [(getattr(aten, f"{name}_cell").default, x(2, 4), state, *weights(gates))]
+            for name, gates, state in (
+                ("gru", 3, x(2, 4)),
+                ("lstm", 4, [x(2, 4), x(2, 4)]),
+                ("rnn_relu", 1, x(2, 4)),
+                ("rnn_tanh", 1, x(2, 4)),
+            )
         },
         "bitwise_not": [(aten.bitwise_not.default, numbers)],
         "clamp": [(aten.clamp.default, whole, 0.2, 0.5)],

@@ -14,7 +14,7 @@ from operator_calls import Call, calls
 from torch import Tensor
 
 import shardwright  # noqa: F401  (registers the rules)
-from shardwright.base.operators import statistics_flag
+from shardwright.base.operators import RECURRENT, statistics_flag
 from shardwright.rules.registry import registered
 from shardwright.rules.traits import Traits, register_traits, rows, traits_of
 from shardwright.world.execute.source import python_entry, with_constants
@@ -187,7 +187,7 @@ def test_only_what_torch_says_draws_changes_a_generator():
             tagged |= {name} if traits_of(call.overload).draws else set()
     assert drawing <= tagged
     # of one number there is nothing to draw; the others draw when they are asked to
-    assert tagged - drawing <= {"randperm", "rrelu", "scaled_dot_product_attention"}
+    assert tagged - drawing <= {"randperm", "rrelu", "scaled_dot_product_attention", *RECURRENT}
 
 
 @pytest.mark.parametrize("name", NAMES)

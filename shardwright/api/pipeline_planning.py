@@ -14,11 +14,13 @@ from shardwright.api.stages import Target
 from shardwright.base.text import bytes_text, enough
 from shardwright.errors import MemoryLimitError, PipelineError
 from shardwright.ir.graph import Graph
-from shardwright.pipeline.cell import PipelineCell, PipelineRequest, stage_marks
+from shardwright.pipeline.batch import Batch
+from shardwright.pipeline.cell import PipelineCell, PipelineRequest, refuse_nested, stage_marks
 from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
 from shardwright.pipeline.micro import Cut
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
+from shardwright.pipeline.rows import with_sorted_rows
 from shardwright.pipeline.schedules.check import check_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.scheduling import forwards_first, micro_batches, placement_of, schedule_of
@@ -73,11 +75,14 @@ def plan_pipeline(target: Target, keeps_pieces: bool = False) -> PlannedPipeline
             "pipeline(stages=...): the target has no number of micro-batches; give "
             "sw.AutoParallel(sw.PipelineCell(model, micro_size=4))"
         )
+    refuse_nested(root.network)
     placement = placement_of(request, len(rows), root.micro_size)
     marks = stage_marks(root)
-    graph = with_counted_means(captured_once(target))
-    sizes = micro_batches(graph, root.micro_size)
-    parts = _Pipeline(target, graph, rows, placement, sizes, marks)
+    batch = Batch(with_counted_means(captured_once(target)), root.batch_dim)
+    sizes = micro_batches(batch, root.micro_size)
+    if len(sizes) > 1:
+        batch = batch.with_graph(with_sorted_rows(batch))
+    parts = _Pipeline(target, batch, rows, placement, sizes, marks)
     limit, state = target.settings.search.memory, target.settings.search.optimizer_bytes_per_byte
     if limit is None:
         return parts.planned(keeps_pieces, 0.0)
@@ -105,7 +110,7 @@ class _Pipeline:
     """All that the plan of a pipeline depends on."""
 
     target: Target
-    graph: Graph
+    batch: Batch
     rows: tuple[int, ...]
     placement: Placement
     sizes: tuple[int, ...]
@@ -118,9 +123,9 @@ class _Pipeline:
             keeps_pieces: whether this process keeps its rank's pieces of parameters, which are distributed then.
             weight: of bytes beside seconds, where stages are balanced.
         """
-        target, graph, sizes, request = self.target, self.graph, self.sizes, self.target.settings.pipeline
+        target, graph, sizes, request = self.target, self.batch.graph, self.sizes, self.target.settings.pipeline
         assert request is not None
-        planned, cut = plan_stages(target, graph, self.rows, self.placement, len(sizes), self.marks, keeps_pieces, weight)
+        planned, cut = plan_stages(target, self.batch, self.rows, self.placement, len(sizes), self.marks, keeps_pieces, weight)
         stages = [p for p in planned if not p.is_tail]
         costs = [cost_of(p.whole) for p in stages]
         tail = planned[-1] if planned[-1].is_tail else None

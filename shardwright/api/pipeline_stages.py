@@ -17,11 +17,13 @@ from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
 from shardwright.ir.plan import Plan
 from shardwright.partition.local_program import options_of, program_before_overlap
+from shardwright.pipeline.batch import Batch
 from shardwright.pipeline.cut import Stage, cut_graph
-from shardwright.pipeline.micro import NEVER_MEET, Cut, batch_cuts, cut_plan, micro_mesh
+from shardwright.pipeline.micro import MICRO, Cut, cut_plan, micro_mesh
 from shardwright.pipeline.parts import MicroBatchesMeet, parts_of
 from shardwright.pipeline.pipeline_plan import PlannedStage
 from shardwright.pipeline.random_turns import check_order_of_draws
+from shardwright.pipeline.refusals import CANNOT, TOGETHER, refusal
 from shardwright.pipeline.stage_times import operator_bytes, operator_seconds
 from shardwright.pipeline.stages import KnownCut, Mark, Placement, assign_stages
 from shardwright.pipeline.tail import meeting, received_whole, tail_of, whole_tail
@@ -44,7 +46,7 @@ def forget_cut(root: nn.Module, placement: Placement) -> None:
 
 def plan_stages(
     target: Target,
-    graph: Graph,
+    batch: Batch,
     rows: Sequence[int],
     placement: Placement,
     micro: int,
@@ -56,7 +58,7 @@ def plan_stages(
 
     Args:
         target: the callable, with its settings.
-        graph: its graph.
+        batch: its graph, and where the batch is in it.
         rows: how many ranks each row has.
         placement: which row runs which stage.
         micro: number of micro-batches.
@@ -67,12 +69,8 @@ def plan_stages(
     Raises:
         StrategyError: strategies or stages that cannot be followed, operators that need the whole batch.
     """
-    count = len(placement.row_of_stage)
-    cut = (
-        Cut()
-        if micro == 1
-        else Cut(dict(batch_cuts({i.value: i.meta.shape for i in graph.inputs if i.kind == "input"}, micro)))
-    )
+    graph, count = batch.graph, len(placement.row_of_stage)
+    cut = Cut(batch.layouts(MICRO, micro) if micro > 1 else {})
     stage_of, stages = _cut_into_stages(target, graph, placement, micro, marks, cut, weight)
     check_order_of_draws(graph, stage_of)
     ranks = [rows[row] for row in (*placement.row_of_stage, placement.row_of_stage[-1])]  # of the tail too
@@ -86,7 +84,7 @@ def plan_stages(
             stages, whole = _taken_off(target, graph, stage_of, stages, whole, cut, micro)
         wholes.append(whole)
         plans.append(cut_plan(whole, micro, cut, problems) if micro > 1 else whole)
-    problems.raise_if_any(_CANNOT.format(micro))
+    problems.raise_if_any(CANNOT.format(micro))
     for stage in stages[count:]:
         whole = _plan_stage(_followed(target, stage, graph), stage, ranks[count], Cut(), micro)
         wholes.append(replace(whole, input_layouts={**whole.input_layouts, **received_whole(whole, stage.received)}))
@@ -106,10 +104,10 @@ def plan_stages(
             parts = parts_of(program, 1 if is_tail else micro, options, tuple(stage.received), start if keeps_pieces else 0)
         except MicroBatchesMeet as met:
             node = next(n for n in plan.graph.nodes if n.name == str(met))
-            problems.add(f"{node.where} computes with the whole batch, such as its mean and variance; {NEVER_MEET}")
+            problems.add(refusal(plan.graph, node, TOGETHER))
             continue
         planned.append(PlannedStage(stage, whole, plan, parts, start, ranks[stage.index], is_tail))
-    problems.raise_if_any(_CANNOT.format(micro))
+    problems.raise_if_any(CANNOT.format(micro))
     return planned, cut
 
 
@@ -184,12 +182,6 @@ def _taken_off(
         stages = cut_graph(graph, stage_of, last + 2)
         whole = _plan_stage(_followed(target, stages[last], graph), stages[last], whole.mesh.size, cut, micro)
     return stages, whole
-
-
-_CANNOT = (
-    "the batch cannot pass in {} micro-batches (exact are: micro_size=1; eval() of a batch norm; an operator over samples or "
-    "channels in its place, such as a group norm)"
-)
 
 
 def _with_stored(plan: Plan, stored: dict[str, Layout], micro: int) -> Plan:

@@ -26,7 +26,8 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             raise ShardwrightError(
                 "create_graph=True: this part of a parallel program has first derivatives only, second ones would be missing "
-                "or wrong. Such are GradAccumulation, programs with compile=, and cross entropies with split classes\n"
+                "or wrong. Such are pipelines, GradAccumulation, programs with compile=, and cross entropies with split "
+                "classes\n"
                 "  Drop create_graph=True, leave that part out, or take the second derivatives of the model itself, outside of "
                 "AutoParallel"
             )

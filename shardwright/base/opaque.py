@@ -49,6 +49,7 @@ class OpaqueFunction:
         has_effects: whether its forward may read or change objects outside.
         traces: the results of these runs.
         result: the structure of what it returned when it was captured, with its constants.
+        hook: which hook on gradients it calls, if it is there for one.
 
     >>> double = OpaqueFunction("double", lambda x: (2 * x, "doubled"))
     >>> double(torch.ones(2))
@@ -64,6 +65,7 @@ class OpaqueFunction:
         self.tags: set[torch.Tag] = set()
         self.result: tuple[Any, list[Any]] | None = None
         self.may_be_split = self.has_effects = False
+        self.hook = ""
         self.traces: dict[Any, Any] = {}
         self.results_like: dict[Any, list[tuple[tuple[int, ...], torch.dtype]]] = {}  # by the shapes of the tensors
         self.number = next(_numbers)
@@ -141,6 +143,7 @@ class RetainedGradient(OpaqueFunction):
 
     def __init__(self) -> None:
         super().__init__("retain_grad", self._retain)
+        self.hook = "retain_grad()"
         self._handed: list[weakref.ref[Tensor] | None] = [None]
 
     def _retain(self, x: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ TRANSPOSE = _aten.transpose.int
 VIEW = _aten.view.default
 WHERE = _aten.where.self
 
+# -- random numbers ----------------------------------------------------------------------------------------------------------
+
+# Draws of a number per element of one tensor, in the order of its memory, whatever its dims are.
+DRAWS_ELEMENTWISE = (_aten.dropout.default, _aten.alpha_dropout.default, _aten.rand_like.default, _aten.randn_like.default)
+
 # -- gradients ---------------------------------------------------------------------------------------------------------------
 
 # Operators whose result has no gradient though its dtype could have one: they only read the shape of a tensor.

@@ -100,7 +100,8 @@ class OwnBackwards:
                 made.register_hook(hook)
             return made
 
-        function = OpaqueFunction(f"hook_{getattr(hook, '__name__', type(hook).__name__).strip('<>')}", call)
+        function = OpaqueFunction(f"hook_{_name(hook).strip('<>')}", call)
+        function.hook = f"the hook {_name(hook)}"
         self.kept.append(function)
         HOOK(tensor, function.number)
         return handle
@@ -122,6 +123,7 @@ class RecordedBackwardHook:
 
     def __init__(self, own: OwnBackwards, module: nn.Module, hooks: Any, pre_hooks: Any):
         self.own, self.name = own, type(module).__name__
+        self.hook = f"the backward hook {' and '.join(map(_name, (*hooks, *pre_hooks)))}"
         self.make = lambda: BackwardHook(module, hooks, pre_hooks)
         self.of_call: Any = None  # torch's, set while a call runs
 
@@ -147,6 +149,7 @@ class RecordedBackwardHook:
         if not tensors:
             return call()
         function = OpaqueFunction(name, call)
+        function.hook = self.hook
         self.own.kept.append(function)
         return self.own.record(function, tensors)
 
@@ -216,6 +219,12 @@ def _filled(value: Any, tensors: tuple[Tensor, ...]) -> Any:
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _name(hook: Any) -> str:
+    """Returns the name of a hook as the user wrote it."""
+    name: str = getattr(hook, "__name__", type(hook).__name__)
+    return name
 
 
 def _holds_fakes(hook: Any) -> bool:

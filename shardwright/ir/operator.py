@@ -79,7 +79,8 @@ class Operator:
         """True if the call takes numbers from the generator."""
         if not may_draw(self.target):
             return False
-        return bool(self.argument("train", True)) and bool(self.argument("dropout_p", 1.0) > 0.0)
+        share = self.argument("dropout_p", self.argument("dropout", 1.0))
+        return bool(self.argument("train", True)) and bool(share > 0.0) and self.argument("num_layers", 2) != 1
 
     @property
     def moves_statistics(self) -> bool:

@@ -5,7 +5,10 @@
 ``stages``      assigns the operators of a graph to stages
 ``cut``         cuts the graph into one graph per stage
 ``means``       rewrites means whose count depends on the data, so that micro-batches can add up
+``batch``       finds where the batch is in the values of a graph
+``rows``        rewrites reshapes that put the batch behind another dim
 ``micro``       puts an axis of micro-batches into the plan of a stage
+``refusals``    says why an operator cannot compute a micro-batch by itself, and what to change
 ``sums``        operators that may read sums over micro-batches pending, and values shared out among them
 ``tail``        what the last stage computes with the whole batch, after all micro-batches
 ``parts``       takes the program of a stage apart into what runs once and what each micro-batch runs

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.base.user_code import user_source
-from shardwright.errors import ArgumentTypeError, PipelineError, ShardwrightError, StrategyError
+from shardwright.errors import ArgumentTypeError, PipelineError, StrategyError
 from shardwright.pipeline.schedules.named import schedule_names
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stages import Mark
@@ -26,13 +26,14 @@ class PipelineCell(nn.Module):
 
     Args:
         module: the network.
-        micro_size: number of micro-batches. They are cut along dim 0 as ``torch.chunk`` cuts, so the last may be smaller.
+        micro_size: number of micro-batches. They are cut along the batch as ``torch.chunk`` cuts, so the last may be smaller.
         stage_config: stage by module path, in place of ``module.pipeline_stage = n`` on the modules. Without either, stages are
             balanced by the cost model.
+        batch_dim: the dim of the first tensor input that is the batch. In other inputs it is found.
 
     Raises:
-        TypeError: a network that is no module, a number that is no int.
-        ValueError: a number below 1, a stage below 0.
+        TypeError: a network that is no module, a number that is no int, a configuration that is no mapping.
+        PipelineError: a number below 1, a stage or dim below 0, a ``PipelineCell`` within.
         StrategyError: a path that the network does not have.
 
     >>> cell = PipelineCell(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 2, stage_config={"0": 0, "1": 1})
@@ -40,26 +41,45 @@ class PipelineCell(nn.Module):
     2
     """
 
-    def __init__(self, module: nn.Module, micro_size: int, stage_config: Mapping[str, int] | None = None):
+    def __init__(self, module: nn.Module, micro_size: int, stage_config: Mapping[str, int] | None = None, batch_dim: int = 0):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise ArgumentTypeError(f"PipelineCell({module!r}): give an nn.Module")
+        refuse_nested(module)
         if not isinstance(micro_size, int) or isinstance(micro_size, bool):
             raise ArgumentTypeError(f"PipelineCell(micro_size={micro_size!r}): give the number of micro-batches, an int")
         if micro_size < 1:
-            raise PipelineValueError(f"PipelineCell(micro_size={micro_size}): give the number of micro-batches, 1 or more")
-        self.network, self.micro_size = module, micro_size
-        self.stage_config = _checked(module, stage_config or {})
+            raise PipelineError(f"PipelineCell(micro_size={micro_size}): give the number of micro-batches, 1 or more")
+        if not isinstance(batch_dim, int) or isinstance(batch_dim, bool):
+            raise ArgumentTypeError(f"PipelineCell(batch_dim={batch_dim!r}): give the number of a dim, an int")
+        if batch_dim < 0:
+            raise PipelineError(f"PipelineCell(batch_dim={batch_dim}): give the number of a dim, 0 or more")
+        self.network, self.micro_size, self.batch_dim = module, micro_size, batch_dim
+        self.stage_config = _checked(module, {} if stage_config is None else stage_config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
 
 
-class PipelineValueError(ShardwrightError, ValueError):
-    """A number of a pipeline that is out of range."""
+def refuse_nested(module: nn.Module) -> None:
+    """Refuses a network that has a ``PipelineCell`` in it.
+
+    Raises:
+        PipelineError: it has one.
+    """
+    path = next((path for path, inner in module.named_modules() if isinstance(inner, PipelineCell)), None)
+    if path is not None:
+        raise PipelineError(
+            f"PipelineCell: its network has a PipelineCell in it ({path or 'itself'}), and the batch passes in micro-batches "
+            "once; put one around the whole network, and none within"
+        )
 
 
 def _checked(module: nn.Module, config: Mapping[str, int]) -> dict[str, Mark]:
+    if not isinstance(config, Mapping):
+        raise ArgumentTypeError(
+            f'PipelineCell(stage_config={config!r}): give a dict with the stage of each module, by its path: {{"layers.0": 0}}'
+        )
     paths = {path for path, _ in module.named_modules()}
     unknown = [path for path in config if path not in paths]
     if unknown:
@@ -82,12 +102,12 @@ def mark_for(stage: Any, path: str, source: str) -> Mark:
 
     Raises:
         TypeError: it is no int.
-        ValueError: it is negative.
+        PipelineError: it is negative.
     """
     if not isinstance(stage, int) or isinstance(stage, bool):
         raise ArgumentTypeError(f"{source}: the stage of {path or 'the model'} is {stage!r}; give an int, 0 or more")
     if stage < 0:
-        raise PipelineValueError(f"{source}: the stage of {path or 'the model'} is {stage}; give 0 or more")
+        raise PipelineError(f"{source}: the stage of {path or 'the model'} is {stage}; give 0 or more")
     return Mark(stage, source)
 
 

@@ -9,7 +9,7 @@ wait for all micro-batches, such as the statistics of a batch norm, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,13 +22,13 @@ from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.pieces import chunk_pieces
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
+from shardwright.pipeline.refusals import SUMMED, TOGETHER, changes_buffer, needs_dim, refusal
 from shardwright.pipeline.stages import free_nodes, is_received
 from shardwright.pipeline.sums import alias, emit_alias, emit_share, linear_group, share
 from shardwright.plan.choose.follow import propose
 from shardwright.rules.pointwise import adds_constant
 
 MICRO = "micro"
-NEVER_MEET = "micro-batches pass one after the other and never meet"
 
 
 def micro_mesh(mesh: Mesh, count: int) -> Mesh:
@@ -99,7 +99,8 @@ class _Cutter:
         for name, value in self.graph.updates:
             if self.cut.dim(value) is not None or self.cut.is_sum(value):
                 maker = next(n for n in self.graph.nodes if value in n.outputs)
-                self.refuse(maker, f"changes the buffer {name} by the values of the whole batch")
+                self.met.append(maker.name)
+                self.problems.add(changes_buffer(maker, name))
         outputs = tuple(self.returned(output) if isinstance(output, str) else output for output in self.graph.outputs)
         graph = replace(self.graph, nodes=tuple(self.nodes), outputs=outputs, read_later=frozenset(outputs), metas={})
         mesh = micro_mesh(self.plan.mesh, self.count)
@@ -232,7 +233,7 @@ class _Cutter:
             return {i: Layout.of(mesh, la.bound, la.partial, la.sizes) for i, la in over_ranks.items()} or None
         group = linear_group(node, signature, sums)
         if group is None or any(self.cut.dim(v) is not None for v in node.inputs):
-            self.refuse(node, "is not linear in what it reads, which is a sum over the whole batch")
+            self.refuse(node, SUMMED)
             return None
         # ranks settle their sums where the plan says, micro-batches at the end
         partial = {i: over_ranks.get(i, choice.inputs[i]) for i in group}
@@ -330,15 +331,15 @@ class _Cutter:
         for index in cut:
             dim = next((d for d, axes in enumerate(cut[index].bound) if MICRO in axes), None)
             if dim is not None and MICRO not in made.inputs[index].bound[dim]:
-                self.refuse(node, f"needs dim {dim} of its input {index} whole, which is the batch")
+                self.refuse(node, needs_dim(index, dim), dim)
                 return
         inner = [f for f, (axes, _) in made.split.items() if MICRO in axes and f in self.plan.signatures[node.name].inner]
         if inner:
-            self.refuse(node, "computes with the whole batch, such as its mean")
+            self.refuse(node, TOGETHER)
 
-    def refuse(self, node: Node, why: str) -> None:
+    def refuse(self, node: Node, why: str, dim: int | None = None) -> None:
         self.met.append(node.name)
-        self.problems.add(f"{node.where} {why}; {NEVER_MEET}")
+        self.problems.add(refusal(self.graph, node, why, dim))
 
 
 def _knows_micro(layout: Layout) -> bool:
@@ -358,17 +359,3 @@ def _combined(layout: Layout, dim: int, micro: tuple[int, ...], size: int) -> tu
     ways = tuple(layout.mesh.axis_size(a) for a in axes)
     pieces = tuple(p for piece in micro for p in (chunk_pieces(piece, ways) if axes else (piece,)))
     return (MICRO, *axes), pieces
-
-
-def batch_cuts(shapes: Mapping[str, tuple[int, ...]], count: int) -> Iterator[tuple[str, Layout]]:
-    """Yields how the inputs that carry the batch are cut: dim 0, as long as that of the first one with dims.
-
-    Args:
-        shapes: by value, in order.
-        count: number of micro-batches.
-    """
-    first = next((shape[0] for shape in shapes.values() if shape), None)
-    mesh = Mesh((MICRO,), (count,))
-    for value, shape in shapes.items():
-        if shape and shape[0] == first:
-            yield value, Layout.of(mesh, [(MICRO,), *[()] * (len(shape) - 1)])

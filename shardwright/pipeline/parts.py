@@ -102,7 +102,7 @@ class _Taker:
             key = at.key(each)
             if key not in known:
                 own = tuple(at.input(i) for i in (*of_held, *(self.as_input(name) for name in cut), *received))
-                known[key] = at.program(own, each, self.program.outputs)
+                known[key] = at.program(own, each, self.program.outputs, self.program.updates)
             programs.append(known[key])
         return Parts(whole, held, tuple(cuts), cut, tuple(programs))
 
@@ -237,13 +237,14 @@ class _InPlace(InstructionVisitor[Instruction]):
         self.groups = {name: self.rank_groups(groups) for name, groups in taker.groups.items()}
 
     def program(
-        self, inputs: tuple[ProgramInput, ...], instructions: Sequence[Instruction], outputs: tuple[Any, ...]
-    ) -> LocalProgram:
+        self, inputs: tuple[ProgramInput, ...], instructions: Sequence[Instruction], outputs: tuple[Any, ...],
+        updates: tuple[tuple[str, str], ...] = (),
+    ) -> LocalProgram:  # fmt: skip
         program = self.taker.program
         names = {o for o in outputs if isinstance(o, str)}
         return replace(
             program, world_size=self.n, inputs=inputs, instructions=tuple(map(self.visit, instructions)), outputs=outputs,
-            updates=program.updates if outputs else (), rank_groups=self.groups, layouts=self.layouts, places={},
+            updates=updates, rank_groups=self.groups, layouts=self.layouts, places={},
             split=frozenset(names),
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from shardwright.errors import PipelineError
-from shardwright.ir.graph import Graph
+from shardwright.pipeline.batch import Batch
 from shardwright.pipeline.cell import SEARCHED, PipelineRequest
 from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, Action
 from shardwright.pipeline.schedules.check import check_schedule
@@ -19,17 +19,19 @@ from shardwright.pipeline.stages import Placement
 FORWARDS_FIRST = "forwards first"
 
 
-def micro_batches(graph: Graph, micro_size: int) -> tuple[int, ...]:
+def micro_batches(batch: Batch, micro_size: int) -> tuple[int, ...]:
     """Returns the sizes of the micro-batches, as ``torch.chunk`` cuts: of 5 samples in 4 they are 2, 2 and 1.
 
     Raises:
         PipelineError: nothing carries a batch.
     """
-    batch = next((i.meta.shape[0] for i in graph.inputs if i.kind == "input" and i.meta.shape), 0)
-    if not batch:
-        raise PipelineError("a pipeline needs a tensor input whose dim 0 is the batch; give it one with at least one sample")
-    step = math.ceil(batch / min(micro_size, batch))
-    return tuple(min(step, batch - at) for at in range(0, batch, step))
+    size = batch.size
+    if not size:
+        raise PipelineError(
+            f"a pipeline needs a tensor input whose dim {batch.dim} is the batch; give it one with at least one sample"
+        )
+    step = math.ceil(size / min(micro_size, size))
+    return tuple(min(step, size - at) for at in range(0, size, step))
 
 
 def placement_of(request: PipelineRequest, rows: int, micro_size: int) -> Placement:

@@ -19,6 +19,7 @@
 ``pointwise``     every dim of the output is free, and inputs broadcast against it
 ``random``        in every layout the numbers are those of the single device
 ``random_draw``   the random numbers that the single device would draw for the whole tensor
+``recurrent``     rules of recurrent networks and their cells: samples are free
 ``reduce``        rules of reductions, scans and sorts over dims: sums may be split, what is not linear keeps its dims whole
 ``registry``      from an operator call to its signature
 ``self_defined``  an operator that runs on its local pieces in layouts of the user's own (``self_define_shard``)

@@ -13,6 +13,7 @@ import shardwright.rules.norm
 import shardwright.rules.opaque
 import shardwright.rules.pointwise
 import shardwright.rules.random
+import shardwright.rules.recurrent
 import shardwright.rules.reduce
 import shardwright.rules.self_defined
 import shardwright.rules.view  # noqa: F401

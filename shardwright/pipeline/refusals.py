@@ -1,0 +1,85 @@
+"""Says why an operator cannot compute a micro-batch by itself, and what to change."""
+
+from __future__ import annotations
+
+import math
+
+from shardwright.base.opaque import OpaqueFunction
+from shardwright.ir.graph import Graph, Node
+from shardwright.pipeline.batch import is_reshape
+from shardwright.rules.registry import signature_of
+from shardwright.rules.traits import family
+
+CANNOT = "the batch cannot pass in {} micro-batches; without .pipeline(...) it is computed at once"
+NEVER_MEET = "micro-batches pass one after the other and never meet"
+LATER = "at the end of the network, where it runs after all micro-batches"
+TOGETHER = "computes something of all samples together, such as their mean"
+SUMMED = "is not linear in what it reads, which is a sum over the whole batch"
+
+
+def refusal(graph: Graph, node: Node, why: str, dim: int | None = None) -> str:
+    """Returns the line about an operator that needs the whole batch.
+
+    Args:
+        graph: the graph that it is in.
+        node: the operator.
+        why: the reason, unless the operator itself says more.
+        dim: the dim of an input that it needs whole, if that is the reason.
+    """
+    what, edit = node.where, f"Compute it of each sample, or {LATER}"
+    if isinstance(node.op.target, OpaqueFunction):
+        why, edit = _of_function(node.op.target)
+    elif why == SUMMED:
+        pass
+    elif is_reshape(node) and dim is not None and _is_behind(node, dim):
+        reader = next((other for other in graph.nodes if node.outputs[0] in other.inputs), None)
+        what = reader.where if reader is not None else f"{node.module} at {node.source}"
+        why = "needs rows in their order, in which those of one sample do not follow each other, such as (T * B, ...)"
+        edit = "Put the batch before the dims that it is flattened with, (B * T, ...)"
+    elif family(node.op) == "norm":
+        why = "computes its mean and variance of the whole batch"
+        edit = "Call its eval(), or use a norm of each sample, such as a group norm"
+    elif signature_of(node.op) is None:
+        why, edit = "has no rule and runs whole", f"Register a rule of it, or compute it {LATER}"
+    elif node.op.draws:
+        why = "draws random numbers by the values of the whole batch, in turn"
+        edit = "Draw with torch.rand_like or torch.randn_like, and compute the rest of each sample"
+    return f"{what} {why}; {NEVER_MEET}. {edit}"
+
+
+def needs_dim(index: int, dim: int) -> str:
+    """Returns that an operator needs a dim of an input whole."""
+    return f"needs dim {dim} of its input {index} whole, which is the batch"
+
+
+def changes_buffer(node: Node, name: str) -> str:
+    """Returns the line about a buffer that the whole batch changes.
+
+    Args:
+        node: the operator that makes its value.
+        name: that of the buffer.
+    """
+    return (
+        f"{node.where} changes the buffer {name} by the values of the whole batch; {NEVER_MEET}. Return what it is changed by, "
+        "and change it after the call"
+    )
+
+
+def _of_function(function: OpaqueFunction) -> tuple[str, str]:
+    """Returns why a function runs whole, and what to change."""
+    if function.hook:
+        return (
+            f"has {function.hook}, which gets the gradient of the whole batch",
+            "Remove it before the net trains in a pipeline",
+        )
+    return (
+        "is one function that nothing shows how to split, and runs whole",
+        f"Register a rule of it, or call it {LATER}",
+    )
+
+
+def _is_behind(node: Node, dim: int) -> bool:
+    """Tells whether a reshape puts a dim of its input behind another one, within one dim."""
+    before = math.prod(node.op.inputs[0].shape[:dim])
+    shape = node.op.outputs[0].shape
+    return all(math.prod(shape[:d]) != before for d in range(len(shape)))
