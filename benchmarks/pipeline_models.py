@@ -21,8 +21,8 @@ from shardwright.pipeline.schedules.named import make_schedule
 from shardwright.pipeline.schedules.schedule import Schedule
 
 MICRO, UNITS = 8, 8
-VOCABULARY, WIDTH, HEADS, LENGTH, BATCH = 256, 128, 4, 64, 32
-MLP_WIDTH, MLP_BATCH = 512, 1024
+VOCABULARY, WIDTH, HEADS, LENGTH, BATCH = 256, 256, 4, 64, 64
+MLP_WIDTH, MLP_BATCH = 512, 4096
 Step = Callable[[], float | None]
 
 

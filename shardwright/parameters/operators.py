@@ -304,7 +304,7 @@ class _Call:
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Tells whether a rank can write into its piece of a tensor, which is empty where another stage's ranks hold it."""
+    """Tells whether a rank can write into its piece of a tensor, empty where another stage holds it."""
     if not isinstance(tensor, DTensor) or not (is_part(tensor) or is_over_a_stage(tensor)):
         return False
     return view_of(tensor) is None and layout_of(tensor) is not None

@@ -84,7 +84,7 @@ def watch_over(mesh: DeviceMesh) -> None:
 
 
 def mesh_of_all_ranks(device_type: str) -> DeviceMesh:
-    """Returns the mesh of all ranks of the job in a row, which there is where stages have meshes of their own."""
+    """Returns the mesh of all ranks of the job in a row, which jobs with stages have."""
     return next(m for m in _meshes if m.mesh_dim_names == OF_ALL and m.device_type == device_type)
 
 
