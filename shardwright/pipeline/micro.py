@@ -270,7 +270,7 @@ class _Cutter(UnitNodes):
         axes = {self.cut.sums(node.inputs[i]) for i in group or ()}
         own = next(iter(axes), ())
         if group is None or len(axes) != 1 or any(set(own) & set(self.cut.dims(v)) for v in node.inputs):
-            self.refuse(node, SUMMED)
+            self.refuse(node, SUMMED if len(self.axes) == 1 else f"{SUMMED} or sequence")
             return None
         # ranks settle their sums where the plan says, units at the end
         partial = {i: over_ranks.get(i, choice.inputs[i]) for i in group}

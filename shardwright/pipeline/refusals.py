@@ -12,7 +12,7 @@ from shardwright.rules.registry import signature_of
 from shardwright.rules.traits import family
 
 CANNOT = "the batch cannot pass in {} micro-batches; without .pipeline(...) it is computed at once"
-CANNOT_SLICES = 'the sequence cannot pass in {} slices; with scheduler="1f1b" and without slices= it is computed at once'
+CANNOT_SLICES = 'the sequence cannot pass in {} slices (exact is scheduler="1f1b" without slices=)'
 LATER = "at the end of the network, where it runs after all micro-batches"
 TOGETHER = "computes something of all samples together, such as their mean"
 SUMMED = "is not linear in what it reads, which is a sum over the whole batch"
