@@ -38,6 +38,8 @@ class PipelineBoundCall(BoundCall):
         self.micro, self.compiler = None, None
         device = device_of(root, world)
         self.device_type = device.type
+        if settings.compiler is not None:
+            settings.compiler.check(device)
         named = settings.search.machine or ("cpu-gloo" if device.type != "cuda" else "h100")
         machine = world.on_first_rank(lambda: load_machine(named))
         target = make_target(
@@ -53,9 +55,12 @@ class PipelineBoundCall(BoundCall):
         link = world.direct_link()
         runs: dict[int, StageRun] = {}
         for number, place in enumerate(places):
-            bind = partial(_bound_on, world, place.ranks)
+            bind, compiled = partial(_bound_on, world, place.ranks), None
+            if settings.compiler is not None:
+                graph = planned[number].plan.graph
+                compiled = partial(settings.compiler.compiled, graph=graph, runs_rank_groups=world.runs_rank_groups)
             # on all processes, as all make process groups
-            run = StageRun(place.stage, place.parts, bind, link is None, puts_off)
+            run = StageRun(place.stage, place.parts, bind, link is None, puts_off, compiled)
             if run.is_here:
                 runs[number] = run
         self.tied: TiedGradients | None = None

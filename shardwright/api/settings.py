@@ -56,8 +56,6 @@ def refuse_with_pipeline(settings: Settings) -> None:
             'pipeline(...) of a net in mode "hybrid_parallel", whose target is the program of one rank; use another mode, or '
             "send between ranks yourself with sw.collectives"
         )
-    if settings.compiler is not None:
-        raise PipelineError("pipeline(...) of a net with compile=...: stages are not compiled; leave compile out")
     if settings.dataset_strategy != "full_batch":
         raise PipelineError(
             f"pipeline(...) with dataset_strategy {settings.dataset_strategy!r}: every rank gives the whole batch, of which "

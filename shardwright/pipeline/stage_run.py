@@ -22,6 +22,7 @@ from shardwright.rules.random_draw import DRAWS
 
 Pieces = list[Tensor]
 Bind = Callable[..., Callable[..., Any]]
+Compiled = Callable[[LocalProgram], LocalProgram]
 
 
 @dataclass
@@ -62,18 +63,24 @@ class StageRun:
         bind: binds a program to the world of the stage's ranks; with ``keep`` it returns local values.
         is_split: whether bound functions take and give lists of tensors, one per rank group.
         puts_off: whether backwards come in two halves, the gradients of weights later.
+        compiled: compiles what runs for each micro-batch. Its backward is one piece, which runs in the first half.
     """
 
-    def __init__(self, stage: Stage, parts: Parts, bind: Bind, is_split: bool, puts_off: bool = False):
+    def __init__(
+        self, stage: Stage, parts: Parts, bind: Bind, is_split: bool, puts_off: bool = False, compiled: Compiled | None = None
+    ):
         self.stage, self.parts, self.is_split = stage, parts, is_split
+        self.puts_off = puts_off = puts_off and compiled is None
         self.once = bind(parts.once, keep=parts.held)
         self.cuts = [bind(program, keep=parts.cut) if parts.cut else None for program in parts.cuts]
         bound, self.readings = {}, {}
         for program in {id(p): p for p in parts.each}.values():
             runs, readings = with_own_readings(program, parts.held) if puts_off else (program, [])
-            bound[id(program)] = bind(runs)
+            if compiled is None:
+                bound[id(program)] = bind(runs)
             self.readings[id(program)] = [parts.held.index(name) for name in readings]
-        self.each = [bound[id(program)] for program in parts.each]
+        # segments are compiled for tensors of one size, and micro-batches that share a program may have others
+        self.each = [bound[id(program)] if compiled is None else bind(compiled(program)) for program in parts.each]
         self.received = tuple(stage.received)
         names = (*stage.sent, *stage.returned.values())
         self.outputs = list(zip(names, parts.each[0].outputs)) if parts.each else []  # what is kept follows
@@ -159,6 +166,8 @@ class StageRun:
         Args:
             micro, gradients: see :meth:`backward`.
         """
+        if not self.puts_off:
+            return self.backward(micro, gradients)
         run = self.state.running[micro]
         tensors, given = self._roots(run, gradients)
         wanted = [leaf for pieces in run.received.values() for leaf in pieces if leaf.requires_grad]
@@ -171,6 +180,8 @@ class StageRun:
 
     def backward_weight(self, micro: int) -> None:
         """Runs the rest of a backward: the gradients of weights."""
+        if not self.puts_off:
+            return
         run = self.state.running.pop(micro)
         assert run.split is not None
         self._hand_on(run.split.second(), run)

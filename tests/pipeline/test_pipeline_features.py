@@ -325,7 +325,6 @@ REFUSED = {
     "has no number of micro-batches": lambda: sw.AutoParallel(Plain()).pipeline(stages=2)(torch.randn(8, 16)),
     "accumulate gradients already": lambda: run(sw.GradAccumulation(Plain(), 2)),
     'mode "hybrid_parallel"': lambda: run(Plain(), mode="hybrid_parallel"),
-    "stages are not compiled": lambda: run(Plain(), compile="eager"),
     "every rank gives the whole batch": lambda: (
         sw.AutoParallel(sw.PipelineCell(Plain(), 4)).pipeline(stages=2).dataset_strategy(((2, 1),))(torch.randn(8, 16))
     ),
