@@ -50,6 +50,13 @@ def _rank(rank, size, port, path, function, args):
         sys.stdout.flush()
 
 
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def context() -> ForkServerContext:
     """Returns the context whose processes are forked from a server that has imported all and captured once."""
     before = os.environ.get("PYTHONPATH")
@@ -67,9 +74,7 @@ def context() -> ForkServerContext:
 def run(folder, size, function, *args, seconds=60.0):
     """Runs ``function(rank, *args)`` on every rank of a job; returns how each ended."""
     forked = context()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     paths = [folder / f"rank{rank}.txt" for rank in range(size)]
     began = time.monotonic()
     started = [forked.Process(target=_rank, args=(r, size, port, paths[r], function, args)) for r in range(size)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import socket
 import time
 import warnings
 from datetime import timedelta
@@ -33,12 +32,6 @@ PIECES = (3, 0, 1000, 5)  # sizes of the first members' pieces
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def work(rank, size, port, scenarios):
     """What each process of a job does."""
     warnings.simplefilter("error")
@@ -56,7 +49,7 @@ def work(rank, size, port, scenarios):
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
     jobs.context()
-    mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
+    mp.start_processes(work, (size, jobs.free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 
 # -- values and comparisons --------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import socket
 import subprocess
 import sys
 import textwrap
@@ -45,12 +44,6 @@ DTYPES += (torch.complex64, torch.float8_e4m3fn)
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def work(rank, size, port, scenarios):
     """What each process of a job does."""
     warnings.simplefilter("error")
@@ -68,7 +61,7 @@ def work(rank, size, port, scenarios):
 def run_job(size, *scenarios):
     """Runs the scenarios, one after the other, on every rank of one job; raises what a rank raises."""
     jobs.context()
-    mp.start_processes(work, (size, free_port(), scenarios), nprocs=size, start_method="forkserver")
+    mp.start_processes(work, (size, jobs.free_port(), scenarios), nprocs=size, start_method="forkserver")
 
 
 # -- layouts and what ranks hold ---------------------------------------------------------------------------------------
@@ -392,7 +385,7 @@ def torchrun(directory, body, *arguments):
     script = directory / "script.py"
     script.write_text(textwrap.dedent(body))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(script), *arguments]
+    command += ["--master-port", str(jobs.free_port()), str(script), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     begin = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
