@@ -19,9 +19,11 @@ from shardwright.pipeline.causal_masks import with_causal_attention
 from shardwright.pipeline.cell import PipelineCell, PipelineRequest, refuse_nested, stage_marks
 from shardwright.pipeline.cut import loss_of
 from shardwright.pipeline.means import with_counted_means
+from shardwright.pipeline.parts import moves_once
 from shardwright.pipeline.pipeline_plan import PipelinePlan, PlannedStage
 from shardwright.pipeline.rows import with_sorted_rows
 from shardwright.pipeline.schedules.check import check_schedule
+from shardwright.pipeline.schedules.parameters import with_parameters_in_time
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.scheduling import forwards_first, micro_batches, placement_of, schedule_of
 from shardwright.pipeline.slices import sizes_of_slices
@@ -144,6 +146,8 @@ class _Pipeline:
         if tail is not None:
             schedule, notes = _for_tail(schedule, tail, request, self.placement)
         check_schedule(schedule)
+        gathered, reduced = ([p.stage.index for p in stages if moves_once(p.parts, phase)] for phase in ("forward", "backward"))
+        schedule = with_parameters_in_time(schedule, gathered, reduced, times)
         view = PipelinePlan(planned, schedule, times, sizes, graph, notes, sizes_of_slices(graph, request.slices))
         return PlannedPipeline(graph, planned, cut, schedule, loss_of(graph), view)
 

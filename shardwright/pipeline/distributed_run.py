@@ -57,16 +57,14 @@ class DistributedPipelineRun(PipelineRun):
         self.turns = RandomTurns(rank, link, [place.ranks for place in places]) if self.draws_late else None
         self._places: dict[int, Places] = {}  # by the identity of rows, which live as long as the run
 
-    def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
-        """Runs what each own stage does once per step; draws what others draw, so that generators stay alike."""
-        held = []
-        for place in self.places:
+    def draw_once(self, grad: bool) -> None:
+        """Runs what draws random numbers once per step; draws what others draw, so that generators stay alike."""
+        for place in self.places if self.draws_once else ():
             index = place.stage.index
             if index in self.runs:
-                held.append(self.runs[index].begin(values[index]))
+                self.runs[index].unshard(grad)
             else:
                 draw_only(place.parts.once)
-        return held
 
     def shown(self, result: Tensor) -> Tensor:
         """Returns a result as the caller gets it: without values where other ranks hold it."""
@@ -107,13 +105,15 @@ class DistributedPipelineRun(PipelineRun):
         Args:
             rows, grad, step: see :meth:`PipelineRun.run`.
         """
-        step = step or Step()
+        if step is None:
+            step = Step()
+            self.draw_once(grad)
         places = self._places.get(id(rows))
         if places is None:
             places = self._places[id(rows)] = places_of(rows, self.tail)
         flight = Flight(self.graph, self.cross, self.device, places)
         actions = rows[self.row]
-        goes_back = any(action.kind != "F" for action in actions)
+        goes_back = any(action.goes_back for action in actions)
         if step.tail_waits and goes_back:
             self._tail_backward(step, flight)
         for at, action in enumerate(actions):
@@ -132,6 +132,8 @@ class DistributedPipelineRun(PipelineRun):
     def _ask(self, action: Action, flight: Flight) -> None:
         """Starts to receive what an action reads of other rows."""
         micro, index = action.micro, action.stage
+        if not action.is_compute:
+            return
         assert micro is not None
         stage = self.places[index].stage
         if action.kind == "F":
@@ -148,6 +150,8 @@ class DistributedPipelineRun(PipelineRun):
 
     def _act(self, action: Action, step: Step, grad: bool, flight: Flight) -> None:
         run, micro, index = self.runs[action.stage], action.micro, action.stage
+        if not action.is_compute:
+            return self.of_parameters(action, grad)
         assert micro is not None
         if action.kind == "F":
             received = {name: [self._received(name, micro, index, step, flight)] for name in run.received}

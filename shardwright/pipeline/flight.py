@@ -42,7 +42,7 @@ def places_of(rows: Sequence[Sequence[Action]], tail: int | None = None) -> Plac
         (action.stage, action.micro or 0, action.kind != FORWARD): (row, at)
         for row, actions in enumerate(rows)
         for at, action in enumerate(actions)
-        if action.kind != WEIGHT
+        if action.is_compute and action.kind != WEIGHT
     }
     if tail is not None:
         own = [(place, micro, goes_back) for (stage, micro, goes_back), place in found.items() if stage == tail - 1]

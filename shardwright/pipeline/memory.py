@@ -25,7 +25,8 @@ from shardwright.pipeline.cut import Stage, loss_of
 from shardwright.pipeline.flight import places_of
 from shardwright.pipeline.micro_memory import HeldValue, HeldValues, MicroCalls, MicroState, RunningMicro, add_put_off
 from shardwright.pipeline.parts import Parts
-from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, REDUCE_GRAD, RESHARD, UNSHARD, WEIGHT, Action
+from shardwright.pipeline.stage_run import draws_once
 from shardwright.plan.memory import MemoryTimeline
 from shardwright.plan.memory.local_tensor import LocalTensor, contiguous_strides
 from shardwright.plan.memory.moves import MovePlayer
@@ -71,6 +72,7 @@ def kept_of_micro(own: StageOfRow, graph: Graph) -> float:
     slices = own.parts.slices
     row = _Row([own], [[Action(own.stage.index, FORWARD, unit) for unit in range(slices)]], 0, graph, 0.0)
     row.begin()
+    row.play(Action(own.stage.index, UNSHARD))
     before = row.usage.total
     for action in row.row:
         row.play(action)
@@ -92,7 +94,8 @@ class _Row:
         self.device = "cpu" if machine is None else machine.device
         self.choose = calibration.load().choose if self.device == "cpu" else None
         self.held: dict[int, HeldValues] = {}
-        self.once: list[tuple[MicroState, HeldValues]] = []
+        self.once: dict[int, MicroState] = {}
+        self.freed: set[int] = set()
         self.parameters: dict[str, Storage] = {}
         self.running: dict[tuple[int, int], RunningMicro] = {}
         self.coming: dict[tuple[Action, str], Storage] = {}
@@ -112,15 +115,13 @@ class _Row:
             self.play(action)
         for _, storage in self.leaving:
             self.usage.drop(storage)
-        for state, leaves in self.once:
-            self._end_stage(state, leaves)
         self.usage.phase = "optimizer"
         self.usage.point("step", 0.0)
         pieces = sorted(((name, s.size) for name, s in self.parameters.items()), key=lambda piece: (-piece[1], piece[0]))
         return MemoryTimeline(tuple(self.usage.points), (), tuple(pieces), tuple(self.guessed))
 
     def begin(self) -> None:
-        """Adds what exists when the step begins, and plays what runs once."""
+        """Adds what exists when the step begins."""
         given: dict[str, Storage] = {}
         for i in self.graph.inputs:
             if i.kind == "input":
@@ -128,11 +129,14 @@ class _Row:
         for index in self.own:
             self._begin_stage(self.planned[index], given)
         self.usage.hold(Storage(self.optimizer * sum(s.size for s in self.parameters.values()), "optimizer", ""))
+        if any(draws_once(self.planned[index].parts) for index in self.own):
+            for index in self.own:
+                self._unshard(index)
 
     def _begin_stage(self, own: StageOfRow, given: dict[str, Storage]) -> None:
-        program = _of_first_rank(own.parts.once)
-        leaves = HeldValues()
-        state = MicroState(self.usage, leaves)
+        program = own.parts.once
+        self.held[own.stage.index] = leaves = HeldValues()
+        self.once[own.stage.index] = state = MicroState(self.usage, leaves)
         trained = {i.value for i in own.stage.graph.inputs if i.kind == "parameter" and i.requires_grad}
         for placed in program.inputs:
             kind = next(i.kind for i in own.stage.graph.inputs if i.value == placed.name)
@@ -146,14 +150,18 @@ class _Row:
             if placed.name in trained:
                 self.parameters[placed.name] = storage
             state.define(placed.name, storage, tensor)
-        self._forward(program, state, own.parts.held)
+
+    def _unshard(self, stage: int) -> None:
+        """Plays what runs once, such as gathers of parameters."""
+        own, state, leaves = self.planned[stage], self.once[stage], self.held[stage]
+        if leaves:
+            return
+        self._forward(_of_first_rank(own.parts.once), state, own.parts.held)
         for name in own.parts.held:
             value = state.values[name]
             leaves[name] = HeldValue(self.usage.hold(value.storage), value.tensor)
         for name in list(state.values):
             state.forget(name)
-        self.held[own.stage.index] = leaves
-        self.once.append((state, leaves))
 
     def _forward(self, program: LocalProgram, state: MicroState, keeps: Iterable[str]) -> None:
         """Plays a program; values that are kept stay in the state."""
@@ -166,8 +174,17 @@ class _Row:
                 state.forget(name)
         self.guessed |= state.guessed
 
-    def _end_stage(self, state: MicroState, leaves: HeldValues) -> None:
+    def _reshard(self, stage: int) -> None:
+        """Frees what runs once has made; the sums of its gradients stay."""
+        if stage not in self.freed and not any(own == stage for own, _ in self.running):
+            self.freed.add(stage)
+            for leaf in self.held[stage].values():
+                self.usage.drop(leaf.storage)
+
+    def _reduce_gradients(self, stage: int) -> None:
         """Hands the gradients of what was made once on to the parameters."""
+        self._reshard(stage)
+        state, leaves = self.once[stage], self.held[stage]
         made = {name: leaf for name, leaf in leaves.items() if name not in self.parameters and leaf.gradient is not None}
         for name, leaf in made.items():
             del leaves[name]
@@ -212,6 +229,12 @@ class _Row:
 
     def play(self, action: Action) -> None:
         """Plays an action."""
+        if action.kind == UNSHARD:
+            return self._unshard(action.stage)
+        if action.kind == RESHARD:
+            return self._reshard(action.stage)
+        if action.kind == REDUCE_GRAD:
+            return self._reduce_gradients(action.stage)
         self.usage.phase = "forward" if action.kind == FORWARD else "backward"
         if action.kind == FORWARD:
             self._ask(action)

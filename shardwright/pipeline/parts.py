@@ -62,6 +62,17 @@ class Parts:
         return [(name, at) for name in self.kept for at in range(unit % self.slices)]
 
 
+def moves_once(parts: Parts, phase: str) -> bool:
+    """Tells whether ranks send each other anything in what runs once per step.
+
+    Args:
+        parts: a stage's program.
+        phase: ``forward``, such as gathers of parameters, or ``backward``, such as sums of their gradients.
+    """
+    moves = [move for instruction in parts.once.instructions for move in instruction.ends]
+    return any(move.communicates_backward if phase == "backward" else move.communicates for move in moves)
+
+
 def parts_of(
     program: LocalProgram, count: int, options: Options, received: Sequence[str], first_rank: int = 0, slices: int = 1
 ) -> Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,28 +12,34 @@ from torch import Tensor
 
 from shardwright.agreement.job_watch import in_backward, within_pipeline
 from shardwright.base.derivatives import first_derivative_only
-from shardwright.pipeline.schedules.actions import Action
+from shardwright.pipeline.schedules.actions import RESHARD, UNSHARD, Action
+from shardwright.pipeline.schedules.parameters import with_parameters
 from shardwright.pipeline.schedules.schedule import Schedule
-from shardwright.pipeline.stage_run import Pieces
+
+Rows = Sequence[Sequence[Action]]
 
 
-def forward_only(schedule: Schedule) -> list[list[Action]]:
-    """Returns the forward actions of every row."""
-    return [[action for action in row if action.kind == "F"] for row in schedule.rows]
+def inference(schedule: Schedule) -> Rows:
+    """Returns the actions of every row where no backward follows."""
+    return with_parameters(schedule.forward_only(), range(schedule.stage_count), ()).rows
 
 
-def backward_only(schedule: Schedule) -> list[list[Action]]:
-    """Returns the backward actions of every row."""
-    return [[action for action in row if action.kind in ("B", "I", "W")] for row in schedule.rows]
+def two_passes(schedule: Schedule) -> tuple[Rows, Rows]:
+    """Returns the actions of every row in the forward pass, and those in the backward pass."""
+    forward = [[action for action in row if action.kind != RESHARD] for row in inference(schedule)]
+    back = replace(schedule, rows=tuple(tuple(a for a in row if a.goes_back) for row in schedule.rows))
+    every = range(schedule.stage_count)
+    backward = [[a for a in row if a.kind != UNSHARD] for row in with_parameters(back, every, every).rows]
+    return forward, backward
 
 
-def computing(schedule: Schedule) -> list[list[Action]]:
-    """Returns the actions of every row that compute."""
-    return [[action for action in row if action.kind in ("F", "B", "I", "W")] for row in schedule.rows]
+def one_pass(schedule: Schedule) -> Rows:
+    """Returns the actions of every row where the loss is known, so that forwards and backwards run in one pass."""
+    return with_parameters(schedule, range(schedule.stage_count), range(schedule.stage_count)).rows
 
 
 class Passes(torch.autograd.Function):
-    """Autograd function from the held values of all stages to the results.
+    """Autograd function from what all stages are given to the results.
 
     What other ranks hold gets an empty gradient where those get one, so that ``.grad`` is ``None`` on all ranks or on none.
     With a loss, the forward runs the whole schedule, and the backward hands on what it gave; else the forward runs all
@@ -41,15 +48,15 @@ class Passes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Any, held: list[list[Pieces]], elsewhere: Mapping[str, Tensor], anchor: Tensor, *values: Tensor
+        ctx: Any, run: Any, given: Mapping[int, Sequence[Any]], elsewhere: Mapping[str, Tensor], anchor: Tensor, *values: Tensor
     ) -> tuple[Tensor, ...]:
         flat = values[: len(values) - len(elsewhere)]
-        ctx.run, ctx.held, ctx.elsewhere, ctx.leaves = run, held, elsewhere, run.hold(held, flat)
+        ctx.run, ctx.given, ctx.elsewhere, ctx.leaves = run, given, elsewhere, run.begin(given)
         ctx.set_materialize_grads(False)
         names = [o for o in run.graph.outputs if isinstance(o, str)]
         ctx.positions = [p for p, o in enumerate(run.graph.outputs) if isinstance(o, str)]
         ctx.step = None
-        ctx.random = torch.get_rng_state() if run.draws_late else None
+        ctx.random = torch.get_rng_state() if run.draws_late or run.draws_once else None
         if run.loss is None:
             with within_pipeline():
                 ctx.step = run.run(run.forwards, True)
@@ -88,7 +95,7 @@ class Passes(torch.autograd.Function):
             return None, None, None, zero, *_taken(leaves, scale), *empty
         with within_pipeline():
             if step is None:  # of other results too, so that both passes run once more
-                leaves = run.hold(ctx.held, leaves)
+                leaves = run.begin(ctx.given)
                 with torch.random.fork_rng([], ctx.random is not None):
                     if ctx.random is not None:
                         torch.set_rng_state(ctx.random)

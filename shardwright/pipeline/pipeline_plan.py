@@ -13,6 +13,7 @@ from shardwright.ir.plan import Plan
 from shardwright.pipeline.cut import Stage
 from shardwright.pipeline.memory import kept_of_micro, row_memory
 from shardwright.pipeline.parts import Parts
+from shardwright.pipeline.passes import one_pass
 from shardwright.pipeline.schedules.bound import gap, lower_bound
 from shardwright.pipeline.schedules.check import peak_in_flight
 from shardwright.pipeline.schedules.clock import StageTimes, Timeline, run_clock
@@ -86,7 +87,7 @@ class PipelinePlan:
 
     def memory_with(self, optimizer: float) -> tuple[MemoryTimeline, ...]:
         """Predicts the memory with so many bytes of optimizer state per byte of parameters."""
-        rows = self.schedule.rows
+        rows = one_pass(self.schedule)
         return tuple(row_memory(self._in_turn, rows, row, self.graph, optimizer) for row in range(len(rows)))
 
     @property

@@ -18,10 +18,10 @@ from shardwright.ir.layout import Layout
 from shardwright.pipeline.crossing import Held, cross
 from shardwright.pipeline.cut import Stage, gives_gradients
 from shardwright.pipeline.parts import Parts
-from shardwright.pipeline.passes import Passes, backward_only, computing, forward_only
-from shardwright.pipeline.schedules.actions import Action
+from shardwright.pipeline.passes import Passes, inference, one_pass, two_passes
+from shardwright.pipeline.schedules.actions import REDUCE_GRAD, RESHARD, UNSHARD, Action
 from shardwright.pipeline.schedules.schedule import Schedule
-from shardwright.pipeline.stage_run import Pieces, StageRun, StepState
+from shardwright.pipeline.stage_run import Pieces, StageRun, StepState, draws_once
 from shardwright.pipeline.units import Cut
 from shardwright.redistribute.steps import steps_between
 from shardwright.world.simulated.steps import run_steps
@@ -91,7 +91,9 @@ class PipelineRun(ABC):
         self.micro_count = schedule.micro_count
         self.tail = next((place.stage.index for place in places if place.is_tail), None)
         self.draws_late = self.micro_count == 1 and any(node.op.draws for node in graph.nodes)
-        self.forwards, self.backwards, self.actions = forward_only(schedule), backward_only(schedule), computing(schedule)
+        self.draws_once = any(draws_once(place.parts) for place in places)
+        self.inference, self.actions = inference(schedule), one_pass(schedule)
+        self.forwards, self.backwards = two_passes(schedule)
         self.reached = {position: gives_gradients(graph, name) for position, name in self.names.items()}
         self.reached_now: frozenset[str] = frozenset()  # what gets gradients in the latest backward pass
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
@@ -117,15 +119,14 @@ class PipelineRun(ABC):
         Returns:
             The outputs, and the new values of other buffers that are written to.
         """
-        held = self.begin(values)
-        flat = [tensor for stage in held for pieces in stage for tensor in pieces]
         if torch.is_grad_enabled() and self.graph.needs_grad.intersection(self.names.values()):
             if anchor is None:  # a process whose stages have no parameters takes part too
                 anchor = torch.zeros((), requires_grad=True)
-            outputs = list(Passes.apply(self, held, elsewhere, anchor, *flat, *elsewhere.values()))
+            flat = [value for index in self.runs for value in values[index] if _is_trained(value)]
+            outputs = list(Passes.apply(self, values, elsewhere, anchor, *flat, *elsewhere.values()))
         else:
-            self.hold(held, flat)
-            outputs = self.outputs(self.run(self.forwards, False))
+            self.begin(values)
+            outputs = self.outputs(self.run(self.inference, False))
             self.rest()
         found = iter(outputs)
         results = [self.shown(next(found)) if isinstance(o, str) else o.value for o in self.graph.outputs]
@@ -141,22 +142,40 @@ class PipelineRun(ABC):
             name: new for run in self.runs.values() for (name, _), new in zip(run.stage.graph.updates, run.updates, strict=True)
         }
 
-    def begin(self, values: Mapping[int, Sequence[Any]]) -> list[list[Pieces]]:
-        """Runs what each stage does once per step."""
-        return [run.begin(values[index]) for index, run in self.runs.items()]
-
-    def hold(self, held: Sequence[Sequence[Pieces]], flat: Sequence[Tensor]) -> list[Tensor]:
-        """Gives every stage its held values as leaves of their own; returns these."""
-        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in flat]
-        rest = iter(leaves)
-        for run, own in zip(self.runs.values(), held, strict=True):
-            run.hold([[next(rest) for _ in pieces] for pieces in own])
+    def begin(self, values: Mapping[int, Sequence[Any]]) -> list[Tensor]:
+        """Begins a step of every stage; returns the leaves of what is trained, which get gradients."""
+        leaves = []
+        for index, run in self.runs.items():
+            given = [value.detach().requires_grad_() if _is_trained(value) else value for value in values[index]]
+            leaves += [value for value in given if _is_trained(value)]
+            run.begin(given)
         return leaves
+
+    def draw_once(self, grad: bool) -> None:
+        """Runs what draws random numbers once per step: of all stages in their order, as a single device does."""
+        if self.draws_once:
+            for run in self.runs.values():
+                run.unshard(grad)
+
+    def of_parameters(self, action: Action, grad: bool) -> None:
+        """Runs an action of a stage's parameters.
+
+        Args:
+            action: the action. A schedule may free parameters before the last work of their stage, which then holds them on.
+            grad: whether a backward will follow.
+        """
+        run = self.runs[action.stage]
+        if action.kind == UNSHARD:
+            run.unshard(grad)
+        elif not run.state.running and action.kind == RESHARD:
+            run.reshard()
+        elif action.kind == REDUCE_GRAD:
+            run.reduce_gradients()
 
     def rest(self) -> None:
         """Lets stages forget the step, so that nothing of it outlives what autograd keeps."""
         for run in self.runs.values():
-            run.state = StepState([], {})
+            run.state = StepState()
 
     @abstractmethod
     def run(self, rows: Sequence[Sequence[Action]], grad: bool, step: Step | None = None) -> Step:
@@ -188,6 +207,7 @@ class PipelineRun(ABC):
         """
         assert self.tail is not None
         run = self.runs[self.tail]
+        run.unshard(grad)
         whole: dict[str, Pieces] = {}
         for name in run.received:
             each = [received(name, micro) for micro in range(self.micro_count)]
@@ -196,6 +216,8 @@ class PipelineRun(ABC):
         for position, name in run.stage.returned.items():
             step.returned[position] = [[p.detach() for p in found[name]]]
         step.tail_waits = grad
+        if not grad:
+            run.reshard()
 
     def tail_backward(self, step: Step, gradients: Mapping[str, Pieces], give: Callable[[str, int, Pieces], None]) -> None:
         """Runs the backward of the tail, and gives every micro-batch its part.
@@ -207,9 +229,11 @@ class PipelineRun(ABC):
         """
         assert self.tail is not None
         step.tail_waits = False
-        for name, pieces in self.runs[self.tail].backward(0, gradients).items():
+        run = self.runs[self.tail]
+        for name, pieces in run.backward(0, gradients).items():
             for micro in range(self.micro_count):
                 give(name, micro, [self.seed_of(name, micro, piece).contiguous() for piece in pieces])
+        run.reduce_gradients()
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -250,9 +274,11 @@ class SimulatedPipelineRun(PipelineRun):
         Raises:
             PipelineError: the rows wait for each other.
         """
-        step = step or Step()
+        if step is None:
+            step = Step()
+            self.draw_once(grad)
         waiting = [list(row) for row in rows]
-        goes_back = any(action.kind != "F" for row in rows for action in row)
+        goes_back = any(action.goes_back for row in rows for action in row)
         if step.tail_waits and goes_back:
             self._tail_backward(step)
         while any(waiting):
@@ -273,6 +299,8 @@ class SimulatedPipelineRun(PipelineRun):
 
     def _is_ready(self, action: Action, step: Step) -> bool:
         stage, micro = action.stage, action.micro
+        if not action.is_compute:
+            return True
         assert micro is not None
         if action.kind == "F":
             needed = [(name, micro) for name in self.places[stage].stage.received]
@@ -291,6 +319,8 @@ class SimulatedPipelineRun(PipelineRun):
 
     def _act(self, action: Action, step: Step, grad: bool) -> None:
         run, micro, index = self.runs[action.stage], action.micro, action.stage
+        if not action.is_compute:
+            return self.of_parameters(action, grad)
         assert micro is not None
         if action.kind == "F":
             received = {
@@ -357,6 +387,10 @@ class SimulatedPipelineRun(PipelineRun):
                 each.append(run_steps([pieces[group] for group in held.groups], steps, shape)[0])
             found.append(self.joined(name, each))
         return found
+
+
+def _is_trained(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def add_pieces(found: dict[str, Pieces], name: str, pieces: Pieces) -> None:

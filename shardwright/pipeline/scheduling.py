@@ -125,8 +125,5 @@ def forwards_first(placement: Placement, micro: int, slices: int = 1) -> Schedul
 
 def without_loss(schedule: Schedule) -> Schedule:
     """Returns a schedule as it runs if gradients come from outside: all forwards, then all backwards, each in its order."""
-    rows = tuple(
-        (*(a for a in row if a.kind == FORWARD), *(a for a in row if a.is_compute and a.kind != FORWARD))
-        for row in schedule.rows
-    )
+    rows = tuple((*(a for a in row if a.kind == FORWARD), *(a for a in row if a.goes_back)) for row in schedule.rows)
     return replace(schedule, rows=rows)

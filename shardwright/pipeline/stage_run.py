@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from shardwright.base.operators import may_draw
+from shardwright.ir.instructions import Call
 from shardwright.ir.operator import OpOverload
 from shardwright.ir.program import LocalProgram
 from shardwright.pipeline.cut import Stage
@@ -42,14 +44,20 @@ class StepState:
     """A stage's part of a step.
 
     Attributes:
-        held: its held values.
+        given: what its program that runs once reads: the stage's parameters among others.
+        made: what that program makes; empty before it runs, and after the last work of the step.
+        held: the same as leaves, in which gradients add up.
+        sums_of: where these begin in autograd's graph with them, once they are freed.
         running: the micro-batches between their forward and their backward.
         sums: the held tensors, by identity, whose gradients are sums made here, which nobody else has.
         kept: leaves that later slices read, by micro-batch and local value, slice after slice.
     """
 
-    held: list[Pieces]
-    running: dict[int, _Running]
+    given: list[Any] = field(default_factory=list)
+    made: list[Pieces] = field(default_factory=list)
+    held: list[Pieces] = field(default_factory=list)
+    sums_of: list[tuple[GradientEdge, Tensor]] = field(default_factory=list)
+    running: dict[int, _Running] = field(default_factory=dict)
     sums: set[int] = field(default_factory=set)
     kept: dict[tuple[int, str], list[Pieces]] = field(default_factory=dict)
 
@@ -84,7 +92,7 @@ class StageRun:
         self.received = tuple(stage.received)
         names = (*stage.sent, *stage.returned.values())
         self.outputs = list(zip(names, parts.each[0].outputs)) if parts.each else []  # what is kept follows
-        self.state = StepState([], {})
+        self.state = StepState()
         self.updates: list[Tensor] = []
 
     @property
@@ -94,13 +102,43 @@ class StageRun:
 
     # -- once per step ------------------------------------------------------------------------------------------------
 
-    def begin(self, values: Sequence[Any]) -> list[Pieces]:
-        """Runs what is the same for all micro-batches; returns the tensors that :meth:`hold` takes."""
-        return [self._pieces(value) for value in self.once(*values)]
+    def begin(self, values: Sequence[Any]) -> None:
+        """Begins a step with the stage's parameters and its other inputs, as leaves in which gradients add up."""
+        self.state = StepState(list(values))
 
-    def hold(self, held: list[Pieces]) -> None:
-        """Gives the stage the values of :meth:`begin`, as leaves in which gradients add up."""
-        self.state = StepState(held, {})
+    def unshard(self, grad: bool) -> None:
+        """Runs what is the same for all micro-batches, such as gathers of parameters, unless it has run.
+
+        Args:
+            grad: whether a backward will follow.
+        """
+        if self.state.made:
+            return
+        with torch.set_grad_enabled(grad):
+            self.state.made = [self._pieces(value) for value in self.once(*self.state.given)]
+        self.state.held = [[piece.detach().requires_grad_(piece.requires_grad) for piece in made] for made in self.state.made]
+
+    def reshard(self) -> None:
+        """Frees what :meth:`unshard` has made; only the sums of its gradients stay."""
+        for made, held in zip(self.state.made, self.state.held, strict=True):
+            for piece, leaf in zip(made, held, strict=True):
+                if leaf.grad is not None:
+                    self.state.sums_of.append((get_gradient_edge(piece), leaf.grad))
+        self.state.made, self.state.held = [], []
+        self.state.sums.clear()
+
+    def reduce_gradients(self) -> None:
+        """Hands the sums of gradients back through what runs once, such as sums over ranks."""
+        self.reshard()
+        leaves = [value for value in self.state.given if isinstance(value, Tensor) and value.requires_grad]
+        edges, sums = zip(*self.state.sums_of, strict=True) if self.state.sums_of else ((), ())
+        self.state.sums_of.clear()
+        if not edges or not leaves:
+            return
+        found = torch.autograd.grad(edges, leaves, sums, allow_unused=True)
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
     # -- per micro-batch --------------------------------------------------------------------------------------------
 
@@ -255,9 +293,17 @@ class StageRun:
 def draw_only(program: LocalProgram) -> None:
     """Draws the random numbers of a program and drops them, so that all ranks' generators stay alike."""
     for call in program.calls:
-        is_draw = isinstance(call.function, OpOverload) and may_draw(call.function)
-        if (call.function in DRAWS or is_draw) and not call.reads:
+        if _draws(call) and not call.reads:
             call.function(*call.args, **call.kwargs)
+
+
+def draws_once(parts: Parts) -> bool:
+    """Tells whether a stage draws random numbers in what it runs once per step."""
+    return any(_draws(call) for call in parts.once.calls)
+
+
+def _draws(call: Call) -> bool:
+    return call.function in DRAWS or (isinstance(call.function, OpOverload) and may_draw(call.function))
 
 
 def programs_of(parts: Parts) -> list[LocalProgram]:

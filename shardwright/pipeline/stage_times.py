@@ -24,12 +24,15 @@ class StageCost:
     Args:
         forward, backward, weight: of F, I and W.
         launches: the part of each that does not shrink with the batch.
+        unshard, reduce: of the gathers of parameters, and of the sums of their gradients, once per step.
     """
 
     forward: float
     backward: float
     weight: float
     launches: tuple[float, float, float]
+    unshard: float = 0.0
+    reduce: float = 0.0
 
     def of_micro(self, micro: int) -> tuple[float, float, float]:
         """Returns the seconds of F, I and W for one of so many micro-batches."""
@@ -41,7 +44,7 @@ class StageCost:
     def followed_by(self, tail: StageCost) -> StageCost:
         """Returns the cost of the stage with a tail, whose passes run after all forwards of the stage."""
         forward = self.forward + tail.forward + tail.backward + tail.weight
-        return replace(self, forward=forward)
+        return replace(self, forward=forward, unshard=self.unshard + tail.unshard, reduce=self.reduce + tail.reduce)
 
 
 def cost_of(plan: Plan) -> StageCost:
@@ -73,7 +76,10 @@ def cost_of(plan: Plan) -> StageCost:
             backward += sum(step.seconds for step in move.backward)
             fixed[0] += machine.collective_launch * len(move.forward)
             fixed[1] += machine.collective_launch * len(move.backward)
-    return StageCost(forward, backward, weight, (fixed[0], fixed[1], fixed[2]))
+    once = [move for move in price.moves if move.of_parameter]
+    unshard = sum(step.seconds for move in once for step in move.forward)
+    reduce = sum(step.seconds for move in once for step in move.backward)
+    return StageCost(forward, backward, weight, (fixed[0], fixed[1], fixed[2]), unshard, reduce)
 
 
 def times_of(
@@ -98,7 +104,8 @@ def times_of(
     largest = max(sizes)
     factors = [size / largest for size in sizes] if len(set(sizes)) > 1 else ()
     forward, backward, weight = (tuple(part) for part in zip(*seconds, strict=True))
-    return StageTimes(forward, backward, weight, transfers, factors)
+    once = [cost.unshard for cost in costs], [cost.reduce for cost in costs]
+    return StageTimes(forward, backward, weight, transfers, factors, (), *once)
 
 
 def _bytes(graph: Graph, value: str) -> float:

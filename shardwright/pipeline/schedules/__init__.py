@@ -9,6 +9,7 @@
 ``execution``       runs rows against a clock, each action once its rank is free and what it waits for is done
 ``list_scheduler``  schedules by letting each free rank do what is most urgent under a policy
 ``named``           the published schedules by their names: GPipe, 1F1B, interleaved, zero-bubble, in slices
+``parameters``      when stages gather their parameters, free them, and add up their gradients
 ``repair``          improves rows by moving actions of the critical path
 ``schedule``        for each rank its actions in their order; read and written as torch's CSV
 ``search``          a schedule of least time for stages that take different times, under a limit on activations

@@ -13,7 +13,7 @@ COMPUTE = (FORWARD, BACKWARD, INPUT, WEIGHT)
 # What moves activations and gradients between stages follows from the work, so no schedule needs to hold it.
 TRANSFERS = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 # What moves a stage's parameters and their gradients among the ranks that share them.
-PARAMETERS = ("UNSHARD", "RESHARD", "REDUCE_GRAD")
+UNSHARD, RESHARD, REDUCE_GRAD = PARAMETERS = ("UNSHARD", "RESHARD", "REDUCE_GRAD")
 KINDS = (*COMPUTE, *TRANSFERS, *PARAMETERS)
 
 _TEXT = re.compile(rf"(\d+)({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d*)")
@@ -37,6 +37,11 @@ class Action(NamedTuple):
     def is_compute(self) -> bool:
         """True for work proper: F, B, I or W."""
         return self.kind in COMPUTE
+
+    @property
+    def goes_back(self) -> bool:
+        """True for work of a backward pass: B, I or W."""
+        return self.is_compute and self.kind != FORWARD
 
     @classmethod
     def parse(cls, text: str) -> Action:

@@ -110,8 +110,9 @@ def lower_bound(
                 jobs.append((relaxed.start_i[s][k], i, relaxed.remaining_i[s][j] - i))
                 jobs.append((relaxed.start_w[s][k], w, 0.0))
         whole = sum(times.forward[s] + times.backward[s] + times.weight[s] for s in stages) * sum(factors)
-        head = min(relaxed.start_f[s][0] for s in stages)
-        bound = max(bound, _interruptible(jobs), head + whole)
+        head = times.unshard[0] + min(relaxed.start_f[s][0] for s in stages)  # everything waits for the first stage
+        whole += sum(times.reduce[s] for s in stages)
+        bound = max(bound, times.unshard[0] + _interruptible(jobs), head + whole, sum(times.unshard[s] for s in stages) + whole)
         if most_in_flight is not None:
             limit = most_in_flight if isinstance(most_in_flight, int) else most_in_flight[at]
             bound = max(bound, head + _holding(times, factors, row_of_stage, stages, limit))

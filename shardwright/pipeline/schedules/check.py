@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from shardwright.errors import PipelineError
-from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, REDUCE_GRAD, UNSHARD, WEIGHT, Action
 from shardwright.pipeline.schedules.execution import Durations, Execution, Need, execute, gives
 from shardwright.pipeline.schedules.schedule import Schedule
 
@@ -26,6 +26,7 @@ def check_schedule(schedule: Schedule, forward_only: bool = False) -> None:
         PipelineError: something is wrong; ``problems`` has a line for each thing that is.
     """
     problems = [*_places(schedule), *_counts(schedule, forward_only), *_order(schedule), *_order_of_slices(schedule)]
+    problems += _order_of_parameters(schedule)
     if not problems:
         run = execute(schedule.rows, schedule.stage_count, Durations())
         problems = [_circle(schedule, run)] if run.blocked else []
@@ -136,6 +137,24 @@ def _order_of_slices(schedule: Schedule) -> list[str]:
                 for first in need
                 if first in there and first not in seen
             ]
+    return problems
+
+
+def _order_of_parameters(schedule: Schedule) -> list[str]:
+    """Lists gathers of parameters that come after work of their stage, and sums of their gradients before it."""
+    problems = []
+    for rank, row in enumerate(schedule.rows):
+        for stage in dict.fromkeys(action.stage for action in row):
+            own = [action for action in row if action.stage == stage]
+            work = [at for at, action in enumerate(own) if action.is_compute]
+            gathers = [at for at, action in enumerate(own) if action.kind == UNSHARD]
+            sums = [at for at, action in enumerate(own) if action.kind == REDUCE_GRAD]
+            if work and gathers and gathers[0] > work[0]:
+                problems.append(f"{own[gathers[0]]} stands behind {own[work[0]]} on rank {rank}; put it before that")
+            if work and sums and sums[0] < work[-1]:
+                problems.append(f"{own[sums[0]]} stands before {own[work[-1]]} on rank {rank}; put it behind that, once")
+            if len(sums) > 1:
+                problems.append(f"{own[sums[0]]} stands {len(sums)} times on rank {rank}; it has to stand there once")
     return problems
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shardwright.errors import PipelineError
-from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, REDUCE_GRAD, UNSHARD, WEIGHT, Action
 from shardwright.pipeline.schedules.check import held_most
 from shardwright.pipeline.schedules.execution import Durations, execute
 from shardwright.pipeline.schedules.schedule import Schedule
@@ -26,6 +26,8 @@ class StageTimes:
             neither of them from working.
         micro_factors: what the seconds of each micro-batch are multiplied by, such as 0.5 for a last one half as large.
         memory: what each stage holds of a micro-batch from its F to its B or W, in any unit; 1 if not given.
+        unshard: of UNSHARD, the gathers of each stage's parameters, once per step; none if not given.
+        reduce: of REDUCE_GRAD, the sums of their gradients over ranks.
 
     >>> StageTimes([1, 2], [1, 2], [1, 2], transfer=0.5).transfer
     (0.5,)
@@ -37,15 +39,18 @@ class StageTimes:
     transfer: Sequence[float] | float = 0.0
     micro_factors: Sequence[float] = ()
     memory: Sequence[float] = field(default=())
+    unshard: Sequence[float] = ()
+    reduce: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         count = len(self.forward)
         transfer = self.transfer
         spread = (transfer,) * (count - 1) if isinstance(transfer, (int, float)) else tuple(transfer)
-        wanted = {"backward": count, "weight": count, "transfer": count - 1, "memory": count}
+        wanted = dict.fromkeys(("backward", "weight", "memory", "unshard", "reduce"), count) | {"transfer": count - 1}
         values = {
             "forward": tuple(self.forward), "backward": tuple(self.backward), "weight": tuple(self.weight),
             "transfer": spread, "micro_factors": tuple(self.micro_factors), "memory": tuple(self.memory) or (1.0,) * count,
+            "unshard": tuple(self.unshard) or (0.0,) * count, "reduce": tuple(self.reduce) or (0.0,) * count,
         }  # fmt: skip
         for name, value in values.items():
             if name in wanted and len(value) != wanted[name]:
@@ -73,6 +78,7 @@ class StageTimes:
         """Returns the seconds of every kind of action."""
         whole = [i + w for i, w in zip(self.backward, self.weight)]
         by_kind = {FORWARD: self.forward, BACKWARD: whole, INPUT: self.backward, WEIGHT: self.weight}
+        by_kind |= {UNSHARD: self.unshard, REDUCE_GRAD: self.reduce}
         return Durations(by_kind, self.delays(row_of_stage), self.micro_factors)
 
 

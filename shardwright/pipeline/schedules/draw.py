@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.errors import PipelineError
-from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, WEIGHT
+from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, REDUCE_GRAD, UNSHARD, WEIGHT
 from shardwright.pipeline.schedules.clock import Event, Timeline
 
 SUFFIXES = (".png", ".svg")
-COLOURS = {FORWARD: "#9ec5e8", BACKWARD: "#a8d5a2", INPUT: "#f2c98a", WEIGHT: "#d8c3e6"}
+COLOURS = {
+    FORWARD: "#9ec5e8", BACKWARD: "#a8d5a2", INPUT: "#f2c98a", WEIGHT: "#d8c3e6", UNSHARD: "#c9c9c9", REDUCE_GRAD: "#e39b97",
+}  # fmt: skip
 WORDS = {FORWARD: "forward", BACKWARD: "backward", INPUT: "gradients of inputs", WEIGHT: "gradients of weights"}
+WORDS |= {UNSHARD: "gathers of parameters", REDUCE_GRAD: "sums of gradients over ranks"}
 INK, EDGE = "#222222", "#555555"
 ACROSS = 11.0  # inches that the timeline has
 LABELLED = 3000  # events; of more no text can be read
@@ -51,7 +54,7 @@ def draw_timeline(timeline: Timeline, path: str | Path) -> None:
 def _draw(axes: Any, timeline: Timeline, ranks: int) -> None:
     from matplotlib.patches import Patch
 
-    work = [event for event in timeline.events if event.action.is_compute]
+    work = [event for event in timeline.events if event.action.kind in COLOURS and event.end > event.start]
     for rank in range(ranks):
         row = [event for event in work if event.rank == rank]
         boxes = [(event.start, event.end - event.start) for event in row]
@@ -66,7 +69,7 @@ def _draw(axes: Any, timeline: Timeline, ranks: int) -> None:
     for event in work if len(work) <= LABELLED else ():
         text, size = str(event.action), 7
         if 0.62 * size * len(text) > (event.end - event.start) * points:
-            text, size = str(event.action.micro), 6
+            text, size = "" if event.action.micro is None else str(event.action.micro), 6
         if 0.62 * size * len(text) <= (event.end - event.start) * points:
             middle = (event.start + event.end) / 2
             axes.text(middle, event.rank, text, ha="center", va="center", fontsize=size, color=INK)

@@ -99,9 +99,12 @@ class Schedule:
 
     def __str__(self) -> str:
         columns = _columns(self)
-        width = max((len(cell) for row in columns for cell in row), default=0)
+        widths = [max(map(len, cells)) for cells in zip(*columns, strict=True)]
         label = max(len(f"rank {rank}") for rank in range(len(columns))) if columns else 0
-        lines = [f"rank {rank}".ljust(label + 2) + " ".join(c.ljust(width) for c in row) for rank, row in enumerate(columns)]
+        lines = []
+        for rank, row in enumerate(columns):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append(f"rank {rank}".ljust(label + 2) + " ".join(cells))
         head = f"{self.name}: {_count(self.stage_count, 'stage')} on {_count(len(self.rows), 'rank')}, "
         head += _count(self.micro_count // self.slices, "micro-batch")
         head += f" of {self.slices} slices each" if self.slices > 1 else ""
