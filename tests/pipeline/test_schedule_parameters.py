@@ -1,4 +1,4 @@
-"""Gathers of parameters and sums of their gradients as actions of a schedule: where they stand, what they cost, that they are exact."""
+"""Gathers of parameters and sums of their gradients as actions of a schedule: their place, their price, exact results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_every_stage_gathers_before_its_work_and_adds_up_after_it(name):
         every = range(schedule.stage_count)
         found = with_parameters(schedule, every, every, early, late)
         check_schedule(found)
-        assert found.compute_only() == schedule and with_parameters(found, every, every) == found
+        assert found.compute_only() == schedule
+        assert with_parameters(found, every, every) == found
         for stage in every:
             own = [a.kind for a in found.rows[found.row_of_stage[stage]] if a.stage == stage]
             assert (own[0], own[-2:]) == ("UNSHARD", ["RESHARD", "REDUCE_GRAD"])
@@ -52,7 +53,9 @@ def test_none_takes_less_time_than_the_bound_and_the_choice_is_the_least():
         times = StageTimes(*numbers[:3], unshard=numbers[3], reduce=numbers[4])
         every = range(schedule.stage_count)
         chosen = run_clock(with_parameters_in_time(schedule, every, every, times), times).seconds
-        others = [run_clock(with_parameters(schedule, every, every, *w), times).seconds for w in product((False, True), repeat=2)]
+        others = [
+            run_clock(with_parameters(schedule, every, every, *w), times).seconds for w in product((False, True), repeat=2)
+        ]
         assert chosen == min(others)
         assert chosen >= lower_bound(times, schedule.micro_count, schedule.row_of_stage) * (1 - 1e-12)
         assert chosen >= run_clock(schedule, replace(times, unshard=(), reduce=())).seconds * (1 - 1e-12)
@@ -115,6 +118,7 @@ def test_parameters_of_stages_stored_split_train_equal_and_their_moves_follow_th
     kinds = [action.kind for row in net.plan.schedule.rows for action in row]
     assert 1 <= kinds.count("REDUCE_GRAD") <= 4 <= kinds.count("UNSHARD")
     moves = [event.kind for event in log.events]
-    assert moves.count("all_gather") and moves.count("reduce_scatter")
+    assert moves.count("all_gather")
+    assert moves.count("reduce_scatter")
     with torch.no_grad():
         torch.testing.assert_close(net(x, y), single(x, y), rtol=1e-12, atol=0)
