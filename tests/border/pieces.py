@@ -624,9 +624,14 @@ def takes_an_item(self: Any, h: Tensor) -> Tensor:
     return h / h.detach().norm().item()
 
 
-@refused
+@equal
 def has_sizes_of_values(self: Any, h: Tensor) -> Tensor:
     return h + h[h > 0].sum()
+
+
+@refused
+def counts_by_sizes_of_values(self: Any, h: Tensor) -> Tensor:
+    return h * len(torch.unique(h.detach().round()))
 
 
 @refused
