@@ -2,6 +2,7 @@
 
 =============  ======================================================================================================
 ``calibrate``  measures this machine for the price model
+``k8s``        renders, checks and explains jobs on Kubernetes
 ``layout``     prints and draws the slice of a tensor that each rank holds, for any layout
 ``main``       runs the command that the arguments name, also as ``python -m shardwright``
 ``options``    reads arguments and prints errors, for all commands

@@ -1,6 +1,7 @@
-"""Launching: processes on this machine.
+"""Launching: processes on this machine, and jobs on Kubernetes.
 
-=========  ==============================================
-``local``  starts processes on this machine, one per rank
-=========  ==============================================
+===============  ==================================================
+``kubernetes/``  manifests of jobs: read, rendered, checked
+``local``        starts processes on this machine, one per rank
+===============  ==================================================
 """

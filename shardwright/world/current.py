@@ -89,6 +89,12 @@ def _in_job() -> bool:
             "it cannot find the others: set MASTER_ADDR and MASTER_PORT, or start it with 'torchrun --nproc-per-node "
             f"{os.environ['WORLD_SIZE']} script.py'; to simulate ranks, unset RANK and WORLD_SIZE"
         )
+    role = os.environ.get("MS_ROLE", "")
+    if role in ("MS_PSERVER", "MS_SCHED"):  # never alone as a simulated rank, without a word
+        raise WorldError(
+            f"MS_ROLE={role}: this process is no worker, and ranks meet at rank 0 without a process of their own for it; start "
+            "workers only, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
     return False
 
 
