@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from shardwright.errors import ArgumentTypeError, WorldError
+from shardwright.world.job.found import find_job
 from shardwright.world.simulated.world import SimulatedWorld
 from shardwright.world.world import World as World
 
@@ -17,8 +18,8 @@ def init(devices: int | None = None, timeout: float | timedelta | None = None, c
     """Sets up the world: ``devices`` simulated ranks in this process, or the job that this process is part of.
 
     Args:
-        devices: number of ranks to simulate. Default: the job that ``torchrun`` describes in the environment, else
-            ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. In a real job it may only be the job's size.
+        devices: number of ranks to simulate. Default: the job that a launcher describes in the environment (torchrun,
+            a rank table, a dynamic cluster, mpirun, Slurm), else ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. In a real job it may only be the job's size.
         timeout: how long a rank of a real job waits for the others, in seconds or as a ``timedelta``: in any collective, and
             where ranks compare what they do. Default: torch's, half an hour. Of no effect on simulated ranks.
         check_weights: after how many calls of nets the ranks of a real job compare all weights that each of them holds
@@ -80,22 +81,7 @@ def _in_job() -> bool:
 
     if dist.is_available() and dist.is_initialized():
         return True
-    there = {name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if os.environ.get(name)}
-    if len(there) == 3:
-        return True
-    if {"RANK", "WORLD_SIZE"} <= there and os.environ["WORLD_SIZE"].strip() != "1":
-        raise WorldError(
-            f"this process is rank {os.environ['RANK']} of a job of {os.environ['WORLD_SIZE']}, but MASTER_ADDR is not set, so "
-            "it cannot find the others: set MASTER_ADDR and MASTER_PORT, or start it with 'torchrun --nproc-per-node "
-            f"{os.environ['WORLD_SIZE']} script.py'; to simulate ranks, unset RANK and WORLD_SIZE"
-        )
-    role = os.environ.get("MS_ROLE", "")
-    if role in ("MS_PSERVER", "MS_SCHED"):  # never alone as a simulated rank, without a word
-        raise WorldError(
-            f"MS_ROLE={role}: this process is no worker, and ranks meet at rank 0 without a process of their own for it; start "
-            "workers only, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        )
-    return False
+    return find_job(os.environ) is not None
 
 
 def current_world() -> World:

@@ -42,6 +42,8 @@ from shardwright.world.distributed.groups import Groups
 from shardwright.world.distributed.moves import PieceMove
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
+from shardwright.world.job.found import find_job
+from shardwright.world.job.job import Job
 from shardwright.world.job.torchrun import read_environment
 from shardwright.world.world import Described, World
 
@@ -94,7 +96,11 @@ class DistributedWorld(World):
             if timeout is not None:
                 set_group_timeout(timeout)
             return cls()
-        rank, size, local_rank, local_size = read_environment(os.environ)
+        job = find_job(os.environ)
+        if job is None:  # what torchrun would have set, and is missing
+            rank, size, local_rank, local_size = read_environment(os.environ)
+            job = Job("torchrun", rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        rank, size, local_rank, local_size = job.rank, job.size, job.local_rank, job.local_size
         backend = backend or ("nccl" if _has_gpus_for(local_rank, local_size) else "gloo")
         device = torch.device("cpu")
         if "nccl" in backend:
@@ -106,11 +112,17 @@ class DistributedWorld(World):
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=_store(job, timeout),
+                rank=rank,
+                world_size=size,
+                device_id=device if device.type == "cuda" else None,
+            )
         except (RuntimeError, ValueError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise WorldError(
-                f"rank {rank} could not join the job of {size} ranks at {address} with backend {backend!r}: {error}"
+                f"rank {rank} could not join the job of {size} ranks at {job.address}:{job.port} ({job.launcher}) with backend {backend!r}: {error}"
             ) from error
         world = cls(device)
         world._owns_job = True
@@ -358,3 +370,14 @@ def _default_device() -> torch.device:
 
 
 # -- binding -----------------------------------------------------------------------------------------------------------
+
+
+def _store(job: Job, timeout: timedelta | None) -> dist.Store:
+    """Opens the store where the job's ranks meet: rank 0 keeps it, or torchrun's agent, which keeps it over restarts."""
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and job.launcher == "torchrun"
+    patience = timeout or timedelta(minutes=30)
+    is_kept_here = job.rank == 0 and not is_agents
+    store = dist.TCPStore(job.address, job.port, job.size, is_kept_here, patience, wait_for_workers=False, multi_tenant=True)
+    # what ranks of an attempt that failed have written must not be read by those of the next one
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_agents else "0"
+    return dist.PrefixStore(f"attempt_{attempt}", store)
