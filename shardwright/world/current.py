@@ -19,7 +19,8 @@ def init(devices: int | None = None, timeout: float | timedelta | None = None, c
 
     Args:
         devices: number of ranks to simulate. Default: the job that a launcher describes in the environment (torchrun,
-            a rank table, a dynamic cluster, mpirun, Slurm), else ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. In a real job it may only be the job's size.
+            a rank table, a dynamic cluster, mpirun, Slurm), else ``SHARDWRIGHT_DEVICES`` simulated ranks, else one. In a
+            real job it may only be the job's size.
         timeout: how long a rank of a real job waits for the others, in seconds or as a ``timedelta``: in any collective, and
             where ranks compare what they do. Default: torch's, half an hour. Of no effect on simulated ranks.
         check_weights: after how many calls of nets the ranks of a real job compare all weights that each of them holds

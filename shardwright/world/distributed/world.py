@@ -122,7 +122,8 @@ class DistributedWorld(World):
             )
         except (RuntimeError, ValueError) as error:
             raise WorldError(
-                f"rank {rank} could not join the job of {size} ranks at {job.address}:{job.port} ({job.launcher}) with backend {backend!r}: {error}"
+                f"rank {rank} could not join the job of {size} ranks at {job.address}:{job.port} ({job.launcher}) "
+                f"with backend {backend!r}: {error}"
             ) from error
         world = cls(device)
         world._owns_job = True

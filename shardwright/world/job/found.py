@@ -55,6 +55,6 @@ def _check_mpi(job: Job, variables: Mapping[str, str], rank_name: str, size_name
     given = read_ranks(variables)
     if given is not None and given != (job.rank, job.size):
         raise WorldError(
-            f"two launchers contradict each other: {job.launcher} ({rank_name}, {size_name}) says rank {job.rank} of {job.size}, "
-            f"mpirun rank {given[0]} of {given[1]}: unset the variables of one of them"
+            f"two launchers contradict each other: {job.launcher} ({rank_name}, {size_name}) says rank {job.rank} of "
+            f"{job.size}, mpirun rank {given[0]} of {given[1]}: unset the variables of one of them"
         )
