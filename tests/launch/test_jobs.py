@@ -187,7 +187,10 @@ def test_a_rank_that_is_killed_is_restarted(loss):
     check(done, found, 2, 1, loss)
 
 
-@pytest.mark.parametrize("launcher", ["cluster", "slurm", "table"])
+LAUNCHERS = ["cluster", "slurm", "table"] if os.environ.get("SHARDWRIGHT_TEST_ALL") == "1" else ["cluster"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ranks_meet_by_variables_alone(launcher, loss, tmp_path):
     port = str(jobs.free_port())
     table = rank_table((2,))
