@@ -137,7 +137,8 @@ def cut_of_inputs(batch: Batch, micro: int, slices: int) -> Cut:
     shapes = {i.value: i.meta.shape for i in batch.graph.inputs if i.kind == "input"}
     cut = Cut(batch.layouts(MICRO, micro) if micro > 1 else {}, micro, slices)
     if slices > 1:
-        cut.starts.update(sequence_of(batch.graph, slices))
+        starts, cut.ends = sequence_of(batch.graph, slices)
+        cut.starts.update(starts)
         for value in shapes.keys() & cut.starts.keys():
             if cut.dim(value) == cut.starts[value]:
                 raise PipelineError(

@@ -226,6 +226,8 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
     >>> reshaped(Place(0, 6), (24, 8), (6, 4, 8), 4)
     Place(dim=1, outer=1, inner=1)
     """
+    if 0 in (*source, *target):
+        return None
     before = math.prod(source[: place.dim]) * place.outer
     passed = 1
     for dim, size in enumerate(target):

@@ -67,3 +67,8 @@ def cross(pieces: Sequence[Tensor], source: Held, target: Held, shape: tuple[int
     for rank, group in enumerate(target.groups):
         found.setdefault(group, moved[groups[rank]])
     return [found[group] for group in range(len(found))]
+
+
+def add_pieces(found: dict[str, list[Tensor]], name: str, pieces: list[Tensor]) -> None:
+    """Adds the pieces of one more gradient of a value."""
+    found[name] = [a + b for a, b in zip(found[name], pieces, strict=True)] if name in found else pieces

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
-from shardwright.pipeline.crossing import Held
+from shardwright.pipeline.crossing import Held, add_pieces
 from shardwright.pipeline.elsewhere import Elsewhere
 from shardwright.pipeline.flight import Flight, Message, Places, places_of
 from shardwright.pipeline.random_turns import RandomTurns
-from shardwright.pipeline.run import PipelineRun, StagePlace, Step, add_pieces
+from shardwright.pipeline.run import PipelineRun, StagePlace, Step
 from shardwright.pipeline.schedules.actions import Action
 from shardwright.pipeline.schedules.schedule import Schedule
 from shardwright.pipeline.stage_run import Pieces, StageRun, draw_only
@@ -144,7 +144,7 @@ class DistributedPipelineRun(PipelineRun):
                         flight.receive(Message(name, micro, source, reader, False))
         elif action.kind != "W":
             for name in stage.sent:
-                for reader in self.readers[name] if name in self.graph.needs_grad else ():
+                for reader in self.readers[name] if name in self.reached_now else ():
                     if reader not in self.runs:
                         flight.receive(Message(name, micro, reader, index, True))
 
@@ -175,6 +175,8 @@ class DistributedPipelineRun(PipelineRun):
             gradients = self._gradients(run, micro, step, flight)
             back = run.backward(micro, gradients) if action.kind == "B" else run.backward_input(micro, gradients)
             for name, pieces in back.items():
+                if name not in self.reached_now:
+                    continue
                 maker = self.maker[name]
                 if maker in self.runs:
                     step.given.setdefault((name, micro), []).append((index, pieces))
@@ -211,7 +213,7 @@ class DistributedPipelineRun(PipelineRun):
         index = run.stage.index
         for name in run.stage.sent:
             own = dict(step.given.pop((name, micro), ()))
-            for reader in self.readers[name] if name in self.graph.needs_grad else ():
+            for reader in self.readers[name] if name in self.reached_now else ():
                 if reader in self.runs:
                     piece = self.cross(Message(name, micro, reader, index, True))(own[reader][0])
                 else:

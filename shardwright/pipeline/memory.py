@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
-from shardwright.base.torch_private import pytree
 from shardwright.cost import algorithms as calibration
 from shardwright.ir.graph import Graph
-from shardwright.ir.instructions import Call, PerRank
 from shardwright.ir.largest_piece import local_shape
 from shardwright.ir.plan import Plan
 from shardwright.ir.program import LocalProgram
-from shardwright.pipeline.cut import Stage, loss_of
+from shardwright.pipeline.cut import Stage, gives_gradients, loss_of
 from shardwright.pipeline.flight import places_of
-from shardwright.pipeline.micro_memory import HeldValue, HeldValues, MicroCalls, MicroState, RunningMicro, add_put_off
+from shardwright.pipeline.micro_memory import (
+    HeldValue,
+    HeldValues,
+    MicroCalls,
+    MicroState,
+    RunningMicro,
+    add_put_off,
+    of_first_rank,
+)
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, REDUCE_GRAD, RESHARD, UNSHARD, WEIGHT, Action
 from shardwright.pipeline.stage_run import draws_once
@@ -105,7 +110,10 @@ class _Row:
             for name in own.stage.received:
                 self.readers.setdefault(name, []).append(own.stage.index)
         self.guessed: dict[str, None] = {}
-        self.has_loss = loss_of(graph) is not None
+        loss = loss_of(graph)
+        self.has_loss = loss is not None
+        # values whose gradients travel back
+        self.reached = graph.needs_grad if loss is None else gives_gradients(graph, str(graph.outputs[loss]))
 
     def run(self) -> MemoryTimeline:
         self.begin()
@@ -156,7 +164,7 @@ class _Row:
         own, state, leaves = self.planned[stage], self.once[stage], self.held[stage]
         if leaves:
             return
-        self._forward(_of_first_rank(own.parts.once), state, own.parts.held)
+        self._forward(of_first_rank(own.parts.once), state, own.parts.held)
         for name in own.parts.held:
             value = state.values[name]
             leaves[name] = HeldValue(self.usage.hold(value.storage), value.tensor)
@@ -204,7 +212,7 @@ class _Row:
         elif action.kind == WEIGHT:
             return
         else:
-            names = [n for n in stage.sent if n in self.graph.needs_grad and (action, n) not in self.coming]
+            names = [n for n in stage.sent if n in self.reached and (action, n) not in self.coming]
         for name in names:
             piece = Storage(float(self._piece(action, name).bytes), "activations", name)
             self.coming[action, name] = self.usage.hold(piece)
@@ -265,13 +273,13 @@ class _Row:
         state = MicroState(self.usage, held)
         for name, leaf in held.items():
             state.define(name, leaf.storage, leaf.tensor)
-        self._forward(_of_first_rank(own.parts.cuts[micro]), state, (*held, *own.parts.cut))
+        self._forward(of_first_rank(own.parts.cuts[micro]), state, (*held, *own.parts.cut))
         holds = []
         for name in own.stage.received:
             storage = self.coming.pop((action, name))
             holds.append(storage)
             state.define(name, storage, self._piece(action, name))
-        program = _of_first_rank(own.parts.each[micro])
+        program = of_first_rank(own.parts.each[micro])
         earlier = self._earlier(action, program)
         for name, (before, of) in earlier.items():
             kept = before.kept[of]
@@ -297,7 +305,7 @@ class _Row:
         own, running = self.planned[action.stage], self.running[action.stage, action.micro or 0]
         state = running.state
         given = self._seed(own, action, state)
-        if action.kind == INPUT and not any(name in self.graph.needs_grad for name in own.stage.received):
+        if action.kind == INPUT and not any(name in self.reached for name in own.stage.received):
             running.waits = True
             running.holds += given
             return
@@ -309,7 +317,9 @@ class _Row:
             self.usage.drop(storage)
         for name, maker in own.stage.received.items():
             gradient = state.gradients.pop(name, None)
-            if gradient is not None:
+            if gradient is not None and name not in self.reached:
+                self.usage.drop(gradient.storage)
+            elif gradient is not None:
                 place = self.places.get((maker, action.micro or 0, True), (-1, 0))
                 self.leaving.append((place, gradient.storage))
         for name, (before, of) in self._earlier(action, own.parts.each[action.micro or 0]).items():
@@ -333,6 +343,8 @@ class _Row:
         for name, local in zip((*own.stage.sent, *own.stage.returned.values()), program.outputs):
             tensor = state.all_values[str(local)].tensor
             if not tensor.needs_grad or (self.has_loss and name not in own.stage.sent and name != self.graph.outputs[0]):
+                continue
+            if name in own.stage.sent and name not in self.reached:
                 continue
             storage = self.coming.pop((action, name), None)
             if storage is None:
@@ -371,22 +383,6 @@ class _Row:
         """Ends a micro-batch."""
         for storage in self.running.pop((action.stage, action.micro or 0)).holds:
             self.usage.drop(storage)
-
-
-def _of_first_rank(program: LocalProgram) -> LocalProgram:
-    """Returns a program with the arguments of the first of its ranks."""
-    first = min((min(layout.mesh.ranks) for layout in program.layouts.values() if layout.mesh.ranks), default=0)
-
-    def argument(leaf: Any) -> Any:
-        return leaf.of(first) if isinstance(leaf, PerRank) else leaf
-
-    def changed(instruction: Any) -> Any:
-        if not isinstance(instruction, Call):
-            return instruction
-        args, kwargs = pytree.tree_map(argument, (instruction.args, instruction.kwargs))
-        return replace(instruction, args=args, kwargs=kwargs)
-
-    return replace(program, instructions=tuple(map(changed, program.instructions)))
 
 
 def _tensor_of(placed: Any, needs_grad: bool) -> LocalTensor:

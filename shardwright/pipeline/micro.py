@@ -23,7 +23,7 @@ from shardwright.ir.operator import TensorMeta
 from shardwright.ir.pieces import chunk_pieces
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
-from shardwright.pipeline.refusals import SUMMED, TOGETHER, changes_buffer, needs_dim
+from shardwright.pipeline.refusals import SAME_FOR_SLICES, SUMMED, TOGETHER, changes_buffer, needs_dim
 from shardwright.pipeline.slices import NotInSlices, Rows, counts_no_rows, with_rows
 from shardwright.pipeline.stages import is_received
 from shardwright.pipeline.sums import linear_group
@@ -316,4 +316,4 @@ class _Cutter(UnitNodes):
         for layout in made.outputs:
             cut = unit_axes((*layout.split_axes, *layout.partial_axes))
             if MICRO in cut and SLICE in self.axes and SLICE not in cut:
-                self.refuse(node, "computes what is the same for every slice of the sequence")
+                self.refuse(node, SAME_FOR_SLICES)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from shardwright.ir.instructions import Call
+from shardwright.base.torch_private import pytree
+from shardwright.ir.instructions import Call, PerRank
+from shardwright.ir.program import LocalProgram
 from shardwright.plan.memory.calls import CallPlayer
 from shardwright.plan.memory.local_tensor import LocalTensor, Strides
 from shardwright.plan.memory.rank_state import RankState
@@ -99,3 +102,19 @@ class RunningMicro:
         self.state, self.holds = state, holds
         self.kept: dict[str, HeldValue] = {}  # what later slices read
         self.waits = False  # the whole backward is put off
+
+
+def of_first_rank(program: LocalProgram) -> LocalProgram:
+    """Returns a program with the arguments of the first of its ranks."""
+    first = min((min(layout.mesh.ranks) for layout in program.layouts.values() if layout.mesh.ranks), default=0)
+
+    def argument(leaf: Any) -> Any:
+        return leaf.of(first) if isinstance(leaf, PerRank) else leaf
+
+    def changed(instruction: Any) -> Any:
+        if not isinstance(instruction, Call):
+            return instruction
+        args, kwargs = pytree.tree_map(argument, (instruction.args, instruction.kwargs))
+        return replace(instruction, args=args, kwargs=kwargs)
+
+    return replace(program, instructions=tuple(map(changed, program.instructions)))

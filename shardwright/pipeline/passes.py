@@ -64,6 +64,7 @@ class Passes(torch.autograd.Function):
         else:
             meta = run.graph.metas[run.names[run.loss]]
             device = flat[0].device if flat else None
+            run.reached_now = run.reached[run.loss]
             run.seeds = {run.loss: torch.full((), run.seed, dtype=meta.dtype, device=device)}
             with within_pipeline():
                 outputs = run.outputs(run.run(run.actions, True))

@@ -7,13 +7,15 @@ import math
 from shardwright.base.opaque import OpaqueFunction
 from shardwright.ir.graph import Graph, Node
 from shardwright.pipeline.batch import is_reshape
-from shardwright.pipeline.units import NEVER_MEET, Cut
+from shardwright.pipeline.units import NEVER_MEET, NEVER_MEET_SLICES, Cut
 from shardwright.rules.registry import signature_of
 from shardwright.rules.traits import family
 
 CANNOT = "the batch cannot pass in {} micro-batches; without .pipeline(...) it is computed at once"
-CANNOT_SLICES = 'the sequence cannot pass in {} slices (exact is scheduler="1f1b" without slices=)'
+CANNOT_SLICES = 'the sequence cannot pass in {} slices; with scheduler="1f1b", without slices=, it is whole'
 LATER = "at the end of the network, where it runs after all micro-batches"
+SAME_FOR_SLICES = "computes what is the same for every slice of the sequence"
+NO_RULE = "has no rule and runs whole"
 TOGETHER = "computes something of all samples together, such as their mean"
 SUMMED = "is not linear in what it reads, which is a sum over the whole batch"
 
@@ -33,7 +35,11 @@ def refusal(graph: Graph, node: Node, why: str, dim: int | None = None) -> str:
         dim: the dim of an input that it needs whole, if that is the reason.
     """
     what, edit = node.where, f"Compute it of each sample, or {LATER}"
-    if isinstance(node.op.target, OpaqueFunction):
+    if any(later.op.draws for later in _behind(graph, node)):
+        edit = "Compute it of each sample, or draw random numbers before it, so that it can run after all micro-batches"
+    if any(0 in meta.shape for meta in (*node.op.inputs, *node.op.outputs)):
+        why, edit = "has a tensor without elements, in which no sample is", "Leave such a batch out"
+    elif isinstance(node.op.target, OpaqueFunction):
         why, edit = _of_function(node.op.target)
     elif why == SUMMED:
         pass
@@ -46,11 +52,21 @@ def refusal(graph: Graph, node: Node, why: str, dim: int | None = None) -> str:
         why = "computes its mean and variance of the whole batch"
         edit = "Call its eval(), or use a norm of each sample, such as a group norm"
     elif signature_of(node.op) is None:
-        why, edit = "has no rule and runs whole", f"Register a rule of it, or compute it {LATER}"
+        why, edit = NO_RULE, f"Register a rule of it, or compute it {LATER}"
     elif node.op.draws:
-        why = "draws random numbers by the values of the whole batch, in turn"
-        edit = "Draw with torch.rand_like or torch.randn_like, and compute the rest of each sample"
+        why = "draws random numbers by the values of the whole batch, in turn, and nothing draws after all micro-batches"
+        edit = "Draw with torch.rand_like or torch.randn_like before that, and compute the rest of each sample"
     return f"{what} {why}; {NEVER_MEET}. {edit}"
+
+
+def not_followed(node: Node) -> str:
+    """Returns the line about an operator behind which the sequence of its inputs is not known.
+
+    Args:
+        node: the operator.
+    """
+    why = "computes its result of other positions too, or puts them into another order"
+    return f"{node.where} {NO_RULE if signature_of(node.op) is None else why}; {NEVER_MEET_SLICES}"
 
 
 def needs_dim(index: int, dim: int, word: str) -> str:
@@ -87,6 +103,16 @@ def _of_function(function: OpaqueFunction) -> tuple[str, str]:
         "is one function that nothing shows how to split, and runs whole",
         f"Register a rule of it, or call it {LATER}",
     )
+
+
+def _behind(graph: Graph, node: Node) -> list[Node]:
+    """Lists the operators that read what an operator makes, and those that read these."""
+    made, found = set(node.outputs), []
+    for other in graph.nodes:
+        if made.intersection(other.inputs):
+            made.update(other.outputs)
+            found.append(other)
+    return found
 
 
 def _is_behind(node: Node, dim: int) -> bool:

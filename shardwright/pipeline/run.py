@@ -15,7 +15,7 @@ from torch import Tensor
 from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
 from shardwright.ir.layout import Layout
-from shardwright.pipeline.crossing import Held, cross
+from shardwright.pipeline.crossing import Held, add_pieces, cross
 from shardwright.pipeline.cut import Stage, gives_gradients
 from shardwright.pipeline.parts import Parts
 from shardwright.pipeline.passes import Passes, inference, one_pass, two_passes
@@ -95,7 +95,8 @@ class PipelineRun(ABC):
         self.inference, self.actions = inference(schedule), one_pass(schedule)
         self.forwards, self.backwards = two_passes(schedule)
         self.reached = {position: gives_gradients(graph, name) for position, name in self.names.items()}
-        self.reached_now: frozenset[str] = frozenset()  # what gets gradients in the latest backward pass
+        # what gets gradients in the latest backward pass; only these travel back, as what gets none is to have none
+        self.reached_now: frozenset[str] = frozenset()
         self.seed = 1.0  # the gradient of the loss that the latest backward pass came with
         self.seeds: dict[int, Tensor] = {}  # by position, the gradients of results
 
@@ -231,6 +232,8 @@ class PipelineRun(ABC):
         step.tail_waits = False
         run = self.runs[self.tail]
         for name, pieces in run.backward(0, gradients).items():
+            if name not in self.reached_now:
+                continue
             for micro in range(self.micro_count):
                 give(name, micro, [self.seed_of(name, micro, piece).contiguous() for piece in pieces])
         run.reduce_gradients()
@@ -315,7 +318,7 @@ class SimulatedPipelineRun(PipelineRun):
         return are_there and Action(stage, "F", micro) in step.done
 
     def _gradients_of(self, name: str) -> int:
-        return len(self.readers[name]) if name in self.graph.needs_grad else 0
+        return len(self.readers[name]) if name in self.reached_now else 0
 
     def _act(self, action: Action, step: Step, grad: bool) -> None:
         run, micro, index = self.runs[action.stage], action.micro, action.stage
@@ -336,7 +339,8 @@ class SimulatedPipelineRun(PipelineRun):
             gradients = self._gradients(run, micro, step)
             back = run.backward(micro, gradients) if action.kind == "B" else run.backward_input(micro, gradients)
             for name, pieces in back.items():
-                step.given.setdefault((name, micro), []).append((index, pieces))
+                if name in self.reached_now:
+                    step.given.setdefault((name, micro), []).append((index, pieces))
 
     def _for_tail(self, step: Step, name: str, micro: int) -> Pieces:
         assert self.tail is not None
@@ -391,8 +395,3 @@ class SimulatedPipelineRun(PipelineRun):
 
 def _is_trained(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def add_pieces(found: dict[str, Pieces], name: str, pieces: Pieces) -> None:
-    """Adds the pieces of one more gradient of a value."""
-    found[name] = [a + b for a, b in zip(found[name], pieces, strict=True)] if name in found else pieces

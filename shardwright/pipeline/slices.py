@@ -19,15 +19,17 @@ from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.signature import Signature, TensorFactors
 from shardwright.pipeline.stages import free_nodes
 from shardwright.pipeline.units import rows_of_unit, slice_sizes
-from shardwright.rules.attention import attends_causally
+from shardwright.rules.attention import attends_causally, mask_of
 from shardwright.rules.lowering import Local
 from shardwright.rules.registry import replicated_signature, signature_of
 
 # -- where the sequence is --------------------------------------------------------------------------------------------
 
 
-def sequence_of(graph: Graph, slices: int) -> dict[str, int]:
+def sequence_of(graph: Graph, slices: int) -> tuple[dict[str, int], list[Node]]:
     """Finds the inputs, and free values, that carry the sequence of the model's causal attention, with the dims of it.
+
+    Beside them it returns the operators that compute of inputs, and through whose rules the sequence cannot be followed back.
 
     Args:
         graph: the whole graph.
@@ -39,10 +41,7 @@ def sequence_of(graph: Graph, slices: int) -> dict[str, int]:
     attention = [node for node in graph.nodes if attends_causally(node.op)]
     lengths = {node.op.inputs[0].shape[-2]: node for node in attention}
     if not attention:
-        raise PipelineError(
-            'pipeline(scheduler="seqpipe"): no operator is F.scaled_dot_product_attention(..., is_causal=True), whose sequence '
-            'is what is cut into slices; use it in place of a mask, or scheduler="1f1b"'
-        )
+        raise PipelineError(_no_attention(graph))
     if len(lengths) > 1:
         texts = "; ".join(f"{length} in {node.where}" for length, node in lengths.items())
         raise PipelineError(
@@ -54,7 +53,28 @@ def sequence_of(graph: Graph, slices: int) -> dict[str, int]:
             f"pipeline(slices={slices}): the sequence of {attention[0].where} has {length} positions; "
             f"give at most slices={length}"
         )
-    return _Trace(graph).back_from(attention)
+    trace = _Trace(graph)
+    return trace.back_from(attention), list(trace.ends.values())
+
+
+def _no_attention(graph: Graph) -> str:
+    """Returns why there is no causal attention: what attention there is, and what it is not causal by."""
+    head = (
+        'pipeline(scheduler="seqpipe"): no operator is F.scaled_dot_product_attention(..., is_causal=True), whose sequence is '
+        "what is cut into slices"
+    )
+    there = [node for node in graph.nodes if node.op.name == "aten.scaled_dot_product_attention"]
+    if not there:
+        return (
+            f'{head}; use scheduler="1f1b", or that function for causal attention, as nn.MultiheadAttention calls it with '
+            "need_weights=False and is_causal=True"
+        )
+    lines = []
+    for node in there:
+        masked = mask_of(node.op) is not None
+        why = "has a mask that is not the causal one, or that changes" if masked else "is not causal, or of two sequences"
+        lines.append(f"  {node.where} {why}")
+    return "\n".join([f'{head}; use scheduler="1f1b", or is_causal=True where a mask is the causal one:', *lines])
 
 
 def sizes_of_slices(graph: Graph, slices: int) -> tuple[int, ...]:
@@ -69,6 +89,11 @@ class _Trace:
     def __init__(self, graph: Graph):
         self.makers = {value: node for node in graph.nodes for value in node.outputs}
         self.inputs = {i.value for i in graph.inputs if i.kind == "input"}
+        self.ends: dict[str, Node] = {}
+        self.of_inputs = set(self.inputs)
+        for node in graph.nodes:
+            if self.of_inputs.intersection(node.inputs):
+                self.of_inputs.update(node.outputs)
         free = free_nodes(graph)
         of_inputs, self.carriers = set(self.inputs), set(self.inputs)
         for node in graph.nodes:
@@ -84,6 +109,8 @@ class _Trace:
             before = list(self.before(value, dim, is_rows))
             if not before and not is_rows and value in self.carriers:
                 found[value] = dim
+            elif not before and value in self.of_inputs and value in self.makers:
+                self.ends[self.makers[value].name] = self.makers[value]
             for each in before:
                 if each not in seen:
                     seen.add(each)
@@ -100,6 +127,8 @@ class _Trace:
         if not large:
             return
         factor = large[1] if is_rows and len(large) > 1 else large[0]
+        if factor in signature.inner:
+            return
         for name, factors in zip(node.inputs, signature.inputs, strict=True):
             for at, own in enumerate(_large(signature, dim_factors) for dim_factors in factors):
                 if factor in own[:2]:

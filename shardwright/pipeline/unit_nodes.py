@@ -15,7 +15,7 @@ from shardwright.ir.mesh import Mesh
 from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.plan import Plan
 from shardwright.ir.signature import Signature, Split
-from shardwright.pipeline.refusals import refusal
+from shardwright.pipeline.refusals import NO_RULE, SAME_FOR_SLICES, not_followed, refusal
 from shardwright.pipeline.slices import ROW, Rows, SlicedInput, rows_operator
 from shardwright.pipeline.stages import free_nodes, is_received
 from shardwright.pipeline.sums import alias, emit_alias, emit_share, linear_group, share
@@ -34,6 +34,7 @@ from shardwright.plan.choose.follow import propose
 from shardwright.rules.attention import attends_causally, in_slices
 from shardwright.rules.join_and_cut import cut_in_pieces, takes_part
 from shardwright.rules.pointwise import adds_constant
+from shardwright.rules.registry import signature_of
 
 
 class Refused(Exception):
@@ -93,7 +94,11 @@ class UnitNodes:
         """
         self.met.append(node.name)
         if self.cut.slices > 1:
-            self.problems.add(f"{node.where} {why}; {NEVER_MEET_SLICES}")
+            for each in self.cut.ends if why == SAME_FOR_SLICES else ():
+                self.problems.add(not_followed(each))
+            if why != SAME_FOR_SLICES or not self.cut.ends:
+                why = NO_RULE if signature_of(node.op) is None else why
+                self.problems.add(f"{node.where} {why}; {NEVER_MEET_SLICES}")
             raise Refused
         self.problems.add(refusal(self.graph, node, why, dim))
 

@@ -15,6 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from shardwright.ir.graph import Node
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
 from shardwright.ir.pieces import chunk_pieces
@@ -132,6 +133,7 @@ class Cut:
         micro, slices: numbers of micro-batches, and of slices of each.
         samples: by value whose sliced dim is one of rows, the number of samples that these are of.
         starts: the dims at which free values are cut along the sequence that nothing else says it of.
+        ends: operators whose results carry the sequence, and that nothing follows it through.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -139,6 +141,7 @@ class Cut:
     slices: int = 1
     samples: dict[str, int] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
+    ends: list[Node] = field(default_factory=list)
 
     @property
     def units(self) -> int:
@@ -147,7 +150,7 @@ class Cut:
 
     def copy(self) -> Cut:
         """Returns a cut of its own that knows the same."""
-        return Cut(dict(self.layouts), self.micro, self.slices, dict(self.samples), self.starts)
+        return Cut(dict(self.layouts), self.micro, self.slices, dict(self.samples), self.starts, self.ends)
 
     def dims(self, value: str) -> dict[str, int]:
         """Returns the dims of a value that units cut, by axis."""

@@ -153,7 +153,7 @@ def test_stages_split_among_their_ranks(name, mode):
         torch.testing.assert_close(ours, theirs)
 
 
-WHOLE = r"(?s)cannot pass in 2 slices \(exact is scheduler=\"1f1b\".*"
+WHOLE = r"(?s)cannot pass in 2 slices; with scheduler=\"1f1b\", without slices=, it is whole.*"
 REFUSED = {
     r"conv \(aten.conv1d\) at .*needs dim 2 of its input 0 whole, which is the sequence": lambda s, x, i: s.conv(x.mT).mT,
     r"gru \(aten.gru\) at .*needs dim 0": lambda s, x, i: s.gru(x)[0],
@@ -230,9 +230,7 @@ REQUESTS = {
     r"'searched' passes micro-batches whole": lambda: request(scheduler="searched"),
     r"has 4 positions; give at most slices=4": lambda: request(5),
     r"sequences of several lengths: 4 in .*; 3 in .*; use scheduler=\"1f1b\"": lambda: request(model=Shaped((4, 3))),
-    r"no operator is F.scaled_dot_product_attention.*; use it in place of a mask, or scheduler=\"1f1b\"": lambda: request(
-        model=nn.Linear(8, 8)
-    ),
+    r"(?s)no operator is F.scaled_dot_product_attention.*; use scheduler=\"1f1b\"": lambda: request(model=nn.Linear(8, 8)),
     r"is of slices=1; give as many": lambda: request(scheduler=make_schedule("1f1b", 1, 2)),
     r"of 1 ranks and 4 micro-batches, the pipeline of 1 and 2": lambda: request(
         scheduler=make_schedule("seqpipe", 1, 4, slices=2)
