@@ -54,7 +54,8 @@ def load(
     """
     problems: list[str] = []
     what = f"sw.load({os.fspath(folder)!r})"
-    path, index = Path(folder), {"tensors": {}, "values": {}}
+    path = Path(folder)
+    index: dict[str, Any] = {"tensors": {}, "values": {}}
     try:
         path, index = read_index(path)
     except (WorldError, OSError) as error:
@@ -186,7 +187,7 @@ class _Plan:
 
     def _of(self, prefix: str, parameter: Any) -> dict[str, Any]:
         """Returns the stored tensors of a prefix, those of a distributed parameter's shape distributed like it."""
-        made = {}
+        made: dict[str, Any] = {}
         for name in [n for n in self.tensors if n.startswith(prefix) and "/" not in n[len(prefix) :]]:
             shape, dtype = self.tensors[name]["shape"], getattr(torch, self.tensors[name]["dtype"])
             if isinstance(parameter, DTensor) and shape == list(parameter.shape):

@@ -159,4 +159,4 @@ def checksum(tensor: Tensor) -> int:
     """Returns the CRC-32 of a contiguous tensor's bytes."""
     if not tensor.numel():
         return 0
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -64,6 +63,7 @@ def encoded(value: Any) -> Any:
 def decoded(value: Any) -> Any:
     """Undoes :func:`encoded`.
 
+    >>> import json
     >>> decoded(json.loads(json.dumps(encoded((0.9, 0.999)))))
     (0.9, 0.999)
     """
