@@ -60,7 +60,7 @@ def checksums(tensor: Tensor) -> tuple[int, ...]:
     """Computes the checksum of each MiB of a contiguous tensor's bytes."""
     if not tensor.numel():
         return ()
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view: Any = tensor.reshape(-1).view(torch.uint8).numpy().data
     return tuple(zlib.crc32(view[at : at + CHUNK]) for at in range(0, len(view), CHUNK))
 
 
@@ -156,7 +156,7 @@ class Reader:
         begin = first * row // CHUNK * CHUNK
         end = min(-(-last * row // CHUNK) * CHUNK, place.bytes)
         buffer = torch.empty(end - begin, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view: Any = buffer.numpy().data
         with (self.folder / stored.file).open("rb", buffering=0) as file:
             file.seek(place.first + begin)
             at = 0
@@ -166,8 +166,8 @@ class Reader:
         for number, offset in enumerate(range(0, len(view), CHUNK), begin // CHUNK):
             if at < len(view) or zlib.crc32(view[offset : offset + CHUNK]) != stored.checksums[number]:
                 raise CheckpointError(
-                    f"{self.folder / stored.file} is damaged: {stored.key} has other bytes than were written; restore the file, "
-                    "or load an earlier step"
+                    f"{self.folder / stored.file} is damaged: {stored.key} has other bytes than were written; restore the "
+                    "file, or load an earlier step"
                 )
         part = buffer[first * row - begin : last * row - begin]
         if part.storage_offset() % max(DTYPES[dtype].itemsize, 1):
@@ -194,4 +194,5 @@ def part_of(reader: Reader, stored: Sequence[StoredSlice], dtype: str, bounds: S
         rows = reader.rows(own, dtype, first, last)
         inner = tuple(slice(a - start, b - start) for (a, b), start in list(zip(ends, own.start, strict=True))[1:])
         there = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, bounds, strict=True))
-        into[there].copy_(rows[(slice(None), *inner)] if ends else rows)
+        every = (slice(None), *inner)
+        into[there].copy_(rows[every] if ends else rows)

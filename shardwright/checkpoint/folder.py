@@ -123,6 +123,6 @@ def newest(folder: Path, step: int | None = None) -> Path:
     steps = steps_in(folder)
     if not steps or (step is not None and step not in steps):
         there = f"it has the steps {', '.join(map(str, steps))}" if steps else "it has none"
-        wanted = "a checkpoint" if step is None else f"step {step}"
-        raise CheckpointError(f"{folder} has no {wanted.removeprefix('a ')}: {there}; save one with sw.save({str(folder)!r}, ...)")
+        wanted = "checkpoint" if step is None else f"step {step}"
+        raise CheckpointError(f"{folder} has no {wanted}: {there}; save one with sw.save({str(folder)!r}, ...)")
     return folder_of(folder, steps[-1] if step is None else step)

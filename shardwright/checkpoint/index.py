@@ -1,6 +1,6 @@
 """Describes what a checkpoint holds: tensors with the slices that files have of them, and states.
 
-The index is JSON and is written last, so that a folder with an index is whole. Reading checks all of it before anything is used.
+The index is JSON and is written last, so that a folder with an index is whole. Reading checks all of it first.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def read_index(folder: Path) -> Index:
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no index of a checkpoint: its format is not {FORMAT!r}")
     if content.get("version") != VERSION:
-        raise CheckpointError(f"{path} is of version {content.get('version')!r}, and {VERSION} is read; use the release it is of")
+        raise CheckpointError(
+            f"{path} is of version {content.get('version')!r}, and {VERSION} is read; use the release it is of"
+        )
     kinds = {"step": int, "tensors": dict, "states": dict, "aliases": dict, "extra": dict}
     problems += [f"{key} is no {kind.__name__}" for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if not problems:
@@ -115,7 +117,7 @@ def read_index(folder: Path) -> Index:
 def _tensor(name: str, value: Any, problems: list[str]) -> StoredTensor | None:
     try:
         shape, dtype = _sizes(value["shape"]), value["dtype"]
-        slices = tuple(_slice(own) for own in value["slices"])
+        slices = tuple(read_slice(own) for own in value["slices"])
     except (KeyError, TypeError, ValueError) as error:
         problems.append(f"{name}: {error}")
         return None
@@ -131,12 +133,35 @@ def _tensor(name: str, value: Any, problems: list[str]) -> StoredTensor | None:
         if not _FILE.fullmatch(own.file):
             problems.append(f"{name}: {own.file!r} is no name of a file in the folder")
         elements += math.prod(own.shape)
-    if elements != math.prod(shape) or len({own.start for own in slices}) != len(slices):
+    if elements != math.prod(shape):
         problems.append(f"{name}: its slices have {elements} elements, the tensor {math.prod(shape)}")
+    elif _overlap(slices):
+        problems.append(f"{name}: its slices overlap")
     return StoredTensor(shape, dtype, slices)
 
 
-def _slice(value: Mapping[str, Any]) -> StoredSlice:
+def _overlap(slices: tuple[StoredSlice, ...]) -> bool:
+    """Tells whether two slices have an element in common."""
+    ordered = sorted((own for own in slices if math.prod(own.shape)), key=lambda own: own.start)
+    for at, one in enumerate(ordered):
+        for other in ordered[at + 1 :]:
+            if one.start and other.start[0] >= one.start[0] + one.shape[0]:
+                break
+            ends = zip(one.start, one.shape, other.start, other.shape, strict=True)
+            if all(a < c + d and c < a + b for a, b, c, d in ends):
+                return True
+    return False
+
+
+def read_slice(value: Mapping[str, Any]) -> StoredSlice:
+    """Reads a slice from JSON.
+
+    Args:
+        value: the JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
     checksums = tuple(int(number) for number in value["checksums"])
     return StoredSlice(str(value["file"]), str(value["key"]), _sizes(value["start"]), _sizes(value["shape"]), checksums)
 

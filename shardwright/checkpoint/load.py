@@ -16,7 +16,7 @@ from shardwright.checkpoint.files import Reader, part_of
 from shardwright.checkpoint.folder import newest, recover
 from shardwright.checkpoint.index import DTYPES, Index, read_index
 from shardwright.checkpoint.ranks import fail_together, rank_and_size
-from shardwright.checkpoint.states import put_together, set_random_state
+from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
 from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
 from shardwright.errors import CheckpointError
 from shardwright.parameters.handles import current
@@ -80,12 +80,14 @@ def load(
             plan.read()
     except CheckpointError as error:
         problems.append(str(error))
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
+    except Exception as error:  # of what a forged file makes of our own steps; other ranks are told
         problems.append(f"what it says of itself is damaged or forged ({type(error).__name__}: {error}); load an earlier step")
     fail_together(what, problems)
     assert plan is not None
+    plan.give_states()
+    fail_together(what, problems)
     plan.carry_out()
-    return Loaded(plan.index.step, plan.index.extra)
+    return Loaded(plan.index.step, plan.extra)
 
 
 class _Plan:
@@ -101,8 +103,11 @@ class _Plan:
         self.path, self.index, self.problems = path, index, problems
         self.reader = Reader(path)
         self.wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []
+        self.copies: list[tuple[str, Bounds, Tensor]] = []
+        self.states: list[tuple[str, Callable[[Any], Any], Callable[[], Any]]] = []
         self.acts: list[Callable[[], None]] = []
         self.found: list[Tensor] = []
+        self.extra: dict[str, Any] = put_together(index.extra, index.tensors.__getitem__)
 
     # -- what is wanted ---------------------------------------------------------------------------------------------
 
@@ -112,8 +117,8 @@ class _Plan:
         there, names = self.index.tensors, {**self.index.aliases}
         own = {*tensors, *aliases, *others}
         for prefix in models:
-            stored = {n for n in (*there, *names, *self.index.states) if n.startswith(f"{prefix}.")}
-            self.problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(stored - own)]
+            known = {n for n in (*there, *names, *self.index.states) if n.startswith(f"{prefix}.")}
+            self.problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(known - own)]
         for name, tensor in tensors.items():
             source = names.get(name, name)
             if source not in there:
@@ -122,11 +127,11 @@ class _Plan:
             have, stored = held(tensor, name, self.problems), there[source]
             if (have.shape, have.dtype) != (stored.shape, stored.dtype):
                 self.problems.append(
-                    f"{name} is {list(stored.shape)} of {stored.dtype} in the checkpoint, and {list(have.shape)} of {have.dtype} "
-                    "in the model"
+                    f"{name} is {list(stored.shape)} of {stored.dtype} in the checkpoint, and {list(have.shape)} of "
+                    f"{have.dtype} in the model"
                 )
             elif have.bounds is not None:
-                self.wanted.append((source, have.bounds, local(tensor).copy_))
+                self.copies.append((source, have.bounds, local(tensor)))
         for name in others:
             module, _, _ = name.removeprefix(next(p for p in models if name.startswith(f"{p}."))).lstrip(".").rpartition(".")
             model = next(m for p, m in models.items() if name.startswith(f"{p}."))
@@ -150,8 +155,8 @@ class _Plan:
         if groups != names:
             differ = sorted({n for g in groups for n in g} ^ {n for g in names for n in g})
             self.problems.append(
-                f"{prefix} has {len(groups)} groups of {', '.join(map(str, map(len, groups)))} parameters in the checkpoint, and "
-                f"{len(names)} of {', '.join(map(str, map(len, names)))} here; make it alike"
+                f"{prefix} has {len(groups)} groups of {', '.join(map(str, map(len, groups)))} parameters in the checkpoint, "
+                f"and {len(names)} of {', '.join(map(str, map(len, names)))} here; make it alike"
                 + (f" (they differ in {', '.join(differ[:5])})" if differ else "")
             )
             return
@@ -181,8 +186,7 @@ class _Plan:
         if name not in self.index.states:
             self.problems.append(f"the checkpoint has no {name}; leave it out")
             return
-        state = self._later(self.index.states[name], None)
-        self.acts.append(lambda: take(state()))
+        self.states.append((name, take, self._later(self.index.states[name], None)))
 
     def _later(self, state: Any, parameter: Any) -> Callable[[], Any]:
         """Wants the tensors of a state, and returns what puts it together once they are read.
@@ -211,7 +215,7 @@ class _Plan:
                 bounds = held(own, name, self.problems).bounds
                 if bounds is None:  # another stage's
                     dtype = DTYPES[stored.dtype]
-                    self.acts.append(lambda: made.update({name: _alike(own, torch.empty(0, dtype=dtype))}))
+                    made[name] = _alike(own, torch.empty(0, dtype=dtype))
                     return
                 self.wanted.append((name, bounds, take))
             else:
@@ -224,16 +228,32 @@ class _Plan:
 
     def read(self) -> None:
         """Reads and verifies all that is wanted."""
-        for name, bounds, _ in self.wanted:
-            stored = self.index.tensors[name]
-            part = torch.empty([b - a for a, b in bounds], dtype=DTYPES[stored.dtype])
-            part_of(self.reader, stored.slices, stored.dtype, bounds, part)
-            self.found.append(part)
+        for name, bounds, take in self.wanted:
+            take(self._part(name, bounds))
+        for name, bounds, _ in self.copies:
+            self.found.append(self._part(name, bounds))
+        for _, take, state in self.states:
+            if take is set_random_state:
+                check_random_state(state())
+
+    def _part(self, name: str, bounds: Bounds) -> Tensor:
+        stored = self.index.tensors[name]
+        part = torch.empty([b - a for a, b in bounds], dtype=DTYPES[stored.dtype])
+        part_of(self.reader, stored.slices, stored.dtype, bounds, part)
+        return part
+
+    def give_states(self) -> None:
+        """Gives states to those that take them themselves, and may refuse them."""
+        for name, take, state in self.states:
+            try:
+                take(state())
+            except Exception as error:  # of whoever takes it
+                self.problems.append(f"{name} does not take its state ({type(error).__name__}: {error}); make it alike")
 
     def carry_out(self) -> None:
-        """Changes the model and what trains it."""
-        with torch.no_grad():
-            for _, _, take in self.wanted:
-                take(self.found.pop(0))
+        """Changes models and optimizers."""
         for act in self.acts:
             act()
+        with torch.no_grad():
+            for _, _, own in self.copies:
+                own.copy_(self.found.pop(0))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from shardwright.checkpoint.files import checksums, sync, write_file
 from shardwright.checkpoint.folder import drop_others, folder_of, prepare, publish, unfinished
-from shardwright.checkpoint.index import DTYPES, NAME, Index, StoredSlice, StoredTensor
+from shardwright.checkpoint.index import DTYPES, NAME, Index, StoredSlice, StoredTensor, read_slice
 from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
 from shardwright.checkpoint.states import random_state, take_apart
 from shardwright.checkpoint.tensors import Bounds, Held, held, named_tensors, names_of_parameters, on_cpu, parts_of, writers
@@ -109,7 +109,8 @@ def save(
         _under_way.pop(place).wait()
     tensors, index, problems = _collect(
         parts_of(model, "model", nn.Module), parts_of(optimizer, "optimizer", Optimizer),
-        {"scheduler": scheduler, "scaler": scaler, "loader": loader}, Index(step, extra=dict(extra or {}), metric=metric), random,
+        {"scheduler": scheduler, "scaler": scaler, "loader": loader},
+        Index(step, extra=dict(extra or {}), metric=metric), random,
     )  # fmt: skip
     have = {name: held(tensor, name, problems) for name, tensor in tensors.items()}
     problems += [f"{name}: {own.dtype} cannot be saved; convert it" for name, own in have.items() if own.dtype not in DTYPES]
@@ -192,7 +193,12 @@ def _write_own(place: Path, rank: int, own: Mapping[str, tuple[str, Bounds]], va
         if values:
             write_file(place / file, values)
         lines = [
-            (name, asdict(StoredSlice(file, key, tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds), checksums(values[key]))))
+            (
+                name,
+                asdict(
+                    StoredSlice(file, key, tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds), checksums(values[key]))
+                ),
+            )
             for key, (name, bounds) in own.items()
         ]
         _write_text(place / f"rank-{rank}.json", json.dumps(lines))
@@ -230,11 +236,13 @@ def _finish(
         while not (place / f"rank-{rank}.json").exists():
             failed = next(place.glob("*.failed"), None)
             if failed is not None or time.monotonic() > ends:
-                why = failed.read_text() if failed is not None else f"rank {rank} has written nothing for {_PATIENCE:.0f} seconds"
+                why = (
+                    failed.read_text() if failed is not None else f"rank {rank} has written nothing for {_PATIENCE:.0f} seconds"
+                )
                 raise CheckpointError(why)
             time.sleep(0.005)
         for name, value in json.loads((place / f"rank-{rank}.json").read_text("utf-8")):
-            slices[name].append(StoredSlice(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}))
+            slices[name].append(read_slice(value))
         (place / f"rank-{rank}.json").unlink()
     index.tensors.update((name, StoredTensor(own.shape, own.dtype, tuple(slices[name]))) for name, own in shapes.items())
     _write_text(place / NAME, index.to_json())

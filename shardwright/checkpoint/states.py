@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,9 @@ def take_apart(value: Any, name: str, tensors: dict[str, Tensor], problems: list
         return {_TUPLE: found} if isinstance(value, tuple) else found
     if hasattr(value, "item") and getattr(value, "shape", None) == ():  # numbers of NumPy
         return value.item()
-    problems.append(f"{name} is a {type(value).__name__}, which is neither a number, a text nor a tensor; leave it out, or save its parts")
+    problems.append(
+        f"{name} is a {type(value).__name__}, which is neither a number, a text nor a tensor; leave it out, or save its parts"
+    )
     return None
 
 
@@ -69,12 +72,20 @@ def put_together(state: Any, tensor: Callable[[str], Any]) -> Any:
 
 def random_state() -> dict[str, Any]:
     """Returns the state of torch's generators, and of Python's."""
-    import random
-
     found = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state_all()
     return found
+
+
+def check_random_state(state: Mapping[str, Any]) -> None:
+    """Raises an error if a state is none of :func:`random_state`.
+
+    Args:
+        state: the state.
+    """
+    torch.Generator().set_state(state["torch"])
+    random.Random().setstate(state["python"])
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -83,8 +94,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     Args:
         state: the state.
     """
-    import random
-
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
