@@ -5,6 +5,9 @@ from shardwright import data, errors, ops
 from shardwright.api.auto_parallel import AutoParallel
 from shardwright.api.marking import recompute, reshard, shard, value_and_grad
 from shardwright.api.plan_for import plan_for
+from shardwright.checkpoint.folder import latest
+from shardwright.checkpoint.load import load
+from shardwright.checkpoint.save import save
 from shardwright.hybrid import collectives
 from shardwright.ir.layout import Layout
 from shardwright.ir.mesh import Mesh
@@ -30,7 +33,9 @@ __all__ = [
     "GradAccumulation",
     "PipelineCell",
     "init",
+    "latest",
     "Layout",
+    "load",
     "Mesh",
     "MicroBatchInterleaved",
     "no_init_parameters",
@@ -39,6 +44,7 @@ __all__ = [
     "recompute",
     "record_communication",
     "reshard",
+    "save",
     "set_comm_fusion",
     "shard",
     "value_and_grad",

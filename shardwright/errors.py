@@ -41,6 +41,14 @@ class WorldError(ShardwrightError):
     """A set of ranks that cannot do what is asked."""
 
 
+class CheckpointError(ShardwrightError):
+    """A checkpoint that cannot be saved or loaded; ``problems`` has a line for each thing that is wrong."""
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.problems = problems
+
+
 class MemoryLimitError(ShardwrightError):
     """No plan fits into a rank's memory. ``least`` is the bytes that the smallest plan found needs."""
 

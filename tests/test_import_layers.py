@@ -25,7 +25,7 @@ FLOORS = (
     ("api",),
     ("pipeline",),
     ("train",),
-    ("data", "hybrid", "report"),
+    ("checkpoint", "data", "hybrid", "report"),
     ("plan", "world"),
     ("cost", "ops", "partition"),
     ("capture", "parameters", "redistribute", "rules"),

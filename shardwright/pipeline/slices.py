@@ -19,7 +19,7 @@ from shardwright.ir.operator import Operator, Slot, TensorMeta
 from shardwright.ir.signature import Signature, TensorFactors
 from shardwright.pipeline.stages import free_nodes
 from shardwright.pipeline.units import rows_of_unit, slice_sizes
-from shardwright.rules.attention import attends_causally, mask_of
+from shardwright.rules.attention import attends_causally, is_attention, mask_of
 from shardwright.rules.lowering import Local
 from shardwright.rules.registry import replicated_signature, signature_of
 
@@ -63,7 +63,7 @@ def _no_attention(graph: Graph) -> str:
         'pipeline(scheduler="seqpipe"): no operator is F.scaled_dot_product_attention(..., is_causal=True), whose sequence is '
         "what is cut into slices"
     )
-    there = [node for node in graph.nodes if node.op.name == "aten.scaled_dot_product_attention"]
+    there = [node for node in graph.nodes if is_attention(node.op)]
     if not there:
         return (
             f'{head}; use scheduler="1f1b", or that function for causal attention, as nn.MultiheadAttention calls it with '

@@ -125,6 +125,11 @@ def attends_causally(op: Operator) -> bool:
     return op.inputs[0].shape[-2] == op.inputs[1].shape[-2]
 
 
+def is_attention(op: Operator) -> bool:
+    """Tells whether a call is attention of queries to keys and values."""
+    return op.name == "aten.scaled_dot_product_attention"
+
+
 def mask_of(op: Operator) -> int | None:
     """Returns the position of the mask among the inputs of attention; ``None`` if there is none."""
     mask = op.argument("attn_mask") if op.name == "aten.scaled_dot_product_attention" else None

@@ -1,0 +1,259 @@
+"""Loads a checkpoint into a model and what trains it; where anything does not fit, nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardwright.checkpoint.files import Reader, part_of
+from shardwright.checkpoint.folder import newest, recover
+from shardwright.checkpoint.index import DTYPES, Index, read_index
+from shardwright.checkpoint.ranks import fail_together, rank_and_size
+from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
+from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
+from shardwright.errors import CheckpointError
+from shardwright.parameters.handles import current
+from shardwright.parameters.placements import _alike, _like
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint says beside what was loaded: its step, and the user's extra data."""
+
+    step: int
+    extra: dict[str, Any]
+
+
+def load(
+    folder: str | os.PathLike[str], *, model: Any = None, optimizer: Any = None, scheduler: Any = None, scaler: Any = None,
+    loader: Any = None, step: int | None = None, random: bool = True,
+) -> Loaded:  # fmt: skip
+    """Loads a checkpoint of any plan and any number of ranks; every rank of a job makes this call.
+
+    A rank reads what it holds, and what it reads is verified. If anything does not fit, nothing is changed.
+
+    Args:
+        folder: what :func:`save` was given, or the folder of one step.
+        model: a module or net of the same parameters and buffers, or a dict of them as they were saved.
+        optimizer: of the same kind and groups, or a dict of them.
+        scheduler, scaler, loader: what has a ``load_state_dict``.
+        step: which one; ``None``: the newest.
+        random: whether the random generators are set to what they were.
+
+    Returns:
+        The step and the extra data that were given to :func:`save`.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ, or files are missing or damaged; all is listed.
+        TypeError: no module, no optimizer.
+
+    >>> import tempfile
+    >>> from shardwright.checkpoint.save import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save(folder, model=nn.Linear(2, 2), step=3, extra={"epoch": 1})
+    ...     load(folder, model=nn.Linear(2, 2))
+    Loaded(step=3, extra={'epoch': 1})
+    """
+    models, optimizers = parts_of(model, "model", nn.Module), parts_of(optimizer, "optimizer", Optimizer)
+    what, problems, plan = f"{os.fspath(folder)} cannot be loaded", list[str](), None
+    try:
+        place = Path(folder)
+        if rank_and_size()[0] == 0:
+            recover(place)
+        path = newest(place, step)
+        plan = _Plan(path, read_index(path), problems)
+        plan.of_models(models)
+        for prefix, own in optimizers.items():
+            plan.of_optimizer(prefix, own, models)
+        for name, value in {"scheduler": scheduler, "scaler": scaler, "loader": loader}.items():
+            if value is not None:
+                plan.of_state(name, value.load_state_dict)
+        if random and "random" in plan.index.states:
+            plan.of_state("random", set_random_state)
+        if not problems:
+            plan.read()
+    except CheckpointError as error:
+        problems.append(str(error))
+    except Exception as error:  # of what a forged file makes of our own steps; other ranks are told
+        problems.append(f"what it says of itself is damaged or forged ({type(error).__name__}: {error}); load an earlier step")
+    fail_together(what, problems)
+    assert plan is not None
+    plan.give_states()
+    fail_together(what, problems)
+    plan.carry_out()
+    return Loaded(plan.index.step, plan.extra)
+
+
+class _Plan:
+    """What a load reads and changes.
+
+    Args:
+        path: the folder of the step.
+        index: of it.
+        problems: gets what does not fit.
+    """
+
+    def __init__(self, path: Path, index: Index, problems: list[str]):
+        self.path, self.index, self.problems = path, index, problems
+        self.reader = Reader(path)
+        self.wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []
+        self.copies: list[tuple[str, Bounds, Tensor]] = []
+        self.states: list[tuple[str, Callable[[Any], Any], Callable[[], Any]]] = []
+        self.acts: list[Callable[[], None]] = []
+        self.found: list[Tensor] = []
+        self.extra: dict[str, Any] = put_together(index.extra, index.tensors.__getitem__)
+
+    # -- what is wanted ---------------------------------------------------------------------------------------------
+
+    def of_models(self, models: Mapping[str, nn.Module]) -> None:
+        """Wants the tensors of models."""
+        tensors, aliases, others = named_tensors(models)
+        there, names = self.index.tensors, {**self.index.aliases}
+        own = {*tensors, *aliases, *others}
+        for prefix in models:
+            known = {n for n in (*there, *names, *self.index.states) if n.startswith(f"{prefix}.")}
+            self.problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(known - own)]
+        for name, tensor in tensors.items():
+            source = names.get(name, name)
+            if source not in there:
+                self.problems.append(f"{name} is in the model and not in the checkpoint")
+                continue
+            have, stored = held(tensor, name, self.problems), there[source]
+            if (have.shape, have.dtype) != (stored.shape, stored.dtype):
+                self.problems.append(
+                    f"{name} is {list(stored.shape)} of {stored.dtype} in the checkpoint, and {list(have.shape)} of "
+                    f"{have.dtype} in the model"
+                )
+            elif have.bounds is not None:
+                self.copies.append((source, have.bounds, local(tensor)))
+        for name in others:
+            module, _, _ = name.removeprefix(next(p for p in models if name.startswith(f"{p}."))).lstrip(".").rpartition(".")
+            model = next(m for p, m in models.items() if name.startswith(f"{p}."))
+            if name in self.index.states:
+                self.of_state(name, model.get_submodule(module).set_extra_state)
+
+    def of_optimizer(self, prefix: str, optimizer: Optimizer, models: Mapping[str, nn.Module]) -> None:
+        """Wants the state of an optimizer.
+
+        Args:
+            prefix: its name in the checkpoint.
+            optimizer: the optimizer.
+            models: those whose parameters it has.
+        """
+        saved = self.index.states.get(prefix)
+        if saved is None:
+            self.problems.append(f"the checkpoint has no {prefix}; leave it out")
+            return
+        names = names_of_parameters(optimizer, models)
+        groups = [group["params"] for group in saved["groups"]]
+        if groups != names:
+            differ = sorted({n for g in groups for n in g} ^ {n for g in names for n in g})
+            self.problems.append(
+                f"{prefix} has {len(groups)} groups of {', '.join(map(str, map(len, groups)))} parameters in the checkpoint, "
+                f"and {len(names)} of {', '.join(map(str, map(len, names)))} here; make it alike"
+                + (f" (they differ in {', '.join(differ[:5])})" if differ else "")
+            )
+            return
+        parameters = {n: p for own, group in zip(names, optimizer.param_groups) for n, p in zip(own, group["params"])}
+        state: dict[Any, Any] = {}
+        for name, own in saved["state"].items():
+            state[parameters[name]] = self._later(own, parameters[name])
+        values = [self._later({k: v for k, v in group.items() if k != "params"}, None) for group in saved["groups"]]
+
+        def act() -> None:
+            optimizer.state_dict()  # ends what a step may have left
+            optimizer.state.clear()
+            for parameter, own in state.items():
+                optimizer.state[parameter] = own()
+            for group, own in zip(optimizer.param_groups, values, strict=True):
+                group.update(own())
+
+        self.acts.append(act)
+
+    def of_state(self, name: str, take: Callable[[Any], Any]) -> None:
+        """Wants a state.
+
+        Args:
+            name: what it is of.
+            take: is given it.
+        """
+        if name not in self.index.states:
+            self.problems.append(f"the checkpoint has no {name}; leave it out")
+            return
+        self.states.append((name, take, self._later(self.index.states[name], None)))
+
+    def _later(self, state: Any, parameter: Any) -> Callable[[], Any]:
+        """Wants the tensors of a state, and returns what puts it together once they are read.
+
+        Args:
+            state: as JSON.
+            parameter: that it is of: tensors of its shape are distributed as it is.
+        """
+        made: dict[str, Tensor] = {}
+
+        def want(name: str) -> None:
+            stored, own = self.index.tensors[name], current(parameter)
+            whole = tuple((0, size) for size in stored.shape)
+
+            def take(value: Tensor) -> None:
+                device = value.device if own is None or name.endswith(".step") else local(own).device
+                value = value.clone() if value.numel() else value
+                made[name] = value.to(device)
+                if isinstance(own, DTensor):
+                    if tuple(own.shape) == stored.shape and stored.shape:
+                        made[name] = _alike(own, made[name])
+                    elif stored.shape:
+                        made[name] = _like(own, made[name])
+
+            if isinstance(own, DTensor) and tuple(own.shape) == stored.shape and stored.shape:
+                bounds = held(own, name, self.problems).bounds
+                if bounds is None:  # another stage's
+                    dtype = DTYPES[stored.dtype]
+                    made[name] = _alike(own, torch.empty(0, dtype=dtype))
+                    return
+                self.wanted.append((name, bounds, take))
+            else:
+                self.wanted.append((name, whole, take))
+
+        put_together(state, want)
+        return lambda: put_together(state, made.__getitem__)
+
+    # -- reading and changing ---------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Reads and verifies all that is wanted."""
+        for name, bounds, take in self.wanted:
+            take(self._part(name, bounds))
+        for name, bounds, _ in self.copies:
+            self.found.append(self._part(name, bounds))
+        for _, take, state in self.states:
+            if take is set_random_state:
+                check_random_state(state())
+
+    def _part(self, name: str, bounds: Bounds) -> Tensor:
+        stored = self.index.tensors[name]
+        part = torch.empty([b - a for a, b in bounds], dtype=DTYPES[stored.dtype])
+        part_of(self.reader, stored.slices, stored.dtype, bounds, part)
+        return part
+
+    def give_states(self) -> None:
+        """Gives states to those that take them themselves, and may refuse them."""
+        for name, take, state in self.states:
+            try:
+                take(state())
+            except Exception as error:  # of whoever takes it
+                self.problems.append(f"{name} does not take its state ({type(error).__name__}: {error}); make it alike")
+
+    def carry_out(self) -> None:
+        """Changes models and optimizers."""
+        for act in self.acts:
+            act()
+        with torch.no_grad():
+            for _, _, own in self.copies:
+                own.copy_(self.found.pop(0))

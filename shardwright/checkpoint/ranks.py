@@ -1,0 +1,48 @@
+"""Lets the ranks of a job share what they know, and fail together; alone, a process is a job of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from shardwright.errors import CheckpointError
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Returns this process's rank and the number of ranks of its job."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Returns what every rank has, on every rank.
+
+    Args:
+        value: what this one has.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return [value]
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, value)
+    return found
+
+
+def fail_together(what: str, problems: Sequence[str]) -> None:
+    """Raises one error on all ranks if any has a problem.
+
+    Args:
+        what: cannot be done.
+        problems: of this rank.
+
+    Raises:
+        CheckpointError: some rank has a problem; those of all are listed once.
+    """
+    lines = list(dict.fromkeys(line for own in from_all_ranks(list(problems)) for line in own))
+    if lines:
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        body = "\n".join(f"  {i}. {line}" for i, line in enumerate(lines, 1))
+        raise CheckpointError(f"{what}: {count}, nothing was changed\n{body}", tuple(lines))
