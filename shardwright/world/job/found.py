@@ -34,21 +34,21 @@ def find_job(variables: Mapping[str, str]) -> Job | None:
         if not variables.get("TORCHELASTIC_RUN_ID"):  # torchrun itself may well run as one task a node of mpirun or srun
             _check_mpi(job, variables, "RANK", "WORLD_SIZE")
         return job
-    job = read_rank_table(variables) or read_cluster(variables)
-    if job is not None:
-        _check_mpi(job, variables, "RANK_ID", "RANK_SIZE")
-        return job
+    named = read_rank_table(variables) or read_cluster(variables)
+    if named is not None:
+        _check_mpi(named, variables, "RANK_ID", "RANK_SIZE")
+        return named
     step = read_slurm(variables)
     if step is not None and read_ranks(variables) in (None, (step.rank, step.size)):  # srun sets PMI's variables as well
         return step
-    job = read_mpi(variables) or (step if read_ranks(variables) is None else None)
-    if job is None and {"RANK", "WORLD_SIZE"} <= there and variables["WORLD_SIZE"].strip() != "1":
+    found = read_mpi(variables) or (step if read_ranks(variables) is None else None)
+    if found is None and {"RANK", "WORLD_SIZE"} <= there and variables["WORLD_SIZE"].strip() != "1":
         raise WorldError(
             f"this process is rank {variables['RANK']} of a job of {variables['WORLD_SIZE']}, but MASTER_ADDR is not set, so "
             "it cannot find the others: set MASTER_ADDR and MASTER_PORT, or start it with 'torchrun --nproc-per-node "
             f"{variables['WORLD_SIZE']} script.py'; to simulate ranks, unset RANK and WORLD_SIZE"
         )
-    return job
+    return found
 
 
 def _check_mpi(job: Job, variables: Mapping[str, str], rank_name: str, size_name: str) -> None:

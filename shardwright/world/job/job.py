@@ -48,6 +48,10 @@ def read_number(variables: Mapping[str, str], name: str, least: int = 0) -> int:
 def check_rank(rank: int, size: int, rank_name: str, size_name: str) -> None:
     """Refuses a rank that is none of the job's.
 
+    Args:
+        rank, size: the rank and the number of ranks.
+        rank_name, size_name: the variables that they were read from, for messages.
+
     Raises:
         WorldError: the rank is not below the size.
     """

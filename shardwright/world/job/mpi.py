@@ -37,7 +37,7 @@ def read_mpi(variables: Mapping[str, str]) -> Job | None:
     Ranks meet at ``MASTER_ADDR`` if that is set, on one host at its loopback address, else where mpi4py tells that rank 0 is.
 
     Raises:
-        WorldError: a variable is missing or makes no sense, or nothing tells where rank 0 is.
+        WorldError: a variable is missing or makes no sense, or nothing tells where rank 0 is, or at which port.
 
     >>> four = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
     >>> read_mpi(four).address
@@ -52,6 +52,11 @@ def read_mpi(variables: Mapping[str, str]) -> Job | None:
     # the processes of one host have one parent where nothing else names the job
     port = read_port(variables, f"mpi {variables.get('PMIX_NAMESPACE') or os.getppid()}")
     address = variables.get("MASTER_ADDR")
+    if address and local_size != size and not (variables.get("MASTER_PORT") or variables.get("PMIX_NAMESPACE")):
+        raise WorldError(
+            f"mpirun started {size} ranks on several hosts, MASTER_ADDR is {address}, and no port is known to all: "
+            "export MASTER_PORT=<a free port of that host> to all ranks"
+        )
     if not address and local_size == size:
         address = "127.0.0.1"
     if not address:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from shardwright.errors import WorldError
 from shardwright.world.job.job import Job, check_rank, read_number, read_port
 
-_PART = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)")
+_NODES_PART = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)")
 
 
 def read_slurm(variables: Mapping[str, str]) -> Job | None:
@@ -64,9 +64,9 @@ def expand_nodes(text: str) -> list[str]:
     """
     nodes: list[str] = []
     for entry in re.findall(r"(?:\[[^\]]*\]|[^,])+", text.strip()):
-        if "".join(m[0] for m in _PART.finditer(entry)) != entry or entry.count("[") != entry.count("]"):
+        if "".join(m[0] for m in _NODES_PART.finditer(entry)) != entry or entry.count("[") != entry.count("]"):
             raise WorldError(f"the list of nodes {text!r} has unbalanced brackets in {entry!r}: write n[1-4,7]")
-        parts = [_expanded(m[1], text) if m[2] is None else [m[2]] for m in _PART.finditer(entry)]
+        parts = [_expanded(m[1], text) if m[2] is None else [m[2]] for m in _NODES_PART.finditer(entry)]
         nodes += ["".join(piece) for piece in itertools.product(*parts)]
     return nodes
 
