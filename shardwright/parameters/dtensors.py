@@ -109,7 +109,7 @@ def _teach_copies() -> None:
             raise WorldError(
                 f"a distributed tensor {list(self.shape)} cannot be saved or pickled as it is: this rank holds a part of it. "
                 "For one file, write `with net.whole(): torch.save(model.state_dict(), path)`, or of other tensors save "
-                "sw.full_value(tensor), with every rank in the block or the call; for pieces, use torch.distributed.checkpoint"
+                "sw.full_value(tensor), with every rank in the block or the call; for pieces, sw.save(folder, model=net)"
             )
         value = self.to_local().detach()
         plain = nn.Parameter(value, self.requires_grad) if isinstance(self, nn.Parameter) else value

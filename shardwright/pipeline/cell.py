@@ -80,10 +80,10 @@ def _checked(module: nn.Module, config: Mapping[str, int]) -> dict[str, Mark]:
         raise ArgumentTypeError(
             f'PipelineCell(stage_config={config!r}): give a dict with the stage of each module, by its path: {{"layers.0": 0}}'
         )
-    paths = {path for path, _ in module.named_modules()}
+    paths = [path for path, _ in module.named_modules()]
     unknown = [path for path in config if path not in paths]
     if unknown:
-        names = ", ".join(path for path in list(paths)[:12] if path)
+        names = ", ".join(path for path in paths[1:13])
         raise StrategyError(
             f"PipelineCell(stage_config=...): {', '.join(map(repr, unknown))} is no module of {type(module).__name__}; "
             f"its modules are {names}"
