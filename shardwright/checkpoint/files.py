@@ -28,7 +28,7 @@ _NAMES = {
 
 
 class Place(NamedTuple):
-    """Where a tensor stands in a file: its first byte, its bytes, its dtype and its shape."""
+    """The place of a tensor in a file: its first byte, its bytes, its dtype and its shape."""
 
     first: int
     bytes: int

@@ -57,7 +57,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Args:
         step: the step that it was saved at.

@@ -24,7 +24,7 @@ from shardwright.parameters.placements import _alike, _like
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint says beside what was loaded: its step, and the user's extra data."""
+    """The content of a checkpoint beside what was loaded: its step, and the user's extra data."""
 
     step: int
     extra: dict[str, Any]
@@ -91,7 +91,7 @@ def load(
 
 
 class _Plan:
-    """What a load reads and changes.
+    """The reads and changes of a load.
 
     Args:
         path: the folder of the step.

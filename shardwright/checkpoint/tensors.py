@@ -20,7 +20,7 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 class Held(NamedTuple):
-    """What this rank holds of a tensor: nothing where the bounds are missing."""
+    """The part of a tensor that this rank holds: nothing where the bounds are missing."""
 
     shape: tuple[int, ...]
     dtype: str
