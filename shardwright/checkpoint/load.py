@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from shardwright.checkpoint.files import Reader, part_of
 from shardwright.checkpoint.folder import newest, recover
 from shardwright.checkpoint.index import DTYPES, Index, read_index
-from shardwright.checkpoint.ranks import fail_together, rank_and_size
+from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
 from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
 from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
 from shardwright.errors import CheckpointError
@@ -63,10 +63,7 @@ def load(
     models, optimizers = parts_of(model, "model", nn.Module), parts_of(optimizer, "optimizer", Optimizer)
     what, problems, plan = f"{os.fspath(folder)} cannot be loaded", list[str](), None
     try:
-        place = Path(folder)
-        if rank_and_size()[0] == 0:
-            recover(place)
-        path = newest(place, step)
+        path = _path_of(Path(folder), step)
         plan = _Plan(path, read_index(path), problems)
         plan.of_models(models)
         for prefix, own in optimizers.items():
@@ -88,6 +85,22 @@ def load(
     fail_together(what, problems)
     plan.carry_out()
     return Loaded(plan.index.step, plan.extra)
+
+
+def _path_of(folder: Path, step: int | None) -> Path:
+    """Returns the folder of a step as rank 0 sees it: another rank may see a newer one, or one less."""
+    found: Path | str = ""
+    if rank_and_size()[0] == 0:
+        try:
+            recover(folder)
+            found = newest(folder, step)
+        except (CheckpointError, OSError) as error:
+            found = str(error)
+    chosen = from_all_ranks(found)[0]
+    if isinstance(chosen, str):
+        raise CheckpointError(chosen)
+    path: Path = chosen
+    return path
 
 
 class _Plan:

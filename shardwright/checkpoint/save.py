@@ -105,8 +105,12 @@ def save(
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ArgumentTypeError(f"save(step={step!r}): give the number of the step, an int of 0 or more")
     place = Path(folder).absolute()
-    if place in _under_way:
-        _under_way.pop(place).wait()
+    late: list[str] = []
+    try:
+        if place in _under_way:
+            _under_way.pop(place).wait()
+    except CheckpointError as error:  # on this rank, and the others are told
+        late.append(str(error))
     tensors, index, problems = _collect(
         parts_of(model, "model", nn.Module), parts_of(optimizer, "optimizer", Optimizer),
         {"scheduler": scheduler, "scaler": scaler, "loader": loader},
@@ -114,16 +118,20 @@ def save(
     )  # fmt: skip
     have = {name: held(tensor, name, problems) for name, tensor in tensors.items()}
     problems += [f"{name}: {own.dtype} cannot be saved; convert it" for name, own in have.items() if own.dtype not in DTYPES]
-    fail_together("the checkpoint cannot be saved", problems)
+    fail_together("the checkpoint cannot be saved", [*late, *problems])
     chosen, rank = writers(everywhere := from_all_ranks(have)), rank_and_size()[0]
     own = {f"{name}@{'x'.join(str(a) for a, _ in bounds)}": (name, bounds) for name, each in chosen.items()
            for bounds, writer in each.items() if writer == rank}  # fmt: skip
     values = {key: on_cpu(tensors[name]) for key, (name, _) in own.items()}
     if asynchronous:
         values = {key: value.clone() for key, value in values.items()}
-    if rank == 0:
-        prepare(place, step)
-    from_all_ranks(None)  # the folder is there
+    errors: list[str] = []
+    try:
+        if rank == 0:
+            prepare(place, step)
+    except OSError as error:
+        errors.append(str(error))
+    fail_together(f"{place} cannot be written to", errors)  # behind it the folder is there
     shapes = {name: each for ranks in everywhere for name, each in ranks.items()}
     handle = SaveHandle(folder_of(place, step))
 
@@ -136,7 +144,6 @@ def save(
         _under_way[place] = handle
         handle.start(write)
         return handle
-    errors: list[str] = []
     try:
         write()
     except (OSError, CheckpointError) as error:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -149,8 +148,3 @@ def on_cpu(tensor: Tensor) -> Tensor:
     """Returns a tensor as files have it: on the CPU, contiguous, without ties to others."""
     found = local(tensor).to("cpu").contiguous()
     return found if found.numel() == found.untyped_storage().nbytes() // max(found.element_size(), 1) else found.clone()
-
-
-def empty_part(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Makes a tensor for a part that will be read."""
-    return torch.empty(tuple(shape), dtype=dtype)

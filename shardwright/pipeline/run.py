@@ -168,7 +168,7 @@ class PipelineRun(ABC):
         run = self.runs[action.stage]
         if action.kind == UNSHARD:
             run.unshard(grad)
-        elif not run.state.running and action.kind == RESHARD:
+        elif action.kind == RESHARD and not run.state.running and not self.draws_once:  # what is drawn stays for the step
             run.reshard()
         elif action.kind == REDUCE_GRAD:
             run.reduce_gradients()
