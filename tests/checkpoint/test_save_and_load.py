@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import shardwright as sw
+import shardwright.checkpoint.save
 from shardwright.checkpoint.files import Reader
 from shardwright.errors import CheckpointError
 
@@ -242,6 +243,30 @@ def test_an_error_beside_training_is_raised_by_wait_and_by_the_next_save(tmp_pat
     with pytest.raises(CheckpointError, match="was not saved: no space left"):
         sw.save(tmp_path, model=model)
     assert sw.latest(tmp_path) is None
+
+
+def fails_on_rank_0(rank: int, folder: Path) -> None:
+    sw.init()
+    model = nn.Linear(2, 2)
+
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    if rank == 0:
+        shardwright.checkpoint.save.write_file = fails
+    sw.save(folder, model=model, asynchronous=True)
+    with pytest.raises(CheckpointError, match="was not saved: no space left"):
+        sw.save(folder, model=model)
+    (folder / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written to: 1 problem"):
+        sw.save(folder / "file", model=model)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        sw.load(folder, model=model)
+
+
+def test_what_fails_on_one_rank_is_told_to_all(tmp_path):
+    ended = jobs.run(tmp_path, 2, fails_on_rank_0, tmp_path, seconds=60)
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.text[-2000:] for rank in ended)
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------
