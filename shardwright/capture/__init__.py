@@ -5,6 +5,7 @@
 ``backward_hooks``   refuses old-style backward hooks of modules
 ``caches``           the key-value caches of Hugging Face models as containers of tensors, so that models can return them
 ``capture``          a callable to a Graph, by ``torch.export`` without decomposition
+``checked_losses``   losses that look at values first, within torch
 ``closure``          the modules and parameters that a function reads from outside, held by one module
 ``converter``        converts an exported program to a ``Graph``
 ``cumulative_norm``  batch norms without a momentum, whose statistics are the means over all batches

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwright.base.torch_private import FakeTensor, annotate, function_modes, pytree, within_function_modes
 from shardwright.base.user_code import SOURCE, user_frame, user_source
+from shardwright.capture.checked_losses import CHECKED
 from shardwright.capture.closure import attribute_of
 from shardwright.capture.data import check_aliases, give_data
 from shardwright.capture.decisions import Decisions
@@ -191,6 +192,13 @@ class Watch(TorchFunctionMode):
             elif function not in _READ_TRUTH or (function is Tensor.item and tensor.dtype is not torch.bool):
                 return None
             return self.decisions.decide(tensor)
+
+    def of_checked(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Records a loss that looks at values before it computes."""
+        if self.decisions is None or self.is_transforming:
+            return None
+        with self.at_user_line(), within_function_modes(self.of_export):  # which take notice of no_grad
+            return CHECKED[function](self.decisions.decide, *args, **kwargs)
 
     def of_sequences(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Records a function of packed sequences, or of elements that a mask selects."""
@@ -381,6 +389,7 @@ _HANDLERS: dict[Any, Callable[[Watch, Any, Any, Any], Any]] = {
     **dict.fromkeys(_READ_NUMBERS, Watch.read_number),
     **dict.fromkeys(OF_RAGGED, Watch.of_ragged),
     **dict.fromkeys(OF_SEQUENCES, Watch.of_sequences),
+    **dict.fromkeys(CHECKED, Watch.of_checked),
     Tensor.set_: Watch.refuse_new_memory,
     Tensor.resize_: Watch.refuse_new_memory,
     Tensor.resize_as_: Watch.refuse_new_memory,

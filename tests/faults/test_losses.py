@@ -80,3 +80,41 @@ def test_every_loss_is_reduced_by_default(name, devices, mode):
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got.sum(), [layer.weight])[0], wanted)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("variance", ["same", "narrow", "one", "number", "tiny"])
+def test_gaussian_loss_with_every_kind_of_variance(variance, full, reduction):
+    """Torch looks whether a variance is negative: a decision by values within torch itself."""
+    sw.init(devices=3)
+    torch.manual_seed(0)
+    layer, target = torch.nn.Linear(4, 4).double(), torch.randn(6, 4).double()
+    kinds = {
+        "same": lambda s: s, "narrow": lambda s: s.mean(1), "one": lambda s: s.mean(1, keepdim=True), "number": lambda s: 0.5,
+        "tiny": lambda s: s * 1e-9,
+    }  # fmt: skip
+
+    def loss(x):
+        mean = layer(x)
+        spread = kinds[variance](torch.nn.functional.softplus(mean) if variance != "tiny" else mean.square())
+        return torch.nn.functional.gaussian_nll_loss(mean, target, spread, full=full, reduction=reduction).sum()
+
+    x = torch.randn(6, 4).double()
+    expected = torch.autograd.grad(loss(x), layer.parameters())
+    value = loss(x)
+    net = sw.AutoParallel(loss, "data_parallel")
+    found = net(x)
+    torch.testing.assert_close(found, value)
+    found.backward()
+    for parameter, wanted in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted)
+
+
+def test_gaussian_loss_of_a_negative_variance_raises_as_on_one_device():
+    sw.init(devices=2)
+    net = sw.AutoParallel(lambda x, v: torch.nn.functional.gaussian_nll_loss(x, x, v))
+    assert net(torch.ones(4), torch.ones(4)) == 0
+    with pytest.raises(ValueError, match="negative"):
+        net(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    assert net(torch.ones(4), torch.ones(4)) == 0
