@@ -36,14 +36,14 @@ class StoredSlice:
         file: name of the file, in the checkpoint's folder.
         key: name of the slice in the file.
         start, shape: the slice: where it starts along every dim, and its size.
-        checksums: CRC-32 of each MiB of its bytes.
+        checksums: XXH3-64 of each MiB of its bytes, in hexadecimal digits.
     """
 
     file: str
     key: str
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    checksums: tuple[int, ...]
+    checksums: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def read_slice(value: Mapping[str, Any]) -> StoredSlice:
     Raises:
         KeyError, TypeError, ValueError: it is none.
     """
-    checksums = tuple(int(number) for number in value["checksums"])
+    checksums = tuple(str(digits) for digits in value["checksums"])
     return StoredSlice(str(value["file"]), str(value["key"]), _sizes(value["start"]), _sizes(value["shape"]), checksums)
 
 

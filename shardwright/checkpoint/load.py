@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from shardwright.checkpoint.files import Reader, part_of
 from shardwright.checkpoint.folder import newest, recover
 from shardwright.checkpoint.index import DTYPES, Index, read_index
 from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
+from shardwright.checkpoint.reading import Reader, Wanted, shares
 from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
 from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
 from shardwright.errors import CheckpointError
@@ -73,14 +73,14 @@ def load(
                 plan.of_state(name, value.load_state_dict)
         if random and "random" in plan.index.states:
             plan.of_state("random", set_random_state)
-        if not problems:
-            plan.read()
     except CheckpointError as error:
         problems.append(str(error))
     except Exception as error:  # of what a forged file makes of our own steps; other ranks are told
         problems.append(f"what it says of itself is damaged or forged ({type(error).__name__}: {error}); load an earlier step")
     fail_together(what, problems)
     assert plan is not None
+    plan.verify()
+    fail_together(what, problems)
     plan.give_states()
     fail_together(what, problems)
     plan.carry_out()
@@ -115,11 +115,12 @@ class _Plan:
     def __init__(self, path: Path, index: Index, problems: list[str]):
         self.path, self.index, self.problems = path, index, problems
         self.reader = Reader(path)
-        self.wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []
+        self.wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []  # what becomes new tensors
+        self.early: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []  # likewise, of states that may be refused
         self.copies: list[tuple[str, Bounds, Tensor]] = []
         self.states: list[tuple[str, Callable[[Any], Any], Callable[[], Any]]] = []
+        self.emptied: list[Callable[[], None]] = []  # gives up what is there, before what replaces it is read
         self.acts: list[Callable[[], None]] = []
-        self.found: list[Tensor] = []
         self.extra: dict[str, Any] = put_together(index.extra, index.tensors.__getitem__)
 
     # -- what is wanted ---------------------------------------------------------------------------------------------
@@ -176,17 +177,22 @@ class _Plan:
         parameters = {n: p for own, group in zip(names, optimizer.param_groups) for n, p in zip(own, group["params"])}
         state: dict[Any, Any] = {}
         for name, own in saved["state"].items():
-            state[parameters[name]] = self._later(own, parameters[name])
-        values = [self._later({k: v for k, v in group.items() if k != "params"}, None) for group in saved["groups"]]
+            state[parameters[name]] = self._later(own, parameters[name], self.wanted)
+        values = [
+            self._later({k: v for k, v in group.items() if k != "params"}, None, self.wanted) for group in saved["groups"]
+        ]
 
         def act() -> None:
-            optimizer.state_dict()  # ends what a step may have left
-            optimizer.state.clear()
             for parameter, own in state.items():
                 optimizer.state[parameter] = own()
             for group, own in zip(optimizer.param_groups, values, strict=True):
                 group.update(own())
 
+        def empty() -> None:
+            optimizer.state_dict()  # ends what a step may have left
+            optimizer.state.clear()
+
+        self.emptied.append(empty)
         self.acts.append(act)
 
     def of_state(self, name: str, take: Callable[[Any], Any]) -> None:
@@ -199,14 +205,15 @@ class _Plan:
         if name not in self.index.states:
             self.problems.append(f"the checkpoint has no {name}; leave it out")
             return
-        self.states.append((name, take, self._later(self.index.states[name], None)))
+        self.states.append((name, take, self._later(self.index.states[name], None, self.early)))
 
-    def _later(self, state: Any, parameter: Any) -> Callable[[], Any]:
+    def _later(self, state: Any, parameter: Any, wanted: list[tuple[str, Bounds, Any]]) -> Callable[[], Any]:
         """Wants the tensors of a state, and returns what puts it together once they are read.
 
         Args:
             state: as JSON.
             parameter: that it is of: tensors of its shape are distributed as it is.
+            wanted: gets the tensors.
         """
         made: dict[str, Tensor] = {}
 
@@ -216,7 +223,6 @@ class _Plan:
 
             def take(value: Tensor) -> None:
                 device = value.device if own is None or name.endswith(".step") else local(own).device
-                value = value.clone() if value.numel() else value
                 made[name] = value.to(device)
                 if isinstance(own, DTensor):
                     if tuple(own.shape) == stored.shape and stored.shape:
@@ -230,43 +236,59 @@ class _Plan:
                     dtype = DTYPES[stored.dtype]
                     made[name] = _alike(own, torch.empty(0, dtype=dtype))
                     return
-                self.wanted.append((name, bounds, take))
+                wanted.append((name, bounds, take))
             else:
-                self.wanted.append((name, whole, take))
+                wanted.append((name, whole, take))
 
         put_together(state, want)
         return lambda: put_together(state, made.__getitem__)
 
     # -- reading and changing ---------------------------------------------------------------------------------------
 
-    def read(self) -> None:
-        """Reads and verifies all that is wanted."""
-        for name, bounds, take in self.wanted:
-            take(self._part(name, bounds))
-        for name, bounds, _ in self.copies:
-            self.found.append(self._part(name, bounds))
-        for _, take, state in self.states:
-            if take is set_random_state:
-                check_random_state(state())
-
-    def _part(self, name: str, bounds: Bounds) -> Tensor:
-        stored = self.index.tensors[name]
-        part = torch.empty([b - a for a, b in bounds], dtype=DTYPES[stored.dtype])
-        part_of(self.reader, stored.slices, stored.dtype, bounds, part)
-        return part
+    def verify(self) -> None:
+        """Verifies this rank's share of all that the ranks need; every rank makes this call."""
+        needs: Wanted = {}
+        for name, bounds, _ in (*self.wanted, *self.early, *self.copies):
+            needs.setdefault(name, set()).add(bounds)
+        everywhere = from_all_ranks(needs)
+        try:
+            for share in shares(self.reader, self.index.tensors, everywhere, rank_and_size()[0]):
+                self.reader.verify(share)
+        except (CheckpointError, OSError) as error:
+            self.problems.append(str(error))
 
     def give_states(self) -> None:
         """Gives states to those that take them themselves, and may refuse them."""
+        self._make(self.early)
         for name, take, state in self.states:
             try:
-                take(state())
+                if take is set_random_state:
+                    check_random_state(state())
+                else:
+                    take(state())
             except Exception as error:  # of whoever takes it
                 self.problems.append(f"{name} does not take its state ({type(error).__name__}: {error}); make it alike")
 
     def carry_out(self) -> None:
-        """Changes models and optimizers."""
+        """Changes models and optimizers, and sets generators."""
+        for make in self.emptied:
+            make()
+        self._make(self.wanted)
         for act in self.acts:
             act()
         with torch.no_grad():
-            for _, _, own in self.copies:
-                own.copy_(self.found.pop(0))
+            for name, bounds, own in self.copies:
+                self._read(name, bounds, own)
+        for _, take, state in self.states:
+            if take is set_random_state:
+                take(state())
+
+    def _make(self, wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]]) -> None:
+        for name, bounds, take in wanted:
+            part = torch.empty([b - a for a, b in bounds], dtype=DTYPES[self.index.tensors[name].dtype])
+            self._read(name, bounds, part)
+            take(part)
+
+    def _read(self, name: str, bounds: Bounds, into: Tensor) -> None:
+        stored = self.index.tensors[name]
+        self.reader.read(stored.slices, stored.dtype, bounds, into)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import shardwright as sw
 import shardwright.checkpoint.save
-from shardwright.checkpoint.files import Reader
+from shardwright.checkpoint.reading import Reader
 from shardwright.errors import CheckpointError
 
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
