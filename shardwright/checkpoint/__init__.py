@@ -1,14 +1,17 @@
 """Checkpoints: what training needs to go on, in safetensors files and an index in JSON, from any plan to any other.
 
-===========  =======================================================================================
-``files``    writes safetensors files, and reads their headers
-``folder``   the folders of steps: made whole or not at all, the newest, those that are dropped
-``index``    what a checkpoint holds: tensors with their slices, and states; read and checked whole
-``load``     loads a checkpoint into models, optimizers and others, all or nothing
-``ranks``    lets the ranks of a job share what they know, and fail together
-``reading``  verifies what files hold, and reads parts of it
-``save``     saves models, optimizers and others, each slice once
-``states``   takes nested states apart into tensors and JSON, and puts them together
-``tensors``  what of a tensor this rank holds, and who writes it
-===========  =======================================================================================
+===============  =======================================================================================
+``dcp``          reads folders of ``torch.distributed.checkpoint``, and runs nothing that is in them
+``files``        writes safetensors files, and reads their headers
+``folder``       the folders of steps: made whole or not at all, the newest, those that are dropped
+``huggingface``  reads folders of Hugging Face weights
+``index``        what a checkpoint holds: tensors with their slices, and states; read and checked whole
+``load``         loads a checkpoint into models, optimizers and others, all or nothing
+``ranks``        lets the ranks of a job share what they know, and fail together
+``reading``      verifies what files hold, and reads parts of it
+``save``         saves models, optimizers and others, each slice once
+``source``       opens a folder of weights, whoever wrote it
+``states``       takes nested states apart into tensors and JSON, and puts them together
+``tensors``      what of a tensor this rank holds, and who writes it
+===============  =======================================================================================
 """

@@ -64,6 +64,21 @@ def checksums(tensor: Tensor) -> tuple[str, ...]:
     return tuple(xxh3_64_hexdigest(view[at : at + CHUNK]) for at in range(0, len(view), CHUNK))
 
 
+def header_of(path: Path) -> dict[str, Place]:
+    """Reads where the tensors of a file stand, once for as long as the file is as it is.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it is missing, no safetensors file, or its header says what cannot be.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; restore it")
+    status = path.stat()
+    return read_header(path, status.st_size, status.st_mtime_ns)
+
+
 @lru_cache(maxsize=1024)
 def read_header(path: Path, size: int, changed: int) -> dict[str, Place]:
     """Reads where the tensors of a file stand.

@@ -25,7 +25,7 @@ DTYPES = {
         torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
     )
 }  # fmt: skip
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.(safetensors|distcp)")
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,32 @@ def read_index(folder: Path) -> Index:
         tensors = {name: _tensor(name, value, problems) for name, value in content["tensors"].items()}
         aliases = content["aliases"]
         problems += [f"aliases: {a!r} names {b!r}, which is not there" for a, b in aliases.items() if b not in tensors]
+    _raise(path, problems)
+    known = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return Index(content["step"], known, content["states"], aliases, content["extra"], content.get("metric"))
+
+
+def check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Checks what others say of tensors as what our index says.
+
+    Args:
+        path: what says it.
+        tensors: by name.
+
+    Raises:
+        CheckpointError: something cannot be; all of it is listed.
+    """
+    problems: list[str] = []
+    for name, own in tensors.items():
+        slices = [{**asdict(each), "start": list(each.start), "shape": list(each.shape)} for each in own.slices]
+        _tensor(name, {"shape": list(own.shape), "dtype": own.dtype, "slices": slices}, problems)
+    _raise(path, problems)
+
+
+def _raise(path: Path, problems: list[str]) -> None:
     if problems:
         lines = "\n".join(f"  {i}. {line}" for i, line in enumerate(problems[:20], 1))
         raise CheckpointError(f"{path} is damaged or forged: {len(problems)} problems\n{lines}", tuple(problems))
-    known = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return Index(content["step"], known, content["states"], aliases, content["extra"], content.get("metric"))
 
 
 def _tensor(name: str, value: Any, problems: list[str]) -> StoredTensor | None:

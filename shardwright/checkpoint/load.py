@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from shardwright.checkpoint.folder import newest, recover
-from shardwright.checkpoint.index import DTYPES, Index, read_index
+from shardwright.checkpoint.folder import recover
+from shardwright.checkpoint.index import DTYPES
 from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
-from shardwright.checkpoint.reading import Reader, Wanted, shares
+from shardwright.checkpoint.reading import Wanted, shares
+from shardwright.checkpoint.source import Source, find_source, open_source, renamed
 from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
 from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
 from shardwright.errors import CheckpointError
@@ -64,7 +65,7 @@ def load(
     what, problems, plan = f"{os.fspath(folder)} cannot be loaded", list[str](), None
     try:
         path = _path_of(Path(folder), step)
-        plan = _Plan(path, read_index(path), problems)
+        plan = _Plan(open_source(path), problems)
         plan.of_models(models)
         for prefix, own in optimizers.items():
             plan.of_optimizer(prefix, own, models)
@@ -93,7 +94,7 @@ def _path_of(folder: Path, step: int | None) -> Path:
     if rank_and_size()[0] == 0:
         try:
             recover(folder)
-            found = newest(folder, step)
+            found = find_source(folder, step)
         except (CheckpointError, OSError) as error:
             found = str(error)
     chosen = from_all_ranks(found)[0]
@@ -107,27 +108,31 @@ class _Plan:
     """The reads and changes of a load.
 
     Args:
-        path: the folder of the step.
-        index: of it.
+        source: the checkpoint.
         problems: gets what does not fit.
     """
 
-    def __init__(self, path: Path, index: Index, problems: list[str]):
-        self.path, self.index, self.problems = path, index, problems
-        self.reader = Reader(path)
+    def __init__(self, source: Source, problems: list[str]):
+        self.source, self.index, self.reader, self.problems = source, source.index, source.reader, problems
         self.wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []  # what becomes new tensors
         self.early: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []  # likewise, of states that may be refused
         self.copies: list[tuple[str, Bounds, Tensor]] = []
         self.states: list[tuple[str, Callable[[Any], Any], Callable[[], Any]]] = []
         self.emptied: list[Callable[[], None]] = []  # gives up what is there, before what replaces it is read
         self.acts: list[Callable[[], None]] = []
-        self.extra: dict[str, Any] = put_together(index.extra, index.tensors.__getitem__)
+        self.extra: dict[str, Any] = put_together(self.index.extra, self.index.tensors.__getitem__)
 
     # -- what is wanted ---------------------------------------------------------------------------------------------
 
     def of_models(self, models: Mapping[str, nn.Module]) -> None:
         """Wants the tensors of models."""
         tensors, aliases, others = named_tensors(models)
+        is_ours = self.source.format == "shardwright"
+        if not is_ours:
+            self.problems += [] if list(models) == ["model"] else [f"{self.source.path} has one model; give one, model=net"]
+            whole = models.get("model")
+            self.index, unknown = renamed(self.index, {*tensors, *aliases}, aliases, getattr(whole, "module", whole))
+            self.problems += unknown
         there, names = self.index.tensors, {**self.index.aliases}
         own = {*tensors, *aliases, *others}
         for prefix in models:
@@ -139,7 +144,8 @@ class _Plan:
                 self.problems.append(f"{name} is in the model and not in the checkpoint")
                 continue
             have, stored = held(tensor, name, self.problems), there[source]
-            if (have.shape, have.dtype) != (stored.shape, stored.dtype):
+            converts = not is_ours and DTYPES[stored.dtype].is_floating_point and tensor.is_floating_point()
+            if have.shape != stored.shape or (have.dtype != stored.dtype and not converts):
                 self.problems.append(
                     f"{name} is {list(stored.shape)} of {stored.dtype} in the checkpoint, and {list(have.shape)} of "
                     f"{have.dtype} in the model"
@@ -252,6 +258,11 @@ class _Plan:
             needs.setdefault(name, set()).add(bounds)
         everywhere = from_all_ranks(needs)
         try:
+            if not self.reader.has_checksums:
+                for name in needs:
+                    for stored in self.index.tensors[name].slices:
+                        self.reader.check(stored, self.index.tensors[name].dtype)
+                return
             for share in shares(self.reader, self.index.tensors, everywhere, rank_and_size()[0]):
                 self.reader.verify(share)
         except (CheckpointError, OSError) as error:

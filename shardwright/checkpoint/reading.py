@@ -40,6 +40,8 @@ class Reader:
         folder: of the checkpoint.
     """
 
+    has_checksums = True
+
     def __init__(self, folder: Path):
         self.folder, self.bytes_read = folder, 0
         self._maps: dict[str, mmap.mmap] = {}
@@ -56,19 +58,27 @@ class Reader:
             CheckpointError: the file is missing, damaged, or says something else.
         """
         path = self.folder / stored.file
-        if path.is_symlink() or not path.is_file():
+        if (path.is_symlink() and self.has_checksums) or not path.is_file():  # caches of others are full of links
             raise CheckpointError(f"{path} is missing; restore it, or load an earlier step")
         status = path.stat()
         place = read_header(path, status.st_size, status.st_mtime_ns).get(stored.key)
         if place is None or (place.dtype, place.shape) != (dtype, stored.shape):
             there = "nothing" if place is None else f"{list(place.shape)} of {place.dtype}"
             raise CheckpointError(f"{path} has {there} at {stored.key}, the index {list(stored.shape)} of {dtype}")
-        if len(stored.checksums) != -(-place.bytes // CHUNK):
+        if self.has_checksums and len(stored.checksums) != -(-place.bytes // CHUNK):
             raise CheckpointError(f"{path}: {stored.key} has {len(stored.checksums)} checksums for {place.bytes} bytes")
         if stored.file not in self._maps:
             with path.open("rb") as file:  # what is mapped stays readable, whatever becomes of the folder
                 self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return place
+
+    def check(self, stored: StoredSlice, dtype: str) -> None:
+        """Raises an error if the file of a slice cannot be read.
+
+        Raises:
+            CheckpointError: it cannot.
+        """
+        self.place(stored, dtype)
 
     def verify(self, share: Share) -> None:
         """Compares bytes with their checksums.
@@ -104,7 +114,7 @@ class Reader:
             into: gets the part; of its shape.
         """
         for own in stored:
-            ends = _common(bounds, own)
+            ends = common(bounds, own)
             if ends is None:
                 continue
             place = self.place(own, dtype)
@@ -127,7 +137,7 @@ class Reader:
             dtype: of the tensor.
             bounds: the part.
         """
-        ends = _common(bounds, stored)
+        ends = common(bounds, stored)
         if ends is None:
             return 0, 0
         first, last = _bytes_of_rows(ends, stored, self.place(stored, dtype).bytes)
@@ -172,7 +182,7 @@ def shares(reader: Reader, tensors: Mapping[str, StoredTensor], wanted: Sequence
     for name, by_bounds in ranks_of.items():
         dtype = tensors[name].dtype
         for stored in tensors[name].slices:
-            if all(_common(bounds, stored) is None for bounds in wanted[rank][name]):
+            if all(common(bounds, stored) is None for bounds in wanted[rank][name]):
                 continue
             needed = [(*reader.chunks(stored, dtype, bounds), ranks) for bounds, ranks in by_bounds.items()]
             cuts = sorted({end for first, last, _ in needed for end in (first, last) if first < last})
@@ -185,8 +195,12 @@ def shares(reader: Reader, tensors: Mapping[str, StoredTensor], wanted: Sequence
                         yield Share(stored, dtype, *own)
 
 
-def _common(bounds: Bounds, stored: StoredSlice) -> Bounds | None:
-    """Returns what a part and a slice of a tensor have in common; ``None`` for nothing."""
+def common(bounds: Bounds, stored: StoredSlice) -> Bounds | None:
+    """Returns what a part and a slice of a tensor have in common; ``None`` for nothing.
+
+    >>> common(((0, 4), (0, 8)), StoredSlice("a.safetensors", "a", (2, 0), (4, 4), ()))
+    ((2, 4), (0, 4))
+    """
     ends = tuple((max(a, s), min(b, s + n)) for (a, b), s, n in zip(bounds, stored.start, stored.shape, strict=True))
     return None if any(a >= b for a, b in ends) else ends
 

@@ -1,0 +1,91 @@
+"""Opens a folder of weights, whoever wrote it: an index of its tensors, and a reader of their parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shardwright.checkpoint.dcp import DcpReader, dcp_index, is_dcp
+from shardwright.checkpoint.folder import newest
+from shardwright.checkpoint.huggingface import huggingface_index, is_huggingface
+from shardwright.checkpoint.index import Index, StoredTensor, check_tensors, read_index
+from shardwright.checkpoint.reading import Reader
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of weights that was opened.
+
+    Args:
+        format: ``"shardwright"``, ``"huggingface"`` or ``"dcp"``.
+        path: the folder.
+        index: of its tensors.
+        reader: of their parts.
+    """
+
+    format: str
+    path: Path
+    index: Index
+    reader: Reader
+
+
+def find_source(folder: Path, step: int | None = None) -> Path:
+    """Returns the folder that is meant: one of weights of others itself, or that of a step.
+
+    Args:
+        folder: what was given.
+        step: which one of ours; ``None``: the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return folder if step is None and (is_huggingface(folder) or is_dcp(folder)) else newest(folder, step)
+
+
+def open_source(path: Path) -> Source:
+    """Opens a folder that :func:`find_source` found.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: it is damaged or forged; all that is wrong is listed.
+    """
+    if is_huggingface(path):
+        reader = Reader(path)
+        reader.has_checksums = False
+        return Source("huggingface", path, huggingface_index(path), reader)
+    if is_dcp(path):
+        index = dcp_index(path)
+        check_tensors(path, index.tensors)
+        return Source("dcp", path, index, DcpReader(path))
+    return Source("shardwright", path, read_index(path), Reader(path))
+
+
+def renamed(index: Index, own: Collection[str], aliases: Mapping[str, str], model: Any) -> tuple[Index, list[str]]:
+    """Gives the tensors of others the names that a model's have in checkpoints.
+
+    Args:
+        index: of the tensors by their names there.
+        own: the model's names, each beginning with ``model.``.
+        aliases: its names of tied tensors, and which they are tied to.
+        model: may say what its class is called in whole models (``base_model_prefix``), and which names are no longer used.
+
+    Returns:
+        The index, and problems: names that the model does not have.
+    """
+    base = getattr(model, "base_model_prefix", "") or ""
+    unused = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    found: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for name, tensor in index.tensors.items():
+        candidates = [f"model.{name}", f"model.{base}.{name}", f"model.{name.removeprefix(f'{base}.')}", name]
+        known = next((c for c in candidates if c in own), None)
+        if known is not None:
+            found.setdefault(aliases.get(known, known), tensor)
+        elif not any(pattern.search(name) for pattern in unused):
+            problems.append(f"{name} is in the checkpoint and not in the model")
+    return replace(index, tensors=found), problems
