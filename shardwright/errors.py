@@ -6,6 +6,7 @@ broken with its numbers, and one edit that fixes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -90,8 +91,23 @@ class Problems:
         Raises:
             StrategyError: there is a problem.
         """
-        if not self.lines:
-            return
-        count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
-        body = "\n".join(f"  {i}. {line}" for i, line in enumerate(self.lines, 1))
-        raise StrategyError(f"{what}: {count}, nothing was run\n{body}", tuple(self.lines))
+        if self.lines:
+            raise StrategyError(listed(what, self.lines, "nothing was run"), tuple(self.lines))
+
+
+def listed(what: str, problems: Sequence[str], instead: str = "") -> str:
+    """Returns the text of an error that lists every problem.
+
+    Args:
+        what: cannot be done.
+        problems: a line for each.
+        instead: what was not done.
+
+    >>> print(listed("it cannot be read", ["no file", "no rank"]))
+    it cannot be read: 2 problems
+      1. no file
+      2. no rank
+    """
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    body = "\n".join(f"  {i}. {line}" for i, line in enumerate(problems, 1))
+    return f"{what}: {count}{f', {instead}' if instead else ''}\n{body}"

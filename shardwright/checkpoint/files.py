@@ -21,7 +21,7 @@ from shardwright.errors import CheckpointError
 
 CHUNK = 1 << 20  # bytes that a checksum is of
 _LONGEST_HEADER = 1 << 28
-_NAMES = {
+DTYPE_NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
     "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
@@ -113,7 +113,7 @@ def read_header(path: Path, size: int, changed: int) -> dict[str, Place]:
 def _place(value: Mapping[str, Any], data: int, size: int) -> Place:
     first, last = value["data_offsets"]
     shape = tuple(int(n) for n in value["shape"])
-    names = {short: name for name, short in _NAMES.items()}
+    names = {short: name for name, short in DTYPE_NAMES.items()}
     dtype = names[value["dtype"]]
     if not 0 <= first <= last <= size - data or min(shape, default=0) < 0:
         raise ValueError(f"offsets {first} to {last} of {size - data} bytes")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shardwright.errors import CheckpointError
+from shardwright.errors import CheckpointError, listed
 
 NAME, FORMAT, VERSION = "index.json", "shardwright checkpoint", 1
 DTYPES = {
@@ -112,27 +112,29 @@ def read_index(folder: Path) -> Index:
     return Index(content["step"], known, content["states"], aliases, content["extra"], content.get("metric"))
 
 
-def check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def check_tensors(path: Path, tensors: Mapping[str, StoredTensor], in_folders: bool = False) -> None:
     """Checks what others say of tensors as what our index says.
 
     Args:
         path: what says it.
         tensors: by name.
+        in_folders: whether files are in folders of ranks.
 
     Raises:
         CheckpointError: something cannot be; all of it is listed.
     """
     problems: list[str] = []
     for name, own in tensors.items():
-        slices = [{**asdict(each), "start": list(each.start), "shape": list(each.shape)} for each in own.slices]
+        slices = [{**asdict(s), "start": list(s.start), "shape": list(s.shape)} for s in own.slices]
+        for each in slices if in_folders else ():
+            each["file"] = each["file"].split("/")[-1]
         _tensor(name, {"shape": list(own.shape), "dtype": own.dtype, "slices": slices}, problems)
     _raise(path, problems)
 
 
 def _raise(path: Path, problems: list[str]) -> None:
     if problems:
-        lines = "\n".join(f"  {i}. {line}" for i, line in enumerate(problems[:20], 1))
-        raise CheckpointError(f"{path} is damaged or forged: {len(problems)} problems\n{lines}", tuple(problems))
+        raise CheckpointError(listed(f"{path} is damaged or forged", problems[:20]), tuple(problems))
 
 
 def _tensor(name: str, value: Any, problems: list[str]) -> StoredTensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardwright.errors import CheckpointError
+from shardwright.errors import CheckpointError, listed
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -43,6 +43,4 @@ def fail_together(what: str, problems: Sequence[str]) -> None:
     """
     lines = list(dict.fromkeys(line for own in from_all_ranks(list(problems)) for line in own))
     if lines:
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        body = "\n".join(f"  {i}. {line}" for i, line in enumerate(lines, 1))
-        raise CheckpointError(f"{what}: {count}, nothing was changed\n{body}", tuple(lines))
+        raise CheckpointError(listed(what, lines, "nothing was changed"), tuple(lines))

@@ -67,9 +67,7 @@ class Reader:
             raise CheckpointError(f"{path} has {there} at {stored.key}, the index {list(stored.shape)} of {dtype}")
         if self.has_checksums and len(stored.checksums) != -(-place.bytes // CHUNK):
             raise CheckpointError(f"{path}: {stored.key} has {len(stored.checksums)} checksums for {place.bytes} bytes")
-        if stored.file not in self._maps:
-            with path.open("rb") as file:  # what is mapped stays readable, whatever becomes of the folder
-                self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map(stored.file)
         return place
 
     def check(self, stored: StoredSlice, dtype: str) -> None:
@@ -90,7 +88,7 @@ class Reader:
             CheckpointError: some have another checksum.
         """
         stored, place = share.stored, self.place(share.stored, share.dtype)
-        with memoryview(self._maps[stored.file]) as view:
+        with memoryview(self._map(stored.file)) as view:
             for number in range(share.first, share.last):
                 begin = place.first + number * CHUNK
                 end = min(begin + CHUNK, place.first + place.bytes)
@@ -120,7 +118,7 @@ class Reader:
             place = self.place(own, dtype)
             there = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, bounds, strict=True))
             here = tuple(slice(a - start, b - start) for (a, b), start in zip(ends, own.start, strict=True))
-            source = self._tensor(own.file, place)
+            source = self.tensor(own.file, place)
             into[there].copy_(source[here])
             first, last = _bytes_of_rows(ends, own, place.bytes)
             counted = self._verified.get((own.file, own.key), ())
@@ -143,23 +141,35 @@ class Reader:
         first, last = _bytes_of_rows(ends, stored, self.place(stored, dtype).bytes)
         return first // CHUNK, -(-last // CHUNK)
 
-    def _tensor(self, file: str, place: Place) -> Tensor:
-        """Returns a slice as a tensor of the mapped file, of which nothing is read yet."""
+    def tensor(self, file: str, place: Place) -> Tensor:
+        """Returns what is at a place of a file as a tensor of mapped memory, of which nothing is read yet.
+
+        Args:
+            file: its name.
+            place: the place.
+        """
         dtype = DTYPES[place.dtype]
         if not place.bytes:
             return torch.empty(place.shape, dtype=dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is read only, and is not written
-            flat = torch.frombuffer(self._maps[file], dtype=torch.uint8, count=place.bytes, offset=place.first)
+            flat = torch.frombuffer(self._map(file), dtype=torch.uint8, count=place.bytes, offset=place.first)
         if place.first % dtype.itemsize:
             flat = flat.clone()
         return flat.view(dtype).view(place.shape)
+
+    def _map(self, file: str) -> mmap.mmap:
+        """Maps a file; what is mapped stays readable, whatever becomes of the folder."""
+        if file not in self._maps:
+            with (self.folder / file).open("rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
 
     def _let_go(self, file: str, first: int, last: int) -> None:
         """Tells the system that bytes of a file are not needed in memory any more."""
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
             begin = first // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[file].madvise(mmap.MADV_DONTNEED, begin, last - begin)
+            self._map(file).madvise(mmap.MADV_DONTNEED, begin, last - begin)
 
 
 def shares(reader: Reader, tensors: Mapping[str, StoredTensor], wanted: Sequence[Wanted], rank: int) -> Iterator[Share]:

@@ -15,6 +15,10 @@ from shardwright.checkpoint.index import Index, StoredTensor, check_tensors, rea
 from shardwright.checkpoint.reading import Reader
 
 
+# What checkpoints are of, at the top of names. Where others have more, they are names within a model.
+_PARTS = {"model", "optimizer", "optim", "scheduler", "scaler", "loader", "random", "extra"}
+
+
 @dataclass(frozen=True)
 class Source:
     """A folder of weights that was opened.
@@ -65,6 +69,21 @@ def open_source(path: Path) -> Source:
     return Source("shardwright", path, read_index(path), Reader(path))
 
 
+def as_ours(source: Source) -> Source:
+    """Gives the tensors of others the names that ours have: those of a model begin with ``model.``.
+
+    Args:
+        source: a folder of weights.
+    """
+    names = source.index.tensors
+    tops = {name.split(".")[0] for name in names}
+    has_parts = source.format == "dcp" and "model" in tops and tops <= _PARTS
+    if source.format == "shardwright" or has_parts:
+        return source
+    tensors = {f"model.{name}": tensor for name, tensor in names.items()}
+    return replace(source, index=replace(source.index, tensors=tensors))
+
+
 def renamed(index: Index, own: Collection[str], aliases: Mapping[str, str], model: Any) -> tuple[Index, list[str]]:
     """Gives the tensors of others the names that a model's have in checkpoints.
 
@@ -81,7 +100,10 @@ def renamed(index: Index, own: Collection[str], aliases: Mapping[str, str], mode
     unused = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
+    has_parts = any(name in own for name in index.tensors)
     for name, tensor in index.tensors.items():
+        if has_parts and not name.startswith("model."):
+            continue  # an optimizer's, or of whatever else trains
         candidates = [f"model.{name}", f"model.{base}.{name}", f"model.{name.removeprefix(f'{base}.')}", name]
         known = next((c for c in candidates if c in own), None)
         if known is not None:

@@ -1,4 +1,4 @@
-"""Command line: ``shardwright layout``, ``run``, ``plan``, ``calibrate`` and ``k8s``, also as ``python -m shardwright``."""
+"""Command line: the commands of ``shardwright``, also as ``python -m shardwright``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shardwright.cli import calibrate, k8s, layout, plan, run
+from shardwright.cli import calibrate, checkpoint, k8s, layout, plan, run
 from shardwright.cli.options import _Parser, _UsageError
 
 
@@ -43,6 +43,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a PyTorch model written for one device on many. Each command has a --help of its own.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in (layout, run, plan, calibrate, k8s):
+    for command in (layout, run, plan, calibrate, k8s, checkpoint):
         command.add_parser(commands)
     return parser

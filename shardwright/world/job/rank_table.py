@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardwright.errors import WorldError
+from shardwright.errors import WorldError, listed
 from shardwright.world.job.job import Job, check_rank, read_number, read_port
 from shardwright.world.job.mpi import read_ranks
 
@@ -87,8 +87,7 @@ def check_table(table: Any, source: str) -> list[tuple[str, int]]:
         problems.append(f"rank_ids are {ranks} in the file's order: they must be 0 to {len(ranks) - 1}, server after server")
     problems += _check_clusters(table, set(identifiers))
     if problems:
-        lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(problems, 1))
-        raise WorldError(f"the rank table {source}: {len(problems)} problem(s), nothing was run\n{lines}")
+        raise WorldError(listed(f"the rank table {source}", problems, "nothing was run"))
     return places
 
 
