@@ -142,7 +142,7 @@ class Reader:
         return first // CHUNK, -(-last // CHUNK)
 
     def tensor(self, file: str, place: Place) -> Tensor:
-        """Returns what is at a place of a file as a tensor of mapped memory, of which nothing is read yet.
+        """Returns what is at a place of a file as a tensor of mapped memory, not read yet.
 
         Args:
             file: its name.

@@ -14,7 +14,6 @@ from shardwright.checkpoint.huggingface import huggingface_index, is_huggingface
 from shardwright.checkpoint.index import Index, StoredTensor, check_tensors, read_index
 from shardwright.checkpoint.reading import Reader
 
-
 # What checkpoints are of, at the top of names. Where others have more, they are names within a model.
 _PARTS = {"model", "optimizer", "optim", "scheduler", "scaler", "loader", "random", "extra"}
 
@@ -24,7 +23,7 @@ class Source:
     """A folder of weights that was opened.
 
     Args:
-        format: ``"shardwright"``, ``"huggingface"`` or ``"dcp"``.
+        format: ``"shardwright"``, ``"huggingface"``, ``"dcp"``, or ``"ranks"`` for folders of ranks.
         path: the folder.
         index: of its tensors.
         reader: of their parts.
@@ -80,7 +79,8 @@ def as_ours(source: Source) -> Source:
     has_parts = source.format == "dcp" and "model" in tops and tops <= _PARTS
     if source.format == "shardwright" or has_parts:
         return source
-    tensors = {f"model.{name}": tensor for name, tensor in names.items()}
+    beside = _PARTS - {"model"} if source.format == "ranks" else set()
+    tensors = {name if name.split(".")[0] in beside else f"model.{name}": tensor for name, tensor in names.items()}
     return replace(source, index=replace(source.index, tensors=tensors))
 
 
