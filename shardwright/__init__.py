@@ -7,6 +7,7 @@ from shardwright.api.marking import recompute, reshard, shard, value_and_grad
 from shardwright.api.plan_for import plan_for
 from shardwright.checkpoint.folder import latest
 from shardwright.checkpoint.load import load
+from shardwright.checkpoint.preemption import preempted
 from shardwright.checkpoint.save import save
 from shardwright.hybrid import collectives
 from shardwright.ir.layout import Layout
@@ -41,6 +42,7 @@ __all__ = [
     "no_init_parameters",
     "ops",
     "plan_for",
+    "preempted",
     "recompute",
     "record_communication",
     "reshard",

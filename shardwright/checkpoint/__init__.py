@@ -8,6 +8,7 @@
 ``huggingface``     reads folders of Hugging Face weights
 ``index``           what a checkpoint holds: tensors with their slices, and states; read and checked whole
 ``load``            loads a checkpoint into models, optimizers and others, all or nothing
+``preemption``      notices that a job is to end soon, so that it can be saved first
 ``ranks``           lets the ranks of a job share what they know, and fail together
 ``reading``         verifies what files hold, and reads parts of it
 ``rewrite``         rewrites a checkpoint in other slices, a block of rows at a time
