@@ -1,0 +1,134 @@
+"""Logs of a job: a file for each rank, one of the launcher, and the last words of a rank that failed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+
+_LINES, _WIDTH = 12, 300  # of a rank's last words
+_ELASTIC = "torch.distributed.elastic"
+
+
+class Logs(LogsSpecs):
+    """Where each rank's output goes.
+
+    With ``joins_streams`` a rank writes both streams into its log, which is shown with its rank before each line; else
+    only its errors, which are shown as they are.
+
+    Args:
+        folder: directory of the logs; it exists.
+        name: how their names begin.
+        shown: ranks whose output is printed; ``None``: all.
+        joins_streams: whether standard output goes into the log too.
+    """
+
+    def __init__(self, folder: Path, name: str, shown: tuple[int, ...] | None, joins_streams: bool):
+        super().__init__(str(folder))
+        self.folder, self.name, self.shown, self.joins_streams = folder, name, shown, joins_streams
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self.folder)
+
+    def path(self, rank: int) -> Path:
+        """Returns the log of a rank."""
+        return self.folder / f"{self.name}_{rank}.log"
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Names the files of an attempt's ranks; keeps the logs of the attempt before under another name."""
+        files, shown, failures = {}, {}, {}
+        for local, variables in envs.items():
+            rank, attempt = int(variables["RANK"]), int(variables["TORCHELASTIC_RESTART_COUNT"])
+            path = self.path(rank)
+            if attempt and path.exists():
+                path.replace(path.with_suffix(f".attempt_{attempt - 1}.log"))
+            files[local] = str(path)
+            if self.shown is None or rank in self.shown:
+                shown[local] = str(path)
+            failures[local] = variables["TORCHELASTIC_ERROR_FILE"] = str(path.with_suffix(".error.json"))
+            Path(failures[local]).unlink(missing_ok=True)
+        console = dict.fromkeys(envs, "")
+        if self.joins_streams:
+            return LogsDest(files, console, shown, {}, failures)
+        if self.shown is not None:
+            console = {local: "" if local in shown else os.devnull for local in envs}
+        return LogsDest(console, files, {}, shown, failures)
+
+
+class LauncherLog:
+    """What the launcher says: on the terminal, and into its own log.
+
+    Args:
+        path: its log; ``None``: none.
+        in_background: whether standard error is that log already.
+    """
+
+    def __init__(self, path: Path | None, in_background: bool = False):
+        self._file: TextIO | None = None
+        if path is not None and not in_background:
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        self._keeps_elastic = path is not None
+
+    def say(self, text: str) -> None:
+        """Prints a message."""
+        print(f"shardwright: {text}", file=sys.stderr, flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Writes into the log only."""
+        if self._file is not None:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=self._file, flush=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Puts what torch's launcher logs into the log instead of on the terminal, where it would hide what counts."""
+        logger = logging.getLogger(_ELASTIC)
+        before = logger.propagate
+        handler: logging.Handler = logging.NullHandler()
+        if self._keeps_elastic:
+            handler = logging.StreamHandler(self._file or sys.stderr)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = before
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a directory of logs that only its owner may read; leaves one that is there as it is.
+
+    Raises:
+        OSError: it cannot be made, or not be written.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written")
+
+
+def last_lines(path: Path, many: int = _LINES) -> list[str]:
+    """Returns the last lines of a log that are not empty, from the last traceback on; none where there is no log."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 40 * _WIDTH))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line[:_WIDTH] for line in re.split(r"[\r\n]+", text) if line.strip()][-many:]
+    traces = [at for at, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
+    return lines[traces[-1] :] if traces else lines
