@@ -152,6 +152,7 @@ class _Agent(LocalElasticAgent):
         self.first = -1
         self.codes: dict[int, int | None] = {}
         self.size = 0
+        self.ended: set[int] = set()  # ranks that have ended well
 
     def report(self) -> list[str]:
         """Describes the latest failure."""
@@ -167,6 +168,11 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         ranks = {w.local_rank: w.global_rank for w in worker_group.workers}
         codes = {ranks[local]: process.poll() for local, process in worker_processes(self).items()}
+        ended = {rank for rank, code in codes.items() if code == 0}
+        for rank in ended - self.ended:
+            if isinstance(worker_group.spec.rdzv_handler, Meeting):
+                worker_group.spec.rdzv_handler.tell_end(rank)
+        self.ended = ended
         if any(codes.values()):
             self.size = worker_group.workers[0].world_size
             self._note_failure(codes, ranks)
@@ -179,7 +185,7 @@ class _Agent(LocalElasticAgent):
         until = time.monotonic() + _CAUSE
         while True:
             failed = [rank for rank, code in codes.items() if code]
-            causes = [rank for rank in failed if not blames_another(last_lines(self.logs.path(rank), 4))]
+            causes = [rank for rank in failed if not blames_another(last_lines(self.logs.path(rank)))]
             if causes or time.monotonic() > until or all(code is not None for code in codes.values()):
                 break
             time.sleep(0.05)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from typing import TextIO
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
-_LINES, _WIDTH = 12, 300  # of a rank's last words
+_LINES, _WIDTH, _READ = 12, 500, 60_000  # of a rank's last words, and the bytes that they are sought in
+_FRAME = re.compile(r'(\[rank\d+\]: )?  File "(?P<file>[^"]+)", line \d+')
+_INDENTED = re.compile(r"(\[rank\d+\]: )?  ")
+_LIBRARIES = ("<", str(Path(__file__).resolve().parents[1]), sysconfig.get_path("stdlib"))
 _ELASTIC = "torch.distributed.elastic"
 
 
@@ -120,15 +124,32 @@ def make_folder(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written")
 
 
-def last_lines(path: Path, many: int = _LINES) -> list[str]:
-    """Returns the last lines of a log that are not empty, from the last traceback on; none where there is no log."""
+def last_lines(path: Path) -> list[str]:
+    """Returns the last lines of a log that are not empty; of a traceback the user's lines and the error.
+
+    A log that is not there has none.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 40 * _WIDTH))
+            file.seek(max(0, file.tell() - _READ))
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    lines = [line[:_WIDTH] for line in re.split(r"[\r\n]+", text) if line.strip()][-many:]
+    lines = [line[:_WIDTH] for line in re.split(r"[\r\n]+", text) if line.strip()]
     traces = [at for at, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
-    return lines[traces[-1] :] if traces else lines
+    return _without_libraries(lines[traces[-1] :])[-_LINES:] if traces else lines[-_LINES:]
+
+
+def _without_libraries(lines: list[str]) -> list[str]:
+    """Leaves out those frames of a traceback that are in libraries and in this package."""
+    kept, keeps = [], True
+    for line in lines:
+        match = _FRAME.match(line)
+        if match is not None:
+            keeps = not (match["file"].startswith(_LIBRARIES) or "site-packages" in match["file"])
+        elif not _INDENTED.match(line):
+            keeps = True
+        if keeps:
+            kept.append(line)
+    return kept

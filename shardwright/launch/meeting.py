@@ -116,6 +116,14 @@ class Meeting(RendezvousHandler):
                 while time.monotonic() < until and self._store.add("told", 0) < self.nodes - 1:
                     time.sleep(0.05)
 
+    def tell_end(self, rank: int) -> None:
+        """Tells the ranks that one has ended, in case they wait for it to join."""
+        if self._store is not None:
+            place = dist.PrefixStore(f"attempt_{self.round}", self._store)
+            with contextlib.suppress(RuntimeError):
+                place.set(f"ended/{rank}", "1")
+                place.add("ended", 1)
+
     def failure(self) -> str:
         """Returns what another node says about why the job ends, empty where none does."""
         if self.nodes == 1 or self._store is None:
@@ -166,22 +174,30 @@ class Meeting(RendezvousHandler):
 
     def _open(self, until: float) -> dist.Store:
         """Opens the store at node 0, or connects to it."""
-        if self.node is None and is_own_address(self.address):
-            self.node = 0
-        if self.node == 0:
-            listener = _listen(self.address, self.port)
-            self.port = listener.getsockname()[1]
-            return dist.TCPStore(
-                self.address,
-                self.port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=_ANSWER,
-                master_listen_fd=listener.detach(),
-                multi_tenant=True,
-            )
+        if self.node == 0 or (self.node is None and is_own_address(self.address)):
+            try:
+                listener = _listen(self.address, self.port)
+            except WorldError:
+                if self.node == 0:
+                    raise
+            else:  # of several launchers on this machine the first to come is node 0
+                self.node, self.port = 0, listener.getsockname()[1]
+                return dist.TCPStore(
+                    self.address,
+                    self.port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    timeout=_ANSWER,
+                    master_listen_fd=listener.detach(),
+                    multi_tenant=True,
+                )
         self._wait_for_listener(until)
-        return dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+        try:
+            return dist.TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+        except RuntimeError:
+            raise WorldError(
+                f"who listens at {self.address}:{self.port} is no launcher: give another --master-port on all nodes"
+            ) from None
 
     def _wait_for_listener(self, until: float) -> None:
         """Waits until somebody listens at node 0: in short steps, between which signals are heeded."""
@@ -265,7 +281,7 @@ def _listen(address: str, port: int) -> socket.socket:
         return socket.create_server((where, port), family=family)
     except OSError as error:
         raise WorldError(
-            f"port {port} of {address} cannot be used: {error.strerror}; give another --master-port"
+            f"port {port} of {address} cannot be used: {os.strerror(error.errno or 0)}; give another --master-port"
             + (", or none: a free one is found" if where == "127.0.0.1" else " on all nodes")
         ) from None
 

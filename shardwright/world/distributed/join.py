@@ -74,7 +74,7 @@ def wait_for_ranks(store: dist.Store, job: Job, patience: timedelta) -> None:
     store.set(f"came/{job.rank}", socket.gethostname())
     store.add("came", 1)
     until = time.monotonic() + patience.total_seconds()
-    pause = 0.001
+    pause, ended = 0.001, 0
     while store.add("came", 0) < job.size:
         if time.monotonic() > until:
             missing = [rank for rank in range(job.size) if not store.check([f"came/{rank}"])]
@@ -85,5 +85,13 @@ def wait_for_ranks(store: dist.Store, job: Job, patience: timedelta) -> None:
                 f"{job.size} ranks came, {listed('rank', missing)} missing; see what they do before sw.init(), or give more "
                 "time, sw.init(timeout=...) or shardwright run --timeout"
             )
+        if store.add("ended", 0) > ended:  # as the launcher says; a rank may have joined before
+            ended = store.add("ended", 0)
+            gone = [rank for rank in range(job.size) if store.check([f"ended/{rank}"]) and not store.check([f"came/{rank}"])]
+            if gone:
+                raise WorldError(
+                    f"rank {job.rank} waits to join the job, but rank {gone[0]} has ended without joining it: call sw.init() "
+                    "on every rank"
+                )
         time.sleep(pause)
         pause = min(0.05, pause * 1.5)
