@@ -157,7 +157,9 @@ class _Agent(LocalElasticAgent):
     def report(self) -> list[str]:
         """Describes the latest failure."""
         path = self.logs.path(self.first)
-        return failure_report(self.first, self.codes, self.size, last_lines(path), str(path) if path.exists() else "")
+        others = {rank: last_lines(self.logs.path(rank)) for rank, code in self.codes.items() if code and rank != self.first}
+        where = str(path) if path.exists() else ""
+        return failure_report(self.first, self.codes, self.size, last_lines(path), where, others)
 
     def kill(self) -> None:
         """Kills what is left of the ranks and of the processes that they started."""
@@ -181,16 +183,22 @@ class _Agent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)
 
     def _note_failure(self, codes: dict[int, int | None], ranks: dict[int, int]) -> None:
-        """Notes which ranks have failed by themselves; waits a little where they only blame another."""
+        """Notes which ranks have failed by themselves.
+
+        Waits a little where they only blame another. Where a signal ended one, the others have time to say where they wait.
+        """
+        first = -1
         until = time.monotonic() + _CAUSE
         while True:
             failed = [rank for rank, code in codes.items() if code]
             causes = [rank for rank in failed if not blames_another(last_lines(self.logs.path(rank)))]
-            if causes or time.monotonic() > until or all(code is not None for code in codes.values()):
+            first = first if first >= 0 or not causes else causes[0]
+            is_clear = first >= 0 and (codes[first] or 0) > 0
+            if is_clear or time.monotonic() > until or all(code is not None for code in codes.values()):
                 break
             time.sleep(0.05)
             codes = {ranks[local]: process.poll() for local, process in worker_processes(self).items()}
-        self.first, self.codes = (causes or failed)[0], codes
+        self.first, self.codes = first if first >= 0 else failed[0], codes
         self.failures += 1
         spec = self._worker_group.spec
         if self.failures <= spec.max_restarts:

@@ -105,6 +105,8 @@ def worker_variables(job: Launch, interface: str | None) -> dict[str, str]:
         found["GLOO_SOCKET_IFNAME"] = interface
     if job.timeout is not None:
         found[TIMEOUT] = f"{job.timeout:g}"
+    if "PYTHONFAULTHANDLER" not in os.environ:  # a rank that a signal ends, as gloo's abort does, says where it was
+        found["PYTHONFAULTHANDLER"] = "1"
     root = checkout()
     if root is not None:
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))

@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 _LINES, _WIDTH, _READ = 12, 500, 60_000  # of a rank's last words, and the bytes that they are sought in
 _FRAME = re.compile(r'(\[rank\d+\]: )?  File "(?P<file>[^"]+)", line \d+')
+_START = re.compile(r"Traceback \(most recent call last\):$|^Fatal Python error: ")
+_NOISE = ("Thread 0x", "Current thread 0x", "Extension modules: ")  # between the frames of a process that a signal ended
 _INDENTED = re.compile(r"(\[rank\d+\]: )?  ")
 _LIBRARIES = ("<", str(Path(__file__).resolve().parents[1]), sysconfig.get_path("stdlib"))
 _ELASTIC = "torch.distributed.elastic"
@@ -137,8 +139,13 @@ def last_lines(path: Path) -> list[str]:
     except OSError:
         return []
     lines = [line[:_WIDTH] for line in re.split(r"[\r\n]+", text) if line.strip()]
-    traces = [at for at, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
-    return _without_libraries(lines[traces[-1] :])[-_LINES:] if traces else lines[-_LINES:]
+    starts = [at for at, line in enumerate(lines) if _START.search(line)]
+    if not starts:
+        return lines[-_LINES:]
+    found = _without_libraries(lines[starts[-1] :])
+    if lines[starts[-1]].startswith("Fatal"):  # where the process was when a signal ended it; why stands before it
+        return [*lines[max(0, starts[-1] - 2) : starts[-1]], *found[:_LINES]]
+    return found[-_LINES:]
 
 
 def _without_libraries(lines: list[str]) -> list[str]:
@@ -149,7 +156,7 @@ def _without_libraries(lines: list[str]) -> list[str]:
         if match is not None:
             keeps = not (match["file"].startswith(_LIBRARIES) or "site-packages" in match["file"])
         elif not _INDENTED.match(line):
-            keeps = True
+            keeps = not line.startswith(_NOISE)
         if keeps:
             kept.append(line)
     return kept

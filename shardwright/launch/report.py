@@ -6,6 +6,8 @@ import re
 import signal
 from collections.abc import Mapping, Sequence
 
+_MOST = 30  # lines
+
 # Last words of a rank that failed because another one did.
 _BLAMES_ANOTHER = re.compile(
     r"[Cc]onnection closed by peer|[Cc]onnection reset by peer|Broken pipe|process has ended|script has ended|recvValue failed|"
@@ -42,7 +44,14 @@ def exit_code(code: int) -> int:
     return 128 - code if code < 0 else code or 1
 
 
-def failure_report(first: int, codes: Mapping[int, int | None], size: int, lines: Sequence[str], log: str) -> list[str]:
+def failure_report(
+    first: int,
+    codes: Mapping[int, int | None],
+    size: int,
+    lines: Sequence[str],
+    log: str,
+    others: Mapping[int, Sequence[str]],
+) -> list[str]:
     """Describes a failure; the first line says it in short.
 
     Args:
@@ -51,6 +60,7 @@ def failure_report(first: int, codes: Mapping[int, int | None], size: int, lines
         size: number of ranks.
         lines: the last lines of the first rank's log.
         log: where that log is.
+        others: the last lines of other ranks that ended by themselves after it.
     """
     code = codes[first] or 0
     found = [f"rank {first} failed first, of {size} ranks: {ended_how(code)}"]
@@ -61,7 +71,6 @@ def failure_report(first: int, codes: Mapping[int, int | None], size: int, lines
     else:
         found += ["it printed no error"]
     found += [f"its log: {log}"] if log else []
-    others = [f"rank {rank} by itself: {ended_how(c)}" for rank, c in sorted(codes.items()) if rank != first and c]
-    if others:
-        found += [f"then ended {', '.join(others)}"]
-    return found
+    for rank, said in sorted(others.items()):
+        found.append(f"then rank {rank} ended, {ended_how(codes[rank] or 0)}" + (f": {said[-1]}" if said else ""))
+    return found[: _MOST + 1] + ([f"and {len(found) - _MOST - 1} more"] if len(found) > _MOST + 1 else [])
