@@ -13,6 +13,7 @@ import pytest
 import shardwright as sw
 from shardwright.cli import main as cli
 from shardwright.ir.layout import Layout
+from shardwright.launch.job import worker_variables
 from shardwright.report import draw
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -43,12 +43,13 @@ def run_job(job: Launch) -> int:
     """
     with contextlib.ExitStack() as stack:
         if job.folder is not None:
-            folder = Path(job.folder)
+            folder = Path(job.folder).resolve()
             make_folder(folder)
         else:
             folder = Path(tempfile.mkdtemp(prefix="shardwright_"))
         name = "scheduler.log" if not job.node else f"scheduler_{job.node}.log"
         log = LauncherLog(folder / name if job.folder is not None else None, job.in_background)
+        stack.callback(log.close)
         stack.enter_context(log.listening())
         own, interface = interface_toward(job.address, job.port)
         logs = Logs(folder, job.log_name.replace("{ip}", own), job.shown, job.folder is not None)

@@ -80,13 +80,16 @@ class LauncherLog:
 
     def __init__(self, path: Path | None, in_background: bool = False):
         self._file: TextIO | None = None
-        if path is not None and not in_background:
+        self._is_stderr = in_background
+        if in_background:
+            self._file = sys.stderr
+        elif path is not None:
             self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-        self._keeps_elastic = path is not None
 
     def say(self, text: str) -> None:
         """Prints a message."""
-        print(f"shardwright: {text}", file=sys.stderr, flush=True)
+        if not self._is_stderr:
+            print(f"shardwright: {text}", file=sys.stderr, flush=True)
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -94,14 +97,20 @@ class LauncherLog:
         if self._file is not None:
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=self._file, flush=True)
 
+    def close(self) -> None:
+        """Closes the log."""
+        if self._file is not None and not self._is_stderr:
+            self._file.close()
+        self._file = None
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Puts what torch's launcher logs into the log instead of on the terminal, where it would hide what counts."""
         logger = logging.getLogger(_ELASTIC)
         before = logger.propagate
         handler: logging.Handler = logging.NullHandler()
-        if self._keeps_elastic:
-            handler = logging.StreamHandler(self._file or sys.stderr)
+        if self._file is not None:
+            handler = logging.StreamHandler(self._file)
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -110,9 +119,6 @@ class LauncherLog:
         finally:
             logger.removeHandler(handler)
             logger.propagate = before
-            if self._file is not None:
-                self._file.close()
-                self._file = None
 
 
 def make_folder(path: Path) -> None:

@@ -198,7 +198,9 @@ def test_a_rank_table_says_who_runs_where(tmp_path, found, capsys):
 
 
 def test_modules_and_pytest_run_as_programs(tmp_path):
-    (tmp_path / "tool.py").write_text("import os, sys\nos.write(1, f'tool {sys.argv[1:]} {os.environ[\"RANK\"]}\\n'.encode())\n")
+    (tmp_path / "tool.py").write_text(
+        "import os, sys\nos.write(1, f'tool {sys.argv[1:]} {os.environ[\"RANK\"]}\\n'.encode())\n"
+    )
     launcher = Launcher(tmp_path, "--nproc-per-node", "1", "-m", "tool", "-m", "x")
     assert launcher.end()[0] == 0, launcher.text
     assert launcher.text == "tool ['-m', 'x'] 0\n"
