@@ -66,8 +66,8 @@ def start(folder, nodes, node, options, *script):
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("GLOO_SOCKET_IFNAME", None)
-    output = open(folder / f"node{node}.txt", "w")  # noqa: SIM115
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+    with open(folder / f"node{node}.txt", "w") as output:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
 
 def end(folder, launchers, seconds=150):
