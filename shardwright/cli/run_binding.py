@@ -13,11 +13,7 @@ from shardwright.launch.binding import allowed_cores, memory_nodes, parse_cores,
 
 
 def read_binding(read: Read, ranks: int) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...], dict[int, int]]:
-    """Reads the cores of ranks and of the launcher, and the ranks' NUMA nodes.
-
-    >>> read_binding(Read(argparse.Namespace(**{flag.key: None for flag in REAL_FLAGS}), {}), 2)
-    ({}, (), {})
-    """
+    """Reads the cores of ranks and of the launcher, and the ranks' NUMA nodes."""
     cores: dict[int, tuple[int, ...]] = {}
     launcher: tuple[int, ...] = ()
     memory: dict[int, int] = {}

@@ -25,7 +25,7 @@ _ELASTIC = "torch.distributed.elastic"
 
 
 class Logs(LogsSpecs):
-    """Where each rank's output goes.
+    """Destinations of each rank's output.
 
     With ``joins_streams`` a rank writes both streams into its log, which is shown with its rank before each line; else
     only its errors, which are shown as they are.
@@ -71,7 +71,7 @@ class Logs(LogsSpecs):
 
 
 class LauncherLog:
-    """What the launcher says: on the terminal, and into its own log.
+    """The launcher's own messages: on the terminal, and in its log.
 
     Args:
         path: its log; ``None``: none.

@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import jobs
 import pytest
 from launchers import Launcher, check_gone, wait_for
 
 from shardwright.cli import main as cli
 from shardwright.cli import run
+from shardwright.cli.run_flags import REAL_FLAGS
 from shardwright.launch.job import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,3 +224,35 @@ def test_what_is_printed_waits_for_no_log(tmp_path):
     assert sorted(shown_by(launcher.text)) == [0, 1]
     assert launcher.text.count("an error\n") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+
+
+PAGE = (ROOT / "docs" / "launching.md").read_text("utf-8")
+
+
+def test_the_page_runs(tmp_path):
+    """Every ``shardwright run`` that the page shows: they run side by side, those of two nodes as one job."""
+    lines = [line.partition("#")[0].split() for line in PAGE.splitlines() if line.startswith("shardwright run ")]
+    assert len(lines) > 6
+    place = {"n1": "127.0.0.1", "29500": str(jobs.free_port())}
+    launchers = []
+    for number, line in enumerate(lines):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "train.py").write_text("import os, sys\nos.write(1, f'{os.environ.get(\"RANK\")};'.encode())\n")
+        launchers.append(Launcher(folder, *(place.get(word, word) for word in line[2:])))
+    for line, launcher in zip(lines, launchers, strict=True):
+        assert launcher.end(120)[0] == 0, (line, launcher.text)
+    texts = {" ".join(line[2:]): launcher.text for line, launcher in zip(lines, launchers, strict=True)}
+    assert texts["--devices 4 train.py"] == "None;"
+    assert sorted(texts["--nproc-per-node 2 train.py"].split(";")) == ["", "0", "1"]
+    assert sorted("".join(text for line, text in texts.items() if "--nnodes" in line).split(";")) == ["", "0", "1", "2", "3"]
+    for launcher in launchers:
+        started = re.search(r"background: pid (\d+)", launcher.text)
+        if started:
+            check_gone([int(started[1])], 60)
+
+
+def test_the_page_names_every_option():
+    named = set(re.findall(r"`(--?[\w-]+)|`(PET_\w+)", PAGE))
+    wanted = {name for flag in REAL_FLAGS for name in (flag.name, flag.variable)} - {""}
+    assert wanted <= {name for pair in named for name in pair}
