@@ -322,8 +322,8 @@ class Watch:
             named = ", ".join(map(str, away[:8]))
             if away:
                 return (
-                    f"rank {self.rank} has waited in {event} for rank {named}, which is not there: it hangs, is stopped, or "
-                    "takes longer in the script's own code than communication may take; for more patience, sw.init(timeout=...)"
+                    f"rank {self.rank} has waited in {event} for rank {named}, which has not come there: it hangs, is "
+                    "stopped, or takes longer in its own code than communication may take; for more time, sw.init(timeout=...)"
                 )
         return ""
 

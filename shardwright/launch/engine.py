@@ -226,11 +226,18 @@ def _variables(job: Launch, interface: str | None) -> Iterator[None]:
     }
     os.environ[worker.ORDERS] = json.dumps(orders)
     os.environ.pop(ATTEMPT, None)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(_heeded_signals())
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _heeded_signals() -> list[str]:
+    """Names the signals that end the job; under nohup a closed terminal does not."""
+    known = [name for name in _SIGNALS if hasattr(signal, name)]
+    return [name for name in known if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -240,7 +247,7 @@ def _signals() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise SignalException(f"got signal {number}", signal.Signals(number))
 
-    known = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in _heeded_signals()]
     before = {number: signal.signal(number, stop) for number in known}
     try:
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 import jobs
 
 
-def _launch(arguments, folder, output, variables):
+def _launch(arguments, folder, output, variables, ignored):
     os.setsid()
     os.chdir(folder)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -19,6 +19,8 @@ def _launch(arguments, folder, output, variables):
         os.dup2(descriptor, target)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update({"PYTHONPATH": str(jobs.ROOT), "OMP_NUM_THREADS": "1", **variables})
+    if ignored is not None:
+        signal.signal(ignored, signal.SIG_IGN)
     from shardwright.cli import main
 
     code = main.main(["run", *arguments])
@@ -33,12 +35,15 @@ class Launcher:
         folder: where it runs.
         arguments: of the command.
         name: of the file that gets its output.
+        ignored: a signal that it is started to ignore, as under nohup.
         variables: further ones of its environment.
     """
 
-    def __init__(self, folder, *arguments, name="out", **variables):
+    def __init__(self, folder, *arguments, name="out", ignored=None, **variables):
         self.output = Path(folder) / f"{name}.txt"
-        self.process = jobs.context().Process(target=_launch, args=(arguments, str(folder), str(self.output), variables))
+        self.process = jobs.context().Process(
+            target=_launch, args=(arguments, str(folder), str(self.output), variables, ignored)
+        )
         self.began = time.monotonic()
         self.process.start()
 

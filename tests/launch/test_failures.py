@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from launchers import Launcher, check_gone, wait_for
 import shardwright as sw
 
 ALL = os.environ.get("SHARDWRIGHT_TEST_ALL") == "1"
+TRAIN = str(Path(__file__).with_name("train_wrongly.py"))
 FAIL = str(Path(__file__).with_name("fail.py"))
 SOON = 10.0  # seconds between a failure and the end
 
@@ -128,6 +130,65 @@ def test_what_fails_on_one_node_ends_the_others(tmp_path, ranks):
     assert len(said) == len(heard) == 1, texts
     assert "): rank 1 failed first, of 2 ranks: exit code 1" in heard[0]
     check_gone(pids_of(tmp_path))
+
+
+# What rank 1 of a training script does, and what the launcher says of it; through the whole of torch, and so in test-all.
+TRAININGS = {
+    "never comes": "rank 0 has waited 6 s to join the job: 1 of 2 ranks came, rank 1 is missing",
+    "ends before": "rank 0 waits to join the job, but rank 1 has ended without joining it",
+    "another program": "rank 1 has 'sin",
+    "killed": "rank 1 failed first, of 2 ranks: killed by SIGKILL",
+    "raises": "ValueError: raised at step 3",
+    "hangs": "rank 0 has waited in call 4 of net 0 (Net) for rank 1, which has not come there",
+    "stopped": "rank 0 has waited in call 4 of net 0 (Net) for rank 1, which has not come there",
+    "another order": "rank 1 is in call 1 of net 1 (Linear), rank 0 in call 4 of net 0 (Net)",
+    "other shapes": "rank 1's input 0 is float32 [6, 6], rank 0's float32 [8, 6]",
+    "more steps": "rank 1 is in call 7 of net 0 (Net), but rank 0's script has ended after 6 calls of nets",
+    "fewer steps": "rank 0 is in call 5 of net 0 (Net), but rank 1's script has ended after 4 calls of nets",
+    "no backward": 'train_wrongly.py", line',
+}
+
+
+@pytest.mark.parametrize("kind", TRAININGS if ALL else [])
+def test_a_training_that_goes_wrong_on_one_rank_ends(tmp_path, kind):
+    launcher = Launcher(tmp_path, "--nproc-per-node", "2", "--log-dir", "logs", TRAIN, kind)
+    assert launcher.end(90)[0] > 0, launcher.text
+    report = launcher.text[launcher.text.index("shardwright: rank ") :]
+    assert "failed first, of 2 ranks" in report
+    assert TRAININGS[kind] in report, report
+
+
+def test_a_signal_ends_a_launcher_that_waits_for_nodes(tmp_path):
+    launcher = Launcher(tmp_path, *TWO, "--master-port", str(jobs.free_port()), "--log-dir", "logs", FAIL, "exit")
+    wait_for([tmp_path / "logs" / "scheduler.log"], launcher)
+    launcher.signal(signal.SIGTERM)
+    assert launcher.end(SOON)[0] == 143
+    assert "the launcher was ended by SIGTERM" in launcher.text
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path):
+    launcher = Launcher(tmp_path, "--nproc-per-node", "2", FAIL, "signal", ignored=signal.SIGHUP)
+    wait_for([tmp_path / "pid0", tmp_path / "pid1"], launcher)
+    launcher.signal(signal.SIGHUP)
+    launcher.process.join(0.5)
+    assert launcher.process.is_alive()
+    launcher.signal(signal.SIGTERM)
+    assert launcher.end(SOON)[0] == 143
+    check_gone(pids_of(tmp_path))
+
+
+def taken(rank):
+    if rank == 0:
+        with socket.create_server(("", int(os.environ["MASTER_PORT"]))):
+            sw.init(timeout=1)
+
+
+def test_a_port_that_another_program_has_is_named(tmp_path):
+    first, _ = jobs.run(tmp_path, 2, taken)
+    assert first.code == 1
+    assert re.search(r"rank 0 cannot listen at 127.0.0.1:\d+ \(torchrun\): another program may be there", first.text), (
+        first.text
+    )
 
 
 def late(rank):
