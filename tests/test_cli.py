@@ -13,6 +13,7 @@ import pytest
 import shardwright as sw
 from shardwright.cli import main as cli
 from shardwright.ir.layout import Layout
+from shardwright.launch.job import worker_variables
 from shardwright.report import draw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,22 +242,17 @@ def test_a_script_that_is_not_there(capsys):
 
 
 def test_distributed_starts_processes(script, monkeypatch):
-    started = {}
-
-    def record(path, command, environment):
-        started.update(path=path, command=command, env=environment)
-        raise SystemExit(5)  # this process is another from here on
-
-    monkeypatch.setattr(os, "execve", record)
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--devices", "3", "--distributed", script, "--epochs", "2"])
-    command = started["command"]
-    assert (started["path"], command[:3]) == (sys.executable, [sys.executable, "-m", "torch.distributed.run"])
-    assert command[-5:] == ["--nproc-per-node", "3", script, "--epochs", "2"]
-    assert command[command.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
-    assert int(started["env"]["OMP_NUM_THREADS"]) >= 1
-    assert started["env"]["GLOO_SOCKET_IFNAME"] == "lo" or sys.platform != "linux"
-    assert str(ROOT) in started["env"]["PYTHONPATH"].split(os.pathsep)
+    started = []
+    monkeypatch.delenv("SHARDWRIGHT_DEVICES", raising=False)
+    monkeypatch.setattr("shardwright.launch.engine.run_job", lambda launch: started.append(launch) or 5)
+    assert cli.main(["run", "--devices", "3", "--distributed", script, "--epochs", "2"]) == 5
+    assert cli.main(["run", "--distributed", script]) == 5
+    assert [launch.ranks for launch in started] == [3, 8]
+    assert started[0].command == (sys.executable, "-u", script, "--epochs", "2")
+    assert (started[0].address, started[0].port, started[0].is_alone) == ("127.0.0.1", 0, True)
+    variables = worker_variables(started[0], "lo")
+    assert str(ROOT) in variables["PYTHONPATH"].split(os.pathsep)
+    assert "OMP_NUM_THREADS" in {**os.environ, **variables}
 
 
 def test_the_module_is_a_command(tmp_path):

@@ -60,15 +60,15 @@ def compare_on_ranks(world: Any, stage: str, lines: Sequence[str], values: Seque
         watch.compare(stage, lines, values)
 
 
-def explain(world: Any) -> str:
+def explain(world: Any, error: BaseException | None = None) -> str:
     """Explains, if it is known, why another rank has left this one alone; else returns ``""``."""
     watch = watch_of(world)
-    return "" if watch is None else watch.explain()
+    return "" if watch is None else watch.explain(error)
 
 
-def why_alone() -> str:
+def why_alone(error: BaseException | None = None) -> str:
     """Explains, like :func:`explain`, for code that has no world at hand."""
-    return _active[0].explain() if _active else ""
+    return _active[0].explain(error) if _active else ""
 
 
 def watch_of(world: Any) -> Watch | None:
@@ -107,7 +107,7 @@ def _explain_failures() -> None:
         plain(kind, error, trace)
         if isinstance(error, RuntimeError) and _active:
             watch = _active[0]
-            said = _MIXED if "got mixed torch.Tensor and DTensor" in str(error) else watch.explain()
+            said = _MIXED if "got mixed torch.Tensor and DTensor" in str(error) else watch.explain(error)
             if said and not (watch.has_printed_verdict):
                 print(f"shardwright: rank {watch.rank}: {said}", file=sys.stderr, flush=True)
 

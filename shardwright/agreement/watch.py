@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ from shardwright.errors import WorldError
 
 EVERY = 64  # calls between comparisons of known programs
 _PARTS = 8  # of the weights, of which one is compared at a time
+_TIMED_OUT = re.compile("[Tt]imed out|timeout")
 _CHANGES = 16  # changes of signature that are compared each; from then on one of as many
 
 
@@ -282,8 +284,12 @@ class Watch:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def explain(self) -> str:
-        """Explains, if it is known, why another rank has left this one alone; for failed communication."""
+    def explain(self, error: BaseException | None = None) -> str:
+        """Explains, if it is known, why another rank has left this one alone.
+
+        Args:
+            error: with which communication has failed.
+        """
         with contextlib.suppress(Exception):
             self._watcher.look_once()
             if self._log.verdict:
@@ -295,12 +301,31 @@ class Watch:
                     return f"rank {self.rank} is in {last}, but {store.get(f'gone/{rank}').decode()}"
         ended = None if self._log.verdict else self._processes.ended()
         if ended is None:
-            return self._log.verdict
+            is_late = error is not None and _TIMED_OUT.search(str(error))
+            return self._log.verdict or (self.missing() if is_late else "")
         last = self._log.events[-1] if self._log.events else "its first call"
         return (
             f"rank {self.rank} is in {last}, but rank {ended}'s process has ended: its own output says why; where it says "
             "nothing, something has killed it, such as the system for memory"
         )
+
+    def missing(self) -> str:
+        """Says which ranks have not come where this one waits, after it has waited as long as communication may take."""
+        if not self._log.events:
+            return ""
+        event, others = self._log.events[-1], [rank for rank in range(self.size) if rank != self.rank]
+        shown = {rank: f"at/{rank}" for rank in others}
+        with contextlib.suppress(Exception):
+            there = [rank for rank, key in shown.items() if self._store.check([key])]
+            latest = {rank: json.loads(self._store.get(shown[rank]))[-1][0] for rank in there}
+            away = [rank for rank in others if latest.get(rank) != event.index]
+            named = ", ".join(map(str, away[:8]))
+            if away:
+                return (
+                    f"rank {self.rank} has waited in {event} for rank {named}, which has not come there: it hangs, is "
+                    "stopped, or takes longer in its own code than communication may take; for more time, sw.init(timeout=...)"
+                )
+        return ""
 
     def close(self, said: str = "") -> None:
         """Ends the thread, and tells waiting ranks that this one's script has ended."""

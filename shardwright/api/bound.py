@@ -371,7 +371,7 @@ class BoundCall:
                 self.world.agree_on_random_state()
             return self.run(*values)
         except RuntimeError as error:  # of communication, it may be, because of what another rank did
-            said = explain(self.world)
+            said = explain(self.world, error)
             if not said:
                 raise
             raise WorldError(said) from error

@@ -283,3 +283,21 @@ __all__ = [
     "wrapper_tensor",
     "within_function_modes",
 ]
+
+
+def worker_processes(agent: Any) -> dict[int, Any]:
+    """Returns the processes that a ``LocalElasticAgent`` has started last, by local rank."""
+    context = agent._pcontext
+    return {} if context is None else {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
+
+
+def end_workers(agent: Any, seconds: int, number: Any = None) -> None:
+    """Ends the processes of a ``LocalElasticAgent``, and kills those that are still there after some seconds.
+
+    Args:
+        agent: the agent.
+        seconds: between the two.
+        number: signal by which they are to end; default: ``SIGTERM``.
+    """
+    if agent._pcontext is not None:
+        agent._pcontext.close(number, seconds)

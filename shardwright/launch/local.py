@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from shardwright.errors import WorldError
+from shardwright.launch.job import checkout
 
 _PATIENCE = 60.0  # seconds in which ranks have to start, and to answer
 
@@ -34,8 +34,8 @@ def run_ranks(ranks: int, module: str, variables: Mapping[str, str], progress: C
     environment.update(variables)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the first rank is to keep the store itself
-    root = Path(__file__).resolve().parents[2]
-    if root.name not in ("site-packages", "dist-packages"):  # a checkout that may not be installed
+    root = checkout()
+    if root is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", module]
     result: dict[str, Any] | None = None

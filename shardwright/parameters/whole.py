@@ -93,7 +93,7 @@ def whole_value(value: torch.Tensor, what: str) -> torch.Tensor:
             return _gathered(local, layout, tuple(value.shape), value.device_mesh)
         return _reduced(value)
     except RuntimeError as error:  # of communication: another rank has gone, or does something else
-        said = why_alone()
+        said = why_alone(error)
         if not said:
             raise
         raise WorldError(f"{what} of a distributed tensor {list(value.shape)} needs every rank: {said}") from error

@@ -4,6 +4,7 @@
 ``backend``             collectives of the backend, such as NCCL's, as algorithms beside our own
 ``bind``                binds a local program to a process of a job, as one generated function
 ``groups``              the process groups of a mesh, made once, and the links over them
+``join``                joins the job that a launcher describes, and names the ranks that do not come
 ``links``               collectives over one process group, prepared once, then run at once or started early
 ``message_algorithms``  algorithms of collectives made of point-to-point messages
 ``messages``            building blocks of collectives made of gloo's direct messages

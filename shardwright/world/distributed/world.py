@@ -39,6 +39,7 @@ from shardwright.parameters.distribute import adopt_slices, distribute_parameter
 from shardwright.redistribute.steps import redistribution
 from shardwright.world.distributed.bind import _bind, _steps_of
 from shardwright.world.distributed.groups import Groups
+from shardwright.world.distributed.join import HALF_HOUR, joining_time, open_store, wait_for_ranks
 from shardwright.world.distributed.moves import PieceMove
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
@@ -111,11 +112,15 @@ class DistributedWorld(World):
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+        patience = joining_time(timeout, os.environ)
+        store = open_store(job, patience)
+        wait_for_ranks(store, job, patience)
+        store.set_timeout(timeout or HALF_HOUR)  # what comes later may take longer than to join
         try:
             dist.init_process_group(
                 backend,
                 timeout=timeout,
-                store=_store(job, timeout),
+                store=store,
                 rank=rank,
                 world_size=size,
                 device_id=device if device.type == "cuda" else None,
@@ -368,17 +373,3 @@ def _default_device() -> torch.device:
     if torch.cuda.is_available() and backend_of(dist.group.WORLD, "cuda") == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-# -- binding -----------------------------------------------------------------------------------------------------------
-
-
-def _store(job: Job, timeout: timedelta | None) -> dist.Store:
-    """Opens the store where the job's ranks meet: rank 0 keeps it, or torchrun's agent, which keeps it over restarts."""
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and job.launcher == "torchrun"
-    patience = timeout or timedelta(minutes=30)
-    is_kept_here = job.rank == 0 and not is_agents
-    store = dist.TCPStore(job.address, job.port, job.size, is_kept_here, patience, wait_for_workers=False, multi_tenant=True)
-    # what ranks of an attempt that failed have written must not be read by those of the next one
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_agents else "0"
-    return dist.PrefixStore(f"attempt_{attempt}", store)
