@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardwright.errors import CheckpointError, listed
+from shardwright.errors import CheckpointError, WorldError, listed
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -22,12 +22,21 @@ def from_all_ranks(value: Any) -> list[Any]:
 
     Args:
         value: what this one has.
+
+    Raises:
+        WorldError: a rank has ended, or does not come.
     """
     rank, size = rank_and_size()
     if size == 1:
         return [value]
     found: list[Any] = [None] * size
-    dist.all_gather_object(found, value)
+    try:
+        dist.all_gather_object(found, value)
+    except RuntimeError as error:  # of gloo or NCCL, in words of their own
+        raise WorldError(
+            f"rank {rank} saves or loads a checkpoint, and another rank has ended or does not come: every rank calls sw.save "
+            f"and sw.load; the output of the others says more ({str(error).splitlines()[0]})"
+        ) from error
     return found
 
 

@@ -48,6 +48,7 @@ REAL_FLAGS = (
     Flag("--tail", "RANKS", "ranks whose output is printed, as 0,3; default: all", ("--tail_worker_log",)),
     Flag("--join", "BOOL", "wait for the job, which is the default; --no-join leaves it in the background"),
     Flag("--timeout", "SECONDS", "in which nodes and ranks have to come; default: 600", ("--cluster_time_out",)),
+    Flag("--grace", "SECONDS", "that ranks have to save and end when the launcher is asked to end; default: 30"),
     Flag("--bind-core", "HOW", 'auto, or JSON: {"device0": ["0-3"], "scheduler": ["8"]}', ("--bind_core",)),
     Flag("--bind-numa", "HOW", 'auto, or JSON: {"device0": 0}, or a file of it', ("--bind_numa",)),
     Flag("--dry-run", "RANK", "print the variables and command of all ranks, or of one; start nothing"),

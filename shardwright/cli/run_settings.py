@@ -16,7 +16,7 @@ from shardwright.cli.run_binding import read_binding
 from shardwright.cli.run_flags import Read
 from shardwright.errors import WorldError
 from shardwright.launch.background import log_name
-from shardwright.launch.job import PATIENCE, Launch
+from shardwright.launch.job import GRACE, PATIENCE, Launch
 from shardwright.launch.meeting import is_own_address
 from shardwright.world.job.rank_table import check_table
 
@@ -114,6 +114,7 @@ def _read_launch(read: Read, arguments: argparse.Namespace, command: tuple[str, 
         problems.append(f"--node-rank {node}: the nodes' ranks go from 0 to {most - 1}")
     alone = most == 1 and not backend
     restarts = read.number("max_restarts", 0) or 0
+    grace = read.number("grace", 1)
     patience, timeout = _patience(read)
     cores, launcher_cores, memory = read_binding(read, ranks)
     folder, joins = given.get("log_dir"), given.get("join", "True")
@@ -149,6 +150,7 @@ def _read_launch(read: Read, arguments: argparse.Namespace, command: tuple[str, 
         shown=shown,
         patience=patience,
         timeout=timeout,
+        grace=GRACE if grace is None else float(grace),
         cores=cores,
         launcher_cores=launcher_cores,
         memory_nodes=memory,

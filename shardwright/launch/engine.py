@@ -29,7 +29,9 @@ from shardwright.launch.logs import LauncherLog, Logs, last_lines, make_folder
 from shardwright.launch.meeting import Meeting, NodeFailed, interface_toward
 from shardwright.launch.report import blames_another, exit_code, failure_report
 
-_GRACE = 4  # seconds that ranks have to end by themselves before they are killed
+_GRACE = 4  # seconds that ranks have to end by themselves after a failure, before they are killed
+# Torch's rendezvous counts nodes that may come and go: how soon it believes that one is gone, and that no other comes.
+_ELASTIC = {"last_call_timeout": "3", "keep_alive_interval": "1", "keep_alive_max_attempt": "3"}
 _CAUSE = 3.0  # seconds to wait for the rank that the ones which ended blame
 _LONG = 1e7  # seconds that a node whose ranks have ended waits for the others; it hears of failures meanwhile
 _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
@@ -77,7 +79,7 @@ def _run(job: Launch, logs: Logs, log: LauncherLog) -> int:
         args=("-I", "-S", worker_file, *job.command),
         max_restarts=job.restarts,
     )
-    agent = _Agent(spec, logs, log, "[rank ${rank}]: " if logs.joins_streams else "${role_name}")
+    agent = _Agent(spec, logs, log, "[rank ${rank}]: " if logs.joins_streams else "${role_name}", job.grace)
     said = ""
     try:
         result = agent.run()
@@ -117,7 +119,8 @@ def _handler(job: Launch) -> RendezvousHandler:
         facts = {"--nnodes": job.nodes, "--max-restarts": job.restarts}
         return Meeting(job.nodes, job.node, job.address, job.port, job.patience, facts)
     seconds = str(max(1, min(int(job.patience), 10**8)))
-    options = {"join_timeout": seconds, "timeout": seconds, **job.options}
+    elastic = _ELASTIC if job.backend == "c10d" else {}
+    options = {"join_timeout": seconds, "timeout": seconds, **elastic, **job.options}
     parameters = RendezvousParameters(
         backend=job.backend,
         endpoint=f"{job.address}:{job.port}",
@@ -144,11 +147,12 @@ class _Agent(LocalElasticAgent):
         logs: where their output goes.
         log: the launcher's own.
         prefix: what stands before each line of a rank that is shown.
+        grace: seconds that ranks have to end when the launcher is asked to.
     """
 
-    def __init__(self, spec: WorkerSpec, logs: Logs, log: LauncherLog, prefix: str):
+    def __init__(self, spec: WorkerSpec, logs: Logs, log: LauncherLog, prefix: str, grace: float):
         super().__init__(spec, logs_specs=logs, log_line_prefix_template=prefix, exit_barrier_timeout=_LONG)
-        self.logs, self.log = logs, log
+        self.logs, self.log, self.grace = logs, log, grace
         self.failures = 0
         self.first = -1
         self.codes: dict[int, int | None] = {}
@@ -209,7 +213,7 @@ class _Agent(LocalElasticAgent):
 
     def _shutdown(self, *args: Any, **options: Any) -> None:
         number = next((a for a in (*args, *options.values()) if isinstance(a, signal.Signals)), signal.SIGTERM)
-        end_workers(self, _GRACE, number)
+        end_workers(self, self.grace if number == signal.SIGTERM else _GRACE, number)
         super()._shutdown(*args, **options)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 600.0  # seconds in which nodes have to come
+GRACE = 30.0  # seconds that ranks have to save and end
 TIMEOUT = "SHARDWRIGHT_TIMEOUT"  # the variable by which ranks learn how long to wait for others to join
 ATTEMPT = "SHARDWRIGHT_ATTEMPT"  # the variable by which ranks know the keys of their attempt; all nodes count alike
 
@@ -36,6 +37,7 @@ class Launch:
         shown: ranks whose output is printed; ``None``: all.
         patience: seconds in which nodes have to come.
         timeout: seconds in which ranks have to join the job, as handed on to them; ``None``: the ranks' own default.
+        grace: seconds that ranks have to save and end when the launcher is asked to end.
         cores: cores by local rank; empty: not bound.
         launcher_cores: cores of the launcher; empty: not bound.
         memory_nodes: NUMA node by local rank; empty: not bound.
@@ -58,6 +60,7 @@ class Launch:
     shown: tuple[int, ...] | None = None
     patience: float = PATIENCE
     timeout: float | None = None
+    grace: float = GRACE
     cores: dict[int, tuple[int, ...]] = field(default_factory=dict)
     launcher_cores: tuple[int, ...] = ()
     memory_nodes: dict[int, int] = field(default_factory=dict)
