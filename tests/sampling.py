@@ -15,8 +15,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 IS_ON = os.environ.get("SHARDWRIGHT_TEST_SAMPLE") == "1"
-SHARE = 0.07
-LEAST = 3  # cases of a test function that run in any case
+SHARE = 0.05
+LEAST = 2  # cases of a test function that run in any case
 
 
 def sampled(cases: Sequence[T], names: Sequence[str], share: float = SHARE, least: int = LEAST) -> list[T]:

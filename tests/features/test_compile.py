@@ -181,6 +181,7 @@ def test_simulated(program):
     simulated(program, 2)
 
 
+@pytest.mark.long
 def test_on_real_ranks():
     on_ranks(__file__, 3, ON_RANKS)
 

@@ -372,6 +372,7 @@ def test_simulated(program, devices):
     simulated(program, devices)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", rank_counts(2, more=(3, 4)))
 def test_on_real_ranks(ranks):
     on_ranks(__file__, ranks, PROGRAMS, timeout=500)

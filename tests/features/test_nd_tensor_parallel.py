@@ -170,6 +170,7 @@ def test_simulated(program, devices):
     simulated(program, devices)
 
 
+@pytest.mark.long
 def test_on_real_ranks():
     on_ranks(__file__, 4, PROGRAMS)
 

@@ -188,6 +188,7 @@ def test_mpirun_starts_the_script_unchanged(loss):
     check(done, found, 2, 0, loss)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_is_restarted(loss):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     done, found = launch(sys.executable, *torchrun, SCRIPT, "kill")

@@ -241,6 +241,7 @@ def reference() -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not kubelet.can_run(), reason="network namespaces need root and ip")
 @pytest.mark.whole
 @pytest.mark.parametrize("target", list(TARGETS) if ALL else [])

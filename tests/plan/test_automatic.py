@@ -113,6 +113,7 @@ def big_gpt(layers=6):
     return model, tuple(torch.empty(32, 512, dtype=torch.long, device="meta") for _ in range(2))
 
 
+@pytest.mark.long
 def test_a_memory_limit_holds_and_what_does_not_fit_says_so():
     model, inputs = big_gpt(layers=3)
     free = plan(model, inputs, memory=1e15, mesh=(2, 4))

@@ -14,6 +14,7 @@ def test_searches_are_near_the_best():
     assert not plan_quality.gaps(["mlp", "two towers", "cnn", "unet", "tagger", "large gpt"])
 
 
+@pytest.mark.long
 def test_searches_find_the_best_of_all_assignments():
     assert not plan_quality.brute(60)
 

@@ -121,6 +121,7 @@ def test_links_from_times():
     assert links.bandwidth == pytest.approx(1e9)
 
 
+@pytest.mark.long
 def test_measuring_by_the_command(capsys):
     preset = load_machine("cpu-gloo")
     assert cli.main(["calibrate", "--ranks", "2", "--seconds", "0.5", "--no-steps"]) == 0

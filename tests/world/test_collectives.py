@@ -358,6 +358,7 @@ def test_three_ranks():
     run_job(3, *SCENARIOS, subgroups)
 
 
+@pytest.mark.long
 def test_four_ranks():
     run_job(4, *SCENARIOS, subgroups)
 

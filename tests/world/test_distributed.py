@@ -376,6 +376,7 @@ def test_three_ranks():
     run_job(3, *SCENARIOS, permuted_ranks, other_backends)
 
 
+@pytest.mark.long
 def test_four_ranks():
     run_job(4, *SCENARIOS, pairs_on_two_axes, permuted_ranks, other_backends)
 
