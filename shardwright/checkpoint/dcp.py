@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardwright.checkpoint.index import DTYPES, Index, StoredSlice, StoredTensor
-from shardwright.checkpoint.reading import Reader, common
+from shardwright.checkpoint.reading import Reader, overlaps
 from shardwright.checkpoint.tensors import Bounds
 from shardwright.errors import CheckpointError
 
@@ -118,10 +118,7 @@ class DcpReader(Reader):
         Raises:
             CheckpointError: a file has something else there.
         """
-        for own in stored:
-            ends = common(bounds, own)
-            if ends is None:
-                continue
+        for own, _, here, there in overlaps(stored, bounds):
             self.check(own, dtype)
             offset, length = map(int, own.key.split(":"))
             with (self.folder / own.file).open("rb") as file:
@@ -135,6 +132,4 @@ class DcpReader(Reader):
                 raise CheckpointError(f"{where} is damaged: {error}") from None
             if not isinstance(value, Tensor) or tuple(value.shape) != own.shape or value.dtype != DTYPES[dtype]:
                 raise CheckpointError(f"{where} has something else than {list(own.shape)} of {dtype}")
-            there = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, bounds, strict=True))
-            here = tuple(slice(a - start, b - start) for (a, b), start in zip(ends, own.start, strict=True))
             into[there].copy_(value[here])

@@ -21,6 +21,7 @@ from shardwright.checkpoint.index import DTYPES, StoredSlice, StoredTensor
 from shardwright.checkpoint.tensors import Bounds
 from shardwright.errors import CheckpointError
 
+Slices = tuple[slice, ...]
 Wanted = dict[str, set[Bounds]]  # parts of tensors that a rank needs, by name
 
 
@@ -111,13 +112,8 @@ class Reader:
             bounds: first and last index of the part along every dim.
             into: gets the part; of its shape.
         """
-        for own in stored:
-            ends = common(bounds, own)
-            if ends is None:
-                continue
+        for own, ends, here, there in overlaps(stored, bounds):
             place = self.place(own, dtype)
-            there = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, bounds, strict=True))
-            here = tuple(slice(a - start, b - start) for (a, b), start in zip(ends, own.start, strict=True))
             source = self.tensor(own.file, place)
             into[there].copy_(source[here])
             first, last = _bytes_of_rows(ends, own, place.bytes)
@@ -203,6 +199,21 @@ def shares(reader: Reader, tensors: Mapping[str, StoredTensor], wanted: Sequence
                     own = begin + (end - begin) * at // count, begin + (end - begin) * (at + 1) // count
                     if own[0] < own[1]:
                         yield Share(stored, dtype, *own)
+
+
+def overlaps(stored: Sequence[StoredSlice], bounds: Bounds) -> Iterator[tuple[StoredSlice, Bounds, Slices, Slices]]:
+    """Yields each slice that overlaps a part: the slice, the overlap, and where it is in both.
+
+    Args:
+        stored: the slices of a tensor.
+        bounds: the part.
+    """
+    for own in stored:
+        ends = common(bounds, own)
+        if ends is not None:
+            here = tuple(slice(a - start, b - start) for (a, b), start in zip(ends, own.start, strict=True))
+            there = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(ends, bounds, strict=True))
+            yield own, ends, here, there
 
 
 def common(bounds: Bounds, stored: StoredSlice) -> Bounds | None:
