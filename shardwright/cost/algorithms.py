@@ -220,3 +220,20 @@ DEFAULT = Calibration(
     cpus=2,
     origin="defaults",
 )
+
+# Open MPI 5 over shared memory, on the same machine.
+MPI = Calibration(
+    _default("""
+        all_reduce 2: copies <= 65536, pieces chain
+        all_reduce 4: backend copies <= 65536, pieces chain
+        reduce_scatter 2: direct backend
+        reduce_scatter 4: direct backend
+        all_gather 2: direct backend
+        all_gather 4: backend direct <= 65536, direct backend
+        exchange 2: direct backend
+        exchange 4: direct backend
+    """),
+    Links(launch=5e-6, latency=5e-6, bandwidth=4e9),
+    cpus=2,
+    origin="defaults",
+)
