@@ -186,7 +186,7 @@ class Link:
         def ways(dtype: torch.dtype) -> dict[str, Callable[[], Algorithm]]:
             found: dict[str, Callable[[], Algorithm]] = {}
             if self.engine == "mpi":
-                found["backend"] = lambda: mpi.mpi_all_gather(self, sizes)
+                found["backend"] = lambda: mpi.mpi_all_gather(self, sizes, dtype)
             elif even:
                 found["backend"] = lambda: _backend_all_gather(self, total)
             elif not self.by_messages:
@@ -219,8 +219,9 @@ class Link:
                 moved[source] += n
 
         def ways(dtype: torch.dtype) -> dict[str, Callable[[], Algorithm]]:
-            exchange = mpi.mpi_exchange if self.engine == "mpi" else _backend_exchange
-            found = {"backend": lambda: exchange(self, sent, received)}
+            found = {"backend": lambda: _backend_exchange(self, sent, received)}
+            if self.engine == "mpi":
+                found["backend"] = lambda: mpi.mpi_exchange(self, sent, received, dtype)
             if self.by_messages:
                 found["direct"] = lambda: algorithms.direct_exchange(self, sent, received)
             return found

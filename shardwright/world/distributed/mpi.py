@@ -28,7 +28,8 @@ from shardwright.errors import WorldError
 
 _TICK = 0.002  # seconds between two calls of MPI while requests are under way
 _IDLE_TICKS = 100  # without requests, after which the thread waits to be woken
-_TESTS = 200  # of a request, before the thread that waits sleeps between them
+# Tests of a request before the thread that waits sleeps between them: where ranks share cores, others need this one.
+_TESTS, _TESTS_OF_CROWD = 200, 20
 _PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3  # seconds
 _LOOK = 0.5  # seconds of waiting between two looks whether the others are still there
 _LARGEST_TAG = 1 << 30  # that a message has, but for it
@@ -49,7 +50,10 @@ class MpiJob:
         self._mpi = _find_mpi(rank, size)
         self.rank = rank
         self._whole = self._mpi.COMM_WORLD.Dup()
-        self.works = _Works(lambda: self._whole.Iprobe(tag=_LARGEST_TAG))
+        here = self._whole.Split_type(self._mpi.COMM_TYPE_SHARED)
+        is_crowded = here.size > len(os.sched_getaffinity(0))
+        here.Free()
+        self.works = _Works(lambda: self._whole.Iprobe(tag=_LARGEST_TAG), _TESTS_OF_CROWD if is_crowded else _TESTS)
 
     def group(self, ranks: Sequence[int]) -> MpiGroup | None:
         """Makes the group of some ranks, on these; ``None`` on others.
@@ -104,33 +108,35 @@ class MpiGroup:
         (tensor,) = tensors
         return MpiWork(self, self._receive((self.memory(tensor), self._byte), member, tag), tensor, self._others[member])
 
-    def gather(self, pieces: Tensor, piece: Tensor, sizes: Sequence[int] | None) -> MpiWork:
+    def gather(self, out: Tensor, piece: Tensor, counts: Sequence[int] | None = None, memory: Any = None) -> MpiWork:
         """Starts MPI's all-gather of contiguous tensors.
 
         Args:
-            pieces: receives all members' pieces, one after the other.
+            out: receives all members' pieces, one after the other.
             piece: this member's.
-            sizes: elements of each piece, where they differ.
+            counts: bytes of each piece, where they differ.
+            memory: of ``out``, if it is known.
         """
-        given: Any = (self.memory(pieces), self._byte)
-        if sizes is None:
-            request = self.communicator.Iallgather((self.memory(piece), self._byte), given)
+        own, into = (self.memory(piece), self._byte), memory or self.memory(out)
+        if counts is None:
+            request = self.communicator.Iallgather(own, (into, self._byte))
         else:
-            counts = [n * piece.itemsize for n in sizes]
-            request = self.communicator.Iallgatherv((self.memory(piece), self._byte), (given[0], counts, self._byte))
-        return MpiWork(self, request, (pieces, piece), self.ranks)
+            request = self.communicator.Iallgatherv(own, (into, counts, self._byte))
+        return MpiWork(self, request, (out, piece), self.ranks)
 
-    def exchange(self, out: Tensor, packed: Tensor, received: Sequence[int], sent: Sequence[int]) -> MpiWork:
+    def exchange(
+        self, out: Tensor, packed: Tensor, received: Sequence[int], sent: Sequence[int], memory: Any = None
+    ) -> MpiWork:
         """Starts MPI's all-to-all of contiguous tensors.
 
         Args:
-            out, packed: the tensors to receive into and to send.
-            received, sent: elements from and to each member.
+            out: receives what members send, one after the other.
+            packed: what each member is sent, one after the other.
+            received, sent: bytes from and to each member.
+            memory: of ``out``, if it is known.
         """
-        width = packed.itemsize
-        given = (self.memory(packed), [n * width for n in sent], self._byte)
-        taken = (self.memory(out), [n * width for n in received], self._byte)
-        return MpiWork(self, self.communicator.Ialltoallv(given, taken), (out, packed), self.ranks)
+        own, into = (self.memory(packed), sent, self._byte), memory or self.memory(out)
+        return MpiWork(self, self.communicator.Ialltoallv(own, (into, received, self._byte)), (out, packed), self.ranks)
 
     def memory(self, tensor: Tensor) -> Any:
         """Returns the memory of a tensor as MPI takes it.
@@ -167,7 +173,7 @@ class MpiWork:
             WorldError: a rank has left, or did not do its part within the job's timeout.
         """
         test = self._request.Test
-        for _ in range(_TESTS):
+        for _ in range(self._group.works.tests):
             if test():
                 break
             os.sched_yield()
@@ -200,9 +206,11 @@ class _Works:
 
     Args:
         progress: calls MPI once.
+        tests: of a request before the thread that waits sleeps.
     """
 
-    def __init__(self, progress: Callable[[], Any]):
+    def __init__(self, progress: Callable[[], Any], tests: int):
+        self.tests = tests
         self._under_way: set[MpiWork] = set()
         self.discard = self._under_way.discard
         self._progress = progress
