@@ -10,13 +10,11 @@ import os
 import random
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[part]) for part in (1, 2)]
+from world import test_collectives, test_distributed
 
 import shardwright as sw
 from shardwright.errors import WorldError
@@ -29,7 +27,6 @@ from shardwright.world.distributed.links import Link
 from shardwright.world.distributed.mpi import MpiJob
 from shardwright.world.distributed.world import DistributedWorld
 from shardwright.world.simulated.world import SimulatedWorld
-from tests.world import test_collectives, test_distributed
 
 QUICK = (test_collectives.all_reduces_in_place, test_collectives.reduce_scatters, test_collectives.all_gathers)
 QUICK += (test_collectives.exchanges, test_collectives.nothing_at_all, test_collectives.long_chains)

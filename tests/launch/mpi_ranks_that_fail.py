@@ -6,12 +6,9 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import shardwright as sw
 

@@ -26,7 +26,13 @@ def launch(size, script, *arguments, **variables):
     assert MPIRUN is not None
     root = ["--allow-run-as-root"] if os.getuid() == 0 else []
     command = [MPIRUN, *root, "--map-by", ":oversubscribe", "--bind-to", "none", "-n", str(size), sys.executable]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **variables,
+    }
     path = str(Path(__file__).with_name(script))
     return subprocess.run([*command, path, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 

@@ -34,6 +34,9 @@ _PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3  # seconds
 _LOOK = 0.5  # seconds of waiting between two looks whether the others are still there
 _LARGEST_TAG = 1 << 30  # that a message has, but for it
 
+# Lets another process have the core. Some systems have only the other name for it.
+_yield: Callable[[], Any] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
 
 class MpiJob:
     """The ranks of an MPI job, as one of them uses it. All ranks make it, and its groups, in the same order.
@@ -51,7 +54,7 @@ class MpiJob:
         self.rank = rank
         self._whole = self._mpi.COMM_WORLD.Dup()
         here = self._whole.Split_type(self._mpi.COMM_TYPE_SHARED)
-        is_crowded = here.size > len(os.sched_getaffinity(0))
+        is_crowded = here.size > _cores()
         here.Free()
         self.works = _Works(lambda: self._whole.Iprobe(tag=_LARGEST_TAG), _TESTS_OF_CROWD if is_crowded else _TESTS)
 
@@ -176,7 +179,7 @@ class MpiWork:
         for _ in range(self._group.works.tests):
             if test():
                 break
-            os.sched_yield()
+            _yield()
         else:
             self._wait_long(test)
         self._group.works.discard(self)
@@ -242,6 +245,11 @@ class _Works:
                 self._is_idle, ticks = False, 0
             ticks += 1
             time.sleep(_TICK)
+
+
+def _cores() -> int:
+    """Counts the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _find_mpi(rank: int, size: int) -> Any:
