@@ -128,7 +128,7 @@ def pipeline(model, size):
     return sw.AutoParallel(cell).pipeline(stages=stages, scheduler="1f1b")
 
 
-STRATEGIES = (data_parallel, hsdp, tensor_parallel, pipeline, halves, searched)
+STRATEGIES = (hsdp, tensor_parallel, pipeline, data_parallel, halves, searched)
 
 
 def train(world, strategy, dtype, seed):

@@ -46,7 +46,7 @@ def check(size, most, *scenarios):
 
 @needs_mpirun
 def test_two_ranks():
-    check(2, 4, "refusals", "collectives", "redistributions", "training")
+    check(2, 3, "refusals", "collectives", "redistributions", "training")
 
 
 @needs_mpirun
