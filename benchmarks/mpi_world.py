@@ -2,9 +2,9 @@
 
     python benchmarks/mpi_world.py [--ranks 4] [--rounds 15] [--check]
 
-mpirun starts the ranks on this machine, one thread each. Both worlds move the same tensors, and train copies of one model, in the
-same processes and take turns; medians are quoted. Collectives are judged, and that no step takes longer: how much a step gains is
-what it spends in collectives, which depends on the machine.
+mpirun starts the ranks on this machine, one thread each. Both worlds move the same tensors, and train copies of one model, in
+the same processes and take turns; medians are quoted. Collectives are judged, and that steps take no longer: how much a step
+gains is what it spends in collectives, which depends on the machine.
 """
 
 from __future__ import annotations
