@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -69,6 +70,18 @@ def explain(world: Any, error: BaseException | None = None) -> str:
 def why_alone(error: BaseException | None = None) -> str:
     """Explains, like :func:`explain`, for code that has no world at hand."""
     return _active[0].explain(error) if _active else ""
+
+
+def who_left(ranks: Iterable[int]) -> str:
+    """Says why waiting for these ranks is in vain, if that is known; else returns ``""``."""
+    with contextlib.suppress(Exception):  # the store has gone
+        return _active[0].who_left(ranks) if _active else ""
+    return ""
+
+
+def last_event() -> str:
+    """Names the event that this rank is in."""
+    return str(_active[0].last_event) if _active else "a collective"
 
 
 def watch_of(world: Any) -> Watch | None:

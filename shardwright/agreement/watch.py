@@ -23,7 +23,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -292,21 +292,15 @@ class Watch:
         """
         with contextlib.suppress(Exception):
             self._watcher.look_once()
-            if self._log.verdict:
-                return self._log.verdict
-            store = self._store
-            for rank in range(self.size):
-                if rank != self.rank and store.check([f"gone/{rank}"]):
-                    last = self._log.events[-1] if self._log.events else "its first call"
-                    return f"rank {self.rank} is in {last}, but {store.get(f'gone/{rank}').decode()}"
+            if said := self.who_left(range(self.size)):
+                return said
         ended = None if self._log.verdict else self._processes.ended()
         if ended is None:
             is_late = error is not None and _TIMED_OUT.search(str(error))
             return self._log.verdict or (self.missing() if is_late else "")
-        last = self._log.events[-1] if self._log.events else "its first call"
         return (
-            f"rank {self.rank} is in {last}, but rank {ended}'s process has ended: its own output says why; where it says "
-            "nothing, something has killed it, such as the system for memory"
+            f"rank {self.rank} is in {self.last_event}, but rank {ended}'s process has ended: its own output says why; where "
+            "it says nothing, something has killed it, such as the system for memory"
         )
 
     def missing(self) -> str:
@@ -325,6 +319,20 @@ class Watch:
                     f"rank {self.rank} has waited in {event} for rank {named}, which has not come there: it hangs, is "
                     "stopped, or takes longer in its own code than communication may take; for more time, sw.init(timeout=...)"
                 )
+        return ""
+
+    @property
+    def last_event(self) -> Event | str:
+        """Returns the event that this rank is in."""
+        return self._log.events[-1] if self._log.events else "its first call"
+
+    def who_left(self, ranks: Iterable[int]) -> str:
+        """Says why waiting for these ranks is in vain, if that is known: one's script has ended, or the watch found so."""
+        if self._log.verdict:
+            return self._log.verdict
+        for rank in ranks:
+            if rank != self.rank and self._store.check([f"gone/{rank}"]):
+                return f"rank {self.rank} is in {self.last_event}, but {self._store.get(f'gone/{rank}').decode()}"
         return ""
 
     def close(self, said: str = "") -> None:

@@ -291,7 +291,7 @@ def worker_processes(agent: Any) -> dict[int, Any]:
     return {} if context is None else {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
 
 
-def end_workers(agent: Any, seconds: int, number: Any = None) -> None:
+def end_workers(agent: Any, seconds: float, number: Any = None) -> None:
     """Ends the processes of a ``LocalElasticAgent``, and kills those that are still there after some seconds.
 
     Args:
@@ -300,4 +300,4 @@ def end_workers(agent: Any, seconds: int, number: Any = None) -> None:
         number: signal by which they are to end; default: ``SIGTERM``.
     """
     if agent._pcontext is not None:
-        agent._pcontext.close(number, seconds)
+        agent._pcontext.close(number, int(seconds))

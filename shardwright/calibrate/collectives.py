@@ -166,7 +166,7 @@ def _work() -> None:
     found: list[Measured] = []
     for at, (n, group) in enumerate(groups.items()):
         if rank < n:
-            link = Link(range(n), group, is_gloo=True)
+            link = Link(range(n), group, engine="gloo")
             for measured, done in _measure_group(link, seconds / len(groups)):
                 found.append(measured)
                 say(share * (at + done) / len(groups))

@@ -63,7 +63,7 @@ class Slicing:
         Raises:
             CheckpointError: a dim cannot be sliced so.
 
-        >>> Slicing((2, 2), ((1,), (-1,))).bounds((4, 3))
+        >>> Slicing((2, 2), ((1,), ())).bounds((4, 3))
         [((0, 2), (0, 3)), ((0, 2), (0, 3)), ((2, 4), (0, 3)), ((2, 4), (0, 3))]
         """
         counts, shared = self.counts(), self.shared()

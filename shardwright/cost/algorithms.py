@@ -220,3 +220,20 @@ DEFAULT = Calibration(
     cpus=2,
     origin="defaults",
 )
+
+# Open MPI 5 over shared memory, on the same machine.
+MPI = Calibration(
+    _default("""
+        all_reduce 2: backend <= 131072, copies <= 2097152, pieces chain
+        all_reduce 4: backend <= 262144, pieces hub chain
+        reduce_scatter 2: backend <= 2097152, direct
+        reduce_scatter 4: backend direct
+        all_gather 2: backend direct
+        all_gather 4: backend direct
+        exchange 2: backend direct
+        exchange 4: backend direct
+    """),
+    Links(launch=5e-6, latency=5e-6, bandwidth=4e9),
+    cpus=2,
+    origin="defaults",
+)

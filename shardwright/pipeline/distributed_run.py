@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardwright.ir.graph import Graph
@@ -27,6 +26,7 @@ from shardwright.pipeline.stage_run import Pieces, StageRun, draw_only
 from shardwright.pipeline.units import Cut
 from shardwright.redistribute.routes import exchange_routes
 from shardwright.world.distributed.links import Link
+from shardwright.world.distributed.operations import Operation
 from shardwright.world.distributed.transfer import Transfer
 
 _FIRST_TAG = 1 << 25  # of a pipeline's messages
@@ -54,6 +54,7 @@ class DistributedPipelineRun(PipelineRun):
         self.row = schedule.row_of_stage[next(iter(runs))]
         self.tags = {name: at for at, name in enumerate(self.maker)}
         self._transfers: dict[Any, Transfer] = {}
+        self._sums: dict[int, tuple[int, Operation]] = {}  # by result, with its number of elements
         self.turns = RandomTurns(rank, link, [place.ranks for place in places]) if self.draws_late else None
         self._places: dict[int, Places] = {}  # by the identity of rows, which live as long as the run
 
@@ -86,13 +87,13 @@ class DistributedPipelineRun(PipelineRun):
                 if self.rank == ranks[0]:
                     new = (found[name] if value else buffers[name]).contiguous()
                     others = [rank for rank in range(self.link.size) if rank not in ranks]
-                    under_way += [dist.isend(new, rank, self.link.group, at) for rank in others]
+                    under_way += [self.link.group.send([new], rank, at) for rank in others]
                 elif self.rank not in ranks:
                     meta = self.graph.metas[value] if value else None
                     new = buffers[name] if meta is None else torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
                     if value:
                         found[name] = new
-                    under_way.append(dist.irecv(new, ranks[0], self.link.group, at))
+                    under_way.append(self.link.group.recv([new], ranks[0], at))
         for work in under_way:
             work.wait()
         return found
@@ -290,9 +291,9 @@ class DistributedPipelineRun(PipelineRun):
                 whole[layout.slices(shape)[self.rank]] = piece
             each.append(whole)
         result = self.joined(name, each)
-        as_bytes = result.to(torch.uint8) if result.dtype == torch.bool else result
-        dist.all_reduce(as_bytes, group=self.link.group)
-        return as_bytes.to(torch.bool) if result.dtype == torch.bool else result
+        if position not in self._sums or self._sums[position][0] != result.numel():
+            self._sums[position] = result.numel(), self.link.prepare_all_reduce(result.numel(), inplace=True)
+        return self._sums[position][1](result)
 
     def _is_first_holder(self, layout: Layout) -> bool:
         """Tells whether this rank is the first that holds its piece, or its part of a pending sum."""

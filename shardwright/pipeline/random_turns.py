@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shardwright.errors import PipelineError
 from shardwright.ir.graph import Graph
@@ -45,7 +44,7 @@ class RandomTurns:
             for rank in readers:
                 if rank not in own:
                     state = torch.get_rng_state()
-                    self.leaving.append((state, dist.isend(state, rank, self.link.group, _TAG + stage)))
+                    self.leaving.append((state, self.link.group.send([state], rank, _TAG + stage)))
 
     def finish(self) -> None:
         """Waits for the state of the last stage."""
@@ -57,7 +56,7 @@ class RandomTurns:
 
     def _receive(self, stage: int) -> None:
         state = torch.get_rng_state()
-        dist.recv(state, self.stages[stage][0], self.link.group, _TAG + stage)
+        self.link.group.recv([state], self.stages[stage][0], _TAG + stage).wait()
         torch.set_rng_state(state)
 
 

@@ -38,7 +38,7 @@ def work(rank, size, port, scenarios):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    link = Link(range(size), dist.group.WORLD, is_gloo=True)
+    link = Link(range(size), dist.group.WORLD, "gloo")
     for scenario in scenarios:
         scenario(link)
     link.close()
@@ -270,8 +270,8 @@ def subgroups(link):
     values = tensors(link, 3000)
     handles = [whole.start(values[link.position])]
     if link.position:
-        part = Link(ranks, group, backend_of(group, "cpu") == "gloo")
-        assert (part.is_gloo, part.position, part.size) == (True, link.position - 1, link.size - 1)
+        part = Link(ranks, group, backend_of(group, "cpu"))
+        assert (part.engine, part.position, part.size) == ("gloo", link.position - 1, link.size - 1)
         mine = part.prepare_all_reduce(3000, "sum", tuple(reversed(range(part.size))), algorithm="pieces")
         inner = [mine.start(values[link.position]) for _ in range(2)]
         handles.append(whole.start(values[link.position]))
@@ -293,7 +293,7 @@ def subgroups(link):
 
 def other_backends(link):
     """The collectives that a backend other than gloo is asked for, on gloo, which has them too."""
-    other = Link(link.ranks, link.group, is_gloo=False)
+    other = Link(link.ranks, link.group, engine="other")
     n, me = link.size, link.position
     for dtype, count in itertools.product(DTYPES, (1, 40)):
         values = [torch.ones(n * count).to(dtype)] * n  # exact in whatever order
@@ -314,7 +314,7 @@ def other_backends(link):
 def choices(link):
     """The calibration says which algorithm is used; one that cannot be used gives way to the next."""
     table = {"all_reduce": {link.size: ((4000.0, ("backend", "copies")), (float("inf"), ("chain", "pieces")))}}
-    chosen = Link(link.ranks, link.group, True, Calibration(table, Links(1.0, 1.0, 1.0), 1))
+    chosen = Link(link.ranks, link.group, "gloo", Calibration(table, Links(1.0, 1.0, 1.0), 1))
     assert chosen.prepare_all_reduce(1000).algorithm() == ("backend" if link.size == 2 else "copies")
     assert chosen.prepare_all_reduce(1000).algorithm(torch.int64) == "chain"
     assert chosen.prepare_all_reduce(900).algorithm(torch.int32) == "backend"
@@ -332,7 +332,7 @@ def silent_peer(link):
     for name in ("hub", "pieces"):
         dist.barrier()  # to make a group has the same time limit
         group = dist.new_group(list(link.ranks), timeout=timedelta(seconds=1.5))
-        own = Link(link.ranks, group, True)
+        own = Link(link.ranks, group, "gloo")
         operation = own.prepare_all_reduce(100, algorithm=name)
         if link.position != 1:
             begin = time.monotonic()

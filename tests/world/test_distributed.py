@@ -122,12 +122,12 @@ class NotGloo(Groups):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.is_gloo = False
+        self.by_messages = False
 
     def make(self, steps):
         super().make(steps)
         for link in self._links.values():
-            link.is_gloo = False
+            link.engine, link.by_messages = "other", False
 
 
 def check_pairs(world, mesh, shape, targets_of=None, dtype=torch.float64, most=100, kind=Groups):

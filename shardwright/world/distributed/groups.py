@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from shardwright.base.process_groups import backend_of
 from shardwright.base.torch_private import job_timeout
-from shardwright.cost.algorithms import Calibration, load
+from shardwright.cost.algorithms import MPI, Calibration, load
 from shardwright.errors import WorldError
 from shardwright.ir.largest_piece import Shape
 from shardwright.ir.step import TRANSFERS, Step
 from shardwright.world.distributed.links import Link
 from shardwright.world.distributed.messages import Scratch
+from shardwright.world.distributed.mpi import MpiJob
 from shardwright.world.distributed.operations import _CLOSED
 
 
@@ -26,14 +27,23 @@ class Groups:
         size: the number of all ranks.
         device_type: ``cpu`` or ``cuda``, which determines the backend that serves the tensors.
         calibration: the fastest algorithms; the same on every rank.
+        mpi: the MPI job that moves tensors in place of ``torch.distributed``, if one does.
     """
 
-    def __init__(self, rank: int, size: int, device_type: str = "cpu", calibration: Calibration | None = None):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device_type: str = "cpu",
+        calibration: Calibration | None = None,
+        mpi: MpiJob | None = None,
+    ):
         self.rank, self.size, self.device_type = rank, size, device_type
         self.closed = False
-        self.calibration = calibration
-        self.scratch = Scratch()
-        self.is_gloo = backend_of(dist.group.WORLD, device_type) == "gloo"
+        self.calibration = calibration or (MPI if mpi is not None else None)
+        self.scratch, self.mpi = Scratch(), mpi
+        self.engine = "mpi" if mpi is not None else _engine_of(dist.group.WORLD, device_type)
+        self.by_messages = self.engine != "other"
         self._links: dict[Shape, Link] = {}
         self._made: dict[Shape, Any] = {}
 
@@ -45,24 +55,36 @@ class Groups:
         """
         if self.closed:
             raise WorldError(_CLOSED)
-        if self.calibration is None and self.is_gloo:
+        if self.calibration is None and self.by_messages:
             self.calibration = _agreed_calibration(self.rank)
         everyone = tuple(range(self.size))
         wanted: set[Shape] = set()
         for step in steps:
-            if self.is_gloo and step.kind in (*TRANSFERS, "all_gather"):
+            if self.by_messages and step.kind in (*TRANSFERS, "all_gather"):
                 wanted.add(everyone)  # for direct messages any group will do
-            if step.kind in TRANSFERS and self.is_gloo:
+            if step.kind in TRANSFERS and self.by_messages:
                 continue
             if step.communicates:
                 wanted.update(tuple(sorted(group)) for group in step.groups)
-        for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._made):
+        missing = sorted(r for r in wanted if len(r) > 1 and r not in self._made)
+        if self.mpi is not None:
+            self._make_communicators(self.mpi, missing)
+            return
+        for ranks in missing:
             whole = len(ranks) == self.size
             group = dist.group.WORLD if whole else dist.new_group(list(ranks), timeout=job_timeout(self.device_type))
             self._made[ranks] = None if whole else group
             if self.rank in ranks:
-                is_gloo = backend_of(group, self.device_type) == "gloo"
-                self._links[ranks] = Link(ranks, group, is_gloo, self.calibration, self.scratch)
+                self._links[ranks] = Link(ranks, group, _engine_of(group, self.device_type), self.calibration, self.scratch)
+
+    def _make_communicators(self, mpi: MpiJob, missing: Sequence[Shape]) -> None:
+        if missing:
+            dist.barrier()  # which knows the job's timeout, where MPI would wait for ever
+        for ranks in missing:
+            self._made[ranks] = None
+            group = mpi.group(ranks)
+            if group is not None:
+                self._links[ranks] = Link(ranks, group, "mpi", self.calibration, self.scratch)
 
     def link(self, members: Sequence[int]) -> Link:
         ranks = tuple(sorted(members))
@@ -74,11 +96,17 @@ class Groups:
         """Releases the groups, so that their threads end before the interpreter does; ``destroy`` ends them too."""
         for link in self._links.values():
             link.close()
+        if self.mpi is not None:
+            self.mpi.close()
         if destroy:
             for ranks, group in self._made.items():
                 if group is not None and self.rank in ranks:
                     dist.destroy_process_group(group)
         self._links, self._made, self.closed = {}, {}, True
+
+
+def _engine_of(group: Any, device_type: str) -> str:
+    return "gloo" if backend_of(group, device_type) == "gloo" else "other"
 
 
 def _agreed_calibration(rank: int) -> Calibration:

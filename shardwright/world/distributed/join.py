@@ -1,97 +1,91 @@
-"""Joins the job that a launcher describes: opens the store, waits for all ranks, and names those that do not come."""
+"""Joins the job that a launcher describes: makes its process group of ``torch.distributed``."""
 
 from __future__ import annotations
 
 import os
-import socket
-import time
-from collections.abc import Mapping
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
+from shardwright.base.process_groups import backend_of
 from shardwright.errors import WorldError
-from shardwright.launch.job import ATTEMPT, TIMEOUT, listed
+from shardwright.world.distributed.store import HALF_HOUR, joining_time, open_store, wait_for_ranks
+from shardwright.world.job.found import find_job
 from shardwright.world.job.job import Job
-
-HALF_HOUR = timedelta(minutes=30)  # torch's own patience
-
-
-def joining_time(timeout: timedelta | None, variables: Mapping[str, str]) -> timedelta:
-    """Returns how long ranks wait for each other to join: as ``init`` says, else as the launcher says, else half an hour.
-
-    Raises:
-        WorldError: the launcher's variable is no number of seconds.
-
-    >>> joining_time(None, {"SHARDWRIGHT_TIMEOUT": "60"}).seconds
-    60
-    """
-    if timeout is not None or not variables.get(TIMEOUT):
-        return timeout or HALF_HOUR
-    try:
-        seconds = float(variables[TIMEOUT])
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 1e9:
-        raise WorldError(f"{TIMEOUT} is {variables[TIMEOUT]!r}: set it to a number of seconds, {TIMEOUT}=60, or unset it")
-    return timedelta(seconds=seconds)
+from shardwright.world.job.torchrun import read_environment
 
 
-def open_store(job: Job, patience: timedelta) -> dist.Store:
-    """Opens the store where the job's ranks meet: rank 0 keeps it, or torchrun's agent, which keeps it over restarts.
+def join_job(backend: str | None = None, timeout: timedelta | None = None) -> torch.device:
+    """Makes the process group of the job in the environment; returns this rank's device.
+
+    Args:
+        backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
+        timeout: how long a collective may wait for the other ranks; default: torch's.
 
     Raises:
-        WorldError: nobody listens where ranks meet, or rank 0 cannot.
+        WorldError: a variable is missing or makes no sense, or the backend does not fit this host.
     """
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and job.launcher == "torchrun"
-    is_kept_here = job.rank == 0 and not is_agents
+    job = find_job(os.environ)
+    if job is None:  # what torchrun would have set, and is missing
+        rank, size, local_rank, local_size = read_environment(os.environ)
+        job = Job("torchrun", rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    backend = backend or ("nccl" if _has_gpus_for(job.local_rank, job.local_size) else "gloo")
+    device = torch.device("cpu")
+    if "nccl" in backend:
+        if job.local_rank >= torch.cuda.device_count():
+            raise WorldError(
+                f"LOCAL_RANK is {job.local_rank}, but this host has {torch.cuda.device_count()} CUDA devices: start at "
+                "most one rank a device, or use backend='gloo'"
+            )
+        device = torch.device("cuda", job.local_rank)
+        torch.cuda.set_device(device)
+    patience = joining_time(timeout, os.environ)
+    store = open_store(job, patience)
+    wait_for_ranks(store, job, patience)
+    store.set_timeout(timeout or HALF_HOUR)  # what comes later may take longer than to join
     try:
-        store = dist.TCPStore(
-            job.address, job.port, job.size, is_kept_here, patience, wait_for_workers=False, multi_tenant=True
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=store,
+            rank=job.rank,
+            world_size=job.size,
+            device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
-        place, said = f"{job.address}:{job.port} ({job.launcher})", str(error).splitlines()[0]
-        if is_kept_here:
-            raise WorldError(
-                f"rank 0 cannot listen at {place}: another program may be there; set MASTER_PORT to a free port on all "
-                f"ranks; {said}"
-            ) from error
         raise WorldError(
-            f"rank {job.rank} has waited {patience.total_seconds():g} s for rank 0 at {place}: check that rank 0 runs "
-            f"there, and that a network leads to it; {said}"
+            f"rank {job.rank} could not join the job of {job.size} ranks at {job.address}:{job.port} ({job.launcher}) "
+            f"with backend {backend!r}: {error}"
         ) from error
-    # what ranks of an attempt that failed have written must not be read by those of the next one
-    attempt = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_agents else "0"
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    return device
 
 
-def wait_for_ranks(store: dist.Store, job: Job, patience: timedelta) -> None:
-    """Waits until all ranks have come.
+def check_backend(backend: str | None) -> None:
+    """Refuses a backend that the initialised job does not run on.
+
+    Args:
+        backend: asked for, of ``torch.distributed``; ``None`` for any.
 
     Raises:
-        WorldError: some have not come in time; they are named.
+        WorldError: the job's process group has another backend.
     """
-    store.set(f"came/{job.rank}", socket.gethostname())
-    store.add("came", 1)
-    until = time.monotonic() + patience.total_seconds()
-    pause, ended = 0.001, 0
-    while store.add("came", 0) < job.size:
-        if time.monotonic() > until:
-            missing = [rank for rank in range(job.size) if not store.check([f"came/{rank}"])]
-            if not missing:
-                return
-            raise WorldError(
-                f"rank {job.rank} has waited {patience.total_seconds():g} s to join the job: {job.size - len(missing)} of "
-                f"{job.size} ranks came, {listed('rank', missing)} missing; see what they do before sw.init(), or give more "
-                "time, sw.init(timeout=...) or shardwright run --timeout"
-            )
-        if store.add("ended", 0) > ended:  # as the launcher says; a rank may have joined before
-            ended = store.add("ended", 0)
-            gone = [rank for rank in range(job.size) if store.check([f"ended/{rank}"]) and not store.check([f"came/{rank}"])]
-            if gone:
-                raise WorldError(
-                    f"rank {job.rank} waits to join the job, but rank {gone[0]} has ended without joining it: call sw.init() "
-                    "on every rank"
-                )
-        time.sleep(pause)
-        pause = min(0.05, pause * 1.5)
+    found = str(dist.get_backend_config(dist.group.WORLD))
+    if backend is not None and backend not in found:
+        raise WorldError(
+            f"backend={backend!r}, but torch.distributed is initialised in this process already, with {found}: drop the "
+            f"argument, or call torch.distributed.init_process_group({backend!r})"
+        )
+
+
+def default_device() -> torch.device:
+    """Returns the device of a rank in the initialised job: the current CUDA device under NCCL, else the CPU."""
+    if torch.cuda.is_available() and backend_of(dist.group.WORLD, "cuda") == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _has_gpus_for(local_rank: int, local_size: int) -> bool:
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return False
+    return torch.cuda.device_count() >= max(local_size, local_rank + 1)

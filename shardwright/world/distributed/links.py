@@ -21,12 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shardwright.cost.algorithms import DEFAULT, Calibration
 from shardwright.cost.message_sizes import may_hold_copies
 from shardwright.errors import WorldError
 from shardwright.world.distributed import message_algorithms as algorithms
+from shardwright.world.distributed import mpi_algorithms as mpi
 from shardwright.world.distributed.backend import (
     _REDUCIBLE,
     _WHOLE,
@@ -56,25 +56,26 @@ class Link:
     Args:
         ranks: its ranks in torch's order, ascending.
         group: the process group.
-        is_gloo: whether gloo serves it.
+        engine: what serves it: ``gloo``, ``mpi``, or ``other`` for another backend of torch.
         calibration: the fastest algorithms; the same on every rank. Default: as measured on a machine of two cores.
         scratch: memory that links may share; default: one's own.
     """
 
-    __slots__ = ("_later", "_tag", "calibration", "group", "is_gloo", "position", "ranks", "scratch", "size")
+    __slots__ = ("_later", "_tag", "by_messages", "calibration", "engine", "group", "position", "ranks", "scratch", "size")
 
     def __init__(
         self,
         ranks: Sequence[int],
         group: Any,
-        is_gloo: bool,
+        engine: str,
         calibration: Calibration | None = None,
         scratch: Scratch | None = None,
     ):
-        self.ranks, self.group, self.is_gloo = tuple(ranks), group, is_gloo
+        self.ranks, self.group, self.engine = tuple(ranks), group, engine
+        self.by_messages = engine != "other"  # whether our own algorithms serve it
         self.calibration, self.scratch = calibration or DEFAULT, scratch or Scratch()
         self.size = len(self.ranks)
-        self.position: int = dist.get_rank(group)
+        self.position: int = group.rank()
         self._tag = _FIRST_TAG
         self._later = _Later()
 
@@ -115,7 +116,7 @@ class Link:
 
         def ways(dtype: torch.dtype) -> dict[str, Callable[[], Algorithm]]:
             how = Reduction(op, members, dtype)
-            if not self.is_gloo:
+            if not self.by_messages:
                 if dtype in _REDUCIBLE:
                     return {"backend": lambda: _backend_all_reduce(self, op, inplace)}
                 return {"backend": lambda: _backend_copies(self, how)}
@@ -127,7 +128,10 @@ class Link:
                 found["copies"] = lambda: algorithms.copies_all_reduce(self, count, how, inplace)
             if not is_widened(dtype, op, self.size):
                 found["chain"] = lambda: algorithms.chain_all_reduce(self, count, how, inplace)
-            if dtype in _WHOLE or (dtype in _SUM_OF_TWO and op == "sum" and self.size == 2):
+            if self.engine == "mpi":
+                if may_hold_copies(count * dtype.itemsize, self.size + 1):
+                    found["backend"] = lambda: mpi.mpi_all_reduce(self, count, how, inplace)
+            elif dtype in _WHOLE or (dtype in _SUM_OF_TWO and op == "sum" and self.size == 2):
                 found["backend"] = lambda: _backend_all_reduce(self, op, inplace)
             return found
 
@@ -153,10 +157,14 @@ class Link:
 
         def ways(dtype: torch.dtype) -> dict[str, Callable[[], Algorithm]]:
             how = Reduction(op, members, dtype)
-            if not self.is_gloo and even and dtype in _REDUCIBLE:
+            if not self.by_messages and even and dtype in _REDUCIBLE:
                 return {"backend": lambda: _backend_reduce_scatter(self, sizes, op)}
-            found = {"backend": lambda: _backend_scatter_reduce(self, sizes, how)}
-            if self.is_gloo:
+            found: dict[str, Callable[[], Algorithm]] = {}
+            if self.engine != "mpi":
+                found["backend"] = lambda: _backend_scatter_reduce(self, sizes, how)
+            elif may_hold_copies(total * dtype.itemsize, self.size + 1):
+                found["backend"] = lambda: mpi.mpi_reduce_scatter(self, sizes, how)
+            if self.by_messages:
                 found["direct"] = lambda: algorithms.direct_reduce_scatter(self, sizes, how)
                 if may_hold_copies(total * dtype.itemsize, self.size):
                     found["hub"] = lambda: algorithms.hub_reduce_scatter(self, sizes, how)
@@ -177,11 +185,13 @@ class Link:
 
         def ways(dtype: torch.dtype) -> dict[str, Callable[[], Algorithm]]:
             found: dict[str, Callable[[], Algorithm]] = {}
-            if even:
+            if self.engine == "mpi":
+                found["backend"] = lambda: mpi.mpi_all_gather(self, sizes, dtype)
+            elif even:
                 found["backend"] = lambda: _backend_all_gather(self, total)
-            elif not self.is_gloo:
+            elif not self.by_messages:
                 found["backend"] = lambda: _backend_uneven_gather(self, sizes)
-            if self.is_gloo:
+            if self.by_messages:
                 found["direct"] = lambda: algorithms.direct_all_gather(self, sizes)
                 found["hub"] = lambda: algorithms.hub_all_gather(self, sizes)
             return found
@@ -210,7 +220,9 @@ class Link:
 
         def ways(dtype: torch.dtype) -> dict[str, Callable[[], Algorithm]]:
             found = {"backend": lambda: _backend_exchange(self, sent, received)}
-            if self.is_gloo:
+            if self.engine == "mpi":
+                found["backend"] = lambda: mpi.mpi_exchange(self, sent, received, dtype)
+            if self.by_messages:
                 found["direct"] = lambda: algorithms.direct_exchange(self, sent, received)
             return found
 

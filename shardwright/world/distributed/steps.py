@@ -80,7 +80,7 @@ def prepare(step: Step, shape: Shape, rank: int, groups: Groups, inplace: bool =
     if step.kind in TRANSFERS:
         routes = exchange_routes(step.source, step.target, shape)
         moves = any(source != target for source, target, _ in routes)
-        return _transfer(at, routes) if groups.is_gloo and moves else _exchange(at, routes)
+        return _transfer(at, routes) if groups.by_messages and moves else _exchange(at, routes)
     if len(at.members) == 1:
         return _OnlyLocal(_same)
     if step.kind == "all_reduce":
@@ -223,7 +223,7 @@ def _slice(at: _Place) -> Local:
 
 def _all_gather(at: _Place) -> Runner:
     sizes = [math.prod(_extent(at.have[r])) for r in at.sorted_members]
-    if at.groups.is_gloo and sum(sizes) >= MANY and not (at.is_sorted and _is_outermost(at.step.dims, at.result)):
+    if at.groups.by_messages and sum(sizes) >= MANY and not (at.is_sorted and _is_outermost(at.step.dims, at.result)):
         # each piece is put in its place as it arrives, while others are on their way
         routes = [(m, at.rank, at.have[m]) for m in at.members] + [(at.rank, m, at.have[at.rank]) for m in at.members]
         return _transfer(at, [route for route in dict.fromkeys(routes) if count(route[2])])

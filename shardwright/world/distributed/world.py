@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import atexit
-import os
+import contextlib
 import sys
 import threading
 import time
@@ -28,7 +28,6 @@ from shardwright.agreement.job_watch import compare_on_ranks
 from shardwright.agreement.numbers import Agreement
 from shardwright.agreement.random_state import agree_on_random_state
 from shardwright.agreement.watch import Watch
-from shardwright.base.process_groups import backend_of
 from shardwright.base.torch_private import set_group_timeout
 from shardwright.errors import WorldError
 from shardwright.ir.layout import Layout
@@ -39,14 +38,15 @@ from shardwright.parameters.distribute import adopt_slices, distribute_parameter
 from shardwright.redistribute.steps import redistribution
 from shardwright.world.distributed.bind import _bind, _steps_of
 from shardwright.world.distributed.groups import Groups
-from shardwright.world.distributed.join import HALF_HOUR, joining_time, open_store, wait_for_ranks
+from shardwright.world.distributed.join import check_backend, default_device, join_job
 from shardwright.world.distributed.moves import PieceMove
+from shardwright.world.distributed.mpi import MpiJob
 from shardwright.world.execute.checks import check_differentiable, check_layouts, check_piece
 from shardwright.world.execute.recording import needs_recording, recorded
-from shardwright.world.job.found import find_job
-from shardwright.world.job.job import Job
-from shardwright.world.job.torchrun import read_environment
 from shardwright.world.world import Described, World
+
+# Seconds that a rank of an MPI job which ends by an error leaves the others to notice and say so; then it ends them.
+_GRACE = 3.0
 
 
 class DistributedWorld(World):
@@ -54,9 +54,10 @@ class DistributedWorld(World):
 
     Args:
         device: where this rank's tensors are; default: the current CUDA device under NCCL, else the CPU.
+        by_mpi: whether MPI moves tensors.
 
     Raises:
-        WorldError: ``torch.distributed`` is not initialised.
+        WorldError: ``torch.distributed`` is not initialised, or MPI does not serve its ranks.
     """
 
     is_simulated = False
@@ -64,15 +65,16 @@ class DistributedWorld(World):
     inputs_are_whole = False
     runs_rank_groups = False
 
-    def __init__(self, device: torch.device | str | None = None):
+    def __init__(self, device: torch.device | str | None = None, by_mpi: bool = False):
         if not (dist.is_available() and dist.is_initialized()):
             raise WorldError(
                 "torch.distributed is not initialised in this process: use DistributedWorld.from_environment() under "
                 "torchrun, or call torch.distributed.init_process_group() first"
             )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device(device) if device is not None else _default_device()
-        self._groups = Groups(self.rank, self.size, self.device.type)
+        self.device = torch.device(device) if device is not None else default_device()
+        mpi = MpiJob(self.rank, self.size) if by_mpi else None
+        self._groups = Groups(self.rank, self.size, self.device.type, mpi=mpi)
         self._owns_job = False
         self._moves: dict[Any, PieceMove] = {}
         self._agreement: Agreement | None = None
@@ -85,7 +87,8 @@ class DistributedWorld(World):
         """Joins the job that the launcher's environment variables describe, unless one is initialised already.
 
         Args:
-            backend: a ``torch.distributed`` backend; default NCCL where every rank of this host has a GPU, else gloo.
+            backend: a ``torch.distributed`` backend, or ``"mpi"``, which moves tensors by MPI beside gloo; default NCCL where
+                every rank of this host has a GPU, else gloo.
             timeout: how long a collective may wait for the other ranks; default: torch's, or that of the job as it is.
 
         Raises:
@@ -93,44 +96,18 @@ class DistributedWorld(World):
         """
         if not dist.is_available():
             raise WorldError("this build of PyTorch has no torch.distributed: sw.init(devices=8) simulates 8 ranks")
+        torch_backend = "gloo" if backend == "mpi" else backend  # gloo for what ranks agree on
         if dist.is_initialized():
+            check_backend(torch_backend)
             if timeout is not None:
                 set_group_timeout(timeout)
-            return cls()
-        job = find_job(os.environ)
-        if job is None:  # what torchrun would have set, and is missing
-            rank, size, local_rank, local_size = read_environment(os.environ)
-            job = Job("torchrun", rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        rank, size, local_rank, local_size = job.rank, job.size, job.local_rank, job.local_size
-        backend = backend or ("nccl" if _has_gpus_for(local_rank, local_size) else "gloo")
-        device = torch.device("cpu")
-        if "nccl" in backend:
-            if local_rank >= torch.cuda.device_count():
-                raise WorldError(
-                    f"LOCAL_RANK is {local_rank}, but this host has {torch.cuda.device_count()} CUDA devices: start at "
-                    "most one rank a device, or use backend='gloo'"
-                )
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        patience = joining_time(timeout, os.environ)
-        store = open_store(job, patience)
-        wait_for_ranks(store, job, patience)
-        store.set_timeout(timeout or HALF_HOUR)  # what comes later may take longer than to join
+            return cls("cpu" if backend == "mpi" else None, backend == "mpi")
+        device = join_job(torch_backend, timeout)
         try:
-            dist.init_process_group(
-                backend,
-                timeout=timeout,
-                store=store,
-                rank=rank,
-                world_size=size,
-                device_id=device if device.type == "cuda" else None,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise WorldError(
-                f"rank {rank} could not join the job of {size} ranks at {job.address}:{job.port} ({job.launcher}) "
-                f"with backend {backend!r}: {error}"
-            ) from error
-        world = cls(device)
+            world = cls(device, backend == "mpi")
+        except WorldError:
+            dist.destroy_process_group()
+            raise
         world._owns_job = True
         return world
 
@@ -149,7 +126,7 @@ class DistributedWorld(World):
         return self.device
 
     def adds_wide(self, device: torch.device) -> bool:
-        """Tells whether the backend adds in float32: gloo's collectives are ours, NCCL's round at each step."""
+        """Tells whether the backend adds in float32: gloo's and MPI's collectives are ours, NCCL's round at each step."""
         return device.type == "cpu"
 
     def on_first_rank(self, make: Callable[[], Any]) -> Any:
@@ -259,8 +236,8 @@ class DistributedWorld(World):
         Raises:
             WorldError: the backend is NCCL.
         """
-        if not self._groups.is_gloo:
-            raise WorldError("pipelines run on gloo so far: messages between two ranks need tags, which NCCL does not have")
+        if not self._groups.by_messages:
+            raise WorldError("pipelines run on gloo and MPI: messages between two ranks need tags, which NCCL does not have")
         whole = Mesh(("all",), (self.size,))
         rows, columns = (Layout.of(whole, dims) for dims in ((("all",), ()), ((), ("all",))))
         self._groups.make(redistribution(rows, columns, (self.size, self.size)).forward)
@@ -351,12 +328,12 @@ class DistributedWorld(World):
         except RuntimeError:  # the interpreter starts no threads any more
             return
         worker.join(timeout=5)
-
-
-def _has_gpus_for(local_rank: int, local_size: int) -> bool:
-    if not (torch.cuda.is_available() and dist.is_nccl_available()):
-        return False
-    return torch.cuda.device_count() >= max(local_size, local_rank + 1)
+        if self._groups.mpi is not None:
+            time.sleep(_GRACE)
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            self._groups.mpi.abort()
 
 
 def _let_threads_finish() -> None:
@@ -367,9 +344,3 @@ def _let_threads_finish() -> None:
     """
     if "gloo" in str(dist.get_backend_config(dist.group.WORLD)):
         time.sleep(0.1)
-
-
-def _default_device() -> torch.device:
-    if torch.cuda.is_available() and backend_of(dist.group.WORLD, "cuda") == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

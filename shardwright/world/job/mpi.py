@@ -71,6 +71,11 @@ def read_mpi(variables: Mapping[str, str]) -> Job | None:
     return Job("mpirun", rank, size, local_rank, local_size or local_rank + 1, address, port)
 
 
+def is_started_by_mpirun(variables: Mapping[str, str]) -> bool:
+    """Tells whether mpirun has started this process, alone or as one of several."""
+    return _names(variables) is not None
+
+
 def _names(variables: Mapping[str, str]) -> tuple[str, str, str, str] | None:
     return next((names for names in (_OPEN_MPI, _PMI) if variables.get(names[0])), None)
 
