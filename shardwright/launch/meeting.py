@@ -110,7 +110,9 @@ class Meeting(RendezvousHandler):
         if self.nodes == 1 or self._store is None:
             return
         with contextlib.suppress(Exception):
-            self._store.compare_set("failed", "", f"node {self.node} ({socket.gethostname()}): {text}")
+            told = f"node {self.node} ({socket.gethostname()}): {text}"
+            if self._store.compare_set("failed", "", told).decode() == told and self.node:
+                self._store.add("told", 1)
             if self.node == 0:
                 until = time.monotonic() + _FAREWELL
                 while time.monotonic() < until and self._store.add("told", 0) < self.nodes - 1:
