@@ -85,9 +85,11 @@ def _run(job: Launch, logs: Logs, log: LauncherLog) -> int:
         if result is None:  # torch's rendezvous was closed by another node
             raise NodeFailed("another node has closed the job")
         if not result.is_failed():
-            said = handler.failure() if isinstance(handler, Meeting) else ""
-            if said:
-                raise NodeFailed(said)
+            if isinstance(handler, Meeting):
+                said = handler.failure()
+                if said:
+                    raise NodeFailed(said)
+                handler.leave()
             return 0
         lines = agent.report()
         said = "; ".join(line for line in lines if not line.startswith("its last"))
