@@ -249,7 +249,7 @@ def test_distributed_starts_processes(script, monkeypatch):
     assert cli.main(["run", "--distributed", script]) == 5
     assert [launch.ranks for launch in started] == [3, 8]
     assert started[0].command == (sys.executable, "-u", script, "--epochs", "2")
-    assert (started[0].address, started[0].port, started[0].is_alone) == ("127.0.0.1", 0, True)
+    assert (started[0].address, started[0].port, started[0].nodes) == ("127.0.0.1", 0, 1)
     variables = worker_variables(started[0], "lo")
     assert str(ROOT) in variables["PYTHONPATH"].split(os.pathsep)
     assert "OMP_NUM_THREADS" in {**os.environ, **variables}

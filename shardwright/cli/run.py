@@ -13,7 +13,9 @@ from typing import Any
 from shardwright.cli.options import _count, _Parser, _UsageError
 from shardwright.cli.run_flags import REAL_FLAGS
 from shardwright.cli.run_settings import DEFAULT_DEVICES, DEVICES, devices_from_environment, find_launch
+from shardwright.launch.background import start_in_background
 from shardwright.launch.job import Launch, python_command, worker_variables
+from shardwright.launch.logs import make_folder
 from shardwright.launch.meeting import interface_toward
 from shardwright.world.current import init
 
@@ -114,15 +116,15 @@ def _start(launch: Launch, joins: bool) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        if joins:
-            from shardwright.launch.engine import run_job
-
-            return run_job(launch)
-        from shardwright.launch.background import start_in_background
-
-        number, path = start_in_background(launch)
+        if launch.folder is not None:
+            make_folder(Path(launch.folder))
     except OSError as error:
         raise _UsageError(f"--log-dir {launch.folder}: {error.strerror or error}; name another directory") from None
+    if joins:
+        from shardwright.launch.engine import run_job
+
+        return run_job(launch)
+    number, path = start_in_background(launch)
     print(f"started in the background: pid {number}, log {path}")
     return 0
 

@@ -34,6 +34,7 @@ _GRACE = 4  # seconds that ranks have to end by themselves after a failure, befo
 _ELASTIC = {"last_call_timeout": "3", "keep_alive_interval": "1", "keep_alive_max_attempt": "3"}
 _CAUSE = 3.0  # seconds to wait for the rank that the ones which ended blame
 _LONG = 1e7  # seconds that a node whose ranks have ended waits for the others; it hears of failures meanwhile
+_CAUSE_ELSEWHERE = 8.0  # and to hear of one on another node
 _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
 
 
@@ -62,7 +63,7 @@ def run_job(job: Launch) -> int:
         log.note(f"pid {os.getpid()}, {job}")
         code = _run(job, logs, log)
         log.note(f"ended with exit code {code}")
-        if job.folder is None and code == 0:
+        if job.folder is None and not log.names_files:
             shutil.rmtree(folder, ignore_errors=True)
     return code
 
@@ -86,12 +87,15 @@ def _run(job: Launch, logs: Logs, log: LauncherLog) -> int:
         if result is None:  # torch's rendezvous was closed by another node
             raise NodeFailed("another node has closed the job")
         if not result.is_failed():
-            said = handler.failure() if isinstance(handler, Meeting) else ""
-            if said:
-                raise NodeFailed(said)
+            if isinstance(handler, Meeting):
+                said = handler.failure()
+                if said:
+                    raise NodeFailed(said)
+                handler.leave()
             return 0
         lines = agent.report()
         said = "; ".join(line for line in lines if not line.startswith("its last"))
+        log.names_files = True
         log.say("\n  ".join(lines))
         return exit_code(agent.codes[agent.first] or 1)
     except SignalException as stopped:
@@ -99,6 +103,7 @@ def _run(job: Launch, logs: Logs, log: LauncherLog) -> int:
         log.say(f"{said}; so were all ranks of this machine")
         return 128 + stopped.sigval
     except NodeFailed as error:
+        said = str(error)
         log.say(f"the job has failed elsewhere: {error}")
         return 1
     except (WorldError, RendezvousError) as error:
@@ -192,14 +197,18 @@ class _Agent(LocalElasticAgent):
 
         Waits a little where they only blame another. Where a signal ended one, the others have time to say where they wait.
         """
-        first = -1
-        until = time.monotonic() + _CAUSE
+        handler, first = self._worker_group.spec.rdzv_handler, -1
+        meeting = handler if isinstance(handler, Meeting) and handler.nodes > 1 else None
+        until = time.monotonic() + (_CAUSE if meeting is None else _CAUSE_ELSEWHERE)
         while True:
             failed = [rank for rank, code in codes.items() if code]
             causes = [rank for rank in failed if not blames_another(last_lines(self.logs.path(rank)))]
             first = first if first >= 0 or not causes else causes[0]
-            is_clear = first >= 0 and (codes[first] or 0) > 0
-            if is_clear or time.monotonic() > until or all(code is not None for code in codes.values()):
+            said = meeting.failure() if meeting is not None and first < 0 else ""
+            if said:
+                raise NodeFailed(said)
+            have_ended = all(code is not None for code in codes.values()) and (first >= 0 or meeting is None)
+            if have_ended or (first >= 0 and (codes[first] or 0) > 0) or time.monotonic() > until:
                 break
             time.sleep(0.05)
             codes = {ranks[local]: process.poll() for local, process in worker_processes(self).items()}

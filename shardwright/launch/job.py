@@ -66,11 +66,6 @@ class Launch:
     memory_nodes: dict[int, int] = field(default_factory=dict)
     in_background: bool = False
 
-    @property
-    def is_alone(self) -> bool:
-        """Tells whether all ranks run on this machine."""
-        return self.nodes == 1 and self.most_nodes in (None, 1) and not self.backend
-
     def to_json(self) -> str:
         """Writes the job as JSON, for another process.
 

@@ -81,6 +81,7 @@ class LauncherLog:
     def __init__(self, path: Path | None, in_background: bool = False):
         self._file: TextIO | None = None
         self._is_stderr = in_background
+        self.names_files = False  # whether it has told where ranks' logs are, which then stay
         if in_background:
             self._file = sys.stderr
         elif path is not None:

@@ -19,7 +19,7 @@ from shardwright.launch.job import ATTEMPT, listed
 
 _LOOK = 0.5  # seconds between two looks at what other nodes say
 _GRACE = 5.0  # seconds that this node's ranks have to notice by themselves that another node's start again
-_FAREWELL = 3.0  # seconds that node 0 waits for the others to read why the job ends
+_FAREWELL = 3.0  # seconds that node 0, which keeps the store, waits for the others to read how the job ends
 _ANSWER = timedelta(seconds=60)  # in which the store has to answer
 _SILENCE = 30.0  # seconds without a sign of life after which node 0 gives up another node
 
@@ -110,11 +110,25 @@ class Meeting(RendezvousHandler):
         if self.nodes == 1 or self._store is None:
             return
         with contextlib.suppress(Exception):
-            self._store.compare_set("failed", "", f"node {self.node} ({socket.gethostname()}): {text}")
-            if self.node == 0:
-                until = time.monotonic() + _FAREWELL
-                while time.monotonic() < until and self._store.add("told", 0) < self.nodes - 1:
-                    time.sleep(0.05)
+            told = f"node {self.node} ({socket.gethostname()}): {text}"
+            if self._store.compare_set("failed", "", told).decode() == told and self.node:
+                self._store.add("told", 1)
+            self._await_others("told")
+
+    def leave(self) -> None:
+        """Ends a job that has gone well; node 0 waits a little until the others have seen that it has."""
+        if self.nodes == 1 or self._store is None:
+            return
+        with contextlib.suppress(Exception):
+            if self.node:
+                self._store.add("left", 1)
+            self._await_others("left")
+
+    def _await_others(self, key: str) -> None:
+        assert self._store is not None
+        until = time.monotonic() + _FAREWELL
+        while self.node == 0 and time.monotonic() < until and self._store.add(key, 0) < self.nodes - 1:
+            time.sleep(0.05)
 
     def tell_end(self, rank: int) -> None:
         """Tells the ranks that one has ended, in case they wait for it to join."""
