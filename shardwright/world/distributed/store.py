@@ -45,6 +45,11 @@ def open_store(job: Job, patience: timedelta) -> dist.Store:
     """
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and job.launcher == "torchrun"
     is_kept_here = job.rank == 0 and not is_agents
+    if job.launcher == "Slurm" and not _is_known(job.address):  # of Kubernetes' services names may come later
+        raise WorldError(
+            f"rank {job.rank} cannot find the address of {job.address}, the first of the step's nodes: export MASTER_ADDR=<a "
+            "host name or address of that node> before srun"
+        )
     try:
         store = dist.TCPStore(
             job.address, job.port, job.size, is_kept_here, patience, wait_for_workers=False, multi_tenant=True
@@ -63,6 +68,13 @@ def open_store(job: Job, patience: timedelta) -> dist.Store:
     # what ranks of an attempt that failed have written must not be read by those of the next one
     attempt = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_agents else "0"
     return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def _is_known(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def wait_for_ranks(store: dist.Store, job: Job, patience: timedelta) -> None:
