@@ -1,6 +1,6 @@
 """A real Slurm of two nodes on this machine: the script runs under ``srun`` unchanged, and says what is missing.
 
-Slurm is unpacked in the folder that ``SHARDWRIGHT_SLURM`` names; ``make test-all`` fetches the packages where the system is Debian.
+It is unpacked in the folder that ``SHARDWRIGHT_SLURM`` names; ``make test-all`` fetches the packages on Debian.
 """
 
 from __future__ import annotations
