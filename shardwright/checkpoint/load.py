@@ -265,8 +265,10 @@ class _Plan:
                 return
             for share in shares(self.reader, self.index.tensors, everywhere, rank_and_size()[0]):
                 self.reader.verify(share)
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             self.problems.append(str(error))
+        except Exception as error:  # other ranks are told
+            self.problems.append(f"it cannot be read ({type(error).__name__}: {error}); load an earlier step")
 
     def give_states(self) -> None:
         """Gives states to those that take them themselves, and may refuse them."""

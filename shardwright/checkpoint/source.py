@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.checkpoint.dcp import DcpReader, dcp_index, is_dcp
-from shardwright.checkpoint.folder import newest
+from shardwright.checkpoint.folder import newest, steps_in
 from shardwright.checkpoint.huggingface import huggingface_index, is_huggingface
-from shardwright.checkpoint.index import Index, StoredTensor, check_tensors, read_index
+from shardwright.checkpoint.index import NAME, Index, StoredTensor, check_tensors, read_index
 from shardwright.checkpoint.reading import Reader
 
 # What checkpoints are of, at the top of names. Where others have more, they are names within a model.
@@ -45,7 +45,8 @@ def find_source(folder: Path, step: int | None = None) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    return folder if step is None and (is_huggingface(folder) or is_dcp(folder)) else newest(folder, step)
+    is_ours = step is not None or (folder / NAME).is_file() or bool(steps_in(folder))
+    return folder if not is_ours and (is_huggingface(folder) or is_dcp(folder)) else newest(folder, step)
 
 
 def open_source(path: Path) -> Source:
@@ -57,11 +58,11 @@ def open_source(path: Path) -> Source:
     Raises:
         CheckpointError: it is damaged or forged; all that is wrong is listed.
     """
-    if is_huggingface(path):
+    if not (path / NAME).is_file() and is_huggingface(path):
         reader = Reader(path)
         reader.has_checksums = False
         return Source("huggingface", path, huggingface_index(path), reader)
-    if is_dcp(path):
+    if not (path / NAME).is_file() and is_dcp(path):
         index = dcp_index(path)
         check_tensors(path, index.tensors)
         return Source("dcp", path, index, DcpReader(path))
