@@ -108,6 +108,7 @@ def everything(rank: int) -> None:
     print("reached the end", flush=True)
 
 
+@pytest.mark.long
 @pytest.mark.whole
 def test_on_real_ranks(tmp_path):
     for ended in jobs.run(tmp_path, 2, everything, seconds=240):

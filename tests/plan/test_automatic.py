@@ -144,6 +144,7 @@ def test_memory_is_predicted_only_for_a_limit(monkeypatch, mode):
     assert asked
 
 
+@pytest.mark.long
 def test_recursion_is_close_to_the_optimum():
     model, inputs = big_gpt()
     for mesh in ((8,), (2, 4), (2, 2, 2)):

@@ -223,6 +223,7 @@ def test_mistakes_of_the_command(capsys, tmp_path):
     assert "own.json cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_a_process_says_when_it_fails_is_told(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     with pytest.raises(WorldError, match=r"(?s)calibrating with 2 ranks failed.*no-such-interface"):

@@ -354,6 +354,7 @@ def test_two_ranks():
     run_job(2, *SCENARIOS, silent_peer)
 
 
+@pytest.mark.long
 def test_three_ranks():
     run_job(3, *SCENARIOS, subgroups)
 
