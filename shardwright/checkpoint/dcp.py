@@ -65,7 +65,7 @@ def dcp_index(folder: Path) -> Index:
     try:
         with path.open("rb") as file:
             data = _Data(file).load()
-        files = {(index.fqn, index.offset): info.__dict__ for index, info in data.storage_data.items()}
+        files = {(index.fqn, index.__dict__.get("offset")): info.__dict__ for index, info in data.storage_data.items()}
         tensors: dict[str, StoredTensor] = {}
         for name, own in data.state_dict_metadata.items():
             if "chunks" not in own.__dict__:

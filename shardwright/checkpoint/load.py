@@ -70,7 +70,9 @@ def load(
         for prefix, own in optimizers.items():
             plan.of_optimizer(prefix, own, models)
         for name, value in {"scheduler": scheduler, "scaler": scaler, "loader": loader}.items():
-            if value is not None:
+            if value is not None and not hasattr(value, "load_state_dict"):
+                problems.append(f"{name} is a {type(value).__name__}, which has no load_state_dict(); leave it out")
+            elif value is not None:
                 plan.of_state(name, value.load_state_dict)
         if random and "random" in plan.index.states:
             plan.of_state("random", set_random_state)
@@ -180,6 +182,13 @@ class _Plan:
                 + (f" (they differ in {', '.join(differ[:5])})" if differ else "")
             )
             return
+        for number, (group, own) in enumerate(zip(saved["groups"], optimizer.param_groups, strict=True)):
+            lacks, has = sorted(own.keys() - group.keys()), sorted(group.keys() - own.keys() - {"initial_lr"})
+            if lacks and has:  # one of the two alone is another version, or a scheduler
+                self.problems.append(
+                    f"{prefix} is of another kind: group {number} has {', '.join(has)} in the checkpoint, and "
+                    f"{', '.join(lacks)} here; make it alike"
+                )
         parameters = {n: p for own, group in zip(names, optimizer.param_groups) for n, p in zip(own, group["params"])}
         state: dict[Any, Any] = {}
         for name, own in saved["state"].items():

@@ -113,7 +113,10 @@ def save(
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ArgumentTypeError(f"save(step={step!r}): give the number of the step, an int of 0 or more")
     place = Path(folder).absolute()
-    late: list[str] = []
+    _check_kept(keep_last, keep_best, metric)
+    told = {"folder": str(place), "step": step, "asynchronous": asynchronous, "keep_last": keep_last, "keep_best": keep_best,
+            "metric": metric}  # fmt: skip
+    late = _differences(from_all_ranks(told))
     try:
         if place in _under_way:
             _under_way.pop(place).wait()
@@ -160,6 +163,25 @@ def save(
     return handle
 
 
+def _check_kept(keep_last: Any, keep_best: Any, metric: Any) -> None:
+    """Refuses numbers of steps to keep, and a metric, that are none."""
+    for name, count in (("keep_last", keep_last), ("keep_best", keep_best)):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ArgumentTypeError(f"save({name}={count!r}): give a number of steps, an int above 0")
+    if metric is not None and (not isinstance(metric, (int, float)) or isinstance(metric, bool)):
+        raise ArgumentTypeError(f"save(metric={metric!r}): give a number, such as metric=-float(loss)")
+
+
+def _differences(told: list[dict[str, Any]]) -> list[str]:
+    """Lists the arguments that ranks give differently: they would wait for each other in vain."""
+    return [
+        f"rank {rank} calls save({name}={own[name]!r}) and rank 0 save({name}={told[0][name]!r}); give the same on every rank"
+        for rank, own in enumerate(told)
+        for name in own
+        if own[name] != told[0][name]
+    ]
+
+
 def _collect(
     models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], others: Mapping[str, Any], index: Index, random: bool
 ) -> tuple[dict[str, Tensor], Index, list[str]]:
@@ -183,7 +205,9 @@ def _collect(
         by_name = {flat[number]: each for number, each in state["state"].items()}
         index.states[prefix] = take_apart({"groups": groups, "state": by_name}, prefix, tensors, problems)
     for name, value in others.items():
-        if value is not None:
+        if value is not None and not hasattr(value, "state_dict"):
+            problems.append(f"{name} is a {type(value).__name__}, which has no state_dict(); leave it out")
+        elif value is not None:
             index.states[name] = take_apart(value.state_dict(), name, tensors, problems)
     if random:
         index.states["random"] = take_apart(random_state(), "random", tensors, problems)

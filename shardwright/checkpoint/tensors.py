@@ -100,7 +100,17 @@ def parts_of(value: Any, name: str, kind: type) -> dict[str, Any]:
     for key, own in found.items():
         if not isinstance(own, kind):
             raise TypeError(f"{key} is a {type(own).__name__}; give {kind.__name__}s")
-    return found
+    return {key: _network_of(own) for key, own in found.items()}
+
+
+def _network_of(model: Any) -> Any:
+    """Returns the network within cells that only say how it runs; its names do not depend on how that is."""
+    own = model.module if hasattr(model, "settings") and isinstance(getattr(model, "module", None), nn.Module) else model
+    if not getattr(type(own), "wraps_network", False):
+        return model
+    while getattr(type(own), "wraps_network", False):
+        own = own.network
+    return own
 
 
 def named_tensors(models: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:

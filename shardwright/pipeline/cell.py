@@ -41,6 +41,8 @@ class PipelineCell(nn.Module):
     2
     """
 
+    wraps_network = True  # checkpoints have the network's own names
+
     def __init__(self, module: nn.Module, micro_size: int, stage_config: Mapping[str, int] | None = None, batch_dim: int = 0):
         super().__init__()
         if not isinstance(module, nn.Module):

@@ -120,7 +120,7 @@ def test_exported_to_hugging_face_and_back(tmp_path):
 
 
 def test_exported_to_torch_and_its_checkpoints_and_back(tmp_path):
-    model, _ = saved(tmp_path / "a")
+    model, optimizer = saved(tmp_path / "a")
     assert run("export", tmp_path / "a", tmp_path / "model.pt", "--to", "torch") == 0
     other = Net()
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
@@ -136,6 +136,9 @@ def test_exported_to_torch_and_its_checkpoints_and_back(tmp_path):
         loads(tmp_path / "theirs", model)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "all", no_dist=True)
     loads(tmp_path / "all", model)
+    trained = {"model": model.state_dict(), "optim": optimizer.state_dict(), "step": 3}
+    dcp.save(trained, checkpoint_id=tmp_path / "trained", no_dist=True)
+    loads(tmp_path / "trained", model)
 
 
 class Runs:

@@ -171,7 +171,7 @@ def test_stages_of_pipelines_and_plain_models_read_each_other(tmp_path):
     x = torch.randn(8, 4).double()
     net(x).square().mean().backward()
     optimizer.step()
-    sw.save(tmp_path, model=model, optimizer=optimizer)
+    sw.save(tmp_path, model=net, optimizer=optimizer)
     plain = copy.deepcopy(model)
     again = torch.optim.Adam(plain.parameters(), 0.5)
     sw.load(tmp_path, model=plain, optimizer=again)
@@ -386,6 +386,43 @@ def test_all_that_differs_is_listed(tmp_path):
         sw.load(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0))
     with pytest.raises(CheckpointError, match="has no checkpoint: it has none; save one with sw.save"):
         sw.load(tmp_path / "nothing", model=nn.Linear(1, 1))
+
+
+def differs(rank: int, folder: Path) -> None:
+    """What ranks give differently is told to all of them at once, and the next save is fine."""
+    sw.init(timeout=20)
+    model = make(0)
+    for own in (
+        {"step": rank},
+        {"keep_last": 1 + rank},
+        {"asynchronous": rank == 1},
+        {"step": 1, "keep_best": 1, "metric": rank},
+    ):
+        with pytest.raises(CheckpointError, match="give the same on every rank"):
+            sw.save(folder, model=model, **own)
+    with pytest.raises(CheckpointError, match="rank 1 calls save"):
+        sw.save(folder / str(rank), model=model)
+    sw.save(folder, model=model, step=7)
+
+
+def test_arguments_that_differ_between_ranks_are_told(tmp_path):
+    ended = jobs.run(tmp_path, 2, differs, tmp_path / "run")
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.text[-2000:] for rank in ended)
+    assert sw.latest(tmp_path / "run").name == "step-7"
+
+
+def test_an_optimizer_of_another_kind_is_told(tmp_path):
+    model = nn.Linear(2, 2)
+    sw.save(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(CheckpointError, match="optimizer is of another kind"):
+        sw.load(tmp_path, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    with pytest.raises(CheckpointError, match=r"scheduler is a int, which has no load_state_dict"):
+        sw.load(tmp_path, model=model, scheduler=3)
+    for wrong in ({"keep_last": 1.5}, {"keep_best": 0}, {"metric": "good"}):
+        with pytest.raises(TypeError, match="give a number"):
+            sw.save(tmp_path, model=model, **wrong)
+    with pytest.raises(CheckpointError, match="which has no state_dict"):
+        sw.save(tmp_path, model=model, scaler=object())
 
 
 def test_what_is_no_data_is_refused_before_anything_is_written(tmp_path):

@@ -41,6 +41,8 @@ class GradAccumulation(nn.Module):
     2
     """
 
+    wraps_network = True  # checkpoints have the network's own names
+
     def __init__(self, network: nn.Module, micro_size: int, reduction: str = "mean"):
         super().__init__()
         if not isinstance(network, nn.Module):

@@ -53,6 +53,8 @@ class MicroBatchInterleaved(nn.Module):
     torch.Size([6, 2])
     """
 
+    wraps_network = True  # checkpoints have the network's own names
+
     def __init__(self, network: nn.Module, interleave_num: int = 2, reduction: str = "mean"):
         super().__init__()
         if not isinstance(network, nn.Module):
