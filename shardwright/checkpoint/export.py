@@ -70,6 +70,7 @@ def to_dcp(source: Source, folder: Path, progress: Progress, dtype: str | None =
     """
 
     def write(state: dict[str, torch.Tensor]) -> None:
+        state |= {name: state[tied] for name, tied in source.index.aliases.items() if tied in state}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are no other ranks
             torch_checkpoint.save(state, checkpoint_id=folder, no_dist=True)

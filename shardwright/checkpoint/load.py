@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardwright.checkpoint.folder import recover
-from shardwright.checkpoint.index import DTYPES
+from shardwright.checkpoint.index import DTYPES, contents
 from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
 from shardwright.checkpoint.reading import Wanted, shares
 from shardwright.checkpoint.source import Source, find_source, open_source, renamed
@@ -154,6 +154,10 @@ class _Plan:
                 )
             elif have.bounds is not None:
                 self.copies.append((source, have.bounds, local(tensor)))
+        for name, tied in aliases.items():
+            one, other = (there.get(names.get(n, n)) for n in (name, tied))
+            if one is not None and other is not None and contents(one) != contents(other):
+                self.problems.append(f"{name} and {tied} are one tensor in the model, and differ in the checkpoint; untie them")
         for name in others:
             module, _, _ = name.removeprefix(next(p for p in models if name.startswith(f"{p}."))).lstrip(".").rpartition(".")
             model = next(m for p, m in models.items() if name.startswith(f"{p}."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -114,8 +115,9 @@ def save(
         raise ArgumentTypeError(f"save(step={step!r}): give the number of the step, an int of 0 or more")
     place = Path(folder).absolute()
     _check_kept(keep_last, keep_best, metric)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
     told = {"folder": str(place), "step": step, "asynchronous": asynchronous, "keep_last": keep_last, "keep_best": keep_best,
-            "metric": metric}  # fmt: skip
+            "metric": metric, **{name: _in_words(own) for name, own in parts.items()}}  # fmt: skip
     late = _differences(from_all_ranks(told))
     try:
         if place in _under_way:
@@ -124,7 +126,7 @@ def save(
         late.append(str(error))
     tensors, index, problems = _collect(
         parts_of(model, "model", nn.Module), parts_of(optimizer, "optimizer", Optimizer),
-        {"scheduler": scheduler, "scaler": scaler, "loader": loader},
+        {name: parts[name] for name in ("scheduler", "scaler", "loader")},
         Index(step, extra=dict(extra or {}), metric=metric), random,
     )  # fmt: skip
     have = {name: held(tensor, name, problems) for name, tensor in tensors.items()}
@@ -168,8 +170,15 @@ def _check_kept(keep_last: Any, keep_best: Any, metric: Any) -> None:
     for name, count in (("keep_last", keep_last), ("keep_best", keep_best)):
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise ArgumentTypeError(f"save({name}={count!r}): give a number of steps, an int above 0")
-    if metric is not None and (not isinstance(metric, (int, float)) or isinstance(metric, bool)):
+    if keep_best is not None and metric is None:
+        raise ArgumentTypeError(f"save(keep_best={keep_best}) without a metric: give a number, such as metric=-float(loss)")
+    if metric is not None and (not isinstance(metric, (int, float)) or isinstance(metric, bool) or math.isnan(metric)):
         raise ArgumentTypeError(f"save(metric={metric!r}): give a number, such as metric=-float(loss)")
+
+
+def _in_words(part: Any) -> Any:
+    """Returns what of a part must be the same on all ranks: whether it is given, and the names of several."""
+    return sorted(map(str, part)) if isinstance(part, Mapping) else None if part is None else "..."
 
 
 def _differences(told: list[dict[str, Any]]) -> list[str]:
@@ -212,7 +221,9 @@ def _collect(
     if random:
         index.states["random"] = take_apart(random_state(), "random", tensors, problems)
     before = len(tensors)
-    index.extra.update(take_apart(dict(index.extra), "extra", tensors, problems) or {})
+    extra = take_apart(dict(index.extra), "extra", tensors, problems) or {}
+    index.extra.clear()
+    index.extra.update(extra)
     if len(tensors) != before:
         problems.append("extra has tensors; save them in a module's buffers, or as lists of numbers")
     return tensors, index, problems

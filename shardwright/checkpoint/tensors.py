@@ -94,6 +94,9 @@ def parts_of(value: Any, name: str, kind: type) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, Mapping) and not isinstance(value, kind):
+        bad = [key for key in value if not isinstance(key, str) or not key or "." in key]
+        if bad:
+            raise TypeError(f"{name} has the name {bad[0]!r}; give each a text without dots")
         found = {f"{name}.{key}": own for key, own in value.items()}
     else:
         found = {name: value}

@@ -418,11 +418,33 @@ def test_an_optimizer_of_another_kind_is_told(tmp_path):
         sw.load(tmp_path, model=model, optimizer=torch.optim.AdamW(model.parameters()))
     with pytest.raises(CheckpointError, match=r"scheduler is a int, which has no load_state_dict"):
         sw.load(tmp_path, model=model, scheduler=3)
-    for wrong in ({"keep_last": 1.5}, {"keep_best": 0}, {"metric": "good"}):
+    for wrong in ({"keep_last": 1.5}, {"keep_best": 0}, {"metric": "good"}, {"metric": float("nan")}, {"keep_best": 1}):
         with pytest.raises(TypeError, match="give a number"):
             sw.save(tmp_path, model=model, **wrong)
     with pytest.raises(CheckpointError, match="which has no state_dict"):
         sw.save(tmp_path, model=model, scaler=object())
+
+
+@pytest.mark.parametrize("extra", [{1: 2, "1": 3}, {-1: {2: 3}}, {"$tensor": "x"}, {"$tuple": [1]}, {"a": (1, [2])}])
+def test_extra_comes_back_as_it_was(extra, tmp_path):
+    sw.save(tmp_path, extra=extra)
+    assert sw.load(tmp_path).extra == extra
+
+
+def test_nothing_is_lost_of_models_that_share_a_name_or_a_tensor(tmp_path):
+    model = nn.Linear(2, 2)
+    for names in ({3: model, "3": model}, {"a": model, "a.0": model}, {"": model}):
+        with pytest.raises(TypeError, match="a text without dots"):
+            sw.save(tmp_path, model=names)
+    loose, tied = (nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}) for _ in range(2))
+    tied["b"].weight = tied["a"].weight
+    sw.save(tmp_path, model=loose)
+    with pytest.raises(CheckpointError, match="are one tensor in the model, and differ"):
+        sw.load(tmp_path, model=tied)
+    loose["b"].weight.data.copy_(loose["a"].weight.data)
+    sw.save(tmp_path, model=loose, step=1)
+    sw.load(tmp_path, model=tied)
+    assert torch.equal(tied["a"].weight, loose["a"].weight)
 
 
 def test_what_is_no_data_is_refused_before_anything_is_written(tmp_path):
