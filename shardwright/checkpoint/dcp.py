@@ -96,15 +96,12 @@ class DcpReader(Reader):
     has_checksums = False
 
     def check(self, stored: StoredSlice, dtype: str) -> None:
-        """Raises an error if the file of a slice is missing or too short.
+        """Raises an error if a slice cannot be read, which without checksums only reading it tells.
 
         Raises:
-            CheckpointError: it is.
+            CheckpointError: it cannot.
         """
-        path = self.folder / stored.file
-        offset, length = map(int, stored.key.split(":"))
-        if not path.is_file() or path.stat().st_size < offset + length:
-            raise CheckpointError(f"{path} is missing or damaged: it has no {length} bytes at {offset}")
+        self._value(stored, dtype)
 
     def read(self, stored: Sequence[StoredSlice], dtype: str, bounds: Bounds, into: Tensor) -> None:
         """Copies a part of a tensor from the slices that hold it.
@@ -119,17 +116,21 @@ class DcpReader(Reader):
             CheckpointError: a file has something else there.
         """
         for own, _, here, there in overlaps(stored, bounds):
-            self.check(own, dtype)
-            offset, length = map(int, own.key.split(":"))
-            with (self.folder / own.file).open("rb") as file:
-                file.seek(offset)
-                content = io.BytesIO(file.read(length))
-            self.bytes_read += length
-            where = f"{self.folder / own.file} at {offset}"
-            try:
-                value = torch.load(content, map_location="cpu", weights_only=True)
-            except Exception as error:  # of what a forged or damaged file makes of it
-                raise CheckpointError(f"{where} is damaged: {error}") from None
-            if not isinstance(value, Tensor) or tuple(value.shape) != own.shape or value.dtype != DTYPES[dtype]:
-                raise CheckpointError(f"{where} has something else than {list(own.shape)} of {dtype}")
-            into[there].copy_(value[here])
+            into[there].copy_(self._value(own, dtype)[here])
+
+    def _value(self, stored: StoredSlice, dtype: str) -> Tensor:
+        path = self.folder / stored.file
+        offset, length = map(int, stored.key.split(":"))
+        if not path.is_file() or path.stat().st_size < offset + length:
+            raise CheckpointError(f"{path} is missing or damaged: it has no {length} bytes at {offset}")
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = io.BytesIO(file.read(length))
+        self.bytes_read += length
+        try:
+            value = torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # of what a forged or damaged file makes of it
+            raise CheckpointError(f"{path} at {offset} is damaged: {error}") from None
+        if not isinstance(value, Tensor) or tuple(value.shape) != stored.shape or value.dtype != DTYPES[dtype]:
+            raise CheckpointError(f"{path} at {offset} has something else than {list(stored.shape)} of {dtype}")
+        return value

@@ -112,11 +112,6 @@ def read_index(folder: Path) -> Index:
     return Index(content["step"], known, content["states"], aliases, content["extra"], content.get("metric"))
 
 
-def contents(tensor: StoredTensor) -> Any:
-    """Returns what equal tensors that were sliced alike have in common: the places of their slices, and their checksums."""
-    return sorted((own.start, own.shape, own.checksums) for own in tensor.slices)
-
-
 def check_tensors(path: Path, tensors: Mapping[str, StoredTensor], in_folders: bool = False) -> None:
     """Checks what others say of tensors as what our index says.
 

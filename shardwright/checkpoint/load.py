@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardwright.checkpoint.folder import recover
-from shardwright.checkpoint.index import DTYPES, contents
+from shardwright.checkpoint.index import DTYPES
 from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
-from shardwright.checkpoint.reading import Wanted, shares
+from shardwright.checkpoint.reading import Wanted, overlaps, shares
 from shardwright.checkpoint.source import Source, find_source, open_source, renamed
 from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
 from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
@@ -119,6 +119,7 @@ class _Plan:
         self.wanted: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []  # what becomes new tensors
         self.early: list[tuple[str, Bounds, Callable[[Tensor], None]]] = []  # likewise, of states that may be refused
         self.copies: list[tuple[str, Bounds, Tensor]] = []
+        self.tied: list[tuple[str, str, Bounds]] = []  # one tensor in the model, two in the checkpoint
         self.states: list[tuple[str, Callable[[Any], Any], Callable[[], Any]]] = []
         self.emptied: list[Callable[[], None]] = []  # gives up what is there, before what replaces it is read
         self.acts: list[Callable[[], None]] = []
@@ -133,18 +134,22 @@ class _Plan:
         if not is_ours:
             self.problems += [] if list(models) == ["model"] else [f"{self.source.path} has one model; give one, model=net"]
             whole = models.get("model")
-            self.index, unknown = renamed(self.index, {*tensors, *aliases}, aliases, getattr(whole, "module", whole))
+            self.index, unknown = renamed(self.index, {*tensors, *aliases}, getattr(whole, "module", whole))
             self.problems += unknown
         there, names = self.index.tensors, {**self.index.aliases}
         own = {*tensors, *aliases, *others}
         for prefix in models:
             known = {n for n in (*there, *names, *self.index.states) if n.startswith(f"{prefix}.")}
             self.problems += [f"{name} is in the checkpoint and not in the model" for name in sorted(known - own)]
+        names_of: dict[str, list[str]] = {name: [name] for name in tensors}
+        for alias, name in aliases.items():
+            names_of[name].append(alias)
         for name, tensor in tensors.items():
-            source = names.get(name, name)
-            if source not in there:
+            sources = list(dict.fromkeys(s for n in names_of[name] if (s := names.get(n, n)) in there))
+            if not sources:
                 self.problems.append(f"{name} is in the model and not in the checkpoint")
                 continue
+            source = sources[0]
             have, stored = held(tensor, name, self.problems), there[source]
             converts = not is_ours and DTYPES[stored.dtype].is_floating_point and tensor.is_floating_point()
             if have.shape != stored.shape or (have.dtype != stored.dtype and not converts):
@@ -154,10 +159,7 @@ class _Plan:
                 )
             elif have.bounds is not None:
                 self.copies.append((source, have.bounds, local(tensor)))
-        for name, tied in aliases.items():
-            one, other = (there.get(names.get(n, n)) for n in (name, tied))
-            if one is not None and other is not None and contents(one) != contents(other):
-                self.problems.append(f"{name} and {tied} are one tensor in the model, and differ in the checkpoint; untie them")
+                self.tied += [(source, other, have.bounds) for other in sources[1:]]
         for name in others:
             module, _, _ = name.removeprefix(next(p for p in models if name.startswith(f"{p}."))).lstrip(".").rpartition(".")
             model = next(m for p, m in models.items() if name.startswith(f"{p}."))
@@ -269,19 +271,42 @@ class _Plan:
         needs: Wanted = {}
         for name, bounds, _ in (*self.wanted, *self.early, *self.copies):
             needs.setdefault(name, set()).add(bounds)
+        for _, other, bounds in self.tied:
+            needs.setdefault(other, set()).add(bounds)
         everywhere = from_all_ranks(needs)
         try:
-            if not self.reader.has_checksums:
-                for name in needs:
-                    for stored in self.index.tensors[name].slices:
-                        self.reader.check(stored, self.index.tensors[name].dtype)
-                return
-            for share in shares(self.reader, self.index.tensors, everywhere, rank_and_size()[0]):
-                self.reader.verify(share)
+            if self.reader.has_checksums:
+                for share in shares(self.reader, self.index.tensors, everywhere, rank_and_size()[0]):
+                    self.reader.verify(share)
+            else:
+                self._check(needs)
+            for name, other, bounds in self.tied:
+                if not self._are_equal(name, other, bounds):
+                    self.problems.append(
+                        f"{name} and {other} are one tensor in the model, and differ in the checkpoint; untie them"
+                    )
         except CheckpointError as error:
             self.problems.append(str(error))
         except Exception as error:  # other ranks are told
             self.problems.append(f"it cannot be read ({type(error).__name__}: {error}); load an earlier step")
+
+    def _check(self, needs: Wanted) -> None:
+        """Checks the files of what has no checksums, as far as their format lets it."""
+        for name, parts in needs.items():
+            tensor = self.index.tensors[name]
+            slices = {own: None for bounds in parts for own, *_ in overlaps(tensor.slices, bounds)}
+            for stored in slices:
+                self.reader.check(stored, tensor.dtype)
+
+    def _are_equal(self, name: str, other: str, bounds: Bounds) -> bool:
+        """Tells whether two tensors of the checkpoint have the same bits in a part."""
+        one, two = (self.index.tensors[n] for n in (name, other))
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        parts = [torch.empty([b - a for a, b in bounds], dtype=DTYPES[one.dtype]) for _ in range(2)]
+        for part, source in zip(parts, (name, other), strict=True):
+            self._read(source, bounds, part)
+        return torch.equal(*(part.reshape(-1).view(torch.uint8) for part in parts))
 
     def give_states(self) -> None:
         """Gives states to those that take them themselves, and may refuse them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,12 @@ def as_ours(source: Source) -> Source:
     return replace(source, index=replace(source.index, tensors=tensors))
 
 
-def renamed(index: Index, own: Collection[str], aliases: Mapping[str, str], model: Any) -> tuple[Index, list[str]]:
+def renamed(index: Index, own: Collection[str], model: Any) -> tuple[Index, list[str]]:
     """Gives the tensors of others the names that a model's have in checkpoints.
 
     Args:
         index: of the tensors by their names there.
         own: the model's names, each beginning with ``model.``.
-        aliases: its names of tied tensors, and which they are tied to.
         model: may say what its class is called in whole models (``base_model_prefix``), and which names are no longer used.
 
     Returns:
@@ -108,7 +107,7 @@ def renamed(index: Index, own: Collection[str], aliases: Mapping[str, str], mode
         candidates = [f"model.{name}", f"model.{base}.{name}", f"model.{name.removeprefix(f'{base}.')}", name]
         known = next((c for c in candidates if c in own), None)
         if known is not None:
-            found.setdefault(aliases.get(known, known), tensor)
+            found.setdefault(known, tensor)
         elif not any(pattern.search(name) for pattern in unused):
             problems.append(f"{name} is in the checkpoint and not in the model")
     return replace(index, tensors=found), problems

@@ -175,8 +175,11 @@ def test_nothing_in_metadata_or_slices_of_others_is_run(tmp_path):
     content = bytearray(slices.read_bytes())
     content[offset : offset + length] = evil[:length]
     slices.write_bytes(content)
+    other = Net()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(CheckpointError, match="damaged"):
-        sw.load(tmp_path / "dcp", model=Net())
+        sw.load(tmp_path / "dcp", model=other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     assert not (tmp_path / "ran").exists()
 
 

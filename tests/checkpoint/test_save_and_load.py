@@ -17,6 +17,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -441,6 +442,10 @@ def test_nothing_is_lost_of_models_that_share_a_name_or_a_tensor(tmp_path):
     sw.save(tmp_path, model=loose)
     with pytest.raises(CheckpointError, match="are one tensor in the model, and differ"):
         sw.load(tmp_path, model=tied)
+    (tmp_path / "hf").mkdir()
+    save_file(loose.state_dict(), tmp_path / "hf/model.safetensors")
+    with pytest.raises(CheckpointError, match="are one tensor in the model, and differ"):
+        sw.load(tmp_path / "hf", model=tied)
     loose["b"].weight.data.copy_(loose["a"].weight.data)
     sw.save(tmp_path, model=loose, step=1)
     sw.load(tmp_path, model=tied)
