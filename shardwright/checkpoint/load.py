@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from shardwright.checkpoint.folder import recover
 from shardwright.checkpoint.index import DTYPES
-from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
+from shardwright.checkpoint.ranks import agree, fail_together, from_all_ranks, in_words, rank_and_size
 from shardwright.checkpoint.reading import Wanted, overlaps, shares
 from shardwright.checkpoint.source import Source, find_source, open_source, renamed
 from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
@@ -61,6 +61,7 @@ def load(
     ...     load(folder, model=nn.Linear(2, 2))
     Loaded(step=3, extra={'epoch': 1})
     """
+    agree("load", folder=str(Path(folder).absolute()), step=step, model=in_words(model), optimizer=in_words(optimizer))
     models, optimizers = parts_of(model, "model", nn.Module), parts_of(optimizer, "optimizer", Optimizer)
     what, problems, plan = f"{os.fspath(folder)} cannot be loaded", list[str](), None
     try:

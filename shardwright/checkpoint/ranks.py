@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -38,6 +38,32 @@ def from_all_ranks(value: Any) -> list[Any]:
             f"and sw.load; the output of the others says more ({str(error).splitlines()[0]})"
         ) from error
     return found
+
+
+def agree(call: str, **given: Any) -> None:
+    """Raises one error on all ranks if they give a call different arguments: they would wait for each other in vain.
+
+    Args:
+        call: its name.
+        given: its arguments, of which what they print as is compared.
+
+    Raises:
+        CheckpointError: some differ.
+    """
+    told = from_all_ranks({name: repr(value) for name, value in given.items()})
+    problems = [
+        f"rank {rank} calls {call}({name}={own[name]}) and rank 0 {call}({name}={told[0][name]}); give the same on every rank"
+        for rank, own in enumerate(told)
+        for name in own
+        if own[name] != told[0][name]
+    ]
+    if problems:
+        raise CheckpointError(listed(f"{call} cannot begin", problems, "nothing was changed"), tuple(problems))
+
+
+def in_words(part: Any) -> Any:
+    """Returns what of a part must be the same on all ranks: whether it is given, and the names of several."""
+    return sorted(map(str, part)) if isinstance(part, Mapping) else None if part is None else "..."
 
 
 def fail_together(what: str, problems: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from shardwright.checkpoint.files import checksums, sync, write_file
 from shardwright.checkpoint.folder import drop_others, folder_of, prepare, publish, unfinished
 from shardwright.checkpoint.index import DTYPES, NAME, Index, StoredSlice, StoredTensor, read_slice
-from shardwright.checkpoint.ranks import fail_together, from_all_ranks, rank_and_size
+from shardwright.checkpoint.ranks import agree, fail_together, from_all_ranks, in_words, rank_and_size
 from shardwright.checkpoint.states import random_state, take_apart
 from shardwright.checkpoint.tensors import Bounds, Held, held, named_tensors, names_of_parameters, on_cpu, parts_of, writers
 from shardwright.errors import ArgumentTypeError, CheckpointError
@@ -111,14 +111,14 @@ def save(
     ...     print(save(folder, model=nn.Linear(2, 2), step=3).wait().name)
     step-3
     """
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ArgumentTypeError(f"save(step={step!r}): give the number of the step, an int of 0 or more")
     place = Path(folder).absolute()
-    _check_kept(keep_last, keep_best, metric)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "loader": loader}
-    told = {"folder": str(place), "step": step, "asynchronous": asynchronous, "keep_last": keep_last, "keep_best": keep_best,
-            "metric": metric, **{name: _in_words(own) for name, own in parts.items()}}  # fmt: skip
-    late = _differences(from_all_ranks(told))
+    agree(
+        "save", folder=str(place), step=step, asynchronous=asynchronous, keep_last=keep_last, keep_best=keep_best,
+        metric=metric, **{name: in_words(own) for name, own in parts.items()},
+    )  # fmt: skip
+    _check(step, extra, keep_last, keep_best, metric)  # alike on all ranks by now
+    late: list[str] = []
     try:
         if place in _under_way:
             _under_way.pop(place).wait()
@@ -165,8 +165,19 @@ def save(
     return handle
 
 
-def _check_kept(keep_last: Any, keep_best: Any, metric: Any) -> None:
-    """Refuses numbers of steps to keep, and a metric, that are none."""
+def _check(step: Any, extra: Any, keep_last: Any, keep_best: Any, metric: Any) -> None:
+    """Refuses a step, extra data, numbers of steps to keep and a metric that are none.
+
+    Args:
+        step, extra, keep_last, keep_best, metric: see :func:`save`.
+
+    Raises:
+        ArgumentTypeError: one of them is.
+    """
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ArgumentTypeError(f"save(step={step!r}): give the number of the step, an int of 0 or more")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise ArgumentTypeError(f"save(extra={extra!r}): give a dict, such as extra={{'epoch': 3}}")
     for name, count in (("keep_last", keep_last), ("keep_best", keep_best)):
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise ArgumentTypeError(f"save({name}={count!r}): give a number of steps, an int above 0")
@@ -174,21 +185,6 @@ def _check_kept(keep_last: Any, keep_best: Any, metric: Any) -> None:
         raise ArgumentTypeError(f"save(keep_best={keep_best}) without a metric: give a number, such as metric=-float(loss)")
     if metric is not None and (not isinstance(metric, (int, float)) or isinstance(metric, bool) or math.isnan(metric)):
         raise ArgumentTypeError(f"save(metric={metric!r}): give a number, such as metric=-float(loss)")
-
-
-def _in_words(part: Any) -> Any:
-    """Returns what of a part must be the same on all ranks: whether it is given, and the names of several."""
-    return sorted(map(str, part)) if isinstance(part, Mapping) else None if part is None else "..."
-
-
-def _differences(told: list[dict[str, Any]]) -> list[str]:
-    """Lists the arguments that ranks give differently: they would wait for each other in vain."""
-    return [
-        f"rank {rank} calls save({name}={own[name]!r}) and rank 0 save({name}={told[0][name]!r}); give the same on every rank"
-        for rank, own in enumerate(told)
-        for name in own
-        if own[name] != told[0][name]
-    ]
 
 
 def _collect(

@@ -403,7 +403,13 @@ def differs(rank: int, folder: Path) -> None:
             sw.save(folder, model=model, **own)
     with pytest.raises(CheckpointError, match="rank 1 calls save"):
         sw.save(folder / str(rank), model=model)
+    with pytest.raises(CheckpointError, match=r"rank 1 calls save\(step=-1\)"):
+        sw.save(folder, model=model, step=-rank)
+    with pytest.raises(CheckpointError, match=r"rank 1 calls save\(optimizer='...'\)"):
+        sw.save(folder, model=model, optimizer=torch.optim.SGD(model.parameters()) if rank else None)
     sw.save(folder, model=model, step=7)
+    with pytest.raises(CheckpointError, match=r"rank 1 calls load\(step=8\)"):
+        sw.load(folder, model=model, step=7 + rank)
 
 
 def test_arguments_that_differ_between_ranks_are_told(tmp_path):
@@ -419,9 +425,18 @@ def test_an_optimizer_of_another_kind_is_told(tmp_path):
         sw.load(tmp_path, model=model, optimizer=torch.optim.AdamW(model.parameters()))
     with pytest.raises(CheckpointError, match=r"scheduler is a int, which has no load_state_dict"):
         sw.load(tmp_path, model=model, scheduler=3)
-    for wrong in ({"keep_last": 1.5}, {"keep_best": 0}, {"metric": "good"}, {"metric": float("nan")}, {"keep_best": 1}):
+    for wrong in (
+        {"keep_last": 1.5},
+        {"keep_best": 0},
+        {"metric": "good"},
+        {"metric": float("nan")},
+        {"keep_best": 1},
+        {"extra": [1]},
+    ):
         with pytest.raises(TypeError, match="give a number"):
             sw.save(tmp_path, model=model, **wrong)
+    with pytest.raises(TypeError, match="give a dict"):
+        sw.save(tmp_path, model=model, extra=[1])
     with pytest.raises(CheckpointError, match="which has no state_dict"):
         sw.save(tmp_path, model=model, scaler=object())
 
