@@ -108,6 +108,24 @@ def listed(what: str, problems: Sequence[str], instead: str = "") -> str:
       1. no file
       2. no rank
     """
+    return f"{what}: {counted(problems, instead)}\n{numbered(problems)}"
+
+
+def counted(problems: Sequence[str], instead: str = "") -> str:
+    """Counts problems, and says what was not done.
+
+    >>> counted(["no file"], "nothing was run")
+    '1 problem, nothing was run'
+    """
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    body = "\n".join(f"  {i}. {line}" for i, line in enumerate(problems, 1))
-    return f"{what}: {count}{f', {instead}' if instead else ''}\n{body}"
+    return f"{count}, {instead}" if instead else count
+
+
+def numbered(problems: Sequence[str]) -> str:
+    """Returns one line for each problem, with its number.
+
+    >>> print(numbered(["no file", "no rank"]))
+      1. no file
+      2. no rank
+    """
+    return "\n".join(f"  {i}. {line}" for i, line in enumerate(problems, 1))

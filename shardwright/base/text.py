@@ -58,3 +58,17 @@ def enough(count: float) -> str:
     """
     unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("kB", 1e3))
     return f"{math.ceil(count / scale * 10) / 10:g}{unit}"
+
+
+def numbers_text(noun: str, numbers: Sequence[int], most: int = 8) -> str:
+    """Lists numbers after a noun, with its verb.
+
+    >>> numbers_text("rank", [1]), numbers_text("rank", [1, 3])
+    ('rank 1 is', 'ranks 1 and 3 are')
+    """
+    if len(numbers) == 1:
+        return f"{noun} {numbers[0]} is"
+    names = [str(number) for number in numbers[:most]]
+    if len(numbers) > most:
+        return f"{noun}s {', '.join(names)} and {len(numbers) - most} more are"
+    return f"{noun}s {', '.join(names[:-1])} and {names[-1]} are"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -14,10 +13,10 @@ import torch.distributed.checkpoint as torch_checkpoint
 
 from shardwright.checkpoint.files import header_of, sync
 from shardwright.checkpoint.huggingface import WEIGHTS, WEIGHTS_INDEX
-from shardwright.checkpoint.index import DTYPES
 from shardwright.checkpoint.reading import Reader
-from shardwright.checkpoint.rewrite import Part, Progress, check, whole, write_parts
+from shardwright.checkpoint.rewrite import Part, Progress, check, write_parts
 from shardwright.checkpoint.source import Source
+from shardwright.checkpoint.tensors import whole
 from shardwright.errors import CheckpointError
 
 
@@ -133,4 +132,4 @@ def _names_of_model(source: Source) -> dict[str, str]:
 
 def size_of(source: Source) -> int:
     """Returns the bytes of all tensors."""
-    return sum(math.prod(t.shape) * DTYPES[t.dtype].itemsize for t in source.index.tensors.values())
+    return sum(tensor.bytes for tensor in source.index.tensors.values())

@@ -54,6 +54,10 @@ class StoredTensor:
     dtype: str
     slices: tuple[StoredSlice, ...]
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
 
 @dataclass(frozen=True)
 class Index:

@@ -18,7 +18,7 @@ from shardwright.checkpoint.ranks import agree, fail_together, from_all_ranks, i
 from shardwright.checkpoint.reading import Wanted, overlaps, shares
 from shardwright.checkpoint.source import Source, find_source, open_source, renamed
 from shardwright.checkpoint.states import check_random_state, put_together, set_random_state
-from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of
+from shardwright.checkpoint.tensors import Bounds, held, local, named_tensors, names_of_parameters, parts_of, whole
 from shardwright.errors import CheckpointError
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import _alike, _like
@@ -241,7 +241,6 @@ class _Plan:
 
         def want(name: str) -> None:
             stored, own = self.index.tensors[name], current(parameter)
-            whole = tuple((0, size) for size in stored.shape)
 
             def take(value: Tensor) -> None:
                 device = value.device if own is None or name.endswith(".step") else local(own).device
@@ -260,7 +259,7 @@ class _Plan:
                     return
                 wanted.append((name, bounds, take))
             else:
-                wanted.append((name, whole, take))
+                wanted.append((name, whole(stored.shape), take))
 
         put_together(state, want)
         return lambda: put_together(state, made.__getitem__)

@@ -50,7 +50,7 @@ def _handle(number: signal.Signals) -> None:
     def note(came: int, frame: FrameType | None) -> None:
         before = _before[came]
         if _asked:
-            signal.signal(came, before)
+            signal.signal(came, before or signal.SIG_DFL)  # None: of C code, which Python cannot put back
             os.kill(os.getpid(), came)
             return
         _asked.append(came)

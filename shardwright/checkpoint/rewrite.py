@@ -18,7 +18,7 @@ from shardwright.checkpoint.folder import prepare, publish, unfinished
 from shardwright.checkpoint.index import DTYPES, NAME, StoredSlice, StoredTensor
 from shardwright.checkpoint.reading import Share
 from shardwright.checkpoint.source import Source
-from shardwright.checkpoint.tensors import Bounds, Held, writers
+from shardwright.checkpoint.tensors import Bounds, Held, key_of, stored_slice, whole, writers
 from shardwright.errors import CheckpointError, listed
 
 _BLOCK = 64 * 2**20  # bytes that are in memory at a time, unless a single row has more
@@ -44,15 +44,6 @@ class Part:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-def whole(shape: Sequence[int]) -> Bounds:
-    """Returns the bounds of a whole tensor.
-
-    >>> whole((4, 2))
-    ((0, 4), (0, 2))
-    """
-    return tuple((0, size) for size in shape)
 
 
 def verify_source(source: Source, progress: Progress, names: Sequence[str] | None = None) -> list[str]:
@@ -84,7 +75,7 @@ def write_parts(path: Path, parts: Sequence[Part], source: Source, progress: Pro
     Args:
         path: the file.
         parts: what is to be in it.
-        source: the checkpoint, which is verified as it is read.
+        source: the checkpoint, which :func:`check` has verified.
         progress: told bytes as they are written.
         dtype: that floating tensors are converted to.
 
@@ -162,8 +153,7 @@ def rewrite(source: Source, folder: Path, cut: Cut, progress: Progress) -> Path:
     files: dict[int, list[Part]] = {}
     for name, slices in writers(everywhere).items():
         for bounds, rank in slices.items():
-            key = f"{name}@{'x'.join(str(a) for a, _ in bounds)}"
-            files.setdefault(rank, []).append(Part(key, name, index.tensors[name].dtype, bounds))
+            files.setdefault(rank, []).append(Part(key_of(name, bounds), name, index.tensors[name].dtype, bounds))
     prepare(folder, index.step)
     place = unfinished(folder, index.step)
     found: dict[str, list[StoredSlice]] = {name: [] for name in index.tensors}
@@ -171,7 +161,7 @@ def rewrite(source: Source, folder: Path, cut: Cut, progress: Progress) -> Path:
         name = f"rank-{rank}.safetensors"
         write_parts(place / name, parts, source, progress)
         for part in parts:
-            found[part.name].append(StoredSlice(name, part.key, tuple(a for a, _ in part.bounds), part.shape, part.checksums))
+            found[part.name].append(stored_slice(name, part.key, part.bounds, part.checksums))
     tensors = {name: StoredTensor(own.shape, own.dtype, tuple(found[name])) for name, own in index.tensors.items()}
     (place / NAME).write_text(replace(index, tensors=tensors).to_json(), "utf-8")
     sync(place / NAME)

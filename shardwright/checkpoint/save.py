@@ -21,7 +21,18 @@ from shardwright.checkpoint.folder import drop_others, folder_of, prepare, publi
 from shardwright.checkpoint.index import DTYPES, NAME, Index, StoredSlice, StoredTensor, read_slice
 from shardwright.checkpoint.ranks import agree, fail_together, from_all_ranks, in_words, rank_and_size
 from shardwright.checkpoint.states import random_state, take_apart
-from shardwright.checkpoint.tensors import Bounds, Held, held, named_tensors, names_of_parameters, on_cpu, parts_of, writers
+from shardwright.checkpoint.tensors import (
+    Bounds,
+    Held,
+    held,
+    key_of,
+    named_tensors,
+    names_of_parameters,
+    on_cpu,
+    parts_of,
+    stored_slice,
+    writers,
+)
 from shardwright.errors import ArgumentTypeError, CheckpointError
 
 _PATIENCE = 600.0  # seconds in which the first rank waits for what others write
@@ -133,7 +144,7 @@ def save(
     problems += [f"{name}: {own.dtype} cannot be saved; convert it" for name, own in have.items() if own.dtype not in DTYPES]
     fail_together("the checkpoint cannot be saved", [*late, *problems])
     chosen, rank = writers(everywhere := from_all_ranks(have)), rank_and_size()[0]
-    own = {f"{name}@{'x'.join(str(a) for a, _ in bounds)}": (name, bounds) for name, each in chosen.items()
+    own = {key_of(name, bounds): (name, bounds) for name, each in chosen.items()
            for bounds, writer in each.items() if writer == rank}  # fmt: skip
     values = {key: on_cpu(tensors[name]) for key, (name, _) in own.items()}
     if asynchronous:
@@ -238,15 +249,7 @@ def _write_own(place: Path, rank: int, own: Mapping[str, tuple[str, Bounds]], va
     try:
         if values:
             write_file(place / file, values)
-        lines = [
-            (
-                name,
-                asdict(
-                    StoredSlice(file, key, tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds), checksums(values[key]))
-                ),
-            )
-            for key, (name, bounds) in own.items()
-        ]
+        lines = [(name, asdict(stored_slice(file, key, bounds, checksums(values[key])))) for key, (name, bounds) in own.items()]
         _write_text(place / f"rank-{rank}.json", json.dumps(lines))
     except BaseException as error:
         (place / f"rank-{rank}.failed").write_text(str(error))

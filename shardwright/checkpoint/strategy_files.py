@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from shardwright.checkpoint.index import Index, StoredSlice, StoredTensor, check
 from shardwright.checkpoint.reading import Reader
 from shardwright.checkpoint.rewrite import Part, Progress, check, write_parts
 from shardwright.checkpoint.source import Source
-from shardwright.checkpoint.tensors import Bounds
+from shardwright.checkpoint.tensors import Bounds, stored_slice, whole
 from shardwright.errors import CheckpointError, listed
 
 _RANK = re.compile(r"rank_(\d+)")
@@ -164,7 +164,7 @@ def open_rank_folders(folder: Path, strategy: Mapping[str, Slicing]) -> Source:
         if slicing is None:
             holder = next(rank for rank, header in enumerate(headers) if name in header)
             bounds: list[Bounds | None] = [None] * ranks
-            bounds[holder] = tuple((0, size) for size in first.shape)
+            bounds[holder] = whole(first.shape)
             shape = first.shape
         else:
             counts = list(slicing.counts())
@@ -185,7 +185,7 @@ def open_rank_folders(folder: Path, strategy: Mapping[str, Slicing]) -> Source:
                 says = "nothing" if there is None else str(list(there.shape))
                 problems.append(f"{name}: rank {rank} has {says} of it, and by the strategy {list(size)}")
                 continue
-            slices[own] = StoredSlice(files[rank], name, tuple(a for a, _ in own), size, ())
+            slices[own] = stored_slice(files[rank], name, own)
         tensors[name] = StoredTensor(shape, first.dtype, tuple(slices.values()))
     if problems:
         raise CheckpointError(listed(f"{folder} does not fit its strategy", problems), tuple(problems))
@@ -230,23 +230,21 @@ def write_rank_folders(
     """
     check(source, progress)
     ranks = next((own.ranks for own in strategy.values()), 1)
-    bounds_of: dict[str, Callable[[int], Bounds | None]] = {}
+    bounds_of: dict[str, list[Bounds | None]] = {}
     problems: list[str] = []
     for name, tensor in source.index.tensors.items():
         slicing = strategy.get(name) or strategy.get(name.removeprefix("model."))
-        everywhere: list[Bounds | None] = [tuple((0, size) for size in tensor.shape)] * ranks
-        if slicing is not None:
-            try:
-                everywhere = slicing.bounds(tensor.shape)
-            except CheckpointError as error:
-                problems.append(f"{name}: {error}")
-        bounds_of[name] = everywhere.__getitem__
+        try:
+            bounds_of[name] = [whole(tensor.shape)] * ranks if slicing is None else slicing.bounds(tensor.shape)
+        except CheckpointError as error:
+            problems.append(f"{name}: {error}")
     if problems:
         raise CheckpointError(listed(f"{source.path} cannot be sliced so", problems), tuple(problems))
     for rank in range(ranks):
-        own = [(name, bounds(rank)) for name, bounds in bounds_of.items()]
         parts = [
-            Part(name.removeprefix("model."), name, source.index.tensors[name].dtype, b) for name, b in own if b is not None
+            Part(name.removeprefix("model."), name, source.index.tensors[name].dtype, bounds)
+            for name, everywhere in bounds_of.items()
+            if (bounds := everywhere[rank]) is not None
         ]
         place = folder / f"rank_{rank}"
         place.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,42 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardwright.checkpoint.index import StoredSlice
 from shardwright.checkpoint.ranks import rank_and_size
 from shardwright.parameters.delayed.recorder import is_delayed
 from shardwright.parameters.handles import current
 from shardwright.parameters.placements import layout_of
 
 Bounds = tuple[tuple[int, int], ...]
+
+
+def whole(shape: Sequence[int]) -> Bounds:
+    """Returns the bounds of a whole tensor.
+
+    >>> whole((4, 2))
+    ((0, 4), (0, 2))
+    """
+    return tuple((0, size) for size in shape)
+
+
+def key_of(name: str, bounds: Bounds) -> str:
+    """Returns the key of a slice in files.
+
+    >>> key_of("model.weight", ((4, 8), (0, 2)))
+    'model.weight@4x0'
+    """
+    return f"{name}@{'x'.join(str(a) for a, _ in bounds)}"
+
+
+def stored_slice(file: str, key: str, bounds: Bounds, checksums: Sequence[str] = ()) -> StoredSlice:
+    """Describes a slice that is in a file.
+
+    Args:
+        file, key: where it is.
+        bounds: first and last index along every dim.
+        checksums: of its bytes.
+    """
+    return StoredSlice(file, key, tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds), tuple(checksums))
 
 
 class Held(NamedTuple):
@@ -43,7 +73,7 @@ def held(tensor: Tensor, name: str, problems: list[str]) -> Held:
     if layout is None:
         if isinstance(tensor, DTensor):
             problems.append(f"{name} is distributed as {tensor.placements}, which is no layout; give its full_tensor()")
-        return Held(shape, dtype, tuple((0, size) for size in shape))
+        return Held(shape, dtype, whole(shape))
     bounds = layout.bounds(shape).get(rank_and_size()[0])
     return Held(shape, dtype, None if bounds is None else tuple((int(a), int(b)) for a, b in bounds))
 

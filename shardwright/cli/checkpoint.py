@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.checkpoint.export import size_of, to_dcp, to_huggingface, to_torch
-from shardwright.checkpoint.index import DTYPES
 from shardwright.checkpoint.rewrite import Cut, cut_as, cut_evenly, rewrite, verify_source
 from shardwright.checkpoint.source import Source, as_ours, find_source, open_source
 from shardwright.checkpoint.strategy_files import open_rank_folders, read_strategy_file, write_rank_folders
 from shardwright.cli.options import _count, _printed, _UsageError
-from shardwright.errors import CheckpointError, ShardwrightError
+from shardwright.errors import CheckpointError, ShardwrightError, listed
 from shardwright.plan.file.read import load_plan_file
 
 CHECKPOINT_HELP = """\
@@ -109,8 +107,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for title in ("slices", "bytes"):
         table.add_column(title, justify="right")
     for name, tensor in source.index.tensors.items():
-        size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-        table.add_row(name, str(list(tensor.shape)), tensor.dtype, str(len(tensor.slices)), f"{size:,}")
+        table.add_row(name, str(list(tensor.shape)), tensor.dtype, str(len(tensor.slices)), f"{tensor.bytes:,}")
     files = {stored.file for tensor in source.index.tensors.values() for stored in tensor.slices}
     lines = [f"{source.path}: {source.format}, step {source.index.step}, {len(source.index.tensors)} tensors of "
              f"{size_of(source):,} bytes in {len(files)} files"]  # fmt: skip
@@ -160,7 +157,7 @@ def _cut_of_plan(path: str, source: Source) -> Cut:
     if plan.parameters and not known:
         problems.append(f"the checkpoint has no parameter of the plan, such as {next(iter(plan.parameters))}")
     if problems:
-        raise CheckpointError(f"{path} does not fit {source.path}:\n  " + "\n  ".join(problems), tuple(problems))
+        raise CheckpointError(listed(f"{path} does not fit {source.path}", problems), tuple(problems))
 
     def of(entry: Any) -> Callable[[tuple[int, ...]], list[Any]]:
         def bounds(shape: tuple[int, ...]) -> list[Any]:

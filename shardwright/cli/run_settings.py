@@ -14,7 +14,7 @@ from typing import NamedTuple
 from shardwright.cli.options import _count, _UsageError
 from shardwright.cli.run_binding import read_binding
 from shardwright.cli.run_flags import Read
-from shardwright.errors import WorldError
+from shardwright.errors import WorldError, counted, numbered
 from shardwright.launch.background import log_name
 from shardwright.launch.job import GRACE, PATIENCE, Launch
 from shardwright.launch.meeting import is_own_address
@@ -75,8 +75,7 @@ def find_launch(
 def _listed(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
-    lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(problems, 1))
-    return f"{len(problems)} problems, nothing was started\n{lines}"
+    return f"{counted(problems, 'nothing was started')}\n{numbered(problems)}"
 
 
 def _simulated(read: Read, arguments: argparse.Namespace, level: int) -> int | None:

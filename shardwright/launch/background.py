@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from shardwright.launch.job import Launch, checkout
+from shardwright.launch.job import Launch, add_package
 from shardwright.launch.logs import make_folder
 
 
@@ -22,12 +22,10 @@ def start_in_background(job: Launch) -> tuple[int, Path]:
     assert job.folder is not None
     folder = Path(job.folder).resolve()
     make_folder(folder)
-    path = folder / ("scheduler.log" if not job.node else f"scheduler_{job.node}.log")
+    path = folder / job.launcher_log
     job = replace(job, folder=str(folder), shown=(), in_background=True)
     environment = dict(os.environ)
-    root = checkout()
-    if root is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    add_package(environment, environment.get("PYTHONPATH"))
     command = [sys.executable, "-m", "shardwright.launch.background", job.to_json()]
     with open(path, "w", encoding="utf-8") as log:
         started = subprocess.Popen(

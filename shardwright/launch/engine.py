@@ -50,8 +50,7 @@ def run_job(job: Launch) -> int:
             make_folder(folder)
         else:
             folder = Path(tempfile.mkdtemp(prefix="shardwright_"))
-        name = "scheduler.log" if not job.node else f"scheduler_{job.node}.log"
-        log = LauncherLog(folder / name if job.folder is not None else None, job.in_background)
+        log = LauncherLog(folder / job.launcher_log if job.folder is not None else None, job.in_background)
         stack.callback(log.close)
         stack.enter_context(log.listening())
         own, interface = interface_toward(job.address, job.port)

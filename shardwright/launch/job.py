@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,11 @@ class Launch:
     memory_nodes: dict[int, int] = field(default_factory=dict)
     in_background: bool = False
 
+    @property
+    def launcher_log(self) -> str:
+        """Returns the name of the launcher's own log."""
+        return f"scheduler_{self.node}.log" if self.node else "scheduler.log"
+
     def to_json(self) -> str:
         """Writes the job as JSON, for another process.
 
@@ -105,10 +109,20 @@ def worker_variables(job: Launch, interface: str | None) -> dict[str, str]:
         found[TIMEOUT] = f"{job.timeout:g}"
     if "PYTHONFAULTHANDLER" not in os.environ:  # a rank that a signal ends, as gloo's abort does, says where it was
         found["PYTHONFAULTHANDLER"] = "1"
+    add_package(found, os.environ.get("PYTHONPATH"))
+    return found
+
+
+def add_package(variables: dict[str, str], path: str | None) -> None:
+    """Makes the package one that processes find, where it may not be installed.
+
+    Args:
+        variables: of their environment.
+        path: the ``PYTHONPATH`` that they would have.
+    """
     root = checkout()
     if root is not None:
-        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return found
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
 
 
 def checkout() -> Path | None:
@@ -134,17 +148,3 @@ def python_command(script: str, arguments: list[str], is_module: bool = False) -
     if script in ("python", "python3"):
         return (*start, *arguments)
     return (*start, script, *arguments)
-
-
-def listed(noun: str, numbers: Sequence[int], most: int = 8) -> str:
-    """Lists numbers after a noun, with its verb.
-
-    >>> listed("rank", [1]), listed("rank", [1, 3])
-    ('rank 1 is', 'ranks 1 and 3 are')
-    """
-    if len(numbers) == 1:
-        return f"{noun} {numbers[0]} is"
-    names = [str(number) for number in numbers[:most]]
-    if len(numbers) > most:
-        return f"{noun}s {', '.join(names)} and {len(numbers) - most} more are"
-    return f"{noun}s {', '.join(names[:-1])} and {names[-1]} are"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardwright.errors import WorldError
-from shardwright.launch.job import checkout
+from shardwright.launch.job import add_package
 
 _PATIENCE = 60.0  # seconds in which ranks have to start, and to answer
 
@@ -34,9 +34,7 @@ def run_ranks(ranks: int, module: str, variables: Mapping[str, str], progress: C
     environment.update(variables)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the first rank is to keep the store itself
-    root = checkout()
-    if root is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    add_package(environment, environment.get("PYTHONPATH"))
     command = [sys.executable, "-m", module]
     result: dict[str, Any] | None = None
     with tempfile.TemporaryFile("w+") as errors:

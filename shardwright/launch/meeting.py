@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from shardwright.base.text import numbers_text
 from shardwright.errors import WorldError
-from shardwright.launch.job import ATTEMPT, listed
+from shardwright.launch.job import ATTEMPT
 
 _LOOK = 0.5  # seconds between two looks at what other nodes say
 _GRACE = 5.0  # seconds that this node's ranks have to notice by themselves that another node's start again
@@ -240,8 +241,8 @@ class Meeting(RendezvousHandler):
                 missing = [n for n in range(self.nodes) if not store.check([f"there/{self.round}/{n}"])]
                 raise WorldError(
                     f"{self.nodes - len(missing)} of {self.nodes} nodes came within {self.patience:g} s: "
-                    f"{listed('node', missing)} missing; start there the same command with its own --node-rank, or give a "
-                    "longer --timeout"
+                    f"{numbers_text('node', missing)} missing; start there the same command with its own --node-rank, or "
+                    "give a longer --timeout"
                 )
             time.sleep(0.05)
         if self.node == 0 and not self._heard:

@@ -431,7 +431,6 @@ def test_an_optimizer_of_another_kind_is_told(tmp_path):
         {"metric": "good"},
         {"metric": float("nan")},
         {"keep_best": 1},
-        {"extra": [1]},
     ):
         with pytest.raises(TypeError, match="give a number"):
             sw.save(tmp_path, model=model, **wrong)

@@ -11,6 +11,7 @@ import torch
 
 from shardwright.base.operators import EMPTY
 from shardwright.base.torch_private import disable_current_modes
+from shardwright.errors import numbered
 from shardwright.parameters.delayed.record import (
     CPU,
     DelayedInitError,
@@ -99,8 +100,8 @@ def _check(wanted: Mapping[str, torch.Tensor]) -> None:
                 f"{record.version} recorded). Do that inside `with no_init_parameters():`"
             )
     if problems:
-        lines = "".join(f"\n  {i}. {line}" for i, line in enumerate(problems, 1))
-        raise DelayedInitError(f"{len(problems)} of {len(wanted)} tensors cannot be materialised, none was{lines}")
+        count = f"{len(problems)} of {len(wanted)} tensors cannot be materialised, none was"
+        raise DelayedInitError(f"{count}\n{numbered(problems)}")
 
 
 @contextlib.contextmanager

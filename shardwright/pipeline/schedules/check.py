@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from shardwright.errors import PipelineError
+from shardwright.errors import PipelineError, counted, numbered
 from shardwright.pipeline.schedules.actions import BACKWARD, FORWARD, INPUT, REDUCE_GRAD, UNSHARD, WEIGHT, Action
 from shardwright.pipeline.schedules.execution import Durations, Execution, Need, execute, gives
 from shardwright.pipeline.schedules.schedule import Schedule
@@ -31,11 +31,9 @@ def check_schedule(schedule: Schedule, forward_only: bool = False) -> None:
         run = execute(schedule.rows, schedule.stage_count, Durations())
         problems = [_circle(schedule, run)] if run.blocked else []
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"  {i}. {line}" for i, line in enumerate(problems[:SHOWN], 1)]
-        more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        text = "\n".join([f"schedule {schedule.name!r}: {count}, nothing was run", *lines, *more])
-        raise PipelineError(text, tuple(problems))
+        text = f"schedule {schedule.name!r}: {counted(problems, 'nothing was run')}\n{numbered(problems[:SHOWN])}"
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise PipelineError(text + more, tuple(problems))
 
 
 def peak_in_flight(schedule: Schedule) -> list[int]:

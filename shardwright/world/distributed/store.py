@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from shardwright.base.text import numbers_text
 from shardwright.errors import WorldError
-from shardwright.launch.job import ATTEMPT, TIMEOUT, listed
+from shardwright.launch.job import ATTEMPT, TIMEOUT
 from shardwright.world.job.job import Job
 
 HALF_HOUR = timedelta(minutes=30)  # torch's own patience
@@ -94,8 +95,8 @@ def wait_for_ranks(store: dist.Store, job: Job, patience: timedelta) -> None:
                 return
             raise WorldError(
                 f"rank {job.rank} has waited {patience.total_seconds():g} s to join the job: {job.size - len(missing)} of "
-                f"{job.size} ranks came, {listed('rank', missing)} missing; see what they do before sw.init(), or give more "
-                "time, sw.init(timeout=...) or shardwright run --timeout"
+                f"{job.size} ranks came, {numbers_text('rank', missing)} missing; see what they do before sw.init(), or give "
+                "more time, sw.init(timeout=...) or shardwright run --timeout"
             )
         if store.add("ended", 0) > ended:  # as the launcher says; a rank may have joined before
             ended = store.add("ended", 0)
